@@ -1,0 +1,34 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Both build the environment first if need be.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin
+DEMO := demo
+
+.PHONY: install demo test test-fast check format
+
+install: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(RUN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+demo: install
+	RUN=$(RUN) DEMO=$(DEMO) sh demo.sh
+
+test: install
+	$(RUN)/python -m pytest -m "not ray and not slow"
+	$(RUN)/python -m pytest -m "ray or slow"
+
+test-fast: install
+	$(RUN)/python -m pytest -m "not ray and not slow"
+
+check: install
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+	$(RUN)/mypy
+
+format: install
+	$(RUN)/ruff check --fix .
+	$(RUN)/ruff format .

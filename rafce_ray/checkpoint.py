@@ -1,0 +1,194 @@
+"""Checkpoints that can be believed: written beside and renamed, with a manifest of sha256 sums written last.
+
+``checkpoints/epoch_0003_step_00000/`` holds ``trainer_state.pt`` (optimizer and counters), ``bundle/`` (the weights, ready
+to predict with) and ``manifest.json``. A checkpoint counts only if every file in its manifest is there and unaltered, so a
+resume steps back to the newest one that holds, which Ray Train's own snapshot cannot do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rafce_ray.errors import RafceError
+from rafce_ray.storage import Location
+
+MANIFEST = "manifest.json"
+TRAINER_STATE = "trainer_state.pt"
+BUNDLE = "bundle"
+SCRATCH_PREFIX = ".writing-"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One checkpoint: ``epoch`` epochs and ``step`` steps of the next are done; ``score`` of the last whole epoch, higher is better."""
+
+    location: Location
+    epoch: int
+    step: int
+    score: float | None
+
+    @property
+    def name(self) -> str:
+        """Folder name."""
+        return checkpoint_name(self.epoch, self.step)
+
+
+@dataclass(frozen=True)
+class InvalidCheckpoint:
+    """A checkpoint that may not be used, and why."""
+
+    name: str
+    reason: str
+
+
+def checkpoint_name(epoch: int, step: int) -> str:
+    """``epoch_0003_step_00000``: sorts by age."""
+    return f"epoch_{epoch:04d}_step_{step:05d}"
+
+
+def save_checkpoint(
+    folder: Location, *, epoch: int, step: int, score: float | None, state: dict[str, Any], save_bundle: Callable[[Path], object]
+) -> Checkpoint:
+    """Write one checkpoint; it appears whole or not at all. One of the same name (left by a resume) is replaced.
+
+    Args:
+        state: optimizer state and counters; tensors and plain values only, since it is read with ``weights_only``.
+        save_bundle: writes the bundle into the folder it is given.
+    """
+    target = folder / checkpoint_name(epoch, step)
+    with _scratch_beside(folder) as scratch:
+        content = io.BytesIO()
+        torch.save(state, content)
+        (scratch / TRAINER_STATE).write_bytes(content.getbuffer())
+        save_bundle(scratch / BUNDLE)
+        files = {str(path.relative_to(scratch)): _sha256(path) for path in sorted(scratch.rglob("*")) if path.is_file()}
+        manifest = {"epoch": epoch, "step": step, "score": score, "sha256": files}
+        (scratch / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        target.delete()
+        if target.local is None:
+            # Object stores have no rename: the manifest goes last, and without it a checkpoint does not count.
+            (scratch / MANIFEST).unlink()
+            target.upload(scratch)
+            (target / MANIFEST).write_bytes(json.dumps(manifest, indent=1).encode())
+        else:
+            scratch.rename(target.local)
+    return Checkpoint(target, epoch, step, score)
+
+
+def list_checkpoints(folder: Location) -> tuple[list[Checkpoint], list[InvalidCheckpoint]]:
+    """All checkpoints of a run whose manifest can be read, oldest first, and those without one. Contents are not yet checked."""
+    found, invalid = [], []
+    for info in folder.list():
+        name = info.base_name
+        if not name.startswith("epoch_"):
+            continue
+        try:
+            manifest = json.loads((folder / name / MANIFEST).read_bytes())
+            found.append(Checkpoint(folder / name, int(manifest["epoch"]), int(manifest["step"]), manifest["score"]))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            invalid.append(InvalidCheckpoint(name, f"{MANIFEST} cannot be read ({type(error).__name__})"))
+    return sorted(found, key=lambda checkpoint: (checkpoint.epoch, checkpoint.step)), invalid
+
+
+def fault(checkpoint: Checkpoint) -> str | None:
+    """Why a checkpoint may not be used; None where every file of its manifest is there and unaltered."""
+    manifest = json.loads((checkpoint.location / MANIFEST).read_bytes())
+    for file, expected in manifest["sha256"].items():
+        place = checkpoint.location
+        for part in file.split("/"):
+            place = place / part
+        try:
+            content = place.read_bytes()
+        except OSError:
+            return f"{file} is missing"
+        found = hashlib.sha256(content).hexdigest()
+        if found != expected:
+            return f"{file} was altered: sha256 {found[:12]}… instead of {expected[:12]}…"
+    return None
+
+
+def newest_valid(folder: Location) -> tuple[Checkpoint | None, list[InvalidCheckpoint]]:
+    """The newest checkpoint that holds, and the newer or unreadable ones that do not."""
+    found, invalid = list_checkpoints(folder)
+    for checkpoint in reversed(found):
+        reason = fault(checkpoint)
+        if reason is None:
+            return checkpoint, invalid
+        invalid.append(InvalidCheckpoint(checkpoint.name, reason))
+    return None, invalid
+
+
+def best_valid(folder: Location) -> tuple[Checkpoint | None, list[InvalidCheckpoint]]:
+    """The whole-epoch checkpoint with the best score that holds (the earliest among equals), and better ones that do not."""
+    found, invalid = list_checkpoints(folder)
+    scored = [checkpoint for checkpoint in found if checkpoint.score is not None and checkpoint.step == 0]
+    for checkpoint in sorted(scored, key=lambda one: (-float(one.score or 0.0), one.epoch)):
+        reason = fault(checkpoint)
+        if reason is None:
+            return checkpoint, invalid
+        invalid.append(InvalidCheckpoint(checkpoint.name, reason))
+    return None, invalid
+
+
+def prune(folder: Location, keep_best: int, keep_latest: int = 2) -> None:
+    """Keep the best whole-epoch checkpoints and the latest ones; two latest, so that one may turn out broken."""
+    found, _ = list_checkpoints(folder)
+    scored = [checkpoint for checkpoint in found if checkpoint.score is not None and checkpoint.step == 0]
+    best = sorted(scored, key=lambda one: (-float(one.score or 0.0), one.epoch))[:keep_best]
+    kept = {checkpoint.name for checkpoint in best + found[-keep_latest:]}
+    for checkpoint in found:
+        if checkpoint.name not in kept:
+            checkpoint.location.delete()
+
+
+def read_trainer_state(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Optimizer state and counters of a checkpoint that was found valid; tensors on the CPU."""
+    state = torch.load(io.BytesIO((checkpoint.location / TRAINER_STATE).read_bytes()), map_location="cpu", weights_only=True)
+    if not isinstance(state, dict):
+        raise RafceError(f"{checkpoint.location / TRAINER_STATE}: holds a {type(state).__name__}, expected a mapping. Delete this checkpoint.")
+    return state
+
+
+@contextmanager
+def local_bundle(checkpoint: Checkpoint) -> Iterator[Path]:
+    """The checkpoint's bundle as a local folder (a temporary copy where the checkpoint is remote)."""
+    source = checkpoint.location / BUNDLE
+    if source.local is not None:
+        yield source.local
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        source.download(Path(scratch) / BUNDLE)
+        yield Path(scratch) / BUNDLE
+
+
+def clear_scratch(folder: Location) -> None:
+    """Remove what a killed writer left half-written."""
+    for info in folder.list():
+        if info.base_name.startswith(SCRATCH_PREFIX):
+            (folder / info.base_name).delete()
+
+
+@contextmanager
+def _scratch_beside(folder: Location) -> Iterator[Path]:
+    """A temporary folder on the same filesystem as ``folder`` where that is local, so that a rename is enough."""
+    if folder.local is not None:
+        folder.local.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX, dir=folder.local, ignore_cleanup_errors=True) as scratch:
+        inner = Path(scratch) / "checkpoint"
+        inner.mkdir()
+        yield inner
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

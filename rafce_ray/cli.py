@@ -1,0 +1,42 @@
+"""The ``rafce`` console script: ``rafce VERB ...`` is ``python -m rafce_ray.VERB ...``."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+from rafce_ray import __version__
+
+VERBS = {
+    "data": ("rafce_ray.data.__main__", "audit labelled faces, draw demo faces"),
+    "train": ("rafce_ray.train", "train a model on Ray Train"),
+    "evaluate": ("rafce_ray.evaluate", "measure a bundle on a split"),
+    "predict": ("rafce_ray.predict", "read emotions and action units from image files"),
+}
+"""Verb -> module with ``main(argv) -> exit code``, and what it is for."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Dispatch to the verb's module; exit code 2 for a verb that does not exist."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if arguments[:1] in (["--version"], ["-V"]):
+        print(f"rafce_ray {__version__}")
+        return 0
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_usage())
+        return 0 if arguments else 2
+    verb, rest = arguments[0], arguments[1:]
+    if verb not in VERBS:
+        print(f"rafce: unknown verb {verb!r}\n{_usage()}", file=sys.stderr)
+        return 2
+    exit_code: int = importlib.import_module(VERBS[verb][0]).main(rest)
+    return exit_code
+
+
+def _usage() -> str:
+    lines = [f"  {verb:<9} {purpose}" for verb, (_, purpose) in VERBS.items()]
+    return "\n".join(["usage: rafce VERB [...]", "", *lines, "", "rafce VERB --help says more; python -m rafce_ray.VERB is the same."])
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

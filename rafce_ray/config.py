@@ -1,0 +1,378 @@
+"""The one configuration: typed, frozen, validated whole at the edge; ``load_config`` is its only constructor.
+
+Precedence: defaults, then the recipe, then the YAML file, then ``section.key=value`` overrides.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from rafce_ray.errors import UsageError
+from rafce_ray.taxonomy import parse_action_unit_token
+
+RECIPES = Path(__file__).parent / "recipes"
+
+BACKBONES = (
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "convnext_tiny",
+    "efficientnet_b0",
+    "mobilenet_v3_small",
+    "vit_b_16",
+)
+
+MAXIMISED_METRICS = ("macro_f1", "macro_f1_supported", "accuracy", "uar", "au_f1_mean", "score")
+MINIMISED_METRICS = ("loss", "emotion_loss", "au_loss")
+
+
+class ConfigError(UsageError):
+    """A configuration cannot be used; the message lists every fault at once, each with its remedy."""
+
+
+def _action_unit_numbers(value: Any) -> Any:
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        return value
+    numbers = []
+    for item in value:
+        number = parse_action_unit_token(str(item))
+        if number is None:
+            raise ValueError(f"{item!r} is not an action unit: write 12 or AU12")
+        numbers.append(number)
+    return tuple(numbers)
+
+
+def _single_imbalance_correction(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        raise ValueError(
+            f"{list(value)} names {len(value)} corrections: two at once over-correct (the seed did that). Choose one of "
+            "none, class_weights, logit_adjustment, oversampling"
+        )
+    return value
+
+
+ActionUnitList = Annotated[tuple[int, ...], BeforeValidator(_action_unit_numbers)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class DataConfig(_Section):
+    """Where the labelled faces are and how their labels are read."""
+
+    root: str | None = Field(None, description="Folder in RAF-CE's layout, or a CSV or Parquet table; a path or URI.")
+    layout: Literal["auto", "rafce", "table"] = Field("auto", description="How labels are laid out; auto looks.")
+    images: str | None = Field(None, description="Image folder; by default aligned/, aligned/aligned/ or the root itself.")
+    emotions: Literal["auto", "none"] | tuple[str, ...] = Field(
+        "auto",
+        description="Class names in label order. auto: RAF-CE's fourteen, or the distinct values of a table that uses others. "
+        "none: do not train emotions.",
+    )
+    action_units: Literal["seed18", "auto", "none"] | ActionUnitList = Field(
+        "seed18",
+        description="Vocabulary: the seed's 18 AUs, auto (at least min_train_positives train positives), a list, or none.",
+    )
+    min_train_positives: int = Field(50, ge=1, description="Train positives an AU needs to enter the auto vocabulary.")
+    null_policy: Literal["mask", "negative"] = Field(
+        "mask", description="An AU label 'null' means unknown (mask) or no action unit (negative)."
+    )
+    drop_null_rows: bool = Field(False, description="Leave rows whose AU label is null out of training (not out of evaluation).")
+    stored_px: int = Field(100, ge=16, le=1024, description="Side of the stored square images, px.")
+    store_dir: str = Field(
+        "~/.cache/rafce_ray/stores", description="Where decoded stores are kept; a local path or a pyarrow filesystem URI."
+    )
+    augmentation: Literal["none", "light", "strong"] = Field("light", description="Whole-batch random augmentation in training.")
+
+
+class ModelConfig(_Section):
+    """The network: a torchvision trunk, an emotion head and an action-unit head."""
+
+    backbone: Literal[BACKBONES] = Field("resnet50", description="Trunk, by torchvision's name.")  # type: ignore[valid-type]
+    weights: str = Field(
+        "none", description="none, a torchvision weights name (DEFAULT, IMAGENET1K_V2), or a .pt/.pth/.safetensors file."
+    )
+    image_px: int = Field(224, ge=32, le=1024, description="Side of the square network input, px.")
+    dropout: float = Field(0.5, ge=0, lt=1, description="Dropout rate before both heads.")
+    au_attention: bool = Field(False, description="One learned query per AU attends over the feature map.")
+    compositional_head: bool = Field(
+        False, description="Add basic-emotion scores s_i + s_j + b_ij to the flat emotion logits (compound classes only)."
+    )
+    freeze_backbone: bool = Field(False, description="Train the heads only; the trunk stays as loaded.")
+
+
+class LossConfig(_Section):
+    """Losses of both tasks and their balance."""
+
+    au_weight: float = Field(1.0, ge=0, le=100, description="Weight of the AU loss beside the emotion loss.")
+    au_loss: Literal["bce", "asymmetric"] = Field("bce", description="Per-element AU loss.")
+    pos_weight_cap: float = Field(
+        0.0, ge=0, le=100, description="Cap of the per-AU positive weight negatives/positives; 0: no positive weight."
+    )
+    label_smoothing: float = Field(0.1, ge=0, lt=1, description="Label smoothing of the emotion loss.")
+    imbalance: Annotated[
+        Literal["none", "class_weights", "logit_adjustment", "oversampling"], BeforeValidator(_single_imbalance_correction)
+    ] = Field("none", description="The one correction for rare emotion classes.")
+    class_weight_beta: float = Field(0.999, ge=0, lt=1, description="beta of effective-number class weights (Cui et al. 2019).")
+    logit_adjustment_tau: float = Field(1.0, ge=0, le=4, description="tau of logit adjustment (Menon et al. 2021).")
+    task_weighting: Literal["fixed", "uncertainty"] = Field(
+        "fixed", description="fixed: au_weight as given; uncertainty: learned homoscedastic weights (Kendall et al. 2018)."
+    )
+    au_start_epoch: int = Field(0, ge=0, description="Curriculum: epochs of emotion alone before the AU loss comes in.")
+    au_ramp_epochs: int = Field(0, ge=0, description="Curriculum: epochs over which the AU weight rises linearly to au_weight.")
+    au_stop_gradient: bool = Field(False, description="AU loss trains the AU head only: its gradient stops before the trunk.")
+    votes_weight: float = Field(
+        0.0, ge=0, le=10, description="Weight of KL(crowd votes || predicted basic emotions); needs distribution.txt."
+    )
+
+
+class OptimConfig(_Section):
+    """Optimisation, schedule and early stopping."""
+
+    epochs: int = Field(50, ge=1, le=10_000, description="Epochs at most.")
+    batch_size: int = Field(32, ge=2, le=65_536, description="Images per step over all workers.")
+    optimizer: Literal["adamw", "adam", "sgd"] = Field("adamw", description="Update rule; sgd has momentum 0.9.")
+    lr: float = Field(5e-4, gt=0, le=10, description="Peak learning rate.")
+    weight_decay: float = Field(1e-3, ge=0, le=1, description="Weight decay of weight matrices and kernels (no norms, no biases).")
+    grad_clip: float = Field(1.0, ge=0, le=1000, description="Largest global gradient norm; 0: no clipping.")
+    schedule: Literal["cosine", "constant"] = Field("cosine", description="Learning rate after the warm-up.")
+    warmup_epochs: float = Field(1.0, ge=0, description="Epochs of linear warm-up.")
+    ema_decay: float = Field(0.0, ge=0, lt=1, description="Decay per step of averaged weights used for evaluation; 0: off.")
+    patience: int = Field(20, ge=1, description="Epochs without improvement of the monitor before training stops.")
+    monitor: Literal[MAXIMISED_METRICS + MINIMISED_METRICS] = Field(  # type: ignore[valid-type]
+        "macro_f1", description="Validation metric that chooses the best epoch and stops early."
+    )
+    gap_images: int = Field(
+        1024, ge=0, description="Train images, drawn once, on which the train-validation gap is measured; 0: all of them."
+    )
+
+
+class RunConfig(_Section):
+    """Where and how a run is carried out; of these only seed and precision change its numbers."""
+
+    name: str | None = Field(None, description="Run folder under storage; by default named after data, backbone and a hash.")
+    storage: str = Field("runs", description="Folder of all runs; a path or URI that every node can reach.")
+    seed: int = Field(0, ge=0, lt=2**31, description="Seed of initial weights, epoch order, augmentation and dropout.")
+    num_workers: int = Field(1, ge=1, le=1024, description="Ray Train workers (data-parallel).")
+    use_gpu: bool | None = Field(None, description="One GPU per worker; null: where the cluster has one for each.")
+    cpus_per_worker: int | None = Field(None, ge=1, description="CPU cores per worker; null: the cluster's cores shared out.")
+    checkpoint_every_steps: int = Field(0, ge=0, description="Also checkpoint inside an epoch every so many steps; 0: only at its end.")
+    keep_checkpoints: int = Field(2, ge=1, description="Best checkpoints kept, beside the latest.")
+    max_failures: int = Field(3, ge=0, description="Worker failures after which the run fails.")
+    hang_timeout_s: float = Field(300.0, gt=0, description="Seconds without a sign of life after which a worker counts as hung.")
+    collective_timeout_s: float = Field(300.0, gt=0, description="Seconds that a collective operation may take.")
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 autocast where the hardware has it.")
+    channels_last: bool = Field(True, description="Memory format of convolutions.")
+    compile: bool = Field(False, description="torch.compile the network.")
+
+
+class Config(_Section):
+    """A run's whole configuration. The defaults are the seed's fixed recipe."""
+
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    loss: LossConfig = LossConfig()
+    optim: OptimConfig = OptimConfig()
+    run: RunConfig = RunConfig()
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> Config:
+        if self.data.emotions == "none" and self.data.action_units == "none":
+            raise ValueError("data.emotions and data.action_units are both none: nothing is left to train. Set one of them.")
+        if self.loss.au_start_epoch >= self.optim.epochs and self.loss.au_start_epoch > 0:
+            raise ValueError(
+                f"loss.au_start_epoch={self.loss.au_start_epoch} is not before the last of optim.epochs={self.optim.epochs}: "
+                "the AU loss would never come in. Lower it, or set data.action_units=none."
+            )
+        if self.optim.warmup_epochs >= self.optim.epochs and self.optim.schedule == "cosine" and self.optim.epochs > 1:
+            raise ValueError(
+                f"optim.warmup_epochs={self.optim.warmup_epochs} leaves nothing of optim.epochs={self.optim.epochs}. Lower it."
+            )
+        if self.run.name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.run.name):
+            raise ValueError(f"run.name={self.run.name!r} is no folder name: use letters, digits, '.', '_' and '-'.")
+        return self
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that ship with the package."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), *, recipe: str | None = None) -> Config:
+    """The run configuration from a recipe, a YAML file over it and ``section.key=value`` overrides over both.
+
+    Raises:
+        ConfigError: anything in it cannot be used; every fault is listed, unknown keys with the nearest known one.
+    """
+    values: dict[str, Any] = {}
+    if recipe is not None:
+        if recipe not in recipe_names():
+            raise ConfigError(f"unknown recipe {recipe!r}{_did_you_mean(recipe, recipe_names())}. Recipes: {', '.join(recipe_names())}.")
+        values = _read_yaml(RECIPES / f"{recipe}.yaml")
+    if path is not None:
+        values = merge(values, _read_yaml(Path(path)))
+    return build_config(apply_overrides(values, overrides))
+
+
+def build_config(values: Mapping[str, Any]) -> Config:
+    """A validated :class:`Config` from nested plain values; ConfigError lists every fault."""
+    try:
+        return Config.model_validate(dict(values))
+    except ValidationError as error:
+        raise ConfigError("the configuration cannot be used:\n" + "\n".join(f"  {line}" for line in explain(error, Config))) from None
+
+
+def apply_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """``values`` with each ``section.key=value`` set; values are read as YAML scalars or lists."""
+    merged = dict(values)
+    for override in overrides:
+        dotted, mark, text = override.partition("=")
+        if not mark or not dotted.strip():
+            raise ConfigError(f"{override!r} is no override: write section.key=value, for example optim.lr=1e-3.")
+        nested: Any = _read_scalar(override, text)
+        for part in reversed(dotted.strip().split(".")):
+            nested = {part: nested}
+        merged = merge(merged, nested)
+    return merged
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """``base`` with ``over`` laid over it, nested mappings key by key."""
+    merged = dict(base)
+    for key, value in over.items():
+        if isinstance(value, Mapping) and isinstance(merged.get(key), Mapping):
+            merged[key] = merge(merged[key], value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration as YAML that ``--config`` reads back."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """``{"optim.lr": 0.0005, ...}`` with plain JSON values."""
+    return {f"{section}.{key}": value for section, body in config.model_dump(mode="json").items() for key, value in body.items()}
+
+
+CARRIED_OUT_BY = frozenset(
+    f"run.{key}"
+    for key in (
+        "name storage num_workers use_gpu cpus_per_worker checkpoint_every_steps keep_checkpoints max_failures hang_timeout_s "
+        "collective_timeout_s compile channels_last"
+    ).split()
+) | {"data.store_dir"}
+"""Keys that say how a run is carried out, not what it computes: they may change when an interrupted run goes on."""
+
+
+def differences(one: Config, other: Config) -> dict[str, tuple[Any, Any]]:
+    """Dotted keys in which two configurations differ in what they compute, with both values."""
+    left, right = flatten(one), flatten(other)
+    return {key: (left[key], right[key]) for key in left if left[key] != right[key] and key not in CARRIED_OUT_BY}
+
+
+def config_hash(config: Config) -> str:
+    """Eight hex digits that change with anything that changes what a run computes."""
+    plain = {key: value for key, value in flatten(config).items() if key not in CARRIED_OUT_BY}
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def explain(error: ValidationError, model: type[BaseModel]) -> Iterator[str]:
+    """One line per fault of a pydantic validation: key, what was found, what was expected, the remedy."""
+    reported: set[str] = set()
+    for fault in error.errors():
+        location = [str(part) for part in fault["loc"]]
+        key, field = _known_part(location, model)
+        if fault["type"] == "extra_forbidden":
+            known = list(_dotted_keys(model))
+            wanted = ".".join(location)
+            yield f"{wanted}: unknown key{_did_you_mean(wanted, known)}"
+        elif fault["type"] == "value_error" or not key:
+            prefix = f"{key}: " if key else ""
+            yield prefix + str(fault["msg"]).removeprefix("Value error, ")
+        elif key not in reported:
+            found = _at(fault, location, error)
+            meaning = f" ({field})" if field else ""
+            alternatives = [f["msg"] for f in error.errors() if [str(p) for p in f["loc"]][: len(key.split("."))] == key.split(".")]
+            expected = "; or ".join(dict.fromkeys(message.removeprefix("Value error, ") for message in alternatives))
+            yield f"{key}: found {found!r}; {expected}{meaning}"
+        reported.add(key)
+
+
+def _at(fault: Any, location: list[str], error: ValidationError) -> Any:
+    return fault["input"]
+
+
+def _known_part(location: list[str], model: type[BaseModel]) -> tuple[str, str | None]:
+    """The leading part of a pydantic location that names configuration keys, and the description of its field."""
+    known: list[str] = []
+    description = None
+    for part in location:
+        field = model.model_fields.get(part)
+        if field is None:
+            break
+        known.append(part)
+        description = field.description
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            model = field.annotation
+        else:
+            break
+    return ".".join(known), description
+
+
+def _dotted_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _dotted_keys(field.annotation, f"{prefix}{name}.")
+
+
+def _did_you_mean(wanted: str, known: Sequence[str]) -> str:
+    last = wanted.rsplit(".", 1)[-1]
+    same_name = [key for key in known if key.rsplit(".", 1)[-1] == last]
+    near = same_name or difflib.get_close_matches(wanted, known, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror or error}). Give the path of a YAML file to --config.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: is not YAML: {error}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: holds a {type(content).__name__}; expected sections such as 'optim:' with keys below them.")
+    return _numbers_read(content)
+
+
+def _read_scalar(override: str, text: str) -> Any:
+    try:
+        return _numbers_read(yaml.safe_load(text))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{override!r}: the value is not YAML: {error}") from None
+
+
+def _numbers_read(value: Any) -> Any:
+    """YAML 1.1 reads ``1e-3`` as text: read it as the number that everybody means."""
+    if isinstance(value, dict):
+        return {str(key): _numbers_read(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_numbers_read(item) for item in value]
+    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
+        return float(value)
+    return value

@@ -1,0 +1,100 @@
+"""What every command shares at the terminal: standard error for people, exit codes, progress bars, plain when not a terminal."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from rafce_ray.errors import RafceError
+
+console = Console(stderr=True, highlight=False, soft_wrap=True)
+"""Standard error: everything a program says to a person goes here; standard output carries results only."""
+
+
+def say(text: str) -> None:
+    """One line to the person at the terminal."""
+    console.print(text, markup=False)
+
+
+def warn(text: str) -> None:
+    """One line that the person should act on."""
+    console.print(Text.assemble(("warning: ", "bold yellow"), text))
+
+
+def run_main(main: Callable[[list[str]], int], argv: list[str] | None) -> int:
+    """Run a command's body and turn its errors into messages and exit codes: 0 done, 1 failed, 2 usage, 3 a gate said no."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    try:
+        return main(sys.argv[1:] if argv is None else argv)
+    except RafceError as error:
+        console.print(Text.assemble(("error: ", "bold red"), str(error)))
+        return error.exit_code
+    except KeyboardInterrupt:
+        say("stopped.")
+        return 130
+    except BrokenPipeError:
+        # The reader of standard output went away: keep the interpreter from complaining again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def print_json(record: dict[str, Any]) -> None:
+    """One JSON object as one line on standard output; NaN and infinities become null."""
+    sys.stdout.write(to_json(record) + "\n")
+    sys.stdout.flush()
+
+
+def to_json(record: Any) -> str:
+    """JSON without NaN: what is unknown is null."""
+    return json.dumps(finite(record), ensure_ascii=False, allow_nan=False)
+
+
+def finite(value: Any) -> Any:
+    """``value`` with every NaN and infinity in it replaced by None."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return value
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:,.0f}/s")
+
+
+@contextmanager
+def progress_bar(description: str, total: int | None) -> Iterator[Callable[[int], None]]:
+    """A bar with count, rate and time left; yields ``advance(n)``. Where standard error is no terminal: one line at the end of each tenth."""
+    if not console.is_terminal:
+        yield _plain_progress(description, total)
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(description, total=total)
+        yield lambda n: progress.advance(task, n)
+
+
+def _plain_progress(description: str, total: int | None) -> Callable[[int], None]:
+    done = 0
+
+    def advance(n: int) -> None:
+        nonlocal done
+        before, done = done, done + n
+        if total and (before * 10 // total) != (done * 10 // total):
+            say(f"{description}: {done}/{total}")
+
+    return advance

@@ -1,0 +1,162 @@
+"""Epoch order, oversampling and batches. Nothing random is saved: an order comes from (seed, epoch), a step's draws from its seed.
+
+Every worker knows the whole order and every label, so the number of known labels in the global batch, by which losses are
+divided, needs no communication.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rafce_ray.data.dataset import Dataset
+from rafce_ray.errors import UsageError
+
+RESIDENT_SHARE = 0.4
+"""Share of the free device memory that stored images may take to stay on the device."""
+
+
+@dataclass(frozen=True)
+class RawBatch:
+    """One worker's part of a global batch, before augmentation, on the device.
+
+    Shapes: images (B, S, S, 3) uint8; emotion (B,) int64, -1 unknown; action_units (B, A) float32, NaN unknown;
+    votes (B, 6) float32, NaN unknown; the norms are scalars over the global batch of all workers.
+    """
+
+    images: Tensor
+    emotion: Tensor
+    action_units: Tensor
+    votes: Tensor
+    emotion_norm: Tensor
+    au_norm: Tensor
+    votes_norm: Tensor
+
+
+def step_seed(*parts: int) -> int:
+    """A 63-bit seed that mixes all parts, such as (seed, epoch, step, rank)."""
+    return int(np.random.SeedSequence(list(parts)).generate_state(1, np.uint64)[0] >> 1)
+
+
+def epoch_order(indices: np.ndarray, seed: int, epoch: int, sampling_weights: np.ndarray | None = None) -> np.ndarray:
+    """The order of one epoch: a permutation of ``indices``, or as many draws with replacement by ``sampling_weights``."""
+    generator = np.random.default_rng([seed, epoch])
+    if sampling_weights is None:
+        return generator.permutation(indices)
+    return generator.choice(indices, size=len(indices), replace=True, p=sampling_weights / sampling_weights.sum())
+
+
+def balancing_weights(emotion: np.ndarray) -> np.ndarray:
+    """Sampling weights that make every class equally frequent; images without an emotion label weigh as the mean image."""
+    known = emotion >= 0
+    counts = np.bincount(emotion[known])
+    weights = np.ones(len(emotion))
+    weights[known] = known.sum() / (np.count_nonzero(counts) * counts[emotion[known]])
+    return weights
+
+
+class TrainLoader:
+    """Batches of the train split for one of ``num_workers`` workers.
+
+    An epoch uses every image exactly once (oversampling: as many draws), in ``steps_per_epoch`` global batches whose sizes
+    differ by at most one, so that no batch is ragged. Where the stored images fit on the device, they stay there.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        indices: np.ndarray,
+        *,
+        batch_size: int,
+        seed: int,
+        oversample: bool,
+        class_weights: np.ndarray | None,
+        rank: int,
+        num_workers: int,
+        device: torch.device,
+    ) -> None:
+        if len(indices) < 2 * num_workers or batch_size < 2 * num_workers:
+            raise UsageError(
+                f"{len(indices)} train images in batches of {batch_size} leave fewer than 2 a step for each of {num_workers} workers. "
+                "Lower run.num_workers or raise optim.batch_size."
+            )
+        self.steps_per_epoch = max(1, round(len(indices) / batch_size))
+        self._indices = indices
+        self._seed, self._rank, self._num_workers, self._device = seed, rank, num_workers, device
+        targets = dataset.targets
+        self._sampling_weights = balancing_weights(targets.emotion[indices]) if oversample else None
+        self._emotion_weight = _emotion_weights(targets.emotion, class_weights)
+        self._known_aus = (~np.isnan(targets.action_units)).sum(axis=1)
+        self._known_votes = ~np.isnan(targets.votes).any(axis=1)
+        self._emotion = torch.from_numpy(targets.emotion).to(device)
+        self._action_units = torch.from_numpy(targets.action_units).to(device)
+        self._votes = torch.from_numpy(targets.votes).to(device)
+        self._images = ImageSource(dataset, indices, device)
+
+    def batches(self, epoch: int, first_step: int = 0) -> Iterator[RawBatch]:
+        """This worker's batches of an epoch from ``first_step`` on."""
+        order = epoch_order(self._indices, self._seed, epoch, self._sampling_weights)
+        whole = np.array_split(order, self.steps_per_epoch)[first_step:]
+        mine = [batch[self._rank :: self._num_workers] for batch in whole]
+        for batch, part, images in zip(whole, mine, self._images.gather_all(mine), strict=True):
+            at = torch.from_numpy(part).to(self._device)
+            yield RawBatch(
+                images=images,
+                emotion=self._emotion[at],
+                action_units=self._action_units[at],
+                votes=self._votes[at],
+                emotion_norm=self._scalar(self._emotion_weight[batch].sum()),
+                au_norm=self._scalar(self._known_aus[batch].sum()),
+                votes_norm=self._scalar(self._known_votes[batch].sum()),
+            )
+
+    def _scalar(self, value: float) -> Tensor:
+        return torch.tensor(float(value), device=self._device)
+
+
+class ImageSource:
+    """Stored images by index as uint8 tensors on a device: resident there if they fit, else read ahead by one batch."""
+
+    def __init__(self, dataset: Dataset, indices: np.ndarray, device: torch.device) -> None:
+        self._images = dataset.images
+        self._device = device
+        self._resident: Tensor | None = None
+        if device.type == "cuda" and self._bytes(len(indices)) < RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]:
+            self._row = np.full(len(dataset.names), -1, dtype=np.int64)
+            self._row[indices] = np.arange(len(indices))
+            self._resident = torch.from_numpy(self._images.gather(indices)).to(device)
+
+    def gather_all(self, batches: list[np.ndarray]) -> Iterator[Tensor]:
+        """(B, S, S, 3) uint8 on the device for each batch of indices, in order."""
+        if self._resident is not None:
+            for batch in batches:
+                yield self._resident[torch.from_numpy(self._row[batch]).to(self._device)]
+        elif self._device.type == "cpu":
+            for batch in batches:
+                yield torch.from_numpy(self._images.gather(batch))
+        else:
+            with ThreadPoolExecutor(1, thread_name_prefix="images") as reader:
+                ahead = [reader.submit(self._pinned, batch) for batch in batches[:2]]
+                for position in range(len(batches)):
+                    if position + 2 < len(batches):
+                        ahead.append(reader.submit(self._pinned, batches[position + 2]))
+                    yield ahead.pop(0).result().to(self._device, non_blocking=True)
+
+    def _pinned(self, batch: np.ndarray) -> Tensor:
+        return torch.from_numpy(self._images.gather(batch)).pin_memory()
+
+    def _bytes(self, num_images: int) -> int:
+        return num_images * self._images.stored_px**2 * 3
+
+
+def _emotion_weights(emotion: np.ndarray, class_weights: np.ndarray | None) -> np.ndarray:
+    """Per image, the weight of its emotion in the loss; 0 where the emotion is unknown."""
+    known = emotion >= 0
+    if class_weights is None:
+        return known.astype(np.float64)
+    return np.where(known, np.asarray(class_weights, dtype=np.float64)[np.where(known, emotion, 0)], 0.0)

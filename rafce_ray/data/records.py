@@ -1,0 +1,162 @@
+"""The records that reading, auditing and storing labelled faces share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from rafce_ray.storage import Location
+
+SPLITS = ("train", "validation", "test")
+"""Names of the splits; targets hold an index into this tuple."""
+
+SPLIT_NAMES = {
+    "train": "train",
+    "training": "train",
+    "validation": "validation",
+    "val": "validation",
+    "valid": "validation",
+    "dev": "validation",
+    "test": "test",
+    "testing": "test",
+}
+"""Spellings of a split that are read, in lower case."""
+
+NUM_VOTES = 6
+"""Shares in a row of ``distribution.txt``: one a basic emotion, in the order of ``taxonomy.BASIC_EMOTIONS``."""
+
+MAX_EVIDENCE = 1000
+"""Evidence kept per finding; its count tells of the rest."""
+
+LABEL_SCHEMA = pa.schema(
+    [
+        pa.field("name", pa.string()),
+        pa.field("image_path", pa.string()),
+        pa.field("image_bytes", pa.int64()),
+        pa.field("image_mtime_ns", pa.int64()),
+        pa.field("split", pa.string()),
+        pa.field("emotion", pa.string()),
+        pa.field("emotion_line", pa.int32()),
+        pa.field("au_state", pa.string()),
+        pa.field("au_line", pa.int32()),
+        pa.field("au_positive", pa.list_(pa.int16())),
+        pa.field("au_negative", pa.list_(pa.int16())),
+        pa.field("votes", pa.list_(pa.float32(), NUM_VOTES)),
+    ]
+)
+"""One row a labelled image, as read, before any vocabulary is applied.
+
+``image_path`` is relative to the image folder, null where the file is missing. ``emotion`` is the label as written, null
+where there is none. ``au_state`` says how to read the two lists: ``full`` (every action unit not in ``au_positive`` was
+coded absent), ``partial`` (only those in ``au_negative`` were), ``null`` (the label says null), ``missing`` (no label),
+``unreadable`` (a label that cannot be trusted: nothing of it is used).
+"""
+
+Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+"""``console.progress_bar`` or its like: opened with a description and a total, yields ``advance(n)``."""
+
+Level = Literal["info", "warning", "error", "refusal"]
+LEVELS: tuple[Level, ...] = ("info", "warning", "error", "refusal")
+"""How much a finding matters, mildest first; only a refusal keeps data from being trained on."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """One place that shows a finding; ``line`` counts from 1."""
+
+    detail: str
+    file: str | None = None
+    line: int | None = None
+
+    def __str__(self) -> str:
+        if self.file is None:
+            return self.detail
+        return f"{self.file}:{self.line}: {self.detail}" if self.line is not None else f"{self.file}: {self.detail}"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something worth knowing about a dataset: how much it matters, what shows it and what to do about it."""
+
+    level: Level
+    code: str
+    message: str
+    remedy: str = ""
+    count: int = 1
+    evidence: tuple[Evidence, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        evidence = [{"file": item.file, "line": item.line, "detail": item.detail} for item in self.evidence]
+        return {
+            "level": self.level,
+            "code": self.code,
+            "message": self.message,
+            "remedy": self.remedy,
+            "count": self.count,
+            "evidence": evidence,
+        }
+
+
+def evidence_of(items: Iterable[Evidence]) -> tuple[Evidence, ...]:
+    """The first ``MAX_EVIDENCE`` items."""
+    kept = []
+    for item in items:
+        kept.append(item)
+        if len(kept) == MAX_EVIDENCE:
+            break
+    return tuple(kept)
+
+
+@dataclass(frozen=True)
+class Labels:
+    """A dataset's labels as they were read, with everything that was odd about them.
+
+    ``table`` has :data:`LABEL_SCHEMA`. ``au_columns`` are the action units that a table has columns for; None where a
+    label lists what is present and every action unit was coded. ``token_counts`` counts action-unit tokens as written.
+    ``digests`` are sha256 sums of the label files by name.
+    """
+
+    table: pa.Table
+    layout: Literal["rafce", "table"]
+    root: Location
+    image_root: Location
+    emotion_file: str | None
+    au_file: str | None
+    au_columns: tuple[int, ...] | None
+    num_extra_images: int
+    findings: tuple[Finding, ...]
+    token_counts: dict[str, int] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def has_emotions(self) -> bool:
+        """Whether there is an emotion file or column."""
+        return self.emotion_file is not None
+
+    @property
+    def has_action_units(self) -> bool:
+        """Whether there is an action-unit file or column."""
+        return self.au_file is not None
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the model is trained towards, one row an image.
+
+    ``emotion`` (N,) int64: class, -1 unknown. ``action_units`` (N, A) float32: 1 present, 0 absent, NaN unknown.
+    ``null_row`` (N,) bool: the action-unit label says null. ``votes`` (N, 6) float32: share of votes per basic emotion
+    in the order of ``taxonomy.BASIC_EMOTIONS``, NaN unknown. ``split`` (N,) int8: index into ``SPLITS``, -1 none.
+    """
+
+    emotion: npt.NDArray[np.int64]
+    action_units: npt.NDArray[np.float32]
+    null_row: npt.NDArray[np.bool_]
+    votes: npt.NDArray[np.float32]
+    split: npt.NDArray[np.int8]

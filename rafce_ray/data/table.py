@@ -1,0 +1,302 @@
+"""Labels in one CSV or Parquet table: ``name, split, emotion, AU1, AU2, ...`` with 1, 0 or blank (unknown) per action unit."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rafce_ray.data.label_file import decode_text, duplicate_findings, text_findings, unreadable_finding
+from rafce_ray.data.listing import image_columns, match_images
+from rafce_ray.data.records import LABEL_SCHEMA, SPLIT_NAMES, Evidence, Finding, Labels, evidence_of
+from rafce_ray.errors import UsageError
+from rafce_ray.storage import Location
+from rafce_ray.taxonomy import action_unit_code, parse_action_unit_token
+
+TABLE_NAMES = ("labels.csv", "labels.parquet", "labels.tsv")
+"""Files that a folder is searched for."""
+
+TABLE_EXTENSIONS = ("csv", "tsv", "parquet")
+
+_CELLS = {"1": 1, "1.0": 1, "true": 1, "0": 0, "0.0": 0, "false": 0, "": None, "nan": None, "na": None}
+_AU_COLUMN = re.compile(r"^A[UD]_?[LRTB]{0,2}\d{1,2}$", re.IGNORECASE)
+_WHOLE_NUMBER = re.compile(r"^\d+\.0+$")
+_CHUNK = 4096
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """Positions of the columns that are read; ``action_units`` maps a number to its position."""
+
+    name: int
+    split: int | None
+    emotion: int | None
+    action_units: dict[int, int]
+    ignored: tuple[str, ...]
+
+
+@dataclass
+class _Rows:
+    """Rows read so far, flushed to arrow as they come, and what was odd about them."""
+
+    batches: list[pa.RecordBatch] = field(default_factory=list)
+    pending: list[tuple[Any, ...]] = field(default_factory=list)
+    malformed: list[Evidence] = field(default_factory=list)
+    unreadable: list[Evidence] = field(default_factory=list)
+    unknown_splits: list[Evidence] = field(default_factory=list)
+    without_split: list[Evidence] = field(default_factory=list)
+
+
+_READ_SCHEMA = pa.schema(
+    [LABEL_SCHEMA.field(name) for name in ("name", "split", "emotion", "au_state", "au_positive", "au_negative")]
+    + [pa.field("line", pa.int32())]
+)
+
+
+def find_table(root: Location) -> Location | None:
+    """The label table: the place itself, or ``labels.csv``, ``labels.parquet`` or ``labels.tsv`` in the folder.
+
+    Raises:
+        UsageError: the folder holds more than one.
+    """
+    if root.name.rpartition(".")[2].lower() in TABLE_EXTENSIONS and root.exists() and not root.is_dir():
+        return root
+    found = [root / name for name in TABLE_NAMES if (root / name).exists()]
+    if len(found) > 1:
+        raise UsageError(f"{root}: {' and '.join(table.name for table in found)} are both there. Give the one to read as data.root.")
+    return found[0] if found else None
+
+
+def read(table: Location, images: str | None) -> Labels:
+    """Labels of a CSV, TSV or Parquet table; images lie beside it, in ``images/`` or ``aligned/`` there, or in ``images``.
+
+    Raises:
+        UsageError: a needed column is missing or doubled, or the file cannot be read.
+    """
+    raw = table.read_bytes()
+    findings: list[Finding] = []
+    if table.name.lower().endswith(".parquet"):
+        header, records = _read_parquet(raw, table)
+    else:
+        findings += text_findings(raw, table.name)
+        header, records = _read_csv(raw, table)
+    columns = _find_columns(header, table)
+    rows = _read_rows(records, columns, len(header), table.name)
+    read_table = pa.Table.from_batches(rows.batches, _READ_SCHEMA).combine_chunks()
+    findings += _row_findings(rows, columns, table.name)
+    labels, duplicates = _without_duplicates(read_table, table.name)
+    folder = Location(table.filesystem, table.path.rpartition("/")[0], table.uri.partition("?")[0].rpartition("/")[0])
+    names = labels["name"].combine_chunks()
+    matched = match_images(names, folder, images)
+    columns_read = {name: labels[name] for name in labels.column_names if name != "line"}
+    has_au = bool(columns.action_units)
+    columns_read |= {
+        "emotion_line": labels["line"] if columns.emotion is not None else pa.nulls(len(names), pa.int32()),
+        "au_line": labels["line"] if has_au else pa.nulls(len(names), pa.int32()),
+        "votes": pa.nulls(len(names), LABEL_SCHEMA.field("votes").type),
+        **image_columns(matched.listing.table, matched.index),
+    }
+    return Labels(
+        table=pa.table([columns_read[name] for name in LABEL_SCHEMA.names], schema=LABEL_SCHEMA),
+        layout="table",
+        root=folder,
+        image_root=matched.listing.folder,
+        emotion_file=table.name if columns.emotion is not None else None,
+        au_file=table.name if has_au else None,
+        au_columns=tuple(sorted(columns.action_units)) if has_au else None,
+        num_extra_images=matched.num_extras,
+        findings=(*findings, *duplicates, *matched.findings),
+        token_counts=_token_counts(labels),
+        digests={table.name: hashlib.sha256(raw).hexdigest()},
+    )
+
+
+def _read_csv(raw: bytes, table: Location) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
+    text = decode_text(raw, table)
+    first = text.partition("\n")[0]
+    delimiter = max((",", ";", "\t"), key=first.count)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    header = next(reader, None)
+    if not header:
+        raise UsageError(f"{table}: is empty. Expected a header line such as 'name,split,emotion,AU1,AU2'.")
+    return header, ((reader.line_num, row) for row in reader if row)
+
+
+def _read_parquet(raw: bytes, table: Location) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
+    try:
+        file = pq.ParquetFile(pa.BufferReader(raw))
+    except pa.ArrowInvalid as error:
+        raise UsageError(f"{table}: is no Parquet file: {error}. Write it anew, or give a CSV table.") from error
+    return list(file.schema_arrow.names), _parquet_rows(file)
+
+
+def _parquet_rows(file: pq.ParquetFile) -> Iterator[tuple[int, list[str]]]:
+    line = 0
+    for batch in file.iter_batches(batch_size=_CHUNK):
+        for row in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+            line += 1
+            yield line, [_cell_text(cell) for cell in row]
+
+
+def _cell_text(cell: Any) -> str:
+    if cell is None or (isinstance(cell, float) and math.isnan(cell)):
+        return ""
+    return str(cell)
+
+
+def _find_columns(header: list[str], table: Location) -> _Columns:
+    positions: dict[str, int] = {}
+    action_units: dict[int, int] = {}
+    ignored = []
+    for position, title in enumerate(header):
+        key = title.strip().lower()
+        number = parse_action_unit_token(key.replace("_", "")) if _AU_COLUMN.match(key) else None
+        doubled = number in action_units if number is not None else key in positions
+        if doubled and (number is not None or key in ("name", "split", "emotion")):
+            raise UsageError(f"{table}:1: two columns are named {title.strip()!r} or mean the same. Keep one.")
+        if number is not None:
+            action_units[number] = position
+        elif key in ("name", "split", "emotion"):
+            positions[key] = position
+        else:
+            ignored.append(title.strip())
+    if "name" not in positions:
+        raise UsageError(f"{table}:1: no column 'name' among {header}. It holds the image file names.")
+    if "emotion" not in positions and not action_units:
+        raise UsageError(f"{table}:1: neither a column 'emotion' nor AU columns such as 'AU12' among {header}. Nothing can be trained.")
+    return _Columns(positions["name"], positions.get("split"), positions.get("emotion"), action_units, tuple(ignored))
+
+
+def _read_rows(records: Iterator[tuple[int, list[str]]], columns: _Columns, width: int, file: str) -> _Rows:
+    rows = _Rows()
+    for line, cells in records:
+        name = cells[columns.name].strip() if len(cells) > columns.name else ""
+        if len(cells) != width or not name or "\N{REPLACEMENT CHARACTER}" in name:
+            rows.malformed.append(Evidence(f"{len(cells)} cells ({', '.join(cells)[:60]}): expected {width} with a name", file, line))
+            continue
+        split = _read_split(cells, columns, Evidence(name, file, line), rows)
+        emotion = cells[columns.emotion].strip() if columns.emotion is not None else ""
+        if _WHOLE_NUMBER.match(emotion):
+            emotion = emotion.partition(".")[0]
+        state, positive, negative, fault = _read_action_units(cells, columns)
+        if fault is not None:
+            rows.unreadable.append(Evidence(f"{name}: {fault}", file, line))
+        rows.pending.append((name, split, emotion or None, state, positive, negative, line))
+        if len(rows.pending) == _CHUNK:
+            _flush(rows)
+    _flush(rows)
+    return rows
+
+
+def _flush(rows: _Rows) -> None:
+    columns = list(zip(*rows.pending, strict=True)) if rows.pending else [[] for _ in _READ_SCHEMA]
+    arrays = [pa.array(column, kind) for column, kind in zip(columns, _READ_SCHEMA.types, strict=True)]
+    rows.batches.append(pa.record_batch(arrays, schema=_READ_SCHEMA))
+    rows.pending.clear()
+
+
+def _read_split(cells: list[str], columns: _Columns, at: Evidence, rows: _Rows) -> str | None:
+    text = cells[columns.split].strip() if columns.split is not None else ""
+    split = SPLIT_NAMES.get(text.lower())
+    if split is None and text:
+        rows.unknown_splits.append(Evidence(f"{at.detail}: {text!r}", at.file, at.line))
+    elif split is None and columns.split is not None:
+        rows.without_split.append(at)
+    return split
+
+
+def _read_action_units(cells: list[str], columns: _Columns) -> tuple[str, list[int], list[int], str | None]:
+    positive, negative = [], []
+    for number, position in columns.action_units.items():
+        cell = cells[position].strip()
+        value = _CELLS.get(cell, -1)
+        if value == -1:
+            value = _CELLS.get(cell.lower(), -1)
+        if value == -1:
+            return "unreadable", [], [], f"unreadable {cell[:40]!r} for {action_unit_code(number)}"
+        if value is not None:
+            (positive if value else negative).append(number)
+    return ("partial" if positive or negative else "missing"), positive, negative, None
+
+
+def _row_findings(rows: _Rows, columns: _Columns, file: str) -> list[Finding]:
+    findings = []
+    if columns.ignored:
+        message = f"{file}: {len(columns.ignored)} columns are not labels and are not read: {', '.join(columns.ignored)}"
+        findings.append(Finding("info", "ignored_columns", message, "", len(columns.ignored)))
+    if rows.malformed:
+        message = f"{file}: {len(rows.malformed)} rows do not fit the header or have no name, and are not used"
+        remedy = "Give every row as many cells as the header."
+        findings.append(Finding("warning", "malformed_lines", message, remedy, len(rows.malformed), evidence_of(rows.malformed)))
+    if rows.unreadable:
+        findings.append(unreadable_finding(file, len(rows.unreadable), evidence_of(rows.unreadable)))
+    if columns.split is None:
+        findings.append(Finding("error", "no_split_column", f"{file}: no column 'split'", "Add one with train, validation and test."))
+    if rows.unknown_splits:
+        message = f"{file}: {len(rows.unknown_splits)} rows name an unknown split and are in none"
+        remedy = "Use train, validation (or val, valid, dev) and test; numbers are read only in RAF-CE's layout."
+        count = len(rows.unknown_splits)
+        findings.append(Finding("error", "unknown_partitions", message, remedy, count, evidence_of(rows.unknown_splits)))
+    if rows.without_split:
+        message = f"{file}: {len(rows.without_split)} rows have a blank split and are not used"
+        count = len(rows.without_split)
+        findings.append(
+            Finding("warning", "rows_without_split", message, "Fill in their split.", count, evidence_of(rows.without_split))
+        )
+    return findings
+
+
+def _without_duplicates(table: pa.Table, file: str) -> tuple[pa.Table, list[Finding]]:
+    """One row a name; where rows of a name disagree on a label, that label becomes unknown."""
+    codes = np.asarray(table["name"].combine_chunks().dictionary_encode().indices)
+    _, first, inverse, counts = np.unique(codes, return_index=True, return_inverse=True, return_counts=True)
+    if len(first) == len(codes):
+        return table, []
+    identical, conflicting = [], []
+    disagree = {name: np.zeros(len(first), bool) for name in ("split", "emotion", "au_state")}
+    for rows in np.split(np.argsort(inverse, kind="stable"), np.cumsum(counts)[:-1]):
+        if len(rows) == 1:
+            continue
+        said = table.take(pa.array(rows)).to_pylist()
+        different = [name for name in said[0] if name != "line" and any(row[name] != said[0][name] for row in said)]
+        lines = ", ".join(str(row["line"]) for row in said)
+        evidence = Evidence(f"{said[0]['name']} on lines {lines}", file, said[1]["line"])
+        if not different:
+            identical.append(evidence)
+            continue
+        conflicting.append(Evidence(f"{evidence.detail}: {', '.join(different)} differ", file, evidence.line))
+        for name in different:
+            disagree["au_state" if name.startswith("au_") else name][inverse[rows[0]]] = True
+    kept = table.take(pa.array(first))
+    kept = _masked(kept, disagree)
+    return kept, duplicate_findings(identical, conflicting, file)
+
+
+def _masked(table: pa.Table, disagree: dict[str, npt.NDArray[np.bool_]]) -> pa.Table:
+    for name in ("split", "emotion"):
+        values = table[name].combine_chunks()
+        taken = values.take(pa.array(np.arange(len(values)), mask=disagree[name]))
+        table = table.set_column(table.schema.get_field_index(name), name, taken)
+    states = np.where(disagree["au_state"], "unreadable", np.asarray(table["au_state"].combine_chunks().to_numpy(zero_copy_only=False)))
+    table = table.set_column(table.schema.get_field_index("au_state"), "au_state", pa.array(states, pa.string()))
+    empty = pa.array([[]], pa.list_(pa.int16()))
+    for name in ("au_positive", "au_negative"):
+        values = pa.concat_arrays([table[name].combine_chunks(), empty])
+        rows = np.where(disagree["au_state"], len(values) - 1, np.arange(len(values) - 1))
+        table = table.set_column(table.schema.get_field_index(name), name, values.take(pa.array(rows)))
+    return table
+
+
+def _token_counts(table: pa.Table) -> dict[str, int]:
+    counts = np.bincount(np.asarray(table["au_positive"].combine_chunks().flatten()))
+    return {action_unit_code(number): int(count) for number, count in enumerate(counts) if count}

@@ -1,0 +1,318 @@
+"""The one epoch loop, as ordinary PyTorch, for every way of running it; it meets the outside through a small ``Session``.
+
+A resume needs only (epoch, step): every order and every random draw comes from (seed, epoch, step, rank). On a CPU an
+interrupted run and an undisturbed one therefore end with the same weights, bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from rafce_ray.bundle import load_bundle, save_bundle
+from rafce_ray.checkpoint import Checkpoint, best_valid, clear_scratch, list_checkpoints, local_bundle, newest_valid, prune
+from rafce_ray.data.loader import step_seed
+from rafce_ray.evaluate import evaluate_bundle
+from rafce_ray.hardware import describe_hardware
+from rafce_ray.metrics import Counts, count_batch, summarise
+from rafce_ray.optim import learning_rate
+from rafce_ray.preprocess import preprocess
+from rafce_ray.session import Job, Session
+from rafce_ray.training import NUM_LOSS_SUMS, Training, resolve_monitor, score_of
+
+PROGRESS_EVERY_S = 1.0
+EVALUATION_BATCH = 128
+
+
+def fit(job: Job, session: Session) -> dict[str, Any] | None:
+    """Train until the epochs or the patience are spent, from the newest valid checkpoint if there is one.
+
+    Returns the run's result (status, bundle, best_epoch, weights_sha256, metrics) on rank 0, None on the others.
+
+    Raises:
+        GateError: the data has nothing to train or to choose the best epoch by.
+    """
+    training = Training(job, session)
+    config, folder = training.config, training.folder
+    monitor, remark = resolve_monitor(config, training.dataset)
+    _announce(training, remark)
+    _resume(training)
+    if config.run.compile:
+        training.model.compile()
+    wrapped = session.wrap(training.objective)
+
+    status = "finished"
+    while training.progress.epoch < config.optim.epochs:
+        if training.progress.epochs_without_improvement >= config.optim.patience:
+            status = "stopped_early"
+            break
+        record = _train_epoch(training, wrapped)
+        if not all(math.isfinite(value) for value in record["train"].values()):
+            status = "diverged"
+            break
+        record["validation"] = _evaluate(training, "validation", training.splits.validation)
+        record["train_natural"] = _evaluate(training, "gap", training.splits.gap)
+        record["gap"] = _gap(record["train_natural"], record["validation"])
+        score = score_of(record["validation"], monitor)
+        _advance(training, score)
+        record |= {"best_epoch": training.progress.best_epoch, "elapsed_s": training.progress.elapsed_s}
+        if session.rank == 0:
+            # Metrics first: a kill in between repeats the epoch from the checkpoint before, and its record is replaced.
+            earlier = [one for one in folder.metrics() if one["epoch"] < record["epoch"]]
+            folder.write_metrics([*earlier, record])
+            training.save(record["validation"], score if math.isfinite(score) else None)
+            prune(folder.checkpoints, config.run.keep_checkpoints)
+        session.report(_flat(record))
+    return _finish(training, status, monitor) if session.rank == 0 else None
+
+
+def _announce(training: Training, remark: str | None) -> None:
+    session = training.session
+    if session.rank != 0:
+        return
+    clear_scratch(training.folder.checkpoints)
+    weights = training.weights_report
+    training.folder.add_event(
+        "started",
+        message=f"{session.num_workers} worker(s) on {session.device.type}, {training.precision}; backbone weights: {weights.summary}",
+        precision=training.precision,
+        hardware=describe_hardware(session.device),
+    )
+    if remark is not None:
+        training.folder.add_event("warning", message=remark)
+
+
+def _resume(training: Training) -> None:
+    """Go on from the newest checkpoint that holds; every worker takes the one that rank 0 chose."""
+    session, folder = training.session, training.folder
+    chosen = None
+    if session.rank == 0:
+        checkpoint, invalid = newest_valid(folder.checkpoints)
+        for one in invalid:
+            folder.add_event("invalid_checkpoint", message=f"checkpoint {one.name} cannot be used: {one.reason}", checkpoint=one.name)
+        chosen = None if checkpoint is None else checkpoint.name
+        if checkpoint is not None:
+            done = f"after {checkpoint.epoch} epochs" + (f" and {checkpoint.step} steps" if checkpoint.step else "")
+            folder.add_event("resumed", message=f"going on from checkpoint {checkpoint.name}, {done}", checkpoint=checkpoint.name)
+        elif invalid:
+            folder.add_event("warning", message="no checkpoint can be used: starting again from the first epoch")
+    chosen = session.broadcast(chosen)
+    if chosen is not None:
+        found, _ = list_checkpoints(folder.checkpoints)
+        training.restore(next(one for one in found if one.name == chosen))
+
+
+def _train_epoch(training: Training, wrapped: nn.Module) -> dict[str, Any]:
+    """One epoch, or what is left of it; returns its record with the losses as means over its steps."""
+    config, progress, session, loader = training.config, training.progress, training.session, training.loader
+    epoch, steps = progress.epoch, loader.steps_per_epoch
+    au_weight = training.au_weight(epoch)
+    sums = torch.tensor(progress.loss_sums, dtype=torch.float64, device=session.device)
+    parameters = [parameter for parameter in training.objective.parameters() if parameter.requires_grad]
+    clock = _Clock(training)
+    wrapped.train()
+    for raw in loader.batches(epoch, progress.step):
+        torch.manual_seed(step_seed(config.run.seed, epoch, progress.step, session.rank))
+        lr = _learning_rate(training, epoch * steps + progress.step)
+        batch = training.prepare(raw)
+        clock.data_ready()
+        with _autocast(training):
+            losses, _ = wrapped(batch, au_weight)
+        training.optimizer.zero_grad(set_to_none=True)
+        losses.total.backward()
+        norm = nn.utils.clip_grad_norm_(parameters, config.optim.grad_clip or math.inf)
+        training.optimizer.step()
+        if training.ema is not None:
+            training.ema.update_parameters(training.model)
+        total = losses.total.detach() / session.num_workers
+        sums += torch.stack([total, losses.emotion.detach(), losses.action_units.detach(), norm / session.num_workers]).double()
+        progress.step += 1
+        session.alive()
+        clock.step_done(len(raw.images))
+        every = config.run.checkpoint_every_steps
+        if every and progress.step % every == 0 and progress.step < steps:
+            sums = _checkpoint_inside_epoch(training, sums, clock)
+    session.share_buffers(training.evaluated_model)
+    total, emotion, action_units, norm = (session.sum(sums) / steps).tolist()
+    progress.elapsed_s += clock.elapsed_s()
+    return {
+        "epoch": epoch + 1,
+        "lr": lr,
+        "au_weight": au_weight,
+        "train": {"loss": total, "emotion_loss": emotion, "au_loss": action_units, "grad_norm": norm},
+        "images_per_s": clock.images_per_s(),
+        "data_wait": clock.data_share(),
+    }
+
+
+def _checkpoint_inside_epoch(training: Training, sums: torch.Tensor, clock: _Clock) -> torch.Tensor:
+    """Save in mid-epoch. The loss sums of all workers move to rank 0, in a resumed run as in this one."""
+    session = training.session
+    everywhere = session.sum(sums)
+    if session.rank == 0:
+        training.progress.loss_sums = everywhere.tolist()
+        before = training.progress.elapsed_s
+        training.progress.elapsed_s = before + clock.elapsed_s()
+        records = training.folder.metrics()
+        training.save(records[-1]["validation"] if records else {}, None)
+        training.progress.elapsed_s = before
+        prune(training.folder.checkpoints, training.config.run.keep_checkpoints)
+        return everywhere.to(sums.device)
+    return torch.zeros_like(sums)
+
+
+def _learning_rate(training: Training, step: int) -> float:
+    """Set and return the learning rate of a step, counted from the start of the run."""
+    optim, steps = training.config.optim, training.loader.steps_per_epoch
+    rate = learning_rate(
+        step,
+        total_steps=optim.epochs * steps,
+        warmup_steps=round(min(optim.warmup_epochs, optim.epochs / 2) * steps),
+        lr=optim.lr,
+        schedule=optim.schedule,
+    )
+    for group in training.optimizer.param_groups:
+        group["lr"] = rate
+    return rate
+
+
+def _autocast(training: Training) -> AbstractContextManager[Any]:
+    if training.precision == "bf16":
+        return torch.autocast(training.session.device.type, dtype=torch.bfloat16)
+    return nullcontext()
+
+
+def _evaluate(training: Training, split: str, indices: np.ndarray) -> dict[str, Any]:
+    """Figures of a split in evaluation mode on natural images: counts of all workers are summed, then divided once."""
+    session, targets = training.session, training.dataset.targets
+    mine = indices[session.rank :: session.num_workers]
+    batches = [mine[start : start + EVALUATION_BATCH] for start in range(0, len(mine), EVALUATION_BATCH)]
+    model = training.evaluated_model
+    model.eval()
+    counts = Counts.zero(training.job.taxonomy)
+    with torch.inference_mode(), _autocast(training):
+        for batch, images in zip(batches, training.images_of(split, indices).gather_all(batches), strict=True):
+            logits = model(training.in_memory_format(preprocess(images, training.preprocessing)))
+            counts += count_batch(logits, torch.from_numpy(targets.emotion[batch]), torch.from_numpy(targets.action_units[batch]))
+            session.alive()
+    counts = Counts.from_vector(session.sum(counts.to_vector()), training.job.taxonomy)
+    return summarise(counts, training.job.taxonomy)
+
+
+def _gap(train: dict[str, Any], validation: dict[str, Any]) -> dict[str, float]:
+    """Train minus validation of each headline figure, both in evaluation mode on natural images."""
+    names = ("accuracy", "macro_f1", "macro_f1_supported", "au_f1_mean")
+    return {name: train[name] - validation[name] for name in names}
+
+
+def _advance(training: Training, score: float) -> None:
+    """Close an epoch: count it, and the epochs since the best one. An undefined score is no improvement."""
+    progress = training.progress
+    progress.epoch, progress.step, progress.loss_sums = progress.epoch + 1, 0, [0.0] * NUM_LOSS_SUMS
+    if math.isfinite(score) and (progress.best_score is None or score > progress.best_score):
+        progress.best_score, progress.best_epoch, progress.epochs_without_improvement = score, progress.epoch, 0
+    else:
+        progress.epochs_without_improvement += 1
+
+
+def _finish(training: Training, status: str, monitor: str) -> dict[str, Any]:
+    """Write the bundle of the best epoch, measured as ``rafce evaluate`` measures it, and the run's result; rank 0 only."""
+    folder, progress = training.folder, training.progress
+    best, invalid = best_valid(folder.checkpoints)
+    for one in invalid:
+        folder.add_event("invalid_checkpoint", message=f"checkpoint {one.name} cannot be used: {one.reason}", checkpoint=one.name)
+    result: dict[str, Any] = {
+        "status": status,
+        "run_dir": str(folder.location),
+        "bundle": None,
+        "best_epoch": None,
+        "weights_sha256": None,
+        "metrics": {},
+        "monitor": monitor,
+        "epochs": progress.epoch,
+        "elapsed_s": progress.elapsed_s,
+    }
+    if best is not None:
+        sha256, metrics = _write_bundle(training, best)
+        result |= {"bundle": str(folder.bundle), "best_epoch": best.epoch, "weights_sha256": sha256, "metrics": metrics}
+    folder.write_result(result)
+    folder.add_event(status, message=f"{status.replace('_', ' ')} after {progress.epoch} epochs; best epoch: {result['best_epoch']}")
+    return result
+
+
+def _write_bundle(training: Training, best: Checkpoint) -> tuple[str, dict[str, Any]]:
+    from tempfile import TemporaryDirectory
+    from pathlib import Path
+
+    folder = training.folder
+    with local_bundle(best) as source, TemporaryDirectory() as scratch:
+        bundle = load_bundle(source)
+        metrics = evaluate_bundle(bundle, training.dataset, "validation", device=training.session.device)
+        sha256 = save_bundle(
+            Path(scratch) / "bundle",
+            model=bundle.model,
+            architecture=bundle.architecture,
+            taxonomy=bundle.taxonomy,
+            preprocessing=bundle.preprocessing,
+            calibration=bundle.calibration,
+            metrics=metrics,
+            provenance=bundle.provenance | {"best_epoch": best.epoch},
+        )
+        folder.bundle.delete()
+        folder.bundle.upload(Path(scratch) / "bundle")
+    return sha256, metrics
+
+
+def _flat(record: dict[str, Any]) -> dict[str, float | None]:
+    """The scalars of an epoch record as ``validation/macro_f1``: plain numbers, None where undefined, as Ray wants them."""
+    flat: dict[str, float | None] = {}
+    for key, value in record.items():
+        scalars = {f"{key}/{name}": item for name, item in value.items()} if isinstance(value, dict) else {key: value}
+        for name, item in scalars.items():
+            if isinstance(item, int | float):
+                flat[name] = item if math.isfinite(item) else None
+    return flat
+
+
+class _Clock:
+    """Times an epoch and shows rank 0's progress about once a second."""
+
+    def __init__(self, training: Training) -> None:
+        self._training = training
+        self._start = self._mark = self._shown = time.perf_counter()
+        self._data_s = 0.0
+        self._images = 0
+
+    def data_ready(self) -> None:
+        self._data_s += time.perf_counter() - self._mark
+
+    def step_done(self, num_images: int) -> None:
+        self._images += num_images * self._training.session.num_workers
+        self._mark = time.perf_counter()
+        if self._training.session.rank == 0 and self._mark - self._shown >= PROGRESS_EVERY_S:
+            self._shown = self._mark
+            progress, steps = self._training.progress, self._training.loader.steps_per_epoch
+            self._training.folder.write_progress(
+                {
+                    "epoch": progress.epoch + 1,
+                    "step": progress.step,
+                    "steps": steps,
+                    "images_per_s": self.images_per_s(),
+                    "elapsed_s": progress.elapsed_s + self.elapsed_s(),
+                }
+            )
+
+    def elapsed_s(self) -> float:
+        return time.perf_counter() - self._start
+
+    def images_per_s(self) -> float:
+        return self._images / max(self.elapsed_s(), 1e-9)
+
+    def data_share(self) -> float:
+        return self._data_s / max(self.elapsed_s(), 1e-9)

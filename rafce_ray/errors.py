@@ -1,0 +1,19 @@
+"""Errors that are a user's to mend; each names what was found, what was expected, where, and the remedy."""
+
+
+class RafceError(Exception):
+    """The work failed for a reason that the message explains; programs exit with 1."""
+
+    exit_code = 1
+
+
+class UsageError(RafceError, ValueError):
+    """A command line, configuration or argument cannot be meant as it stands; programs exit with 2."""
+
+    exit_code = 2
+
+
+class GateError(RafceError):
+    """A check said no (data that may not be trained on, for example); programs exit with 3."""
+
+    exit_code = 3

@@ -1,0 +1,63 @@
+"""What the machine can do: the device, bf16, and what of it goes into a run's provenance."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def choose_device(wanted: str = "auto") -> torch.device:
+    """``auto`` is CUDA where there is one, else the CPU."""
+    if wanted == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(wanted)
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether bf16 matrix arithmetic is in the hardware: Ampere and later GPUs, CPUs with AVX-512 BF16 or AMX."""
+    if device.type == "cuda":
+        return bool(torch.cuda.get_device_capability(device) >= (8, 0))
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+
+
+def resolve_precision(wanted: str, device: torch.device) -> str:
+    """``fp32`` or ``bf16``; ``auto`` is bf16 where the hardware has it."""
+    if wanted == "auto":
+        return "bf16" if has_fast_bf16(device) else "fp32"
+    return wanted
+
+
+def describe_hardware(device: torch.device) -> dict[str, Any]:
+    """Name of the processor or GPU, and what numbers may depend on."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(torch.cpu.get_capabilities().get("cpu_name"))
+    return {"device": device.type, "name": name, "threads": torch.get_num_threads()}
+
+
+def describe_software() -> dict[str, Any]:
+    """Versions that numbers may depend on, and the git commit of the code where it is a checkout."""
+    versions = {}
+    for package in ("rafce_ray", "torch", "torchvision", "numpy", "pyarrow", "kornia", "opencv-python-headless", "pillow", "ray"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return {"python": platform.python_version(), "platform": platform.platform(), **versions, "git_commit": _git_commit()}
+
+
+def _git_commit() -> str:
+    folder = Path(__file__).parent
+    try:
+        commit = _git(folder, "rev-parse", "HEAD")
+        return commit + ("-dirty" if _git(folder, "status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "not a git checkout"
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=folder, check=True, capture_output=True, text=True).stdout.strip()

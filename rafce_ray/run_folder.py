@@ -1,0 +1,122 @@
+"""What a run leaves behind: ``config.yaml``, ``provenance.json``, ``metrics.jsonl``, ``events.jsonl``, checkpoints, ``result.json``, ``bundle/``."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import yaml
+
+from rafce_ray.config import Config, build_config, to_yaml
+from rafce_ray.console import to_json
+from rafce_ray.storage import Location, locate
+
+METRICS_FILE = "metrics.jsonl"
+EVENTS_FILE = "events.jsonl"
+PROGRESS_FILE = "progress.json"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run's folder, by path or URI. Only rank 0 of a run writes to it; anyone may read."""
+
+    place: str
+
+    @cached_property
+    def location(self) -> Location:
+        """Where the folder is."""
+        return locate(self.place)
+
+    @property
+    def checkpoints(self) -> Location:
+        """Folder of checkpoints."""
+        return self.location / "checkpoints"
+
+    @property
+    def bundle(self) -> Location:
+        """The finished run's bundle: its best epoch."""
+        return self.location / "bundle"
+
+    def exists(self) -> bool:
+        """Whether a run was started here."""
+        return (self.location / "config.yaml").exists()
+
+    def start(self, config: Config, provenance: dict[str, Any]) -> None:
+        """Write down what this run is, before any work."""
+        (self.location / "config.yaml").write_bytes(to_yaml(config).encode())
+        (self.location / "provenance.json").write_bytes(_pretty(provenance))
+
+    def config(self) -> Config:
+        """The stored configuration."""
+        return build_config(yaml.safe_load((self.location / "config.yaml").read_bytes()))
+
+    def provenance(self) -> dict[str, Any]:
+        """Where the run came from: data fingerprint, configuration, versions, commit, seed."""
+        return dict(json.loads((self.location / "provenance.json").read_bytes()))
+
+    def result(self) -> dict[str, Any] | None:
+        """The finished run's result; None while it has none."""
+        file = self.location / "result.json"
+        return dict(json.loads(file.read_bytes())) if file.exists() else None
+
+    def write_result(self, result: dict[str, Any]) -> None:
+        """Mark the run as ended."""
+        (self.location / "result.json").write_bytes(_pretty(result))
+
+    def reopen(self) -> None:
+        """Take a finished run's result and bundle away, so that it may go on; its checkpoints and metrics stay."""
+        (self.location / "result.json").delete()
+        self.bundle.delete()
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """One record an epoch, in order."""
+        return _read_lines(self.location / METRICS_FILE)
+
+    def write_metrics(self, records: list[dict[str, Any]]) -> None:
+        """Replace the epoch records (a resume drops those after its checkpoint)."""
+        (self.location / METRICS_FILE).write_bytes("".join(to_json(record) + "\n" for record in records).encode())
+
+    def events(self) -> list[dict[str, Any]]:
+        """What happened, in order: started, resumed, invalid checkpoints, warnings, finished."""
+        return _read_lines(self.location / EVENTS_FILE)
+
+    def add_event(self, kind: str, **details: Any) -> None:
+        """Append one event; ``message`` in ``details`` is what a person is told."""
+        line = to_json({"time": round(time.time(), 3), "run": self.location.name, "event": kind, **details}) + "\n"
+        file = self.location / EVENTS_FILE
+        local = file.local
+        if local is None:
+            file.write_bytes((file.read_bytes() if file.exists() else b"") + line.encode())
+            return
+        local.parent.mkdir(parents=True, exist_ok=True)
+        with local.open("a", encoding="utf-8") as stream:
+            stream.write(line)
+
+    def write_progress(self, progress: dict[str, Any]) -> None:
+        """Where the run is inside its epoch, for whoever watches."""
+        (self.location / PROGRESS_FILE).write_bytes(to_json(progress).encode())
+
+    def progress(self) -> dict[str, Any]:
+        """The last progress written; empty before the first."""
+        file = self.location / PROGRESS_FILE
+        return dict(json.loads(file.read_bytes())) if file.exists() else {}
+
+
+def _pretty(record: dict[str, Any]) -> bytes:
+    return (json.dumps(json.loads(to_json(record)), indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _read_lines(file: Location) -> list[dict[str, Any]]:
+    """The JSON lines of a file; a last line cut short by a kill is left out."""
+    if not file.exists():
+        return []
+    records = []
+    for line in file.read_bytes().decode().splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records

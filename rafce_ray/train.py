@@ -1,0 +1,265 @@
+"""``rafce train``: one run, from a folder of labelled faces to a bundle, on Ray Train."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import re
+import shlex
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rafce_ray.config import Config, build_config, config_hash, differences, load_config, recipe_names, to_yaml
+from rafce_ray.console import print_json, progress_bar, run_main, say, warn
+from rafce_ray.data.dataset import Prepared, prepare
+from rafce_ray.errors import RafceError, UsageError
+from rafce_ray.hardware import describe_software
+from rafce_ray.run_folder import RunFolder
+from rafce_ray.session import Job
+from rafce_ray.storage import locate
+from rafce_ray.watch import RunWatch, duration
+
+if TYPE_CHECKING:
+    import ray.train
+
+HEALTH_CHECK_INTERVAL_S = 0.2
+"""Each ``train.report`` waits for one poll of Ray's controller: 2 s by default, measured."""
+
+
+def launch(config: Config, *, resume: bool = False) -> dict[str, Any]:
+    """Train on Ray and return the run's result; the same call again continues an interrupted run.
+
+    Raises:
+        GateError: the data may not be trained on.
+        UsageError: the run's name is taken by a finished run, or by one with another configuration.
+        RafceError: training failed; its checkpoints stay and the same call goes on from them.
+    """
+    with progress_bar("decoding images", None) as advance:
+        prepared = prepare(config.data, progress=advance)
+    config = _named(config)
+    folder = RunFolder(str(locate(config.run.storage) / str(config.run.name)))
+    _claim(folder, config, prepared, resume=resume)
+    job = Job(config, str(prepared.store), prepared.taxonomy, folder.place, _provenance(config, prepared))
+    if not folder.exists() or resume:
+        folder.start(config, job.provenance)
+    with ray_cluster(config) as num_cpus_and_gpus:
+        outcome = _fit(job, *num_cpus_and_gpus)
+    if outcome is None:
+        raise RafceError(f"training ended without a result; look at {folder.location / 'events.jsonl'}, then give the same command again.")
+    if "error" in outcome:
+        raise _error_of(outcome)
+    return outcome
+
+
+def _fit(job: Job, num_cpus: float, num_gpus: float) -> dict[str, Any] | None:
+    # Ray reads its environment when it is imported: ray_cluster has set it by now.
+    from ray.train import FailureConfig, LoggingConfig, RunConfig, TrainingFailedError
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from rafce_ray.worker import train_worker
+
+    run, folder = job.config.run, RunFolder(job.run_dir)
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config=job.to_plain(),
+        torch_config=TorchConfig(timeout_s=math.ceil(run.collective_timeout_s)),
+        scaling_config=_scaling(job.config, num_cpus, num_gpus),
+        run_config=RunConfig(
+            name=str(run.name),
+            storage_path=str(folder.location / "ray"),
+            failure_config=FailureConfig(max_failures=run.max_failures),
+            logging_config=LoggingConfig(log_level="ERROR"),
+        ),
+    )
+    with RunWatch(folder, job.config):
+        try:
+            outcome: dict[str, Any] | None = trainer.fit().return_value
+        except KeyboardInterrupt:
+            say(f"interrupted: the same command goes on from the last checkpoint in {folder.checkpoints}")
+            raise
+        except TrainingFailedError as error:
+            raise RafceError(
+                f"training failed {run.max_failures + 1} time(s), the last time with: {_root_cause(error)}\n"
+                f"Its checkpoints are in {folder.checkpoints}; the same command goes on from the newest that holds."
+            ) from error
+    return outcome
+
+
+@contextmanager
+def ray_cluster(config: Config) -> Iterator[tuple[float, float]]:
+    """A Ray cluster for one command: the one of RAY_ADDRESS or this process, else a local one that ends with the block.
+
+    Yields the cluster's CPUs and GPUs.
+    """
+    for name, value in {
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": str(HEALTH_CHECK_INTERVAL_S),
+        "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",
+        "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(math.ceil(config.run.hang_timeout_s)),
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }.items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    own = not ray.is_initialized()
+    if own:
+        say("starting Ray" if "RAY_ADDRESS" not in os.environ else f"connecting to Ray at {os.environ['RAY_ADDRESS']}")
+        context = ray.init(address=os.environ.get("RAY_ADDRESS", "local"), log_to_driver=False, logging_level="ERROR")
+        if context.dashboard_url:
+            say(f"dashboard: http://{context.dashboard_url}/#/train (if it asks for a token: ray get-auth-token)")
+    try:
+        resources = ray.cluster_resources()
+        yield float(resources.get("CPU", 0)), float(resources.get("GPU", 0))
+    finally:
+        if own:
+            ray.shutdown()
+
+
+def _scaling(config: Config, num_cpus: float, num_gpus: float) -> ray.train.ScalingConfig:
+    """Workers and their share of the cluster; UsageError with the arithmetic where it can never fit."""
+    from ray.train import ScalingConfig
+
+    run = config.run
+    use_gpu = run.use_gpu if run.use_gpu is not None else num_gpus >= run.num_workers
+    cpus = run.cpus_per_worker or max(1, math.floor(num_cpus / run.num_workers))
+    wanted, wanted_gpus = cpus * run.num_workers, run.num_workers if use_gpu else 0
+    if wanted > num_cpus or wanted_gpus > num_gpus:
+        raise UsageError(
+            f"{run.num_workers} worker(s) x {cpus} CPU(s){' x 1 GPU' if use_gpu else ''} = {wanted} CPUs and {wanted_gpus} GPUs; the cluster "
+            f"has {num_cpus:g} CPUs and {num_gpus:g} GPUs. Lower run.num_workers or run.cpus_per_worker, or set run.use_gpu=false."
+        )
+    return ScalingConfig(num_workers=run.num_workers, use_gpu=use_gpu, resources_per_worker={"CPU": cpus} | ({"GPU": 1} if use_gpu else {}))
+
+
+def _named(config: Config) -> Config:
+    """The configuration with its run named: the same command gives the same name, so that it finds its own run again."""
+    if config.run.name is not None:
+        return config
+    data = re.sub(r"[^A-Za-z0-9]+", "-", locate(str(config.data.root)).name).strip("-") or "data"
+    values = config.model_dump()
+    values["run"]["name"] = f"{data}-{config.model.backbone}-{config_hash(config)}"
+    return build_config(values)
+
+
+def _claim(folder: RunFolder, config: Config, prepared: Prepared, *, resume: bool) -> None:
+    """Make sure that the run folder is free, or holds this very run, interrupted."""
+    if not folder.exists():
+        if resume:
+            raise UsageError(f"--resume: there is no run in {folder.location}. Leave --resume out to start one, or set run.name.")
+        return
+    result = folder.result()
+    if result is not None and not resume:
+        raise UsageError(
+            f"{folder.location} holds a run that has ended ({result['status']}, best epoch {result['best_epoch']}). Choose another run.name, "
+            "or go on with --resume and a higher optim.epochs."
+        )
+    changed = differences(folder.config(), config)
+    if resume:
+        changed = {key: values for key, values in changed.items() if key not in ("optim.epochs", "optim.patience")}
+    if changed:
+        lines = "\n".join(f"  {key}: {before!r} there, {now!r} here" for key, (before, now) in sorted(changed.items()))
+        raise UsageError(f"{folder.location} holds a run with another configuration:\n{lines}\nChoose another run.name, or give the same values.")
+    provenance = folder.provenance()
+    if provenance["data_fingerprint"] != prepared.fingerprint:
+        raise UsageError(
+            f"the data of {folder.location} have changed since it started (fingerprint {provenance['data_fingerprint'][:12]} there, "
+            f"{prepared.fingerprint[:12]} now). Choose another run.name to train on the new data, or restore the old ones."
+        )
+    if result is not None:
+        folder.reopen()
+
+
+def _provenance(config: Config, prepared: Prepared) -> dict[str, Any]:
+    return {
+        "config": config.model_dump(mode="json"),
+        "config_hash": config_hash(config),
+        "data_fingerprint": prepared.fingerprint,
+        "seed": config.run.seed,
+        "software": describe_software(),
+    }
+
+
+def _error_of(outcome: dict[str, Any]) -> RafceError:
+    error = RafceError(str(outcome["error"]))
+    error.exit_code = int(outcome["exit_code"])
+    return error
+
+
+def _root_cause(error: BaseException) -> str:
+    """The innermost worker error on one line: Ray wraps it several times and adds its traceback."""
+    failures = getattr(error, "worker_failures", None) or {}
+    inner: BaseException = next(iter(failures.values()), error)
+    while (cause := getattr(inner, "cause", None) or inner.__cause__) is not None:
+        inner = cause
+    lines = [line for line in str(inner).strip().splitlines() if line.strip()]
+    return f"{type(inner).__name__}: {lines[-1] if lines else 'no message'}"
+
+
+def _arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="rafce train",
+        description="Train a model of emotions and action units on Ray Train. The same command again continues an interrupted run.",
+        epilog="Example: rafce train --recipe demo data.root=demo/faces optim.epochs=5",
+    )
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="configuration over recipe and file")
+    parser.add_argument("--config", metavar="FILE", help="YAML configuration, laid over the recipe")
+    parser.add_argument("--recipe", metavar="NAME", help=f"named variant: {', '.join(recipe_names())}")
+    parser.add_argument("--resume", action="store_true", help="go on with a finished run, for example with a higher optim.epochs")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration as YAML and stop")
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON line on standard output")
+    return parser
+
+
+def _main(argv: Sequence[str]) -> int:
+    arguments = _arguments().parse_intermixed_args(argv)
+    config = load_config(arguments.config, arguments.overrides, recipe=arguments.recipe)
+    if arguments.print_config:
+        print(to_yaml(config), end="")
+        return 0
+    if config.data.root is None:
+        raise UsageError("data.root is not set: name the folder of labelled faces, for example data.root=path/to/RAF-CE.")
+    say(
+        f"training {config.model.backbone} at {config.model.image_px} px on {config.data.root} for up to {config.optim.epochs} epochs; "
+        f"results go to {_named(config).run.storage}/{_named(config).run.name}"
+    )
+    result = launch(config, resume=arguments.resume)
+    _summarise(result)
+    if arguments.json:
+        print_json(result)
+    return 1 if result["status"] == "diverged" else 0
+
+
+def _summarise(result: dict[str, Any]) -> None:
+    metrics = result["metrics"]
+    figures = ", ".join(f"{name} {metrics[name]:.4f}" for name in ("accuracy", "macro_f1", "au_f1_mean") if _is_number(metrics.get(name)))
+    took = duration(result["elapsed_s"])
+    if result["status"] == "diverged":
+        warn(f"diverged after {result['epochs']} epochs: a loss was not finite. Lower optim.lr or set optim.grad_clip, under another run.name.")
+    if result["bundle"] is None:
+        return
+    say(f"{result['status'].replace('_', ' ')} after {result['epochs']} epochs in {took}; best epoch {result['best_epoch']} on validation: {figures}")
+    bundle = shlex.quote(_shown(result["bundle"]))
+    say(f"made {bundle}; next: rafce evaluate --bundle {bundle}   or: rafce predict --bundle {bundle} PHOTO...")
+
+
+def _shown(place: str) -> str:
+    """A path relative to here where it lies below, as a person would type it."""
+    try:
+        return str(Path(place).relative_to(Path.cwd()))
+    except ValueError:
+        return place
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """``rafce train``; returns the exit code."""
+    return run_main(_main, argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,258 @@
+"""A run's state: the network, its optimizer, its data and how far it has come; building it, saving it, taking it up again."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rafce_ray.bundle import Calibration, read_weights, save_bundle
+from rafce_ray.checkpoint import BUNDLE, Checkpoint, local_bundle, read_trainer_state, save_checkpoint
+from rafce_ray.config import MINIMISED_METRICS, Config, LossConfig
+from rafce_ray.data.augment import build_augmentation
+from rafce_ray.data.dataset import Dataset, open_dataset
+from rafce_ray.data.loader import ImageSource, RawBatch, TrainLoader
+from rafce_ray.errors import GateError
+from rafce_ray.hardware import resolve_precision
+from rafce_ray.losses import Batch, MultiTaskLoss, Objective, build_loss, class_weights
+from rafce_ray.model import Architecture, build_architecture, build_model, freeze_backbone, initialise_au_bias, load_backbone_weights
+from rafce_ray.optim import build_ema, build_optimizer
+from rafce_ray.preprocess import Preprocessing, resize_and_normalise, to_unit
+from rafce_ray.run_folder import RunFolder
+from rafce_ray.session import Job, Session
+
+NUM_LOSS_SUMS = 4
+"""Training losses that are summed over an epoch: total, emotion, action units, gradient norm."""
+
+
+@dataclass
+class Progress:
+    """How far a run has come: ``epoch`` whole epochs, ``step`` steps of the next; what early stopping needs."""
+
+    epoch: int = 0
+    step: int = 0
+    best_score: float | None = None
+    best_epoch: int | None = None
+    epochs_without_improvement: int = 0
+    elapsed_s: float = 0.0
+    loss_sums: list[float] = field(default_factory=lambda: [0.0] * NUM_LOSS_SUMS)
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Rows of the dataset: all that is trained on, all of validation, and the natural train images that measure the gap."""
+
+    train: np.ndarray
+    validation: np.ndarray
+    gap: np.ndarray
+
+
+class Training:
+    """Everything of a run that outlives a step. Build it on every worker; only rank 0 writes."""
+
+    def __init__(self, job: Job, session: Session) -> None:
+        config = job.config
+        self.job, self.config, self.session = job, config, session
+        self.folder = RunFolder(job.run_dir)
+        self.dataset = open_dataset(Path(job.store), job.taxonomy, config.data.null_policy)
+        self.splits = choose_splits(self.dataset, config)
+        self.preprocessing = Preprocessing(stored_px=self.dataset.images.stored_px, image_px=config.model.image_px)
+        self.precision = resolve_precision(config.run.precision, session.device)
+        self.augment = build_augmentation(config.data.augmentation)
+
+        torch.manual_seed(config.run.seed)
+        self.architecture = build_architecture(config.model, job.taxonomy, au_stop_gradient=config.loss.au_stop_gradient)
+        self.model = build_model(self.architecture)
+        self.weights_report = load_backbone_weights(self.model, config.model.weights)
+        if config.model.freeze_backbone:
+            freeze_backbone(self.model)
+        known = self.dataset.targets.action_units[self.splits.train]
+        initialise_au_bias(self.model, _prevalence(known))
+        weights = _class_weights(config.loss, self.dataset, self.splits.train)
+        self.objective = Objective(
+            self.model, _loss(config.loss, self.dataset, self.splits.train, weights), num_workers=session.num_workers
+        ).to(session.device)
+        if config.run.channels_last:
+            self.model.to(memory_format=torch.channels_last)
+        self.ema = build_ema(self.model, config.optim.ema_decay)
+        self.optimizer = build_optimizer(
+            self.objective, config.optim.optimizer, lr=config.optim.lr, weight_decay=config.optim.weight_decay
+        )
+        self.loader = TrainLoader(
+            self.dataset,
+            self.splits.train,
+            batch_size=config.optim.batch_size,
+            seed=config.run.seed,
+            oversample=config.loss.imbalance == "oversampling",
+            class_weights=weights,
+            rank=session.rank,
+            num_workers=session.num_workers,
+            device=session.device,
+        )
+        self.progress = Progress()
+        self._evaluation_images: dict[str, ImageSource] = {}
+
+    @property
+    def evaluated_model(self) -> nn.Module:
+        """The network whose figures are reported and which goes into bundles: the averaged one where there is one."""
+        return self.model if self.ema is None else self.ema.module
+
+    def prepare(self, raw: RawBatch) -> Batch:
+        """Augment, resize and normalise one batch on its device."""
+        images = resize_and_normalise(self.augment(to_unit(raw.images)), self.preprocessing)
+        return Batch(
+            images=self.in_memory_format(images),
+            emotion=raw.emotion,
+            action_units=raw.action_units,
+            votes=raw.votes,
+            emotion_norm=raw.emotion_norm,
+            au_norm=raw.au_norm,
+            votes_norm=raw.votes_norm,
+        )
+
+    def in_memory_format(self, images: Tensor) -> Tensor:
+        """Images in the memory format of the network."""
+        return images.contiguous(memory_format=torch.channels_last) if self.config.run.channels_last else images
+
+    def images_of(self, split: str, indices: np.ndarray) -> ImageSource:
+        """The stored images of an evaluation split; made once, so that they may stay on the device."""
+        if split not in self._evaluation_images:
+            self._evaluation_images[split] = ImageSource(self.dataset, indices, self.session.device)
+        return self._evaluation_images[split]
+
+    def au_weight(self, epoch: int) -> float:
+        """The AU loss weight of an epoch (0-based) under the curriculum."""
+        loss = self.config.loss
+        if epoch < loss.au_start_epoch:
+            return 0.0
+        if loss.au_ramp_epochs == 0:
+            return loss.au_weight
+        return loss.au_weight * min(1.0, (epoch - loss.au_start_epoch + 1) / loss.au_ramp_epochs)
+
+    def save(self, metrics: dict[str, Any], score: float | None) -> Checkpoint:
+        """Write a checkpoint of where the run is; rank 0 only."""
+        state: dict[str, Any] = {
+            "optimizer": self.optimizer.state_dict(),
+            "loss": self.objective.loss.state_dict(),
+            "progress": asdict(self.progress),
+        }
+        if self.ema is not None:
+            # The bundle holds the averaged weights, so the raw ones go here.
+            state["ema"] = {"num_averaged": self.ema.n_averaged.clone(), "raw_model": self.model.state_dict()}
+
+        def save_weights(folder: Path) -> None:
+            save_bundle(
+                folder,
+                model=self.evaluated_model,
+                architecture=self.architecture,
+                taxonomy=self.job.taxonomy,
+                preprocessing=self.preprocessing,
+                calibration=Calibration.uncalibrated(self.job.taxonomy.num_action_units),
+                metrics=metrics,
+                provenance=self.job.provenance,
+            )
+
+        progress = self.progress
+        return save_checkpoint(
+            self.folder.checkpoints, epoch=progress.epoch, step=progress.step, score=score, state=state, save_bundle=save_weights
+        )
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Take the run up where a valid checkpoint left it."""
+        state = read_trainer_state(checkpoint)
+        with local_bundle(checkpoint) as bundle:
+            weights = read_weights(bundle)
+        self.evaluated_model.load_state_dict(weights)
+        if self.ema is not None:
+            self.model.load_state_dict(state["ema"]["raw_model"])
+            self.ema.n_averaged.copy_(state["ema"]["num_averaged"])
+        self.objective.loss.load_state_dict(state["loss"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.progress = Progress(**state["progress"])
+        if self.session.rank != 0:
+            # Rank 0 holds the sums of all workers.
+            self.progress.loss_sums = [0.0] * NUM_LOSS_SUMS
+
+
+def choose_splits(dataset: Dataset, config: Config) -> Splits:
+    """The rows that a run uses. GateError where train or validation has none."""
+    train = dataset.indices("train")
+    if config.data.drop_null_rows:
+        train = train[~dataset.targets.null_row[train]]
+    validation = dataset.indices("validation")
+    for name, indices in (("train", train), ("validation", validation)):
+        if len(indices) == 0:
+            raise GateError(
+                f"the {name} split has no images that can be used: training needs both train and validation. "
+                f"Look at `rafce data audit {config.data.root}`."
+            )
+    gap = train
+    if 0 < config.optim.gap_images < len(train):
+        gap = np.sort(np.random.default_rng([config.run.seed, 1]).permutation(train)[: config.optim.gap_images])
+    return Splits(train, validation, gap)
+
+
+def resolve_monitor(config: Config, dataset: Dataset) -> tuple[str, str | None]:
+    """The metric that chooses the best epoch, and a remark where it is not the configured one because that task is not trained.
+
+    Raises:
+        GateError: the metric is undefined on this validation split.
+    """
+    monitor, remark = config.optim.monitor, None
+    emotion_metrics = ("macro_f1", "macro_f1_supported", "accuracy", "uar", "emotion_loss")
+    au_metrics = ("au_f1_mean", "au_loss")
+    taxonomy = dataset.taxonomy
+    if taxonomy.num_emotions == 0 and monitor in emotion_metrics:
+        monitor = "au_f1_mean"
+        remark = f"optim.monitor={config.optim.monitor} needs emotions, which this dataset does not have: monitoring au_f1_mean"
+    elif taxonomy.num_action_units == 0 and monitor in au_metrics:
+        monitor = "macro_f1"
+        remark = f"optim.monitor={config.optim.monitor} needs action units, which this dataset does not have: monitoring macro_f1"
+    validation = dataset.indices("validation")
+    targets = dataset.targets
+    if monitor in emotion_metrics and not (targets.emotion[validation] >= 0).any():
+        raise GateError(f"optim.monitor={monitor} is undefined: no validation image has an emotion label. Label some, or monitor au_f1_mean.")
+    if monitor in au_metrics and not (targets.action_units[validation] == 1).any():
+        raise GateError(
+            f"optim.monitor={monitor} is undefined: no validation image has a positive action unit. Label some, or monitor macro_f1."
+        )
+    return monitor, remark
+
+
+def score_of(metrics: dict[str, Any], monitor: str) -> float:
+    """The monitored metric with its sign set so that higher is better."""
+    value = float(metrics[monitor])
+    return -value if monitor in MINIMISED_METRICS else value
+
+
+def _prevalence(action_units: np.ndarray) -> np.ndarray:
+    known = (~np.isnan(action_units)).sum(axis=0)
+    positives = (action_units == 1).sum(axis=0)
+    return np.where(known > 0, positives / np.maximum(known, 1), np.nan)
+
+
+def _class_counts(dataset: Dataset, train: np.ndarray) -> np.ndarray:
+    emotion = dataset.targets.emotion[train]
+    return np.bincount(emotion[emotion >= 0], minlength=dataset.taxonomy.num_emotions)
+
+
+def _class_weights(loss: LossConfig, dataset: Dataset, train: np.ndarray) -> np.ndarray | None:
+    if loss.imbalance != "class_weights" or dataset.taxonomy.num_emotions == 0:
+        return None
+    return class_weights(_class_counts(dataset, train), loss.class_weight_beta)
+
+
+def _loss(loss: LossConfig, dataset: Dataset, train: np.ndarray, weights: np.ndarray | None) -> MultiTaskLoss:
+    action_units = dataset.targets.action_units[train]
+    return build_loss(
+        loss,
+        dataset.taxonomy,
+        class_counts=_class_counts(dataset, train),
+        class_weights=weights,
+        au_positives=(action_units == 1).sum(axis=0),
+        au_negatives=(action_units == 0).sum(axis=0),
+    )

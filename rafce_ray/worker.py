@@ -1,0 +1,120 @@
+"""What runs inside Ray processes: the epoch loop behind Ray Train's context."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from typing import Any
+
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from rafce_ray.engine import fit
+from rafce_ray.errors import RafceError
+from rafce_ray.run_folder import RunFolder
+from rafce_ray.session import Job
+
+HUNG_EXIT_CODE = 75
+
+
+def train_worker(plain_job: dict[str, Any]) -> dict[str, Any] | None:
+    """Ray Train's ``train_loop_per_worker``; rank 0 returns the run's result.
+
+    An error that the user must mend is returned (``error``, ``exit_code``): raised, Ray would retry what cannot succeed.
+    """
+    job = Job.from_plain(plain_job)
+    session = TrainSession(job)
+    try:
+        return fit(job, session)
+    except RafceError as error:
+        return {"error": str(error), "exit_code": error.exit_code}
+    finally:
+        session.stop_watching()
+
+
+class TrainSession:
+    """A Ray Train worker's :class:`rafce_ray.session.Session`; ends its own process when no step is finished for too long."""
+
+    def __init__(self, job: Job) -> None:
+        context = ray.train.get_context()
+        self.rank: int = context.get_world_rank()
+        self.num_workers: int = context.get_world_size()
+        self.device: torch.device = ray.train.torch.get_device()
+        self._watchdog = _Watchdog(job, self.rank)
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """DistributedDataParallel where there are several workers; on GPUs batch norms then share their statistics."""
+        if self.num_workers > 1 and self.device.type == "cuda":
+            module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        wrapped: nn.Module = ray.train.torch.prepare_model(
+            module, move_to_device=False, parallel_strategy_kwargs={"gradient_as_bucket_view": True} if self.num_workers > 1 else None
+        )
+        return wrapped
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Element-wise sum over workers, on the CPU."""
+        total = values.detach().to(self.device, copy=True)
+        if self.num_workers > 1:
+            dist.all_reduce(total)
+        return total.cpu()
+
+    def broadcast(self, value: str | None) -> str | None:
+        """Rank 0's value."""
+        if self.num_workers == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def share_buffers(self, module: nn.Module) -> None:
+        """Give every worker rank 0's buffers."""
+        if self.num_workers > 1:
+            for buffer in module.buffers():
+                dist.broadcast(buffer, src=0)
+
+    def alive(self) -> None:
+        """A step is done."""
+        self._watchdog.beat()
+
+    def report(self, record: dict[str, Any]) -> None:
+        """Tell Ray Train; the checkpoint is already in the run folder (see docs/design.md for why Ray does not keep it)."""
+        ray.train.report(record)
+
+    def stop_watching(self) -> None:
+        """The loop has ended: silence no longer means that the worker hangs."""
+        self._watchdog.stop()
+
+
+class _Watchdog:
+    """Ends this process when ``run.hang_timeout_s`` pass without a beat, so that Ray starts the group again.
+
+    Ray notices processes that do not answer, but a training thread that waits for ever (a stuck disk, a dead lock) leaves
+    its process answering.
+    """
+
+    def __init__(self, job: Job, rank: int) -> None:
+        self._timeout_s = job.config.run.hang_timeout_s
+        self._folder, self._rank = RunFolder(job.run_dir), rank
+        self._last_beat: float | None = None
+        self._stopped = threading.Event()
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+
+    def beat(self) -> None:
+        self._last_beat = time.monotonic()
+
+    def stop(self) -> None:
+        self._stopped.set()
+
+    def _watch(self) -> None:
+        while not self._stopped.wait(min(1.0, self._timeout_s / 4)):
+            if self._last_beat is None or time.monotonic() - self._last_beat < self._timeout_s:
+                continue
+            message = f"worker {self._rank} finished no step for {self._timeout_s:.0f} s: ending it, so that training is started again"
+            print(message, file=sys.stderr, flush=True)
+            self._folder.add_event("hung_worker", message=message, rank=self._rank)
+            os._exit(HUNG_EXIT_CODE)

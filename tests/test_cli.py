@@ -1,0 +1,41 @@
+import pytest
+
+from rafce_ray import __version__
+from rafce_ray.cli import VERBS, main
+from rafce_ray.console import finite, run_main, to_json
+from rafce_ray.errors import GateError, UsageError
+
+
+def test_the_version_and_the_verbs_are_shown(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == f"rafce_ray {__version__}"
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(verb in shown for verb in ("data", "train", "evaluate", "predict"))
+
+
+def test_an_unknown_verb_is_a_usage_error(capsys):
+    assert main(["tarin"]) == 2
+    assert "unknown verb 'tarin'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", sorted(VERBS))
+def test_every_verb_explains_itself(verb, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main([verb, "--help"])
+    assert exit_.value.code == 0
+    assert f"rafce {verb}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("error", "code"), [(GateError("no"), 3), (UsageError("what"), 2), (KeyboardInterrupt(), 130)])
+def test_errors_become_exit_codes_without_a_traceback(error, code, capsys):
+    def body(_: list[str]) -> int:
+        raise error
+
+    assert run_main(body, []) == code
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_json_knows_no_nan():
+    assert finite({"a": [float("nan"), 1.0], "b": (float("inf"),)}) == {"a": [None, 1.0], "b": [None]}
+    assert to_json({"f1": float("nan")}) == '{"f1": null}'
