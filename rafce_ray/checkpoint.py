@@ -57,7 +57,13 @@ def checkpoint_name(epoch: int, step: int) -> str:
 
 
 def save_checkpoint(
-    folder: Location, *, epoch: int, step: int, score: float | None, state: dict[str, Any], save_bundle: Callable[[Path], object]
+    folder: Location,
+    *,
+    epoch: int,
+    step: int,
+    score: float | None,
+    state: dict[str, Any],
+    save_bundle: Callable[[Path], object],
 ) -> Checkpoint:
     """Write one checkpoint; it appears whole or not at all. One of the same name (left by a resume) is replaced.
 
@@ -153,9 +159,13 @@ def prune(folder: Location, keep_best: int, keep_latest: int = 2) -> None:
 
 def read_trainer_state(checkpoint: Checkpoint) -> dict[str, Any]:
     """Optimizer state and counters of a checkpoint that was found valid; tensors on the CPU."""
-    state = torch.load(io.BytesIO((checkpoint.location / TRAINER_STATE).read_bytes()), map_location="cpu", weights_only=True)
+    state = torch.load(
+        io.BytesIO((checkpoint.location / TRAINER_STATE).read_bytes()), map_location="cpu", weights_only=True
+    )
     if not isinstance(state, dict):
-        raise RafceError(f"{checkpoint.location / TRAINER_STATE}: holds a {type(state).__name__}, expected a mapping. Delete this checkpoint.")
+        raise RafceError(
+            f"{checkpoint.location / TRAINER_STATE}: holds a {type(state).__name__}, expected a mapping. Delete this checkpoint."
+        )
     return state
 
 

@@ -35,7 +35,15 @@ def main(argv: list[str] | None = None) -> int:
 
 def _usage() -> str:
     lines = [f"  {verb:<9} {purpose}" for verb, (_, purpose) in VERBS.items()]
-    return "\n".join(["usage: rafce VERB [...]", "", *lines, "", "rafce VERB --help says more; python -m rafce_ray.VERB is the same."])
+    return "\n".join(
+        [
+            "usage: rafce VERB [...]",
+            "",
+            *lines,
+            "",
+            "rafce VERB --help says more; python -m rafce_ray.VERB is the same.",
+        ]
+    )
 
 
 if __name__ == "__main__":

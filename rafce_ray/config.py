@@ -73,7 +73,9 @@ class DataConfig(_Section):
 
     root: str | None = Field(None, description="Folder in RAF-CE's layout, or a CSV or Parquet table; a path or URI.")
     layout: Literal["auto", "rafce", "table"] = Field("auto", description="How labels are laid out; auto looks.")
-    images: str | None = Field(None, description="Image folder; by default aligned/, aligned/aligned/ or the root itself.")
+    images: str | None = Field(
+        None, description="Image folder; by default aligned/, aligned/aligned/ or the root itself."
+    )
     emotions: Literal["auto", "none"] | tuple[str, ...] = Field(
         "auto",
         description="Class names in label order. auto: RAF-CE's fourteen, or the distinct values of a table that uses others. "
@@ -87,12 +89,17 @@ class DataConfig(_Section):
     null_policy: Literal["mask", "negative"] = Field(
         "mask", description="An AU label 'null' means unknown (mask) or no action unit (negative)."
     )
-    drop_null_rows: bool = Field(False, description="Leave rows whose AU label is null out of training (not out of evaluation).")
+    drop_null_rows: bool = Field(
+        False, description="Leave rows whose AU label is null out of training (not out of evaluation)."
+    )
     stored_px: int = Field(100, ge=16, le=1024, description="Side of the stored square images, px.")
     store_dir: str = Field(
-        "~/.cache/rafce_ray/stores", description="Where decoded stores are kept; a local path or a pyarrow filesystem URI."
+        "~/.cache/rafce_ray/stores",
+        description="Where decoded stores are kept; a local path or a pyarrow filesystem URI.",
     )
-    augmentation: Literal["none", "light", "strong"] = Field("light", description="Whole-batch random augmentation in training.")
+    augmentation: Literal["none", "light", "strong"] = Field(
+        "light", description="Whole-batch random augmentation in training."
+    )
 
 
 class ModelConfig(_Section):
@@ -100,13 +107,15 @@ class ModelConfig(_Section):
 
     backbone: Literal[BACKBONES] = Field("resnet50", description="Trunk, by torchvision's name.")  # type: ignore[valid-type]
     weights: str = Field(
-        "none", description="none, a torchvision weights name (DEFAULT, IMAGENET1K_V2), or a .pt/.pth/.safetensors file."
+        "none",
+        description="none, a torchvision weights name (DEFAULT, IMAGENET1K_V2), or a .pt/.pth/.safetensors file.",
     )
     image_px: int = Field(224, ge=32, le=1024, description="Side of the square network input, px.")
     dropout: float = Field(0.5, ge=0, lt=1, description="Dropout rate before both heads.")
     au_attention: bool = Field(False, description="One learned query per AU attends over the feature map.")
     compositional_head: bool = Field(
-        False, description="Add basic-emotion scores s_i + s_j + b_ij to the flat emotion logits (compound classes only)."
+        False,
+        description="Add basic-emotion scores s_i + s_j + b_ij to the flat emotion logits (compound classes only).",
     )
     freeze_backbone: bool = Field(False, description="Train the heads only; the trunk stays as loaded.")
 
@@ -121,16 +130,24 @@ class LossConfig(_Section):
     )
     label_smoothing: float = Field(0.1, ge=0, lt=1, description="Label smoothing of the emotion loss.")
     imbalance: Annotated[
-        Literal["none", "class_weights", "logit_adjustment", "oversampling"], BeforeValidator(_single_imbalance_correction)
+        Literal["none", "class_weights", "logit_adjustment", "oversampling"],
+        BeforeValidator(_single_imbalance_correction),
     ] = Field("none", description="The one correction for rare emotion classes.")
-    class_weight_beta: float = Field(0.999, ge=0, lt=1, description="beta of effective-number class weights (Cui et al. 2019).")
+    class_weight_beta: float = Field(
+        0.999, ge=0, lt=1, description="beta of effective-number class weights (Cui et al. 2019)."
+    )
     logit_adjustment_tau: float = Field(1.0, ge=0, le=4, description="tau of logit adjustment (Menon et al. 2021).")
     task_weighting: Literal["fixed", "uncertainty"] = Field(
-        "fixed", description="fixed: au_weight as given; uncertainty: learned homoscedastic weights (Kendall et al. 2018)."
+        "fixed",
+        description="fixed: au_weight as given; uncertainty: learned homoscedastic weights (Kendall et al. 2018).",
     )
     au_start_epoch: int = Field(0, ge=0, description="Curriculum: epochs of emotion alone before the AU loss comes in.")
-    au_ramp_epochs: int = Field(0, ge=0, description="Curriculum: epochs over which the AU weight rises linearly to au_weight.")
-    au_stop_gradient: bool = Field(False, description="AU loss trains the AU head only: its gradient stops before the trunk.")
+    au_ramp_epochs: int = Field(
+        0, ge=0, description="Curriculum: epochs over which the AU weight rises linearly to au_weight."
+    )
+    au_stop_gradient: bool = Field(
+        False, description="AU loss trains the AU head only: its gradient stops before the trunk."
+    )
     votes_weight: float = Field(
         0.0, ge=0, le=10, description="Weight of KL(crowd votes || predicted basic emotions); needs distribution.txt."
     )
@@ -143,35 +160,51 @@ class OptimConfig(_Section):
     batch_size: int = Field(32, ge=2, le=65_536, description="Images per step over all workers.")
     optimizer: Literal["adamw", "adam", "sgd"] = Field("adamw", description="Update rule; sgd has momentum 0.9.")
     lr: float = Field(5e-4, gt=0, le=10, description="Peak learning rate.")
-    weight_decay: float = Field(1e-3, ge=0, le=1, description="Weight decay of weight matrices and kernels (no norms, no biases).")
+    weight_decay: float = Field(
+        1e-3, ge=0, le=1, description="Weight decay of weight matrices and kernels (no norms, no biases)."
+    )
     grad_clip: float = Field(1.0, ge=0, le=1000, description="Largest global gradient norm; 0: no clipping.")
     schedule: Literal["cosine", "constant"] = Field("cosine", description="Learning rate after the warm-up.")
     warmup_epochs: float = Field(1.0, ge=0, description="Epochs of linear warm-up.")
-    ema_decay: float = Field(0.0, ge=0, lt=1, description="Decay per step of averaged weights used for evaluation; 0: off.")
+    ema_decay: float = Field(
+        0.0, ge=0, lt=1, description="Decay per step of averaged weights used for evaluation; 0: off."
+    )
     patience: int = Field(20, ge=1, description="Epochs without improvement of the monitor before training stops.")
     monitor: Literal[MAXIMISED_METRICS + MINIMISED_METRICS] = Field(  # type: ignore[valid-type]
         "macro_f1", description="Validation metric that chooses the best epoch and stops early."
     )
     gap_images: int = Field(
-        1024, ge=0, description="Train images, drawn once, on which the train-validation gap is measured; 0: all of them."
+        1024,
+        ge=0,
+        description="Train images, drawn once, on which the train-validation gap is measured; 0: all of them.",
     )
 
 
 class RunConfig(_Section):
     """Where and how a run is carried out; of these only seed and precision change its numbers."""
 
-    name: str | None = Field(None, description="Run folder under storage; by default named after data, backbone and a hash.")
+    name: str | None = Field(
+        None, description="Run folder under storage; by default named after data, backbone and a hash."
+    )
     storage: str = Field("runs", description="Folder of all runs; a path or URI that every node can reach.")
     seed: int = Field(0, ge=0, lt=2**31, description="Seed of initial weights, epoch order, augmentation and dropout.")
     num_workers: int = Field(1, ge=1, le=1024, description="Ray Train workers (data-parallel).")
     use_gpu: bool | None = Field(None, description="One GPU per worker; null: where the cluster has one for each.")
-    cpus_per_worker: int | None = Field(None, ge=1, description="CPU cores per worker; null: the cluster's cores shared out.")
-    checkpoint_every_steps: int = Field(0, ge=0, description="Also checkpoint inside an epoch every so many steps; 0: only at its end.")
+    cpus_per_worker: int | None = Field(
+        None, ge=1, description="CPU cores per worker; null: the cluster's cores shared out."
+    )
+    checkpoint_every_steps: int = Field(
+        0, ge=0, description="Also checkpoint inside an epoch every so many steps; 0: only at its end."
+    )
     keep_checkpoints: int = Field(2, ge=1, description="Best checkpoints kept, beside the latest.")
     max_failures: int = Field(3, ge=0, description="Worker failures after which the run fails.")
-    hang_timeout_s: float = Field(300.0, gt=0, description="Seconds without a sign of life after which a worker counts as hung.")
+    hang_timeout_s: float = Field(
+        300.0, gt=0, description="Seconds without a sign of life after which a worker counts as hung."
+    )
     collective_timeout_s: float = Field(300.0, gt=0, description="Seconds that a collective operation may take.")
-    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 autocast where the hardware has it.")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="auto: bf16 autocast where the hardware has it."
+    )
     channels_last: bool = Field(True, description="Memory format of convolutions.")
     compile: bool = Field(False, description="torch.compile the network.")
 
@@ -188,7 +221,9 @@ class Config(_Section):
     @model_validator(mode="after")
     def _fields_agree(self) -> Config:
         if self.data.emotions == "none" and self.data.action_units == "none":
-            raise ValueError("data.emotions and data.action_units are both none: nothing is left to train. Set one of them.")
+            raise ValueError(
+                "data.emotions and data.action_units are both none: nothing is left to train. Set one of them."
+            )
         if self.loss.au_start_epoch >= self.optim.epochs and self.loss.au_start_epoch > 0:
             raise ValueError(
                 f"loss.au_start_epoch={self.loss.au_start_epoch} is not before the last of optim.epochs={self.optim.epochs}: "
@@ -217,7 +252,9 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), *
     values: dict[str, Any] = {}
     if recipe is not None:
         if recipe not in recipe_names():
-            raise ConfigError(f"unknown recipe {recipe!r}{_did_you_mean(recipe, recipe_names())}. Recipes: {', '.join(recipe_names())}.")
+            raise ConfigError(
+                f"unknown recipe {recipe!r}{_did_you_mean(recipe, recipe_names())}. Recipes: {', '.join(recipe_names())}."
+            )
         values = _read_yaml(RECIPES / f"{recipe}.yaml")
     if path is not None:
         values = merge(values, _read_yaml(Path(path)))
@@ -229,7 +266,9 @@ def build_config(values: Mapping[str, Any]) -> Config:
     try:
         return Config.model_validate(dict(values))
     except ValidationError as error:
-        raise ConfigError("the configuration cannot be used:\n" + "\n".join(f"  {line}" for line in explain(error, Config))) from None
+        raise ConfigError(
+            "the configuration cannot be used:\n" + "\n".join(f"  {line}" for line in explain(error, Config))
+        ) from None
 
 
 def apply_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -264,15 +303,16 @@ def to_yaml(config: Config) -> str:
 
 def flatten(config: Config) -> dict[str, Any]:
     """``{"optim.lr": 0.0005, ...}`` with plain JSON values."""
-    return {f"{section}.{key}": value for section, body in config.model_dump(mode="json").items() for key, value in body.items()}
+    return {
+        f"{section}.{key}": value
+        for section, body in config.model_dump(mode="json").items()
+        for key, value in body.items()
+    }
 
 
 CARRIED_OUT_BY = frozenset(
     f"run.{key}"
-    for key in (
-        "name storage num_workers use_gpu cpus_per_worker checkpoint_every_steps keep_checkpoints max_failures hang_timeout_s "
-        "collective_timeout_s compile channels_last"
-    ).split()
+    for key in ["name", "storage", "num_workers", "use_gpu", "cpus_per_worker", "checkpoint_every_steps", "keep_checkpoints", "max_failures", "hang_timeout_s", "collective_timeout_s", "compile", "channels_last"]
 ) | {"data.store_dir"}
 """Keys that say how a run is carried out, not what it computes: they may change when an interrupted run goes on."""
 
@@ -305,7 +345,9 @@ def explain(error: ValidationError, model: type[BaseModel]) -> Iterator[str]:
         elif key not in reported:
             found = _at(fault, location, error)
             meaning = f" ({field})" if field else ""
-            alternatives = [f["msg"] for f in error.errors() if [str(p) for p in f["loc"]][: len(key.split("."))] == key.split(".")]
+            alternatives = [
+                f["msg"] for f in error.errors() if [str(p) for p in f["loc"]][: len(key.split("."))] == key.split(".")
+            ]
             expected = "; or ".join(dict.fromkeys(message.removeprefix("Value error, ") for message in alternatives))
             yield f"{key}: found {found!r}; {expected}{meaning}"
         reported.add(key)
@@ -350,13 +392,17 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror or error}). Give the path of a YAML file to --config.") from None
+        raise ConfigError(
+            f"{path}: cannot be read ({error.strerror or error}). Give the path of a YAML file to --config."
+        ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: is not YAML: {error}") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise ConfigError(f"{path}: holds a {type(content).__name__}; expected sections such as 'optim:' with keys below them.")
+        raise ConfigError(
+            f"{path}: holds a {type(content).__name__}; expected sections such as 'optim:' with keys below them."
+        )
     return _numbers_read(content)
 
 

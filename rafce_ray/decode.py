@@ -1,9 +1,9 @@
 """Bytes to RGB pixels: the only image decoder of the project, safe for bytes from strangers.
 
-Checks run from cheap to costly: length, magic bytes against an allow-list, header, dimensions, and only then the pixels.
-Policies: JPEG, PNG and WebP only; of an animation the first frame (of an APNG its static image); EXIF orientation 1-8 is
-applied, and one that cannot be read counts as upright; transparency is composited on white; 16-bit grey is scaled to
-8 bit; CMYK is inverted where Adobe's marker says so. A file cut short is refused, never filled up.
+Checks run from cheap to costly: length, magic bytes against an allow-list, header, dimensions, and only then pixels.
+Policies: JPEG, PNG and WebP only; of an animation the first frame (of an APNG its static image); EXIF orientation 1-8
+is applied, and one that cannot be read counts as upright; transparency is composited on white; 16-bit grey is scaled
+to 8 bit; CMYK is inverted where Adobe's marker says so. A file cut short is refused, never filled up.
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ def decode_image(content: bytes, *, limits: Limits = DEFAULT_LIMITS) -> NDArray[
 def decode_face(content: bytes, px: int, *, limits: Limits = DEFAULT_LIMITS) -> NDArray[np.uint8]:
     """An aligned face as the store keeps it: the largest centred square, resized with an antialiasing triangle filter.
 
-    A square image loses nothing; of any other the ends of its longer side are cut, since squeezing would change the face.
-    An image that already has ``px`` x ``px`` pixels is returned as it is.
+    A square image loses nothing; of any other the ends of its longer side are cut, since squeezing would change the
+    face. An image that already has ``px`` x ``px`` pixels is returned as it is.
 
     Returns:
         (px, px, 3) uint8, RGB, 0-255.
@@ -96,7 +96,7 @@ def decode_face(content: bytes, px: int, *, limits: Limits = DEFAULT_LIMITS) -> 
     Raises:
         DecodeError: as :func:`decode_image`.
     """
-    # A JPEG decoder can shrink by 2, 4 or 8 while it decodes; twice the wanted side leaves the filter enough to average.
+    # A JPEG decoder can shrink by 2, 4 or 8 as it decodes; twice the wanted side leaves the filter enough to average.
     image = _open_upright(content, limits, draft_px=2 * px)
     width, height = image.size
     side = min(width, height)
@@ -109,8 +109,8 @@ def decode_face(content: bytes, px: int, *, limits: Limits = DEFAULT_LIMITS) -> 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any mode that Pillow can hold as 8-bit RGB, by the policies of this module.
 
-    Grey of more than 8 bits: 0..65535 becomes 0..255; ``I`` and ``F`` images, which do not say their range, are stretched
-    from their own minimum to their maximum.
+    Grey of more than 8 bits: 0..65535 becomes 0..255; ``I`` and ``F`` images, which do not say their range, are
+    stretched from their own minimum to their maximum.
     """
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
@@ -119,7 +119,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("I", "F"):
         return _stretch_to_rgb(image)
     if image.mode == "CMYK":
-        # Pillow inverts every CMYK JPEG, as Adobe's need it; without Adobe's marker the stored values were meant as they are.
+        # Pillow inverts every CMYK JPEG, as Adobe's need it; without Adobe's marker the values are meant as they are.
         if isinstance(image, JpegImageFile) and "adobe" not in image.info:
             image = ImageChops.invert(image)
         return image.convert("RGB")
@@ -135,7 +135,7 @@ def _open_upright(content: bytes, limits: Limits, draft_px: int | None) -> Image
     plugin = _plugin_for(content, limits)
     try:
         # The plugin that the magic bytes name is called directly: no other parser ever sees a stranger's bytes, and
-        # Pillow's process-wide decompression-bomb warning is not needed, since the header is checked here, below its bound.
+        # Pillow's process-wide decompression-bomb warning is not needed: the header is checked here, below its bound.
         image = plugin(io.BytesIO(content))
     except Exception as error:
         raise DecodeError(

@@ -7,8 +7,11 @@ interrupted run and an undisturbed one therefore end with the same weights, bit 
 from __future__ import annotations
 
 import math
+import os
 import time
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -16,7 +19,15 @@ import torch
 from torch import nn
 
 from rafce_ray.bundle import load_bundle, save_bundle
-from rafce_ray.checkpoint import Checkpoint, best_valid, clear_scratch, list_checkpoints, local_bundle, newest_valid, prune
+from rafce_ray.checkpoint import (
+    Checkpoint,
+    best_valid,
+    clear_scratch,
+    list_checkpoints,
+    local_bundle,
+    newest_valid,
+    prune,
+)
 from rafce_ray.data.loader import step_seed
 from rafce_ray.evaluate import evaluate_bundle
 from rafce_ray.hardware import describe_hardware
@@ -52,7 +63,7 @@ def fit(job: Job, session: Session) -> dict[str, Any] | None:
         if training.progress.epochs_without_improvement >= config.optim.patience:
             status = "stopped_early"
             break
-        record = _train_epoch(training, wrapped)
+        record = train_epoch(training, wrapped)
         if not all(math.isfinite(value) for value in record["train"].values()):
             status = "diverged"
             break
@@ -81,6 +92,7 @@ def _announce(training: Training, remark: str | None) -> None:
     training.folder.add_event(
         "started",
         message=f"{session.num_workers} worker(s) on {session.device.type}, {training.precision}; backbone weights: {weights.summary}",
+        pid=os.getpid(),
         precision=training.precision,
         hardware=describe_hardware(session.device),
     )
@@ -95,11 +107,15 @@ def _resume(training: Training) -> None:
     if session.rank == 0:
         checkpoint, invalid = newest_valid(folder.checkpoints)
         for one in invalid:
-            folder.add_event("invalid_checkpoint", message=f"checkpoint {one.name} cannot be used: {one.reason}", checkpoint=one.name)
+            folder.add_event(
+                "invalid_checkpoint", message=f"checkpoint {one.name} cannot be used: {one.reason}", checkpoint=one.name
+            )
         chosen = None if checkpoint is None else checkpoint.name
         if checkpoint is not None:
             done = f"after {checkpoint.epoch} epochs" + (f" and {checkpoint.step} steps" if checkpoint.step else "")
-            folder.add_event("resumed", message=f"going on from checkpoint {checkpoint.name}, {done}", checkpoint=checkpoint.name)
+            folder.add_event(
+                "resumed", message=f"going on from checkpoint {checkpoint.name}, {done}", checkpoint=checkpoint.name
+            )
         elif invalid:
             folder.add_event("warning", message="no checkpoint can be used: starting again from the first epoch")
     chosen = session.broadcast(chosen)
@@ -108,8 +124,11 @@ def _resume(training: Training) -> None:
         training.restore(next(one for one in found if one.name == chosen))
 
 
-def _train_epoch(training: Training, wrapped: nn.Module) -> dict[str, Any]:
-    """One epoch, or what is left of it; returns its record with the losses as means over its steps."""
+def train_epoch(training: Training, wrapped: nn.Module) -> dict[str, Any]:
+    """One epoch, or what is left of it, with ``wrapped`` (the objective as the session wrapped it).
+
+    Returns its record: the losses as means over its steps, images/s over all workers, share of time spent waiting for data.
+    """
     config, progress, session, loader = training.config, training.progress, training.session, training.loader
     epoch, steps = progress.epoch, loader.steps_per_epoch
     au_weight = training.au_weight(epoch)
@@ -122,7 +141,7 @@ def _train_epoch(training: Training, wrapped: nn.Module) -> dict[str, Any]:
         lr = _learning_rate(training, epoch * steps + progress.step)
         batch = training.prepare(raw)
         clock.data_ready()
-        with _autocast(training):
+        with autocast(training):
             losses, _ = wrapped(batch, au_weight)
         training.optimizer.zero_grad(set_to_none=True)
         losses.total.backward()
@@ -131,7 +150,9 @@ def _train_epoch(training: Training, wrapped: nn.Module) -> dict[str, Any]:
         if training.ema is not None:
             training.ema.update_parameters(training.model)
         total = losses.total.detach() / session.num_workers
-        sums += torch.stack([total, losses.emotion.detach(), losses.action_units.detach(), norm / session.num_workers]).double()
+        sums += torch.stack(
+            [total, losses.emotion.detach(), losses.action_units.detach(), norm / session.num_workers]
+        ).double()
         progress.step += 1
         session.alive()
         clock.step_done(len(raw.images))
@@ -182,7 +203,8 @@ def _learning_rate(training: Training, step: int) -> float:
     return rate
 
 
-def _autocast(training: Training) -> AbstractContextManager[Any]:
+def autocast(training: Training) -> AbstractContextManager[Any]:
+    """bf16 autocast where the run uses it, else nothing."""
     if training.precision == "bf16":
         return torch.autocast(training.session.device.type, dtype=torch.bfloat16)
     return nullcontext()
@@ -196,10 +218,12 @@ def _evaluate(training: Training, split: str, indices: np.ndarray) -> dict[str, 
     model = training.evaluated_model
     model.eval()
     counts = Counts.zero(training.job.taxonomy)
-    with torch.inference_mode(), _autocast(training):
+    with torch.inference_mode(), autocast(training):
         for batch, images in zip(batches, training.images_of(split, indices).gather_all(batches), strict=True):
             logits = model(training.in_memory_format(preprocess(images, training.preprocessing)))
-            counts += count_batch(logits, torch.from_numpy(targets.emotion[batch]), torch.from_numpy(targets.action_units[batch]))
+            counts += count_batch(
+                logits, torch.from_numpy(targets.emotion[batch]), torch.from_numpy(targets.action_units[batch])
+            )
             session.alive()
     counts = Counts.from_vector(session.sum(counts.to_vector()), training.job.taxonomy)
     return summarise(counts, training.job.taxonomy)
@@ -226,7 +250,9 @@ def _finish(training: Training, status: str, monitor: str) -> dict[str, Any]:
     folder, progress = training.folder, training.progress
     best, invalid = best_valid(folder.checkpoints)
     for one in invalid:
-        folder.add_event("invalid_checkpoint", message=f"checkpoint {one.name} cannot be used: {one.reason}", checkpoint=one.name)
+        folder.add_event(
+            "invalid_checkpoint", message=f"checkpoint {one.name} cannot be used: {one.reason}", checkpoint=one.name
+        )
     result: dict[str, Any] = {
         "status": status,
         "run_dir": str(folder.location),
@@ -242,14 +268,13 @@ def _finish(training: Training, status: str, monitor: str) -> dict[str, Any]:
         sha256, metrics = _write_bundle(training, best)
         result |= {"bundle": str(folder.bundle), "best_epoch": best.epoch, "weights_sha256": sha256, "metrics": metrics}
     folder.write_result(result)
-    folder.add_event(status, message=f"{status.replace('_', ' ')} after {progress.epoch} epochs; best epoch: {result['best_epoch']}")
+    folder.add_event(
+        status, message=f"{status.replace('_', ' ')} after {progress.epoch} epochs; best epoch: {result['best_epoch']}"
+    )
     return result
 
 
 def _write_bundle(training: Training, best: Checkpoint) -> tuple[str, dict[str, Any]]:
-    from tempfile import TemporaryDirectory
-    from pathlib import Path
-
     folder = training.folder
     with local_bundle(best) as source, TemporaryDirectory() as scratch:
         bundle = load_bundle(source)

@@ -35,19 +35,38 @@ def resolve_precision(wanted: str, device: torch.device) -> str:
 
 def describe_hardware(device: torch.device) -> dict[str, Any]:
     """Name of the processor or GPU, and what numbers may depend on."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(torch.cpu.get_capabilities().get("cpu_name"))
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else str(torch.cpu.get_capabilities().get("cpu_name"))
+    )
     return {"device": device.type, "name": name, "threads": torch.get_num_threads()}
 
 
 def describe_software() -> dict[str, Any]:
     """Versions that numbers may depend on, and the git commit of the code where it is a checkout."""
     versions = {}
-    for package in ("rafce_ray", "torch", "torchvision", "numpy", "pyarrow", "kornia", "opencv-python-headless", "pillow", "ray"):
+    for package in (
+        "rafce_ray",
+        "torch",
+        "torchvision",
+        "numpy",
+        "pyarrow",
+        "kornia",
+        "opencv-python-headless",
+        "pillow",
+        "ray",
+    ):
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = "not installed"
-    return {"python": platform.python_version(), "platform": platform.platform(), **versions, "git_commit": _git_commit()}
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        **versions,
+        "git_commit": _git_commit(),
+    }
 
 
 def _git_commit() -> str:

@@ -1,4 +1,4 @@
-"""From stored pixels to network input: the one preprocessing that training, evaluation, prediction and serving share."""
+"""From stored pixels to network input: the one preprocessing of training, evaluation, prediction and serving."""
 
 from __future__ import annotations
 
@@ -57,5 +57,5 @@ def resize_and_normalise(unit: Tensor, preprocessing: Preprocessing) -> Tensor:
 
 
 def preprocess(images: Tensor, preprocessing: Preprocessing) -> Tensor:
-    """(B, S, S, 3) uint8 -> (B, 3, P, P) float32, ready for the network; no randomness, no dependence between images."""
+    """(B, S, S, 3) uint8 -> (B, 3, P, P) float32, ready for the network; each image by itself, without randomness."""
     return resize_and_normalise(to_unit(images), preprocessing)

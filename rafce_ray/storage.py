@@ -87,7 +87,9 @@ class Location:
         """Put a local folder here. On a local filesystem it appears whole or not at all."""
         local = self.local
         if local is None:
-            pafs.copy_files(str(folder), self.path, source_filesystem=pafs.LocalFileSystem(), destination_filesystem=self.filesystem)
+            pafs.copy_files(
+                str(folder), self.path, source_filesystem=pafs.LocalFileSystem(), destination_filesystem=self.filesystem
+            )
             return
         local.parent.mkdir(parents=True, exist_ok=True)
         beside = local.with_name(f".{local.name}.{uuid.uuid4().hex[:8]}.tmp")
@@ -99,7 +101,9 @@ class Location:
         folder.parent.mkdir(parents=True, exist_ok=True)
         beside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
         beside.mkdir()
-        pafs.copy_files(self.path, str(beside), source_filesystem=self.filesystem, destination_filesystem=pafs.LocalFileSystem())
+        pafs.copy_files(
+            self.path, str(beside), source_filesystem=self.filesystem, destination_filesystem=pafs.LocalFileSystem()
+        )
         os.rename(beside, folder)
 
 
@@ -118,5 +122,7 @@ def locate(place: str | Path) -> Location:
     try:
         filesystem, path_text = pafs.FileSystem.from_uri(text)
     except (pa.ArrowInvalid, ValueError, OSError) as error:
-        raise UsageError(f"{text!r} is not a place that can be reached: {error}. Give a local path or a URI such as s3://bucket/path.") from error
+        raise UsageError(
+            f"{text!r} is not a place that can be reached: {error}. Give a local path or a URI such as s3://bucket/path."
+        ) from error
     return Location(filesystem, path_text, text)

@@ -37,18 +37,19 @@ def launch(config: Config, *, resume: bool = False) -> dict[str, Any]:
         UsageError: the run's name is taken by a finished run, or by one with another configuration.
         RafceError: training failed; its checkpoints stay and the same call goes on from them.
     """
-    with progress_bar("decoding images", None) as advance:
-        prepared = prepare(config.data, progress=advance)
+    prepared = prepare(config.data, progress=progress_bar)
     config = _named(config)
     folder = RunFolder(str(locate(config.run.storage) / str(config.run.name)))
     _claim(folder, config, prepared, resume=resume)
-    job = Job(config, str(prepared.store), prepared.taxonomy, folder.place, _provenance(config, prepared))
+    job = Job(config, prepared.store_uri, prepared.taxonomy, folder.place, _provenance(config, prepared))
     if not folder.exists() or resume:
         folder.start(config, job.provenance)
     with ray_cluster(config) as num_cpus_and_gpus:
         outcome = _fit(job, *num_cpus_and_gpus)
     if outcome is None:
-        raise RafceError(f"training ended without a result; look at {folder.location / 'events.jsonl'}, then give the same command again.")
+        raise RafceError(
+            f"training ended without a result; look at {folder.location / 'events.jsonl'}, then give the same command again."
+        )
     if "error" in outcome:
         raise _error_of(outcome)
     return outcome
@@ -130,7 +131,11 @@ def _scaling(config: Config, num_cpus: float, num_gpus: float) -> ray.train.Scal
             f"{run.num_workers} worker(s) x {cpus} CPU(s){' x 1 GPU' if use_gpu else ''} = {wanted} CPUs and {wanted_gpus} GPUs; the cluster "
             f"has {num_cpus:g} CPUs and {num_gpus:g} GPUs. Lower run.num_workers or run.cpus_per_worker, or set run.use_gpu=false."
         )
-    return ScalingConfig(num_workers=run.num_workers, use_gpu=use_gpu, resources_per_worker={"CPU": cpus} | ({"GPU": 1} if use_gpu else {}))
+    return ScalingConfig(
+        num_workers=run.num_workers,
+        use_gpu=use_gpu,
+        resources_per_worker={"CPU": cpus} | ({"GPU": 1} if use_gpu else {}),
+    )
 
 
 def _named(config: Config) -> Config:
@@ -147,7 +152,9 @@ def _claim(folder: RunFolder, config: Config, prepared: Prepared, *, resume: boo
     """Make sure that the run folder is free, or holds this very run, interrupted."""
     if not folder.exists():
         if resume:
-            raise UsageError(f"--resume: there is no run in {folder.location}. Leave --resume out to start one, or set run.name.")
+            raise UsageError(
+                f"--resume: there is no run in {folder.location}. Leave --resume out to start one, or set run.name."
+            )
         return
     result = folder.result()
     if result is not None and not resume:
@@ -160,7 +167,9 @@ def _claim(folder: RunFolder, config: Config, prepared: Prepared, *, resume: boo
         changed = {key: values for key, values in changed.items() if key not in ("optim.epochs", "optim.patience")}
     if changed:
         lines = "\n".join(f"  {key}: {before!r} there, {now!r} here" for key, (before, now) in sorted(changed.items()))
-        raise UsageError(f"{folder.location} holds a run with another configuration:\n{lines}\nChoose another run.name, or give the same values.")
+        raise UsageError(
+            f"{folder.location} holds a run with another configuration:\n{lines}\nChoose another run.name, or give the same values."
+        )
     provenance = folder.provenance()
     if provenance["data_fingerprint"] != prepared.fingerprint:
         raise UsageError(
@@ -206,7 +215,9 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="configuration over recipe and file")
     parser.add_argument("--config", metavar="FILE", help="YAML configuration, laid over the recipe")
     parser.add_argument("--recipe", metavar="NAME", help=f"named variant: {', '.join(recipe_names())}")
-    parser.add_argument("--resume", action="store_true", help="go on with a finished run, for example with a higher optim.epochs")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with a finished run, for example with a higher optim.epochs"
+    )
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration as YAML and stop")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON line on standard output")
     return parser
@@ -219,7 +230,9 @@ def _main(argv: Sequence[str]) -> int:
         print(to_yaml(config), end="")
         return 0
     if config.data.root is None:
-        raise UsageError("data.root is not set: name the folder of labelled faces, for example data.root=path/to/RAF-CE.")
+        raise UsageError(
+            "data.root is not set: name the folder of labelled faces, for example data.root=path/to/RAF-CE."
+        )
     say(
         f"training {config.model.backbone} at {config.model.image_px} px on {config.data.root} for up to {config.optim.epochs} epochs; "
         f"results go to {_named(config).run.storage}/{_named(config).run.name}"
@@ -233,13 +246,21 @@ def _main(argv: Sequence[str]) -> int:
 
 def _summarise(result: dict[str, Any]) -> None:
     metrics = result["metrics"]
-    figures = ", ".join(f"{name} {metrics[name]:.4f}" for name in ("accuracy", "macro_f1", "au_f1_mean") if _is_number(metrics.get(name)))
+    figures = ", ".join(
+        f"{name} {metrics[name]:.4f}"
+        for name in ("accuracy", "macro_f1", "au_f1_mean")
+        if _is_number(metrics.get(name))
+    )
     took = duration(result["elapsed_s"])
     if result["status"] == "diverged":
-        warn(f"diverged after {result['epochs']} epochs: a loss was not finite. Lower optim.lr or set optim.grad_clip, under another run.name.")
+        warn(
+            f"diverged after {result['epochs']} epochs: a loss was not finite. Lower optim.lr or set optim.grad_clip, under another run.name."
+        )
     if result["bundle"] is None:
         return
-    say(f"{result['status'].replace('_', ' ')} after {result['epochs']} epochs in {took}; best epoch {result['best_epoch']} on validation: {figures}")
+    say(
+        f"{result['status'].replace('_', ' ')} after {result['epochs']} epochs in {took}; best epoch {result['best_epoch']} on validation: {figures}"
+    )
     bundle = shlex.quote(_shown(result["bundle"]))
     say(f"made {bundle}; next: rafce evaluate --bundle {bundle}   or: rafce predict --bundle {bundle} PHOTO...")
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rafce_ray.bundle import Calibration, read_weights, save_bundle
-from rafce_ray.checkpoint import BUNDLE, Checkpoint, local_bundle, read_trainer_state, save_checkpoint
+from rafce_ray.checkpoint import Checkpoint, local_bundle, read_trainer_state, save_checkpoint
 from rafce_ray.config import MINIMISED_METRICS, Config, LossConfig
 from rafce_ray.data.augment import build_augmentation
 from rafce_ray.data.dataset import Dataset, open_dataset
@@ -19,7 +19,13 @@ from rafce_ray.data.loader import ImageSource, RawBatch, TrainLoader
 from rafce_ray.errors import GateError
 from rafce_ray.hardware import resolve_precision
 from rafce_ray.losses import Batch, MultiTaskLoss, Objective, build_loss, class_weights
-from rafce_ray.model import Architecture, build_architecture, build_model, freeze_backbone, initialise_au_bias, load_backbone_weights
+from rafce_ray.model import (
+    build_architecture,
+    build_model,
+    freeze_backbone,
+    initialise_au_bias,
+    load_backbone_weights,
+)
 from rafce_ray.optim import build_ema, build_optimizer
 from rafce_ray.preprocess import Preprocessing, resize_and_normalise, to_unit
 from rafce_ray.run_folder import RunFolder
@@ -58,14 +64,16 @@ class Training:
         config = job.config
         self.job, self.config, self.session = job, config, session
         self.folder = RunFolder(job.run_dir)
-        self.dataset = open_dataset(Path(job.store), job.taxonomy, config.data.null_policy)
+        self.dataset = open_dataset(job.store, job.taxonomy, config.data.null_policy)
         self.splits = choose_splits(self.dataset, config)
         self.preprocessing = Preprocessing(stored_px=self.dataset.images.stored_px, image_px=config.model.image_px)
         self.precision = resolve_precision(config.run.precision, session.device)
         self.augment = build_augmentation(config.data.augmentation)
 
         torch.manual_seed(config.run.seed)
-        self.architecture = build_architecture(config.model, job.taxonomy, au_stop_gradient=config.loss.au_stop_gradient)
+        self.architecture = build_architecture(
+            config.model, job.taxonomy, au_stop_gradient=config.loss.au_stop_gradient
+        )
         self.model = build_model(self.architecture)
         self.weights_report = load_backbone_weights(self.model, config.model.weights)
         if config.model.freeze_backbone:
@@ -158,7 +166,12 @@ class Training:
 
         progress = self.progress
         return save_checkpoint(
-            self.folder.checkpoints, epoch=progress.epoch, step=progress.step, score=score, state=state, save_bundle=save_weights
+            self.folder.checkpoints,
+            epoch=progress.epoch,
+            step=progress.step,
+            score=score,
+            state=state,
+            save_bundle=save_weights,
         )
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -215,7 +228,9 @@ def resolve_monitor(config: Config, dataset: Dataset) -> tuple[str, str | None]:
     validation = dataset.indices("validation")
     targets = dataset.targets
     if monitor in emotion_metrics and not (targets.emotion[validation] >= 0).any():
-        raise GateError(f"optim.monitor={monitor} is undefined: no validation image has an emotion label. Label some, or monitor au_f1_mean.")
+        raise GateError(
+            f"optim.monitor={monitor} is undefined: no validation image has an emotion label. Label some, or monitor au_f1_mean."
+        )
     if monitor in au_metrics and not (targets.action_units[validation] == 1).any():
         raise GateError(
             f"optim.monitor={monitor} is undefined: no validation image has a positive action unit. Label some, or monitor macro_f1."

@@ -52,7 +52,9 @@ class TrainSession:
         if self.num_workers > 1 and self.device.type == "cuda":
             module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
         wrapped: nn.Module = ray.train.torch.prepare_model(
-            module, move_to_device=False, parallel_strategy_kwargs={"gradient_as_bucket_view": True} if self.num_workers > 1 else None
+            module,
+            move_to_device=False,
+            parallel_strategy_kwargs={"gradient_as_bucket_view": True} if self.num_workers > 1 else None,
         )
         return wrapped
 

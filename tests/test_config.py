@@ -31,7 +31,12 @@ def test_every_recipe_loads_and_differs_from_the_others():
 
 def test_seed_before_is_the_before_column_of_the_seed():
     config = load_config(recipe="seed_before")
-    assert (config.loss.au_weight, config.model.dropout, config.optim.weight_decay, config.optim.lr) == (0.5, 0.3, 1e-4, 1e-3)
+    assert (config.loss.au_weight, config.model.dropout, config.optim.weight_decay, config.optim.lr) == (
+        0.5,
+        0.3,
+        1e-4,
+        1e-3,
+    )
     assert (config.optim.grad_clip, config.loss.label_smoothing, config.optim.patience) == (0.0, 0.0, 15)
 
 

@@ -40,17 +40,21 @@ def read_label_file(location: Location) -> LabelFile | None:
     if not location.exists():
         return None
     raw = location.read_bytes()
-    names, values, lines = [], [], []
+    names: list[pa.Array] = []
+    values: list[pa.Array] = []
+    lines: list[npt.NDArray[np.int32]] = []
     malformed: list[Evidence] = []
     num_malformed = 0
     chunk: list[tuple[str, str, int]] = []
-    for number, line in enumerate(io.StringIO(decode_text(raw, location), newline=None), start=1):
+    for number, line in enumerate(open_text(raw, location), start=1):
         fields = line.split(None, 1)
         if len(fields) == 2 and "\N{REPLACEMENT CHARACTER}" not in line:
             chunk.append((fields[0], fields[1].rstrip(), number))
         elif fields:
             num_malformed += 1
-            malformed.append(Evidence(f"{line.strip()[:80]!r}: expected a file name, a blank and a label", location.name, number))
+            malformed.append(
+                Evidence(f"{line.strip()[:80]!r}: expected a file name, a blank and a label", location.name, number)
+            )
         if len(chunk) == _CHUNK:
             _flush(chunk, names, values, lines)
     _flush(chunk, names, values, lines)
@@ -61,7 +65,9 @@ def read_label_file(location: Location) -> LabelFile | None:
         findings.append(Finding("warning", "malformed_lines", message, remedy, num_malformed, evidence_of(malformed)))
     every_name = pa.concat_arrays(names)
     every_value = pa.concat_arrays(values)
-    first, conflicting, duplicate_findings = drop_duplicates(every_name, every_value, np.concatenate(lines), location.name)
+    first, conflicting, duplicate_findings = drop_duplicates(
+        every_name, every_value, np.concatenate(lines), location.name
+    )
     keep = pa.array(first)
     return LabelFile(
         file=location.name,
@@ -83,15 +89,15 @@ def _flush(
     chunk.clear()
 
 
-def decode_text(raw: bytes, location: Location) -> str:
-    """A label file's text, without a byte order mark; bytes that are not UTF-8 become replacement characters.
+def open_text(raw: bytes, location: Location, newline: str | None = None) -> io.TextIOWrapper:
+    """A label file's lines, without a byte order mark; bytes that are not UTF-8 become replacement characters.
 
     Raises:
         UsageError: the file is UTF-16, or binary.
     """
     if raw[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\x00" in raw[:4096]:
         raise UsageError(f"{location}: is not UTF-8 text (found UTF-16 or binary content). Save it as UTF-8.")
-    return raw.decode("utf-8-sig", errors="replace")
+    return io.TextIOWrapper(io.BytesIO(raw), encoding="utf-8-sig", errors="replace", newline=newline)
 
 
 def text_findings(raw: bytes, file: str) -> list[Finding]:
@@ -103,7 +109,16 @@ def text_findings(raw: bytes, file: str) -> list[Finding]:
         notes.append("carriage returns")
     if not notes:
         return []
-    return [Finding("info", "text_format", f"{file}: {' and '.join(notes)} read and left out", "", 1, (Evidence(", ".join(notes), file),))]
+    return [
+        Finding(
+            "info",
+            "text_format",
+            f"{file}: {' and '.join(notes)} read and left out",
+            "",
+            1,
+            (Evidence(", ".join(notes), file),),
+        )
+    ]
 
 
 def drop_duplicates(
@@ -122,7 +137,9 @@ def drop_duplicates(
             continue
         said = [str(values[i].as_py()) for i in rows.tolist()]
         numbers = ", ".join(str(lines[i]) for i in rows.tolist())
-        evidence = Evidence(f"{names[int(rows[0])].as_py()} on lines {numbers}: {' / '.join(said)}", file, int(lines[rows[1]]))
+        evidence = Evidence(
+            f"{names[int(rows[0])].as_py()} on lines {numbers}: {' / '.join(said)}", file, int(lines[rows[1]])
+        )
         if len(set(said)) == 1:
             identical_evidence.append(evidence)
         else:
@@ -136,16 +153,31 @@ def duplicate_findings(identical: list[Evidence], conflicting: list[Evidence], f
     findings = []
     if identical:
         message = f"{file}: {len(identical)} names are there more than once with the same label; each counts once"
-        findings.append(Finding("warning", "duplicate_rows", message, "Delete the repeated lines.", len(identical), evidence_of(identical)))
+        findings.append(
+            Finding(
+                "warning",
+                "duplicate_rows",
+                message,
+                "Delete the repeated lines.",
+                len(identical),
+                evidence_of(identical),
+            )
+        )
     if conflicting:
-        message = f"{file}: {len(conflicting)} names are there more than once with different labels; what they disagree on is unknown"
+        message = (
+            f"{file}: {len(conflicting)} names are there more than once and disagree; what they disagree on is unknown"
+        )
         remedy = "Keep the line that is right for each name."
-        findings.append(Finding("error", "conflicting_rows", message, remedy, len(conflicting), evidence_of(conflicting)))
+        findings.append(
+            Finding("error", "conflicting_rows", message, remedy, len(conflicting), evidence_of(conflicting))
+        )
     return findings
 
 
 def unreadable_finding(file: str, count: int, evidence: tuple[Evidence, ...]) -> Finding:
     """Rows whose action-unit label cannot be read: none of it is used, and never as an absence."""
-    message = f"{file}: {count} rows hold action-unit labels that cannot be read; all action units of these rows are unknown"
+    message = (
+        f"{file}: {count} rows hold action-unit labels that cannot be read; all action units of these rows are unknown"
+    )
     remedy = "Write action units as numbers joined by '+', such as 1+4+L12, or null; in a table as 1, 0 or blank."
     return Finding("warning", "unreadable_action_units", message, remedy, count, evidence)

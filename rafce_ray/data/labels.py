@@ -35,14 +35,20 @@ def read_labels(data: DataConfig) -> Labels:
         UsageError: no root is given, nothing is there, or it is not a layout that can be read.
     """
     if data.root is None:
-        raise UsageError("data.root is not set: no dataset is named. Give data.root=FOLDER (RAF-CE's layout) or data.root=TABLE.csv.")
+        raise UsageError(
+            "data.root is not set: no dataset is named. Give data.root=FOLDER (RAF-CE's layout) or data.root=TABLE.csv."
+        )
     root = locate(data.root)
     if not root.exists():
-        raise UsageError(f"data.root={data.root!r}: nothing is there. Give the folder of the label files, or a CSV or Parquet table.")
+        raise UsageError(
+            f"data.root={data.root!r}: nothing is there. Give the folder of the label files, or a CSV or Parquet table."
+        )
     found = table.find_table(root)
     in_rafce_layout = rafce.is_rafce(root)
     if data.layout == "auto" and found is not None and in_rafce_layout:
-        raise UsageError(f"{root}: holds both RAF-CE's label files and {found.name}. Choose with data.layout=rafce or data.layout=table.")
+        raise UsageError(
+            f"{root}: holds RAF-CE's label files and {found.name}. Choose: data.layout=rafce or data.layout=table."
+        )
     if data.layout != "rafce" and found is not None:
         return table.read(found, data.images)
     if data.layout != "table" and in_rafce_layout:
@@ -52,7 +58,9 @@ def read_labels(data: DataConfig) -> Labels:
         "table": " or ".join(table.TABLE_NAMES),
         "auto": f"{rafce.EMOTION_FILE}, {rafce.ACTION_UNIT_FILE}, or a table {' or '.join(table.TABLE_NAMES)}",
     }
-    raise UsageError(f"{root}: no labels found; expected {expected[data.layout]}. Point data.root at the folder that holds them.")
+    raise UsageError(
+        f"{root}: no labels found; expected {expected[data.layout]}. Point data.root at the folder that holds them."
+    )
 
 
 def resolve_taxonomy(labels: Labels, data: DataConfig) -> Taxonomy:
@@ -92,9 +100,11 @@ def _action_units(labels: Labels, data: DataConfig) -> tuple[int, ...]:
 
 def count_train_positives(labels_table: pa.Table) -> npt.NDArray[np.int64]:
     """(100,) train rows that have an image and in which each action unit is present, by its number."""
-    usable = labels_table.filter(pc.and_(pc.equal(labels_table["split"], "train"), pc.is_valid(labels_table["image_path"])))
+    usable = labels_table.filter(
+        pc.and_(pc.equal(labels_table["split"], "train"), pc.is_valid(labels_table["image_path"]))
+    )
     numbers = np.asarray(usable["au_positive"].combine_chunks().flatten())
-    return np.bincount(numbers, minlength=_MAX_ACTION_UNIT)
+    return np.bincount(numbers, minlength=_MAX_ACTION_UNIT).astype(np.int64)
 
 
 def resolve_targets(labels_table: pa.Table, taxonomy: Taxonomy, null_policy: str) -> Targets:
@@ -122,7 +132,8 @@ def _emotion_targets(labels_table: pa.Table, taxonomy: Taxonomy) -> npt.NDArray[
     distinct = labels_table["emotion"].combine_chunks().dictionary_encode()
     classes = [emotion_index(text, taxonomy) for text in distinct.dictionary.to_pylist()]
     codes = np.asarray(pc.fill_null(distinct.indices, len(classes)))
-    return np.array([*classes, -1], np.int64)[codes]
+    targets: npt.NDArray[np.int64] = np.array([*classes, -1], np.int64)[codes]
+    return targets
 
 
 def _action_unit_targets(labels_table: pa.Table, taxonomy: Taxonomy, null_policy: str) -> npt.NDArray[np.float32]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -117,7 +118,9 @@ def _candidates(root: Location, images: str | None) -> list[Location]:
     is_relative = "://" not in images and not Path(images).expanduser().is_absolute()
     given = root / images if is_relative and (root / images).is_dir() else locate(images)
     if not given.is_dir():
-        raise UsageError(f"data.images={images!r}: no such folder, neither below {root} nor here. Give a folder of images.")
+        raise UsageError(
+            f"data.images={images!r}: no such folder, neither below {root} nor here. Give a folder of images."
+        )
     return [given]
 
 
@@ -141,7 +144,7 @@ def _list_remote(folder: Location, recursive: bool) -> Iterator[tuple[str, int, 
 
 
 def _to_batch(chunk: list[tuple[str, int, int]]) -> pa.RecordBatch:
-    columns = list(zip(*chunk, strict=True)) if chunk else [[], [], []]
+    columns: list[Sequence[Any]] = list(zip(*chunk, strict=True)) if chunk else [(), (), ()]
     arrays = [pa.array(column, kind) for column, kind in zip(columns, _SCHEMA.types, strict=True)]
     return pa.record_batch(arrays, schema=_SCHEMA)
 
@@ -171,6 +174,10 @@ def _ambiguous(keys: pa.Array, paths: pa.Array, used: npt.NDArray[np.bool_]) -> 
     spare = np.flatnonzero(~used & taken[codes]) if len(codes) else np.zeros(0, np.int64)
     if not len(spare):
         return ()
-    evidence = evidence_of(Evidence("another image of the same name is used instead", str(paths[i].as_py())) for i in spare.tolist())
+    evidence = evidence_of(
+        Evidence("another image of the same name is used instead", str(paths[i].as_py())) for i in spare.tolist()
+    )
     message = f"{len(spare)} images are second candidates for a labelled name and are not used"
-    return (Finding("warning", "ambiguous_images", message, "Keep one image file per labelled name.", len(spare), evidence),)
+    return (
+        Finding("warning", "ambiguous_images", message, "Keep one image file per labelled name.", len(spare), evidence),
+    )

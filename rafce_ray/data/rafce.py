@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 
 from rafce_ray.data.label_file import LabelFile, read_label_file, unreadable_finding
 from rafce_ray.data.listing import image_columns, match_images
-from rafce_ray.data.records import LABEL_SCHEMA, NUM_VOTES, SPLIT_NAMES, Evidence, Finding, Labels, evidence_of
+from rafce_ray.data.records import LABEL_SCHEMA, NUM_VOTES, SPLIT_NAMES, Evidence, Finding, Labels, Level, evidence_of
 from rafce_ray.errors import UsageError
 from rafce_ray.storage import Location
 from rafce_ray.taxonomy import parse_action_unit_token, split_action_unit_tokens
@@ -47,7 +47,9 @@ def read(root: Location, images: str | None) -> Labels:
     )
     labelled = [file for file in (emotions, action_units) if file is not None]
     if not labelled:
-        raise UsageError(f"{root}: neither {EMOTION_FILE} nor {ACTION_UNIT_FILE} is there. Point data.root at the folder that holds them.")
+        raise UsageError(
+            f"{root}: neither {EMOTION_FILE} nor {ACTION_UNIT_FILE} is there. Point data.root at their folder."
+        )
     names = pc.unique(pa.concat_arrays([file.names for file in labelled]))
     columns: dict[str, pa.Array] = {"name": names}
     findings = [finding for file in (emotions, action_units, partition, votes) if file for finding in file.findings]
@@ -75,7 +77,11 @@ def read(root: Location, images: str | None) -> Labels:
 
 
 def _one_sided(
-    names: pa.Array, emotions: LabelFile | None, action_units: LabelFile | None, partition: LabelFile | None, votes: LabelFile | None
+    names: pa.Array,
+    emotions: LabelFile | None,
+    action_units: LabelFile | None,
+    partition: LabelFile | None,
+    votes: LabelFile | None,
 ) -> list[Finding]:
     """Names that one file holds and another lacks."""
     findings = []
@@ -88,21 +94,33 @@ def _one_sided(
             continue
         absent = file.locate(names) < 0
         if absent.any():
-            evidence = evidence_of(Evidence(f"{names[i].as_py()} is not in it", wanted) for i in np.flatnonzero(absent).tolist())
+            evidence = evidence_of(
+                Evidence(f"{names[i].as_py()} is not in it", wanted) for i in np.flatnonzero(absent).tolist()
+            )
             message = f"{wanted}: {absent.sum()} labelled names of the other files are missing; {consequence}"
-            code = {EMOTION_FILE: "rows_without_emotion", ACTION_UNIT_FILE: "rows_without_action_units"}.get(wanted, "rows_without_split")
-            findings.append(Finding("warning", code, message, f"Add their lines to {wanted}.", int(absent.sum()), evidence))
-    for file, level in ((partition, "warning"), (votes, "info")):
+            code = {EMOTION_FILE: "rows_without_emotion", ACTION_UNIT_FILE: "rows_without_action_units"}.get(
+                wanted, "rows_without_split"
+            )
+            findings.append(
+                Finding("warning", code, message, f"Add their lines to {wanted}.", int(absent.sum()), evidence)
+            )
+    levels: tuple[tuple[LabelFile | None, Level], ...] = ((partition, "warning"), (votes, "info"))
+    for file, level in levels:
         if file is None:
             continue
         unknown = np.asarray(pc.is_null(pc.index_in(file.names, value_set=names)))
         if unknown.any():
             evidence = evidence_of(
-                Evidence(f"{file.names[i].as_py()} has no label", file.file, int(file.lines[i])) for i in np.flatnonzero(unknown).tolist()
+                Evidence(f"{file.names[i].as_py()} has no label", file.file, int(file.lines[i]))
+                for i in np.flatnonzero(unknown).tolist()
             )
-            message = f"{file.file}: {unknown.sum()} names have neither an emotion nor an action-unit label and are not used"
+            message = (
+                f"{file.file}: {unknown.sum()} names have neither an emotion nor an action-unit label and are not used"
+            )
             code = "split_without_label" if file is partition else "votes_without_label"
-            findings.append(Finding(level, code, message, "Add their labels, or delete the lines.", int(unknown.sum()), evidence))  # type: ignore[arg-type]
+            findings.append(
+                Finding(level, code, message, "Add their labels, or delete the lines.", int(unknown.sum()), evidence)
+            )
     return findings
 
 
@@ -136,12 +154,23 @@ def _read_label(text: str) -> _ReadLabel:
     return _ReadLabel("full", tuple(sorted({number for number in numbers if number is not None})), tokens, None)
 
 
-def _action_unit_columns(names: pa.Array, file: LabelFile | None) -> tuple[dict[str, pa.Array], dict[str, int], list[Finding]]:
+def _action_unit_columns(
+    names: pa.Array, file: LabelFile | None
+) -> tuple[dict[str, pa.Array], dict[str, int], list[Finding]]:
     num_rows = len(names)
     nothing = pa.array([[]], pa.list_(pa.int16())).take(pa.array(np.zeros(num_rows, np.int64)))
     if file is None:
         state = pa.array(["missing"]).take(pa.array(np.zeros(num_rows, np.int64)))
-        return {"au_state": state, "au_line": pa.nulls(num_rows, pa.int32()), "au_positive": nothing, "au_negative": nothing}, {}, []
+        return (
+            {
+                "au_state": state,
+                "au_line": pa.nulls(num_rows, pa.int32()),
+                "au_positive": nothing,
+                "au_negative": nothing,
+            },
+            {},
+            [],
+        )
     distinct = file.values.dictionary_encode()
     labels = [_read_label(text) for text in distinct.dictionary.to_pylist()]
     labels += [_ReadLabel("unreadable", (), (), None), _ReadLabel("missing", (), (), None)]
@@ -153,7 +182,9 @@ def _action_unit_columns(names: pa.Array, file: LabelFile | None) -> tuple[dict[
     findings = []
     if len(unreadable):
         ordered = unreadable[np.argsort(lines[unreadable])].tolist()
-        evidence = evidence_of(Evidence(f"{names[i].as_py()}: {labels[code[i]].fault}", file.file, int(lines[i])) for i in ordered)
+        evidence = evidence_of(
+            Evidence(f"{names[i].as_py()}: {labels[code[i]].fault}", file.file, int(lines[i])) for i in ordered
+        )
         findings.append(unreadable_finding(file.file, len(unreadable), evidence))
     tokens: dict[str, int] = {}
     for label, count in zip(labels, np.bincount(code, minlength=len(labels)).tolist(), strict=True):
@@ -181,10 +212,15 @@ def _splits(names: pa.Array, file: LabelFile | None) -> tuple[pa.Array, list[Fin
     findings = []
     if len(unknown):
         evidence = evidence_of(
-            Evidence(f"{file.names[i].as_py()}: {file.values[i].as_py()!r}", file.file, int(file.lines[i])) for i in unknown.tolist()
+            Evidence(f"{file.names[i].as_py()}: {file.values[i].as_py()!r}", file.file, int(file.lines[i]))
+            for i in unknown.tolist()
         )
         message = f"{file.file}: {len(unknown)} rows name an unknown partition and are in no split"
-        findings.append(Finding("error", "unknown_partitions", message, "Use 0 train, 1 test, 2 validation.", len(unknown), evidence))
+        findings.append(
+            Finding(
+                "error", "unknown_partitions", message, "Use 0 train, 1 test, 2 validation.", len(unknown), evidence
+            )
+        )
     row = file.locate(names)
     usable = (row >= 0) & ~file.conflicting[row]
     taken = pa.array(codes[row], mask=~usable)

@@ -52,10 +52,10 @@ LABEL_SCHEMA = pa.schema(
 )
 """One row a labelled image, as read, before any vocabulary is applied.
 
-``image_path`` is relative to the image folder, null where the file is missing. ``emotion`` is the label as written, null
-where there is none. ``au_state`` says how to read the two lists: ``full`` (every action unit not in ``au_positive`` was
-coded absent), ``partial`` (only those in ``au_negative`` were), ``null`` (the label says null), ``missing`` (no label),
-``unreadable`` (a label that cannot be trusted: nothing of it is used).
+``image_path`` is relative to the image folder, null where the file is missing. ``emotion`` is the label as written,
+null where there is none. ``au_state`` says how to read the two lists: ``full`` (every action unit not in
+``au_positive`` was coded absent), ``partial`` (only those in ``au_negative`` were), ``null`` (the label says null),
+``missing`` (no label), ``unreadable`` (a label that cannot be trusted: nothing of it is used).
 """
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]

@@ -1,13 +1,12 @@
-"""Labels in one CSV or Parquet table: ``name, split, emotion, AU1, AU2, ...`` with 1, 0 or blank (unknown) per action unit."""
+"""Labels in one CSV or Parquet table: ``name, split, emotion, AU1, AU2, ...`` 1, 0 or blank (unknown)."""
 
 from __future__ import annotations
 
 import csv
 import hashlib
-import io
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rafce_ray.data.label_file import decode_text, duplicate_findings, text_findings, unreadable_finding
+from rafce_ray.data.label_file import duplicate_findings, open_text, text_findings, unreadable_finding
 from rafce_ray.data.listing import image_columns, match_images
 from rafce_ray.data.records import LABEL_SCHEMA, SPLIT_NAMES, Evidence, Finding, Labels, evidence_of
 from rafce_ray.errors import UsageError
@@ -73,12 +72,14 @@ def find_table(root: Location) -> Location | None:
         return root
     found = [root / name for name in TABLE_NAMES if (root / name).exists()]
     if len(found) > 1:
-        raise UsageError(f"{root}: {' and '.join(table.name for table in found)} are both there. Give the one to read as data.root.")
+        raise UsageError(
+            f"{root}: {' and '.join(table.name for table in found)} are both there. Give the one to read as data.root."
+        )
     return found[0] if found else None
 
 
 def read(table: Location, images: str | None) -> Labels:
-    """Labels of a CSV, TSV or Parquet table; images lie beside it, in ``images/`` or ``aligned/`` there, or in ``images``.
+    """Labels of a CSV, TSV or Parquet table; images lie beside it, in ``images/``, ``aligned/`` or ``images``.
 
     Raises:
         UsageError: a needed column is missing or doubled, or the file cannot be read.
@@ -122,10 +123,9 @@ def read(table: Location, images: str | None) -> Labels:
 
 
 def _read_csv(raw: bytes, table: Location) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
-    text = decode_text(raw, table)
-    first = text.partition("\n")[0]
+    first = open_text(raw, table).readline()
     delimiter = max((",", ";", "\t"), key=first.count)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    reader = csv.reader(open_text(raw, table, newline=""), delimiter=delimiter)
     header = next(reader, None)
     if not header:
         raise UsageError(f"{table}: is empty. Expected a header line such as 'name,split,emotion,AU1,AU2'.")
@@ -173,7 +173,7 @@ def _find_columns(header: list[str], table: Location) -> _Columns:
     if "name" not in positions:
         raise UsageError(f"{table}:1: no column 'name' among {header}. It holds the image file names.")
     if "emotion" not in positions and not action_units:
-        raise UsageError(f"{table}:1: neither a column 'emotion' nor AU columns such as 'AU12' among {header}. Nothing can be trained.")
+        raise UsageError(f"{table}:1: neither a column 'emotion' nor AU columns such as 'AU12' among {header}.")
     return _Columns(positions["name"], positions.get("split"), positions.get("emotion"), action_units, tuple(ignored))
 
 
@@ -182,7 +182,9 @@ def _read_rows(records: Iterator[tuple[int, list[str]]], columns: _Columns, widt
     for line, cells in records:
         name = cells[columns.name].strip() if len(cells) > columns.name else ""
         if len(cells) != width or not name or "\N{REPLACEMENT CHARACTER}" in name:
-            rows.malformed.append(Evidence(f"{len(cells)} cells ({', '.join(cells)[:60]}): expected {width} with a name", file, line))
+            rows.malformed.append(
+                Evidence(f"{len(cells)} cells ({', '.join(cells)[:60]}): expected {width} with a name", file, line)
+            )
             continue
         split = _read_split(cells, columns, Evidence(name, file, line), rows)
         emotion = cells[columns.emotion].strip() if columns.emotion is not None else ""
@@ -199,7 +201,7 @@ def _read_rows(records: Iterator[tuple[int, list[str]]], columns: _Columns, widt
 
 
 def _flush(rows: _Rows) -> None:
-    columns = list(zip(*rows.pending, strict=True)) if rows.pending else [[] for _ in _READ_SCHEMA]
+    columns: list[Sequence[Any]] = list(zip(*rows.pending, strict=True)) if rows.pending else [() for _ in _READ_SCHEMA]
     arrays = [pa.array(column, kind) for column, kind in zip(columns, _READ_SCHEMA.types, strict=True)]
     rows.batches.append(pa.record_batch(arrays, schema=_READ_SCHEMA))
     rows.pending.clear()
@@ -216,7 +218,8 @@ def _read_split(cells: list[str], columns: _Columns, at: Evidence, rows: _Rows) 
 
 
 def _read_action_units(cells: list[str], columns: _Columns) -> tuple[str, list[int], list[int], str | None]:
-    positive, negative = [], []
+    positive: list[int] = []
+    negative: list[int] = []
     for number, position in columns.action_units.items():
         cell = cells[position].strip()
         value = _CELLS.get(cell, -1)
@@ -232,26 +235,38 @@ def _read_action_units(cells: list[str], columns: _Columns) -> tuple[str, list[i
 def _row_findings(rows: _Rows, columns: _Columns, file: str) -> list[Finding]:
     findings = []
     if columns.ignored:
-        message = f"{file}: {len(columns.ignored)} columns are not labels and are not read: {', '.join(columns.ignored)}"
+        message = (
+            f"{file}: {len(columns.ignored)} columns are not labels and are not read: {', '.join(columns.ignored)}"
+        )
         findings.append(Finding("info", "ignored_columns", message, "", len(columns.ignored)))
     if rows.malformed:
         message = f"{file}: {len(rows.malformed)} rows do not fit the header or have no name, and are not used"
         remedy = "Give every row as many cells as the header."
-        findings.append(Finding("warning", "malformed_lines", message, remedy, len(rows.malformed), evidence_of(rows.malformed)))
+        findings.append(
+            Finding("warning", "malformed_lines", message, remedy, len(rows.malformed), evidence_of(rows.malformed))
+        )
     if rows.unreadable:
         findings.append(unreadable_finding(file, len(rows.unreadable), evidence_of(rows.unreadable)))
     if columns.split is None:
-        findings.append(Finding("error", "no_split_column", f"{file}: no column 'split'", "Add one with train, validation and test."))
+        findings.append(
+            Finding(
+                "error", "no_split_column", f"{file}: no column 'split'", "Add one with train, validation and test."
+            )
+        )
     if rows.unknown_splits:
         message = f"{file}: {len(rows.unknown_splits)} rows name an unknown split and are in none"
         remedy = "Use train, validation (or val, valid, dev) and test; numbers are read only in RAF-CE's layout."
         count = len(rows.unknown_splits)
-        findings.append(Finding("error", "unknown_partitions", message, remedy, count, evidence_of(rows.unknown_splits)))
+        findings.append(
+            Finding("error", "unknown_partitions", message, remedy, count, evidence_of(rows.unknown_splits))
+        )
     if rows.without_split:
         message = f"{file}: {len(rows.without_split)} rows have a blank split and are not used"
         count = len(rows.without_split)
         findings.append(
-            Finding("warning", "rows_without_split", message, "Fill in their split.", count, evidence_of(rows.without_split))
+            Finding(
+                "warning", "rows_without_split", message, "Fill in their split.", count, evidence_of(rows.without_split)
+            )
         )
     return findings
 
@@ -287,7 +302,11 @@ def _masked(table: pa.Table, disagree: dict[str, npt.NDArray[np.bool_]]) -> pa.T
         values = table[name].combine_chunks()
         taken = values.take(pa.array(np.arange(len(values)), mask=disagree[name]))
         table = table.set_column(table.schema.get_field_index(name), name, taken)
-    states = np.where(disagree["au_state"], "unreadable", np.asarray(table["au_state"].combine_chunks().to_numpy(zero_copy_only=False)))
+    states = np.where(
+        disagree["au_state"],
+        "unreadable",
+        np.asarray(table["au_state"].combine_chunks().to_numpy(zero_copy_only=False)),
+    )
     table = table.set_column(table.schema.get_field_index("au_state"), "au_state", pa.array(states, pa.string()))
     empty = pa.array([[]], pa.list_(pa.int16()))
     for name in ("au_positive", "au_negative"):

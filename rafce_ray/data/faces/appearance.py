@@ -18,7 +18,8 @@ _SKIN_TONES = np.array(
     np.float64,
 )
 _HAIR_COLOURS = np.array(
-    [[28, 22, 20], [45, 32, 26], [78, 52, 36], [122, 84, 52], [176, 138, 88], [140, 70, 40], [150, 146, 142]], np.float64
+    [[28, 22, 20], [45, 32, 26], [78, 52, 36], [122, 84, 52], [176, 138, 88], [140, 70, 40], [150, 146, 142]],
+    np.float64,
 )
 _IRIS_COLOURS = np.array([[58, 36, 24], [84, 56, 34], [96, 110, 70], [80, 116, 150], [110, 124, 132]], np.float64)
 HAIR_STYLES = ("bald", "short", "fringe", "long", "parted", "pulled_back", "curly")
@@ -96,6 +97,11 @@ def _colour(values: NDArray[np.float64]) -> Colour:
     return float(red), float(green), float(blue)
 
 
+def _muted(rng: Generator) -> Colour:
+    """A colour as rooms and clothes have them: any lightness, seldom vivid."""
+    return _colour(rng.uniform(0.08, 0.85) + rng.normal(0.0, 0.11, 3))
+
+
 def _pick(rng: Generator, names: tuple[str, ...], weights: tuple[float, ...]) -> str:
     return names[int(rng.choice(len(names), p=np.asarray(weights) / sum(weights)))]
 
@@ -127,8 +133,8 @@ def sample_person(rng: Generator) -> Person:
         hair_style=_pick(rng, HAIR_STYLES, (0.08, 0.26, 0.14, 0.2, 0.14, 0.1, 0.08)),
         hairline_y=rng.uniform(0.0, 13.0),
         age=age,
-        face_width=rng.uniform(0.92, 1.06),
-        jaw_width=rng.uniform(0.72, 0.92),
+        face_width=rng.uniform(0.9, 1.04),
+        jaw_width=rng.uniform(0.76, 0.92),
         chin_y=rng.uniform(94.5, 100.0),
         cheekbones=rng.uniform(0.5, 1.5),
         eye_distance=rng.uniform(17.0, 19.0),
@@ -163,20 +169,20 @@ def sample_scene(rng: Generator) -> Scene:
         shift=(rng.normal(0.0, 1.0), rng.normal(0.0, 1.0)),
         gaze=(float(np.clip(rng.normal(0.0, 0.5), -1.2, 1.2)), float(np.clip(rng.normal(0.0, 0.25), -0.6, 0.6))),
         light=(float(light[0]), float(light[1]), float(light[2])),
-        light_colour=_colour(np.array([0.93, 0.90, 0.87]) + rng.normal(0.0, 0.05, 3)),
-        ambient=rng.uniform(0.32, 0.62),
-        exposure=float(np.exp(rng.normal(0.05, 0.16))),
+        light_colour=_colour(np.array([0.93, 0.91, 0.88]) + rng.normal(0.0, 0.03, 3)),
+        ambient=rng.uniform(0.3, 0.6),
+        exposure=float(np.exp(np.clip(rng.normal(0.0, 0.1), -0.25, 0.2))),
         contrast=rng.uniform(0.8, 1.2),
         saturation=0.0 if rng.random() < 0.05 else rng.uniform(0.65, 1.2),
         background=_pick(rng, BACKGROUNDS, (0.2, 0.25, 0.25, 0.1, 0.2)),
-        background_colours=(_colour(rng.uniform(0.05, 0.95, 3)), _colour(rng.uniform(0.05, 0.95, 3))),
-        clothes=_colour(rng.uniform(0.05, 0.9, 3)),
+        background_colours=(_muted(rng), _muted(rng)),
+        clothes=_muted(rng),
         glasses=_pick(rng, ("none", "thin", "thick", "dark"), (0.86, 0.08, 0.05, 0.01)),
         hat=_pick(rng, HATS, (0.91, 0.04, 0.03, 0.02)),
-        hat_colour=_colour(rng.uniform(0.05, 0.85, 3)),
+        hat_colour=_muted(rng),
         occluder=_pick(rng, OCCLUDERS, (0.93, 0.02, 0.025, 0.01, 0.015)),
-        blur_px=float(rng.gamma(1.5, 0.25)),
-        noise=float(rng.gamma(1.5, 0.006)),
+        blur_px=float(min(rng.gamma(1.5, 0.25), 1.0)),
+        noise=float(min(rng.gamma(1.5, 0.005), 0.025)),
         jpeg_quality=int(rng.integers(62, 97)),
         texture_seed=int(rng.integers(2**31)),
     )

@@ -1,0 +1,133 @@
+"""``rafce data``: audit labelled faces, or draw demo faces."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+from rich.console import Console
+
+from rafce_ray.config import load_config
+from rafce_ray.console import console, progress_bar, run_main, say, to_json
+from rafce_ray.data.audit import Audit, audit
+from rafce_ray.data.audit_report import render
+from rafce_ray.data.synthetic import synthesize
+from rafce_ray.errors import GateError, UsageError
+from rafce_ray.storage import locate
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the verb; 0 done, 1 failed, 2 usage, 3 the data may not be trained on."""
+    return run_main(_run, argv)
+
+
+def _run(argv: list[str]) -> int:
+    arguments = _parser().parse_args(argv)
+    exit_code: int = arguments.action(arguments)
+    return exit_code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="rafce data", description="Audit labelled faces, or draw demo faces.")
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+    verb = verbs.add_parser(
+        "audit",
+        help="what is in a dataset, what is wrong with it, and may it be trained on",
+        description="Say what is in a dataset and what is wrong with it. Exit code 3: it may not be trained on.",
+    )
+    verb.add_argument("root", help="folder in RAF-CE's layout, or a CSV or Parquet table, or a folder that holds one")
+    verb.add_argument(
+        "overrides", nargs="*", metavar="data.key=value", help="how to read it, such as data.emotions=[neutral,smiling]"
+    )
+    verb.add_argument("--json", metavar="FILE", help="write the whole audit as JSON; - for standard output")
+    verb.add_argument("--config", metavar="FILE", help="take the data section of this configuration")
+    verb.add_argument("--recipe", metavar="NAME", help="take the data section of this recipe")
+    verb.add_argument("--labels-only", action="store_true", help="do not open the images")
+    verb.set_defaults(action=_audit)
+    verb = verbs.add_parser(
+        "synthesize",
+        help="draw faces in RAF-CE's layout",
+        description="Draw faces with labels in RAF-CE's layout, proportions and noise, for trying things out.",
+    )
+    verb.add_argument("--out", required=True, metavar="DIR", help="new folder")
+    verb.add_argument("--num-images", type=int, default=4549, metavar="N", help="labelled faces (default %(default)s)")
+    verb.add_argument(
+        "--seed", type=int, default=0, metavar="S", help="the same seed draws the same faces (default %(default)s)"
+    )
+    verb.set_defaults(action=_synthesize)
+    return parser
+
+
+def _audit(arguments: argparse.Namespace) -> int:
+    overrides = [*arguments.overrides, f"data.root={_yaml_text(arguments.root)}"]
+    data = load_config(arguments.config, overrides, recipe=arguments.recipe).data
+    goes_to = {None: "the audit goes to standard output", "-": "JSON goes to standard output"}
+    say(f"Auditing {arguments.root}; {goes_to.get(arguments.json, f'JSON goes to {arguments.json}')}.")
+    found = audit(data, images=not arguments.labels_only, progress=progress_bar)
+    if arguments.json == "-":
+        render(found, console)
+        sys.stdout.write(to_json(found.to_json()) + "\n")
+    else:
+        render(found, Console(highlight=False, soft_wrap=True))
+        if arguments.json is not None:
+            _write_json(arguments.json, found)
+    _conclude(found, arguments)
+    return 0 if found.may_train else GateError.exit_code
+
+
+def _yaml_text(text: str) -> str:
+    """Quoted, so that no path is read as a number or a list."""
+    return "'" + text.replace("'", "''") + "'"
+
+
+def _write_json(place: str, found: Audit) -> None:
+    try:
+        locate(place).write_bytes((to_json(found.to_json()) + "\n").encode())
+    except OSError as error:
+        raise UsageError(f"--json {place}: cannot be written ({error}). Name a file in a folder that can.") from error
+
+
+def _conclude(found: Audit, arguments: argparse.Namespace) -> None:
+    counts = ", ".join(
+        f"{sum(finding.level == level for finding in found.findings)} {level}"
+        for level in ("refusal", "error", "warning", "info")
+    )
+    written = f" Written to {arguments.json}." if arguments.json not in (None, "-") else ""
+    if not found.may_train:
+        reasons = "; ".join(finding.message for finding in found.refusals)
+        say(f"Refused: this data may not be trained on: {reasons}. Findings: {counts}.{written}")
+        return
+    again = shlex.join([f"data.root={arguments.root}", *arguments.overrides])
+    say(f"May be trained on. Findings: {counts}.{written} Next: rafce train {again}")
+
+
+def _synthesize(arguments: argparse.Namespace) -> int:
+    say(f"Drawing {arguments.num_images} labelled faces, and some without a label, into {arguments.out}.")
+    with ExitStack() as stack:
+        # How many there are in all is known at the first report only.
+        advance: Callable[[int], None] | None = None
+        drawn = 0
+
+        def report(done: int, total: int) -> None:
+            nonlocal advance, drawn
+            if advance is None:
+                advance = stack.enter_context(progress_bar("drawing faces", total))
+            advance(done - drawn)
+            drawn = done
+
+        summary = synthesize(Path(arguments.out), arguments.num_images, arguments.seed, progress=report)
+    splits = ", ".join(f"{count:,} {split}" for split, count in summary.per_split.items())
+    say(
+        f"Drew {summary.num_labelled:,} labelled faces ({splits}) and {summary.num_extras:,} without a label: "
+        f"{summary.root}"
+    )
+    say(f"Next: {shlex.join(['rafce', 'train', '--recipe', 'demo', f'data.root={arguments.out}'])}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

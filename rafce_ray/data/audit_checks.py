@@ -1,0 +1,180 @@
+"""Checks of a dataset's labels: each looks at one thing and returns what it found."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow.compute as pc
+
+from rafce_ray.config import DataConfig
+from rafce_ray.data import reference
+from rafce_ray.data.audit_action_units import action_unit_findings
+from rafce_ray.data.audit_case import MAX_UNREADABLE_SHARE, Case, value_counts
+from rafce_ray.data.records import SPLITS, Evidence, Finding, Labels, Level, Targets
+from rafce_ray.taxonomy import Taxonomy
+
+MIN_CLASS_IMAGES = 10
+"""A class with fewer images in a split is pointed out."""
+
+_MAX_MISSING_SHARE = 0.05
+
+
+def label_findings(labels: Labels, taxonomy: Taxonomy, targets: Targets, data: DataConfig) -> list[Finding]:
+    """Everything that labels and file names alone can tell, beyond what reading them told."""
+    has_image = np.asarray(pc.is_valid(labels.table["image_path"]))
+    case = Case(labels, taxonomy, targets, data, (targets.split == SPLITS.index("train")) & has_image)
+    checks = (
+        _check_tasks,
+        _check_splits,
+        _check_known_sizes,
+        _check_files,
+        _check_emotions,
+        _check_class_sizes,
+        action_unit_findings,
+    )
+    return [finding for check in checks for finding in check(case)]
+
+
+def _check_tasks(case: Case) -> list[Finding]:
+    labels, taxonomy = case.labels, case.taxonomy
+    if not taxonomy.emotions and not taxonomy.action_units:
+        message = "there is neither an emotion nor an action unit to train"
+        remedy = "Set data.emotions or data.action_units to what the labels hold."
+        return [Finding("refusal", "nothing_to_train", message, remedy)]
+    findings = []
+    if not labels.has_emotions:
+        level: Level = "warning" if isinstance(case.data.emotions, tuple) else "info"
+        findings.append(
+            Finding(level, "action_units_only", "there are no emotion labels: action units are trained alone")
+        )
+    if not labels.has_action_units:
+        level = "warning" if isinstance(case.data.action_units, tuple) else "info"
+        findings.append(Finding(level, "emotions_only", "there are no action-unit labels: emotions are trained alone"))
+    return findings
+
+
+def _check_splits(case: Case) -> list[Finding]:
+    sizes = case.split_sizes()
+    evidence = tuple(Evidence(f"{split}: {size} rows") for split, size in sizes.items())
+    findings = []
+    if not case.usable.any() and case.labels.table["image_path"].null_count < case.labels.table.num_rows:
+        message = "no image is in the train split"
+        findings.append(Finding("refusal", "no_train_images", message, "Assign images to train.", 1, evidence))
+    if not sizes["validation"]:
+        message = "no image is in the validation split: the best epoch cannot be chosen"
+        findings.append(Finding("error", "no_validation_images", message, "Assign images to validation.", 1, evidence))
+    if not sizes["test"]:
+        findings.append(Finding("info", "no_test_images", "no image is in the test split", "", 1, evidence))
+    if 0 < sizes["train"] < max(sizes.values()):
+        message = "train is not the largest split: the partition codes look swapped"
+        remedy = "In RAF-CE's files 0 is train, 1 test and 2 validation."
+        findings.append(Finding("warning", "partitions_look_swapped", message, remedy, 1, evidence))
+    return findings
+
+
+def _check_known_sizes(case: Case) -> list[Finding]:
+    """Compare with the published sizes, where the dataset is RAF-CE by its classes and its size."""
+    sizes, known = case.split_sizes(), reference.SPLIT_SIZES
+    close_in_size = abs(case.labels.table.num_rows - reference.NUM_LABELLED) <= 0.02 * reference.NUM_LABELLED
+    two_match = len(set(sizes.values()) & set(known.values())) >= 2
+    if not case.has_rafce_classes or not (close_in_size or two_match) or sizes == known:
+        return []
+    evidence = tuple(Evidence(f"{split}: {sizes[split]} rows, RAF-CE has {known[split]}") for split in SPLITS)
+    swapped = abs(sizes["test"] - known["validation"]) + abs(sizes["validation"] - known["test"])
+    straight = abs(sizes["test"] - known["test"]) + abs(sizes["validation"] - known["validation"])
+    if swapped < straight and sizes["train"] == max(sizes.values()):
+        message = "test and validation have each other's size: the partition codes look swapped"
+        remedy = "In RAF-CE's files 1 is test (909 images) and 2 validation (931)."
+        return [Finding("warning", "partitions_look_swapped", message, remedy, 1, evidence)]
+    message = "the split sizes are not RAF-CE's"
+    return [
+        Finding(
+            "warning", "split_sizes_differ", message, "Compare the label files with the published ones.", 1, evidence
+        )
+    ]
+
+
+def _check_files(case: Case) -> list[Finding]:
+    labels = case.labels
+    paths = labels.table["image_path"]
+    findings = []
+    num_missing = paths.null_count
+    if num_missing:
+        missing = np.asarray(pc.is_null(paths))
+        share = num_missing / len(paths)
+        level: Level = "refusal" if num_missing == len(paths) else "error" if share > _MAX_MISSING_SHARE else "warning"
+        message = f"{num_missing} of {len(paths)} labelled images are missing from {labels.image_root}"
+        line_column = "emotion_line" if labels.has_emotions else "au_line"
+        evidence = case.rows(missing, labels.emotion_file or labels.au_file, line_column, None)
+        remedy = "Add the images, or name their folder with data.images=FOLDER."
+        findings.append(Finding(level, "missing_images", message, remedy, num_missing, evidence))
+    if labels.num_extra_images:
+        message = f"{labels.num_extra_images} images have no label row and are not used"
+        findings.append(Finding("info", "extra_images", message, "", labels.num_extra_images))
+    return findings
+
+
+def _check_emotions(case: Case) -> list[Finding]:
+    labels, taxonomy = case.labels, case.taxonomy
+    if not taxonomy.emotions:
+        return []
+    written = labels.table["emotion"]
+    num_written = len(written) - written.null_count
+    unknown = np.asarray(pc.is_valid(written)) & (case.targets.emotion < 0)
+    findings = []
+    if unknown.any():
+        count = int(unknown.sum())
+        share = count / num_written
+        names = (
+            ", ".join(taxonomy.emotions)
+            if taxonomy.num_emotions <= 4
+            else f"the {taxonomy.num_emotions} of the taxonomy"
+        )
+        level: Level = "refusal" if share > MAX_UNREADABLE_SHARE else "warning"
+        message = (
+            f"{count} of {num_written} emotion labels ({share:.1%}) name no known class; these emotions are unknown"
+        )
+        remedy = f"Known are {names}, or their numbers from 0. Set data.emotions=[...] if the dataset has others."
+        evidence = case.rows(unknown, labels.emotion_file, "emotion_line", "emotion")
+        findings.append(Finding(level, "unknown_classes", message, remedy, count, evidence))
+    if not (case.targets.emotion[case.usable] >= 0).any():
+        message = "there are emotion labels, but no train image has a known one"
+        remedy = "Check data.emotions and the split column; data.emotions=none leaves the task out."
+        evidence = tuple(Evidence(f"{count} rows say {text!r}") for text, count in value_counts(written)[:10])
+        findings.append(Finding("refusal", "no_emotion_targets", message, remedy, 1, evidence))
+    codes = {int(text) for text, _ in value_counts(written) if text.isdecimal()}
+    if (
+        codes
+        and min(codes) == 1
+        and max(codes) == taxonomy.num_emotions
+        and not set(map(str, codes)) & set(taxonomy.emotions)
+    ):
+        message = f"class numbers run from 1 to {max(codes)}: they look as if they started at 1, not at 0"
+        findings.append(Finding("error", "classes_look_one_based", message, "Subtract 1 from every class number."))
+    return findings
+
+
+def _check_class_sizes(case: Case) -> list[Finding]:
+    """Small classes: worth knowing; a warning where the class should be larger, or where nothing is known of it."""
+    sizes = case.split_sizes()
+    few: dict[Level, list[Evidence]] = {"info": [], "warning": []}
+    for code, split in enumerate(SPLITS):
+        if not sizes[split]:
+            continue
+        known = case.targets.emotion[(case.targets.split == code) & (case.targets.emotion >= 0)]
+        for label, count in enumerate(np.bincount(known, minlength=case.taxonomy.num_emotions).tolist()):
+            if count >= MIN_CLASS_IMAGES:
+                continue
+            level: Level = "warning" if split == "train" else "info"
+            if case.has_rafce_classes:
+                expected = reference.CLASS_COUNTS[split][label] * sizes[split] / reference.SPLIT_SIZES[split]
+                level = "warning" if reference.is_surprisingly_few(count, expected) else "info"
+            few[level].append(Evidence(f"{split}: {count} images of {case.taxonomy.emotions[label]}"))
+    findings = []
+    for level, evidence in few.items():
+        if evidence:
+            message = (
+                f"{len(evidence)} classes have under {MIN_CLASS_IMAGES} images in a split: their figures mean little"
+            )
+            remedy = "Add images of these classes, or look at macro-F1 over supported classes."
+            findings.append(Finding(level, "classes_under_10", message, remedy, len(evidence), tuple(evidence)))
+    return findings

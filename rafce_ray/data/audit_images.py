@@ -1,0 +1,219 @@
+"""Checks of a dataset's pixels: images that cannot be decoded, are blank, or are there more than once."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow.compute as pc
+
+from rafce_ray.data.duplicates import HASH_PX, MIN_CORRELATION, correlation, exact_groups, near_pairs, perceptual_hashes
+from rafce_ray.data.records import SPLITS, Evidence, Finding, Labels, Level, Progress, Targets, evidence_of
+from rafce_ray.data.store_files import Undecodable, image_reader
+from rafce_ray.decode import DecodeError, decode_face
+
+BLANK_STD = 3.0
+"""Standard deviation of grey values (0-255) below which an image shows nothing; faces have 20 and more."""
+
+_MAX_UNDECODABLE_SHARE = 0.05
+_CHUNK = 256
+_MAX_THREADS = 8
+_GREY = np.array([0.299, 0.587, 0.114], np.float32)
+
+
+@dataclass(frozen=True)
+class _Pixels:
+    """Facts of the images that could be decoded; ``rows`` are their label rows."""
+
+    rows: npt.NDArray[np.int64]
+    digests: npt.NDArray[np.uint64]
+    hashes: npt.NDArray[np.uint8]
+    std: npt.NDArray[np.float32]
+    undecodable: list[tuple[int, Undecodable]]
+
+
+@dataclass(frozen=True)
+class _Images:
+    """Paths, split names and labels by label row, for telling what was found."""
+
+    labels: Labels
+    targets: Targets
+
+    def path(self, row: int) -> str:
+        return str(self.labels.table["image_path"][row].as_py())
+
+    def describe(self, row: int) -> str:
+        code = int(self.targets.split[row])
+        return f"{self.path(row)} ({SPLITS[code] if code >= 0 else 'no split'})"
+
+    def same_labels(self, one: int, other: int) -> bool:
+        table = self.labels.table
+        return all(
+            table[name][one].as_py() == table[name][other].as_py() for name in ("emotion", "au_positive", "au_negative")
+        )
+
+    def splits(self, rows: npt.NDArray[np.int64]) -> set[int]:
+        return {int(code) for code in self.targets.split[rows] if code >= 0}
+
+
+def image_findings(labels: Labels, targets: Targets, progress: Progress | None) -> list[Finding]:
+    """Undecodable and blank images, exact and near duplicates, within a split and across splits."""
+    images = _Images(labels, targets)
+    pixels = _measure(labels, progress)
+    blank = pixels.std < BLANK_STD
+    findings = _undecodable_finding(labels, pixels.undecodable)
+    if blank.any():
+        rows = pixels.rows[blank]
+        evidence = evidence_of(Evidence(images.describe(row)) for row in rows.tolist())
+        message = f"{len(rows)} images are blank: one colour, or nearly"
+        findings.append(
+            Finding(
+                "warning", "blank_images", message, "Replace the images, or delete their rows.", len(rows), evidence
+            )
+        )
+    shown = np.flatnonzero(~blank)
+    groups = [pixels.rows[shown[group]] for group in exact_groups(pixels.digests[shown])]
+    findings += _exact_findings(images, groups)
+    findings += _near_findings(images, pixels, shown, groups)
+    return findings
+
+
+def _measure(labels: Labels, progress: Progress | None) -> _Pixels:
+    paths = labels.table["image_path"]
+    present = np.flatnonzero(np.asarray(pc.is_valid(paths)))
+    digests = np.zeros(len(present), np.uint64)
+    hashes = np.zeros((len(present), 32), np.uint8)
+    std = np.zeros(len(present), np.float32)
+    decoded = np.zeros(len(present), bool)
+    undecodable: list[tuple[int, Undecodable]] = []
+    bar: AbstractContextManager[Callable[[int], None]] = (
+        progress("looking at images", len(present)) if progress else nullcontext(lambda n: None)
+    )
+    with bar as advance:
+        for start, names, results in _decode_all(labels, present):
+            good = [i for i, result in enumerate(results) if not isinstance(result, Undecodable)]
+            undecodable += [(int(present[start + i]), r) for i, r in enumerate(results) if isinstance(r, Undecodable)]
+            if good:
+                stack = np.stack([result for result in results if not isinstance(result, Undecodable)])
+                grey = stack.astype(np.float32) @ _GREY
+                where = start + np.array(good)
+                digests[where] = [_digest(image) for image in stack]
+                hashes[where] = perceptual_hashes(grey)
+                std[where] = grey.std(axis=(1, 2))
+                decoded[where] = True
+            advance(len(names))
+    return _Pixels(present[decoded], digests[decoded], hashes[decoded], std[decoded], undecodable)
+
+
+def _decode_all(
+    labels: Labels, rows: npt.NDArray[np.int64]
+) -> Iterator[tuple[int, list[str], list[npt.NDArray[np.uint8] | Undecodable]]]:
+    """Chunk by chunk: its offset, its paths, and per path the small image or why there is none."""
+    read = image_reader(labels.image_root)
+
+    def decode(relative: str) -> npt.NDArray[np.uint8] | Undecodable:
+        try:
+            return decode_face(read(relative), HASH_PX)
+        except DecodeError as error:
+            return Undecodable(relative, error.code, str(error))
+        except OSError as error:
+            return Undecodable(relative, "unreadable_file", str(error))
+
+    paths = labels.table["image_path"]
+    with ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1)) as pool:
+        for start in range(0, len(rows), _CHUNK):
+            names = paths.take(rows[start : start + _CHUNK]).to_pylist()
+            yield start, names, list(pool.map(decode, names))
+
+
+def _digest(image: npt.NDArray[np.uint8]) -> int:
+    return int.from_bytes(hashlib.blake2b(image.tobytes(), digest_size=8).digest(), "little")
+
+
+def _undecodable_finding(labels: Labels, undecodable: list[tuple[int, Undecodable]]) -> list[Finding]:
+    if not undecodable:
+        return []
+    share = len(undecodable) / labels.table.num_rows
+    level: Level = "error" if share > _MAX_UNDECODABLE_SHARE else "warning"
+    evidence = evidence_of(Evidence(f"{item.code}: {item.message}", item.path) for _, item in undecodable)
+    message = f"{len(undecodable)} images cannot be decoded and are left out"
+    return [
+        Finding(
+            level,
+            "undecodable_images",
+            message,
+            "Copy the images anew, or delete their rows.",
+            len(undecodable),
+            evidence,
+        )
+    ]
+
+
+def _exact_findings(images: _Images, groups: list[npt.NDArray[np.int64]]) -> list[Finding]:
+    within: list[npt.NDArray[np.int64]] = []
+    across: list[npt.NDArray[np.int64]] = []
+    for group in groups:
+        (across if len(images.splits(group)) > 1 else within).append(group)
+    findings = []
+    for code, level, chosen, where in (
+        ("exact_duplicates", "warning", within, "within a split"),
+        ("exact_duplicates_across_splits", "error", across, "in more than one split: what is tested was trained on"),
+    ):
+        if chosen:
+            count = sum(len(group) - 1 for group in chosen)
+            pairs = ((int(group[0]), int(row)) for group in chosen for row in group[1:].tolist())
+            message = f"{count} images are exact duplicates of another {where}"
+            findings.append(_pair_finding(images, level, code, message, count, pairs))  # type: ignore[arg-type]
+    return findings
+
+
+def _near_findings(
+    images: _Images, pixels: _Pixels, shown: npt.NDArray[np.int64], groups: list[npt.NDArray[np.int64]]
+) -> list[Finding]:
+    """Near duplicates among images that are no exact ones; each group of exact duplicates counts as its first image."""
+    repeated = np.concatenate([group[1:] for group in groups]) if groups else np.zeros(0, np.int64)
+    distinct = shown[~np.isin(pixels.rows[shown], repeated)]
+    group_of = {int(group[0]): group for group in groups}
+    within: list[tuple[int, int]] = []
+    across: list[tuple[int, int]] = []
+    for left, right in near_pairs(pixels.hashes[distinct]).tolist():
+        one, other = int(pixels.rows[distinct[left]]), int(pixels.rows[distinct[right]])
+        if not _is_close(images, one, other):
+            continue
+        rows = np.concatenate([group_of.get(row, np.array([row])) for row in (one, other)])
+        (across if len(images.splits(rows)) > 1 else within).append((one, other))
+    findings = []
+    for code, level, pairs, where in (
+        ("near_duplicates", "warning", within, "within a split"),
+        ("near_duplicates_across_splits", "error", across, "in different splits: what is tested was trained on"),
+    ):
+        if pairs:
+            message = f"{len(pairs)} pairs of images are nearly the same {where}"
+            findings.append(_pair_finding(images, level, code, message, len(pairs), iter(pairs)))  # type: ignore[arg-type]
+    return findings
+
+
+def _is_close(images: _Images, one: int, other: int) -> bool:
+    read = image_reader(images.labels.image_root)
+    left, right = (decode_face(read(images.path(row)), HASH_PX).astype(np.float32) @ _GREY for row in (one, other))
+    return correlation(left, right) >= MIN_CORRELATION
+
+
+def _pair_finding(
+    images: _Images, level: Level, code: str, message: str, count: int, pairs: Iterator[tuple[int, int]]
+) -> Finding:
+    evidence = evidence_of(
+        Evidence(
+            f"{images.describe(one)} = {images.describe(other)}"
+            + ("" if images.same_labels(one, other) else ", labelled differently")
+        )
+        for one, other in pairs
+    )
+    remedy = "Keep one of each, or all in the same split."
+    return Finding(level, code, message, remedy, count, evidence)

@@ -1,0 +1,108 @@
+"""What training and evaluation read: stored images and targets, opened from a store alone, and how it is made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from rafce_ray.config import DataConfig
+from rafce_ray.console import say, warn
+from rafce_ray.data.audit import Audit, audit_labels, require_trainable
+from rafce_ray.data.labels import read_labels, resolve_targets, resolve_taxonomy
+from rafce_ray.data.records import SPLITS, Progress, Targets
+from rafce_ray.data.store import StoreHandle, ensure_store, fetch_store
+from rafce_ray.data.store_files import LABELS, StoreMeta, open_images, read_arrow, read_meta
+from rafce_ray.taxonomy import Taxonomy
+
+
+class ImageArray:
+    """Stored images, memory-mapped: every process of a node shares the same pages."""
+
+    def __init__(self, batches: list[npt.NDArray[np.uint8]], meta: StoreMeta) -> None:
+        self._batches = batches
+        self._rows_per_batch = meta.rows_per_batch
+        self._num_images = meta.num_images
+        self.stored_px = meta.stored_px
+
+    def __len__(self) -> int:
+        return self._num_images
+
+    def gather(self, indices: npt.NDArray[np.integer]) -> npt.NDArray[np.uint8]:
+        """A uint8 (n, S, S, 3) copy of the images at ``indices``, in their order; IndexError out of range."""
+        images = np.empty((len(indices), self.stored_px, self.stored_px, 3), np.uint8)
+        for row, index in enumerate(np.asarray(indices).tolist()):
+            if not 0 <= index < self._num_images:
+                raise IndexError(f"image {index} of a store with {self._num_images}")
+            images[row] = self._batches[index // self._rows_per_batch][index % self._rows_per_batch]
+        return images
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Images with their targets: row i of ``names``, ``images`` and every array of ``targets`` belong together."""
+
+    names: list[str]
+    images: ImageArray
+    targets: Targets
+    taxonomy: Taxonomy
+    fingerprint: str
+
+    def indices(self, split: str) -> npt.NDArray[np.int64]:
+        """Rows of one split ("train", "validation", "test"), ascending."""
+        return np.flatnonzero(self.targets.split == SPLITS.index(split))
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A dataset made ready: its store on this node, where other nodes find it, and what was found out about it."""
+
+    store: Path
+    store_uri: str
+    taxonomy: Taxonomy
+    audit: Audit
+    fingerprint: str
+    handle: StoreHandle
+
+
+def open_dataset(store: Path | str, taxonomy: Taxonomy, null_policy: str) -> Dataset:
+    """The dataset in a store, by path or URI, with targets for a taxonomy; the original files are not needed.
+
+    Raises:
+        RafceError: there is no whole store at that place.
+    """
+    folder = fetch_store(store)
+    meta = read_meta(folder)
+    images = ImageArray(open_images(folder, meta), meta)
+    table: pa.Table = read_arrow(folder / LABELS)
+    targets = resolve_targets(table, taxonomy, null_policy)
+    return Dataset(table["name"].to_pylist(), images, targets, taxonomy, meta.fingerprint)
+
+
+def prepare(data: DataConfig, *, progress: Progress | None = None, for_training: bool = True) -> Prepared:
+    """Read the labels, check that they may be trained on, and make sure that there is a store.
+
+    ``for_training=False`` leaves the check out: a dataset without a train split can still be evaluated on.
+
+    Raises:
+        UsageError: the dataset cannot be read as configured.
+        GateError: it may not be trained on; the message says what is wrong, where, and what to do.
+    """
+    labels = read_labels(data)
+    taxonomy = resolve_taxonomy(labels, data)
+    audit = audit_labels(labels, taxonomy, data)
+    if for_training:
+        require_trainable(audit)
+    handle = ensure_store(labels, data, progress=progress)
+    if handle.built:
+        say(f"Store built with {handle.num_images} images ({handle.reason}): {handle.path}")
+    if handle.num_missing or handle.undecodable:
+        examples = ", ".join(f"{item.path} ({item.code})" for item in handle.undecodable[:3])
+        warn(
+            f"{handle.num_missing} labelled images are missing and {len(handle.undecodable)} cannot be decoded"
+            f"{': ' + examples if examples else ''}; they are left out. 'rafce data audit' lists them."
+        )
+    return Prepared(handle.path, handle.uri, taxonomy, audit, handle.fingerprint, handle)

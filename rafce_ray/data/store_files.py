@@ -1,0 +1,287 @@
+"""The files of a store: images decoded once, streamed into an Arrow IPC file, labels beside, and what it is in JSON.
+
+``images.arrow`` holds record batches of ``rows_per_batch`` images each, a fixed-size list of uint8 per image.
+``labels.arrow`` holds one row an image, in the same order, with the labels as they were read. ``sources.arrow`` holds
+path, size and modification time of every source image. ``store.json`` is written last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from rafce_ray.data.records import Labels, Progress
+from rafce_ray.decode import DECODER_VERSION, DecodeError, decode_face
+from rafce_ray.errors import GateError, RafceError
+from rafce_ray.storage import Location
+
+FORMAT_VERSION = 1
+IMAGES, LABELS, SOURCES, META = "images.arrow", "labels.arrow", "sources.arrow", "store.json"
+
+_BATCH_BYTES = 8 * 2**20
+_MAX_BATCH_ROWS = 1024
+_LABEL_CHUNK = 4096
+_MAX_THREADS = 8
+
+
+@dataclass(frozen=True)
+class Undecodable:
+    """A labelled image that has no row in the store, and why."""
+
+    path: str
+    code: str
+    message: str
+
+
+@dataclass(frozen=True)
+class StoreMeta:
+    """What a store holds and what it was made from; ``fingerprint`` changes with any pixel, name or label file."""
+
+    format_version: int
+    key: str
+    root: str
+    layout: str
+    stored_px: int
+    decoder_version: int
+    rows_per_batch: int
+    num_images: int
+    num_missing: int
+    has_emotions: bool
+    has_action_units: bool
+    fingerprint: str
+    label_files: dict[str, str]
+    undecodable: tuple[Undecodable, ...] = field(default=())
+
+    def to_json(self) -> str:
+        """JSON that :func:`read_meta` reads back."""
+        return json.dumps(asdict(self), indent=1)
+
+
+def read_meta(folder: Path) -> StoreMeta:
+    """What ``store.json`` says.
+
+    Raises:
+        RafceError: there is none, or it is of another version or damaged; the message names the folder.
+    """
+    try:
+        values: dict[str, Any] = json.loads((folder / META).read_text(encoding="utf-8"))
+        undecodable = tuple(Undecodable(**item) for item in values.pop("undecodable"))
+        meta = StoreMeta(**values, undecodable=undecodable)
+    except FileNotFoundError:
+        raise RafceError(
+            f"{folder}: is no store ({META} is missing). Build it with 'rafce train', which does so by itself."
+        ) from None
+    except (ValueError, TypeError, KeyError) as error:
+        raise RafceError(f"{folder / META}: cannot be read ({error}). Delete the folder; it is built again.") from None
+    if meta.format_version != FORMAT_VERSION:
+        raise RafceError(
+            f"{folder}: a store of format {meta.format_version}; this program reads {FORMAT_VERSION}. Delete it."
+        )
+    return meta
+
+
+def open_images(folder: Path, meta: StoreMeta) -> list[npt.NDArray[np.uint8]]:
+    """One read-only (rows, S, S, 3) view per record batch onto the memory-mapped file.
+
+    Raises:
+        RafceError: the file is missing or damaged, or holds another number of images than ``store.json`` says.
+    """
+    try:
+        reader = pa.ipc.open_file(pa.memory_map(str(folder / IMAGES)))
+        batches = [reader.get_batch(i).column(0).flatten() for i in range(reader.num_record_batches)]
+    except (OSError, pa.ArrowInvalid) as error:
+        raise RafceError(
+            f"{folder / IMAGES}: cannot be read ({error}). Delete the folder {folder}; it is built again."
+        ) from error
+    shape = (-1, meta.stored_px, meta.stored_px, 3)
+    views = [values.to_numpy(zero_copy_only=True).reshape(shape) for values in batches]
+    if sum(map(len, views)) != meta.num_images:
+        found = sum(map(len, views))
+        raise RafceError(f"{folder / IMAGES}: holds {found} images, {META} says {meta.num_images}. Delete the folder.")
+    return views
+
+
+def read_arrow(path: Path) -> pa.Table:
+    """A memory-mapped table. RafceError where the file is missing or damaged."""
+    try:
+        return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+    except (OSError, pa.ArrowInvalid) as error:
+        raise RafceError(
+            f"{path}: cannot be read ({error}). Delete the folder {path.parent}; it is built again."
+        ) from error
+
+
+def write_store(folder: Path, labels: Labels, key: str, px: int, progress: Progress | None) -> StoreMeta:
+    """Decode every labelled image into ``folder``, which must be there and empty; memory does not grow with N.
+
+    Raises:
+        GateError: not one image could be decoded.
+    """
+    paths = labels.table["image_path"]
+    num_present = len(paths) - paths.null_count
+    bar: AbstractContextManager[Callable[[int], None]] = (
+        progress("decoding images", num_present) if progress else nullcontext(lambda n: None)
+    )
+    with bar as advance:
+        decoded = _write_images(folder / IMAGES, labels, px, advance)
+    if not decoded.kept.any():
+        first = f" ({decoded.undecodable[0].path}: {decoded.undecodable[0].message})" if decoded.undecodable else ""
+        raise GateError(
+            f"{labels.root}: none of {len(paths)} labelled images could be read: {len(paths) - num_present} are not in "
+            f"{labels.image_root}, {len(decoded.undecodable)} cannot be decoded{first}. "
+            "Set data.images to the image folder."
+        )
+    _write_rows(folder / LABELS, labels.table, decoded.kept)
+    _write_rows(folder / SOURCES, labels.table.select(["image_path", "image_bytes", "image_mtime_ns"]), None)
+    meta = StoreMeta(
+        format_version=FORMAT_VERSION,
+        key=key,
+        root=str(labels.root),
+        layout=labels.layout,
+        stored_px=px,
+        decoder_version=DECODER_VERSION,
+        rows_per_batch=rows_per_batch(px),
+        num_images=int(decoded.kept.sum()),
+        num_missing=paths.null_count,
+        has_emotions=labels.has_emotions,
+        has_action_units=labels.has_action_units,
+        fingerprint=decoded.fingerprint,
+        label_files=labels.digests,
+        undecodable=tuple(decoded.undecodable),
+    )
+    (folder / META).write_text(meta.to_json(), encoding="utf-8")
+    for name in (IMAGES, LABELS, SOURCES, META):
+        _sync(folder / name)
+    return meta
+
+
+def rows_per_batch(px: int) -> int:
+    """Images in a record batch: about 8 MiB of them, whatever the size of the dataset."""
+    return int(np.clip(_BATCH_BYTES // (px * px * 3), 1, _MAX_BATCH_ROWS))
+
+
+@dataclass
+class _Decoded:
+    """Which label rows got an image, in the order of the labels, and the fingerprint of names, labels and pixels."""
+
+    kept: npt.NDArray[np.bool_]
+    undecodable: list[Undecodable]
+    fingerprint: str
+
+
+def _write_images(path: Path, labels: Labels, px: int, advance: Callable[[int], None]) -> _Decoded:
+    size, capacity = px * px * 3, rows_per_batch(px)
+    kind = pa.list_(pa.uint8(), size)
+    schema = pa.schema([pa.field("image", kind, nullable=False)])
+    buffer = np.empty((capacity, size), np.uint8)
+    filled = 0
+    kept = np.zeros(labels.table.num_rows, bool)
+    undecodable: list[Undecodable] = []
+    digest = hashlib.blake2b(json.dumps(sorted(labels.digests.items())).encode(), digest_size=16)
+    read = image_reader(labels.image_root)
+
+    def decode(relative: str) -> npt.NDArray[np.uint8] | Undecodable:
+        try:
+            return decode_face(read(relative), px)
+        except DecodeError as error:
+            return Undecodable(relative, error.code, str(error))
+        except OSError as error:
+            return Undecodable(relative, "unreadable_file", str(error))
+
+    with (
+        pa.OSFile(str(path), "wb") as sink,
+        pa.ipc.new_file(sink, schema) as writer,
+        ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1)) as pool,
+    ):
+
+        def write() -> None:
+            images = pa.FixedSizeListArray.from_arrays(pa.array(buffer[:filled].reshape(-1)), type=kind)
+            writer.write_batch(pa.record_batch([images], schema=schema))
+
+        for start, relative_paths in _present(labels.table, capacity):
+            results = pool.map(decode, (relative for _, relative in relative_paths))
+            for (row, relative), result in zip(relative_paths, results, strict=True):
+                if isinstance(result, Undecodable):
+                    undecodable.append(result)
+                    continue
+                buffer[filled] = result.reshape(-1)
+                digest.update(relative.encode())
+                digest.update(buffer[filled])
+                kept[start + row] = True
+                filled += 1
+                if filled == capacity:
+                    write()
+                    filled = 0
+            advance(len(relative_paths))
+        if filled:
+            write()
+    return _Decoded(kept, undecodable, digest.hexdigest())
+
+
+def _present(table: pa.Table, size: int) -> Iterator[tuple[int, list[tuple[int, str]]]]:
+    """Offset of a slice of the label rows, and the (row in the slice, path) of those that have an image."""
+    for start in range(0, table.num_rows, size):
+        paths = table["image_path"].slice(start, size).to_pylist()
+        yield start, [(row, path) for row, path in enumerate(paths) if path is not None]
+
+
+def image_reader(folder: Location) -> Callable[[str], bytes]:
+    """A function from a relative path to the file's bytes."""
+    local = folder.local
+    if local is None:
+        return lambda relative: (folder / relative).read_bytes()
+    return lambda relative: (local / relative).read_bytes()
+
+
+def _write_rows(path: Path, table: pa.Table, kept: npt.NDArray[np.bool_] | None) -> None:
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        for start in range(0, table.num_rows, _LABEL_CHUNK):
+            part = table.slice(start, _LABEL_CHUNK)
+            if kept is not None:
+                part = part.filter(pa.array(kept[start : start + _LABEL_CHUNK]))
+            writer.write_table(part.combine_chunks())
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def describe_changes(old: pa.Table, new: pa.Table) -> str:
+    """Which source images changed, were added or removed between two tables of sources; empty where none did."""
+    old_row = pc.index_in(new["image_path"], value_set=old["image_path"])
+    matched = np.asarray(pc.fill_null(old_row, -1))
+    named = np.asarray(pc.is_valid(new["image_path"]))
+    both = (matched >= 0) & named
+    differs = np.zeros(len(matched), bool)
+    for name in ("image_bytes", "image_mtime_ns"):
+        before = np.asarray(pc.fill_null(old[name], -1))[matched[both]]
+        differs[both] |= before != np.asarray(pc.fill_null(new[name], -1))[both]
+    changed = np.flatnonzero(differs)
+    added = np.flatnonzero((matched < 0) & named)
+    num_removed = int(
+        pc.sum(pc.invert(pc.is_in(old["image_path"].drop_null(), value_set=new["image_path"]))).as_py() or 0
+    )
+    parts = []
+    for rows, verb in ((changed, "changed"), (added, "added")):
+        if len(rows):
+            examples = ", ".join(str(new["image_path"][row].as_py()) for row in rows[:3].tolist())
+            parts.append(f"{len(rows)} source images {verb} ({examples}{', ...' if len(rows) > 3 else ''})")
+    if num_removed:
+        parts.append(f"{num_removed} source images removed")
+    return ", ".join(parts)

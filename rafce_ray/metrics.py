@@ -1,0 +1,366 @@
+"""From outputs to figures: mergeable counts (summed over workers, then divided once), and every figure made of them.
+
+Undefined is NaN, never 0: the F1 of a class or action unit (AU) that does not occur in the data is not a failure of the model.
+An AU is predicted present where its probability is at least its threshold; an emotion is the most probable class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rafce_ray.intervals import Ranking, percentile_interval, resample_weights
+from rafce_ray.model import Logits
+from rafce_ray.taxonomy import ACTION_UNIT_NAMES, Taxonomy
+
+MIN_SUPPORT = 10
+"""Images that a class needs for ``macro_f1_supported``: below, one image moves its F1 by more than 0.1."""
+
+NAN = float("nan")
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Sums over evaluated images, from which every figure follows; add those of batches or workers with ``+``.
+
+    confusion (E, E) int64 [true, predicted] over images of known emotion; au_tp, au_fp, au_fn, au_tn (A,) int64 over known
+    elements; loss sums in nats over the known images and elements that ``emotion_known`` and ``au_known`` count.
+    """
+
+    confusion: np.ndarray
+    au_tp: np.ndarray
+    au_fp: np.ndarray
+    au_fn: np.ndarray
+    au_tn: np.ndarray
+    emotion_loss_sum: float
+    emotion_known: int
+    au_loss_sum: float
+    au_known: int
+
+    @classmethod
+    def zero(cls, taxonomy: Taxonomy) -> Counts:
+        """Counts of no image."""
+        num_emotions, num_aus = taxonomy.num_emotions, taxonomy.num_action_units
+        zeros = [np.zeros(num_aus, dtype=np.int64) for _ in range(4)]
+        return cls(np.zeros((num_emotions, num_emotions), dtype=np.int64), *zeros, 0.0, 0, 0.0, 0)
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(Counts)))
+
+    def to_vector(self) -> Tensor:
+        """All of it as one float64 tensor on the CPU, for one all-reduce; exact for counts below 2^53."""
+        return torch.from_numpy(np.concatenate([np.ravel(getattr(self, field.name)) for field in fields(Counts)]).astype(np.float64))
+
+    @classmethod
+    def from_vector(cls, vector: Tensor, taxonomy: Taxonomy) -> Counts:
+        """The counts that :meth:`to_vector` wrote."""
+        num_emotions, num_aus = taxonomy.num_emotions, taxonomy.num_action_units
+        sizes = [num_emotions**2, *[num_aus] * 4, 1, 1, 1, 1]
+        if len(vector) != sum(sizes):
+            raise ValueError(f"{len(vector)} numbers do not hold the counts of {num_emotions} emotions and {num_aus} action units")
+        parts = np.split(vector.detach().cpu().numpy(), np.cumsum(sizes)[:-1])
+        confusion = parts[0].astype(np.int64).reshape(num_emotions, num_emotions)
+        loss_sums = [float(part[0]) for part in parts[5:]]
+        return cls(
+            confusion, *(part.astype(np.int64) for part in parts[1:5]), loss_sums[0], int(loss_sums[1]), loss_sums[2], int(loss_sums[3])
+        )
+
+
+def count_batch(logits: Logits, emotion: Tensor, action_units: Tensor, thresholds: float | Sequence[float] = 0.5) -> Counts:
+    """Counts of one batch from its logits (on any device) and targets.
+
+    emotion (B,) int64, -1 unknown; action_units (B, A) float, NaN unknown. The losses are plain cross-entropies: no
+    smoothing, no weights, so that they compare between runs of any loss configuration.
+    """
+    size = len(emotion)
+    emotion_logits = _cpu(logits.emotion, size)
+    au_logits = _cpu(logits.action_units, size)
+    emotion, action_units = emotion.cpu(), action_units.cpu().double()
+    known_emotion = emotion >= 0 if emotion_logits.shape[1] else torch.zeros(size, dtype=torch.bool)
+    known_aus = ~torch.isnan(action_units) if au_logits.shape[1] else torch.zeros_like(au_logits, dtype=torch.bool)
+    emotion_loss = F.cross_entropy(emotion_logits[known_emotion], emotion[known_emotion], reduction="sum")
+    au_loss = F.binary_cross_entropy_with_logits(au_logits[known_aus], action_units[known_aus], reduction="sum")
+    return _count(
+        emotion_logits.numpy(),
+        torch.sigmoid(au_logits).numpy(),
+        emotion.numpy(),
+        action_units.numpy(),
+        thresholds,
+        (float(emotion_loss), float(au_loss)),
+    )
+
+
+def count_probabilities(
+    emotion_probabilities: np.ndarray,
+    au_probabilities: np.ndarray,
+    emotion: np.ndarray,
+    action_units: np.ndarray,
+    thresholds: float | Sequence[float] = 0.5,
+) -> Counts:
+    """Counts from probabilities (N, E) and (N, A), E or A 0 for a task that is not predicted; targets as in :func:`count_batch`.
+
+    A probability that single precision has rounded to 0 counts as its smallest normal number, 1e-38, in the loss.
+    """
+    emotion, action_units = np.asarray(emotion), np.asarray(action_units, dtype=np.float64)
+    emotion_loss = au_loss = 0.0
+    if emotion_probabilities.shape[1]:
+        known = emotion >= 0
+        emotion_loss = float(-_log(emotion_probabilities[known, emotion[known]]).sum())
+    if au_probabilities.shape[1]:
+        known = ~np.isnan(action_units)
+        present, probability = action_units[known] == 1, np.asarray(au_probabilities, dtype=np.float64)[known]
+        au_loss = float(-_log(np.where(present, probability, 1 - probability)).sum())
+    return _count(emotion_probabilities, au_probabilities, emotion, action_units, thresholds, (emotion_loss, au_loss))
+
+
+def _count(
+    emotion_scores: np.ndarray,
+    au_probabilities: np.ndarray,
+    emotion: np.ndarray,
+    action_units: np.ndarray,
+    thresholds: float | Sequence[float],
+    loss_sums: tuple[float, float],
+) -> Counts:
+    outcomes = _outcomes(emotion_scores, au_probabilities, emotion, action_units, thresholds)
+    num_emotions = emotion_scores.shape[1]
+    confusion = np.bincount(outcomes.cell[outcomes.cell >= 0], minlength=num_emotions**2).reshape(num_emotions, num_emotions)
+    au_counts = [outcomes.tp.sum(axis=0), outcomes.fp.sum(axis=0), outcomes.fn.sum(axis=0), outcomes.tn.sum(axis=0)]
+    au_known = int(sum(int(count.sum()) for count in au_counts))
+    return Counts(confusion, *au_counts, loss_sums[0], int(confusion.sum()), loss_sums[1], au_known)
+
+
+@dataclass(frozen=True)
+class _Outcomes:
+    """Per image: cell (N,) is true * E + predicted, -1 where the emotion is unknown; tp, fp, fn, tn (N, A) bool."""
+
+    cell: np.ndarray
+    tp: np.ndarray
+    fp: np.ndarray
+    fn: np.ndarray
+    tn: np.ndarray
+
+
+def _outcomes(
+    emotion_scores: np.ndarray,
+    au_probabilities: np.ndarray,
+    emotion: np.ndarray,
+    action_units: np.ndarray,
+    thresholds: float | Sequence[float],
+) -> _Outcomes:
+    size, num_emotions = emotion_scores.shape
+    if num_emotions and int(emotion.max(initial=-1)) >= num_emotions:
+        raise ValueError(f"emotion label {emotion.max()} for {num_emotions} classes: expected -1 (unknown) to {num_emotions - 1}")
+    cell = np.full(size, -1, dtype=np.int64)
+    if num_emotions:
+        cell = np.where(emotion >= 0, emotion * num_emotions + emotion_scores.argmax(axis=1), -1)
+    if not au_probabilities.shape[1]:
+        nothing = np.zeros((size, 0), dtype=bool)
+        return _Outcomes(cell, nothing, nothing, nothing, nothing)
+    positive, negative = action_units == 1, action_units == 0
+    if bool((~positive & ~negative & ~np.isnan(action_units)).any()):
+        raise ValueError("action-unit targets hold values other than 0, 1 and NaN (unknown)")
+    present = np.asarray(au_probabilities) >= np.asarray(thresholds, dtype=np.float64)
+    return _Outcomes(cell, positive & present, negative & present, positive & ~present, negative & ~present)
+
+
+def figures(counts: Counts, overlap: np.ndarray, supported: np.ndarray) -> dict[str, np.ndarray]:
+    """Every figure that follows from counts, whose arrays may have leading axes (resamples); the formulas' only place.
+
+    overlap (E, E): shared share of basic emotions between true and predicted class, rows NaN for a true class without
+    components. supported (E,) bool: classes that enter ``*_supported``. NaN where undefined.
+    """
+    confusion = np.asarray(counts.confusion, dtype=np.float64)
+    true, predicted = confusion.sum(axis=-1), confusion.sum(axis=-2)
+    hits = np.diagonal(confusion, axis1=-2, axis2=-1)
+    recall = _ratio(hits, true)
+    f1 = np.where(true > 0, _ratio(2 * hits, true + predicted), NAN)
+    tp, fp, fn = (np.asarray(count, dtype=np.float64) for count in (counts.au_tp, counts.au_fp, counts.au_fn))
+    au_f1 = np.where(tp + fn > 0, _ratio(2 * tp, 2 * tp + fp + fn), NAN)
+    known = tp + fp + fn + counts.au_tn
+    composed = confusion * ~np.isnan(overlap)
+    shared = composed * np.nan_to_num(overlap)
+    num_composed = composed.sum(axis=(-2, -1))
+    macro_f1_supported = _mean(np.where(supported, f1, NAN))
+    au_f1_mean = _mean(au_f1)
+    return {
+        "accuracy": _ratio(hits.sum(axis=-1), true.sum(axis=-1)),
+        "macro_f1": _mean(f1),
+        "macro_f1_supported": macro_f1_supported,
+        "uar": _mean(recall),
+        "uar_supported": _mean(np.where(supported, recall, NAN)),
+        "component_accuracy": _ratio(shared.sum(axis=(-2, -1)), num_composed),
+        "component_both": _ratio(np.where(overlap == 1, composed, 0.0).sum(axis=(-2, -1)), num_composed),
+        "au_f1_mean": au_f1_mean,
+        "score": _mean(np.stack([macro_f1_supported, au_f1_mean], axis=-1)),
+        "precision": _ratio(hits, predicted),
+        "recall": recall,
+        "f1": f1,
+        "au_precision": _ratio(tp, tp + fp),
+        "au_recall": _ratio(tp, tp + fn),
+        "au_f1": au_f1,
+        "au_floor": np.where(tp + fn > 0, _ratio(2 * (tp + fn), known + tp + fn), NAN),
+    }
+
+
+HEADLINES = (
+    "accuracy",
+    "macro_f1",
+    "macro_f1_supported",
+    "uar",
+    "uar_supported",
+    "component_accuracy",
+    "component_both",
+    "au_f1_mean",
+    "score",
+)
+"""Figures with one number each; bootstrap intervals are given for these and for the mean average precision."""
+
+
+def summarise(counts: Counts, taxonomy: Taxonomy, min_support: int = MIN_SUPPORT) -> dict[str, Any]:
+    """Every figure of the counts as plain floats, ints and lists; NaN is undefined.
+
+    * accuracy, uar (mean recall), macro_f1 over classes that occur; ``*_supported`` over those with ``min_support`` images.
+    * component_accuracy: mean over images of the share (0, 1/2, 1) of the true class's two basic emotions that the predicted
+      class has; component_both: share of images with both. Over images whose true class has components.
+    * au_f1_mean over AUs with positives; au_floor_mean of the same AUs' floors: the F1 of always saying present, 2p / (1 + p).
+    * score: mean of macro_f1_supported and au_f1_mean, or the one that is defined.
+    * emotion_loss, au_loss in nats per known image and element; loss is their sum, or the one that is defined.
+    * majority_accuracy: of always naming the commonest class. confusion [true][predicted]. per_class and per_au.
+
+    Outputs that are not finite make the task's losses not finite; its figures are then NaN, not those of a random guess.
+    """
+    support = counts.confusion.sum(axis=1)
+    positives = counts.au_tp + counts.au_fn
+    values = figures(_where_finite(counts), component_overlap(taxonomy), support >= min_support)
+    losses = [(counts.emotion_loss_sum, counts.emotion_known), (counts.au_loss_sum, counts.au_known)]
+    means = [total / known if known else NAN for total, known in losses]
+    defined = [mean for mean, (_, known) in zip(means, losses, strict=True) if known]
+    summary: dict[str, Any] = {name: float(values[name]) for name in HEADLINES}
+    summary |= {
+        "emotion_loss": means[0],
+        "au_loss": means[1],
+        "loss": sum(defined) if defined else NAN,
+        "emotion_known": counts.emotion_known,
+        "au_known": counts.au_known,
+        "majority_accuracy": float(support.max() / support.sum()) if counts.emotion_known else NAN,
+        "au_floor_mean": float(_mean(values["au_floor"])),
+        "confusion": counts.confusion.tolist(),
+    }
+    summary["per_class"] = [
+        {"emotion": name, "support": int(support[i]), "predicted": int(counts.confusion[:, i].sum())}
+        | {key: float(values[key][i]) for key in ("precision", "recall", "f1")}
+        for i, name in enumerate(taxonomy.emotions)
+    ]
+    known = positives + counts.au_fp + counts.au_tn
+    summary["per_au"] = [
+        {"action_unit": taxonomy.action_unit_codes[i], "name": ACTION_UNIT_NAMES.get(number, ""), "support": int(positives[i])}
+        | {"known": int(known[i]), "predicted": int(counts.au_tp[i] + counts.au_fp[i])}
+        | {key: float(values[f"au_{key}"][i]) for key in ("precision", "recall", "f1", "floor")}
+        for i, number in enumerate(taxonomy.action_units)
+    ]
+    return summary
+
+
+def component_overlap(taxonomy: Taxonomy) -> np.ndarray:
+    """(E, E): share of the basic emotions of true class i that class j has too; row NaN where i has no known components."""
+    overlap = np.full((taxonomy.num_emotions, taxonomy.num_emotions), NAN)
+    for i, true in enumerate(taxonomy.components):
+        if true is not None:
+            overlap[i] = [len(set(true) & set(predicted or ())) / len(set(true)) for predicted in taxonomy.components]
+    return overlap
+
+
+def _where_finite(counts: Counts) -> Counts:
+    """Counts with NaN in place of those of a task whose loss is not finite."""
+    emotion = 1.0 if np.isfinite(counts.emotion_loss_sum) else NAN
+    au = 1.0 if np.isfinite(counts.au_loss_sum) else NAN
+    au_counts = (counts.au_tp * au, counts.au_fp * au, counts.au_fn * au, counts.au_tn * au)
+    return Counts(counts.confusion * emotion, *au_counts, counts.emotion_loss_sum, counts.emotion_known, counts.au_loss_sum, counts.au_known)
+
+
+def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    return np.divide(part, whole, out=np.full(np.shape(whole), NAN), where=np.asarray(whole) > 0)
+
+
+def _mean(values: np.ndarray) -> np.ndarray:
+    """Mean over the last axis of what is not NaN; NaN where nothing is."""
+    return _ratio(np.nansum(values, axis=-1), (~np.isnan(values)).sum(axis=-1))
+
+
+def _log(probabilities: np.ndarray) -> np.ndarray:
+    return np.log(np.maximum(np.asarray(probabilities, dtype=np.float64), np.finfo(np.float32).tiny))
+
+
+def _cpu(logits: Tensor | None, size: int) -> Tensor:
+    return torch.zeros(size, 0, dtype=torch.float64) if logits is None else logits.detach().cpu().double()
+
+
+class HasTargets(Protocol):
+    """Targets of evaluated images: emotion (N,) int64, -1 unknown; action_units (N, A) float, 1 / 0 / NaN unknown."""
+
+    @property
+    def emotion(self) -> np.ndarray: ...  # noqa: D102
+
+    @property
+    def action_units(self) -> np.ndarray: ...  # noqa: D102
+
+
+def evaluate_probabilities(
+    emotion_probabilities: np.ndarray,
+    au_probabilities: np.ndarray,
+    targets: HasTargets,
+    taxonomy: Taxonomy,
+    thresholds: float | Sequence[float] = 0.5,
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """All of :func:`summarise`, average precision, and bootstrap 95 % intervals, from probabilities (N, E) and (N, A).
+
+    Adds ``num_images``, ``au_ap_mean`` and, per AU, ``ap`` and ``threshold``. ``intervals`` holds [low, high] of every figure in
+    HEADLINES and of au_ap_mean; ``f1_interval`` stands in every entry of per_class and per_au. They are percentiles over
+    ``resamples`` draws of N images with replacement; a class or AU that a draw misses is left out of that draw's means. Which
+    classes count as supported is fixed by the whole data. [NaN, NaN] where a figure is defined in no draw.
+    """
+    counts = count_probabilities(emotion_probabilities, au_probabilities, targets.emotion, targets.action_units, thresholds)
+    summary = summarise(counts, taxonomy)
+    outcomes = _outcomes(emotion_probabilities, au_probabilities, targets.emotion, targets.action_units, thresholds)
+    scores = [Ranking.of(au_probabilities[:, i], targets.action_units[:, i]) for i in range(taxonomy.num_action_units)]
+    precisions = [one.average_precision(np.ones((1, len(outcomes.cell))))[0] for one in scores]
+    summary["num_images"] = len(outcomes.cell)
+    summary["au_ap_mean"] = float(_mean(np.asarray(precisions)))
+    supported = counts.confusion.sum(axis=1) >= MIN_SUPPORT
+    draws = _bootstrap(outcomes, scores, component_overlap(taxonomy), supported, resamples=resamples, seed=seed)
+    summary["intervals"] = {name: percentile_interval(draws[name]) for name in (*HEADLINES, "au_ap_mean")}
+    for i, entry in enumerate(summary["per_class"]):
+        entry["f1_interval"] = percentile_interval(draws["f1"][:, i])
+    per_au = np.broadcast_to(np.asarray(thresholds, dtype=np.float64), taxonomy.num_action_units)
+    for i, entry in enumerate(summary["per_au"]):
+        entry |= {"ap": float(precisions[i]), "threshold": float(per_au[i]), "f1_interval": percentile_interval(draws["au_f1"][:, i])}
+    return summary
+
+
+def _bootstrap(
+    outcomes: _Outcomes, rankings: list[Ranking], overlap: np.ndarray, supported: np.ndarray, *, resamples: int, seed: int
+) -> dict[str, np.ndarray]:
+    """Every figure, and au_ap_mean, of each draw: arrays whose leading axis is the draw."""
+    num_images, num_emotions = len(outcomes.cell), len(overlap)
+    cells = outcomes.cell[:, None] == np.arange(num_emotions**2)
+    indicators = np.concatenate([cells, outcomes.tp, outcomes.fp, outcomes.fn, outcomes.tn], axis=1).astype(np.float32)
+    num_aus = outcomes.tp.shape[1]
+    at = np.cumsum([num_emotions**2, num_aus, num_aus, num_aus])
+    parts = []
+    for weights in resample_weights(num_images, resamples, seed) if num_images else ():
+        confusion, tp, fp, fn, tn = np.split(weights @ indicators, at, axis=1)
+        counts = Counts(confusion.reshape(-1, num_emotions, num_emotions), tp, fp, fn, tn, 0.0, 0, 0.0, 0)
+        values = figures(counts, overlap, supported)
+        precisions = [one.average_precision(weights) for one in rankings]
+        values["au_ap_mean"] = _mean(np.stack(precisions, axis=1)) if precisions else np.full(len(weights), NAN)
+        parts.append(values)
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

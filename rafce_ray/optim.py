@@ -1,0 +1,109 @@
+"""Optimizer, learning-rate schedule and averaged weights; nothing here draws random numbers."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from rafce_ray.errors import UsageError
+
+MOMENTUM = 0.9
+"""Of sgd, in Nesterov's form."""
+
+NOT_DECAYED = frozenset({"class_token", "pos_embedding", "queries"})
+"""Parameters of more than one dimension that stand for positions or tokens, not for weights of a map."""
+
+
+def build_optimizer(module: nn.Module, name: str, *, lr: float, weight_decay: float) -> Optimizer:
+    """An optimizer over the trainable parameters: adamw, adam (decay as an L2 term) or sgd (Nesterov momentum 0.9).
+
+    Weight matrices and kernels decay; biases, norms, other parameters with a single axis longer than 1, tokens and position
+    embeddings do not. The fused kernels update all parameters in one pass, on CUDA and on the CPU.
+
+    Raises:
+        UsageError: an unknown name, or nothing to train.
+    """
+    decayed, free = [], []
+    for key, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            (decayed if _decays(key, parameter) else free).append(parameter)
+    groups = [
+        {"params": parameters, "weight_decay": decay} for parameters, decay in ((decayed, weight_decay), (free, 0.0)) if parameters
+    ]
+    if not groups:
+        raise UsageError("every parameter is frozen: nothing is left to train. Set model.freeze_backbone=false.")
+    if name == "adamw":
+        return AdamW(groups, lr=lr, fused=True)
+    if name == "adam":
+        return Adam(groups, lr=lr, fused=True)
+    if name == "sgd":
+        return SGD(groups, lr=lr, momentum=MOMENTUM, nesterov=True, fused=True)
+    raise UsageError(f"optim.optimizer: found {name!r}; expected adamw, adam or sgd.")
+
+
+def _decays(key: str, parameter: Tensor) -> bool:
+    return parameter.squeeze().ndim > 1 and key.rsplit(".", 1)[-1] not in NOT_DECAYED
+
+
+def learning_rate(step: int, *, total_steps: int, warmup_steps: int, lr: float, schedule: str) -> float:
+    """The learning rate of a step (0-based, counted from the start of the run).
+
+    Linear warm-up over ``warmup_steps``, the last of which runs at ``lr``; then ``constant``, or half a ``cosine`` that would
+    reach 0 at step ``total_steps`` and stays there.
+
+    Raises:
+        UsageError: an unknown schedule.
+    """
+    if schedule not in ("cosine", "constant"):
+        raise UsageError(f"optim.schedule: found {schedule!r}; expected cosine or constant.")
+    if step < warmup_steps:
+        return lr * (step + 1) / warmup_steps
+    if schedule == "constant":
+        return lr
+    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+    return lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class AveragedWeights(nn.Module):
+    """An exponential moving average of a module's parameters and floating-point buffers.
+
+    After n updates the next one keeps a share of min(decay, (1 + n) / (10 + n)), so that the average of a short run is not its
+    initial weights; the very first update copies. ``module`` is the averaged copy; it and ``n_averaged`` are the whole state.
+    Integer buffers are copied. The counter stays on the CPU: an update never waits for the device.
+    """
+
+    n_averaged: Tensor
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        super().__init__()
+        self.module = copy.deepcopy(module).requires_grad_(False).eval()
+        self.decay = decay
+        self.register_buffer("n_averaged", torch.zeros((), dtype=torch.int64))
+
+    def next_decay(self) -> float:
+        """The share of the average that the next update keeps; 0 for the first."""
+        done = int(self.n_averaged)
+        return min(self.decay, (1 + done) / (10 + done)) if done else 0.0
+
+    @torch.no_grad()
+    def update_parameters(self, module: nn.Module) -> None:
+        """Move the average towards ``module``'s current weights."""
+        averaged, current = _floating(self.module), _floating(module)
+        torch._foreach_lerp_(averaged, current, 1.0 - self.next_decay())
+        for ours, theirs in zip(self.module.buffers(), module.buffers(), strict=True):
+            if not ours.is_floating_point():
+                ours.copy_(theirs)
+        self.n_averaged += 1
+
+
+def build_ema(module: nn.Module, decay: float) -> AveragedWeights | None:
+    """Averaged weights that start as a copy of ``module`` on its device; None for a decay of 0."""
+    return AveragedWeights(module, decay) if decay > 0 else None
+
+
+def _floating(module: nn.Module) -> list[Tensor]:
+    return [tensor for tensor in (*module.parameters(), *module.buffers()) if tensor.is_floating_point()]

@@ -1,0 +1,222 @@
+"""The epoch loop without Ray: what it learns, writes down, survives."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rafce_ray.bundle import load_bundle
+
+from rafce_ray import training
+from rafce_ray.checkpoint import list_checkpoints
+from rafce_ray.config import load_config
+from rafce_ray.data.dataset import open_dataset, prepare
+from rafce_ray.engine import fit
+from rafce_ray.errors import GateError
+from rafce_ray.run_folder import RunFolder
+from rafce_ray.session import Job, LocalSession
+
+
+def make_job(overrides: list[str], run_dir: Path) -> Job:
+    config = load_config(overrides=overrides)
+    prepared = prepare(config.data)
+    return Job(config, str(prepared.store), prepared.taxonomy, str(run_dir), {"data_fingerprint": prepared.fingerprint})
+
+
+def run(overrides: list[str], run_dir: Path, session: LocalSession | None = None) -> dict:
+    return fit(make_job(overrides, run_dir), session or LocalSession())
+
+
+class Interrupted(Exception):
+    """Stands for the end of the process."""
+
+
+class DyingSession(LocalSession):
+    """Ends the loop after so many steps."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self._left = steps
+
+    def alive(self) -> None:
+        self._left -= 1
+        if self._left == 0:
+            raise Interrupted
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_overrides, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    return run([*tiny_overrides, "run.checkpoint_every_steps=2"], folder)
+
+
+def test_a_run_leaves_what_it_promises(undisturbed):
+    folder = RunFolder(undisturbed["run_dir"])
+    records = folder.metrics()
+    assert [record["epoch"] for record in records] == [1, 2, 3]
+    for record in records:
+        assert math.isfinite(record["train"]["emotion_loss"])
+        assert record["train"]["au_loss"] > 0
+        assert record["gap"]["accuracy"] == pytest.approx(
+            record["train_natural"]["accuracy"] - record["validation"]["accuracy"]
+        )
+    scores = [record["validation"]["macro_f1"] for record in records]
+    assert undisturbed["best_epoch"] == 1 + int(np.argmax(scores))
+    assert folder.result()["weights_sha256"] == undisturbed["weights_sha256"]
+    found, invalid = list_checkpoints(folder.checkpoints)
+    assert invalid == []
+    assert len(found) <= 4
+    bundle = load_bundle(undisturbed["bundle"])
+    assert bundle.weights_sha256 == undisturbed["weights_sha256"]
+    assert bundle.metrics["accuracy"] == undisturbed["metrics"]["accuracy"]
+    assert "started" in [event["event"] for event in folder.events()]
+
+
+# 160 drawn images have 95 in train: 6 steps an epoch, then 1 validation and 1 gap batch call alive().
+@pytest.mark.parametrize("steps", [1, 3, 9, 12, 16])
+def test_an_interrupted_run_ends_with_the_same_weights_and_figures_bit_for_bit(
+    steps, undisturbed, tiny_overrides, tmp_path
+):
+    overrides = [*tiny_overrides, "run.checkpoint_every_steps=2"]
+    with pytest.raises(Interrupted):
+        run(overrides, tmp_path / "run", DyingSession(steps))
+    resumed = run(overrides, tmp_path / "run")
+    assert resumed["weights_sha256"] == undisturbed["weights_sha256"]
+    assert resumed["metrics"] == undisturbed["metrics"]
+    timings = ("images_per_s", "data_wait", "elapsed_s")
+    plain = [
+        [
+            {key: value for key, value in record.items() if key not in timings}
+            for record in RunFolder(one["run_dir"]).metrics()
+        ]
+        for one in (resumed, undisturbed)
+    ]
+    assert json.dumps(plain[0]) == json.dumps(plain[1])
+
+
+@pytest.mark.parametrize("extra", [["optim.ema_decay=0.9"], ["optim.optimizer=sgd", "loss.task_weighting=uncertainty"]])
+def test_averaged_weights_and_learned_task_weights_survive_an_interruption_too(extra, tiny_overrides, tmp_path):
+    overrides = [*tiny_overrides, "run.checkpoint_every_steps=2", "optim.epochs=2", *extra]
+    undisturbed = run(overrides, tmp_path / "undisturbed")
+    with pytest.raises(Interrupted):
+        run(overrides, tmp_path / "run", DyingSession(9))
+    assert run(overrides, tmp_path / "run")["weights_sha256"] == undisturbed["weights_sha256"]
+
+
+@pytest.mark.parametrize("harm", ["truncate", "alter", "delete"])
+def test_a_broken_newest_checkpoint_is_named_and_the_one_before_is_used(harm, undisturbed, tiny_overrides, tmp_path):
+    overrides = [*tiny_overrides, "run.checkpoint_every_steps=2"]
+    with pytest.raises(Interrupted):
+        run(overrides, tmp_path / "run", DyingSession(13))
+    folder = RunFolder(str(tmp_path / "run"))
+    newest = list_checkpoints(folder.checkpoints)[0][-1]
+    weights = newest.location.local / "bundle" / "model.safetensors"
+    if harm == "truncate":
+        weights.write_bytes(weights.read_bytes()[:1000])
+    elif harm == "alter":
+        weights.write_bytes(weights.read_bytes()[:-1] + b"\x00\x01"[:1])
+    else:
+        weights.unlink()
+    resumed = run(overrides, tmp_path / "run")
+    assert resumed["weights_sha256"] == undisturbed["weights_sha256"]
+    assert newest.name in [
+        event.get("checkpoint") for event in folder.events() if event["event"] == "invalid_checkpoint"
+    ]
+
+
+def test_training_stops_when_patience_is_spent(tiny_overrides, tmp_path):
+    result = run([*tiny_overrides, "optim.epochs=9", "optim.patience=2", "optim.lr=1e-12"], tmp_path / "run")
+    assert result["status"] == "stopped_early"
+    assert result["epochs"] - result["best_epoch"] == 2
+
+
+def test_a_diverged_run_says_so_and_keeps_its_best(tiny_overrides, tmp_path):
+    wild = [
+        "optim.optimizer=sgd",
+        "optim.lr=10",
+        "optim.weight_decay=1",
+        "optim.grad_clip=0",
+        "optim.warmup_epochs=2",
+        "optim.epochs=30",
+    ]
+    result = run([*tiny_overrides, *wild], tmp_path / "run")
+    assert result["status"] == "diverged"
+    assert result["bundle"] is None or load_bundle(result["bundle"]).weights_sha256 == result["weights_sha256"]
+
+
+@pytest.mark.parametrize(("task", "absent"), [("emotions", "accuracy"), ("action_units", "au_f1_mean")])
+def test_one_task_alone_trains(task, absent, tiny_overrides, tmp_path):
+    result = run([*tiny_overrides, f"data.{task}=none", "optim.epochs=1"], tmp_path / "run")
+    bundle = load_bundle(result["bundle"])
+    assert (bundle.taxonomy.num_emotions == 0) == (task == "emotions")
+    assert (bundle.taxonomy.num_action_units == 0) == (task == "action_units")
+    value = result["metrics"].get(absent)
+    assert value is None or math.isnan(value)
+
+
+def test_the_curriculum_keeps_the_au_loss_out_at_first(tiny_overrides, tmp_path):
+    overrides = [
+        *tiny_overrides,
+        "optim.epochs=4",
+        "loss.au_start_epoch=1",
+        "loss.au_ramp_epochs=2",
+        "loss.au_weight=0.8",
+    ]
+    run(overrides, tmp_path / "run")
+    assert [record["au_weight"] for record in RunFolder(str(tmp_path / "run")).metrics()] == pytest.approx(
+        [0, 0.4, 0.8, 0.8]
+    )
+
+
+def test_with_reading_disabled_au_f1_is_exactly_what_the_seed_saw(tiny_overrides, tmp_path, monkeypatch):
+    """The seed's parser turned every AU target of the train split to zero."""
+
+    def seeds_dataset(*arguments):
+        dataset = open_dataset(*arguments)
+        action_units = dataset.targets.action_units.copy()
+        action_units[dataset.indices("train")] = 0.0
+        return replace(dataset, targets=replace(dataset.targets, action_units=action_units))
+
+    monkeypatch.setattr(training, "open_dataset", seeds_dataset)
+    run(tiny_overrides, tmp_path / "run")
+    last = RunFolder(str(tmp_path / "run")).metrics()[-1]
+    assert f"{last['validation']['au_f1_mean']:.4f}" == "0.0000"
+    assert last["train"]["au_loss"] < 0.05 < 1.0 < last["train"]["emotion_loss"]
+
+
+def test_no_validation_images_is_a_refusal(tiny_overrides, tmp_path):
+    job = make_job(tiny_overrides, tmp_path / "run")
+    dataset = open_dataset(job.store, job.taxonomy, "mask")
+    split = np.where(dataset.targets.split == 1, -1, dataset.targets.split).astype(np.int8)
+    without = replace(dataset, targets=replace(dataset.targets, split=split))
+    with pytest.raises(GateError, match="validation split has no images"):
+        training.choose_splits(without, job.config)
+
+
+def test_rows_with_null_labels_may_be_left_out_of_training_only(tiny_overrides, tmp_path):
+    job = make_job(tiny_overrides, tmp_path / "run")
+    dataset = open_dataset(job.store, job.taxonomy, "mask")
+    all_rows = training.choose_splits(dataset, job.config)
+    dropped = training.choose_splits(dataset, load_config(overrides=[*tiny_overrides, "data.drop_null_rows=true"]))
+    null = dataset.targets.null_row
+    assert null[all_rows.train].any()
+    assert set(dropped.train) == {row for row in all_rows.train if not null[row]}
+    assert np.array_equal(dropped.validation, all_rows.validation)
+
+
+@pytest.mark.parametrize(
+    ("monitor", "task", "expected"),
+    [
+        ("macro_f1", "emotions", "au_f1_mean"),
+        ("au_f1_mean", "action_units", "macro_f1"),
+        ("score", "emotions", "score"),
+    ],
+)
+def test_the_monitor_follows_the_tasks_that_are_trained_and_says_so(monitor, task, expected, tiny_overrides, tmp_path):
+    job = make_job([*tiny_overrides, f"data.{task}=none", f"optim.monitor={monitor}"], tmp_path / "run")
+    dataset = open_dataset(job.store, job.taxonomy, "mask")
+    name, remark = training.resolve_monitor(job.config, dataset)
+    assert name == expected
+    assert (remark is not None) == (expected != monitor)
