@@ -298,7 +298,7 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 def to_yaml(config: Config) -> str:
     """The resolved configuration as YAML that ``--config`` reads back."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    return str(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
 
 
 def flatten(config: Config) -> dict[str, Any]:
@@ -343,7 +343,7 @@ def explain(error: ValidationError, model: type[BaseModel]) -> Iterator[str]:
             prefix = f"{key}: " if key else ""
             yield prefix + str(fault["msg"]).removeprefix("Value error, ")
         elif key not in reported:
-            found = _at(fault, location, error)
+            found = fault["input"]
             meaning = f" ({field})" if field else ""
             alternatives = [
                 f["msg"] for f in error.errors() if [str(p) for p in f["loc"]][: len(key.split("."))] == key.split(".")
@@ -351,10 +351,6 @@ def explain(error: ValidationError, model: type[BaseModel]) -> Iterator[str]:
             expected = "; or ".join(dict.fromkeys(message.removeprefix("Value error, ") for message in alternatives))
             yield f"{key}: found {found!r}; {expected}{meaning}"
         reported.add(key)
-
-
-def _at(fault: Any, location: list[str], error: ValidationError) -> Any:
-    return fault["input"]
 
 
 def _known_part(location: list[str], model: type[BaseModel]) -> tuple[str, str | None]:
@@ -403,7 +399,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{path}: holds a {type(content).__name__}; expected sections such as 'optim:' with keys below them."
         )
-    return _numbers_read(content)
+    return {str(key): _numbers_read(value) for key, value in content.items()}
 
 
 def _read_scalar(override: str, text: str) -> Any:

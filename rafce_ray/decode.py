@@ -29,7 +29,7 @@ BACKGROUND = (255, 255, 255)
 """What shows through transparent pixels: white, as in most viewers."""
 
 _ORIENTATION_TAG = 0x0112
-_UPRIGHT = {
+_TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -38,6 +38,9 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_LYING = (5, 6, 7, 8)
+"""EXIF orientations whose stored rows are the upright picture's columns."""
+
 _METADATA_WITH_ORIENTATION = ("exif", "xmp", "Raw profile type exif", "XML:com.adobe.xmp")
 
 
@@ -53,6 +56,24 @@ class Limits:
 
 
 DEFAULT_LIMITS = Limits()
+
+
+@dataclass(frozen=True)
+class SizedFace:
+    """An aligned face (px, px, 3) uint8 RGB, and the width and height in px of the upright picture that it came from."""
+
+    pixels: NDArray[np.uint8]
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
+class _Upright:
+    """An upright RGB image, which a JPEG decoder may have shrunk, and the size of the whole picture."""
+
+    image: Image.Image
+    width: int
+    height: int
 
 
 class DecodeError(RafceError):
@@ -81,7 +102,7 @@ def decode_image(content: bytes, *, limits: Limits = DEFAULT_LIMITS) -> NDArray[
     Raises:
         DecodeError: the bytes are too many, no JPEG, PNG or WebP, out of bounds in size, damaged or cut short.
     """
-    return np.array(_open_upright(content, limits, draft_px=None))
+    return np.array(_open_upright(content, limits, draft_px=None).image)
 
 
 def decode_face(content: bytes, px: int, *, limits: Limits = DEFAULT_LIMITS) -> NDArray[np.uint8]:
@@ -96,14 +117,19 @@ def decode_face(content: bytes, px: int, *, limits: Limits = DEFAULT_LIMITS) -> 
     Raises:
         DecodeError: as :func:`decode_image`.
     """
+    return decode_sized_face(content, px, limits=limits).pixels
+
+
+def decode_sized_face(content: bytes, px: int, *, limits: Limits = DEFAULT_LIMITS) -> SizedFace:
+    """:func:`decode_face`, with the size that the upright picture had."""
     # A JPEG decoder can shrink by 2, 4 or 8 as it decodes; twice the wanted side leaves the filter enough to average.
-    image = _open_upright(content, limits, draft_px=2 * px)
-    width, height = image.size
-    side = min(width, height)
-    left, top = (width - side) / 2, (height - side) / 2
+    picture = _open_upright(content, limits, draft_px=2 * px)
+    width, height = picture.image.size
+    image, side = picture.image, min(width, height)
     if (width, height) != (px, px):
+        left, top = (width - side) / 2, (height - side) / 2
         image = image.resize((px, px), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
-    return np.array(image)
+    return SizedFace(np.array(image), picture.width, picture.height)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -123,7 +149,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         if isinstance(image, JpegImageFile) and "adobe" not in image.info:
             image = ImageChops.invert(image)
         return image.convert("RGB")
-    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+    if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         opaque = Image.new("RGB", image.size, BACKGROUND)
         opaque.paste(rgba, mask=rgba.getchannel("A"))
@@ -131,7 +157,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _open_upright(content: bytes, limits: Limits, draft_px: int | None) -> Image.Image:
+def _open_upright(content: bytes, limits: Limits, draft_px: int | None) -> _Upright:
     plugin = _plugin_for(content, limits)
     try:
         # The plugin that the magic bytes name is called directly: no other parser ever sees a stranger's bytes, and
@@ -143,12 +169,13 @@ def _open_upright(content: bytes, limits: Limits, draft_px: int | None) -> Image
             f"the header cannot be read ({_reason(error)}).",
             "Save the picture again as JPEG, PNG or WebP.",
         ) from error
-    _check_dimensions(image.size, limits)
+    width, height = image.size
+    _check_dimensions((width, height), limits)
     try:
         if draft_px is not None:
             image.draft(None, (draft_px, draft_px))
         image.load()
-        upright = _UPRIGHT.get(_orientation(image))
+        orientation = _orientation(image)
         rgb = to_rgb(image)
     except Exception as error:
         raise DecodeError(
@@ -156,7 +183,11 @@ def _open_upright(content: bytes, limits: Limits, draft_px: int | None) -> Image
             f"the picture is damaged or cut short ({_reason(error)}).",
             "Get it again from its source; open it in a viewer to see what is left of it.",
         ) from error
-    return rgb if upright is None else rgb.transpose(upright)
+    if orientation in _TURNS:
+        rgb = rgb.transpose(_TURNS[orientation])
+    if orientation in _LYING:
+        width, height = height, width
+    return _Upright(rgb, width, height)
 
 
 def _plugin_for(content: bytes, limits: Limits) -> Callable[[io.BytesIO], ImageFile]:

@@ -96,8 +96,8 @@ def _announce(training: Training, remark: str | None) -> None:
         precision=training.precision,
         hardware=describe_hardware(session.device),
     )
-    if remark is not None:
-        training.folder.add_event("warning", message=remark)
+    for message in (*weights.warnings, *([remark] if remark else [])):
+        training.folder.add_event("warning", message=message)
 
 
 def _resume(training: Training) -> None:
@@ -268,9 +268,7 @@ def _finish(training: Training, status: str, monitor: str) -> dict[str, Any]:
         sha256, metrics = _write_bundle(training, best)
         result |= {"bundle": str(folder.bundle), "best_epoch": best.epoch, "weights_sha256": sha256, "metrics": metrics}
     folder.write_result(result)
-    folder.add_event(
-        status, message=f"{status.replace('_', ' ')} after {progress.epoch} epochs; best epoch: {result['best_epoch']}"
-    )
+    folder.add_event(status, epochs=progress.epoch, best_epoch=result["best_epoch"])
     return result
 
 

@@ -23,6 +23,7 @@ from rafce_ray.errors import UsageError
 
 Pixels = NDArray[np.uint8]
 Points = NDArray[np.float64]
+Alignment = Literal["eyes", "box", "landmarks", "given"]
 
 EYES_IN_CROP = np.array([[0.31, 0.41], [0.68, 0.41]])
 """Where an aligned face has its eyes (x, y as shares of the side), the one on the left of the picture first.
@@ -80,7 +81,7 @@ class Face:
     """
 
     box: Box
-    alignment: Literal["eyes", "box", "landmarks", "given"]
+    alignment: Alignment
     pixels: Pixels
 
 

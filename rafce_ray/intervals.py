@@ -20,8 +20,11 @@ CHUNK_WEIGHTS = 4_000_000
 
 def resample_weights(size: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
     """Weights (r, size) float32 of ``resamples`` draws in all, chunk by chunk; each row sums to ``size``. Same seed, same draws."""
+    if size == 0:
+        yield np.zeros((resamples, 0), dtype=np.float32)
+        return
     generator = np.random.default_rng(seed)
-    rows = max(1, CHUNK_WEIGHTS // max(size, 1))
+    rows = max(1, CHUNK_WEIGHTS // size)
     for start in range(0, resamples, rows):
         count = min(rows, resamples - start)
         drawn = generator.integers(size, size=(count, size)) + size * np.arange(count)[:, None]
@@ -39,7 +42,8 @@ def percentile_interval(values: np.ndarray) -> list[float]:
 
 @dataclass(frozen=True)
 class Ranking:
-    """Known elements of one action unit by falling score: image (n,), positive (n,) 1 or 0, and where runs of equal scores end."""
+    """Known elements of one action unit by falling score: the image of each (n,), whether it is positive (n,) float32, and the last
+    position of every run of equal scores that has a positive in it (where precision counts)."""
 
     image: np.ndarray
     positive: np.ndarray
@@ -50,19 +54,22 @@ class Ranking:
         """From scores (N,) and targets (N,) 1, 0 or NaN (unknown, left out)."""
         known = np.flatnonzero(~np.isnan(targets))
         image = known[np.argsort(-scores[known], kind="stable")]
-        ranked = scores[image]
-        ends = np.append(np.flatnonzero(ranked[1:] != ranked[:-1]), len(image) - 1) if len(image) else np.zeros(0, dtype=np.int64)
-        return cls(image, (targets[image] == 1).astype(np.float32), ends)
+        positive = targets[image] == 1
+        is_end = np.append(scores[image][1:] != scores[image][:-1], True)[: len(image)]
+        ends = np.flatnonzero(is_end)
+        num_positives = np.diff(np.cumsum(positive)[ends], prepend=0)
+        return cls(image, positive.astype(np.float32), ends[num_positives > 0])
 
     def average_precision(self, weights: np.ndarray) -> np.ndarray:
-        """Average precision (R,) under image weights (R, N), as scikit-learn defines it; NaN where no positive has weight.
+        """Average precision (R,) under image weights (R, N) float32, as scikit-learn defines it; NaN where no positive has weight.
 
-        Equal scores share one threshold. Sums of weights are exact below 2^24 images.
+        Equal scores share one threshold. Sums of weights are exact below 2^24.
         """
         ranked = weights[:, self.image]
-        positives = np.cumsum(ranked * self.positive, axis=1)[:, self.run_end].astype(np.float64)
         everything = np.cumsum(ranked, axis=1)[:, self.run_end].astype(np.float64)
-        precision = np.divide(positives, everything, out=np.zeros_like(positives), where=everything > 0)
+        positives = np.cumsum(ranked * self.positive, axis=1)[:, self.run_end].astype(np.float64)
         gained = np.diff(positives, axis=1, prepend=0.0)
-        total = positives[:, -1] if positives.shape[1] else np.zeros(len(weights))
-        return np.divide((precision * gained).sum(axis=1), total, out=np.full(len(weights), np.nan), where=total > 0)
+        total = gained.sum(axis=1)
+        area = (gained * positives / np.maximum(everything, 1.0)).sum(axis=1)
+        precision: np.ndarray = np.divide(area, total, out=np.full(len(weights), np.nan), where=total > 0)
+        return precision

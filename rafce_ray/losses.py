@@ -142,7 +142,9 @@ class MultiTaskLoss(nn.Module):
     def _action_units(self, logits: Tensor | None, batch: Batch) -> Tensor:
         if logits is None:
             return _zero(batch)
-        elements = AU_LOSSES[self.settings.au_loss](logits.float(), batch.action_units.float().nan_to_num(0.0), self.pos_weights)
+        elements = AU_LOSSES[self.settings.au_loss](
+            logits.float(), batch.action_units.float().nan_to_num(0.0), self.pos_weights
+        )
         known = ~torch.isnan(batch.action_units)
         return torch.where(known, elements, 0.0).sum() / _divisor(batch.au_norm)
 
@@ -220,7 +222,9 @@ def build_loss(
         UsageError: uncertainty weighting with one task only, or votes for classes without known components.
     """
     if config.task_weighting == "uncertainty" and not (taxonomy.num_emotions and taxonomy.num_action_units):
-        raise UsageError("loss.task_weighting=uncertainty balances two tasks, but one alone is trained. Set it to fixed.")
+        raise UsageError(
+            "loss.task_weighting=uncertainty balances two tasks, but one alone is trained. Set it to fixed."
+        )
     adjusted = config.imbalance == "logit_adjustment" and taxonomy.num_emotions > 0
     weighted = config.pos_weight_cap > 0 and taxonomy.num_action_units > 0
     return MultiTaskLoss(
@@ -275,7 +279,8 @@ def log_prior(counts: np.ndarray) -> np.ndarray:
     if not (counts > 0).any():
         raise ValueError(f"train images per class are {counts.tolist()}: a prior needs at least one labelled image")
     floored = np.where(counts > 0, counts, 0.5)
-    return np.log(floored / floored.sum())
+    logarithms: np.ndarray = np.log(floored / floored.sum())
+    return logarithms
 
 
 def vote_shares(taxonomy: Taxonomy) -> np.ndarray:

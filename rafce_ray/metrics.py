@@ -1,172 +1,37 @@
-"""From outputs to figures: mergeable counts (summed over workers, then divided once), and every figure made of them.
+"""Every figure of a model, made of counts (:mod:`rafce_ray.counts`, whose names are here too) that are divided once, at the end.
 
 Undefined is NaN, never 0: the F1 of a class or action unit (AU) that does not occur in the data is not a failure of the model.
-An AU is predicted present where its probability is at least its threshold; an emotion is the most probable class.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor
 
+from rafce_ray.counts import Counts, Outcomes, count_batch, count_probabilities, outcomes_of
 from rafce_ray.intervals import Ranking, percentile_interval, resample_weights
-from rafce_ray.model import Logits
 from rafce_ray.taxonomy import ACTION_UNIT_NAMES, Taxonomy
+
+__all__ = [
+    "HEADLINES",
+    "MIN_SUPPORT",
+    "Counts",
+    "HasTargets",
+    "component_overlap",
+    "count_batch",
+    "count_probabilities",
+    "evaluate_probabilities",
+    "figures",
+    "summarise",
+]
 
 MIN_SUPPORT = 10
 """Images that a class needs for ``macro_f1_supported``: below, one image moves its F1 by more than 0.1."""
 
 NAN = float("nan")
-
-
-@dataclass(frozen=True)
-class Counts:
-    """Sums over evaluated images, from which every figure follows; add those of batches or workers with ``+``.
-
-    confusion (E, E) int64 [true, predicted] over images of known emotion; au_tp, au_fp, au_fn, au_tn (A,) int64 over known
-    elements; loss sums in nats over the known images and elements that ``emotion_known`` and ``au_known`` count.
-    """
-
-    confusion: np.ndarray
-    au_tp: np.ndarray
-    au_fp: np.ndarray
-    au_fn: np.ndarray
-    au_tn: np.ndarray
-    emotion_loss_sum: float
-    emotion_known: int
-    au_loss_sum: float
-    au_known: int
-
-    @classmethod
-    def zero(cls, taxonomy: Taxonomy) -> Counts:
-        """Counts of no image."""
-        num_emotions, num_aus = taxonomy.num_emotions, taxonomy.num_action_units
-        zeros = [np.zeros(num_aus, dtype=np.int64) for _ in range(4)]
-        return cls(np.zeros((num_emotions, num_emotions), dtype=np.int64), *zeros, 0.0, 0, 0.0, 0)
-
-    def __add__(self, other: Counts) -> Counts:
-        return Counts(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(Counts)))
-
-    def to_vector(self) -> Tensor:
-        """All of it as one float64 tensor on the CPU, for one all-reduce; exact for counts below 2^53."""
-        return torch.from_numpy(np.concatenate([np.ravel(getattr(self, field.name)) for field in fields(Counts)]).astype(np.float64))
-
-    @classmethod
-    def from_vector(cls, vector: Tensor, taxonomy: Taxonomy) -> Counts:
-        """The counts that :meth:`to_vector` wrote."""
-        num_emotions, num_aus = taxonomy.num_emotions, taxonomy.num_action_units
-        sizes = [num_emotions**2, *[num_aus] * 4, 1, 1, 1, 1]
-        if len(vector) != sum(sizes):
-            raise ValueError(f"{len(vector)} numbers do not hold the counts of {num_emotions} emotions and {num_aus} action units")
-        parts = np.split(vector.detach().cpu().numpy(), np.cumsum(sizes)[:-1])
-        confusion = parts[0].astype(np.int64).reshape(num_emotions, num_emotions)
-        loss_sums = [float(part[0]) for part in parts[5:]]
-        return cls(
-            confusion, *(part.astype(np.int64) for part in parts[1:5]), loss_sums[0], int(loss_sums[1]), loss_sums[2], int(loss_sums[3])
-        )
-
-
-def count_batch(logits: Logits, emotion: Tensor, action_units: Tensor, thresholds: float | Sequence[float] = 0.5) -> Counts:
-    """Counts of one batch from its logits (on any device) and targets.
-
-    emotion (B,) int64, -1 unknown; action_units (B, A) float, NaN unknown. The losses are plain cross-entropies: no
-    smoothing, no weights, so that they compare between runs of any loss configuration.
-    """
-    size = len(emotion)
-    emotion_logits = _cpu(logits.emotion, size)
-    au_logits = _cpu(logits.action_units, size)
-    emotion, action_units = emotion.cpu(), action_units.cpu().double()
-    known_emotion = emotion >= 0 if emotion_logits.shape[1] else torch.zeros(size, dtype=torch.bool)
-    known_aus = ~torch.isnan(action_units) if au_logits.shape[1] else torch.zeros_like(au_logits, dtype=torch.bool)
-    emotion_loss = F.cross_entropy(emotion_logits[known_emotion], emotion[known_emotion], reduction="sum")
-    au_loss = F.binary_cross_entropy_with_logits(au_logits[known_aus], action_units[known_aus], reduction="sum")
-    return _count(
-        emotion_logits.numpy(),
-        torch.sigmoid(au_logits).numpy(),
-        emotion.numpy(),
-        action_units.numpy(),
-        thresholds,
-        (float(emotion_loss), float(au_loss)),
-    )
-
-
-def count_probabilities(
-    emotion_probabilities: np.ndarray,
-    au_probabilities: np.ndarray,
-    emotion: np.ndarray,
-    action_units: np.ndarray,
-    thresholds: float | Sequence[float] = 0.5,
-) -> Counts:
-    """Counts from probabilities (N, E) and (N, A), E or A 0 for a task that is not predicted; targets as in :func:`count_batch`.
-
-    A probability that single precision has rounded to 0 counts as its smallest normal number, 1e-38, in the loss.
-    """
-    emotion, action_units = np.asarray(emotion), np.asarray(action_units, dtype=np.float64)
-    emotion_loss = au_loss = 0.0
-    if emotion_probabilities.shape[1]:
-        known = emotion >= 0
-        emotion_loss = float(-_log(emotion_probabilities[known, emotion[known]]).sum())
-    if au_probabilities.shape[1]:
-        known = ~np.isnan(action_units)
-        present, probability = action_units[known] == 1, np.asarray(au_probabilities, dtype=np.float64)[known]
-        au_loss = float(-_log(np.where(present, probability, 1 - probability)).sum())
-    return _count(emotion_probabilities, au_probabilities, emotion, action_units, thresholds, (emotion_loss, au_loss))
-
-
-def _count(
-    emotion_scores: np.ndarray,
-    au_probabilities: np.ndarray,
-    emotion: np.ndarray,
-    action_units: np.ndarray,
-    thresholds: float | Sequence[float],
-    loss_sums: tuple[float, float],
-) -> Counts:
-    outcomes = _outcomes(emotion_scores, au_probabilities, emotion, action_units, thresholds)
-    num_emotions = emotion_scores.shape[1]
-    confusion = np.bincount(outcomes.cell[outcomes.cell >= 0], minlength=num_emotions**2).reshape(num_emotions, num_emotions)
-    au_counts = [outcomes.tp.sum(axis=0), outcomes.fp.sum(axis=0), outcomes.fn.sum(axis=0), outcomes.tn.sum(axis=0)]
-    au_known = int(sum(int(count.sum()) for count in au_counts))
-    return Counts(confusion, *au_counts, loss_sums[0], int(confusion.sum()), loss_sums[1], au_known)
-
-
-@dataclass(frozen=True)
-class _Outcomes:
-    """Per image: cell (N,) is true * E + predicted, -1 where the emotion is unknown; tp, fp, fn, tn (N, A) bool."""
-
-    cell: np.ndarray
-    tp: np.ndarray
-    fp: np.ndarray
-    fn: np.ndarray
-    tn: np.ndarray
-
-
-def _outcomes(
-    emotion_scores: np.ndarray,
-    au_probabilities: np.ndarray,
-    emotion: np.ndarray,
-    action_units: np.ndarray,
-    thresholds: float | Sequence[float],
-) -> _Outcomes:
-    size, num_emotions = emotion_scores.shape
-    if num_emotions and int(emotion.max(initial=-1)) >= num_emotions:
-        raise ValueError(f"emotion label {emotion.max()} for {num_emotions} classes: expected -1 (unknown) to {num_emotions - 1}")
-    cell = np.full(size, -1, dtype=np.int64)
-    if num_emotions:
-        cell = np.where(emotion >= 0, emotion * num_emotions + emotion_scores.argmax(axis=1), -1)
-    if not au_probabilities.shape[1]:
-        nothing = np.zeros((size, 0), dtype=bool)
-        return _Outcomes(cell, nothing, nothing, nothing, nothing)
-    positive, negative = action_units == 1, action_units == 0
-    if bool((~positive & ~negative & ~np.isnan(action_units)).any()):
-        raise ValueError("action-unit targets hold values other than 0, 1 and NaN (unknown)")
-    present = np.asarray(au_probabilities) >= np.asarray(thresholds, dtype=np.float64)
-    return _Outcomes(cell, positive & present, negative & present, positive & ~present, negative & ~present)
 
 
 def figures(counts: Counts, overlap: np.ndarray, supported: np.ndarray) -> dict[str, np.ndarray]:
@@ -259,7 +124,11 @@ def summarise(counts: Counts, taxonomy: Taxonomy, min_support: int = MIN_SUPPORT
     ]
     known = positives + counts.au_fp + counts.au_tn
     summary["per_au"] = [
-        {"action_unit": taxonomy.action_unit_codes[i], "name": ACTION_UNIT_NAMES.get(number, ""), "support": int(positives[i])}
+        {
+            "action_unit": taxonomy.action_unit_codes[i],
+            "name": ACTION_UNIT_NAMES.get(number, ""),
+            "support": int(positives[i]),
+        }
         | {"known": int(known[i]), "predicted": int(counts.au_tp[i] + counts.au_fp[i])}
         | {key: float(values[f"au_{key}"][i]) for key in ("precision", "recall", "f1", "floor")}
         for i, number in enumerate(taxonomy.action_units)
@@ -280,25 +149,24 @@ def _where_finite(counts: Counts) -> Counts:
     """Counts with NaN in place of those of a task whose loss is not finite."""
     emotion = 1.0 if np.isfinite(counts.emotion_loss_sum) else NAN
     au = 1.0 if np.isfinite(counts.au_loss_sum) else NAN
-    au_counts = (counts.au_tp * au, counts.au_fp * au, counts.au_fn * au, counts.au_tn * au)
-    return Counts(counts.confusion * emotion, *au_counts, counts.emotion_loss_sum, counts.emotion_known, counts.au_loss_sum, counts.au_known)
+    return replace(
+        counts,
+        confusion=counts.confusion * emotion,
+        au_tp=counts.au_tp * au,
+        au_fp=counts.au_fp * au,
+        au_fn=counts.au_fn * au,
+        au_tn=counts.au_tn * au,
+    )
 
 
 def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    return np.divide(part, whole, out=np.full(np.shape(whole), NAN), where=np.asarray(whole) > 0)
+    ratio: np.ndarray = np.divide(part, whole, out=np.full(np.shape(whole), NAN), where=np.asarray(whole) > 0)
+    return ratio
 
 
 def _mean(values: np.ndarray) -> np.ndarray:
     """Mean over the last axis of what is not NaN; NaN where nothing is."""
     return _ratio(np.nansum(values, axis=-1), (~np.isnan(values)).sum(axis=-1))
-
-
-def _log(probabilities: np.ndarray) -> np.ndarray:
-    return np.log(np.maximum(np.asarray(probabilities, dtype=np.float64), np.finfo(np.float32).tiny))
-
-
-def _cpu(logits: Tensor | None, size: int) -> Tensor:
-    return torch.zeros(size, 0, dtype=torch.float64) if logits is None else logits.detach().cpu().double()
 
 
 class HasTargets(Protocol):
@@ -328,11 +196,13 @@ def evaluate_probabilities(
     ``resamples`` draws of N images with replacement; a class or AU that a draw misses is left out of that draw's means. Which
     classes count as supported is fixed by the whole data. [NaN, NaN] where a figure is defined in no draw.
     """
-    counts = count_probabilities(emotion_probabilities, au_probabilities, targets.emotion, targets.action_units, thresholds)
+    counts = count_probabilities(
+        emotion_probabilities, au_probabilities, targets.emotion, targets.action_units, thresholds
+    )
     summary = summarise(counts, taxonomy)
-    outcomes = _outcomes(emotion_probabilities, au_probabilities, targets.emotion, targets.action_units, thresholds)
+    outcomes = outcomes_of(emotion_probabilities, au_probabilities, targets.emotion, targets.action_units, thresholds)
     scores = [Ranking.of(au_probabilities[:, i], targets.action_units[:, i]) for i in range(taxonomy.num_action_units)]
-    precisions = [one.average_precision(np.ones((1, len(outcomes.cell))))[0] for one in scores]
+    precisions = [one.average_precision(np.ones((1, len(outcomes.cell)), dtype=np.float32))[0] for one in scores]
     summary["num_images"] = len(outcomes.cell)
     summary["au_ap_mean"] = float(_mean(np.asarray(precisions)))
     supported = counts.confusion.sum(axis=1) >= MIN_SUPPORT
@@ -342,12 +212,22 @@ def evaluate_probabilities(
         entry["f1_interval"] = percentile_interval(draws["f1"][:, i])
     per_au = np.broadcast_to(np.asarray(thresholds, dtype=np.float64), taxonomy.num_action_units)
     for i, entry in enumerate(summary["per_au"]):
-        entry |= {"ap": float(precisions[i]), "threshold": float(per_au[i]), "f1_interval": percentile_interval(draws["au_f1"][:, i])}
+        entry |= {
+            "ap": float(precisions[i]),
+            "threshold": float(per_au[i]),
+            "f1_interval": percentile_interval(draws["au_f1"][:, i]),
+        }
     return summary
 
 
 def _bootstrap(
-    outcomes: _Outcomes, rankings: list[Ranking], overlap: np.ndarray, supported: np.ndarray, *, resamples: int, seed: int
+    outcomes: Outcomes,
+    rankings: list[Ranking],
+    overlap: np.ndarray,
+    supported: np.ndarray,
+    *,
+    resamples: int,
+    seed: int,
 ) -> dict[str, np.ndarray]:
     """Every figure, and au_ap_mean, of each draw: arrays whose leading axis is the draw."""
     num_images, num_emotions = len(outcomes.cell), len(overlap)
@@ -356,7 +236,7 @@ def _bootstrap(
     num_aus = outcomes.tp.shape[1]
     at = np.cumsum([num_emotions**2, num_aus, num_aus, num_aus])
     parts = []
-    for weights in resample_weights(num_images, resamples, seed) if num_images else ():
+    for weights in resample_weights(num_images, resamples, seed):
         confusion, tp, fp, fn, tn = np.split(weights @ indicators, at, axis=1)
         counts = Counts(confusion.reshape(-1, num_emotions, num_emotions), tp, fp, fn, tn, 0.0, 0, 0.0, 0)
         values = figures(counts, overlap, supported)

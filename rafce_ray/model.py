@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
@@ -17,12 +16,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models import VisionTransformer, get_model
 
 from rafce_ray.config import BACKBONES, ModelConfig
 from rafce_ray.errors import UsageError
 from rafce_ray.pretrained import WeightsReport, load_weights
 from rafce_ray.taxonomy import Taxonomy
+from rafce_ray.trunk import build_trunk
 
 ATTENTION_DIM = 256
 ATTENTION_HEADS = 8
@@ -41,13 +40,6 @@ class Logits(NamedTuple):
 
     emotion: Tensor | None
     action_units: Tensor | None
-
-
-class Features(NamedTuple):
-    """What a trunk sees: a feature map (B, C, h, w) and the pooled features (B, C) of the whole image."""
-
-    map: Tensor
-    pooled: Tensor
 
 
 @dataclass(frozen=True)
@@ -75,13 +67,19 @@ class Architecture:
         if self.backbone not in BACKBONES:
             raise UsageError(f"model.backbone: found {self.backbone!r}; expected one of {', '.join(BACKBONES)}.")
         if self.backbone == "vit_b_16" and self.image_px % 16:
-            raise UsageError(f"model.image_px: found {self.image_px}; vit_b_16 cuts patches of 16 px: use a multiple of 16 (224).")
+            raise UsageError(
+                f"model.image_px: found {self.image_px}; vit_b_16 cuts patches of 16 px: use a multiple of 16 (224)."
+            )
         if self.num_emotions < 0 or self.num_action_units < 0 or self.num_emotions + self.num_action_units == 0:
-            raise UsageError(f"{self.num_emotions} emotions and {self.num_action_units} action units: the model needs at least one.")
+            raise UsageError(
+                f"{self.num_emotions} emotions and {self.num_action_units} action units: the model needs at least one."
+            )
         if self.au_attention and self.num_action_units == 0:
             raise UsageError("model.au_attention=true needs action units, and there are none. Set it to false.")
         if self.au_stop_gradient and self.num_emotions == 0:
-            raise UsageError("loss.au_stop_gradient=true without emotions leaves nothing to train the trunk. Set it to false.")
+            raise UsageError(
+                "loss.au_stop_gradient=true without emotions leaves nothing to train the trunk. Set it to false."
+            )
         if self.compositional_head:
             self._check_components()
 
@@ -121,74 +119,11 @@ def build_architecture(model: ModelConfig, taxonomy: Taxonomy, *, au_stop_gradie
         au_attention=model.au_attention,
         compositional_head=model.compositional_head,
         au_stop_gradient=au_stop_gradient,
-        components=tuple(None if pair is None else (basic.index(pair[0]), basic.index(pair[1])) for pair in taxonomy.components),
+        components=tuple(
+            None if pair is None else (basic.index(pair[0]), basic.index(pair[1])) for pair in taxonomy.components
+        ),
         num_basic=len(basic),
     )
-
-
-class ConvTrunk(nn.Module):
-    """A convolutional torchvision network without its classifier; ``body`` keeps torchvision's parameter names.
-
-    The map is the last feature map. The pooled features are its mean, through the LayerNorm with which ConvNeXt's classifier
-    begins where there is one.
-    """
-
-    def __init__(self, body: OrderedDict[str, nn.Module], norm: nn.Module | None, num_features: int) -> None:
-        super().__init__()
-        if norm is not None:
-            body["classifier"] = nn.Sequential(norm)
-        self.body = nn.ModuleDict(body)
-        self._layers = [name for name in body if name != "classifier"]
-        self.num_features = num_features
-
-    def forward(self, images: Tensor) -> Features:
-        """Features of normalised images (B, 3, P, P)."""
-        features = images
-        for name in self._layers:
-            features = self.body[name](features)
-        pooled = F.adaptive_avg_pool2d(features, 1)
-        if "classifier" in self.body:
-            pooled = self.body["classifier"](pooled)
-        return Features(features, pooled.flatten(1))
-
-
-class VitTrunk(nn.Module):
-    """torchvision's vision transformer without its head.
-
-    The map is the patch tokens in their places; the pooled features are the class token, as in ImageNet training.
-    """
-
-    def __init__(self, body: VisionTransformer) -> None:
-        super().__init__()
-        del body.heads
-        self.body = body
-        self.num_features = int(body.hidden_dim)
-
-    def forward(self, images: Tensor) -> Features:
-        """Features of normalised images (B, 3, P, P)."""
-        patches = self.body.conv_proj(images)
-        tokens = patches.flatten(2).transpose(1, 2)
-        tokens = self.body.encoder(torch.cat([self.body.class_token.expand(len(tokens), -1, -1), tokens], dim=1))
-        return Features(tokens[:, 1:].transpose(1, 2).unflatten(2, patches.shape[2:]), tokens[:, 0])
-
-
-def build_trunk(backbone: str, image_px: int) -> ConvTrunk | VitTrunk:
-    """A freshly initialised trunk by torchvision's name."""
-    if backbone.startswith("vit"):
-        return VitTrunk(get_model(backbone, weights=None, image_size=image_px))
-    if backbone.startswith("resnet"):
-        # Residual branches that begin at zero let a deep ResNet learn from scratch (Goyal et al. 2017, arXiv 1706.02677).
-        network = get_model(backbone, weights=None, zero_init_residual=True)
-        return ConvTrunk(_children(network, without=("avgpool", "fc")), None, network.fc.in_features)
-    network = get_model(backbone, weights=None)
-    body = _children(network, without=("avgpool", "classifier"))
-    norm = network.classifier[0] if backbone.startswith("convnext") else None
-    first_linear = next(layer for layer in network.classifier if isinstance(layer, nn.Linear))
-    return ConvTrunk(body, norm, first_linear.in_features)
-
-
-def _children(network: nn.Module, without: tuple[str, ...]) -> OrderedDict[str, nn.Module]:
-    return OrderedDict((name, child) for name, child in network.named_children() if name not in without)
 
 
 class AuAttention(nn.Module):
@@ -215,7 +150,8 @@ class AuAttention(nn.Module):
         keys = values + sinusoids(height, width, ATTENTION_DIM, feature_map.device).to(values.dtype)
         queries = self.queries.to(values.dtype).expand(len(values), -1, -1)
         seen, _ = self.attend(queries, keys, values, need_weights=False)
-        return self.norm_tokens(queries + seen)
+        tokens: Tensor = self.norm_tokens(queries + seen)
+        return tokens
 
 
 def sinusoids(height: int, width: int, dim: int, device: torch.device) -> Tensor:
@@ -256,24 +192,26 @@ class EmotionHead(nn.Module):
     def __init__(self, num_features: int, architecture: Architecture) -> None:
         super().__init__()
         self.flat = _linear(num_features, architecture.num_emotions)
-        self.basic = _linear(num_features, architecture.num_basic) if architecture.compositional_head else None
+        # Biases of basic scores would only be sums of the flat head's biases.
+        self.basic = (
+            _linear(num_features, architecture.num_basic, bias=False) if architecture.compositional_head else None
+        )
         if self.basic is not None:
-            # A bias of its own would be a sum of the flat head's biases.
-            self.basic.bias = None
             self.register_buffer("membership", _membership(architecture), persistent=False)
 
     def forward(self, features: Tensor) -> Tensor:
         """From features (B, F)."""
-        logits = self.flat(features)
+        logits: Tensor = self.flat(features)
         if self.basic is not None:
             logits = logits + F.linear(self.basic(features), self.membership)
         return logits
 
 
-def _linear(num_features: int, num_outputs: int) -> nn.Linear:
-    layer = nn.Linear(num_features, num_outputs)
+def _linear(num_features: int, num_outputs: int, bias: bool = True) -> nn.Linear:
+    layer = nn.Linear(num_features, num_outputs, bias=bias)
     nn.init.normal_(layer.weight, std=HEAD_INIT_STD)
-    nn.init.zeros_(layer.bias)
+    if bias:
+        nn.init.zeros_(layer.bias)
     return layer
 
 
@@ -379,7 +317,9 @@ def initialise_au_bias(model: MultiTaskModel, prevalence: np.ndarray) -> None:
         return
     shares = torch.as_tensor(np.asarray(prevalence, dtype=np.float64))
     if shares.shape != model.au_head.bias.shape or bool(((shares < 0) | (shares > 1)).any()):
-        raise ValueError(f"prevalence {shares.tolist()}: expected {len(model.au_head.bias)} shares in [0, 1], or NaN where unknown")
+        raise ValueError(
+            f"prevalence {shares.tolist()}: expected {len(model.au_head.bias)} shares in [0, 1], or NaN where unknown"
+        )
     bias = torch.logit(shares.clamp(PREVALENCE_LIMIT, 1 - PREVALENCE_LIMIT)).nan_to_num(0.0)
     with torch.no_grad():
         model.au_head.bias.copy_(bias)

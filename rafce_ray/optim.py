@@ -27,12 +27,15 @@ def build_optimizer(module: nn.Module, name: str, *, lr: float, weight_decay: fl
     Raises:
         UsageError: an unknown name, or nothing to train.
     """
-    decayed, free = [], []
+    decayed: list[Tensor] = []
+    free: list[Tensor] = []
     for key, parameter in module.named_parameters():
         if parameter.requires_grad:
             (decayed if _decays(key, parameter) else free).append(parameter)
     groups = [
-        {"params": parameters, "weight_decay": decay} for parameters, decay in ((decayed, weight_decay), (free, 0.0)) if parameters
+        {"params": parameters, "weight_decay": decay}
+        for parameters, decay in ((decayed, weight_decay), (free, 0.0))
+        if parameters
     ]
     if not groups:
         raise UsageError("every parameter is frozen: nothing is left to train. Set model.freeze_backbone=false.")

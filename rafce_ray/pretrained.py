@@ -104,7 +104,9 @@ def _load(body: nn.Module, found: Mapping[str, Tensor], source: str, backbone: s
     state = body.state_dict()
     wanted = {key: tensor for key, tensor in state.items() if not key.endswith("num_batches_tracked")}
     differing = [
-        f"{key} {tuple(found[key].shape)} for {tuple(state[key].shape)}" for key in wanted if key in found and found[key].shape != state[key].shape
+        f"{key} {tuple(found[key].shape)} for {tuple(state[key].shape)}"
+        for key in wanted
+        if key in found and found[key].shape != state[key].shape
     ]
     usable = [key for key in wanted if key in found and found[key].shape == state[key].shape]
     missing = tuple(key for key in wanted if key not in found)
@@ -127,7 +129,9 @@ def _load(body: nn.Module, found: Mapping[str, Tensor], source: str, backbone: s
         )
     broken = [key for key in usable if not torch.isfinite(found[key]).all()]
     if broken:
-        raise WeightsError(f"{where}: {len(broken)} tensors hold NaN or infinity, such as {_examples(broken)}. The file is damaged.")
+        raise WeightsError(
+            f"{where}: {len(broken)} tensors hold NaN or infinity, such as {_examples(broken)}. The file is damaged."
+        )
     warnings = _refuse_other_pixels(found, where)
     with torch.no_grad():
         for key in (*usable, *(key for key in state if key.endswith("num_batches_tracked") and key in found)):
@@ -156,7 +160,9 @@ def _refuse_other_pixels(found: Mapping[str, Tensor], where: str) -> tuple[str, 
                 f"{where}: a classifier of {VGGFACE2_IDENTITIES} identities (VGGFace2) without PyTorch's batch counters marks a "
                 f"conversion from Caffe, whose ResNet-50 has its stride on the 1x1 convolution and reads BGR 0-255. {remedy}"
             )
-        return ("trained on VGGFace2 identities: make sure that it was with RGB, ImageNet's normalisation and torchvision's ResNet",)
+        return (
+            "trained on VGGFace2 identities: make sure that it was with RGB, ImageNet's normalisation and torchvision's ResNet",
+        )
     return ()
 
 
@@ -172,9 +178,15 @@ def _is_file(weights: str) -> bool:
 
 def _read_file(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
-        raise UsageError(f"model.weights: there is no file {path}. Give a path that every worker can read, a torchvision name, or none.")
+        raise UsageError(
+            f"model.weights: there is no file {path}. Give a path that every worker can read, a torchvision name, or none."
+        )
     try:
-        content = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+        content = (
+            load_file(path)
+            if path.suffix == ".safetensors"
+            else torch.load(path, map_location="cpu", weights_only=True)
+        )
     except pickle.UnpicklingError:
         raise WeightsError(
             f"model.weights: {path} holds pickled objects beside tensors, or is no torch file; it is not opened, because that could "
@@ -193,7 +205,9 @@ def _state_dict(content: object, path: Path) -> dict[str, Tensor]:
         if inner is None and tensors:
             return tensors
         content = inner
-    raise WeightsError(f"model.weights: {path} holds no tensors by name. Expected a state dict, or one under {', '.join(WRAPPERS)}.")
+    raise WeightsError(
+        f"model.weights: {path} holds no tensors by name. Expected a state dict, or one under {', '.join(WRAPPERS)}."
+    )
 
 
 def _torchvision_key(key: str) -> str:
@@ -221,7 +235,12 @@ def _download(backbone: str, name: str) -> dict[str, Tensor]:
 def _interpolated(found: dict[str, Tensor], image_px: int) -> dict[str, Tensor]:
     """Position embeddings for another image size; what is no square grid with a class token is left as it is, and refused later."""
     positions = found.get("encoder.pos_embedding")
-    if positions is None or positions.ndim != 3 or len(positions) != 1 or math.isqrt(positions.shape[1] - 1) ** 2 != positions.shape[1] - 1:
+    if (
+        positions is None
+        or positions.ndim != 3
+        or len(positions) != 1
+        or math.isqrt(positions.shape[1] - 1) ** 2 != positions.shape[1] - 1
+    ):
         return found
     return dict(interpolate_embeddings(image_px, VIT_PATCH_PX, OrderedDict(found)))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -92,7 +93,7 @@ def _figure(record: dict[str, Any], group: str, name: str) -> str:
     return "-" if value is None or not math.isfinite(value) else f"{value:.4f}"
 
 
-COLUMNS = (
+COLUMNS: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
     ("epoch", lambda record: str(record["epoch"])),
     ("emotion loss", lambda record: _figure(record, "train", "emotion_loss")),
     ("AU loss", lambda record: _figure(record, "train", "au_loss")),

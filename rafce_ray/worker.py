@@ -50,7 +50,7 @@ class TrainSession:
     def wrap(self, module: nn.Module) -> nn.Module:
         """DistributedDataParallel where there are several workers; on GPUs batch norms then share their statistics."""
         if self.num_workers > 1 and self.device.type == "cuda":
-            module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
+            module = nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
         wrapped: nn.Module = ray.train.torch.prepare_model(
             module,
             move_to_device=False,

@@ -9,6 +9,14 @@ import pytest
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Tiny networks are slower on several threads, and figures compared with a Ray worker's must not depend on them."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def drawn_faces(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """160 drawn faces in RAF-CE's layout."""

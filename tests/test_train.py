@@ -66,14 +66,7 @@ def test_ray_and_a_plain_loop_give_the_same_weights(trained, overrides, tmp_path
 
     config = load_config(overrides=[*overrides, "run.checkpoint_every_steps=2"])
     prepared = prepare(config.data)
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        local = fit(Job(config, prepared.store_uri, prepared.taxonomy, str(tmp_path / "run"), {}), LocalSession())
-    finally:
-        torch.set_num_threads(threads)
+    local = fit(Job(config, prepared.store_uri, prepared.taxonomy, str(tmp_path / "run"), {}), LocalSession())
     assert local["weights_sha256"] == trained["weights_sha256"]
 
 

@@ -11,7 +11,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from rafce_ray.data.records import Evidence, Finding, evidence_of
+from rafce_ray.data.names import duplicate_groups
+from rafce_ray.data.records import Evidence, EvidenceList, Finding
 from rafce_ray.errors import UsageError
 from rafce_ray.storage import Location
 
@@ -32,7 +33,29 @@ class LabelFile:
 
     def locate(self, names: pa.Array) -> npt.NDArray[np.int64]:
         """Row of each name in this file, -1 where it has none."""
+        if names.equals(self.names):
+            return np.arange(len(names))
         return np.asarray(pc.fill_null(pc.index_in(names, value_set=self.names), -1)).astype(np.int64)
+
+    def not_among(self, names: pa.Array) -> npt.NDArray[np.int64]:
+        """Rows of this file whose name is not among ``names``."""
+        if names.equals(self.names):
+            return np.zeros(0, np.int64)
+        return np.flatnonzero(np.asarray(pc.is_null(pc.index_in(self.names, value_set=names))))
+
+    def lines_at(self, row: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
+        """The line of each row; -1 for row -1."""
+        return np.append(self.lines, np.int32(-1))[row]
+
+    def conflicting_at(self, row: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """Whether each row's lines disagree; False for row -1."""
+        return np.append(self.conflicting, False)[row]
+
+
+def no_label_file() -> LabelFile:
+    """Stands for a file that is not there: it holds no name."""
+    nothing = pa.array([], pa.string())
+    return LabelFile("", nothing, nothing, np.zeros(0, np.int32), np.zeros(0, bool), (), "")
 
 
 def read_label_file(location: Location) -> LabelFile | None:
@@ -40,43 +63,41 @@ def read_label_file(location: Location) -> LabelFile | None:
     if not location.exists():
         return None
     raw = location.read_bytes()
+    sha256, findings = hashlib.sha256(raw).hexdigest(), text_findings(raw, location.name)
+    text = open_text(raw, location)
+    del raw
     names: list[pa.Array] = []
     values: list[pa.Array] = []
     lines: list[npt.NDArray[np.int32]] = []
-    malformed: list[Evidence] = []
-    num_malformed = 0
+    malformed = EvidenceList()
     chunk: list[tuple[str, str, int]] = []
-    for number, line in enumerate(open_text(raw, location), start=1):
+    for number, line in enumerate(text, start=1):
         fields = line.split(None, 1)
         if len(fields) == 2 and "\N{REPLACEMENT CHARACTER}" not in line:
             chunk.append((fields[0], fields[1].rstrip(), number))
         elif fields:
-            num_malformed += 1
-            malformed.append(
-                Evidence(f"{line.strip()[:80]!r}: expected a file name, a blank and a label", location.name, number)
-            )
+            malformed.add(f"{line.strip()[:80]!r}: expected a file name, a blank and a label", location.name, number)
         if len(chunk) == _CHUNK:
             _flush(chunk, names, values, lines)
     _flush(chunk, names, values, lines)
-    findings = text_findings(raw, location.name)
-    if num_malformed:
-        message = f"{location.name}: {num_malformed} lines are not 'name label' and are not used"
+    text.close()
+    if malformed:
+        message = f"{location.name}: {len(malformed)} lines are not 'name label' and are not used"
         remedy = "Write each line as NAME LABEL, in UTF-8."
-        findings.append(Finding("warning", "malformed_lines", message, remedy, num_malformed, evidence_of(malformed)))
-    every_name = pa.concat_arrays(names)
-    every_value = pa.concat_arrays(values)
-    first, conflicting, duplicate_findings = drop_duplicates(
-        every_name, every_value, np.concatenate(lines), location.name
-    )
-    keep = pa.array(first)
+        findings.append(malformed.finding("warning", "malformed_lines", message, remedy))
+    every_name, every_value, every_line = pa.concat_arrays(names), pa.concat_arrays(values), np.concatenate(lines)
+    keep, conflicting, duplicates = _judge_duplicates(every_name, every_value, every_line, location.name)
+    if duplicates:
+        kept = pa.array(keep)
+        every_name, every_value, every_line = every_name.filter(kept), every_value.filter(kept), every_line[keep]
     return LabelFile(
         file=location.name,
-        names=every_name.take(keep),
-        values=every_value.take(keep),
-        lines=np.concatenate(lines)[first],
-        conflicting=conflicting,
-        findings=(*findings, *duplicate_findings),
-        sha256=hashlib.sha256(raw).hexdigest(),
+        names=every_name,
+        values=every_value,
+        lines=every_line,
+        conflicting=conflicting[keep],
+        findings=(*findings, *duplicates),
+        sha256=sha256,
     )
 
 
@@ -109,75 +130,45 @@ def text_findings(raw: bytes, file: str) -> list[Finding]:
         notes.append("carriage returns")
     if not notes:
         return []
-    return [
-        Finding(
-            "info",
-            "text_format",
-            f"{file}: {' and '.join(notes)} read and left out",
-            "",
-            1,
-            (Evidence(", ".join(notes), file),),
-        )
-    ]
+    found = " and ".join(notes)
+    message = f"{file}: {found} read and left out"
+    return [Finding("info", "text_format", message, "", 1, (Evidence(found, file),))]
 
 
-def drop_duplicates(
+def _judge_duplicates(
     names: pa.Array, values: pa.Array, lines: npt.NDArray[np.int32], file: str
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_], list[Finding]]:
-    """Row of each name's first line, whether its lines disagree, and findings for names that have more than one."""
-    codes = np.asarray(names.dictionary_encode().indices)
-    _, first, inverse, counts = np.unique(codes, return_index=True, return_inverse=True, return_counts=True)
-    conflicting = np.zeros(len(first), bool)
-    if len(first) == len(codes):
-        return first, conflicting, []
-    identical_evidence, conflict_evidence = [], []
-    order = np.argsort(inverse, kind="stable")
-    for rows in np.split(order, np.cumsum(counts)[:-1]):
-        if len(rows) == 1:
-            continue
-        said = [str(values[i].as_py()) for i in rows.tolist()]
-        numbers = ", ".join(str(lines[i]) for i in rows.tolist())
-        evidence = Evidence(
-            f"{names[int(rows[0])].as_py()} on lines {numbers}: {' / '.join(said)}", file, int(lines[rows[1]])
-        )
-        if len(set(said)) == 1:
-            identical_evidence.append(evidence)
-        else:
-            conflict_evidence.append(evidence)
-            conflicting[inverse[rows[0]]] = True
-    return first, conflicting, duplicate_findings(identical_evidence, conflict_evidence, file)
+) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_], list[Finding]]:
+    """Per row: whether it is its name's first one, and whether it disagrees with a later one; and what to say."""
+    keep, conflicting = np.ones(len(names), bool), np.zeros(len(names), bool)
+    identical_evidence, conflict_evidence = EvidenceList(), EvidenceList()
+    for rows in duplicate_groups(names):
+        keep[rows[1:]] = False
+        said = [str(values[row].as_py()) for row in rows.tolist()]
+        numbers = ", ".join(str(lines[row]) for row in rows.tolist())
+        detail = f"{names[int(rows[0])].as_py()} on lines {numbers}: {' / '.join(said)}"
+        conflicting[rows[0]] = len(set(said)) > 1
+        (conflict_evidence if conflicting[rows[0]] else identical_evidence).add(detail, file, int(lines[rows[1]]))
+    return keep, conflicting, duplicate_findings(identical_evidence, conflict_evidence, file)
 
 
-def duplicate_findings(identical: list[Evidence], conflicting: list[Evidence], file: str) -> list[Finding]:
+def duplicate_findings(identical: EvidenceList, conflicting: EvidenceList, file: str) -> list[Finding]:
     """Findings for names that a label file holds more than once."""
     findings = []
     if identical:
         message = f"{file}: {len(identical)} names are there more than once with the same label; each counts once"
-        findings.append(
-            Finding(
-                "warning",
-                "duplicate_rows",
-                message,
-                "Delete the repeated lines.",
-                len(identical),
-                evidence_of(identical),
-            )
-        )
+        findings.append(identical.finding("warning", "duplicate_rows", message, "Delete the repeated lines."))
     if conflicting:
-        message = (
-            f"{file}: {len(conflicting)} names are there more than once and disagree; what they disagree on is unknown"
-        )
-        remedy = "Keep the line that is right for each name."
+        message = f"{file}: {len(conflicting)} names are there more than once with different labels, which are unknown"
         findings.append(
-            Finding("error", "conflicting_rows", message, remedy, len(conflicting), evidence_of(conflicting))
+            conflicting.finding("error", "conflicting_rows", message, "Keep the line that is right for each name.")
         )
     return findings
 
 
-def unreadable_finding(file: str, count: int, evidence: tuple[Evidence, ...]) -> Finding:
+def unreadable_finding(file: str, evidence: EvidenceList) -> Finding:
     """Rows whose action-unit label cannot be read: none of it is used, and never as an absence."""
     message = (
-        f"{file}: {count} rows hold action-unit labels that cannot be read; all action units of these rows are unknown"
+        f"{file}: {len(evidence)} rows hold action-unit labels that cannot be read; all of these rows' are unknown"
     )
     remedy = "Write action units as numbers joined by '+', such as 1+4+L12, or null; in a table as 1, 0 or blank."
-    return Finding("warning", "unreadable_action_units", message, remedy, count, evidence)
+    return evidence.finding("warning", "unreadable_action_units", message, remedy)

@@ -14,7 +14,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.fs as pafs
 
-from rafce_ray.data.records import Evidence, Finding, evidence_of
+from rafce_ray.data.names import duplicate_groups
+from rafce_ray.data.records import Evidence, EvidenceList, Finding, evidence_of
 from rafce_ray.errors import UsageError
 from rafce_ray.storage import Location, locate
 
@@ -22,6 +23,7 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "bmp", "webp", "tif", "tiff", "gif")
 """Extensions that count as an image, in lower case."""
 
 _EXTENSION = r"(?i)\.(" + "|".join(IMAGE_EXTENSIONS) + r")$"
+_SUFFIX = r"(?i)(_aligned)?\.(" + "|".join(IMAGE_EXTENSIONS) + r")$|_aligned$"
 _CHUNK = 8192
 
 
@@ -150,34 +152,41 @@ def _to_batch(chunk: list[tuple[str, int, int]]) -> pa.RecordBatch:
 
 
 def _match(names: pa.Array, listing: Listing) -> Matched:
-    paths = listing.table["path"].combine_chunks()
+    paths = listing.table["path"].chunk(0)
+    keys = _keys(paths)
+    repeated = duplicate_groups(keys)
+    if repeated:
+        index = _match_repeated(names, paths, keys)
+    else:
+        index = np.asarray(pc.fill_null(pc.index_in(_keys(names), value_set=keys), -1)).astype(np.int64)
+    used = np.zeros(len(paths), bool)
+    used[index[index >= 0]] = True
+    return Matched(listing, index, int((~used).sum()), _ambiguous(repeated, paths, used))
+
+
+def _match_repeated(names: pa.Array, paths: pa.Array, keys: pa.Array) -> npt.NDArray[np.int64]:
+    """Where files differ only by suffix or extension: the very name first, then the file with the suffix."""
     exact = pc.index_in(names, value_set=paths)
     # index_in takes the first of equal keys: files with the suffix come first.
-    keys = _keys(paths)
     is_aligned = np.asarray(pc.ends_with(pc.replace_substring_regex(paths, _EXTENSION, ""), "_aligned"))
     order = pa.array(np.argsort(~is_aligned, kind="stable"))
     by_key = order.take(pc.index_in(_keys(names), value_set=keys.take(order)))
-    index = np.asarray(pc.fill_null(pc.coalesce(pc.cast(exact, pa.int64()), pc.cast(by_key, pa.int64())), -1))
-    used = np.zeros(len(paths), bool)
-    used[index[index >= 0]] = True
-    return Matched(listing, index, int((~used).sum()), _ambiguous(keys, paths, used))
+    return np.asarray(pc.fill_null(pc.coalesce(pc.cast(exact, pa.int64()), by_key), -1))
 
 
 def _keys(names: pa.Array) -> pa.Array:
-    return pc.replace_substring_regex(pc.replace_substring_regex(names, _EXTENSION, ""), "_aligned$", "")
+    return pc.replace_substring_regex(names, _SUFFIX, "")
 
 
-def _ambiguous(keys: pa.Array, paths: pa.Array, used: npt.NDArray[np.bool_]) -> tuple[Finding, ...]:
+def _ambiguous(
+    repeated: list[npt.NDArray[np.int64]], paths: pa.Array, used: npt.NDArray[np.bool_]
+) -> tuple[Finding, ...]:
     """Names for which two files could be meant, of which one was taken and the other is nobody's."""
-    codes = np.asarray(keys.dictionary_encode().indices)
-    taken = np.bincount(codes[used], minlength=codes.max(initial=-1) + 1) > 0
-    spare = np.flatnonzero(~used & taken[codes]) if len(codes) else np.zeros(0, np.int64)
-    if not len(spare):
+    spare = EvidenceList()
+    for group in repeated:
+        for row in group[~used[group]].tolist() if used[group].any() else ():
+            spare.add("another image of the same name is used instead", str(paths[row].as_py()))
+    if not spare:
         return ()
-    evidence = evidence_of(
-        Evidence("another image of the same name is used instead", str(paths[i].as_py())) for i in spare.tolist()
-    )
     message = f"{len(spare)} images are second candidates for a labelled name and are not used"
-    return (
-        Finding("warning", "ambiguous_images", message, "Keep one image file per labelled name.", len(spare), evidence),
-    )
+    return (spare.finding("warning", "ambiguous_images", message, "Keep one image file per labelled name."),)

@@ -92,7 +92,7 @@ class TrainLoader:
         self._sampling_weights = balancing_weights(targets.emotion[indices]) if oversample else None
         self._emotion_weight = _emotion_weights(targets.emotion, class_weights)
         self._known_aus = (~np.isnan(targets.action_units)).sum(axis=1)
-        self._known_votes = ~np.isnan(targets.votes).any(axis=1)
+        self._known_votes = np.asarray(~np.isnan(targets.votes).any(axis=1))
         self._emotion = torch.from_numpy(targets.emotion).to(device)
         self._action_units = torch.from_numpy(targets.action_units).to(device)
         self._votes = torch.from_numpy(targets.votes).to(device)

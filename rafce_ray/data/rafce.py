@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,9 +14,20 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from rafce_ray.data.label_file import LabelFile, read_label_file, unreadable_finding
+from rafce_ray.data.label_file import LabelFile, no_label_file, read_label_file, unreadable_finding
 from rafce_ray.data.listing import image_columns, match_images
-from rafce_ray.data.records import LABEL_SCHEMA, NUM_VOTES, SPLIT_NAMES, Evidence, Finding, Labels, Level, evidence_of
+from rafce_ray.data.names import release_memory
+from rafce_ray.data.records import (
+    LABEL_SCHEMA,
+    NUM_VOTES,
+    SPLIT_NAMES,
+    Evidence,
+    EvidenceList,
+    Finding,
+    Labels,
+    Level,
+    evidence_of,
+)
 from rafce_ray.errors import UsageError
 from rafce_ray.storage import Location
 from rafce_ray.taxonomy import parse_action_unit_token, split_action_unit_tokens
@@ -42,23 +54,40 @@ def read(root: Location, images: str | None) -> Labels:
     Raises:
         UsageError: there is neither an emotion nor an action-unit file, or a file is not text.
     """
-    emotions, action_units, partition, votes = (
-        read_label_file(root / name) for name in (EMOTION_FILE, ACTION_UNIT_FILE, PARTITION_FILE, VOTES_FILE)
-    )
+    emotions = read_label_file(root / EMOTION_FILE)
+    action_units = read_label_file(root / ACTION_UNIT_FILE)
     labelled = [file for file in (emotions, action_units) if file is not None]
     if not labelled:
         raise UsageError(
             f"{root}: neither {EMOTION_FILE} nor {ACTION_UNIT_FILE} is there. Point data.root at their folder."
         )
-    names = pc.unique(pa.concat_arrays([file.names for file in labelled]))
-    columns: dict[str, pa.Array] = {"name": names}
-    findings = [finding for file in (emotions, action_units, partition, votes) if file for finding in file.findings]
-    findings += _one_sided(names, emotions, action_units, partition, votes)
-    columns |= _emotion_columns(names, emotions)
-    au_columns, tokens, au_findings = _action_unit_columns(names, action_units)
-    columns |= au_columns
+    names = labelled[0].names
+    if len(labelled) == 2 and not names.equals(labelled[1].names):
+        names = pc.unique(pa.concat_arrays([file.names for file in labelled]))
+    coded = _action_units(names, action_units or no_label_file())
+    columns = {"name": names, **_emotion_columns(names, emotions or no_label_file()), **coded.columns}
+    findings = [
+        *_file_findings(names, emotions, "rows_without_emotion", "their emotion is unknown"),
+        *_file_findings(names, action_units, "rows_without_action_units", "their action units are unknown"),
+        *coded.findings,
+    ]
+    # One file after the other: only what is kept of each stays in memory.
+    partition = read_label_file(root / PARTITION_FILE)
     columns["split"], split_findings = _splits(names, partition)
+    findings += _file_findings(names, partition, "rows_without_split", "they are in no split and are not used")
+    votes = read_label_file(root / VOTES_FILE)
     columns["votes"], votes_findings = _votes(names, votes)
+    findings += votes.findings if votes else ()
+    findings += [
+        *split_findings,
+        *votes_findings,
+        *_spare_findings(names, partition, "warning", "split_without_label"),
+        *_spare_findings(names, votes, "info", "votes_without_label"),
+    ]
+    digests = {file.file: file.sha256 for file in (*labelled, partition, votes) if file}
+    emotion_file, au_file = (file.file if file else None for file in (emotions, action_units))
+    del emotions, action_units, labelled, partition, votes
+    release_memory()
     matched = match_images(names, root, images)
     columns |= image_columns(matched.listing.table, matched.index)
     return Labels(
@@ -66,71 +95,49 @@ def read(root: Location, images: str | None) -> Labels:
         layout="rafce",
         root=root,
         image_root=matched.listing.folder,
-        emotion_file=emotions.file if emotions else None,
-        au_file=action_units.file if action_units else None,
+        emotion_file=emotion_file,
+        au_file=au_file,
         au_columns=None,
         num_extra_images=matched.num_extras,
-        findings=(*findings, *au_findings, *split_findings, *votes_findings, *matched.findings),
-        token_counts=tokens,
-        digests={file.file: file.sha256 for file in (emotions, action_units, partition, votes) if file},
+        findings=(*findings, *matched.findings),
+        token_counts=coded.tokens,
+        digests=digests,
     )
 
 
-def _one_sided(
-    names: pa.Array,
-    emotions: LabelFile | None,
-    action_units: LabelFile | None,
-    partition: LabelFile | None,
-    votes: LabelFile | None,
-) -> list[Finding]:
-    """Names that one file holds and another lacks."""
-    findings = []
-    for file, wanted, consequence in (
-        (emotions, EMOTION_FILE, "their emotion is unknown"),
-        (action_units, ACTION_UNIT_FILE, "their action units are unknown"),
-        (partition, PARTITION_FILE, "they are in no split and are not used"),
-    ):
-        if file is None:
-            continue
-        absent = file.locate(names) < 0
-        if absent.any():
-            evidence = evidence_of(
-                Evidence(f"{names[i].as_py()} is not in it", wanted) for i in np.flatnonzero(absent).tolist()
-            )
-            message = f"{wanted}: {absent.sum()} labelled names of the other files are missing; {consequence}"
-            code = {EMOTION_FILE: "rows_without_emotion", ACTION_UNIT_FILE: "rows_without_action_units"}.get(
-                wanted, "rows_without_split"
-            )
-            findings.append(
-                Finding("warning", code, message, f"Add their lines to {wanted}.", int(absent.sum()), evidence)
-            )
-    levels: tuple[tuple[LabelFile | None, Level], ...] = ((partition, "warning"), (votes, "info"))
-    for file, level in levels:
-        if file is None:
-            continue
-        unknown = np.asarray(pc.is_null(pc.index_in(file.names, value_set=names)))
-        if unknown.any():
-            evidence = evidence_of(
-                Evidence(f"{file.names[i].as_py()} has no label", file.file, int(file.lines[i]))
-                for i in np.flatnonzero(unknown).tolist()
-            )
-            message = (
-                f"{file.file}: {unknown.sum()} names have neither an emotion nor an action-unit label and are not used"
-            )
-            code = "split_without_label" if file is partition else "votes_without_label"
-            findings.append(
-                Finding(level, code, message, "Add their labels, or delete the lines.", int(unknown.sum()), evidence)
-            )
-    return findings
-
-
-def _emotion_columns(names: pa.Array, file: LabelFile | None) -> dict[str, pa.Array]:
+def _file_findings(names: pa.Array, file: LabelFile | None, code: str, consequence: str) -> list[Finding]:
+    """What was odd in a file, and labelled names that it lacks."""
     if file is None:
-        return {"emotion": pa.nulls(len(names), pa.string()), "emotion_line": pa.nulls(len(names), pa.int32())}
+        return []
+    absent = np.flatnonzero(file.locate(names) < 0).tolist()
+    if not absent:
+        return list(file.findings)
+    evidence = evidence_of(Evidence(f"{names[row].as_py()} is not in it", file.file) for row in absent)
+    message = f"{file.file}: {len(absent)} labelled names of the other files are missing; {consequence}"
+    remedy = f"Add their lines to {file.file}."
+    return [*file.findings, Finding("warning", code, message, remedy, len(absent), evidence)]
+
+
+def _spare_findings(names: pa.Array, file: LabelFile | None, level: Level, code: str) -> list[Finding]:
+    """Names of a file that have no label."""
+    unknown = file.not_among(names).tolist() if file else []
+    if not file or not unknown:
+        return []
+    evidence = evidence_of(
+        Evidence(f"{file.names[row].as_py()} has no label", file.file, int(file.lines[row])) for row in unknown
+    )
+    message = f"{file.file}: {len(unknown)} names have neither an emotion nor an action-unit label: not used"
+    remedy = "Add their labels, or delete the lines."
+    return [Finding(level, code, message, remedy, len(unknown), evidence)]
+
+
+def _emotion_columns(names: pa.Array, file: LabelFile) -> dict[str, pa.Array]:
     row = file.locate(names)
-    usable = (row >= 0) & ~file.conflicting[row]
-    lines = pa.array(file.lines[row], mask=row < 0)
-    return {"emotion": file.values.take(pa.array(row, mask=~usable)), "emotion_line": lines}
+    usable = (row >= 0) & ~file.conflicting_at(row)
+    return {
+        "emotion": file.values.take(pa.array(row, mask=~usable)),
+        "emotion_line": pa.array(file.lines_at(row), mask=row < 0),
+    }
 
 
 @dataclass(frozen=True)
@@ -138,66 +145,58 @@ class _ReadLabel:
     """One distinct action-unit label, read."""
 
     state: str
-    positive: tuple[int, ...]
-    tokens: tuple[str, ...]
-    fault: str | None
+    positive: tuple[int, ...] = ()
+    tokens: tuple[str, ...] = ()
+    fault: str | None = None
 
 
 def _read_label(text: str) -> _ReadLabel:
-    tokens = tuple(split_action_unit_tokens(text))
     if text.strip().lower() == "null":
-        return _ReadLabel("null", (), (), None)
+        return _ReadLabel("null")
+    tokens = tuple(split_action_unit_tokens(text))
     numbers = [parse_action_unit_token(token) for token in tokens]
     unreadable = [token for token, number in zip(tokens, numbers, strict=True) if number is None]
     if unreadable or not tokens:
-        return _ReadLabel("unreadable", (), tokens, f"unreadable {', '.join(map(repr, unreadable))} in {text[:80]!r}")
-    return _ReadLabel("full", tuple(sorted({number for number in numbers if number is not None})), tokens, None)
+        fault = f"unreadable {', '.join(map(repr, unreadable))} in {text[:80]!r}"
+        return _ReadLabel("unreadable", (), tokens, fault)
+    return _ReadLabel("full", tuple(sorted({number for number in numbers if number is not None})), tokens)
 
 
-def _action_unit_columns(
-    names: pa.Array, file: LabelFile | None
-) -> tuple[dict[str, pa.Array], dict[str, int], list[Finding]]:
-    num_rows = len(names)
-    nothing = pa.array([[]], pa.list_(pa.int16())).take(pa.array(np.zeros(num_rows, np.int64)))
-    if file is None:
-        state = pa.array(["missing"]).take(pa.array(np.zeros(num_rows, np.int64)))
-        return (
-            {
-                "au_state": state,
-                "au_line": pa.nulls(num_rows, pa.int32()),
-                "au_positive": nothing,
-                "au_negative": nothing,
-            },
-            {},
-            [],
-        )
+@dataclass(frozen=True)
+class _ActionUnits:
+    """The action-unit columns, how often each token was written, and what was odd."""
+
+    columns: dict[str, pa.Array]
+    tokens: dict[str, int]
+    findings: list[Finding]
+
+
+def _action_units(names: pa.Array, file: LabelFile) -> _ActionUnits:
+    # There are far fewer distinct labels than rows: each is read once.
     distinct = file.values.dictionary_encode()
     labels = [_read_label(text) for text in distinct.dictionary.to_pylist()]
-    labels += [_ReadLabel("unreadable", (), (), None), _ReadLabel("missing", (), (), None)]
+    labels += [_ReadLabel("unreadable"), _ReadLabel("missing")]
     row = file.locate(names)
-    code = np.where(row < 0, len(labels) - 1, np.asarray(distinct.indices)[row])
-    code = np.where((row >= 0) & file.conflicting[row], len(labels) - 2, code)
-    unreadable = np.flatnonzero(np.array([label.fault is not None for label in labels])[code])
-    lines = np.where(row < 0, -1, file.lines[row])
-    findings = []
-    if len(unreadable):
-        ordered = unreadable[np.argsort(lines[unreadable])].tolist()
-        evidence = evidence_of(
-            Evidence(f"{names[i].as_py()}: {labels[code[i]].fault}", file.file, int(lines[i])) for i in ordered
-        )
-        findings.append(unreadable_finding(file.file, len(unreadable), evidence))
-    tokens: dict[str, int] = {}
+    code = np.append(np.asarray(distinct.indices), len(labels) - 1)[row]
+    code[file.conflicting_at(row)] = len(labels) - 2
+    lines = file.lines_at(row)
+    faults = EvidenceList()
+    faulty = np.flatnonzero(np.array([label.fault is not None for label in labels])[code])
+    for i in faulty[np.argsort(lines[faulty])].tolist():
+        faults.add(f"{names[i].as_py()}: {labels[code[i]].fault}", file.file, int(lines[i]))
+    tokens: Counter[str] = Counter()
     for label, count in zip(labels, np.bincount(code, minlength=len(labels)).tolist(), strict=True):
         for token in label.tokens if count else ():
-            tokens[token] = tokens.get(token, 0) + count
+            tokens[token] += count
     taken = pa.array(code)
+    lists = pa.list_(pa.int16())
     columns = {
         "au_state": pa.array([label.state for label in labels]).take(taken),
-        "au_line": pa.array(lines.astype(np.int32), mask=lines < 0),
-        "au_positive": pa.array([list(label.positive) for label in labels], pa.list_(pa.int16())).take(taken),
-        "au_negative": nothing,
+        "au_line": pa.array(lines, mask=row < 0),
+        "au_positive": pa.array([list(label.positive) for label in labels], lists).take(taken),
+        "au_negative": pa.array([[]], lists).take(pa.array(np.zeros(len(names), np.int32))),
     }
-    return columns, tokens, findings
+    return _ActionUnits(columns, dict(tokens), [unreadable_finding(file.file, faults)] if faults else [])
 
 
 def _splits(names: pa.Array, file: LabelFile | None) -> tuple[pa.Array, list[Finding]]:
@@ -208,23 +207,17 @@ def _splits(names: pa.Array, file: LabelFile | None) -> tuple[pa.Array, list[Fin
     distinct = file.values.dictionary_encode()
     known = [PARTITIONS.get(text) or SPLIT_NAMES.get(text.lower()) for text in distinct.dictionary.to_pylist()]
     codes = np.asarray(distinct.indices)
-    unknown = np.flatnonzero(np.array([split is None for split in known], bool)[codes])
-    findings = []
-    if len(unknown):
-        evidence = evidence_of(
-            Evidence(f"{file.names[i].as_py()}: {file.values[i].as_py()!r}", file.file, int(file.lines[i]))
-            for i in unknown.tolist()
-        )
-        message = f"{file.file}: {len(unknown)} rows name an unknown partition and are in no split"
-        findings.append(
-            Finding(
-                "error", "unknown_partitions", message, "Use 0 train, 1 test, 2 validation.", len(unknown), evidence
-            )
-        )
+    unknown = EvidenceList()
+    for i in np.flatnonzero(np.array([split is None for split in known], bool)[codes]).tolist():
+        unknown.add(f"{file.names[i].as_py()}: {file.values[i].as_py()!r}", file.file, int(file.lines[i]))
     row = file.locate(names)
-    usable = (row >= 0) & ~file.conflicting[row]
-    taken = pa.array(codes[row], mask=~usable)
-    return pa.array(known, pa.string()).take(taken), findings
+    usable = (row >= 0) & ~file.conflicting_at(row)
+    splits = pa.array(known, pa.string()).take(pa.array(np.append(codes, 0)[row], mask=~usable))
+    if not unknown:
+        return splits, []
+    message = f"{file.file}: {len(unknown)} rows name an unknown partition and are in no split"
+    remedy = "Use 0 train, 1 test, 2 validation."
+    return splits, [unknown.finding("error", "unknown_partitions", message, remedy)]
 
 
 def _votes(names: pa.Array, file: LabelFile | None) -> tuple[pa.Array, list[Finding]]:
@@ -232,25 +225,23 @@ def _votes(names: pa.Array, file: LabelFile | None) -> tuple[pa.Array, list[Find
     if file is None:
         return pa.nulls(len(names), kind), []
     row = file.locate(names)
-    shares = np.full((len(names), NUM_VOTES), np.nan, np.float32)
-    faults = []
-    for i, where in enumerate(row.tolist()):
-        if where < 0:
-            continue
-        text = file.values[where].as_py()
-        votes = None if file.conflicting[where] else _read_votes(text)
+    conflicting = file.conflicting_at(row)
+    shares = np.zeros((len(names), NUM_VOTES), np.float32)
+    known = np.zeros(len(names), bool)
+    faults = EvidenceList()
+    for i in np.flatnonzero(row >= 0).tolist():
+        text = file.values[row[i]].as_py()
+        votes = None if conflicting[i] else _read_votes(text)
         if votes is None:
-            faults.append(Evidence(f"{names[i].as_py()}: {text[:80]!r}", file.file, int(file.lines[where])))
+            faults.add(f"{names[i].as_py()}: {text[:80]!r}", file.file, int(file.lines[row[i]]))
         else:
-            shares[i] = votes
-    findings = []
-    if faults:
-        message = f"{file.file}: votes of {len(faults)} rows are not {NUM_VOTES} shares that sum to 1; they are unknown"
-        remedy = "Write six shares in the order surprise, fear, disgust, happiness, sadness, anger."
-        findings.append(Finding("warning", "unreadable_votes", message, remedy, len(faults), evidence_of(faults)))
-    unknown = np.isnan(shares[:, 0])
-    values = pa.array(np.nan_to_num(shares).reshape(-1))
-    return pa.FixedSizeListArray.from_arrays(values, type=kind, mask=pa.array(unknown)), findings
+            shares[i], known[i] = votes, True
+    array = pa.FixedSizeListArray.from_arrays(pa.array(shares.reshape(-1)), type=kind, mask=pa.array(~known))
+    if not faults:
+        return array, []
+    message = f"{file.file}: votes of {len(faults)} rows are not {NUM_VOTES} shares that sum to 1; they are unknown"
+    remedy = "Write six shares in the order surprise, fear, disgust, happiness, sadness, anger."
+    return array, [faults.finding("warning", "unreadable_votes", message, remedy)]
 
 
 def _read_votes(text: str) -> npt.NDArray[np.float32] | None:

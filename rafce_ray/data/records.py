@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Literal
 
 import numpy as np
@@ -104,14 +105,30 @@ class Finding:
         }
 
 
+class EvidenceList:
+    """Evidence as it is gathered: all of it is counted, the first ``MAX_EVIDENCE`` pieces are kept."""
+
+    def __init__(self) -> None:
+        self._kept: list[Evidence] = []
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def add(self, detail: str, file: str | None = None, line: int | None = None) -> None:
+        """One more place."""
+        self._count += 1
+        if len(self._kept) < MAX_EVIDENCE:
+            self._kept.append(Evidence(detail, file, line))
+
+    def finding(self, level: Level, code: str, message: str, remedy: str = "") -> Finding:
+        """The finding that all of it shows."""
+        return Finding(level, code, message, remedy, self._count, tuple(self._kept))
+
+
 def evidence_of(items: Iterable[Evidence]) -> tuple[Evidence, ...]:
     """The first ``MAX_EVIDENCE`` items."""
-    kept = []
-    for item in items:
-        kept.append(item)
-        if len(kept) == MAX_EVIDENCE:
-            break
-    return tuple(kept)
+    return tuple(islice(items, MAX_EVIDENCE))
 
 
 @dataclass(frozen=True)

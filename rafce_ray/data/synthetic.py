@@ -20,8 +20,8 @@ import cv2
 import numpy as np
 from numpy.random import Generator, SeedSequence
 
-from rafce_ray.data.faces.appearance import sample_person, sample_scene
-from rafce_ray.data.faces.drawing import draw_face
+from rafce_ray.data.drawing.appearance import sample_person, sample_scene
+from rafce_ray.data.drawing.face import draw_face
 from rafce_ray.data.synthetic_labels import SPLITS, FaceLabel, LabelPlan, draw_label, plan_labels
 from rafce_ray.errors import UsageError
 from rafce_ray.taxonomy import RAFCE_EMOTIONS

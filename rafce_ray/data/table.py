@@ -17,7 +17,8 @@ import pyarrow.parquet as pq
 
 from rafce_ray.data.label_file import duplicate_findings, open_text, text_findings, unreadable_finding
 from rafce_ray.data.listing import image_columns, match_images
-from rafce_ray.data.records import LABEL_SCHEMA, SPLIT_NAMES, Evidence, Finding, Labels, evidence_of
+from rafce_ray.data.names import duplicate_groups
+from rafce_ray.data.records import LABEL_SCHEMA, SPLIT_NAMES, Evidence, EvidenceList, Finding, Labels
 from rafce_ray.errors import UsageError
 from rafce_ray.storage import Location
 from rafce_ray.taxonomy import action_unit_code, parse_action_unit_token
@@ -50,10 +51,10 @@ class _Rows:
 
     batches: list[pa.RecordBatch] = field(default_factory=list)
     pending: list[tuple[Any, ...]] = field(default_factory=list)
-    malformed: list[Evidence] = field(default_factory=list)
-    unreadable: list[Evidence] = field(default_factory=list)
-    unknown_splits: list[Evidence] = field(default_factory=list)
-    without_split: list[Evidence] = field(default_factory=list)
+    malformed: EvidenceList = field(default_factory=EvidenceList)
+    unreadable: EvidenceList = field(default_factory=EvidenceList)
+    unknown_splits: EvidenceList = field(default_factory=EvidenceList)
+    without_split: EvidenceList = field(default_factory=EvidenceList)
 
 
 _READ_SCHEMA = pa.schema(
@@ -182,9 +183,8 @@ def _read_rows(records: Iterator[tuple[int, list[str]]], columns: _Columns, widt
     for line, cells in records:
         name = cells[columns.name].strip() if len(cells) > columns.name else ""
         if len(cells) != width or not name or "\N{REPLACEMENT CHARACTER}" in name:
-            rows.malformed.append(
-                Evidence(f"{len(cells)} cells ({', '.join(cells)[:60]}): expected {width} with a name", file, line)
-            )
+            found = ", ".join(cells)[:60]
+            rows.malformed.add(f"{len(cells)} cells ({found}): expected {width} with a name", file, line)
             continue
         split = _read_split(cells, columns, Evidence(name, file, line), rows)
         emotion = cells[columns.emotion].strip() if columns.emotion is not None else ""
@@ -192,7 +192,7 @@ def _read_rows(records: Iterator[tuple[int, list[str]]], columns: _Columns, widt
             emotion = emotion.partition(".")[0]
         state, positive, negative, fault = _read_action_units(cells, columns)
         if fault is not None:
-            rows.unreadable.append(Evidence(f"{name}: {fault}", file, line))
+            rows.unreadable.add(f"{name}: {fault}", file, line)
         rows.pending.append((name, split, emotion or None, state, positive, negative, line))
         if len(rows.pending) == _CHUNK:
             _flush(rows)
@@ -211,9 +211,9 @@ def _read_split(cells: list[str], columns: _Columns, at: Evidence, rows: _Rows) 
     text = cells[columns.split].strip() if columns.split is not None else ""
     split = SPLIT_NAMES.get(text.lower())
     if split is None and text:
-        rows.unknown_splits.append(Evidence(f"{at.detail}: {text!r}", at.file, at.line))
+        rows.unknown_splits.add(f"{at.detail}: {text!r}", at.file, at.line)
     elif split is None and columns.split is not None:
-        rows.without_split.append(at)
+        rows.without_split.add(at.detail, at.file, at.line)
     return split
 
 
@@ -242,58 +242,42 @@ def _row_findings(rows: _Rows, columns: _Columns, file: str) -> list[Finding]:
     if rows.malformed:
         message = f"{file}: {len(rows.malformed)} rows do not fit the header or have no name, and are not used"
         remedy = "Give every row as many cells as the header."
-        findings.append(
-            Finding("warning", "malformed_lines", message, remedy, len(rows.malformed), evidence_of(rows.malformed))
-        )
+        findings.append(rows.malformed.finding("warning", "malformed_lines", message, remedy))
     if rows.unreadable:
-        findings.append(unreadable_finding(file, len(rows.unreadable), evidence_of(rows.unreadable)))
+        findings.append(unreadable_finding(file, rows.unreadable))
     if columns.split is None:
-        findings.append(
-            Finding(
-                "error", "no_split_column", f"{file}: no column 'split'", "Add one with train, validation and test."
-            )
-        )
+        remedy = "Add one with train, validation and test."
+        findings.append(Finding("error", "no_split_column", f"{file}: no column 'split'", remedy))
     if rows.unknown_splits:
         message = f"{file}: {len(rows.unknown_splits)} rows name an unknown split and are in none"
         remedy = "Use train, validation (or val, valid, dev) and test; numbers are read only in RAF-CE's layout."
-        count = len(rows.unknown_splits)
-        findings.append(
-            Finding("error", "unknown_partitions", message, remedy, count, evidence_of(rows.unknown_splits))
-        )
+        findings.append(rows.unknown_splits.finding("error", "unknown_partitions", message, remedy))
     if rows.without_split:
         message = f"{file}: {len(rows.without_split)} rows have a blank split and are not used"
-        count = len(rows.without_split)
-        findings.append(
-            Finding(
-                "warning", "rows_without_split", message, "Fill in their split.", count, evidence_of(rows.without_split)
-            )
-        )
+        findings.append(rows.without_split.finding("warning", "rows_without_split", message, "Fill in their split."))
     return findings
 
 
 def _without_duplicates(table: pa.Table, file: str) -> tuple[pa.Table, list[Finding]]:
     """One row a name; where rows of a name disagree on a label, that label becomes unknown."""
-    codes = np.asarray(table["name"].combine_chunks().dictionary_encode().indices)
-    _, first, inverse, counts = np.unique(codes, return_index=True, return_inverse=True, return_counts=True)
-    if len(first) == len(codes):
+    groups = duplicate_groups(table["name"].combine_chunks())
+    if not groups:
         return table, []
-    identical, conflicting = [], []
-    disagree = {name: np.zeros(len(first), bool) for name in ("split", "emotion", "au_state")}
-    for rows in np.split(np.argsort(inverse, kind="stable"), np.cumsum(counts)[:-1]):
-        if len(rows) == 1:
-            continue
+    identical, conflicting = EvidenceList(), EvidenceList()
+    keep = np.ones(table.num_rows, bool)
+    disagree = {name: np.zeros(table.num_rows, bool) for name in ("split", "emotion", "au_state")}
+    for rows in groups:
+        keep[rows[1:]] = False
         said = table.take(pa.array(rows)).to_pylist()
         different = [name for name in said[0] if name != "line" and any(row[name] != said[0][name] for row in said)]
-        lines = ", ".join(str(row["line"]) for row in said)
-        evidence = Evidence(f"{said[0]['name']} on lines {lines}", file, said[1]["line"])
-        if not different:
-            identical.append(evidence)
-            continue
-        conflicting.append(Evidence(f"{evidence.detail}: {', '.join(different)} differ", file, evidence.line))
+        place = f"{said[0]['name']} on lines {', '.join(str(row['line']) for row in said)}"
+        if different:
+            conflicting.add(f"{place}: {', '.join(different)} differ", file, said[1]["line"])
+        else:
+            identical.add(place, file, said[1]["line"])
         for name in different:
-            disagree["au_state" if name.startswith("au_") else name][inverse[rows[0]]] = True
-    kept = table.take(pa.array(first))
-    kept = _masked(kept, disagree)
+            disagree["au_state" if name.startswith("au_") else name][rows[0]] = True
+    kept = _masked(table, disagree).filter(pa.array(keep)).combine_chunks()
     return kept, duplicate_findings(identical, conflicting, file)
 
 

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
 
-from rafce_ray.data.faces.appearance import Person, Scene
-from rafce_ray.data.faces.canvas import (
+from rafce_ray.data.drawing.appearance import Person, Scene
+from rafce_ray.data.drawing.canvas import (
     CANVAS_PX,
     SCALE,
     SHIFT,
@@ -31,7 +31,7 @@ from rafce_ray.data.faces.canvas import (
     to_bytes,
     to_fixed,
 )
-from rafce_ray.data.faces.features import (
+from rafce_ray.data.drawing.features import (
     paint_behind,
     paint_brow,
     paint_eye,
@@ -40,8 +40,8 @@ from rafce_ray.data.faces.features import (
     paint_mouth,
     paint_skin,
 )
-from rafce_ray.data.faces.relief import build_shape
-from rafce_ray.data.faces.shape import EYE_Y, SIGN, Action, FaceShape, smooth_curve
+from rafce_ray.data.drawing.relief import build_shape
+from rafce_ray.data.drawing.shape import EYE_Y, SIGN, Action, FaceShape, smooth_curve
 
 
 @cache

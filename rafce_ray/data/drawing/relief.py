@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from rafce_ray.data.faces.appearance import Person, Scene
-from rafce_ray.data.faces.shape import SIGN, Action, FaceShape, Muscles, lay_out, wing_lift
+from rafce_ray.data.drawing.appearance import Person, Scene
+from rafce_ray.data.drawing.shape import SIGN, Action, FaceShape, Muscles, lay_out, wing_lift
 
 
 def build_shape(actions: Iterable[Action], person: Person, scene: Scene) -> FaceShape:

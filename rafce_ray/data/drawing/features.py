@@ -6,8 +6,8 @@ import cv2
 import numpy as np
 from numpy.random import Generator
 
-from rafce_ray.data.faces.appearance import Colour, Person, Scene
-from rafce_ray.data.faces.canvas import (
+from rafce_ray.data.drawing.appearance import Colour, Person, Scene
+from rafce_ray.data.drawing.canvas import (
     SCALE,
     SHIFT,
     ByteImage,
@@ -25,7 +25,7 @@ from rafce_ray.data.faces.canvas import (
     tinted,
     to_fixed,
 )
-from rafce_ray.data.faces.shape import SIGN, Eye, FaceShape, Mouth, Points, smooth_curve
+from rafce_ray.data.drawing.shape import SIGN, Eye, FaceShape, Mouth, Points, smooth_curve
 
 _TONGUE: Colour = (0.76, 0.38, 0.38)
 

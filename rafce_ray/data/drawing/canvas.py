@@ -9,8 +9,8 @@ import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
 
-from rafce_ray.data.faces.appearance import Colour
-from rafce_ray.data.faces.shape import Points
+from rafce_ray.data.drawing.appearance import Colour
+from rafce_ray.data.drawing.shape import Points
 
 SIZE_PX = 100
 SCALE = 2

@@ -14,7 +14,7 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from rafce_ray.data.faces.appearance import Person, Scene
+from rafce_ray.data.drawing.appearance import Person, Scene
 
 Points = NDArray[np.float64]
 SIGN = (-1.0, 1.0)
@@ -251,7 +251,10 @@ def _mouth(muscles: Muscles, person: Person) -> Mouth:
     gap = 1.4 * m(32) + parted * (1.6 + 2.2 * m(25) + 1.6 * m(12)) + (jaw * 1.12 if parted > 0 else 0.0)
     gap += (2.0 * m(22) + 1.3 * m(10) + 1.6 * m(16) + 0.8 * m(20)) * (1.0 if parted > 0 else 0.0)
     raised = np.array([muscles.side(10, side) for side in (0, 1)])
-    lift = np.where(t < 0, raised[0], raised[1]) * (1.0 - np.abs(t) ** 3) * (0.72 + 0.75 * np.abs(t)) * 3.4
+    towards_left = 0.5 + 0.5 * np.tanh(t / 0.22)  # a lip raised on one side slopes down to the other
+    lift = (
+        (raised[0] + towards_left * (raised[1] - raised[0])) * (1.0 - np.abs(t) ** 3) * (0.72 + 0.75 * np.abs(t)) * 3.4
+    )
     centre = 77.6 + person.mouth_y + (0.25 if parted > 0 else 0.55) * jaw - 1.3 * m(17) + 0.6 * m(12) - 0.4 * m(9)
     pulled = np.where(t < 0, up[0], up[1])
     line = centre - pulled * np.abs(t) ** 1.7 + 0.45 * (pulled > 2.5)

@@ -1,0 +1,371 @@
+"""A bundle: all that is needed to predict, and nothing else, in one folder without any pickle.
+
+``model.safetensors`` holds the weights. ``bundle.json`` holds their sha256, the architecture, the taxonomy with names, the
+preprocessing, the calibration, metrics and provenance.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import safetensors.torch
+import torch
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from torch import Tensor, nn
+
+from rafce_ray.console import finite
+from rafce_ray.errors import RafceError
+from rafce_ray.model import Architecture, MultiTaskModel, build_model
+from rafce_ray.preprocess import Preprocessing
+from rafce_ray.storage import Location, locate
+from rafce_ray.taxonomy import ACTION_UNIT_NAMES, Taxonomy, action_unit_code, parse_action_unit_token
+
+FORMAT_VERSION = 1
+"""Version of the layout that this code writes and reads."""
+
+MANIFEST = "bundle.json"
+WEIGHTS = "model.safetensors"
+
+Record = TypeVar("Record")
+
+_PICKLE_SUFFIXES = frozenset({".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".joblib", ".npy", ".npz"})
+_PICKLE_STARTS = (*(b"\x80" + bytes([protocol]) for protocol in range(2, 6)), b"PK\x03\x04")
+
+
+class BundleError(RafceError):
+    """A folder is no bundle that may be used; the message says which file, what was found and what was expected."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What turns logits into the probabilities and decisions that are reported.
+
+    Emotion logits are divided by ``temperature`` before the softmax; AU j is active from probability ``au_thresholds[j]``.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    temperature: float = 1.0
+    au_thresholds: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.temperature < float("inf"):
+            raise ValueError(f"temperature {self.temperature}: expected a number above 0")
+        if not all(0.0 <= threshold <= 1.0 for threshold in self.au_thresholds):
+            raise ValueError(f"au_thresholds {list(self.au_thresholds)}: expected probabilities in [0, 1]")
+
+    @classmethod
+    def uncalibrated(cls, num_action_units: int) -> Calibration:
+        """Probabilities as the network gives them and thresholds of 0.5."""
+        return cls(1.0, (0.5,) * num_action_units)
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A loaded bundle; ``model`` is in evaluation mode on the CPU, ``path`` is where the bundle was read from."""
+
+    model: MultiTaskModel
+    architecture: Architecture
+    taxonomy: Taxonomy
+    preprocessing: Preprocessing
+    calibration: Calibration
+    metrics: dict[str, Any]
+    provenance: dict[str, Any]
+    weights_sha256: str
+    path: str
+
+
+def save_bundle(
+    folder: Path,
+    *,
+    model: nn.Module,
+    architecture: Architecture,
+    taxonomy: Taxonomy,
+    preprocessing: Preprocessing,
+    calibration: Calibration,
+    metrics: Mapping[str, Any],
+    provenance: Mapping[str, Any],
+) -> str:
+    """Write a bundle; the folder, which must be new, appears whole or not at all. Returns the sha256 of the weights file.
+
+    ``metrics`` and ``provenance`` hold plain JSON values; NaN becomes null.
+
+    Raises:
+        BundleError: the folder exists, or taxonomy, architecture, preprocessing and calibration do not fit together.
+    """
+    if folder.exists():
+        raise BundleError(
+            f"{folder}: exists already, and a bundle is never overwritten. Choose another place or remove it."
+        )
+    _check_fit(str(folder), architecture, taxonomy, preprocessing, calibration)
+    # safetensors wants plain memory layout; the values are unchanged.
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    content = safetensors.torch.save(tensors)
+    sha256 = hashlib.sha256(content).hexdigest()
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "weights": {"file": WEIGHTS, "num_bytes": len(content), "sha256": sha256},
+        "taxonomy": _taxonomy_to_plain(taxonomy),
+        "architecture": architecture.to_plain(),
+        "preprocessing": asdict(preprocessing),
+        "calibration": asdict(calibration),
+        "metrics": dict(metrics),
+        "provenance": dict(provenance),
+    }
+    text = json.dumps(finite(manifest), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    beside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        beside.mkdir()
+        _write_durably(beside / WEIGHTS, content)
+        _write_durably(beside / MANIFEST, text.encode())
+        beside.rename(folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return sha256
+
+
+def load_bundle(place: str | Path) -> Bundle:
+    """Read a bundle from a local folder or a URI; ``place`` may also be a run folder, whose ``bundle/`` is then read.
+
+    Raises:
+        BundleError: there is none, or it may not be used: unknown version, missing or unknown keys, weights cut short,
+            altered, of other names, shapes or types than the architecture's, or not finite, or a pickle in the folder.
+    """
+    location = find_bundle(place)
+    local = location.local
+    if local is not None:
+        return _load(local, str(location))
+    with tempfile.TemporaryDirectory() as scratch:
+        copy = Path(scratch) / "bundle"
+        location.download(copy)
+        return _load(copy, str(location))
+
+
+def find_bundle(place: str | Path) -> Location:
+    """The bundle folder at ``place`` or, where that is a run folder, in its ``bundle/``. BundleError where there is none."""
+    location = locate(place)
+    for candidate in (location, location / "bundle"):
+        if (candidate / MANIFEST).exists():
+            return candidate
+    if (location / "checkpoints").exists():
+        raise BundleError(
+            f"{location}: this run has no bundle yet: it did not finish. Give the same train command again to go on."
+        )
+    what = (
+        "is no bundle: there is no bundle.json in it, nor in a bundle/ below it"
+        if location.exists()
+        else "nothing is there"
+    )
+    raise BundleError(f"{location}: {what}. Give the bundle folder that training printed, or its run folder.")
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a local bundle by name, on the CPU, after their sha256 was checked.
+
+    Raises:
+        BundleError: the manifest or the weights cannot be read, or the weights are not those of the manifest.
+    """
+    return _read_weights(folder, _read_manifest(folder))
+
+
+def _load(folder: Path, name: str) -> Bundle:
+    _refuse_pickles(folder)
+    manifest = _read_manifest(folder)
+    architecture = _section(folder, manifest, "architecture", Architecture.from_plain)
+    taxonomy = _section(folder, manifest, "taxonomy", _taxonomy_from_plain)
+    preprocessing = _section(folder, manifest, "preprocessing", TypeAdapter(Preprocessing).validate_python)
+    calibration = _section(folder, manifest, "calibration", TypeAdapter(Calibration).validate_python)
+    _check_fit(str(folder / MANIFEST), architecture, taxonomy, preprocessing, calibration)
+    weights = _read_weights(folder, manifest)
+    # Building draws initial weights, which must not move the caller's random numbers on.
+    with torch.random.fork_rng(devices=[]):
+        model = build_model(architecture)
+    _check_weights(folder / WEIGHTS, weights, model.state_dict())
+    model.load_state_dict(weights)
+    return Bundle(
+        model=model.eval().requires_grad_(False),
+        architecture=architecture,
+        taxonomy=taxonomy,
+        preprocessing=preprocessing,
+        calibration=calibration,
+        metrics=_section(folder, manifest, "metrics", dict),
+        provenance=_section(folder, manifest, "provenance", dict),
+        weights_sha256=manifest["weights"]["sha256"],
+        path=name,
+    )
+
+
+def _refuse_pickles(folder: Path) -> None:
+    for path in sorted(folder.rglob("*")):
+        if not path.is_file():
+            continue
+        with path.open("rb") as stream:
+            start = stream.read(4)
+        if path.suffix.lower() in _PICKLE_SUFFIXES or start.startswith(_PICKLE_STARTS):
+            raise BundleError(
+                f"{path}: looks like a pickle, which can run any code when it is read. A bundle holds {MANIFEST} and {WEIGHTS} "
+                "only: get it from its source again, or remove the file if you know what it is."
+            )
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_bytes())
+    except OSError as error:
+        raise BundleError(f"{path}: cannot be read ({error.strerror or error}). Give a bundle folder.") from None
+    except ValueError as error:
+        raise BundleError(
+            f"{path}: is not JSON ({error}): the file is cut short or altered. Get the bundle again."
+        ) from None
+    if not isinstance(manifest, dict):
+        raise BundleError(f"{path}: holds a {type(manifest).__name__}, expected an object. Get the bundle again.")
+    version = manifest.get("format_version")
+    if version != FORMAT_VERSION:
+        raise BundleError(
+            f"{path}: format_version is {version!r}; this program reads {FORMAT_VERSION}. "
+            "Use the version of rafce_ray that wrote it, or train again."
+        )
+    expected = {
+        "format_version",
+        "weights",
+        "taxonomy",
+        "architecture",
+        "preprocessing",
+        "calibration",
+        "metrics",
+        "provenance",
+    }
+    if manifest.keys() != expected:
+        missing, unknown = sorted(expected - manifest.keys()), sorted(manifest.keys() - expected)
+        raise BundleError(
+            f"{path}: missing keys {missing}, unknown keys {unknown}. Get the bundle again from its source."
+        )
+    return manifest
+
+
+def _section(folder: Path, manifest: Mapping[str, Any], key: str, read: Callable[[Any], Record]) -> Record:
+    """One section of the manifest as its record; whatever does not fit is a BundleError that names file and key."""
+    try:
+        return read(manifest[key])
+    except (ValidationError, TypeError, ValueError, KeyError, IndexError) as error:
+        reason = repr(error)
+        if isinstance(error, ValidationError):
+            reason = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
+        raise BundleError(
+            f"{folder / MANIFEST}: {key} cannot be read: {reason}. Get the bundle again from its source."
+        ) from None
+
+
+def _read_weights(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Tensor]:
+    path = folder / WEIGHTS
+    file, num_bytes, sha256 = _section(
+        folder, manifest, "weights", lambda entry: (entry["file"], int(entry["num_bytes"]), str(entry["sha256"]))
+    )
+    if file != WEIGHTS:
+        raise BundleError(f"{folder / MANIFEST}: weights.file is {file!r}, expected {WEIGHTS!r}. Get the bundle again.")
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise BundleError(f"{path}: cannot be read ({error.strerror or error}). Get the bundle again.") from None
+    if len(content) != num_bytes:
+        raise BundleError(
+            f"{path}: has {len(content):,} bytes instead of {num_bytes:,}: cut short or altered. Get the bundle again."
+        )
+    found = hashlib.sha256(content).hexdigest()
+    if found != sha256:
+        raise BundleError(f"{path}: was altered: sha256 {found[:12]}… instead of {sha256[:12]}…. Get the bundle again.")
+    try:
+        tensors: dict[str, Tensor] = safetensors.torch.load(content)
+    except Exception as error:
+        raise BundleError(f"{path}: is no safetensors file ({error}). Get the bundle again.") from None
+    return tensors
+
+
+def _check_weights(path: Path, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Names, shapes, types and finiteness of the weights against the architecture's."""
+    missing, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    if missing or unknown:
+        raise BundleError(
+            f"{path}: {len(missing)} tensors are missing ({_few(missing)}) and {len(unknown)} are unknown ({_few(unknown)}): "
+            "the weights belong to another architecture. Get the bundle again."
+        )
+    for name, tensor in found.items():
+        wanted = expected[name]
+        if tensor.shape != wanted.shape or tensor.dtype != wanted.dtype:
+            raise BundleError(
+                f"{path}: {name} is {tensor.dtype} {tuple(tensor.shape)}; the architecture has {wanted.dtype} "
+                f"{tuple(wanted.shape)}. Get the bundle again."
+            )
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            count = int((~torch.isfinite(tensor)).sum())
+            raise BundleError(
+                f"{path}: {name} has {count:,} values that are NaN or infinite: its training diverged. Use another bundle."
+            )
+
+
+def _check_fit(
+    where: str, architecture: Architecture, taxonomy: Taxonomy, preprocessing: Preprocessing, calibration: Calibration
+) -> None:
+    """Whether the parts speak of the same numbers of outputs and pixels."""
+    for what, found, expected in (
+        ("architecture.num_emotions", architecture.num_emotions, taxonomy.num_emotions),
+        ("architecture.num_action_units", architecture.num_action_units, taxonomy.num_action_units),
+        ("number of calibration.au_thresholds", len(calibration.au_thresholds), taxonomy.num_action_units),
+        ("preprocessing.image_px", preprocessing.image_px, architecture.image_px),
+    ):
+        if found != expected:
+            raise BundleError(
+                f"{where}: {what} is {found}, but {expected} is expected by the rest. Get or make the bundle again."
+            )
+
+
+def _taxonomy_to_plain(taxonomy: Taxonomy) -> dict[str, Any]:
+    return {
+        "emotions": [
+            {"index": index, "label": label, "components": components}
+            for index, (label, components) in enumerate(zip(taxonomy.emotions, taxonomy.components, strict=True))
+        ],
+        "action_units": [
+            {"code": action_unit_code(number), "name": ACTION_UNIT_NAMES.get(number)}
+            for number in taxonomy.action_units
+        ],
+    }
+
+
+def _taxonomy_from_plain(plain: Any) -> Taxonomy:
+    emotions = sorted(plain["emotions"], key=lambda entry: int(entry["index"]))
+    if [entry["index"] for entry in emotions] != list(range(len(emotions))):
+        raise ValueError("the indices of the emotions are not 0, 1, 2, ...")
+    numbers = [parse_action_unit_token(entry["code"]) for entry in plain["action_units"]]
+    if None in numbers:
+        raise ValueError(f"{[entry['code'] for entry in plain['action_units']]} are not all action units")
+    return Taxonomy(
+        emotions=tuple(str(entry["label"]) for entry in emotions),
+        components=tuple(
+            None if entry["components"] is None else (str(entry["components"][0]), str(entry["components"][1]))
+            for entry in emotions
+        ),
+        action_units=tuple(number for number in numbers if number is not None),
+    )
+
+
+def _write_durably(path: Path, content: bytes) -> None:
+    with path.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "") if names else "none"

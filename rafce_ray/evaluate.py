@@ -1,0 +1,240 @@
+"""``rafce evaluate``: every figure of a bundle on one split, the way training measured it."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from rafce_ray.bundle import Bundle, load_bundle
+from rafce_ray.config import DataConfig, apply_overrides, build_config
+from rafce_ray.console import console, print_json, progress_bar, run_main, say, warn
+from rafce_ray.data.dataset import Dataset, open_dataset, prepare
+from rafce_ray.data.records import SPLITS, Progress, Targets
+from rafce_ray.errors import RafceError, UsageError
+from rafce_ray.hardware import choose_device
+from rafce_ray.metrics import MIN_SUPPORT, evaluate_probabilities
+from rafce_ray.predict import Predictor
+from rafce_ray.taxonomy import Taxonomy, make_taxonomy
+
+EVALUATION_BATCH = 128
+"""Images per forward pass; with another number the last digits of probabilities may differ."""
+
+_HEADLINES = (
+    ("accuracy", "accuracy"),
+    ("macro_f1", "macro-F1, classes that occur"),
+    ("macro_f1_supported", f"macro-F1, classes with {MIN_SUPPORT} images"),
+    ("uar", "UAR (mean recall)"),
+    ("component_accuracy", "component accuracy"),
+    ("component_both", "both components right"),
+    ("au_f1_mean", "AU F1, mean"),
+    ("au_ap_mean", "AU average precision, mean"),
+)
+_FLOORS = {"accuracy": "majority_accuracy", "au_f1_mean": "au_floor_mean"}
+
+
+def evaluate_bundle(
+    bundle: Bundle,
+    dataset: Dataset,
+    split: str,
+    *,
+    batch_size: int = EVALUATION_BATCH,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """The figures of :func:`rafce_ray.metrics.evaluate_probabilities` on one split, and ``split``.
+
+    The same bundle, images, device and batch size give the same figures, wherever they are computed. NaN is undefined.
+
+    Raises:
+        RafceError: the dataset's targets or images are not what the bundle predicts, or the split has no images.
+    """
+    if dataset.taxonomy != bundle.taxonomy:
+        raise RafceError(
+            f"the dataset's targets are {dataset.taxonomy}, the bundle predicts {bundle.taxonomy}. "
+            "Open the dataset with the bundle's taxonomy."
+        )
+    if dataset.images.stored_px != bundle.preprocessing.stored_px:
+        raise RafceError(
+            f"the dataset's images have {dataset.images.stored_px} px a side, the bundle reads "
+            f"{bundle.preprocessing.stored_px}. Set data.stored_px={bundle.preprocessing.stored_px}."
+        )
+    indices = dataset.indices(split)
+    if len(indices) == 0:
+        raise RafceError(
+            f"the {split} split has no images. Choose another of {', '.join(SPLITS)}, or look at the audit."
+        )
+    predictor = Predictor(bundle, device)
+    found = []
+    with (progress or progress_bar)(f"evaluating {split}", len(indices)) as advance:
+        for start in range(0, len(indices), batch_size):
+            batch = indices[start : start + batch_size]
+            found.append(predictor.probabilities(dataset.images.gather(batch)))
+            advance(len(batch))
+    figures = evaluate_probabilities(
+        np.concatenate([one.emotion for one in found]),
+        np.concatenate([one.action_units for one in found]),
+        _rows(dataset.targets, indices),
+        bundle.taxonomy,
+        bundle.calibration.au_thresholds,
+    )
+    return {"split": split, **figures}
+
+
+def data_config_for(bundle: Bundle, overrides: Sequence[str]) -> DataConfig:
+    """The data that the bundle was trained on, as its provenance tells, with ``data.key=value`` overrides on top.
+
+    Raises:
+        UsageError: an override is no data key, or asks for images of another size than the bundle reads.
+    """
+    others = [text for text in overrides if not text.strip().startswith("data.")]
+    if others:
+        raise UsageError(f"{others[0]!r}: evaluation takes data.key=value only, for example data.root=FOLDER.")
+    trained_on = dict(bundle.provenance.get("config", {}).get("data", {}))
+    stored_px = bundle.preprocessing.stored_px
+    data = build_config(apply_overrides({"data": trained_on | {"stored_px": stored_px}}, overrides)).data
+    if data.stored_px != stored_px:
+        raise UsageError(f"data.stored_px={data.stored_px}: this bundle reads images of {stored_px} px. Leave it out.")
+    # Codes of action units mean the same everywhere, so the bundle's are read whatever training's vocabulary was.
+    return data.model_copy(update={"action_units": bundle.taxonomy.action_units or "none"})
+
+
+def open_for_bundle(bundle: Bundle, data: DataConfig) -> Dataset:
+    """A labelled dataset with targets in the bundle's order of classes and action units, matched by name.
+
+    Raises:
+        RafceError: the dataset has emotions that the bundle does not know, or nothing that it predicts.
+    """
+    prepared = prepare(data, progress=progress_bar, for_training=False)
+    known = {_key(name): index for index, name in enumerate(bundle.taxonomy.emotions)}
+    theirs = prepared.taxonomy.emotions if known else ()
+    unknown = [name for name in theirs if _key(name) not in known]
+    if unknown:
+        raise RafceError(
+            f"{data.root}: its emotions {unknown} are none of the bundle's {list(bundle.taxonomy.emotions)}. "
+            "Name them as the bundle does with data.emotions=[...], in label order, or choose another bundle."
+        )
+    taxonomy = make_taxonomy(theirs, bundle.taxonomy.action_units)
+    dataset = open_dataset(prepared.store, taxonomy, data.null_policy)
+    # The extra last entry keeps -1, an unknown emotion, what it is.
+    order = np.array([*(known[_key(name)] for name in theirs), -1], dtype=np.int64)
+    targets = replace(dataset.targets, emotion=order[dataset.targets.emotion])
+    _report_unlabelled(data, targets, bundle.taxonomy)
+    return replace(dataset, targets=targets, taxonomy=bundle.taxonomy)
+
+
+def _report_unlabelled(data: DataConfig, targets: Targets, taxonomy: Taxonomy) -> None:
+    """Say which outputs have no label at all; RafceError where none has any."""
+    num_labelled = np.count_nonzero(~np.isnan(targets.action_units), axis=0).tolist()
+    silent = [code for code, count in zip(taxonomy.action_unit_codes, num_labelled, strict=True) if count == 0]
+    if taxonomy.num_emotions and not (targets.emotion >= 0).any():
+        silent.insert(0, "emotions")
+    if len(silent) == taxonomy.num_action_units + bool(taxonomy.num_emotions):
+        raise RafceError(
+            f"{data.root}: nothing that the bundle predicts ({', '.join(silent)}) is labelled. Give another data.root."
+        )
+    if silent:
+        warn(f"{data.root} has no labels of {', '.join(silent)}: their figures are undefined.")
+
+
+def render(figures: dict[str, Any]) -> list[Table]:
+    """Tables for the terminal: overall with intervals, per class, per action unit; a dash is undefined."""
+    overall = _table("figure", "value", "95 % interval", "without a model")
+    for key, name in _HEADLINES:
+        floor = _number(figures[_FLOORS[key]]) if key in _FLOORS else ""
+        overall.add_row(name, _number(figures[key]), _interval(figures["intervals"][key]), floor)
+    tables = [overall]
+    if figures["per_class"]:
+        table = _table("emotion", "images", "predicted", "precision", "recall", "F1", "95 % int.")
+        for entry in figures["per_class"]:
+            counts = [str(entry[key]) for key in ("support", "predicted")]
+            measured = [_number(entry[key]) for key in ("precision", "recall", "f1")]
+            table.add_row(entry["emotion"], *counts, *measured, _interval(entry["f1_interval"]))
+        tables.append(table)
+    if figures["per_au"]:
+        table = _table("action unit", "positive", "known", "floor", "F1", "95 % int.", "AP")
+        for entry in figures["per_au"]:
+            counts = [str(entry[key]) for key in ("support", "known")]
+            measured = [_number(entry["floor"]), _number(entry["f1"]), _interval(entry["f1_interval"])]
+            name = f"{entry['action_unit']} {entry['name']}"
+            table.add_row(name, *counts, *measured, _number(entry["ap"]))
+        table.caption = "floor: F1 of always saying present"
+        tables.append(table)
+    return tables
+
+
+def _table(first: str, *others: str) -> Table:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, caption_justify="left")
+    table.add_column(first, no_wrap=True)
+    for name in others:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def main(argv: list[str] | None = None) -> int:
+    """``rafce evaluate``."""
+    return run_main(_main, argv)
+
+
+def _main(argv: list[str]) -> int:
+    arguments = _parser().parse_args(argv)
+    bundle = load_bundle(arguments.bundle)
+    data = data_config_for(bundle, arguments.overrides)
+    device = choose_device(arguments.device)
+    say(f"Evaluating {bundle.path} on the {arguments.split} split of {data.root}, on {device}.")
+    dataset = open_for_bundle(bundle, data)
+    if arguments.split == "train" and dataset.fingerprint == bundle.provenance.get("data_fingerprint"):
+        warn("the model was trained on these images: the figures say what it remembers, not what it can do.")
+    figures = evaluate_bundle(bundle, dataset, arguments.split, batch_size=arguments.batch_size, device=device)
+    for table in render(figures):
+        console.print(table)
+    say(
+        f"{figures['num_images']:,} images measured ({figures['emotion_known']:,} with an emotion, {figures['au_known']:,} known "
+        f"AU labels); intervals are bootstrap percentiles over images. Next: rafce predict --bundle {arguments.bundle} PHOTO..."
+    )
+    if arguments.json:
+        source = {"bundle": bundle.path, "weights_sha256": bundle.weights_sha256, "data_root": data.root}
+        print_json(figures | source | {"data_fingerprint": dataset.fingerprint})
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="rafce evaluate", description="Measure a bundle on labelled faces.")
+    parser.add_argument("--bundle", required=True, help="bundle folder, or the folder of a finished run; a path or URI")
+    parser.add_argument("--split", choices=SPLITS, default="test", help="split to measure on (default test)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line of standard output")
+    parser.add_argument(
+        "--batch-size", type=int, default=EVALUATION_BATCH, help=f"images per forward pass (default {EVALUATION_BATCH})"
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default auto)")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="data.KEY=VALUE", help="other data than the bundle was trained on"
+    )
+    return parser
+
+
+def _rows(targets: Targets, indices: np.ndarray) -> Targets:
+    return Targets(**{name: values[indices] for name, values in vars(targets).items()})
+
+
+def _key(name: str) -> str:
+    return name.strip().lower()
+
+
+def _number(value: float) -> str:
+    return f"{value:.3f}" if math.isfinite(value) else "–"
+
+
+def _interval(bounds: Sequence[float]) -> str:
+    return f"{bounds[0]:.2f}-{bounds[1]:.2f}" if math.isfinite(bounds[0]) else "–"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

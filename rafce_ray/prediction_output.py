@@ -1,0 +1,149 @@
+"""Writing predictions as they come: JSON lines, CSV or Parquet, into a file that appears whole or not at all."""
+
+from __future__ import annotations
+
+import sys
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv as pacsv
+import pyarrow.parquet as pq
+
+from rafce_ray.bundle import Bundle
+from rafce_ray.console import to_json
+from rafce_ray.errors import UsageError
+from rafce_ray.prediction import FacePrediction, FilePrediction
+from rafce_ray.taxonomy import Taxonomy
+
+FORMATS = (".jsonl", ".csv", ".parquet")
+ROWS_PER_GROUP = 4096
+"""Rows held before they are written as one Parquet row group or piece of CSV."""
+
+Write = Callable[[FilePrediction], None]
+
+
+def check_out(out: Path | None) -> Path | None:
+    """The file to write, before any work is done for it.
+
+    Raises:
+        UsageError: it exists, its folder does not, or its ending names no format.
+    """
+    if out is None:
+        return None
+    if out.suffix.lower() not in FORMATS:
+        raise UsageError(f"--out {out}: the ending names no format. Use one of {', '.join(FORMATS)}.")
+    if out.exists():
+        raise UsageError(f"--out {out}: exists already and is never overwritten. Choose another name or remove it.")
+    if not out.parent.is_dir():
+        raise UsageError(f"--out {out}: there is no folder {out.parent}. Make it first.")
+    return out
+
+
+@contextmanager
+def open_output(out: Path | None, bundle: Bundle, top_k: int) -> Iterator[Write]:
+    """Yields ``write(result)``; None writes JSON lines to standard output.
+
+    A file is written beside its place and renamed at the end; on an error nothing is left. Every row names the model by
+    the first 12 hex digits of its weights' sha256.
+    """
+    model = bundle.weights_sha256[:12]
+    if out is None:
+        yield lambda result: _write_line(sys.stdout, result, model)
+        return
+    beside = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        if out.suffix.lower() == ".jsonl":
+            with beside.open("w", encoding="utf-8") as stream:
+                yield lambda result: _write_line(stream, result, model)
+        else:
+            with _table_writer(beside, out.suffix.lower(), bundle.taxonomy, top_k, model) as write:
+                yield write
+        if out.exists():
+            raise UsageError(
+                f"--out {out}: was made by another program meanwhile and is left as it is. Run again with another name."
+            )
+        beside.rename(out)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _write_line(stream: Any, result: FilePrediction, model: str) -> None:
+    stream.write(to_json(result.to_json() | {"model": model}) + "\n")
+
+
+@contextmanager
+def _table_writer(beside: Path, ending: str, taxonomy: Taxonomy, top_k: int, model: str) -> Iterator[Write]:
+    schema = flat_schema(taxonomy, top_k)
+    rows: list[dict[str, Any]] = []
+    with pacsv.CSVWriter(str(beside), schema) if ending == ".csv" else pq.ParquetWriter(str(beside), schema) as writer:
+
+        def flush() -> None:
+            writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+            rows.clear()
+
+        def write(result: FilePrediction) -> None:
+            rows.extend(flat_rows(result, model))
+            if len(rows) >= ROWS_PER_GROUP:
+                flush()
+
+        yield write
+        flush()
+
+
+def flat_schema(taxonomy: Taxonomy, top_k: int) -> pa.Schema:
+    """Columns of a row a face. ``face`` counts from 0; a file without faces has one row with ``error_code``; null is unknown."""
+    fields = [
+        ("path", pa.string()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("num_faces", pa.int32()),
+        ("face", pa.int32()),
+    ]
+    fields += [(f"box_{name}", pa.int32()) for name in ("x", "y", "width", "height")]
+    fields += [("alignment", pa.string())]
+    for rank in range(1, min(top_k, taxonomy.num_emotions) + 1):
+        name = _emotion_column(rank)
+        fields += [(name, pa.string()), (f"{name}_index", pa.int32()), (f"{name}_probability", pa.float32())]
+    for code in taxonomy.action_unit_codes:
+        fields += [
+            (f"{code}_probability", pa.float32()),
+            (f"{code}_threshold", pa.float32()),
+            (f"{code}_active", pa.bool_()),
+        ]
+    fields += [(f"error_{name}", pa.string()) for name in ("code", "message", "remedy")]
+    return pa.schema([*fields, ("model", pa.string())])
+
+
+def flat_rows(result: FilePrediction, model: str) -> Iterator[dict[str, Any]]:
+    """The rows of one file by column name; columns left out are null."""
+    shared = {
+        "path": result.path,
+        "width": result.width,
+        "height": result.height,
+        "num_faces": len(result.faces),
+        "model": model,
+    }
+    if result.problem is not None:
+        yield shared | {f"error_{name}": value for name, value in vars(result.problem).items()}
+    for position, face in enumerate(result.faces):
+        yield shared | {"face": position} | _face_columns(face)
+
+
+def _face_columns(face: FacePrediction) -> dict[str, Any]:
+    columns: dict[str, Any] = {f"box_{name}": value for name, value in vars(face.box).items()}
+    columns["alignment"] = face.alignment
+    emotion = face.prediction.emotion
+    for rank, score in enumerate(emotion.top if emotion is not None else (), start=1):
+        name = _emotion_column(rank)
+        columns |= {name: score.label, f"{name}_index": score.index, f"{name}_probability": score.probability}
+    for unit in face.prediction.action_units:
+        columns |= {f"{unit.code}_{name}": getattr(unit, name) for name in ("probability", "threshold", "active")}
+    return columns
+
+
+def _emotion_column(rank: int) -> str:
+    return "emotion" if rank == 1 else f"emotion_{rank}"
