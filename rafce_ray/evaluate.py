@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from rafce_ray.bundle import Bundle, load_bundle
@@ -171,7 +170,7 @@ def render(figures: dict[str, Any]) -> list[Table]:
 
 
 def _table(first: str, *others: str) -> Table:
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, caption_justify="left")
+    table = Table(box=None, padding=(0, 2, 0, 0), caption_justify="left", title=" ", title_justify="left")
     table.add_column(first, no_wrap=True)
     for name in others:
         table.add_column(name, justify="right", no_wrap=True)

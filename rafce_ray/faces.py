@@ -190,7 +190,7 @@ class YuNetFinder:
         for row in [] if rows is None else np.asarray(rows, dtype=np.float64) / scale:
             # A row: x, y, width, height, then x, y of the right eye (left in the picture), left eye, nose, mouth.
             box = _clipped(row[0], row[1], row[2], row[3], photograph)
-            crop = _cut(photograph, row[4:8].reshape(2, 2), EYES_IN_CROP, px)
+            crop = align_face(photograph, row[4:8].reshape(2, 2), EYES_IN_CROP, px)
             faces.append(Face(box, "landmarks", crop))
         return sorted(faces, key=lambda face: -face.box.width * face.box.height)
 
@@ -215,10 +215,10 @@ class _Candidate:
         x, y = self.centre - self.side / 2
         box = _clipped(x, y, self.side, self.side, photograph)
         if self.eyes is not None:
-            return Face(box, "eyes", _cut(photograph, self.eyes, CASCADE_EYES_IN_CROP, px))
+            return Face(box, "eyes", align_face(photograph, self.eyes, CASCADE_EYES_IN_CROP, px))
         crop_side = self.side / BOX_SIDE_IN_CROP
         corner = self.centre - BOX_CENTRE_IN_CROP * crop_side
-        return Face(box, "box", _cut(photograph, corner + EYES_IN_CROP * crop_side, EYES_IN_CROP, px))
+        return Face(box, "box", align_face(photograph, corner + EYES_IN_CROP * crop_side, EYES_IN_CROP, px))
 
 
 def _shrunk(picture: Pixels, longer_px: int) -> tuple[Pixels, float]:
@@ -283,7 +283,7 @@ def _turned(grey: Pixels, roll: float) -> tuple[Pixels, Points]:
     return turned, cv2.invertAffineTransform(turn)
 
 
-def _cut(photograph: Pixels, eyes: Points, places: Points, px: int) -> Pixels:
+def align_face(photograph: Pixels, eyes: Points, places: Points, px: int) -> Pixels:
     """The aligned crop: rotated, scaled and moved so that ``eyes`` (2, 2) come to rest at ``places``, shares of its side.
 
     Pixels beyond the photograph repeat its edge. A large face is cut at its own resolution and then averaged down.

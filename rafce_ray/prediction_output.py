@@ -20,7 +20,7 @@ from rafce_ray.prediction import FacePrediction, FilePrediction
 from rafce_ray.taxonomy import Taxonomy
 
 FORMATS = (".jsonl", ".csv", ".parquet")
-ROWS_PER_GROUP = 4096
+ROWS_PER_GROUP = 1024
 """Rows held before they are written as one Parquet row group or piece of CSV."""
 
 Write = Callable[[FilePrediction], None]

@@ -45,7 +45,7 @@ class TrainSession:
         self.rank: int = context.get_world_rank()
         self.num_workers: int = context.get_world_size()
         self.device: torch.device = ray.train.torch.get_device()
-        self._watchdog = _Watchdog(job, self.rank)
+        self._watchdog = Watchdog(job, self.rank)
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """DistributedDataParallel where there are several workers; on GPUs batch norms then share their statistics."""
@@ -92,7 +92,7 @@ class TrainSession:
         self._watchdog.stop()
 
 
-class _Watchdog:
+class Watchdog:
     """Ends this process when ``run.hang_timeout_s`` pass without a beat, so that Ray starts the group again.
 
     Ray notices processes that do not answer, but a training thread that waits for ever (a stuck disk, a dead lock) leaves
@@ -107,9 +107,11 @@ class _Watchdog:
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def beat(self) -> None:
+        """A step is done; the first beat starts the watch."""
         self._last_beat = time.monotonic()
 
     def stop(self) -> None:
+        """No more steps are to come."""
         self._stopped.set()
 
     def _watch(self) -> None:

@@ -57,7 +57,7 @@ def ray_cluster_of_tests():
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
             "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",
-            "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "60",
+            "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "20",
         }
         import ray
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rafce_ray.bundle import load_bundle
 
 from rafce_ray import training
+from rafce_ray.bundle import load_bundle
 from rafce_ray.checkpoint import list_checkpoints
 from rafce_ray.config import load_config
 from rafce_ray.console import to_json

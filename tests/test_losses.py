@@ -30,7 +30,9 @@ RAFCE = make_taxonomy(tuple(RAFCE_EMOTIONS), SEED18)
 NAN = math.nan
 
 
-def make_batch(emotion: Tensor, action_units: Tensor, votes: Tensor | None = None, weights: Tensor | None = None) -> Batch:
+def make_batch(
+    emotion: Tensor, action_units: Tensor, votes: Tensor | None = None, weights: Tensor | None = None
+) -> Batch:
     """A global batch of one worker; images are features that a linear model reads."""
     size = len(emotion)
     votes = torch.full((size, 6), NAN) if votes is None else votes

@@ -18,7 +18,14 @@ from sklearn.metrics import (
 )
 
 from rafce_ray.intervals import Ranking, percentile_interval, resample_weights
-from rafce_ray.metrics import Counts, component_overlap, count_batch, count_probabilities, evaluate_probabilities, summarise
+from rafce_ray.metrics import (
+    Counts,
+    component_overlap,
+    count_batch,
+    count_probabilities,
+    evaluate_probabilities,
+    summarise,
+)
 from rafce_ray.model import Logits
 from rafce_ray.taxonomy import RAFCE_EMOTIONS, SEED18, Taxonomy, make_taxonomy
 
@@ -135,9 +142,7 @@ def test_figures_equal_scikit_learn(seed: int):
     if set(predicted) <= set(true):
         assert summary["uar"] == pytest.approx(balanced_accuracy_score(true, predicted))
     supported = [label for label in present if (true == label).sum() >= 10]
-    assert summary["macro_f1_supported"] == pytest.approx(
-        f1_score(true, predicted, labels=supported, average="macro")
-    )
+    assert summary["macro_f1_supported"] == pytest.approx(f1_score(true, predicted, labels=supported, average="macro"))
     precision, recall, f1, support = precision_recall_fscore_support(
         true, predicted, labels=range(14), zero_division=np.nan
     )
@@ -203,9 +208,7 @@ def test_probabilities_give_the_counts_of_their_logits():
         case.emotion_probabilities, case.au_probabilities, case.targets.emotion, case.targets.action_units
     )
     for field in fields(Counts):
-        np.testing.assert_allclose(
-            getattr(from_probabilities, field.name), getattr(from_logits, field.name), rtol=1e-5
-        )
+        np.testing.assert_allclose(getattr(from_probabilities, field.name), getattr(from_logits, field.name), rtol=1e-5)
 
 
 def test_thresholds_per_action_unit_and_at_the_threshold_means_present():
@@ -220,9 +223,7 @@ def test_thresholds_per_action_unit_and_at_the_threshold_means_present():
 def test_a_task_that_is_not_there_is_nan_and_the_other_is_not():
     case = random_case(1)
     emotions_only = Taxonomy(RAFCE.emotions, RAFCE.components, ())
-    counts = count_batch(
-        Logits(case.emotion_logits, None), torch.from_numpy(case.targets.emotion), torch.zeros(300, 0)
-    )
+    counts = count_batch(Logits(case.emotion_logits, None), torch.from_numpy(case.targets.emotion), torch.zeros(300, 0))
     summary = summarise(counts, emotions_only)
     assert math.isnan(summary["au_f1_mean"])
     assert math.isnan(summary["au_loss"])

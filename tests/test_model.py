@@ -6,7 +6,6 @@ import math
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torchvision.models import get_model
 
@@ -45,11 +44,11 @@ def faces(size: int = 4) -> torch.Tensor:
     return torch.randn(size, 3, 64, 64, generator=torch.Generator().manual_seed(1))
 
 
-def batch_of(size: int = 16) -> Batch:
+def batch_of(size: int = 4, image_px: int = 64) -> Batch:
     generator = torch.Generator().manual_seed(2)
     action_units = (torch.rand(size, 18, generator=generator) < 0.3).float()
     return Batch(
-        images=torch.randn(size, 3, 64, 64, generator=generator),
+        images=torch.randn(size, 3, image_px, image_px, generator=generator),
         emotion=torch.randint(0, 14, (size,), generator=generator),
         action_units=action_units,
         votes=torch.full((size, 6), NAN),
@@ -269,7 +268,9 @@ def test_a_prediction_does_not_depend_on_its_batch_mates_or_the_memory_format():
     with torch.inference_mode():
         together = model(faces())
         alone = model(faces()[2:3])
-        channels_last = model.to(memory_format=torch.channels_last)(faces().contiguous(memory_format=torch.channels_last))
+        channels_last = model.to(memory_format=torch.channels_last)(
+            faces().contiguous(memory_format=torch.channels_last)
+        )
     for whole, one, other in zip(together, alone, channels_last, strict=True):
         torch.testing.assert_close(whole[2:3], one, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(whole, other, rtol=1e-4, atol=1e-5)
@@ -286,22 +287,26 @@ def test_no_graph_breaks_under_compile():
     [
         ("resnet18", {}),
         ("mobilenet_v3_small", {"au_attention": True, "compositional_head": True}),
-        ("efficientnet_b0", {"au_stop_gradient": True, "au_attention": True}),
-        pytest.param("resnet50", {}, marks=pytest.mark.slow),
+        pytest.param("efficientnet_b0", {}, marks=pytest.mark.slow),
+        pytest.param("resnet50", {"au_attention": True}, marks=pytest.mark.slow),
         pytest.param("convnext_tiny", {}, marks=pytest.mark.slow),
         pytest.param("vit_b_16", {}, marks=pytest.mark.slow),
     ],
 )
 def test_a_fixed_batch_overfits(backbone: str, settings: dict[str, object]):
     torch.manual_seed(0)
-    objective = Objective(build_model(architecture(backbone, **settings)), MultiTaskLoss(LossSettings()))
-    batch = batch_of()
+    objective = Objective(
+        build_model(architecture(backbone, image_px=32, **settings)), MultiTaskLoss(LossSettings())
+    )
+    batch = batch_of(8, image_px=32)
     optimizer = build_optimizer(objective, "adamw", lr=1e-3, weight_decay=0.0)
-    for _ in range(40):
+    for step in range(40):
         losses, logits = objective(batch, 1.0)
+        first = losses if step == 0 else first
         optimizer.zero_grad()
         losses.total.backward()
         nn.utils.clip_grad_norm_(objective.parameters(), 1.0)
         optimizer.step()
-    assert (logits.emotion.argmax(1) == batch.emotion).float().mean() >= 0.9
-    assert F.binary_cross_entropy_with_logits(logits.action_units, batch.action_units) < 0.25
+    assert (logits.emotion.argmax(1) == batch.emotion).all()
+    assert losses.emotion < first.emotion / 10
+    assert losses.action_units < first.action_units / 3

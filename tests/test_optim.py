@@ -95,7 +95,9 @@ def test_a_saved_state_goes_on_bit_for_bit(name: str, tmp_path: Path):
     for seed in range(3):
         step(network, optimizer, seed)
         ema.update_parameters(network)
-    torch.save({"model": network.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema.state_dict()}, tmp_path / "s")
+    torch.save(
+        {"model": network.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema.state_dict()}, tmp_path / "s"
+    )
     restored = small_network()
     optimizer_2, ema_2 = build_optimizer(restored, name, lr=0.5, weight_decay=0.5), build_ema(restored, 0.9)
     state = torch.load(tmp_path / "s", weights_only=True)

@@ -5,17 +5,20 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
-from rafce_ray.bundle import load_bundle
 
+from rafce_ray.bundle import load_bundle
 from rafce_ray.checkpoint import list_checkpoints
 from rafce_ray.config import load_config
 from rafce_ray.errors import GateError, UsageError
 from rafce_ray.run_folder import RunFolder
 from rafce_ray.train import launch
+from rafce_ray.worker import HUNG_EXIT_CODE
 
 pytestmark = pytest.mark.ray
 
@@ -37,15 +40,26 @@ def trained(overrides, ray_cluster_of_tests) -> dict:
     return launch(load_config(overrides=[*overrides, "run.name=undisturbed", "run.checkpoint_every_steps=2"]))
 
 
-def kill_after_first_inner_checkpoint(folder: RunFolder, find_pid, timeout_s: float = 240.0) -> None:
-    """SIGKILL ``find_pid()`` as soon as the run has a checkpoint from inside an epoch."""
-    deadline = time.monotonic() + timeout_s
+def signal_after_first_inner_checkpoint(folder: RunFolder, find_pid, number: int = signal.SIGKILL) -> None:
+    """Send ``find_pid()`` a signal as soon as the run has a checkpoint from inside an epoch."""
+    deadline = time.monotonic() + 240
     while time.monotonic() < deadline:
         if any(checkpoint.step for checkpoint in list_checkpoints(folder.checkpoints)[0]):
-            os.kill(find_pid(), signal.SIGKILL)
+            os.kill(find_pid(), number)
             return
         time.sleep(0.05)
-    raise AssertionError(f"{folder.location}: no checkpoint inside an epoch within {timeout_s} s")
+    raise AssertionError(f"{folder.location}: no checkpoint inside an epoch within 240 s")
+
+
+def last_weights(result: dict) -> str:
+    """sha256 of the weights after the last epoch, which need not be the best one's."""
+    newest = list_checkpoints(RunFolder(result["run_dir"]).checkpoints)[0][-1]
+    assert (newest.epoch, newest.step) == (result["epochs"], 0)
+    return sha256((newest.location.local / "bundle" / "model.safetensors").read_bytes()).hexdigest()
+
+
+def events(folder: RunFolder, kind: str) -> list[dict]:
+    return [event for event in folder.events() if event["event"] == kind]
 
 
 def test_a_run_on_ray_leaves_a_bundle_with_the_figures_it_reports(trained):
@@ -67,7 +81,7 @@ def test_ray_and_a_plain_loop_give_the_same_weights(trained, overrides, tmp_path
     config = load_config(overrides=[*overrides, "run.checkpoint_every_steps=2"])
     prepared = prepare(config.data)
     local = fit(Job(config, prepared.store_uri, prepared.taxonomy, str(tmp_path / "run"), {}), LocalSession())
-    assert local["weights_sha256"] == trained["weights_sha256"]
+    assert last_weights(local) == last_weights(trained)
 
 
 def test_two_workers_report_what_one_worker_reports(overrides, ray_cluster_of_tests):
@@ -94,46 +108,44 @@ def test_two_workers_report_what_one_worker_reports(overrides, ray_cluster_of_te
     assert two_result["metrics"]["accuracy"] == pytest.approx(one_result["metrics"]["accuracy"], abs=1e-6)
 
 
-def test_a_killed_worker_is_replaced_and_ends_with_the_same_weights(trained, overrides):
-    from threading import Thread
-
-    config = load_config(overrides=[*overrides, "run.name=killed-worker", "run.checkpoint_every_steps=2"])
-    folder = RunFolder(str(Path(config.run.storage) / "killed-worker"))
-    killer = Thread(
-        target=kill_after_first_inner_checkpoint,
-        args=(folder, lambda: [event["pid"] for event in folder.events() if event["event"] == "started"][-1]),
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+def test_a_dead_or_silent_worker_is_replaced_and_ends_with_the_same_weights(number, trained, overrides):
+    name = f"worker-{number.name}"
+    config = load_config(overrides=[*overrides, f"run.name={name}", "run.checkpoint_every_steps=2"])
+    folder = RunFolder(str(Path(config.run.storage) / name))
+    harm = threading.Thread(
+        target=signal_after_first_inner_checkpoint, args=(folder, lambda: events(folder, "started")[-1]["pid"], number)
     )
-    killer.start()
+    harm.start()
     result = launch(config)
-    killer.join()
-    assert result["weights_sha256"] == trained["weights_sha256"]
-    assert len([event for event in folder.events() if event["event"] == "started"]) == 2
-    assert "resumed" in [event["event"] for event in folder.events()]
+    harm.join()
+    assert last_weights(result) == last_weights(trained)
+    assert len(events(folder, "started")) == 2
+    assert len(events(folder, "resumed")) == 1
 
 
-def test_a_hung_worker_is_noticed_and_replaced(trained, overrides):
-    from threading import Thread
-
-    config = load_config(
-        overrides=[*overrides, "run.name=hung-worker", "run.checkpoint_every_steps=2", "run.hang_timeout_s=6"]
+def test_a_worker_that_finishes_no_step_ends_itself(tiny_overrides, tmp_path):
+    """A training thread that waits for ever leaves its process answering: Ray alone would wait with it."""
+    program = """
+import sys, time
+from rafce_ray.config import load_config
+from rafce_ray.session import Job
+from rafce_ray.taxonomy import make_taxonomy
+from rafce_ray.worker import Watchdog
+job = Job(load_config(overrides=["run.hang_timeout_s=1"]), "", make_taxonomy((), (1,)), sys.argv[1], {})
+watchdog = Watchdog(job, rank=3)
+for _ in range(4):
+    time.sleep(0.5)
+    watchdog.beat()
+print("was left alone while it worked", flush=True)
+time.sleep(60)
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, timeout=50, check=False
     )
-    folder = RunFolder(str(Path(config.run.storage) / "hung-worker"))
-
-    def hang() -> None:
-        kill_after_first_inner_checkpoint(folder, lambda: started_pid(folder), timeout_s=240)
-
-    def started_pid(folder: RunFolder) -> int:
-        pid = [event["pid"] for event in folder.events() if event["event"] == "started"][-1]
-        os.kill(pid, signal.SIGSTOP)
-        # Ray's own check would wait longer; here the process is ended for it, as its node's supervisor would.
-        time.sleep(1)
-        return pid
-
-    stopper = Thread(target=hang)
-    stopper.start()
-    result = launch(config)
-    stopper.join()
-    assert result["weights_sha256"] == trained["weights_sha256"]
+    assert ended.returncode == HUNG_EXIT_CODE
+    assert "was left alone while it worked" in ended.stdout
+    assert [event["rank"] for event in events(RunFolder(str(tmp_path)), "hung_worker")] == [3]
 
 
 def test_a_killed_driver_goes_on_with_the_same_command_and_ends_with_the_same_weights(trained, overrides, tmp_path):
@@ -150,11 +162,12 @@ def test_a_killed_driver_goes_on_with_the_same_command_and_ends_with_the_same_we
     folder = RunFolder(str(Path(load_config(overrides=overrides).run.storage) / "killed-driver"))
     with (tmp_path / "first").open("w") as output:
         driver = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
-        kill_after_first_inner_checkpoint(folder, lambda: driver.pid)
+        signal_after_first_inner_checkpoint(folder, lambda: driver.pid)
         driver.wait()
     again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert again.returncode == 0, again.stderr
-    assert json.loads(again.stdout.splitlines()[-1])["weights_sha256"] == trained["weights_sha256"]
+    result = json.loads(again.stdout.splitlines()[-1])
+    assert last_weights(result) == last_weights(trained)
     assert "going on from checkpoint" in again.stderr
 
 

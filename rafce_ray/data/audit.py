@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rafce_ray.config import DataConfig
+from rafce_ray.data.audit_case import count_action_units
 from rafce_ray.data.audit_checks import label_findings
 from rafce_ray.data.audit_images import image_findings
 from rafce_ray.data.labels import read_labels, resolve_targets, resolve_taxonomy
@@ -172,9 +173,7 @@ def require_trainable(audit: Audit) -> None:
 def _summarise(split: str, table: pa.Table, targets: Targets, taxonomy: Taxonomy) -> SplitSummary:
     rows = targets.split == SPLITS.index(split)
     emotion = targets.emotion[rows]
-    action_units = targets.action_units[rows]
-    known = (~np.isnan(action_units)).sum(axis=0)
-    positives = (action_units == 1).sum(axis=0)
+    known, positives = count_action_units(targets.action_units, rows)
     prevalence = np.divide(positives, known, out=np.full(len(known), np.nan), where=known > 0)
     has_image = np.asarray(pc.is_valid(table["image_path"]))
     return SplitSummary(

@@ -34,7 +34,7 @@ def _check_targets(case: Case) -> list[Finding]:
         message = f"no action unit of the vocabulary {data.action_units!r} has {wanted}"
         remedy = "Set data.action_units to a list, to auto with a lower data.min_train_positives, or to none."
         return [Finding("refusal", "no_action_unit_positives", message, remedy)]
-    if (case.targets.action_units[case.usable] == 1).any():
+    if case.train_positives.any():
         return []
     states = dict(value_counts(labels.table["au_state"]))
     evidence = [
@@ -107,15 +107,14 @@ def _check_vocabulary(case: Case) -> list[Finding]:
 
 
 def _check_each(case: Case) -> list[Finding]:
-    train = case.targets.action_units[case.usable]
-    if not (train == 1).any():
+    if not case.train_positives.any():
         return []
-    known = (~np.isnan(train)).sum(axis=0)
-    positives = (train == 1).sum(axis=0)
     never: dict[Level, list[Evidence]] = {"info": [], "warning": []}
     always = []
     num_reference = reference.SPLIT_SIZES["train"] - reference.NUM_NULL_TRAIN
-    for number, count, num_known in zip(case.taxonomy.action_units, positives.tolist(), known.tolist(), strict=True):
+    for number, count, num_known in zip(
+        case.taxonomy.action_units, case.train_positives.tolist(), case.train_known.tolist(), strict=True
+    ):
         code = action_unit_code(number)
         if count == 0:
             level: Level = "warning"

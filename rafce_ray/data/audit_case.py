@@ -19,13 +19,16 @@ MAX_UNREADABLE_SHARE = 0.01
 
 @dataclass(frozen=True)
 class Case:
-    """What every check looks at; ``usable`` marks train rows that have an image."""
+    """What every check looks at; ``usable`` marks train rows that have an image, whose action units are
+    counted in ``train_known`` and ``train_positives`` (A,)."""
 
     labels: Labels
     taxonomy: Taxonomy
     targets: Targets
     data: DataConfig
     usable: npt.NDArray[np.bool_]
+    train_known: npt.NDArray[np.int64]
+    train_positives: npt.NDArray[np.int64]
 
     @property
     def has_rafce_classes(self) -> bool:
@@ -49,6 +52,20 @@ class Case:
             )
             for row in np.flatnonzero(mask).tolist()
         )
+
+
+def count_action_units(
+    action_units: npt.NDArray[np.float32], rows: npt.NDArray[np.bool_]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Known and positive elements per action unit, (A,) each, among the rows (N,) of the targets (N, A)."""
+    # Column by column: copies of the whole matrix would show in the memory of large datasets.
+    known = np.zeros(action_units.shape[1], np.int64)
+    positives = np.zeros(action_units.shape[1], np.int64)
+    for column in range(action_units.shape[1]):
+        values = action_units[rows, column]
+        known[column] = np.count_nonzero(~np.isnan(values))
+        positives[column] = np.count_nonzero(values == 1)
+    return known, positives
 
 
 def value_counts(column: pa.ChunkedArray) -> list[tuple[str, int]]:

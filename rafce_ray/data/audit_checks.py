@@ -8,7 +8,7 @@ import pyarrow.compute as pc
 from rafce_ray.config import DataConfig
 from rafce_ray.data import reference
 from rafce_ray.data.audit_action_units import action_unit_findings
-from rafce_ray.data.audit_case import MAX_UNREADABLE_SHARE, Case, value_counts
+from rafce_ray.data.audit_case import MAX_UNREADABLE_SHARE, Case, count_action_units, value_counts
 from rafce_ray.data.records import SPLITS, Evidence, Finding, Labels, Level, Targets
 from rafce_ray.taxonomy import Taxonomy
 
@@ -21,7 +21,8 @@ _MAX_MISSING_SHARE = 0.05
 def label_findings(labels: Labels, taxonomy: Taxonomy, targets: Targets, data: DataConfig) -> list[Finding]:
     """Everything that labels and file names alone can tell, beyond what reading them told."""
     has_image = np.asarray(pc.is_valid(labels.table["image_path"]))
-    case = Case(labels, taxonomy, targets, data, (targets.split == SPLITS.index("train")) & has_image)
+    usable = (targets.split == SPLITS.index("train")) & has_image
+    case = Case(labels, taxonomy, targets, data, usable, *count_action_units(targets.action_units, usable))
     checks = (
         _check_tasks,
         _check_splits,

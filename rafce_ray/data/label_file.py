@@ -25,7 +25,7 @@ class LabelFile:
 
     file: str
     names: pa.Array
-    values: pa.Array
+    values: pa.ChunkedArray
     lines: npt.NDArray[np.int32]
     conflicting: npt.NDArray[np.bool_]
     findings: tuple[Finding, ...]
@@ -55,7 +55,7 @@ class LabelFile:
 def no_label_file() -> LabelFile:
     """Stands for a file that is not there: it holds no name."""
     nothing = pa.array([], pa.string())
-    return LabelFile("", nothing, nothing, np.zeros(0, np.int32), np.zeros(0, bool), (), "")
+    return LabelFile("", nothing, pa.chunked_array([nothing]), np.zeros(0, np.int32), np.zeros(0, bool), (), "")
 
 
 def read_label_file(location: Location) -> LabelFile | None:
@@ -85,7 +85,8 @@ def read_label_file(location: Location) -> LabelFile | None:
         message = f"{location.name}: {len(malformed)} lines are not 'name label' and are not used"
         remedy = "Write each line as NAME LABEL, in UTF-8."
         findings.append(malformed.finding("warning", "malformed_lines", message, remedy))
-    every_name, every_value, every_line = pa.concat_arrays(names), pa.concat_arrays(values), np.concatenate(lines)
+    every_name, every_line = pa.concat_arrays(names), np.concatenate(lines)
+    every_value = pa.chunked_array(values, pa.string())
     keep, conflicting, duplicates = _judge_duplicates(every_name, every_value, every_line, location.name)
     if duplicates:
         kept = pa.array(keep)
@@ -136,7 +137,7 @@ def text_findings(raw: bytes, file: str) -> list[Finding]:
 
 
 def _judge_duplicates(
-    names: pa.Array, values: pa.Array, lines: npt.NDArray[np.int32], file: str
+    names: pa.Array, values: pa.ChunkedArray, lines: npt.NDArray[np.int32], file: str
 ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_], list[Finding]]:
     """Per row: whether it is its name's first one, and whether it disagrees with a later one; and what to say."""
     keep, conflicting = np.ones(len(names), bool), np.zeros(len(names), bool)

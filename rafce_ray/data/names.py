@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -22,5 +24,9 @@ def duplicate_groups(names: pa.Array) -> list[npt.NDArray[np.int64]]:
 
 
 def release_memory() -> None:
-    """Hand memory that arrow no longer needs back to the operating system; what follows would otherwise come on top."""
+    """Hand memory that is free in this process back to the operating system; later needs would come on top of it."""
     pa.default_memory_pool().release_unused()
+    # glibc keeps what was freed; other C libraries have no such call.
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

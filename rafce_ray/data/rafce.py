@@ -75,6 +75,7 @@ def read(root: Location, images: str | None) -> Labels:
     partition = read_label_file(root / PARTITION_FILE)
     columns["split"], split_findings = _splits(names, partition)
     findings += _file_findings(names, partition, "rows_without_split", "they are in no split and are not used")
+    release_memory()
     votes = read_label_file(root / VOTES_FILE)
     columns["votes"], votes_findings = _votes(names, votes)
     findings += votes.findings if votes else ()
@@ -135,7 +136,7 @@ def _emotion_columns(names: pa.Array, file: LabelFile) -> dict[str, pa.Array]:
     row = file.locate(names)
     usable = (row >= 0) & ~file.conflicting_at(row)
     return {
-        "emotion": file.values.take(pa.array(row, mask=~usable)),
+        "emotion": file.values.combine_chunks().take(pa.array(row, mask=~usable)),
         "emotion_line": pa.array(file.lines_at(row), mask=row < 0),
     }
 
@@ -173,7 +174,7 @@ class _ActionUnits:
 
 def _action_units(names: pa.Array, file: LabelFile) -> _ActionUnits:
     # There are far fewer distinct labels than rows: each is read once.
-    distinct = file.values.dictionary_encode()
+    distinct = file.values.combine_chunks().dictionary_encode()
     labels = [_read_label(text) for text in distinct.dictionary.to_pylist()]
     labels += [_ReadLabel("unreadable"), _ReadLabel("missing")]
     row = file.locate(names)
@@ -204,7 +205,7 @@ def _splits(names: pa.Array, file: LabelFile | None) -> tuple[pa.Array, list[Fin
         message = f"{PARTITION_FILE} is missing: no image is in a split"
         remedy = f"Add {PARTITION_FILE} with lines such as '0001.jpg 0' (0 train, 1 test, 2 validation)."
         return pa.nulls(len(names), pa.string()), [Finding("error", "no_partition_file", message, remedy)]
-    distinct = file.values.dictionary_encode()
+    distinct = file.values.combine_chunks().dictionary_encode()
     known = [PARTITIONS.get(text) or SPLIT_NAMES.get(text.lower()) for text in distinct.dictionary.to_pylist()]
     codes = np.asarray(distinct.indices)
     unknown = EvidenceList()

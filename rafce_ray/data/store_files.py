@@ -30,8 +30,9 @@ from rafce_ray.storage import Location
 FORMAT_VERSION = 1
 IMAGES, LABELS, SOURCES, META = "images.arrow", "labels.arrow", "sources.arrow", "store.json"
 
-_BATCH_BYTES = 8 * 2**20
-_MAX_BATCH_ROWS = 1024
+_BATCH_BYTES = 32 * 2**20
+_MAX_BATCH_ROWS = 4096
+_SCRATCH_ROWS = 64
 _LABEL_CHUNK = 4096
 _MAX_THREADS = 8
 
@@ -168,7 +169,7 @@ def write_store(folder: Path, labels: Labels, key: str, px: int, progress: Progr
 
 
 def rows_per_batch(px: int) -> int:
-    """Images in a record batch: about 8 MiB of them, whatever the size of the dataset."""
+    """Images in a record batch: about 32 MiB of them, whatever the size of the dataset."""
     return int(np.clip(_BATCH_BYTES // (px * px * 3), 1, _MAX_BATCH_ROWS))
 
 
@@ -185,6 +186,8 @@ def _write_images(path: Path, labels: Labels, px: int, advance: Callable[[int], 
     size, capacity = px * px * 3, rows_per_batch(px)
     kind = pa.list_(pa.uint8(), size)
     schema = pa.schema([pa.field("image", kind, nullable=False)])
+    # Every thread writes its pixels into a row of its own: nothing piles up, whatever the number of images.
+    scratch = np.empty((min(_SCRATCH_ROWS, capacity), size), np.uint8)
     buffer = np.empty((capacity, size), np.uint8)
     filled = 0
     kept = np.zeros(labels.table.num_rows, bool)
@@ -192,13 +195,14 @@ def _write_images(path: Path, labels: Labels, px: int, advance: Callable[[int], 
     digest = hashlib.blake2b(json.dumps(sorted(labels.digests.items())).encode(), digest_size=16)
     read = image_reader(labels.image_root)
 
-    def decode(relative: str) -> npt.NDArray[np.uint8] | Undecodable:
+    def decode(slot: int, relative: str) -> Undecodable | None:
         try:
-            return decode_face(read(relative), px)
+            scratch[slot] = decode_face(read(relative), px).reshape(-1)
         except DecodeError as error:
             return Undecodable(relative, error.code, str(error))
         except OSError as error:
             return Undecodable(relative, "unreadable_file", str(error))
+        return None
 
     with (
         pa.OSFile(str(path), "wb") as sink,
@@ -210,31 +214,33 @@ def _write_images(path: Path, labels: Labels, px: int, advance: Callable[[int], 
             images = pa.FixedSizeListArray.from_arrays(pa.array(buffer[:filled].reshape(-1)), type=kind)
             writer.write_batch(pa.record_batch([images], schema=schema))
 
-        for start, relative_paths in _present(labels.table, capacity):
-            results = pool.map(decode, (relative for _, relative in relative_paths))
-            for (row, relative), result in zip(relative_paths, results, strict=True):
-                if isinstance(result, Undecodable):
-                    undecodable.append(result)
+        for rows, paths in _present(labels.table, len(scratch)):
+            for slot, fault in enumerate(pool.map(decode, range(len(paths)), paths)):
+                if fault is not None:
+                    undecodable.append(fault)
                     continue
-                buffer[filled] = result.reshape(-1)
-                digest.update(relative.encode())
+                buffer[filled] = scratch[slot]
+                digest.update(paths[slot].encode())
                 digest.update(buffer[filled])
-                kept[start + row] = True
+                kept[rows[slot]] = True
                 filled += 1
                 if filled == capacity:
                     write()
                     filled = 0
-            advance(len(relative_paths))
+            advance(len(paths))
         if filled:
             write()
     return _Decoded(kept, undecodable, digest.hexdigest())
 
 
-def _present(table: pa.Table, size: int) -> Iterator[tuple[int, list[tuple[int, str]]]]:
-    """Offset of a slice of the label rows, and the (row in the slice, path) of those that have an image."""
+def _present(table: pa.Table, size: int) -> Iterator[tuple[list[int], list[str]]]:
+    """Label rows that have an image, and its path, ``size`` rows at a time."""
     for start in range(0, table.num_rows, size):
         paths = table["image_path"].slice(start, size).to_pylist()
-        yield start, [(row, path) for row, path in enumerate(paths) if path is not None]
+        yield (
+            [start + i for i, path in enumerate(paths) if path is not None],
+            [path for path in paths if path is not None],
+        )
 
 
 def image_reader(folder: Location) -> Callable[[str], bytes]:

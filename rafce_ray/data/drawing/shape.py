@@ -235,9 +235,8 @@ def _lip_thickness(muscles: Muscles, person: Person) -> tuple[float, float]:
         red *= (1.0 - 0.55 * at(23)) * (1.0 - 0.58 * at(24)) * (1.0 - 0.92 * at(28))
         values.append(red * (1.0 - 0.2 * muscles.whole(27)))
     upper, lower = values
-    return upper * (1.0 - 0.25 * muscles.whole(10)), lower * (1.0 - 0.7 * muscles.whole(32)) + 0.5 * muscles.whole(
-        17
-    ) + 0.9 * muscles.whole(29)
+    pushed_out = 0.5 * muscles.whole(17) + 0.9 * muscles.whole(29)
+    return upper * (1.0 - 0.25 * muscles.whole(10)), lower * (1.0 - 0.7 * muscles.whole(32)) + pushed_out
 
 
 def _mouth(muscles: Muscles, person: Person) -> Mouth:
