@@ -1,30 +1,35 @@
 #!/bin/sh
-# `make demo`: draw faces, train on Ray Train, evaluate, predict a photograph. RUN: folder of the environment's programs, DEMO: where results go.
+# `make demo`: draw faces, train on Ray Train, evaluate, predict a photograph.
+# RUN: folder of the environment's programs. DEMO: where results go; what is already there is not made again.
 set -eu
 say() { printf '\n== %s\n' "$*" >&2; }
 
 say "1/4 drawing faces in RAF-CE's layout into $DEMO/faces"
-if [ -d "$DEMO/faces" ]; then echo "already there: $DEMO/faces" >&2; else "$RUN/rafce" data synthesize --out "$DEMO/faces" --num-images 2000; fi
-
-say "2/4 training on Ray Train"
-if [ -d "$DEMO/runs/demo/bundle" ]; then
-  echo "already there: $DEMO/runs/demo" >&2
+if [ -d "$DEMO/faces" ]; then
+  echo "already there; remove it to draw them again" >&2
 else
-  "$RUN/rafce" train --recipe demo data.root="$DEMO/faces" run.storage="$DEMO/runs" run.name=demo
+  "$RUN/rafce" data synthesize --out "$DEMO/faces" --num-images 2400
 fi
 
-say "3/4 evaluating on the test split"
+say "2/4 training a small model on Ray Train"
+if [ -d "$DEMO/runs/demo/bundle" ]; then
+  echo "already there; remove $DEMO/runs/demo to train it again" >&2
+else
+  "$RUN/rafce" train --recipe demo data.root="$DEMO/faces" data.store_dir="$DEMO/stores" run.storage="$DEMO/runs" run.name=demo
+fi
+
+say "3/4 evaluating it on the test split"
 "$RUN/rafce" evaluate --bundle "$DEMO/runs/demo/bundle"
 
-say "4/4 predicting a photograph"
-photo=$(find "$DEMO/faces/aligned" -name '*.jpg' | sort | head -n 1)
-"$RUN/rafce" predict --bundle "$DEMO/runs/demo/bundle" --faces aligned "$photo"
+say "4/4 predicting a photograph (Grace Hopper, public domain, from matplotlib's sample data)"
+photo=$("$RUN/python" -c 'from matplotlib import cbook; print(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False))')
+"$RUN/rafce" predict --bundle "$DEMO/runs/demo/bundle" "$photo"
 
 cat >&2 <<EOF
 
 Made: $DEMO/faces (drawn faces), $DEMO/runs/demo (the run), $DEMO/runs/demo/bundle (the model).
-Next, with your own faces:
+The model has seen drawn faces only: what it says of a real one shows the path, not the truth. Next, with your own faces:
   $RUN/rafce data audit PATH              what is in them, and may they be trained on
-  $RUN/rafce train data.root=PATH         the reference recipe (resnet50; add --recipe demo for a small model)
-  $RUN/rafce predict --bundle $DEMO/runs/demo/bundle PHOTO.jpg
+  $RUN/rafce train data.root=PATH         the reference recipe (resnet50); --recipe demo for a small model
+  $RUN/rafce predict --bundle runs/NAME/bundle PHOTO.jpg
 EOF

@@ -32,7 +32,7 @@ BACKBONES = (
     "vit_b_16",
 )
 
-MAXIMISED_METRICS = ("macro_f1", "macro_f1_supported", "accuracy", "uar", "au_f1_mean", "score")
+MAXIMISED_METRICS = ("macro_f1", "macro_f1_supported", "accuracy", "uar", "component_accuracy", "au_f1_mean", "score")
 MINIMISED_METRICS = ("loss", "emotion_loss", "au_loss")
 
 

@@ -77,7 +77,9 @@ def count_batch(
     """
     size = len(emotion)
     scores, probabilities = _double(logits.emotion, size), torch.sigmoid(_double(logits.action_units, size))
-    outcomes = outcomes_of(scores.numpy(), probabilities.numpy(), emotion.cpu().numpy(), action_units.cpu().numpy(), thresholds)
+    outcomes = outcomes_of(
+        scores.numpy(), probabilities.numpy(), emotion.cpu().numpy(), action_units.cpu().numpy(), thresholds
+    )
     emotion_loss = au_loss = 0.0
     if logits.emotion is not None:
         target = emotion.cpu()

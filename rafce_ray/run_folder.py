@@ -1,4 +1,4 @@
-"""What a run leaves behind: ``config.yaml``, ``provenance.json``, ``metrics.jsonl``, ``events.jsonl``, checkpoints, ``result.json``, ``bundle/``."""
+"""What a run leaves behind: ``config.yaml``, ``provenance.json``, ``audit.json``, ``metrics.jsonl``, ``events.jsonl``, checkpoints, ``result.json``, ``bundle/``."""
 
 from __future__ import annotations
 
@@ -44,10 +44,11 @@ class RunFolder:
         """Whether a run was started here."""
         return (self.location / "config.yaml").exists()
 
-    def start(self, config: Config, provenance: dict[str, Any]) -> None:
-        """Write down what this run is, before any work."""
-        (self.location / "config.yaml").write_bytes(to_yaml(config).encode())
+    def start(self, config: Config, provenance: dict[str, Any], audit: dict[str, Any]) -> None:
+        """Write down what this run is and what its data are like, before any work. The configuration goes last: with it, a run exists."""
+        (self.location / "audit.json").write_bytes(_pretty(audit))
         (self.location / "provenance.json").write_bytes(_pretty(provenance))
+        (self.location / "config.yaml").write_bytes(to_yaml(config).encode())
 
     def config(self) -> Config:
         """The stored configuration."""

@@ -38,12 +38,13 @@ def launch(config: Config, *, resume: bool = False) -> dict[str, Any]:
         RafceError: training failed; its checkpoints stay and the same call goes on from them.
     """
     prepared = prepare(config.data, progress=progress_bar)
+    _tell_findings(prepared, config)
     config = _named(config)
     folder = RunFolder(str(locate(config.run.storage) / str(config.run.name)))
     _claim(folder, config, prepared, resume=resume)
     job = Job(config, prepared.store_uri, prepared.taxonomy, folder.place, _provenance(config, prepared))
     if not folder.exists() or resume:
-        folder.start(config, job.provenance)
+        folder.start(config, job.provenance, prepared.audit.to_json())
     with ray_cluster(config) as num_cpus_and_gpus:
         outcome = _fit(job, *num_cpus_and_gpus)
     if outcome is None:
@@ -178,6 +179,15 @@ def _claim(folder: RunFolder, config: Config, prepared: Prepared, *, resume: boo
         )
     if result is not None:
         folder.reopen()
+
+
+def _tell_findings(prepared: Prepared, config: Config) -> None:
+    """Say what the audit of the labels found that a person should know before hours of training."""
+    notable = [finding for finding in prepared.audit.findings if finding.level != "info"]
+    for finding in notable:
+        warn(f"{finding.message} {finding.remedy}".strip())
+    if notable:
+        say(f"for the evidence, and the images looked at: rafce data audit {shlex.quote(str(config.data.root))}")
 
 
 def _provenance(config: Config, prepared: Prepared) -> dict[str, Any]:

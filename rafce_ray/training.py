@@ -216,7 +216,7 @@ def resolve_monitor(config: Config, dataset: Dataset) -> tuple[str, str | None]:
         GateError: the metric is undefined on this validation split.
     """
     monitor, remark = config.optim.monitor, None
-    emotion_metrics = ("macro_f1", "macro_f1_supported", "accuracy", "uar", "emotion_loss")
+    emotion_metrics = ("macro_f1", "macro_f1_supported", "accuracy", "uar", "component_accuracy", "emotion_loss")
     au_metrics = ("au_f1_mean", "au_loss")
     taxonomy = dataset.taxonomy
     if taxonomy.num_emotions == 0 and monitor in emotion_metrics:

@@ -1,5 +1,6 @@
 """The decoder: every mode and orientation right, every hostile file refused with a code."""
 
+import contextlib
 import io
 import pickle
 import struct
@@ -102,7 +103,7 @@ KEYED[:10] = (1, 2, 3)
         (encode(GREY, "JPEG", quality=98), three(GREY), 4),
         (encode(Image.fromarray(COLOURS).convert("CMYK"), "JPEG", quality=98), COLOURS, 6),
     ],
-    ids="L 1 I;16 I;16-half RGBA-opaque RGBA RGBA-webp LA P P-hole RGB-key L-jpeg CMYK-adobe".split(),
+    ids=["L", "1", "I;16", "half", "opaque", "RGBA", "RGBA-webp", "LA", "P", "P-hole", "RGB-key", "L-jpeg", "CMYK"],
 )
 def test_modes(content, expected, tolerance):
     found = decode_image(content)
@@ -162,6 +163,7 @@ def test_orientation(orientation, form):
     assert (face.width, face.height) == (expected.shape[1], expected.shape[0])
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 @pytest.mark.parametrize("exif", [b"Exif\x00\x00broken", b"Exif\x00\x00II*\x00\xff\xff\xff\xff", b"\x00"])
 def test_orientation_that_cannot_be_read_is_upright(exif):
     assert decode_image(encode(COLOURS, "JPEG", exif=exif, quality=98, subsampling=0)).shape == COLOURS.shape
@@ -195,7 +197,8 @@ def png_of(width: int, height: int, data: bytes = b"") -> bytes:
         (b"\xff\xd8\xff", "bad_header"),
         (b"\x89PNG\r\n\x1a\n", "bad_header"),
         (b"RIFF\x00\x00\x00\x00WEBPVP8 ", "bad_header"),
-        (png_of(0, 20), "too_small"),
+        (png_of(0, 20), "bad_header"),
+        (png_of(1, 1), "too_small"),
         (encode(COLOURS[:15]), "too_small"),
         (encode(COLOURS[:, :15]), "too_small"),
         (png_of(65535, 65535), "too_large"),
@@ -236,10 +239,8 @@ def test_cut_short_or_damaged(content):
         damaged = bytearray(content)
         for at in generator.integers(0, len(content), 3):
             damaged[at] ^= 1 << generator.integers(0, 8)
-        try:
+        with contextlib.suppress(DecodeError):
             assert decode_image(bytes(damaged)).dtype == np.uint8
-        except DecodeError:
-            pass
 
 
 def test_errors_travel_between_processes():

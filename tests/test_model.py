@@ -59,12 +59,11 @@ def batch_of(size: int = 4, image_px: int = 64) -> Batch:
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
-@pytest.mark.parametrize("au_attention", [False, True])
 @pytest.mark.parametrize("image_px", [64, 96])
-def test_every_backbone_gives_the_right_shapes(backbone: str, au_attention: bool, image_px: int):
+def test_every_backbone_gives_the_right_shapes(backbone: str, image_px: int):
     with torch.device("meta"):
         model = build_model(
-            architecture(backbone, image_px=image_px, au_attention=au_attention, compositional_head=True)
+            architecture(backbone, image_px=image_px, au_attention=image_px == 64, compositional_head=True)
         )
         images = torch.zeros(2, 3, image_px, image_px)
         features, logits = model.trunk(images), model(images)
@@ -75,7 +74,7 @@ def test_every_backbone_gives_the_right_shapes(backbone: str, au_attention: bool
     assert logits.action_units.shape == (2, 18)
 
 
-HEAVY = {"resnet101", "convnext_tiny", "vit_b_16"}
+HEAVY = {"resnet34", "resnet50", "resnet101", "convnext_tiny", "vit_b_16"}
 
 
 @pytest.mark.parametrize(
@@ -276,6 +275,17 @@ def test_a_prediction_does_not_depend_on_its_batch_mates_or_the_memory_format():
         torch.testing.assert_close(whole, other, rtol=1e-4, atol=1e-5)
 
 
+def test_bf16_autocast_gives_nearly_the_same():
+    model = small_model(au_attention=True, compositional_head=True).eval()
+    with torch.inference_mode():
+        exact = model(faces())
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            rounded = model(faces())
+    for one, two in zip(exact, rounded, strict=True):
+        assert (one - two).abs().max() < 0.05 * one.abs().max()
+
+
+@pytest.mark.slow
 def test_no_graph_breaks_under_compile():
     model = small_model(au_attention=True, compositional_head=True)
     explained = torch._dynamo.explain(model)(faces(2))
@@ -295,14 +305,12 @@ def test_no_graph_breaks_under_compile():
 )
 def test_a_fixed_batch_overfits(backbone: str, settings: dict[str, object]):
     torch.manual_seed(0)
-    objective = Objective(
-        build_model(architecture(backbone, image_px=32, **settings)), MultiTaskLoss(LossSettings())
-    )
+    objective = Objective(build_model(architecture(backbone, image_px=32, **settings)), MultiTaskLoss(LossSettings()))
     batch = batch_of(8, image_px=32)
     optimizer = build_optimizer(objective, "adamw", lr=1e-3, weight_decay=0.0)
-    for step in range(40):
+    first = objective(batch, 1.0)[0]
+    for _ in range(30):
         losses, logits = objective(batch, 1.0)
-        first = losses if step == 0 else first
         optimizer.zero_grad()
         losses.total.backward()
         nn.utils.clip_grad_norm_(objective.parameters(), 1.0)

@@ -182,7 +182,7 @@ def test_a_finished_run_is_not_run_again_by_accident_and_goes_on_when_asked(trai
 def test_another_configuration_under_the_name_of_an_interrupted_run_is_refused(trained, overrides, tmp_path):
     config = load_config(overrides=[*overrides, "run.name=interrupted"])
     folder = RunFolder(str(Path(config.run.storage) / "interrupted"))
-    folder.start(config, RunFolder(trained["run_dir"]).provenance())
+    folder.start(config, RunFolder(trained["run_dir"]).provenance(), {})
     with pytest.raises(UsageError, match=r"optim\.lr: 0\.001 there, 0\.01 here"):
         launch(load_config(overrides=[*overrides, "run.name=interrupted", "optim.lr=1e-2"]))
 

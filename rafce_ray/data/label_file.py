@@ -16,7 +16,7 @@ from rafce_ray.data.records import Evidence, EvidenceList, Finding
 from rafce_ray.errors import UsageError
 from rafce_ray.storage import Location
 
-_CHUNK = 8192
+_CHUNK = 2048
 
 
 @dataclass(frozen=True)

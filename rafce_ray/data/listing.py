@@ -24,7 +24,7 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "bmp", "webp", "tif", "tiff", "gif")
 
 _EXTENSION = r"(?i)\.(" + "|".join(IMAGE_EXTENSIONS) + r")$"
 _SUFFIX = r"(?i)(_aligned)?\.(" + "|".join(IMAGE_EXTENSIONS) + r")$|_aligned$"
-_CHUNK = 8192
+_CHUNK = 2048
 
 
 @dataclass(frozen=True)

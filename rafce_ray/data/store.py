@@ -43,7 +43,7 @@ from rafce_ray.storage import Location, locate
 LOCAL_STORES = str(DataConfig.model_fields["store_dir"].default)
 """Where a node keeps its copies of stores that live on an object store."""
 
-_CHUNK = 8192
+_CHUNK = 2048
 
 
 @dataclass(frozen=True)

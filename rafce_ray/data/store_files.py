@@ -33,7 +33,7 @@ IMAGES, LABELS, SOURCES, META = "images.arrow", "labels.arrow", "sources.arrow",
 _BATCH_BYTES = 32 * 2**20
 _MAX_BATCH_ROWS = 4096
 _SCRATCH_ROWS = 64
-_LABEL_CHUNK = 4096
+_LABEL_CHUNK = 2048
 _MAX_THREADS = 8
 
 

@@ -1,0 +1,64 @@
+"""What docs/design.md promises of the whole: who imports ray, that the core runs without it, that documents tell the truth."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from rafce_ray.cli import VERBS
+from rafce_ray.config import recipe_names
+
+REPOSITORY = Path(__file__).parents[1]
+PACKAGE = REPOSITORY / "rafce_ray"
+MAY_IMPORT_RAY = {"worker", "train"}
+
+
+def modules() -> list[str]:
+    return [
+        ".".join(path.relative_to(REPOSITORY).with_suffix("").parts)
+        for path in sorted(PACKAGE.rglob("*.py"))
+        if path.name not in ("__init__.py", "__main__.py")
+    ]
+
+
+def test_only_the_adapters_import_ray():
+    importing = {
+        path.stem for path in PACKAGE.rglob("*.py") if re.search(r"^\s*(import|from) ray\b", path.read_text(), re.MULTILINE)
+    }
+    assert importing == MAY_IMPORT_RAY
+
+
+def test_the_core_and_its_benchmark_import_where_ray_is_not_installed():
+    core = [name for name in modules() if name.rsplit(".", 1)[-1] != "worker"]
+    assert len(core) > 30
+    program = "import sys, importlib\nsys.modules['ray'] = None\n" + "".join(f"importlib.import_module({name!r})\n" for name in core)
+    program += f"import runpy\nrunpy.run_path({str(REPOSITORY / 'benchmarks' / 'train.py')!r}, run_name='imported')\n"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_importing_does_nothing_to_the_surroundings():
+    # Environment variables of other libraries (scikit-learn sets some) are theirs.
+    program = """
+import logging, os, torch
+def surroundings():
+    ours = {key: value for key, value in os.environ.items() if key.startswith(("RAY", "RAFCE"))}
+    return ours, torch.initial_seed(), torch.get_num_threads(), list(logging.getLogger().handlers), os.listdir()
+before = surroundings()
+import rafce_ray.train, rafce_ray.predict, rafce_ray.evaluate, rafce_ray.engine
+assert surroundings() == before, (before, surroundings())
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_readme_names_every_verb_and_recipe():
+    readme = (REPOSITORY / "README.md").read_text()
+    assert [verb for verb in VERBS if f"rafce {verb}" not in readme] == []
+    assert [recipe for recipe in recipe_names() if f"`{recipe}`" not in readme] == []
+
+
+def test_the_design_names_every_module():
+    design = (REPOSITORY / "docs" / "design.md").read_text()
+    missing = [name for name in modules() if name.count(".") == 1 and not re.search(rf"\b{name.split('.')[1]}\b", design)]
+    assert missing == []
