@@ -224,6 +224,11 @@ class Config(_Section):
             raise ValueError(
                 "data.emotions and data.action_units are both none: nothing is left to train. Set one of them."
             )
+        if self.model.freeze_backbone and self.model.weights == "none":
+            raise ValueError(
+                "model.freeze_backbone=true with model.weights=none would freeze a trunk that has learnt nothing. "
+                "Set model.weights to DEFAULT or to a file, or train the trunk."
+            )
         if self.loss.au_start_epoch >= self.optim.epochs and self.loss.au_start_epoch > 0:
             raise ValueError(
                 f"loss.au_start_epoch={self.loss.au_start_epoch} is not before the last of optim.epochs={self.optim.epochs}: "
@@ -312,7 +317,20 @@ def flatten(config: Config) -> dict[str, Any]:
 
 CARRIED_OUT_BY = frozenset(
     f"run.{key}"
-    for key in ["name", "storage", "num_workers", "use_gpu", "cpus_per_worker", "checkpoint_every_steps", "keep_checkpoints", "max_failures", "hang_timeout_s", "collective_timeout_s", "compile", "channels_last"]
+    for key in [
+        "name",
+        "storage",
+        "num_workers",
+        "use_gpu",
+        "cpus_per_worker",
+        "checkpoint_every_steps",
+        "keep_checkpoints",
+        "max_failures",
+        "hang_timeout_s",
+        "collective_timeout_s",
+        "compile",
+        "channels_last",
+    ]
 ) | {"data.store_dir"}
 """Keys that say how a run is carried out, not what it computes: they may change when an interrupted run goes on."""
 

@@ -68,7 +68,7 @@ class Predictor:
         Raises:
             ValueError: another dtype or shape.
         """
-        tensor = images if isinstance(images, Tensor) else torch.tensor(images)
+        tensor = images if isinstance(images, Tensor) else torch.from_numpy(np.array(images, order="C"))
         # TF32 and a caller's autocast would make a GPU's figures differ from a CPU's in the third digit.
         with (
             torch.inference_mode(),
@@ -95,19 +95,13 @@ class Predictor:
         taxonomy, thresholds = self.bundle.taxonomy, self.bundle.calibration.au_thresholds
         order = np.argsort(-emotion, kind="stable")[: max(1, top_k)].tolist()
         top = tuple(EmotionScore(taxonomy.emotions[index], index, float(emotion[index])) for index in order)
+        # As Python numbers: compared with float32, a threshold would be rounded first.
+        units = zip(taxonomy.action_units, taxonomy.action_unit_codes, action_units.tolist(), thresholds, strict=True)
         return Prediction(
             emotion=EmotionPrediction(top[0].label, top[0].index, top[0].probability, top) if top else None,
             action_units=tuple(
-                ActionUnitPrediction(
-                    code,
-                    ACTION_UNIT_NAMES.get(number, ""),
-                    float(probability),
-                    threshold,
-                    bool(probability >= threshold),
-                )
-                for code, number, probability, threshold in zip(
-                    taxonomy.action_unit_codes, taxonomy.action_units, action_units, thresholds, strict=True
-                )
+                ActionUnitPrediction(code, ACTION_UNIT_NAMES.get(number, ""), value, threshold, value >= threshold)
+                for number, code, value, threshold in units
             ),
         )
 

@@ -91,7 +91,8 @@ def _table_writer(beside: Path, ending: str, taxonomy: Taxonomy, top_k: int, mod
                 flush()
 
         yield write
-        flush()
+        if rows:
+            flush()
 
 
 def flat_schema(taxonomy: Taxonomy, top_k: int) -> pa.Schema:

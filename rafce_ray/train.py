@@ -7,6 +7,8 @@ import math
 import os
 import re
 import shlex
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -76,18 +78,30 @@ def _fit(job: Job, num_cpus: float, num_gpus: float) -> dict[str, Any] | None:
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )
-    with RunWatch(folder, job.config):
+    with RunWatch(folder, job.config), _interruptible(folder):
         try:
             outcome: dict[str, Any] | None = trainer.fit().return_value
-        except KeyboardInterrupt:
-            say(f"interrupted: the same command goes on from the last checkpoint in {folder.checkpoints}")
-            raise
         except TrainingFailedError as error:
             raise RafceError(
                 f"training failed {run.max_failures + 1} time(s), the last time with: {_root_cause(error)}\n"
                 f"Its checkpoints are in {folder.checkpoints}; the same command goes on from the newest that holds."
             ) from error
     return outcome
+
+
+@contextmanager
+def _interruptible(folder: RunFolder) -> Iterator[None]:
+    """Ctrl-C ends the block as a KeyboardInterrupt: Ray's own handler turns it into a silent exit with code 0."""
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        say(f"interrupted: the same command goes on from the newest checkpoint in {folder.checkpoints}")
+        raise KeyboardInterrupt from None
+    finally:
+        if in_main_thread:
+            signal.signal(signal.SIGINT, handler)
 
 
 @contextmanager

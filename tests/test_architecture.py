@@ -23,7 +23,9 @@ def modules() -> list[str]:
 
 def test_only_the_adapters_import_ray():
     importing = {
-        path.stem for path in PACKAGE.rglob("*.py") if re.search(r"^\s*(import|from) ray\b", path.read_text(), re.MULTILINE)
+        path.stem
+        for path in PACKAGE.rglob("*.py")
+        if re.search(r"^\s*(import|from) ray\b", path.read_text(), re.MULTILINE)
     }
     assert importing == MAY_IMPORT_RAY
 
@@ -31,7 +33,9 @@ def test_only_the_adapters_import_ray():
 def test_the_core_and_its_benchmark_import_where_ray_is_not_installed():
     core = [name for name in modules() if name.rsplit(".", 1)[-1] != "worker"]
     assert len(core) > 30
-    program = "import sys, importlib\nsys.modules['ray'] = None\n" + "".join(f"importlib.import_module({name!r})\n" for name in core)
+    program = "import sys, importlib\nsys.modules['ray'] = None\n" + "".join(
+        f"importlib.import_module({name!r})\n" for name in core
+    )
     program += f"import runpy\nrunpy.run_path({str(REPOSITORY / 'benchmarks' / 'train.py')!r}, run_name='imported')\n"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -60,5 +64,7 @@ def test_the_readme_names_every_verb_and_recipe():
 
 def test_the_design_names_every_module():
     design = (REPOSITORY / "docs" / "design.md").read_text()
-    missing = [name for name in modules() if name.count(".") == 1 and not re.search(rf"\b{name.split('.')[1]}\b", design)]
+    missing = [
+        name for name in modules() if name.count(".") == 1 and not re.search(rf"\b{name.split('.')[1]}\b", design)
+    ]
     assert missing == []

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -41,10 +42,17 @@ def model() -> torch.nn.Module:
     return build_model(ARCHITECTURE)
 
 
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory, model: torch.nn.Module) -> Path:
+    path = tmp_path_factory.mktemp("original") / "bundle"
+    save_bundle(path, model=model, **PARTS)
+    return path
+
+
 @pytest.fixture
-def bundle(tmp_path: Path, model: torch.nn.Module) -> Path:
-    save_bundle(tmp_path / "bundle", model=model, **PARTS)
-    return tmp_path / "bundle"
+def bundle(tmp_path: Path, original: Path) -> Path:
+    """A copy that a test may spoil."""
+    return shutil.copytree(original, tmp_path / "bundle")
 
 
 def edit(bundle: Path, change) -> None:

@@ -74,6 +74,7 @@ def test_all_faults_are_reported_at_once_with_the_nearest_key():
         ("optim.lr=nan", "optim.lr"),
         ("run.name=a/b", "no folder name"),
         ("loss.au_start_epoch=50", "never come in"),
+        ("model.freeze_backbone=true", "learnt nothing"),
     ],
 )
 def test_each_fault_says_what_was_expected(override, part):

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.torch import save_file
+from torchvision.models import mobilenet_v3_small
 
 from rafce_ray import training
 from rafce_ray.bundle import load_bundle
@@ -228,3 +230,45 @@ def test_the_monitor_follows_the_tasks_that_are_trained_and_says_so(monitor, tas
     name, remark = training.resolve_monitor(job.config, dataset)
     assert name == expected
     assert (remark is not None) == (expected != monitor)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["model.au_attention=true"],
+        ["model.compositional_head=true", "loss.votes_weight=0.5"],
+        ["model.au_attention=true", "loss.au_stop_gradient=true", "loss.au_weight=0.1"],
+        ["loss.imbalance=class_weights"],
+        ["loss.imbalance=logit_adjustment"],
+        ["loss.imbalance=oversampling"],
+        ["loss.au_loss=asymmetric", "loss.pos_weight_cap=10"],
+        ["loss.task_weighting=uncertainty", "data.null_policy=negative"],
+        [
+            "data.augmentation=strong",
+            "data.drop_null_rows=true",
+            "data.action_units=auto",
+            "data.min_train_positives=10",
+        ],
+        ["optim.ema_decay=0.99", "optim.optimizer=sgd", "optim.schedule=constant", "optim.warmup_epochs=0"],
+        ["run.precision=fp32", "run.channels_last=false", "optim.grad_clip=0", "optim.monitor=loss"],
+    ],
+    ids=lambda options: options[0],
+)
+def test_every_option_trains_and_gives_a_bundle(options, tiny_overrides, tmp_path):
+    result = run([*tiny_overrides, "optim.epochs=2", *options], tmp_path / "run")
+    assert result["status"] == "finished"
+    records = RunFolder(result["run_dir"]).metrics()
+    assert all(math.isfinite(record["train"]["loss"]) for record in records)
+    assert load_bundle(result["bundle"]).weights_sha256 == result["weights_sha256"]
+
+
+def test_a_frozen_trunk_stays_as_it_was_and_the_heads_learn(tiny_overrides, tmp_path):
+    save_file(mobilenet_v3_small().state_dict(), tmp_path / "weights.safetensors")
+    weights = f"model.weights={tmp_path / 'weights.safetensors'}"
+    overrides = [*tiny_overrides, "model.freeze_backbone=true", weights, "optim.epochs=1"]
+    before = training.Training(make_job(overrides, tmp_path / "never"), LocalSession()).model.state_dict()
+    after = load_bundle(run(overrides, tmp_path / "run")["bundle"]).model.state_dict()
+    changed = {name for name in before if not before[name].equal(after[name])}
+    assert changed
+    assert not any(name.startswith("trunk.") for name in changed)

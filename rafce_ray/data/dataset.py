@@ -13,7 +13,7 @@ from rafce_ray.config import DataConfig
 from rafce_ray.console import say, warn
 from rafce_ray.data.audit import Audit, audit_labels, require_trainable
 from rafce_ray.data.labels import read_labels, resolve_targets, resolve_taxonomy
-from rafce_ray.data.names import release_memory
+from rafce_ray.data.memory import release_memory, system_allocator
 from rafce_ray.data.records import SPLITS, Progress, Targets
 from rafce_ray.data.store import StoreHandle, ensure_store, fetch_store
 from rafce_ray.data.store_files import LABELS, StoreMeta, open_images, read_arrow, read_meta
@@ -92,14 +92,15 @@ def prepare(data: DataConfig, *, progress: Progress | None = None, for_training:
         UsageError: the dataset cannot be read as configured.
         GateError: it may not be trained on; the message says what is wrong, where, and what to do.
     """
-    labels = read_labels(data)
-    release_memory()
-    taxonomy = resolve_taxonomy(labels, data)
-    audit = audit_labels(labels, taxonomy, data)
-    if for_training:
-        require_trainable(audit)
-    release_memory()
-    handle = ensure_store(labels, data, progress=progress)
+    with system_allocator():
+        labels = read_labels(data)
+        release_memory()
+        taxonomy = resolve_taxonomy(labels, data)
+        audit = audit_labels(labels, taxonomy, data)
+        if for_training:
+            require_trainable(audit)
+        release_memory()
+        handle = ensure_store(labels, data, progress=progress)
     if handle.built:
         say(f"Store built with {handle.num_images} images ({handle.reason}): {handle.path}")
     if handle.num_missing or handle.undecodable:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -21,12 +19,3 @@ def duplicate_groups(names: pa.Array) -> list[npt.NDArray[np.int64]]:
     rows = np.asarray(order).astype(np.int64)
     groups = np.split(rows, np.flatnonzero(~same) + 1)
     return sorted((np.sort(group) for group in groups if len(group) > 1), key=lambda group: int(group[0]))
-
-
-def release_memory() -> None:
-    """Hand memory that is free in this process back to the operating system; later needs would come on top of it."""
-    pa.default_memory_pool().release_unused()
-    # glibc keeps what was freed; other C libraries have no such call.
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from rafce_ray.data.label_file import LabelFile, no_label_file, read_label_file, unreadable_finding
 from rafce_ray.data.listing import image_columns, match_images
-from rafce_ray.data.names import release_memory
+from rafce_ray.data.memory import release_memory
 from rafce_ray.data.records import (
     LABEL_SCHEMA,
     NUM_VOTES,

@@ -10,6 +10,7 @@ import json
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
+from typing import Any
 
 import numpy as np
 from numpy.random import Generator
@@ -116,7 +117,7 @@ def prototypes() -> Prototypes:
     return Prototypes(action_units, basic, np.maximum(compound, inherited), targets, emphasis)
 
 
-def _shares(row: dict[str, dict[str, float]], action_units: tuple[int, ...]) -> list[float]:
+def _shares(row: dict[str, Any], action_units: tuple[int, ...]) -> list[float]:
     return [_PROTOTYPE_RATE if a in row["most"] else row["shares"].get(str(a), 0.0) for a in action_units]
 
 
@@ -166,7 +167,7 @@ def _apportion(weights: NDArray[np.int64], total: int) -> NDArray[np.int64]:
     shares = np.floor(exact + 1e-9).astype(np.int64)
     order = np.argsort(-(exact - shares), kind="stable")
     shares[order[: total - int(shares.sum())]] += 1
-    return shares.reshape(weights.shape)
+    return np.asarray(shares.reshape(weights.shape))
 
 
 def split_counts(num_images: int) -> NDArray[np.int64]:
@@ -309,7 +310,7 @@ def _draw_present(shown: int, rng: Generator) -> NDArray[np.bool_]:
     extra = np.flatnonzero(present)
     if len(extra) > _MAX_ACTION_UNITS:
         present[rng.choice(extra, len(extra) - _MAX_ACTION_UNITS, replace=False)] = False
-    return present
+    return np.asarray(present)
 
 
 def _draw_actions(present: NDArray[np.bool_], gain: NDArray[np.float64], rng: Generator) -> list[Action]:

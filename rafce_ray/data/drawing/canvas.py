@@ -122,4 +122,4 @@ def blend_hair(canvas: ByteImage, mask: ByteImage, colour: Colour, alpha: float,
 
 def tinted(brightness: FloatImage, colour: Colour) -> ByteImage:
     """A colour times a brightness per pixel, (h, w, 3)."""
-    return cv2.merge([cv2.convertScaleAbs(brightness, alpha=float(value)) for value in to_bytes(colour)])
+    return np.asarray(cv2.merge([cv2.convertScaleAbs(brightness, alpha=float(value)) for value in to_bytes(colour)]))

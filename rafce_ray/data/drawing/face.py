@@ -131,7 +131,7 @@ def _crease_depth(shape: FaceShape) -> FloatImage:
         cv2.polylines(layer, [to_fixed(crease.points)], False, (value // 2,), max(1, thickness - 1), cv2.LINE_AA, SHIFT)
         cv2.polylines(layer, [to_fixed(crease.points[2:-2])], False, (value,), thickness, cv2.LINE_AA, SHIFT)
     depth = cv2.GaussianBlur(fine, (0, 0), 1.5) + np.float32(1.2) * cv2.GaussianBlur(wide, (0, 0), 2.6)
-    return depth * np.float32(1.25 / 255.0)
+    return np.asarray(depth * np.float32(1.25 / 255.0))
 
 
 def _light(canvas: ByteImage, shape: FaceShape, scene: Scene) -> ByteImage:
@@ -239,7 +239,7 @@ def _turn_head(canvas: ByteImage, scene: Scene) -> ByteImage:
         cv2.INTER_LINEAR,
         borderMode=cv2.BORDER_REPLICATE,
     )
-    return cv2.resize(turned, (SIZE_PX, SIZE_PX), interpolation=cv2.INTER_AREA)
+    return np.asarray(cv2.resize(turned, (SIZE_PX, SIZE_PX), interpolation=cv2.INTER_AREA))
 
 
 def _photograph(image: ByteImage, scene: Scene, rng: Generator) -> ByteImage:
@@ -252,4 +252,4 @@ def _photograph(image: ByteImage, scene: Scene, rng: Generator) -> ByteImage:
     if scene.blur_px > 0.25:
         picture = cv2.GaussianBlur(picture, (0, 0), scene.blur_px)
     picture += rng.standard_normal(picture.shape, dtype=np.float32) * (255.0 * scene.noise)
-    return np.clip(picture, 0, 255).astype(np.uint8)
+    return np.asarray(np.clip(picture, 0, 255).astype(np.uint8))

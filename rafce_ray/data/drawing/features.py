@@ -124,7 +124,8 @@ def paint_mouth(canvas: ByteImage, mouth: Mouth, person: Person) -> None:
         bite = np.column_stack([mouth.upper_inner[:, 0], low])
         middle = slice(3, -3)
         if mouth.tongue > 0.0:
-            soft_fill(canvas, ellipse(*mouth.lower_inner[12], 6.0, 3.2), _TONGUE, mouth.tongue, 0.5)
+            x, y = mouth.lower_inner[12]
+            soft_fill(canvas, ellipse(x, y, 6.0, 3.2), _TONGUE, mouth.tongue, 0.5)
         fill(canvas, np.vstack([mouth.upper_inner[middle], bite[middle][::-1]]), (0.90, 0.87, 0.82))
         for k in range(5, 20, 2):
             stroke(canvas, np.array([mouth.upper_inner[k], bite[k] - (0.0, 0.3)]), (0.78, 0.74, 0.70), 0.4)
@@ -146,7 +147,8 @@ def paint_mouth(canvas: ByteImage, mouth: Mouth, person: Person) -> None:
         soft_fill(canvas, ellipse(x, y + 2.6 * mouth.tongue_out - 0.6, 4.8, 3.6 * mouth.tongue_out), _TONGUE, 1.0, 0.3)
         soft_fill(canvas, ellipse(x, y + 2.2 * mouth.tongue_out, 0.5, 2.4), scaled(_TONGUE, 0.75), 0.8, 0.4)
     for end in (0, -1):
-        soft_fill(canvas, ellipse(*mouth.upper_inner[end], 1.1, 0.8), line, 0.6, 0.5)
+        x, y = mouth.upper_inner[end]
+        soft_fill(canvas, ellipse(x, y, 1.1, 0.8), line, 0.6, 0.5)
 
 
 def paint_facial_hair(canvas: ByteImage, shape: FaceShape, person: Person, rng: Generator) -> None:

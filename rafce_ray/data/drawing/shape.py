@@ -269,8 +269,17 @@ def _mouth(muscles: Muscles, person: Person) -> Mouth:
     lower_outer = lower_inner + lower_red * (1.0 - np.abs(t) ** 2.5) + 1.7 * m(16) * arc * (t**2 + 0.5)
     show_upper = gap * (0.12 + 0.5 * m(12) + 0.45 * m(10) + 0.3 * m(20) + 0.35 * m(22)) + 0.8 + 2.0 * m(32)
     show_lower = gap * (0.5 * m(16) + 0.25 * m(20) + 0.2 * m(22)) + 0.4 * (m(16) > 0)
-    curves = [np.column_stack([xs, ys]) for ys in (upper_outer, upper_inner, lower_inner, lower_outer)]
-    return Mouth(*curves, gap, min(show_upper, 4.2), min(show_lower, 3.0), 0.45 * (gap > 9.0), m(19))
+    return Mouth(
+        upper_outer=np.column_stack([xs, upper_outer]),
+        upper_inner=np.column_stack([xs, upper_inner]),
+        lower_inner=np.column_stack([xs, lower_inner]),
+        lower_outer=np.column_stack([xs, lower_outer]),
+        gap=gap,
+        upper_teeth=min(show_upper, 4.2),
+        lower_teeth=min(show_lower, 3.0),
+        tongue=0.45 * (gap > 9.0),
+        tongue_out=m(19),
+    )
 
 
 def wing_lift(muscles: Muscles, side: int) -> float:
