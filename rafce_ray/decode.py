@@ -52,7 +52,7 @@ class Limits:
     min_side_px: int = 16
     max_side_px: int = 8192
     max_pixels: int = 25_000_000
-    max_jpeg_scans: int = 100
+    max_jpeg_scans: int = 64
 
 
 DEFAULT_LIMITS = Limits()

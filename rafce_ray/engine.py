@@ -149,10 +149,10 @@ def train_epoch(training: Training, wrapped: nn.Module) -> dict[str, Any]:
         training.optimizer.step()
         if training.ema is not None:
             training.ema.update_parameters(training.model)
-        total = losses.total.detach() / session.num_workers
-        sums += torch.stack(
-            [total, losses.emotion.detach(), losses.action_units.detach(), norm / session.num_workers]
-        ).double()
+        # The total is scaled for DDP's mean over workers, and every worker has the same gradient norm.
+        shared = (losses.total.detach() / session.num_workers, norm / session.num_workers)
+        parts = (losses.emotion.detach(), losses.action_units.detach(), losses.votes.detach())
+        sums += torch.stack([shared[0], *parts, shared[1]]).double()
         progress.step += 1
         session.alive()
         clock.step_done(len(raw.images))
@@ -160,13 +160,16 @@ def train_epoch(training: Training, wrapped: nn.Module) -> dict[str, Any]:
         if every and progress.step % every == 0 and progress.step < steps:
             sums = _checkpoint_inside_epoch(training, sums, clock)
     session.share_buffers(training.evaluated_model)
-    total, emotion, action_units, norm = (session.sum(sums) / steps).tolist()
+    total, emotion, action_units, votes, norm = (session.sum(sums) / steps).tolist()
+    train = {"loss": total, "emotion_loss": emotion, "au_loss": action_units, "grad_norm": norm}
+    if config.loss.votes_weight > 0:
+        train["votes_loss"] = votes
     progress.elapsed_s += clock.elapsed_s()
     return {
         "epoch": epoch + 1,
         "lr": lr,
         "au_weight": au_weight,
-        "train": {"loss": total, "emotion_loss": emotion, "au_loss": action_units, "grad_norm": norm},
+        "train": train,
         "images_per_s": clock.images_per_s(),
         "data_wait": clock.data_share(),
     }

@@ -150,7 +150,9 @@ class CascadeFinder:
         for cascade in self._eyes:
             found = [
                 (ex + width / 2, ey + height / 2)
-                for ex, ey, width, height in _detect(cascade, upper, 1.08, 3, 20, round(0.4 * EYES_PX))
+                for ex, ey, width, height in _detect(
+                    cascade, upper, 1.08, 3, round(0.15 * EYES_PX), round(0.4 * EYES_PX)
+                )
             ]
             pairs = [
                 (misfit, left, right)

@@ -76,6 +76,12 @@ class RunFolder:
         """One record an epoch, in order."""
         return _read_lines(self.location / METRICS_FILE)
 
+    def stamp(self, file: str) -> tuple[int | None, int | None]:
+        """Size and time of one of the run's files: unchanged, there is nothing new to read in it."""
+        place = self.location / file
+        info = place.filesystem.get_file_info(place.path)
+        return info.size, info.mtime_ns
+
     def write_metrics(self, records: list[dict[str, Any]]) -> None:
         """Replace the epoch records (a resume drops those after its checkpoint)."""
         (self.location / METRICS_FILE).write_bytes("".join(to_json(record) + "\n" for record in records).encode())

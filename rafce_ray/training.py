@@ -31,8 +31,8 @@ from rafce_ray.preprocess import Preprocessing, resize_and_normalise, to_unit
 from rafce_ray.run_folder import RunFolder
 from rafce_ray.session import Job, Session
 
-NUM_LOSS_SUMS = 4
-"""Training losses that are summed over an epoch: total, emotion, action units, gradient norm."""
+NUM_LOSS_SUMS = 5
+"""What is summed over an epoch's steps: loss in all, of emotions, action units and votes, and the gradient norm."""
 
 
 @dataclass

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from rafce_ray.config import Config
 from rafce_ray.console import console, say, warn
-from rafce_ray.run_folder import RunFolder
+from rafce_ray.run_folder import EVENTS_FILE, METRICS_FILE, RunFolder
 
 POLL_S = 0.5
 SHOWN_EPOCHS = 15
@@ -30,6 +30,7 @@ class RunWatch:
         self._events_shown = len(folder.events())
         self._records = folder.metrics()
         self._first_epoch = self._last_epoch = self._records[-1]["epoch"] if self._records else 0
+        self._stamps: dict[str, tuple[int | None, int | None]] = {}
         self._start = time.monotonic()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="watch", daemon=True)
@@ -53,12 +54,14 @@ class RunWatch:
             self._update()
 
     def _update(self) -> None:
-        events = self._folder.events()
-        for event in events[self._events_shown :]:
-            if event.get("message"):
-                (warn if event["event"] in WARNING_EVENTS else say)(str(event["message"]))
-        self._events_shown = len(events)
-        self._records = self._folder.metrics()
+        if self._is_new(EVENTS_FILE):
+            events = self._folder.events()
+            for event in events[self._events_shown :]:
+                if event.get("message"):
+                    (warn if event["event"] in WARNING_EVENTS else say)(str(event["message"]))
+            self._events_shown = len(events)
+        if self._is_new(METRICS_FILE):
+            self._records = self._folder.metrics()
         last = self._records[-1]["epoch"] if self._records else 0
         if self._live is not None:
             self._live.update(self._table(), refresh=True)
@@ -67,6 +70,12 @@ class RunWatch:
                 if record["epoch"] > self._last_epoch:
                     say(epoch_line(record, self._epochs))
         self._last_epoch = last
+
+    def _is_new(self, file: str) -> bool:
+        stamp = self._folder.stamp(file)
+        new = stamp != self._stamps.get(file)
+        self._stamps[file] = stamp
+        return new
 
     def _table(self) -> RenderableType:
         table = Table(*[title for title, _ in COLUMNS], box=None, padding=(0, 1), header_style="bold")

@@ -1,0 +1,147 @@
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from rafce_ray.config import DataConfig
+from rafce_ray.data.labels import read_labels, resolve_targets, resolve_taxonomy
+from rafce_ray.errors import UsageError
+from rafce_ray.taxonomy import RAFCE_EMOTIONS
+
+TABLE = """name,split,emotion,AU1,AU12,age
+a.jpg,train,joy,1,0,30
+b.jpg,Val,calm,,1,
+c.jpg,test,joy,,,
+d.jpg,training,,0,0,
+"""
+
+
+def read(place, **data):
+    return read_labels(DataConfig(root=str(place), **data))
+
+
+def found(labels, code):
+    return [str(evidence) for finding in labels.findings if finding.code == code for evidence in finding.evidence]
+
+
+def targets_of(labels, data):
+    return resolve_targets(labels.table, resolve_taxonomy(labels, data), data.null_policy)
+
+
+def check(place):
+    data = DataConfig(root=str(place))
+    labels = read_labels(data)
+    taxonomy = resolve_taxonomy(labels, data)
+    assert taxonomy.emotions == ("calm", "joy")
+    assert taxonomy.action_units == (1, 12)
+    targets = targets_of(labels, data)
+    assert targets.emotion.tolist() == [1, 0, 1, -1]
+    np.testing.assert_array_equal(targets.action_units, [[1, 0], [np.nan, 1], [np.nan, np.nan], [0, 0]])
+    assert targets.split.tolist() == [0, 1, 2, 0]
+    assert labels.layout == "table"
+
+
+def test_csv_with_names_and_unknown_elements(tmp_path):
+    (tmp_path / "labels.csv").write_text(TABLE)
+    check(tmp_path)
+    check(tmp_path / "labels.csv")
+
+
+@pytest.mark.parametrize("change", [lambda t: "\ufeff" + t, lambda t: t.replace("\n", "\r\n"), lambda t: t.replace(",", ";"), lambda t: t + "\n\n"])
+def test_csv_as_spreadsheets_write_it(tmp_path, change):
+    (tmp_path / "labels.csv").write_bytes(change(TABLE).encode())
+    check(tmp_path)
+
+
+def test_parquet_with_numbers_and_nulls(tmp_path):
+    table = pa.table(
+        {
+            "name": ["a.jpg", "b.jpg", "c.jpg", "d.jpg"],
+            "split": ["train", "val", "test", "train"],
+            "emotion": ["joy", "calm", "joy", None],
+            "AU1": [1.0, float("nan"), None, 0.0],
+            "AU12": pa.array([False, True, None, False]),
+        }
+    )
+    pq.write_table(table, tmp_path / "labels.parquet")
+    check(tmp_path)
+
+
+def test_an_unreadable_element_makes_all_of_its_row_unknown(tmp_path):
+    (tmp_path / "labels.csv").write_text("name,split,AU1,AU12\na.jpg,train,1,0\nb.jpg,train,1,maybe\n")
+    data = DataConfig(root=str(tmp_path))
+    labels = read_labels(data)
+    assert np.isnan(targets_of(labels, data).action_units[1]).all()
+    assert found(labels, "unreadable_action_units") == ["labels.csv:3: b.jpg: unreadable 'maybe' for AU12"]
+
+
+def test_integer_emotions_are_class_numbers_of_given_names(tmp_path):
+    (tmp_path / "labels.csv").write_text("name,split,emotion\na.jpg,train,1\nb.jpg,train,0.0\nc.jpg,train,7\n")
+    data = DataConfig(root=str(tmp_path), emotions=("calm", "joy"))
+    assert targets_of(read_labels(data), data).emotion.tolist() == [1, 0, -1]
+    auto = DataConfig(root=str(tmp_path))
+    assert resolve_taxonomy(read_labels(auto), auto).emotions == ("0", "1", "7")
+
+
+def test_rafce_names_in_a_table_give_the_fourteen_classes(tmp_path):
+    (tmp_path / "labels.csv").write_text("name,split,emotion\na.jpg,train,Happily Surprised\n")
+    data = DataConfig(root=str(tmp_path))
+    assert resolve_taxonomy(read_labels(data), data).emotions == tuple(RAFCE_EMOTIONS)
+    assert targets_of(read_labels(data), data).emotion.tolist() == [0]
+
+
+def test_numbers_are_no_split_names_in_a_table(tmp_path):
+    (tmp_path / "labels.csv").write_text("name,split,emotion\na.jpg,0,x\nb.jpg,,x\n")
+    labels = read(tmp_path)
+    assert labels.table["split"].to_pylist() == [None, None]
+    assert found(labels, "unknown_partitions") == ["labels.csv:2: a.jpg: '0'"]
+    assert found(labels, "rows_without_split") == ["labels.csv:3: b.jpg"]
+
+
+def test_duplicates_conflicts_and_rows_of_another_width(tmp_path):
+    rows = "a.jpg,train,x,1\nb.jpg,train,x,1\na.jpg,train,x,1\nb.jpg,train,y,0\nc.jpg,train\n,train,x,1\n"
+    (tmp_path / "labels.csv").write_text("name,split,emotion,AU1\n" + rows)
+    labels = read(tmp_path)
+    assert labels.table["name"].to_pylist() == ["a.jpg", "b.jpg"]
+    assert labels.table["emotion"].to_pylist() == ["x", None]
+    assert labels.table["au_state"].to_pylist() == ["partial", "unreadable"]
+    assert found(labels, "duplicate_rows") == ["labels.csv:4: a.jpg on lines 2, 4"]
+    assert found(labels, "conflicting_rows") == ["labels.csv:5: b.jpg on lines 3, 5: emotion, au_positive, au_negative differ"]
+    assert [text.split(":")[1] for text in found(labels, "malformed_lines")] == ["6", "7"]
+
+
+def test_images_lie_beside_the_table_also_in_folders_by_name(tmp_path):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "a.png").write_bytes(b"1")
+    (tmp_path / "b.jpg").write_bytes(b"2")
+    (tmp_path / "labels.csv").write_text("name,split,emotion\nx/a.png,train,x\nb.jpg,train,x\nc.jpg,train,x\n")
+    assert read(tmp_path).table["image_path"].to_pylist() == ["x/a.png", "b.jpg", None]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("split,emotion\n", "no column 'name'"),
+        ("name,split\na,train\n", "neither a column 'emotion' nor AU columns"),
+        ("name,AU1,AU01\na,1,1\n", "Keep one"),
+        ("", "is empty"),
+    ],
+)
+def test_tables_that_cannot_be_meant_are_refused(tmp_path, text, message):
+    (tmp_path / "labels.csv").write_text(text)
+    with pytest.raises(UsageError, match=message):
+        read(tmp_path)
+
+
+def test_two_tables_ask_for_a_choice(tmp_path):
+    (tmp_path / "labels.csv").write_text(TABLE)
+    (tmp_path / "labels.tsv").write_text(TABLE.replace(",", "\t"))
+    with pytest.raises(UsageError, match=r"labels\.csv and labels\.tsv"):
+        read(tmp_path)
+    check(tmp_path / "labels.tsv")
+
+
+def test_an_empty_parquet_or_broken_one(tmp_path):
+    (tmp_path / "labels.parquet").write_bytes(b"not parquet")
+    with pytest.raises(UsageError, match="no Parquet file"):
+        read(tmp_path)
