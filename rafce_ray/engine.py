@@ -136,10 +136,10 @@ def train_epoch(training: Training, wrapped: nn.Module) -> dict[str, Any]:
     parameters = [parameter for parameter in training.objective.parameters() if parameter.requires_grad]
     clock = _Clock(training)
     wrapped.train()
-    for raw in loader.batches(epoch, progress.step):
+    for stored in loader.batches(epoch, progress.step):
         torch.manual_seed(step_seed(config.run.seed, epoch, progress.step, session.rank))
         lr = _learning_rate(training, epoch * steps + progress.step)
-        batch = training.prepare(raw)
+        batch = training.prepare(stored)
         clock.data_ready()
         with autocast(training):
             losses, _ = wrapped(batch, au_weight)
@@ -155,7 +155,7 @@ def train_epoch(training: Training, wrapped: nn.Module) -> dict[str, Any]:
         sums += torch.stack([shared[0], *parts, shared[1]]).double()
         progress.step += 1
         session.alive()
-        clock.step_done(len(raw.images))
+        clock.step_done(len(stored.images))
         every = config.run.checkpoint_every_steps
         if every and progress.step % every == 0 and progress.step < steps:
             sums = _checkpoint_inside_epoch(training, sums, clock)

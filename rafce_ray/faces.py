@@ -23,6 +23,7 @@ from rafce_ray.errors import UsageError
 
 Pixels = NDArray[np.uint8]
 Points = NDArray[np.float64]
+Rectangle = tuple[int, int, int, int]
 Alignment = Literal["eyes", "box", "landmarks", "given"]
 
 EYES_IN_CROP = np.array([[0.31, 0.41], [0.68, 0.41]])
@@ -130,19 +131,24 @@ class CascadeFinder:
         return [candidate.face(photograph, px) for candidate in found]
 
     def _candidates(self, grey: Pixels, roll: float) -> list[_Candidate]:
-        boxes = list(_detect(self._frontal, grey, 1.1, 4, MIN_FACE_PX))
-        second = list(_detect(self._second, grey, 1.1, 4, MIN_FACE_PX))
         confirmed = []
-        for box in boxes + second:
+        for box in _detect(self._frontal, grey, 1.1, 4, MIN_FACE_PX):
             eyes = self._eyes_in(grey, box)
-            agreed = box in boxes and any(_overlap(box, other) > 0.4 for other in second)
             # Small boxes and pictures turned by a guess offer many more chances to be wrong: there both must confirm.
             doubtful = roll != 0.0 or box[2] < SMALL_FACE_PX
-            if (eyes is not None and agreed) if doubtful else (eyes is not None or agreed):
+            if (eyes is not None and not doubtful) or ((eyes is not None or not doubtful) and self._agrees(grey, box)):
                 confirmed.append(_Candidate(_centre(box), float(box[2]), eyes))
         return _without_overlaps(confirmed)
 
-    def _eyes_in(self, grey: Pixels, box: tuple[int, int, int, int]) -> Points | None:
+    def _agrees(self, grey: Pixels, box: Rectangle) -> bool:
+        """Whether the second cascade, looking around a box, sees a face of about that place and size too."""
+        x, y, side, _ = box
+        left, top = max(0, x - side // 4), max(0, y - side // 4)
+        around = grey[top : y + side + side // 4, left : x + side + side // 4]
+        seen = _detect(self._second, around, 1.1, 3, round(0.6 * side), round(1.5 * side))
+        return any(_overlap((x - left, y - top, side, side), other) > 0.4 for other in seen)
+
+    def _eyes_in(self, grey: Pixels, box: Rectangle) -> Points | None:
         """The most plausible eyes in a face box as (2, 2) x, y, the one on the left of the picture first; or None."""
         x, y, side, _ = box
         zoom = EYES_PX / side
@@ -243,7 +249,7 @@ def _cascade(name: str) -> cv2.CascadeClassifier:
 
 def _detect(
     cascade: cv2.CascadeClassifier, grey: Pixels, step: float, neighbours: int, min_px: int, max_px: int = 0
-) -> Iterator[tuple[int, int, int, int]]:
+) -> Iterator[Rectangle]:
     """Boxes x, y, width, height of a cascade."""
     for x, y, width, height in cascade.detectMultiScale(
         grey, step, neighbours, minSize=(min_px, min_px), maxSize=(max_px, max_px)
@@ -311,11 +317,11 @@ def _clipped(x: float, y: float, width: float, height: float, photograph: Pixels
     return Box(left, top, max(0, right - left), max(0, bottom - top))
 
 
-def _centre(box: tuple[int, int, int, int]) -> Points:
+def _centre(box: Rectangle) -> Points:
     return np.array([box[0] + box[2] / 2, box[1] + box[3] / 2])
 
 
-def _overlap(one: tuple[int, int, int, int], other: tuple[int, int, int, int]) -> float:
+def _overlap(one: Rectangle, other: Rectangle) -> float:
     """Intersection over union of two boxes."""
     width = min(one[0] + one[2], other[0] + other[2]) - max(one[0], other[0])
     height = min(one[1] + one[3], other[1] + other[3]) - max(one[1], other[1])

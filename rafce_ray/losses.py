@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rafce_ray.batch import Batch
 from rafce_ray.config import LossConfig
 from rafce_ray.errors import UsageError
 from rafce_ray.model import Logits
@@ -27,24 +28,6 @@ ASYMMETRIC_MARGIN = 0.05
 
 SMALLEST_PROBABILITY = 1e-8
 """Added to predicted basic-emotion shares before the logarithm of the vote loss."""
-
-
-class Batch(NamedTuple):
-    """One worker's part of a global batch, ready for the network.
-
-    images (B, 3, P, P) float, normalised; emotion (B,) int64, -1 unknown; action_units (B, A) float, 1 / 0 / NaN unknown;
-    votes (B, 6) float in the order of ``BASIC_EMOTIONS``, summing to 1, NaN unknown. The norms are scalars over the global
-    batch of all workers: emotion_norm is the sum of the class weights of known emotions (their number without weights),
-    au_norm the number of known AU elements, votes_norm the number of images with votes.
-    """
-
-    images: Tensor
-    emotion: Tensor
-    action_units: Tensor
-    votes: Tensor
-    emotion_norm: Tensor
-    au_norm: Tensor
-    votes_norm: Tensor
 
 
 class Losses(NamedTuple):

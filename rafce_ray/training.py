@@ -10,15 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from rafce_ray.batch import Batch
 from rafce_ray.bundle import Calibration, read_weights, save_bundle
 from rafce_ray.checkpoint import Checkpoint, local_bundle, read_trainer_state, save_checkpoint
 from rafce_ray.config import MINIMISED_METRICS, Config, LossConfig
 from rafce_ray.data.augment import build_augmentation
 from rafce_ray.data.dataset import Dataset, open_dataset
-from rafce_ray.data.loader import ImageSource, RawBatch, TrainLoader
+from rafce_ray.data.loader import ImageSource, TrainLoader
 from rafce_ray.errors import GateError
 from rafce_ray.hardware import resolve_precision
-from rafce_ray.losses import Batch, MultiTaskLoss, Objective, build_loss, class_weights
+from rafce_ray.losses import MultiTaskLoss, Objective, build_loss, class_weights
 from rafce_ray.model import (
     build_architecture,
     build_model,
@@ -109,18 +110,10 @@ class Training:
         """The network whose figures are reported and which goes into bundles: the averaged one where there is one."""
         return self.model if self.ema is None else self.ema.module
 
-    def prepare(self, raw: RawBatch) -> Batch:
-        """Augment, resize and normalise one batch on its device."""
-        images = resize_and_normalise(self.augment(to_unit(raw.images)), self.preprocessing)
-        return Batch(
-            images=self.in_memory_format(images),
-            emotion=raw.emotion,
-            action_units=raw.action_units,
-            votes=raw.votes,
-            emotion_norm=raw.emotion_norm,
-            au_norm=raw.au_norm,
-            votes_norm=raw.votes_norm,
-        )
+    def prepare(self, stored: Batch) -> Batch:
+        """A batch of stored images augmented, resized and normalised on its device."""
+        images = resize_and_normalise(self.augment(to_unit(stored.images)), self.preprocessing)
+        return stored._replace(images=self.in_memory_format(images))
 
     def in_memory_format(self, images: Tensor) -> Tensor:
         """Images in the memory format of the network."""

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rafce_ray.batch import Batch
 from rafce_ray.config import LossConfig
 from rafce_ray.errors import UsageError
 from rafce_ray.losses import (
-    Batch,
     LossSettings,
     MultiTaskLoss,
     Objective,

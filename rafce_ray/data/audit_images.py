@@ -13,7 +13,15 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.compute as pc
 
-from rafce_ray.data.duplicates import HASH_PX, MIN_CORRELATION, correlation, exact_groups, near_pairs, perceptual_hashes
+from rafce_ray.data.duplicates import (
+    HASH_BITS,
+    HASH_PX,
+    MIN_CORRELATION,
+    correlation,
+    exact_groups,
+    near_pairs,
+    perceptual_hashes,
+)
 from rafce_ray.data.records import SPLITS, Evidence, Finding, Labels, Level, Progress, Targets, evidence_of
 from rafce_ray.data.store_files import Undecodable, image_reader
 from rafce_ray.decode import DecodeError, decode_face
@@ -88,7 +96,7 @@ def _measure(labels: Labels, progress: Progress | None) -> _Pixels:
     paths = labels.table["image_path"]
     present = np.flatnonzero(np.asarray(pc.is_valid(paths)))
     digests = np.zeros(len(present), np.uint64)
-    hashes = np.zeros((len(present), 32), np.uint8)
+    hashes = np.zeros((len(present), HASH_BITS // 8), np.uint8)
     std = np.zeros(len(present), np.float32)
     decoded = np.zeros(len(present), bool)
     undecodable: list[tuple[int, Undecodable]] = []

@@ -8,34 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from rafce_ray.batch import Batch
 from rafce_ray.data.dataset import Dataset
 from rafce_ray.errors import UsageError
 
 RESIDENT_SHARE = 0.4
 """Share of the free device memory that stored images may take to stay on the device."""
-
-
-@dataclass(frozen=True)
-class RawBatch:
-    """One worker's part of a global batch, before augmentation, on the device.
-
-    Shapes: images (B, S, S, 3) uint8; emotion (B,) int64, -1 unknown; action_units (B, A) float32, NaN unknown;
-    votes (B, 6) float32, NaN unknown; the norms are scalars over the global batch of all workers.
-    """
-
-    images: Tensor
-    emotion: Tensor
-    action_units: Tensor
-    votes: Tensor
-    emotion_norm: Tensor
-    au_norm: Tensor
-    votes_norm: Tensor
 
 
 def step_seed(*parts: int) -> int:
@@ -98,14 +81,14 @@ class TrainLoader:
         self._votes = torch.from_numpy(targets.votes).to(device)
         self._images = ImageSource(dataset, indices, device)
 
-    def batches(self, epoch: int, first_step: int = 0) -> Iterator[RawBatch]:
+    def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """This worker's batches of an epoch from ``first_step`` on."""
         order = epoch_order(self._indices, self._seed, epoch, self._sampling_weights)
         whole = np.array_split(order, self.steps_per_epoch)[first_step:]
         mine = [batch[self._rank :: self._num_workers] for batch in whole]
         for batch, part, images in zip(whole, mine, self._images.gather_all(mine), strict=True):
             at = torch.from_numpy(part).to(self._device)
-            yield RawBatch(
+            yield Batch(
                 images=images,
                 emotion=self._emotion[at],
                 action_units=self._action_units[at],

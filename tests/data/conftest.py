@@ -14,7 +14,7 @@ MakeFaces = Callable[..., Path]
 
 def write_image(path: Path, seed: int, px: int = 48) -> None:
     """A smooth random picture: any two seeds look nothing alike."""
-    coarse = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    coarse = np.random.default_rng(seed).integers(0, 256, (12, 12, 3), dtype=np.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)
     assert cv2.imwrite(str(path), cv2.resize(coarse, (px, px), interpolation=cv2.INTER_CUBIC))
 

@@ -53,12 +53,16 @@ def test_a_clean_set_gives_nothing_above_information(make_faces):
 def test_clean_drawn_faces_give_nothing_above_information(drawn_faces):
     found = audit(DataConfig(root=str(drawn_faces)))
     assert alarming(found) == []
-    assert {"shaped_tokens", "tokens_outside_vocabulary", "extra_images", "action_units_without_positives"} <= set(levels(found))
+    assert {"shaped_tokens", "tokens_outside_vocabulary", "extra_images", "action_units_without_positives"} <= set(
+        levels(found)
+    )
 
 
 @pytest.mark.skipif(not LONDON.exists(), reason="the shared photographs are not there")
 def test_clean_photographs_give_nothing_above_information():
-    found = audit(DataConfig(root=str(LONDON), emotions=("neutral", "smiling"), action_units=(12,), null_policy="negative"))
+    found = audit(
+        DataConfig(root=str(LONDON), emotions=("neutral", "smiling"), action_units=(12,), null_policy="negative")
+    )
     assert found.findings == ()
 
 
@@ -87,7 +91,14 @@ def test_twenty_planted_faults_are_all_found(make_faces):
     recompress(image(21), image(26))
     recompress(image(22), image(25))
     (aligned / "0031.jpg").write_bytes(image(31).read_bytes())
-    edit(emotions, _0040="0040.jpg 7", _0041="0041.jpg", _0042="", _0043="0043.jpg 0\n0043.jpg 0", _0044="0044.jpg 1\n0044.jpg 0")
+    edit(
+        emotions,
+        _0040="0040.jpg 7",
+        _0041="0041.jpg",
+        _0042="",
+        _0043="0043.jpg 0\n0043.jpg 0",
+        _0044="0044.jpg 1\n0044.jpg 0",
+    )
     edit(emotions, _0360="0360.jpg 2", _0361="0361.jpg 2", _0362="0362.jpg 2")
     edit(action_units, _0050="0050.jpg 12+smile", _0051="", _0052="0052.jpg 12+27")
     edit(partition, _0060="0060.jpg 5", _0061="", _9999="9999.jpg 0")
@@ -122,7 +133,12 @@ def test_twenty_planted_faults_are_all_found(make_faces):
     missed = {code: text for code, text in planted.items() if not any(text in line for line in evidence(found, code))}
     assert missed == {}
     assert set(levels(found)) <= set(planted) | {"extra_images"}
-    for code in ("exact_duplicates", "near_duplicates", "exact_duplicates_across_splits", "near_duplicates_across_splits"):
+    for code in (
+        "exact_duplicates",
+        "near_duplicates",
+        "exact_duplicates_across_splits",
+        "near_duplicates_across_splits",
+    ):
         assert len(evidence(found, code)) == 1
     assert all(finding.remedy for finding in found.findings if finding.level != "info")
     assert found.may_train
@@ -133,7 +149,10 @@ def test_labels_that_the_reader_cannot_read_are_refused_with_file_and_line(make_
     file = root / "RAFCE_AUlabel.txt"
     file.write_text(file.read_text().replace(" 12", " smiling").replace(" 25", " open").replace(" 4", " frown"))
     found = audited(root, images=False)
-    assert {finding.code for finding in found.refusals} == {"no_action_unit_positives", "too_many_unreadable_action_units"}
+    assert {finding.code for finding in found.refusals} == {
+        "no_action_unit_positives",
+        "too_many_unreadable_action_units",
+    }
     with pytest.raises(GateError, match=r"RAFCE_AUlabel\.txt:1: 0001\.jpg: unreadable 'frown'"):
         require_trainable(found)
     require_trainable(audited(root, images=False, action_units="none"))
@@ -195,7 +214,9 @@ def write_rafce_sized(root: Path, codes: dict[str, int], num: dict[str, int] = r
     (root / "aligned").mkdir(parents=True)
     image = root / "one.jpg"
     cv2.imwrite(str(image), np.zeros((16, 16, 3), np.uint8))
-    rows = [(split, label) for split in num for label in np.repeat(range(14), reference.CLASS_COUNTS[split])[: num[split]]]
+    rows = [
+        (split, label) for split in num for label in np.repeat(range(14), reference.CLASS_COUNTS[split])[: num[split]]
+    ]
     for i in range(len(rows)):
         (root / "aligned" / f"{i:04d}_aligned.jpg").hardlink_to(image)
     lines = {
@@ -212,7 +233,9 @@ def test_split_sizes_are_compared_with_rafce_where_it_is_rafce(tmp_path):
     swapped = write_rafce_sized(tmp_path / "swapped", {"train": 0, "test": 2, "validation": 1})
     train_swapped = write_rafce_sized(tmp_path / "train", {"train": 2, "test": 1, "validation": 0})
     cut = write_rafce_sized(tmp_path / "cut", CODES, {"train": 2709, "validation": 931, "test": 800})
-    found = {root.name: audit(DataConfig(root=str(root)), images=False) for root in (straight, swapped, train_swapped, cut)}
+    found = {
+        root.name: audit(DataConfig(root=str(root)), images=False) for root in (straight, swapped, train_swapped, cut)
+    }
     assert alarming(found["straight"]) == []
     assert levels(found["swapped"])["partitions_look_swapped"] == "warning"
     assert evidence(found["swapped"], "partitions_look_swapped")[1:] == [
@@ -227,12 +250,20 @@ def test_known_class_counts_tell_natural_from_missing():
     assert reference.is_surprisingly_few(0, 8.0)
     assert not reference.is_surprisingly_few(0, 6.0)
     assert not reference.is_surprisingly_few(6, 6.0)
-    assert sum(map(sum, reference.CLASS_COUNTS.values())) == reference.NUM_LABELLED == sum(reference.SPLIT_SIZES.values())
+    assert (
+        sum(map(sum, reference.CLASS_COUNTS.values())) == reference.NUM_LABELLED == sum(reference.SPLIT_SIZES.values())
+    )
 
 
 def test_the_json_holds_everything_and_no_nan(make_faces):
     root = make_faces(20)
-    edit(root / "RAFCE_AUlabel.txt", _0004="0004.jpg null", _0009="0009.jpg null", _0014="0014.jpg null", _0019="0019.jpg null")
+    edit(
+        root / "RAFCE_AUlabel.txt",
+        _0004="0004.jpg null",
+        _0009="0009.jpg null",
+        _0014="0014.jpg null",
+        _0019="0019.jpg null",
+    )
     written = json.loads(to_json(audited(root).to_json()))
     assert written["may_train"] is True
     assert written["num_rows"] == 20

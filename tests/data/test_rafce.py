@@ -12,9 +12,16 @@ from rafce_ray.taxonomy import Taxonomy, make_taxonomy
 LONDON = Path(__file__).parents[3] / "shared" / "data" / "london_smiles"
 
 
-def write(root: Path, emotions: str | bytes = "", action_units: str | bytes = "", partition: str = "", votes: str = "") -> Path:
+def write(
+    root: Path, emotions: str | bytes = "", action_units: str | bytes = "", partition: str = "", votes: str = ""
+) -> Path:
     (root / "aligned").mkdir(parents=True, exist_ok=True)
-    files = {"RAFCE_emolabel.txt": emotions, "RAFCE_AUlabel.txt": action_units, "RAFCE_partition.txt": partition, "distribution.txt": votes}
+    files = {
+        "RAFCE_emolabel.txt": emotions,
+        "RAFCE_AUlabel.txt": action_units,
+        "RAFCE_partition.txt": partition,
+        "distribution.txt": votes,
+    }
     for name, text in files.items():
         if text:
             (root / name).write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -46,7 +53,11 @@ def test_rows_are_joined_by_name_not_by_order(tmp_path):
     assert column(labels, "split") == {"0001.jpg": "train", "0002.jpg": "test", "0003.jpg": "validation"}
     assert column(labels, "au_positive") == {"0001.jpg": [1, 4, 25], "0002.jpg": [12], "0003.jpg": []}
     assert column(labels, "au_state") == {"0001.jpg": "full", "0002.jpg": "full", "0003.jpg": "null"}
-    assert column(labels, "votes") == {"0001.jpg": [1, 0, 0, 0, 0, 0], "0002.jpg": [0, 0, 0, 0.5, 0.5, 0], "0003.jpg": None}
+    assert column(labels, "votes") == {
+        "0001.jpg": [1, 0, 0, 0, 0, 0],
+        "0002.jpg": [0, 0, 0, 0.5, 0.5, 0],
+        "0003.jpg": None,
+    }
     assert labels.findings == ()
 
 
@@ -64,7 +75,9 @@ def test_every_token_shape_counts_for_its_base_action_unit(tmp_path, text, numbe
 
 
 def test_trailing_blanks_carriage_returns_and_byte_order_marks_are_read_and_said(tmp_path):
-    root = write(tmp_path, b"\xef\xbb\xbfa.jpg 3  \r\nb.jpg 4\r\n\r\n", "a.jpg 1+4 \nb.jpg null \n", "a.jpg 0\nb.jpg 0\n")
+    root = write(
+        tmp_path, b"\xef\xbb\xbfa.jpg 3  \r\nb.jpg 4\r\n\r\n", "a.jpg 1+4 \nb.jpg null \n", "a.jpg 0\nb.jpg 0\n"
+    )
     labels = read(root)
     assert column(labels, "emotion") == {"a.jpg": "3", "b.jpg": "4"}
     assert column(labels, "au_state") == {"a.jpg": "full", "b.jpg": "null"}
@@ -105,7 +118,12 @@ def test_conflicting_rows_are_unknown_and_identical_ones_count_once(tmp_path):
 
 def test_names_of_one_file_only_and_malformed_lines_are_reported(tmp_path):
     labels = read(
-        write(tmp_path, "a.jpg 0\nonly_emotion.jpg 1\nbroken", "a.jpg 12\nonly_au.jpg 4", "a.jpg 0\nspare.jpg 0\nonly_au.jpg 9")
+        write(
+            tmp_path,
+            "a.jpg 0\nonly_emotion.jpg 1\nbroken",
+            "a.jpg 12\nonly_au.jpg 4",
+            "a.jpg 0\nspare.jpg 0\nonly_au.jpg 9",
+        )
     )
     assert column(labels, "au_state") == {"a.jpg": "full", "only_emotion.jpg": "missing", "only_au.jpg": "full"}
     assert column(labels, "split") == {"a.jpg": "train", "only_emotion.jpg": None, "only_au.jpg": None}

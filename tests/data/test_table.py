@@ -47,7 +47,10 @@ def test_csv_with_names_and_unknown_elements(tmp_path):
     check(tmp_path / "labels.csv")
 
 
-@pytest.mark.parametrize("change", [lambda t: "\ufeff" + t, lambda t: t.replace("\n", "\r\n"), lambda t: t.replace(",", ";"), lambda t: t + "\n\n"])
+@pytest.mark.parametrize(
+    "change",
+    [lambda t: "\ufeff" + t, lambda t: t.replace("\n", "\r\n"), lambda t: t.replace(",", ";"), lambda t: t + "\n\n"],
+)
 def test_csv_as_spreadsheets_write_it(tmp_path, change):
     (tmp_path / "labels.csv").write_bytes(change(TABLE).encode())
     check(tmp_path)
@@ -106,7 +109,9 @@ def test_duplicates_conflicts_and_rows_of_another_width(tmp_path):
     assert labels.table["emotion"].to_pylist() == ["x", None]
     assert labels.table["au_state"].to_pylist() == ["partial", "unreadable"]
     assert found(labels, "duplicate_rows") == ["labels.csv:4: a.jpg on lines 2, 4"]
-    assert found(labels, "conflicting_rows") == ["labels.csv:5: b.jpg on lines 3, 5: emotion, au_positive, au_negative differ"]
+    assert found(labels, "conflicting_rows") == [
+        "labels.csv:5: b.jpg on lines 3, 5: emotion, au_positive, au_negative differ"
+    ]
     assert [text.split(":")[1] for text in found(labels, "malformed_lines")] == ["6", "7"]
 
 
