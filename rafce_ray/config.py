@@ -5,17 +5,17 @@ Precedence: defaults, then the recipe, then the YAML file, then ``section.key=va
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from rafce_ray.config_errors import did_you_mean, explain
 from rafce_ray.errors import UsageError
 from rafce_ray.taxonomy import parse_action_unit_token
 
@@ -258,7 +258,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), *
     if recipe is not None:
         if recipe not in recipe_names():
             raise ConfigError(
-                f"unknown recipe {recipe!r}{_did_you_mean(recipe, recipe_names())}. Recipes: {', '.join(recipe_names())}."
+                f"unknown recipe {recipe!r}{did_you_mean(recipe, recipe_names())}. Recipes: {', '.join(recipe_names())}."
             )
         values = _read_yaml(RECIPES / f"{recipe}.yaml")
     if path is not None:
@@ -345,61 +345,6 @@ def config_hash(config: Config) -> str:
     """Eight hex digits that change with anything that changes what a run computes."""
     plain = {key: value for key, value in flatten(config).items() if key not in CARRIED_OUT_BY}
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:8]
-
-
-def explain(error: ValidationError, model: type[BaseModel]) -> Iterator[str]:
-    """One line per fault of a pydantic validation: key, what was found, what was expected, the remedy."""
-    reported: set[str] = set()
-    for fault in error.errors():
-        location = [str(part) for part in fault["loc"]]
-        key, field = _known_part(location, model)
-        if fault["type"] == "extra_forbidden":
-            known = list(_dotted_keys(model))
-            wanted = ".".join(location)
-            yield f"{wanted}: unknown key{_did_you_mean(wanted, known)}"
-        elif fault["type"] == "value_error" or not key:
-            prefix = f"{key}: " if key else ""
-            yield prefix + str(fault["msg"]).removeprefix("Value error, ")
-        elif key not in reported:
-            found = fault["input"]
-            meaning = f" ({field})" if field else ""
-            alternatives = [
-                f["msg"] for f in error.errors() if [str(p) for p in f["loc"]][: len(key.split("."))] == key.split(".")
-            ]
-            expected = "; or ".join(dict.fromkeys(message.removeprefix("Value error, ") for message in alternatives))
-            yield f"{key}: found {found!r}; {expected}{meaning}"
-        reported.add(key)
-
-
-def _known_part(location: list[str], model: type[BaseModel]) -> tuple[str, str | None]:
-    """The leading part of a pydantic location that names configuration keys, and the description of its field."""
-    known: list[str] = []
-    description = None
-    for part in location:
-        field = model.model_fields.get(part)
-        if field is None:
-            break
-        known.append(part)
-        description = field.description
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            model = field.annotation
-        else:
-            break
-    return ".".join(known), description
-
-
-def _dotted_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    for name, field in model.model_fields.items():
-        yield prefix + name
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _dotted_keys(field.annotation, f"{prefix}{name}.")
-
-
-def _did_you_mean(wanted: str, known: Sequence[str]) -> str:
-    last = wanted.rsplit(".", 1)[-1]
-    same_name = [key for key in known if key.rsplit(".", 1)[-1] == last]
-    near = same_name or difflib.get_close_matches(wanted, known, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

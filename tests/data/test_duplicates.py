@@ -2,7 +2,14 @@ import cv2
 import numpy as np
 import pytest
 
-from rafce_ray.data.duplicates import HASH_BITS, MAX_HASH_DISTANCE, correlation, exact_groups, near_pairs, perceptual_hashes
+from rafce_ray.data.duplicates import (
+    HASH_BITS,
+    MAX_HASH_DISTANCE,
+    correlation,
+    exact_groups,
+    near_pairs,
+    perceptual_hashes,
+)
 
 
 def pictures(num: int) -> np.ndarray:

@@ -1,0 +1,64 @@
+"""What is wrong with a configuration, said so that its author can mend it: works for any pydantic model of sections."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+
+from pydantic import BaseModel, ValidationError
+
+
+def explain(error: ValidationError, model: type[BaseModel]) -> Iterator[str]:
+    """One line per fault of a pydantic validation: key, what was found, what was expected, the remedy."""
+    reported: set[str] = set()
+    for fault in error.errors():
+        location = [str(part) for part in fault["loc"]]
+        key, field = _known_part(location, model)
+        if fault["type"] == "extra_forbidden":
+            known = list(_dotted_keys(model))
+            wanted = ".".join(location)
+            yield f"{wanted}: unknown key{did_you_mean(wanted, known)}"
+        elif fault["type"] == "value_error" or not key:
+            prefix = f"{key}: " if key else ""
+            yield prefix + str(fault["msg"]).removeprefix("Value error, ")
+        elif key not in reported:
+            found = fault["input"]
+            meaning = f" ({field})" if field else ""
+            alternatives = [
+                f["msg"] for f in error.errors() if [str(p) for p in f["loc"]][: len(key.split("."))] == key.split(".")
+            ]
+            expected = "; or ".join(dict.fromkeys(message.removeprefix("Value error, ") for message in alternatives))
+            yield f"{key}: found {found!r}; {expected}{meaning}"
+        reported.add(key)
+
+
+def _known_part(location: list[str], model: type[BaseModel]) -> tuple[str, str | None]:
+    """The leading part of a pydantic location that names configuration keys, and the description of its field."""
+    known: list[str] = []
+    description = None
+    for part in location:
+        field = model.model_fields.get(part)
+        if field is None:
+            break
+        known.append(part)
+        description = field.description
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            model = field.annotation
+        else:
+            break
+    return ".".join(known), description
+
+
+def _dotted_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _dotted_keys(field.annotation, f"{prefix}{name}.")
+
+
+def did_you_mean(wanted: str, known: Sequence[str]) -> str:
+    """``"; did you mean 'optim.lr'?"`` for the known key nearest to ``wanted``, or nothing where none is near."""
+    last = wanted.rsplit(".", 1)[-1]
+    same_name = [key for key in known if key.rsplit(".", 1)[-1] == last]
+    near = same_name or difflib.get_close_matches(wanted, known, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""
