@@ -183,7 +183,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _main(argv: list[str]) -> int:
-    arguments = _parser().parse_args(argv)
+    arguments = _parser().parse_intermixed_args(argv)
     bundle = load_bundle(arguments.bundle)
     data = data_config_for(bundle, arguments.overrides)
     device = choose_device(arguments.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 import sys
 from collections.abc import Callable
@@ -19,6 +20,8 @@ from rafce_ray.data.synthetic import synthesize
 from rafce_ray.errors import GateError, UsageError
 from rafce_ray.storage import locate
 
+_OVERRIDE = re.compile(r"^\w+\.\w+=")
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run the verb; 0 done, 1 failed, 2 usage, 3 the data may not be trained on."""
@@ -26,8 +29,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(argv: list[str]) -> int:
-    arguments = _parser().parse_args(argv)
-    exit_code: int = arguments.action(arguments)
+    parser = _parser()
+    # Overrides may stand anywhere: argparse would not take them after an option.
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and (arguments.action is not _audit or not all(_OVERRIDE.match(text) for text in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    exit_code: int = arguments.action(arguments, rest)
     return exit_code
 
 
@@ -36,13 +43,11 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     verb = verbs.add_parser(
         "audit",
+        usage="%(prog)s ROOT [--json FILE] [--labels-only] [--config FILE] [--recipe NAME] [data.key=value ...]",
         help="what is in a dataset, what is wrong with it, and may it be trained on",
         description="Say what is in a dataset and what is wrong with it. Exit code 3: it may not be trained on.",
     )
     verb.add_argument("root", help="folder in RAF-CE's layout, or a CSV or Parquet table, or a folder that holds one")
-    verb.add_argument(
-        "overrides", nargs="*", metavar="data.key=value", help="how to read it, such as data.emotions=[neutral,smiling]"
-    )
     verb.add_argument("--json", metavar="FILE", help="write the whole audit as JSON; - for standard output")
     verb.add_argument("--config", metavar="FILE", help="take the data section of this configuration")
     verb.add_argument("--recipe", metavar="NAME", help="take the data section of this recipe")
@@ -62,8 +67,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _audit(arguments: argparse.Namespace) -> int:
-    overrides = [*arguments.overrides, f"data.root={_yaml_text(arguments.root)}"]
+def _audit(arguments: argparse.Namespace, given: list[str]) -> int:
+    overrides = [*given, f"data.root={_yaml_text(arguments.root)}"]
     data = load_config(arguments.config, overrides, recipe=arguments.recipe).data
     goes_to = {None: "the audit goes to standard output", "-": "JSON goes to standard output"}
     say(f"Auditing {arguments.root}; {goes_to.get(arguments.json, f'JSON goes to {arguments.json}')}.")
@@ -75,7 +80,7 @@ def _audit(arguments: argparse.Namespace) -> int:
         render(found, Console(highlight=False, soft_wrap=True))
         if arguments.json is not None:
             _write_json(arguments.json, found)
-    _conclude(found, arguments)
+    _conclude(found, arguments, given)
     return 0 if found.may_train else GateError.exit_code
 
 
@@ -91,7 +96,7 @@ def _write_json(place: str, found: Audit) -> None:
         raise UsageError(f"--json {place}: cannot be written ({error}). Name a file in a folder that can.") from error
 
 
-def _conclude(found: Audit, arguments: argparse.Namespace) -> None:
+def _conclude(found: Audit, arguments: argparse.Namespace, given: list[str]) -> None:
     counts = ", ".join(
         f"{sum(finding.level == level for finding in found.findings)} {level}"
         for level in ("refusal", "error", "warning", "info")
@@ -101,11 +106,11 @@ def _conclude(found: Audit, arguments: argparse.Namespace) -> None:
         reasons = "; ".join(finding.message for finding in found.refusals)
         say(f"Refused: this data may not be trained on: {reasons}. Findings: {counts}.{written}")
         return
-    again = shlex.join([f"data.root={arguments.root}", *arguments.overrides])
+    again = shlex.join([f"data.root={arguments.root}", *given])
     say(f"May be trained on. Findings: {counts}.{written} Next: rafce train {again}")
 
 
-def _synthesize(arguments: argparse.Namespace) -> int:
+def _synthesize(arguments: argparse.Namespace, _: list[str]) -> int:
     say(f"Drawing {arguments.num_images} labelled faces, and some without a label, into {arguments.out}.")
     with ExitStack() as stack:
         # How many there are in all is known at the first report only.

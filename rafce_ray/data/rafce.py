@@ -7,10 +7,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -226,30 +226,22 @@ def _votes(names: pa.Array, file: LabelFile | None) -> tuple[pa.Array, list[Find
     if file is None:
         return pa.nulls(len(names), kind), []
     row = file.locate(names)
-    conflicting = file.conflicting_at(row)
-    shares = np.zeros((len(names), NUM_VOTES), np.float32)
-    known = np.zeros(len(names), bool)
-    faults = EvidenceList()
-    for i in np.flatnonzero(row >= 0).tolist():
-        text = file.values[row[i]].as_py()
-        votes = None if conflicting[i] else _read_votes(text)
-        if votes is None:
-            faults.add(f"{names[i].as_py()}: {text[:80]!r}", file.file, int(file.lines[row[i]]))
-        else:
-            shares[i], known[i] = votes, True
+    usable = (row >= 0) & ~file.conflicting_at(row)
+    shares = np.full((len(names), NUM_VOTES), np.nan, np.float32)
+    for i in np.flatnonzero(usable).tolist():
+        parts = file.values[row[i]].as_py().replace(",", " ").split()
+        if len(parts) == NUM_VOTES:
+            # What is no number stays NaN, and NaN fails the check below.
+            with suppress(ValueError):
+                shares[i] = [float(part) for part in parts]
+    known = (shares >= 0).all(axis=1) & (np.abs(shares.sum(axis=1) - 1) <= _VOTES_TOLERANCE)
+    shares[~known] = 0
     array = pa.FixedSizeListArray.from_arrays(pa.array(shares.reshape(-1)), type=kind, mask=pa.array(~known))
+    faults = EvidenceList()
+    for i in np.flatnonzero((row >= 0) & ~known).tolist():
+        faults.add(f"{names[i].as_py()}: {file.values[row[i]].as_py()[:80]!r}", file.file, int(file.lines[row[i]]))
     if not faults:
         return array, []
     message = f"{file.file}: votes of {len(faults)} rows are not {NUM_VOTES} shares that sum to 1; they are unknown"
     remedy = "Write six shares in the order surprise, fear, disgust, happiness, sadness, anger."
     return array, [faults.finding("warning", "unreadable_votes", message, remedy)]
-
-
-def _read_votes(text: str) -> npt.NDArray[np.float32] | None:
-    try:
-        votes = np.array([float(part) for part in text.replace(",", " ").split()], np.float32)
-    except ValueError:
-        return None
-    if votes.shape != (NUM_VOTES,) or not (votes >= 0).all() or abs(float(votes.sum()) - 1) > _VOTES_TOLERANCE:
-        return None
-    return votes

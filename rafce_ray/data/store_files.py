@@ -80,7 +80,7 @@ def read_meta(folder: Path) -> StoreMeta:
         values: dict[str, Any] = json.loads((folder / META).read_text(encoding="utf-8"))
         undecodable = tuple(Undecodable(**item) for item in values.pop("undecodable"))
         meta = StoreMeta(**values, undecodable=undecodable)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise RafceError(
             f"{folder}: is no store ({META} is missing). Build it with 'rafce train', which does so by itself."
         ) from None

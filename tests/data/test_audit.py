@@ -91,6 +91,7 @@ def test_twenty_planted_faults_are_all_found(make_faces):
     recompress(image(21), image(26))
     recompress(image(22), image(25))
     (aligned / "0031.jpg").write_bytes(image(31).read_bytes())
+    edit(emotions, _0360="0360.jpg 2", _0361="0361.jpg 2", _0362="0362.jpg 2")
     edit(
         emotions,
         _0040="0040.jpg 7",
@@ -99,7 +100,6 @@ def test_twenty_planted_faults_are_all_found(make_faces):
         _0043="0043.jpg 0\n0043.jpg 0",
         _0044="0044.jpg 1\n0044.jpg 0",
     )
-    edit(emotions, _0360="0360.jpg 2", _0361="0361.jpg 2", _0362="0362.jpg 2")
     edit(action_units, _0050="0050.jpg 12+smile", _0051="", _0052="0052.jpg 12+27")
     edit(partition, _0060="0060.jpg 5", _0061="", _9999="9999.jpg 0")
     (root / "distribution.txt").write_text("0070.jpg 0.5 0.1 0 0 0 0")

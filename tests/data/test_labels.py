@@ -21,7 +21,7 @@ def test_a_root_that_is_not_there_is_refused(tmp_path):
 def test_two_layouts_in_one_folder_ask_for_a_choice(make_faces):
     root = make_faces(5)
     (root / "labels.csv").write_text("name,emotion\n0001.jpg,x\n")
-    with pytest.raises(UsageError, match="data.layout"):
+    with pytest.raises(UsageError, match=r"data\.layout"):
         read_labels(DataConfig(root=str(root)))
     assert read_labels(DataConfig(root=str(root), layout="table")).layout == "table"
     assert read_labels(DataConfig(root=str(root), layout="rafce")).layout == "rafce"

@@ -175,10 +175,10 @@ def test_of_two_candidates_the_very_name_is_taken_and_the_other_reported(make_fa
 
 
 def test_a_folder_without_label_files_is_refused_with_what_was_expected(tmp_path):
-    with pytest.raises(UsageError, match="RAFCE_emolabel.txt"):
+    with pytest.raises(UsageError, match=r"RAFCE_emolabel\.txt"):
         read(tmp_path)
     (tmp_path / rafce.PARTITION_FILE).write_text("a.jpg 0")
-    with pytest.raises(UsageError, match="neither RAFCE_emolabel.txt nor RAFCE_AUlabel.txt"):
+    with pytest.raises(UsageError, match=r"neither RAFCE_emolabel\.txt nor RAFCE_AUlabel\.txt"):
         read(tmp_path)
 
 
