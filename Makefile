@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin
 DEMO := demo
+# One thread a process: tiny networks are slower on several, and two processes that both use all cores crawl.
+FAST_TESTS := OMP_NUM_THREADS=1 $(RUN)/python -m pytest -m "not ray and not slow" --numprocesses 2
 
 .PHONY: install demo test test-fast check format
 
@@ -19,11 +21,11 @@ demo: install
 	RUN=$(RUN) DEMO=$(DEMO) sh demo.sh
 
 test: install
-	$(RUN)/python -m pytest -m "not ray and not slow"
+	$(FAST_TESTS)
 	$(RUN)/python -m pytest -m "ray or slow"
 
 test-fast: install
-	$(RUN)/python -m pytest -m "not ray and not slow"
+	$(FAST_TESTS)
 
 check: install
 	$(RUN)/ruff check .

@@ -238,7 +238,7 @@ def _bootstrap(
     parts = []
     for weights in resample_weights(num_images, resamples, seed):
         confusion, tp, fp, fn, tn = np.split(weights @ indicators, at, axis=1)
-        counts = Counts(confusion.reshape(-1, num_emotions, num_emotions), tp, fp, fn, tn, 0.0, 0, 0.0, 0)
+        counts = Counts(confusion.reshape(len(weights), num_emotions, num_emotions), tp, fp, fn, tn, 0.0, 0, 0.0, 0)
         values = figures(counts, overlap, supported)
         precisions = [one.average_precision(weights) for one in rankings]
         values["au_ap_mean"] = _mean(np.stack(precisions, axis=1)) if precisions else np.full(len(weights), NAN)

@@ -85,7 +85,7 @@ def test_a_run_leaves_what_it_promises(undisturbed):
 
 
 # 160 drawn images have 95 in train: 6 steps an epoch, then 1 validation and 1 gap batch call alive().
-@pytest.mark.parametrize("steps", [1, 3, 9, 12, 16])
+@pytest.mark.parametrize("steps", [3, 12, *(pytest.param(steps, marks=pytest.mark.slow) for steps in (1, 9, 16))])
 def test_an_interrupted_run_ends_with_the_same_weights_and_figures_bit_for_bit(
     steps, undisturbed, tiny_overrides, tmp_path
 ):
@@ -106,6 +106,7 @@ def test_an_interrupted_run_ends_with_the_same_weights_and_figures_bit_for_bit(
     assert to_json(plain[0]) == to_json(plain[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("extra", [["optim.ema_decay=0.9"], ["optim.optimizer=sgd", "loss.task_weighting=uncertainty"]])
 def test_averaged_weights_and_learned_task_weights_survive_an_interruption_too(extra, tiny_overrides, tmp_path):
     overrides = [*tiny_overrides, "run.checkpoint_every_steps=2", "optim.epochs=2", *extra]
@@ -115,6 +116,7 @@ def test_averaged_weights_and_learned_task_weights_survive_an_interruption_too(e
     assert last_weights(run(overrides, tmp_path / "run")) == last_weights(undisturbed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("harm", ["truncate", "alter", "delete"])
 def test_a_broken_newest_checkpoint_is_named_and_the_one_before_is_used(harm, undisturbed, tiny_overrides, tmp_path):
     overrides = [*tiny_overrides, "run.checkpoint_every_steps=2"]
@@ -136,12 +138,14 @@ def test_a_broken_newest_checkpoint_is_named_and_the_one_before_is_used(harm, un
     ]
 
 
+@pytest.mark.slow
 def test_training_stops_when_patience_is_spent(tiny_overrides, tmp_path):
     result = run([*tiny_overrides, "optim.epochs=9", "optim.patience=2", "optim.lr=1e-12"], tmp_path / "run")
     assert result["status"] == "stopped_early"
     assert result["epochs"] - result["best_epoch"] == 2
 
 
+@pytest.mark.slow
 def test_a_diverged_run_says_so_and_keeps_its_best(tiny_overrides, tmp_path):
     wild = [
         "optim.optimizer=sgd",
@@ -166,6 +170,7 @@ def test_one_task_alone_trains(task, absent, tiny_overrides, tmp_path):
     assert value is None or math.isnan(value)
 
 
+@pytest.mark.slow
 def test_the_curriculum_keeps_the_au_loss_out_at_first(tiny_overrides, tmp_path):
     overrides = [
         *tiny_overrides,

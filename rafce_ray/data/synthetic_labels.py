@@ -237,7 +237,7 @@ def _choose_nulls(emotion: NDArray[np.int64], split: NDArray[np.int64], rng: Gen
     return is_null
 
 
-_SECOND_CROWD = 60  # about one label in ten then belies its face
+_SECOND_CROWD = 120  # about one label in twenty then belies its face
 _CLOSE_VOTES = {8: 2, 12: 1, 13: 4}  # class: at most so many votes between its second emotion and the best other
 
 
@@ -314,11 +314,11 @@ def _draw_present(shown: int, rng: Generator) -> NDArray[np.bool_]:
 
 
 def _draw_actions(present: NDArray[np.bool_], gain: NDArray[np.float64], rng: Generator) -> list[Action]:
-    """Intensity and side of each AU that shows; from barely visible (0.3) to extreme (1)."""
+    """Intensity and side of each AU that shows; from slight (0.32) to extreme (1)."""
     actions = []
     for column in np.flatnonzero(present):
         action_unit = prototypes().action_units[column]
-        intensity = 0.3 + 0.7 * rng.beta(2.4, 2.0)
+        intensity = 0.48 + 0.47 * rng.beta(2.4, 2.0)
         side = ""
         if rng.random() < _SIDED_RATES.get(action_unit, 0.0):
             side = "L" if rng.random() < _LEFT_SHARE else "R"
@@ -327,7 +327,7 @@ def _draw_actions(present: NDArray[np.bool_], gain: NDArray[np.float64], rng: Ge
             side = "T"
         elif lip > 1.0 - _BOTTOM_RATES.get(action_unit, 0.0):
             side = "B"
-        actions.append(Action(action_unit, float(np.clip(intensity * gain[column] ** 1.8, 0.28, 1.0)), side))
+        actions.append(Action(action_unit, float(np.clip(intensity * gain[column] ** 1.8, 0.32, 1.0)), side))
     return actions
 
 
