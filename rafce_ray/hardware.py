@@ -63,7 +63,7 @@ def describe_software() -> dict[str, Any]:
             versions[package] = "not installed"
     return {
         "python": platform.python_version(),
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
         **versions,
         "git_commit": _git_commit(),
     }
