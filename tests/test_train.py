@@ -173,12 +173,21 @@ def test_a_killed_driver_goes_on_with_the_same_command_and_ends_with_the_same_we
     assert "going on from checkpoint" in again.stderr
 
 
-def test_a_finished_run_is_not_run_again_by_accident_and_goes_on_when_asked(trained, overrides):
+def test_a_finished_run_is_not_run_again_by_accident(trained, overrides):
     again = [*overrides, "run.name=undisturbed", "run.checkpoint_every_steps=2"]
     with pytest.raises(UsageError, match=r"has ended .*--resume"):
         launch(load_config(overrides=again))
     with pytest.raises(UsageError, match="there is no run"):
         launch(load_config(overrides=[*overrides, "run.name=never-started"]), resume=True)
+
+
+def test_a_finished_run_goes_on_with_more_epochs_when_asked(overrides, ray_cluster_of_tests):
+    once = [*overrides, "run.name=extended", "optim.epochs=1", "optim.warmup_epochs=0"]
+    first = launch(load_config(overrides=once))
+    again = launch(load_config(overrides=[*once, "optim.epochs=2"]), resume=True)
+    assert (first["epochs"], again["epochs"]) == (1, 2)
+    assert [record["epoch"] for record in RunFolder(again["run_dir"]).metrics()] == [1, 2]
+    assert load_bundle(again["bundle"]).weights_sha256 == again["weights_sha256"]
 
 
 def test_another_configuration_under_the_name_of_an_interrupted_run_is_refused(trained, overrides, tmp_path):
