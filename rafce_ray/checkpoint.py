@@ -137,8 +137,7 @@ def newest_valid(folder: Location) -> tuple[Checkpoint | None, list[InvalidCheck
 def best_valid(folder: Location) -> tuple[Checkpoint | None, list[InvalidCheckpoint]]:
     """The whole-epoch checkpoint with the best score that holds (the earliest among equals), and better ones that do not."""
     found, invalid = list_checkpoints(folder)
-    scored = [checkpoint for checkpoint in found if checkpoint.score is not None and checkpoint.step == 0]
-    for checkpoint in sorted(scored, key=lambda one: (-float(one.score or 0.0), one.epoch)):
+    for checkpoint in _best_first(found):
         reason = fault(checkpoint)
         if reason is None:
             return checkpoint, invalid
@@ -149,12 +148,19 @@ def best_valid(folder: Location) -> tuple[Checkpoint | None, list[InvalidCheckpo
 def prune(folder: Location, keep_best: int, keep_latest: int = 2) -> None:
     """Keep the best whole-epoch checkpoints and the latest ones; two latest, so that one may turn out broken."""
     found, _ = list_checkpoints(folder)
-    scored = [checkpoint for checkpoint in found if checkpoint.score is not None and checkpoint.step == 0]
-    best = sorted(scored, key=lambda one: (-float(one.score or 0.0), one.epoch))[:keep_best]
+    best = _best_first(found)[:keep_best]
     kept = {checkpoint.name for checkpoint in best + found[-keep_latest:]}
     for checkpoint in found:
         if checkpoint.name not in kept:
             checkpoint.location.delete()
+
+
+def _best_first(found: list[Checkpoint]) -> list[Checkpoint]:
+    """The whole-epoch checkpoints that have a score, best first, the earliest among equals."""
+    scored = [
+        (checkpoint.score, checkpoint) for checkpoint in found if checkpoint.score is not None and checkpoint.step == 0
+    ]
+    return [checkpoint for _, checkpoint in sorted(scored, key=lambda pair: (-pair[0], pair[1].epoch))]
 
 
 def read_trainer_state(checkpoint: Checkpoint) -> dict[str, Any]:

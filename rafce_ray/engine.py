@@ -21,6 +21,7 @@ from torch import nn
 from rafce_ray.bundle import load_bundle, save_bundle
 from rafce_ray.checkpoint import (
     Checkpoint,
+    InvalidCheckpoint,
     best_valid,
     clear_scratch,
     list_checkpoints,
@@ -34,6 +35,7 @@ from rafce_ray.hardware import describe_hardware
 from rafce_ray.metrics import Counts, count_batch, summarise
 from rafce_ray.optim import learning_rate
 from rafce_ray.preprocess import preprocess
+from rafce_ray.run_folder import RunFolder
 from rafce_ray.session import Job, Session
 from rafce_ray.training import NUM_LOSS_SUMS, Training, resolve_monitor, score_of
 
@@ -106,10 +108,7 @@ def _resume(training: Training) -> None:
     chosen = None
     if session.rank == 0:
         checkpoint, invalid = newest_valid(folder.checkpoints)
-        for one in invalid:
-            folder.add_event(
-                "invalid_checkpoint", message=f"checkpoint {one.name} cannot be used: {one.reason}", checkpoint=one.name
-            )
+        _tell_invalid(folder, invalid)
         chosen = None if checkpoint is None else checkpoint.name
         if checkpoint is not None:
             done = f"after {checkpoint.epoch} epochs" + (f" and {checkpoint.step} steps" if checkpoint.step else "")
@@ -122,6 +121,12 @@ def _resume(training: Training) -> None:
     if chosen is not None:
         found, _ = list_checkpoints(folder.checkpoints)
         training.restore(next(one for one in found if one.name == chosen))
+
+
+def _tell_invalid(folder: RunFolder, invalid: list[InvalidCheckpoint]) -> None:
+    for one in invalid:
+        message = f"checkpoint {one.name} cannot be used: {one.reason}"
+        folder.add_event("invalid_checkpoint", message=message, checkpoint=one.name)
 
 
 def train_epoch(training: Training, wrapped: nn.Module) -> dict[str, Any]:
@@ -252,10 +257,7 @@ def _finish(training: Training, status: str, monitor: str) -> dict[str, Any]:
     """Write the bundle of the best epoch, measured as ``rafce evaluate`` measures it, and the run's result; rank 0 only."""
     folder, progress = training.folder, training.progress
     best, invalid = best_valid(folder.checkpoints)
-    for one in invalid:
-        folder.add_event(
-            "invalid_checkpoint", message=f"checkpoint {one.name} cannot be used: {one.reason}", checkpoint=one.name
-        )
+    _tell_invalid(folder, invalid)
     result: dict[str, Any] = {
         "status": status,
         "run_dir": str(folder.location),

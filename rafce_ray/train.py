@@ -257,9 +257,10 @@ def _main(argv: Sequence[str]) -> int:
         raise UsageError(
             "data.root is not set: name the folder of labelled faces, for example data.root=path/to/RAF-CE."
         )
+    config = _named(config)
     say(
         f"training {config.model.backbone} at {config.model.image_px} px on {config.data.root} for up to {config.optim.epochs} epochs; "
-        f"results go to {_named(config).run.storage}/{_named(config).run.name}"
+        f"results go to {config.run.storage}/{config.run.name}"
     )
     result = launch(config, resume=arguments.resume)
     _summarise(result)
