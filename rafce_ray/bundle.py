@@ -1,7 +1,7 @@
 """A bundle: all that is needed to predict, and nothing else, in one folder without any pickle.
 
 ``model.safetensors`` holds the weights. ``bundle.json`` holds their sha256, the architecture, the taxonomy with names, the
-preprocessing, the calibration, metrics and provenance.
+preprocessing, the calibration, the association of emotions and action units, metrics and provenance. ``MODEL_CARD.md`` tells people.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import safetensors.torch
 import torch
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
+from rafce_ray.calibration import Calibration
+from rafce_ray.consistency import Association
 from rafce_ray.console import finite
 from rafce_ray.errors import RafceError
 from rafce_ray.model import Architecture, MultiTaskModel, build_model
@@ -29,11 +31,12 @@ from rafce_ray.preprocess import Preprocessing
 from rafce_ray.storage import Location, locate
 from rafce_ray.taxonomy import ACTION_UNIT_NAMES, Taxonomy, action_unit_code, parse_action_unit_token
 
-FORMAT_VERSION = 1
-"""Version of the layout that this code writes and reads."""
+FORMAT_VERSION = 2
+"""Version of the layout that this code writes. It also reads version 1, which had no association."""
 
 MANIFEST = "bundle.json"
 WEIGHTS = "model.safetensors"
+MODEL_CARD = "MODEL_CARD.md"
 
 Record = TypeVar("Record")
 
@@ -46,30 +49,6 @@ class BundleError(RafceError):
 
 
 @dataclass(frozen=True)
-class Calibration:
-    """What turns logits into the probabilities and decisions that are reported.
-
-    Emotion logits are divided by ``temperature`` before the softmax; AU j is active from probability ``au_thresholds[j]``.
-    """
-
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
-
-    temperature: float = 1.0
-    au_thresholds: tuple[float, ...] = ()
-
-    def __post_init__(self) -> None:
-        if not 0.0 < self.temperature < float("inf"):
-            raise ValueError(f"temperature {self.temperature}: expected a number above 0")
-        if not all(0.0 <= threshold <= 1.0 for threshold in self.au_thresholds):
-            raise ValueError(f"au_thresholds {list(self.au_thresholds)}: expected probabilities in [0, 1]")
-
-    @classmethod
-    def uncalibrated(cls, num_action_units: int) -> Calibration:
-        """Probabilities as the network gives them and thresholds of 0.5."""
-        return cls(1.0, (0.5,) * num_action_units)
-
-
-@dataclass(frozen=True)
 class Bundle:
     """A loaded bundle; ``model`` is in evaluation mode on the CPU, ``path`` is where the bundle was read from."""
 
@@ -78,6 +57,7 @@ class Bundle:
     taxonomy: Taxonomy
     preprocessing: Preprocessing
     calibration: Calibration
+    association: Association | None
     metrics: dict[str, Any]
     provenance: dict[str, Any]
     weights_sha256: str
@@ -94,10 +74,12 @@ def save_bundle(
     calibration: Calibration,
     metrics: Mapping[str, Any],
     provenance: Mapping[str, Any],
+    association: Association | None = None,
+    model_card: str | None = None,
 ) -> str:
     """Write a bundle; the folder, which must be new, appears whole or not at all. Returns the sha256 of the weights file.
 
-    ``metrics`` and ``provenance`` hold plain JSON values; NaN becomes null.
+    ``metrics`` and ``provenance`` hold plain JSON values; NaN becomes null. ``model_card`` is Markdown.
 
     Raises:
         BundleError: the folder exists, or taxonomy, architecture, preprocessing and calibration do not fit together.
@@ -106,7 +88,7 @@ def save_bundle(
         raise BundleError(
             f"{folder}: exists already, and a bundle is never overwritten. Choose another place or remove it."
         )
-    _check_fit(str(folder), architecture, taxonomy, preprocessing, calibration)
+    _check_fit(str(folder), architecture, taxonomy, preprocessing, calibration, association)
     # safetensors wants plain memory layout; the values are unchanged.
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     content = safetensors.torch.save(tensors)
@@ -118,6 +100,7 @@ def save_bundle(
         "architecture": architecture.to_plain(),
         "preprocessing": asdict(preprocessing),
         "calibration": asdict(calibration),
+        "association": None if association is None else asdict(association),
         "metrics": dict(metrics),
         "provenance": dict(provenance),
     }
@@ -128,6 +111,8 @@ def save_bundle(
         beside.mkdir()
         _write_durably(beside / WEIGHTS, content)
         _write_durably(beside / MANIFEST, text.encode())
+        if model_card is not None:
+            _write_durably(beside / MODEL_CARD, model_card.encode())
         beside.rename(folder)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
@@ -185,7 +170,8 @@ def _load(folder: Path, name: str) -> Bundle:
     taxonomy = _section(folder, manifest, "taxonomy", _taxonomy_from_plain)
     preprocessing = _section(folder, manifest, "preprocessing", TypeAdapter(Preprocessing).validate_python)
     calibration = _section(folder, manifest, "calibration", TypeAdapter(Calibration).validate_python)
-    _check_fit(str(folder / MANIFEST), architecture, taxonomy, preprocessing, calibration)
+    association = _section(folder, manifest, "association", TypeAdapter(Association | None).validate_python)
+    _check_fit(str(folder / MANIFEST), architecture, taxonomy, preprocessing, calibration, association)
     weights = _read_weights(folder, manifest)
     # Building draws initial weights, which must not move the caller's random numbers on.
     with torch.random.fork_rng(devices=[]):
@@ -198,6 +184,7 @@ def _load(folder: Path, name: str) -> Bundle:
         taxonomy=taxonomy,
         preprocessing=preprocessing,
         calibration=calibration,
+        association=association,
         metrics=_section(folder, manifest, "metrics", dict),
         provenance=_section(folder, manifest, "provenance", dict),
         weights_sha256=manifest["weights"]["sha256"],
@@ -231,11 +218,13 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict):
         raise BundleError(f"{path}: holds a {type(manifest).__name__}, expected an object. Get the bundle again.")
     version = manifest.get("format_version")
-    if version != FORMAT_VERSION:
+    if version not in (1, FORMAT_VERSION):
         raise BundleError(
-            f"{path}: format_version is {version!r}; this program reads {FORMAT_VERSION}. "
+            f"{path}: format_version is {version!r}; this program reads 1 to {FORMAT_VERSION}. "
             "Use the version of rafce_ray that wrote it, or train again."
         )
+    if version == 1:
+        manifest.setdefault("association", None)
     expected = {
         "format_version",
         "weights",
@@ -243,6 +232,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         "architecture",
         "preprocessing",
         "calibration",
+        "association",
         "metrics",
         "provenance",
     }
@@ -315,15 +305,26 @@ def _check_weights(path: Path, found: Mapping[str, Tensor], expected: Mapping[st
 
 
 def _check_fit(
-    where: str, architecture: Architecture, taxonomy: Taxonomy, preprocessing: Preprocessing, calibration: Calibration
+    where: str,
+    architecture: Architecture,
+    taxonomy: Taxonomy,
+    preprocessing: Preprocessing,
+    calibration: Calibration,
+    association: Association | None,
 ) -> None:
     """Whether the parts speak of the same numbers of outputs and pixels."""
-    for what, found, expected in (
+    pairs = [
         ("architecture.num_emotions", architecture.num_emotions, taxonomy.num_emotions),
         ("architecture.num_action_units", architecture.num_action_units, taxonomy.num_action_units),
         ("number of calibration.au_thresholds", len(calibration.au_thresholds), taxonomy.num_action_units),
         ("preprocessing.image_px", preprocessing.image_px, architecture.image_px),
-    ):
+    ]
+    if association is not None:
+        pairs += [
+            ("number of association.given_emotion", len(association.given_emotion), taxonomy.num_emotions),
+            ("number of association.overall", len(association.overall), taxonomy.num_action_units),
+        ]
+    for what, found, expected in pairs:
         if found != expected:
             raise BundleError(
                 f"{where}: {what} is {found}, but {expected} is expected by the rest. Get or make the bundle again."

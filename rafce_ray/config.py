@@ -89,6 +89,11 @@ class DataConfig(_Section):
     null_policy: Literal["mask", "negative"] = Field(
         "mask", description="An AU label 'null' means unknown (mask) or no action unit (negative)."
     )
+    action_unit_targets: Literal["labels", "all_zero"] = Field(
+        "labels",
+        description="labels: what the AU labels say. all_zero: every AU target in training is 0, as the seed's parser made them; "
+        "only to reproduce its failure.",
+    )
     drop_null_rows: bool = Field(
         False, description="Leave rows whose AU label is null out of training (not out of evaluation)."
     )
@@ -180,6 +185,21 @@ class OptimConfig(_Section):
     )
 
 
+class CalibrationConfig(_Section):
+    """What is fitted on the validation split after training."""
+
+    enabled: bool = Field(
+        True,
+        description="Fit temperature, AU calibration and thresholds; false: raw probabilities and thresholds of 0.5.",
+    )
+    max_error: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Error accepted among emotions that are not marked unsure (share, 95 % confidence); null: none is marked.",
+    )
+
+
 class RunConfig(_Section):
     """Where and how a run is carried out; of these only seed and precision change its numbers."""
 
@@ -216,6 +236,7 @@ class Config(_Section):
     model: ModelConfig = ModelConfig()
     loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig()
+    calibration: CalibrationConfig = CalibrationConfig()
     run: RunConfig = RunConfig()
 
     @model_validator(mode="after")
@@ -237,6 +258,14 @@ class Config(_Section):
         if self.optim.warmup_epochs >= self.optim.epochs and self.optim.schedule == "cosine" and self.optim.epochs > 1:
             raise ValueError(
                 f"optim.warmup_epochs={self.optim.warmup_epochs} leaves nothing of optim.epochs={self.optim.epochs}. Lower it."
+            )
+        if self.data.action_unit_targets == "all_zero" and self.data.action_units == "none":
+            raise ValueError(
+                "data.action_unit_targets=all_zero with data.action_units=none: there are no targets to make zero. Set one of them back."
+            )
+        if self.calibration.max_error is not None and not self.calibration.enabled:
+            raise ValueError(
+                "calibration.max_error needs calibrated confidences. Set calibration.enabled=true, or calibration.max_error=null."
             )
         if self.run.name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.run.name):
             raise ValueError(f"run.name={self.run.name!r} is no folder name: use letters, digits, '.', '_' and '-'.")

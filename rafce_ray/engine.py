@@ -19,6 +19,8 @@ import torch
 from torch import nn
 
 from rafce_ray.bundle import load_bundle, save_bundle
+from rafce_ray.calibrate import cross_fitted, fit_calibration
+from rafce_ray.calibration import Calibration
 from rafce_ray.checkpoint import (
     Checkpoint,
     InvalidCheckpoint,
@@ -29,18 +31,23 @@ from rafce_ray.checkpoint import (
     newest_valid,
     prune,
 )
+from rafce_ray.consistency import Association, estimate_association
+from rafce_ray.data.dataset import Dataset
 from rafce_ray.data.loader import step_seed
-from rafce_ray.evaluate import evaluate_bundle
+from rafce_ray.evaluate import evaluate_outputs, split_outputs
 from rafce_ray.hardware import describe_hardware
 from rafce_ray.metrics import Counts, count_batch, summarise
 from rafce_ray.optim import learning_rate
 from rafce_ray.preprocess import preprocess
 from rafce_ray.run_folder import RunFolder
 from rafce_ray.session import Job, Session
-from rafce_ray.training import NUM_LOSS_SUMS, Training, resolve_monitor, score_of
+from rafce_ray.split_outputs import SplitOutputs
+from rafce_ray.training import NUM_LOSS_SUMS, Training, describe_targets, resolve_monitor, score_of
 
 PROGRESS_EVERY_S = 1.0
 EVALUATION_BATCH = 128
+PROBE_IMAGES = 32
+"""Train images on which the gradients of both tasks are compared."""
 
 
 def fit(job: Job, session: Session) -> dict[str, Any] | None:
@@ -74,6 +81,8 @@ def fit(job: Job, session: Session) -> dict[str, Any] | None:
         record["gap"] = _gap(record["train_natural"], record["validation"])
         score = score_of(record["validation"], monitor)
         _advance(training, score)
+        if session.rank == 0 and (gradient := _probe_gradients(training)) is not None:
+            record["gradient"] = gradient
         record |= {"best_epoch": training.progress.best_epoch, "elapsed_s": training.progress.elapsed_s}
         if session.rank == 0:
             # Metrics first: a kill in between repeats the epoch from the checkpoint before, and its record is replaced.
@@ -90,6 +99,7 @@ def _announce(training: Training, remark: str | None) -> None:
     if session.rank != 0:
         return
     clear_scratch(training.folder.checkpoints)
+    training.folder.write_targets(describe_targets(training.dataset, training.splits))
     weights = training.weights_report
     training.folder.add_event(
         "started",
@@ -243,6 +253,35 @@ def _gap(train: dict[str, Any], validation: dict[str, Any]) -> dict[str, float]:
     return {name: train[name] - validation[name] for name in names}
 
 
+def _probe_gradients(training: Training) -> dict[str, float] | None:
+    """How both tasks pull at the trunk: norms of their unweighted gradients and the cosine between them; None for one task alone.
+
+    On the same few natural train images every epoch, in evaluation mode: nothing random is drawn and no statistics move, so training
+    is as it would be without the probe.
+    """
+    parameters = [one for one in training.model.trunk.parameters() if one.requires_grad]
+    taxonomy = training.job.taxonomy
+    if not (parameters and taxonomy.num_emotions and taxonomy.num_action_units):
+        return None
+    stored = training.loader.batch_of(training.splits.gap[: min(PROBE_IMAGES, training.config.optim.batch_size)])
+    batch = stored._replace(images=training.in_memory_format(preprocess(stored.images, training.preprocessing)))
+    training.model.eval()
+    with autocast(training):
+        logits = training.model(batch.images)
+    emotion, action_units, _ = training.objective.loss.task_losses(logits, batch)
+    flat = []
+    for loss in (emotion, action_units):
+        parts = torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True)
+        flat.append(torch.cat([part.flatten() for part in parts]).double())
+    norms = [float(one.norm()) for one in flat]
+    product = norms[0] * norms[1]
+    return {
+        "emotion_norm": norms[0],
+        "au_norm": norms[1],
+        "cosine": float(flat[0] @ flat[1]) / product if product > 0 else math.nan,
+    }
+
+
 def _advance(training: Training, score: float) -> None:
     """Close an epoch: count it, and the epochs since the best one. An undefined score is no improvement."""
     progress = training.progress
@@ -278,23 +317,53 @@ def _finish(training: Training, status: str, monitor: str) -> dict[str, Any]:
 
 
 def _write_bundle(training: Training, best: Checkpoint) -> tuple[str, dict[str, Any]]:
-    folder = training.folder
+    """Calibrate the best epoch on validation, measure it there, and write the bundle; its sha256 and its figures."""
+    folder, dataset = training.folder, training.dataset
     with local_bundle(best) as source, TemporaryDirectory() as scratch:
         bundle = load_bundle(source)
-        metrics = evaluate_bundle(bundle, training.dataset, "validation", device=training.session.device)
+        outputs = split_outputs(bundle, dataset, "validation", device=training.session.device)
+        calibration, metrics = _calibrate(training, outputs)
+        train = training.splits.train
         sha256 = save_bundle(
             Path(scratch) / "bundle",
             model=bundle.model,
             architecture=bundle.architecture,
             taxonomy=bundle.taxonomy,
             preprocessing=bundle.preprocessing,
-            calibration=bundle.calibration,
+            calibration=calibration,
+            association=_association(dataset, train),
             metrics=metrics,
             provenance=bundle.provenance | {"best_epoch": best.epoch},
         )
         folder.bundle.delete()
         folder.bundle.upload(Path(scratch) / "bundle")
+        folder.write_outputs("validation", outputs)
     return sha256, metrics
+
+
+def _calibrate(training: Training, outputs: SplitOutputs) -> tuple[Calibration, dict[str, Any]]:
+    """The calibration of a validation split's raw outputs, and its figures; what could not be done becomes a warning."""
+    taxonomy, settings = training.job.taxonomy, training.config.calibration
+    calibration = Calibration.uncalibrated(taxonomy.num_action_units)
+    if not settings.enabled:
+        return calibration, {"split": "validation", **evaluate_outputs(outputs, taxonomy, calibration)}
+    pos_weights = training.objective.loss.settings.pos_weights
+    calibration, remarks = fit_calibration(
+        outputs.outputs, outputs, pos_weights=pos_weights, max_error=settings.max_error
+    )
+    for remark in remarks:
+        training.folder.add_event("calibration", message=remark)
+    figures = evaluate_outputs(outputs, taxonomy, calibration)
+    held_out = cross_fitted(outputs.outputs, outputs, pos_weights=pos_weights, seed=training.config.run.seed)
+    return calibration, {"split": "validation", **figures, "cross_fitted": held_out}
+
+
+def _association(dataset: Dataset, train: np.ndarray) -> Association | None:
+    """How emotions and action units go together in the train split; None where one of them is not trained."""
+    taxonomy, targets = dataset.taxonomy, dataset.targets
+    if not (taxonomy.num_emotions and taxonomy.num_action_units):
+        return None
+    return estimate_association(targets.emotion[train], targets.action_units[train], taxonomy.num_emotions)
 
 
 def _flat(record: dict[str, Any]) -> dict[str, float | None]:

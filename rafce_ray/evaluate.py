@@ -13,14 +13,17 @@ import torch
 from rich.table import Table
 
 from rafce_ray.bundle import Bundle, load_bundle
+from rafce_ray.calibration import Calibration, Outputs, Probabilities, calibrated
 from rafce_ray.config import DataConfig, apply_overrides, build_config
 from rafce_ray.console import console, print_json, progress_bar, run_main, say, warn
 from rafce_ray.data.dataset import Dataset, open_dataset, prepare
 from rafce_ray.data.records import SPLITS, Progress, Targets
 from rafce_ray.errors import RafceError, UsageError
 from rafce_ray.hardware import choose_device
-from rafce_ray.metrics import MIN_SUPPORT, evaluate_probabilities
+from rafce_ray.metrics import MIN_SUPPORT, count_probabilities, evaluate_probabilities, summarise
 from rafce_ray.predict import Predictor
+from rafce_ray.reliability import reliability_figures, risk_coverage
+from rafce_ray.split_outputs import SplitOutputs
 from rafce_ray.taxonomy import Taxonomy, make_taxonomy
 
 EVALUATION_BATCH = 128
@@ -48,7 +51,7 @@ def evaluate_bundle(
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """The figures of :func:`rafce_ray.metrics.evaluate_probabilities` on one split, and ``split``.
+    """The figures of :func:`evaluate_outputs` on one split, and ``split``.
 
     The same bundle, images, device and batch size give the same figures, wherever they are computed. NaN is undefined.
 
@@ -65,6 +68,20 @@ def evaluate_bundle(
             f"the dataset's images have {dataset.images.stored_px} px a side, the bundle reads "
             f"{bundle.preprocessing.stored_px}. Set data.stored_px={bundle.preprocessing.stored_px}."
         )
+    outputs = split_outputs(bundle, dataset, split, batch_size=batch_size, device=device, progress=progress)
+    return {"split": split, **evaluate_outputs(outputs, bundle.taxonomy, bundle.calibration)}
+
+
+def split_outputs(
+    bundle: Bundle,
+    dataset: Dataset,
+    split: str,
+    *,
+    batch_size: int = EVALUATION_BATCH,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+) -> SplitOutputs:
+    """A bundle's raw outputs on one split of a dataset that fits it. RafceError where the split has no images."""
     indices = dataset.indices(split)
     if len(indices) == 0:
         raise RafceError(
@@ -75,16 +92,50 @@ def evaluate_bundle(
     with (progress or progress_bar)(f"evaluating {split}", len(indices)) as advance:
         for start in range(0, len(indices), batch_size):
             batch = indices[start : start + batch_size]
-            found.append(predictor.probabilities(dataset.images.gather(batch)))
+            found.append(predictor.outputs(dataset.images.gather(batch)))
             advance(len(batch))
-    figures = evaluate_probabilities(
-        np.concatenate([one.emotion for one in found]),
-        np.concatenate([one.action_units for one in found]),
-        _rows(dataset.targets, indices),
-        bundle.taxonomy,
-        bundle.calibration.au_thresholds,
+    return SplitOutputs(
+        names=[dataset.names[index] for index in indices],
+        emotion=dataset.targets.emotion[indices],
+        action_units=dataset.targets.action_units[indices],
+        outputs=Outputs.concatenate(found),
     )
-    return {"split": split, **figures}
+
+
+def evaluate_outputs(outputs: SplitOutputs, taxonomy: Taxonomy, calibration: Calibration) -> dict[str, Any]:
+    """The figures of :func:`rafce_ray.metrics.evaluate_probabilities` under a calibration, and what it does.
+
+    ``au_f1_mean_at_half``, and ``f1_at_half`` per AU: F1 at 0.5 of the network's own probabilities. ``reliability``: ``before`` and
+    ``after`` calibration (:func:`rafce_ray.reliability.reliability_figures`). ``risk_coverage``: see there. ``unsure``: share of
+    images marked unsure and the accuracy of the others, None without a limit.
+    """
+    raw = calibrated(outputs.outputs, Calibration.uncalibrated(taxonomy.num_action_units))
+    found = calibrated(outputs.outputs, calibration)
+    figures = evaluate_probabilities(found.emotion, found.action_units, outputs, taxonomy, calibration.au_thresholds)
+    at_half = summarise(
+        count_probabilities(raw.emotion, raw.action_units, outputs.emotion, outputs.action_units), taxonomy
+    )
+    for entry, half in zip(figures["per_au"], at_half["per_au"], strict=True):
+        entry["f1_at_half"] = half["f1"]
+    return figures | {
+        "au_f1_mean_at_half": at_half["au_f1_mean"],
+        "reliability": {"before": reliability_figures(raw, outputs), "after": reliability_figures(found, outputs)},
+        "risk_coverage": risk_coverage(found.emotion, outputs.emotion),
+        "unsure": _unsure(found, outputs, calibration.unsure_below),
+    }
+
+
+def _unsure(found: Probabilities, outputs: SplitOutputs, unsure_below: float | None) -> dict[str, float] | None:
+    known = outputs.emotion >= 0
+    if unsure_below is None or not found.emotion.shape[1] or not known.any():
+        return None
+    sure = found.emotion[known].max(axis=1).astype(np.float64) >= unsure_below
+    right = found.emotion[known].argmax(axis=1) == outputs.emotion[known]
+    return {
+        "below": unsure_below,
+        "share": float(1 - sure.mean()),
+        "accuracy_of_the_others": float(right[sure].mean()) if sure.any() else math.nan,
+    }
 
 
 def data_config_for(bundle: Bundle, overrides: Sequence[str]) -> DataConfig:
@@ -217,10 +268,6 @@ def _parser() -> argparse.ArgumentParser:
         "overrides", nargs="*", metavar="data.KEY=VALUE", help="other data than the bundle was trained on"
     )
     return parser
-
-
-def _rows(targets: Targets, indices: np.ndarray) -> Targets:
-    return Targets(**{name: values[indices] for name, values in vars(targets).items()})
 
 
 def _key(name: str) -> str:

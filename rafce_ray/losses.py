@@ -90,8 +90,7 @@ class MultiTaskLoss(nn.Module):
         ``total`` is this worker's share: summed over ``num_workers`` workers it is the loss of the global batch.
         """
         with torch.autocast(batch.images.device.type, enabled=False):
-            emotion, votes = self._emotion(logits.emotion, batch)
-            action_units = self._action_units(logits.action_units, batch)
+            emotion, action_units, votes = self.task_losses(logits, batch)
             if self.log_variances is None:
                 total = emotion + au_weight * action_units
             else:
@@ -102,6 +101,11 @@ class MultiTaskLoss(nn.Module):
             if self.settings.votes_weight > 0:
                 total = total + self.settings.votes_weight * votes
         return Losses(total, emotion.detach(), action_units.detach(), votes.detach())
+
+    def task_losses(self, logits: Logits, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Emotion, AU and vote loss without any task weight, each to be differentiated by itself if need be."""
+        emotion, votes = self._emotion(logits.emotion, batch)
+        return emotion, self._action_units(logits.action_units, batch), votes
 
     def _emotion(self, logits: Tensor | None, batch: Batch) -> tuple[Tensor, Tensor]:
         if logits is None:

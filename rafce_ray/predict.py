@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rafce_ray.bundle import Bundle, load_bundle
+from rafce_ray.calibration import Outputs, Probabilities, calibrated
+from rafce_ray.consistency import basic_emotion_probabilities, consistency_of
 from rafce_ray.console import progress_bar, run_main, say
 from rafce_ray.decode import DEFAULT_LIMITS, DecodeError, decode_image, decode_sized_face
 from rafce_ray.faces import Face, FaceFinder, build_face_finder, given_face
@@ -24,6 +26,8 @@ from rafce_ray.hardware import choose_device
 from rafce_ray.image_files import find_images
 from rafce_ray.prediction import (
     ActionUnitPrediction,
+    BasicEmotionScore,
+    ConsistencyRemark,
     EmotionPrediction,
     EmotionScore,
     FacePrediction,
@@ -33,22 +37,10 @@ from rafce_ray.prediction import (
 )
 from rafce_ray.prediction_output import check_out, open_output
 from rafce_ray.preprocess import preprocess
-from rafce_ray.taxonomy import ACTION_UNIT_NAMES
+from rafce_ray.taxonomy import ACTION_UNIT_NAMES, action_unit_code
 
 NO_FACE = "no_face"
 UNREADABLE = "unreadable"
-
-
-@dataclass(frozen=True)
-class Probabilities:
-    """Calibrated probabilities in [0, 1] of B faces, in the order of the taxonomy.
-
-    ``emotion`` (B, E) float32, rows sum to 1; ``action_units`` (B, A) float32, each by itself. A task that the model does
-    not have is (B, 0).
-    """
-
-    emotion: NDArray[np.float32]
-    action_units: NDArray[np.float32]
 
 
 class Predictor:
@@ -62,8 +54,8 @@ class Predictor:
         self.device = torch.device(device)
         self._model = bundle.model.to(self.device).eval()
 
-    def probabilities(self, images: NDArray[np.uint8] | Tensor) -> Probabilities:
-        """Of (B, S, S, 3) uint8 RGB faces of the bundle's ``preprocessing.stored_px`` a side.
+    def outputs(self, images: NDArray[np.uint8] | Tensor) -> Outputs:
+        """Raw outputs of (B, S, S, 3) uint8 RGB faces of the bundle's ``preprocessing.stored_px`` a side.
 
         Raises:
             ValueError: another dtype or shape.
@@ -76,34 +68,51 @@ class Predictor:
             torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False),
         ):
             logits = self._model(preprocess(tensor.to(self.device), self.bundle.preprocessing))
-        emotion, action_units = logits.emotion, logits.action_units
         none = torch.zeros(len(tensor), 0)
-        return Probabilities(
-            emotion=_numpy(none if emotion is None else (emotion / self.bundle.calibration.temperature).softmax(dim=1)),
-            action_units=_numpy(none if action_units is None else action_units.sigmoid()),
-        )
+        return Outputs(*(_numpy(none if values is None else values) for values in logits))
+
+    def probabilities(self, images: NDArray[np.uint8] | Tensor) -> Probabilities:
+        """Calibrated probabilities; images as for :meth:`outputs`."""
+        return calibrated(self.outputs(images), self.bundle.calibration)
 
     def predict(self, images: NDArray[np.uint8] | Tensor, top_k: int = 3) -> list[Prediction]:
-        """One :class:`Prediction` a face, with names; images as for :meth:`probabilities`."""
+        """One :class:`Prediction` a face, with names; images as for :meth:`outputs`."""
         found = self.probabilities(images)
+        basics = basic_emotion_probabilities(found.emotion, self.bundle.taxonomy)
         return [
-            self._prediction(emotion, action_units, top_k)
-            for emotion, action_units in zip(found.emotion, found.action_units, strict=True)
+            self._prediction(emotion, basic.tolist(), action_units.tolist(), top_k)
+            for emotion, basic, action_units in zip(found.emotion, basics, found.action_units, strict=True)
         ]
 
-    def _prediction(self, emotion: NDArray[np.float32], action_units: NDArray[np.float32], top_k: int) -> Prediction:
-        taxonomy, thresholds = self.bundle.taxonomy, self.bundle.calibration.au_thresholds
+    def _prediction(
+        self, emotion: NDArray[np.float32], basics: list[float], action_units: list[float], top_k: int
+    ) -> Prediction:
+        taxonomy, calibration = self.bundle.taxonomy, self.bundle.calibration
+        # As Python numbers: compared with float32, a threshold would be rounded first.
+        units = zip(taxonomy.action_units, action_units, calibration.au_thresholds, strict=True)
+        found = tuple(
+            ActionUnitPrediction(
+                action_unit_code(number), ACTION_UNIT_NAMES.get(number, ""), value, threshold, value >= threshold
+            )
+            for number, value, threshold in units
+        )
+        if not len(emotion):
+            return Prediction(None, found, None)
         order = np.argsort(-emotion, kind="stable")[: max(1, top_k)].tolist()
         top = tuple(EmotionScore(taxonomy.emotions[index], index, float(emotion[index])) for index in order)
-        # As Python numbers: compared with float32, a threshold would be rounded first.
-        units = zip(taxonomy.action_units, taxonomy.action_unit_codes, action_units.tolist(), thresholds, strict=True)
-        return Prediction(
-            emotion=EmotionPrediction(top[0].label, top[0].index, top[0].probability, top) if top else None,
-            action_units=tuple(
-                ActionUnitPrediction(code, ACTION_UNIT_NAMES.get(number, ""), value, threshold, value >= threshold)
-                for number, code, value, threshold in units
-            ),
-        )
+        unsure = calibration.unsure_below is not None and top[0].probability < calibration.unsure_below
+        scores = tuple(BasicEmotionScore(*pair) for pair in zip(taxonomy.basic_emotions, basics, strict=True))
+        read = EmotionPrediction(top[0].label, top[0].index, top[0].probability, unsure, top, scores)
+        return Prediction(read, found, self._consistency(top[0].index, found))
+
+    def _consistency(self, label: int, units: tuple[ActionUnitPrediction, ...]) -> ConsistencyRemark | None:
+        association = self.bundle.association
+        if association is None or not units:
+            return None
+        found = consistency_of(association, label, np.array([unit.active for unit in units]))
+        if found is None:
+            return None
+        return ConsistencyRemark(found.score, tuple(units[column].code for column in found.contradicting))
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from typing import Any
 
 from rafce_ray.faces import Alignment, Box
@@ -18,13 +18,27 @@ class EmotionScore:
 
 
 @dataclass(frozen=True)
+class BasicEmotionScore:
+    """Probability in [0, 1] that a basic emotion is one of the two behind the compound one."""
+
+    label: str
+    probability: float
+
+
+@dataclass(frozen=True)
 class EmotionPrediction:
-    """The most probable emotion, and the ``top`` ones in falling order, itself first."""
+    """The most probable emotion, the ``top`` ones in falling order, itself first, and the ``basic`` emotions behind them.
+
+    ``unsure``: its probability is below the bundle's limit, under which the model should not be taken at its word. ``basic`` is
+    empty where no class is a compound one.
+    """
 
     label: str
     index: int
     probability: float
+    unsure: bool
     top: tuple[EmotionScore, ...]
+    basic: tuple[BasicEmotionScore, ...]
 
 
 @dataclass(frozen=True)
@@ -39,21 +53,31 @@ class ActionUnitPrediction:
 
 
 @dataclass(frozen=True)
+class ConsistencyRemark:
+    """How well the active and inactive action units go with the emotion, as the train images had it; information only.
+
+    ``score`` in (0, 1], 1: every action unit is as it mostly is in this emotion. ``contradicting``: codes of those whose state is
+    rare in it (at most 10 %, and at most half as frequent as elsewhere).
+    """
+
+    score: float
+    contradicting: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Prediction:
-    """What the model says of one face. ``emotion`` is None and ``action_units`` empty where it lacks that task."""
+    """What the model says of one face. ``emotion`` is None and ``action_units`` empty where it lacks that task.
+
+    ``consistency`` is None where the model lacks one of them, or its bundle says nothing of how they go together.
+    """
 
     emotion: EmotionPrediction | None
     action_units: tuple[ActionUnitPrediction, ...]
+    consistency: ConsistencyRemark | None
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values under the fields' names."""
-        emotion = self.emotion
-        return {
-            "emotion": None
-            if emotion is None
-            else vars(emotion) | {"top": [dict(vars(score)) for score in emotion.top]},
-            "action_units": [dict(vars(unit)) for unit in self.action_units],
-        }
+        return {name: _plain(value) for name, value in vars(self).items()}
 
 
 @dataclass(frozen=True)
@@ -100,3 +124,12 @@ class FilePrediction:
             "faces": [face.to_json() for face in self.faces],
             "error": None if self.problem is None else dict(vars(self.problem)),
         }
+
+
+def _plain(value: Any) -> Any:
+    """Records as mappings and tuples as lists, all the way down."""
+    if is_dataclass(value):
+        return {name: _plain(item) for name, item in vars(value).items()}
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return value

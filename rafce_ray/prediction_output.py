@@ -109,12 +109,17 @@ def flat_schema(taxonomy: Taxonomy, top_k: int) -> pa.Schema:
     for rank in range(1, min(top_k, taxonomy.num_emotions) + 1):
         name = _emotion_column(rank)
         fields += [(name, pa.string()), (f"{name}_index", pa.int32()), (f"{name}_probability", pa.float32())]
+    if taxonomy.num_emotions:
+        fields += [("emotion_unsure", pa.bool_())]
+    fields += [(_basic_column(basic), pa.float32()) for basic in taxonomy.basic_emotions]
     for code in taxonomy.action_unit_codes:
         fields += [
             (f"{code}_probability", pa.float32()),
             (f"{code}_threshold", pa.float32()),
             (f"{code}_active", pa.bool_()),
         ]
+    if taxonomy.num_emotions and taxonomy.num_action_units:
+        fields += [("consistency_score", pa.float32()), ("consistency_contradicting", pa.string())]
     fields += [(f"error_{name}", pa.string()) for name in ("code", "message", "remedy")]
     return pa.schema([*fields, ("model", pa.string())])
 
@@ -141,6 +146,13 @@ def _face_columns(face: FacePrediction) -> dict[str, Any]:
     for rank, score in enumerate(emotion.top if emotion is not None else (), start=1):
         name = _emotion_column(rank)
         columns |= {name: score.label, f"{name}_index": score.index, f"{name}_probability": score.probability}
+    if emotion is not None:
+        columns["emotion_unsure"] = emotion.unsure
+        columns |= {_basic_column(score.label): score.probability for score in emotion.basic}
+    consistency = face.prediction.consistency
+    if consistency is not None:
+        columns["consistency_score"] = consistency.score
+        columns["consistency_contradicting"] = "+".join(consistency.contradicting)
     for unit in face.prediction.action_units:
         columns |= {f"{unit.code}_{name}": getattr(unit, name) for name in ("probability", "threshold", "active")}
     return columns
@@ -148,3 +160,7 @@ def _face_columns(face: FacePrediction) -> dict[str, Any]:
 
 def _emotion_column(rank: int) -> str:
     return "emotion" if rank == 1 else f"emotion_{rank}"
+
+
+def _basic_column(basic: str) -> str:
+    return f"basic_{basic}_probability"

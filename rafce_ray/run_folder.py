@@ -1,4 +1,4 @@
-"""What a run leaves behind: ``config.yaml``, ``provenance.json``, ``audit.json``, ``metrics.jsonl``, ``events.jsonl``, checkpoints, ``result.json``, ``bundle/``."""
+"""What a run leaves behind: configuration, provenance, audit, targets, epochs, events, checkpoints, result, bundle, raw outputs, report."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import yaml
 
 from rafce_ray.config import Config, build_config, to_yaml
 from rafce_ray.console import to_json
+from rafce_ray.split_outputs import SplitOutputs
 from rafce_ray.storage import Location, locate
 
 METRICS_FILE = "metrics.jsonl"
@@ -50,6 +51,27 @@ class RunFolder:
         (self.location / "provenance.json").write_bytes(_pretty(provenance))
         (self.location / "config.yaml").write_bytes(to_yaml(config).encode())
 
+    def audit(self) -> dict[str, Any] | None:
+        """What was found in the labels before training; None where nobody looked."""
+        return self._read("audit.json")
+
+    def write_targets(self, targets: dict[str, Any]) -> None:
+        """Write down what the network is trained towards: per split, images, classes and action units as training sees them."""
+        (self.location / "targets.json").write_bytes(_pretty(targets))
+
+    def targets(self) -> dict[str, Any] | None:
+        """What :meth:`write_targets` wrote; None before training has started."""
+        return self._read("targets.json")
+
+    def write_outputs(self, split: str, outputs: SplitOutputs) -> None:
+        """Keep the finished model's raw outputs on a split."""
+        (self.location / f"outputs_{split}.parquet").write_bytes(outputs.to_parquet())
+
+    def outputs(self, split: str) -> SplitOutputs | None:
+        """The finished model's raw outputs on a split; None where they were not kept."""
+        file = self.location / f"outputs_{split}.parquet"
+        return SplitOutputs.from_parquet(file.read_bytes()) if file.exists() else None
+
     def config(self) -> Config:
         """The stored configuration."""
         return build_config(yaml.safe_load((self.location / "config.yaml").read_bytes()))
@@ -60,8 +82,7 @@ class RunFolder:
 
     def result(self) -> dict[str, Any] | None:
         """The finished run's result; None while it has none."""
-        file = self.location / "result.json"
-        return dict(json.loads(file.read_bytes())) if file.exists() else None
+        return self._read("result.json")
 
     def write_result(self, result: dict[str, Any]) -> None:
         """Mark the run as ended."""
@@ -108,8 +129,11 @@ class RunFolder:
 
     def progress(self) -> dict[str, Any]:
         """The last progress written; empty before the first."""
-        file = self.location / PROGRESS_FILE
-        return dict(json.loads(file.read_bytes())) if file.exists() else {}
+        return self._read(PROGRESS_FILE) or {}
+
+    def _read(self, name: str) -> dict[str, Any] | None:
+        file = self.location / name
+        return dict(json.loads(file.read_bytes())) if file.exists() else None
 
 
 def _pretty(record: dict[str, Any]) -> bytes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from rafce_ray.batch import Batch
-from rafce_ray.bundle import Calibration, read_weights, save_bundle
+from rafce_ray.bundle import read_weights, save_bundle
+from rafce_ray.calibration import Calibration
 from rafce_ray.checkpoint import Checkpoint, local_bundle, read_trainer_state, save_checkpoint
 from rafce_ray.config import MINIMISED_METRICS, Config, LossConfig
 from rafce_ray.data.augment import build_augmentation
@@ -65,7 +66,7 @@ class Training:
         config = job.config
         self.job, self.config, self.session = job, config, session
         self.folder = RunFolder(job.run_dir)
-        self.dataset = open_dataset(job.store, job.taxonomy, config.data.null_policy)
+        self.dataset = open_for_training(job)
         self.splits = choose_splits(self.dataset, config)
         self.preprocessing = Preprocessing(stored_px=self.dataset.images.stored_px, image_px=config.model.image_px)
         self.precision = resolve_precision(config.run.precision, session.device)
@@ -182,6 +183,36 @@ class Training:
         if self.session.rank != 0:
             # Rank 0 holds the sums of all workers.
             self.progress.loss_sums = [0.0] * NUM_LOSS_SUMS
+
+
+def open_for_training(job: Job) -> Dataset:
+    """The job's dataset; with ``data.action_unit_targets=all_zero`` no known AU of the train split is present, as the seed had it."""
+    data = job.config.data
+    dataset = open_dataset(job.store, job.taxonomy, data.null_policy)
+    if data.action_unit_targets == "labels":
+        return dataset
+    action_units, train = dataset.targets.action_units.copy(), dataset.indices("train")
+    action_units[train] = np.where(np.isnan(action_units[train]), np.nan, 0.0)
+    return replace(dataset, targets=replace(dataset.targets, action_units=action_units))
+
+
+def describe_targets(dataset: Dataset, splits: Splits) -> dict[str, Any]:
+    """Per split, what training sees: ``num_images``, images per class, known elements and positives per action unit (by code)."""
+    described = {}
+    rows = {"train": splits.train, "validation": splits.validation, "test": dataset.indices("test")}
+    for split, indices in rows.items():
+        emotion, action_units = dataset.targets.emotion[indices], dataset.targets.action_units[indices]
+        classes = np.bincount(emotion[emotion >= 0], minlength=dataset.taxonomy.num_emotions)
+        known, positives = (~np.isnan(action_units)).sum(axis=0), (action_units == 1).sum(axis=0)
+        described[split] = {
+            "num_images": len(indices),
+            "classes": dict(zip(dataset.taxonomy.emotions, classes.tolist(), strict=True)),
+            "action_units": {
+                code: {"known": int(known[column]), "positives": int(positives[column])}
+                for column, code in enumerate(dataset.taxonomy.action_unit_codes)
+            },
+        }
+    return described
 
 
 def choose_splits(dataset: Dataset, config: Config) -> Splits:

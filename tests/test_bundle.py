@@ -11,7 +11,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from rafce_ray.bundle import BundleError, Calibration, load_bundle, read_weights, save_bundle
+from rafce_ray.bundle import BundleError, load_bundle, read_weights, save_bundle
+from rafce_ray.calibration import Calibration
 from rafce_ray.model import Architecture, build_model
 from rafce_ray.preprocess import Preprocessing
 from rafce_ray.taxonomy import make_taxonomy
@@ -162,7 +163,7 @@ def test_no_bundle(tmp_path, bundle):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda m: m.update(format_version=2), "format_version is 2; this program reads 1"),
+        (lambda m: m.update(format_version=3), "format_version is 3; this program reads 1 to 2"),
         (lambda m: m.pop("format_version"), "format_version is None"),
         (lambda m: m.pop("calibration"), r"missing keys \['calibration'\]"),
         (lambda m: m.update(extra=1), r"unknown keys \['extra'\]"),

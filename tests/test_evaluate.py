@@ -9,7 +9,8 @@ import pytest
 import torch
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
 
-from rafce_ray.bundle import Bundle, Calibration, load_bundle, save_bundle
+from rafce_ray.bundle import Bundle, load_bundle, save_bundle
+from rafce_ray.calibration import Calibration
 from rafce_ray.config import load_config
 from rafce_ray.console import finite
 from rafce_ray.data.dataset import open_dataset, prepare

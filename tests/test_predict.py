@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 
 from rafce_ray import prediction_output
-from rafce_ray.bundle import Bundle, Calibration, load_bundle, save_bundle
+from rafce_ray.bundle import Bundle, load_bundle, save_bundle
+from rafce_ray.calibration import Calibration
 from rafce_ray.decode import decode_face
 from rafce_ray.faces import Box, Face
 from rafce_ray.image_files import find_images
@@ -144,7 +145,9 @@ def test_a_single_task(emotions, numbers):
     )
     calibration = Calibration.uncalibrated(len(numbers))
     taxonomy, model = make_taxonomy(emotions, numbers), build_model(architecture)
-    bundle = Bundle(model, architecture, taxonomy, Preprocessing(PX, 32), calibration, {}, {}, "0" * 64, "nowhere")
+    bundle = Bundle(
+        model, architecture, taxonomy, Preprocessing(PX, 32), calibration, None, {}, {}, "0" * 64, "nowhere"
+    )
     found = Predictor(bundle).probabilities(faces(2))
     assert found.emotion.shape == (2, len(emotions))
     assert found.action_units.shape == (2, len(numbers))

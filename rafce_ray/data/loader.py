@@ -87,16 +87,24 @@ class TrainLoader:
         whole = np.array_split(order, self.steps_per_epoch)[first_step:]
         mine = [batch[self._rank :: self._num_workers] for batch in whole]
         for batch, part, images in zip(whole, mine, self._images.gather_all(mine), strict=True):
-            at = torch.from_numpy(part).to(self._device)
-            yield Batch(
-                images=images,
-                emotion=self._emotion[at],
-                action_units=self._action_units[at],
-                votes=self._votes[at],
-                emotion_norm=self._scalar(self._emotion_weight[batch].sum()),
-                au_norm=self._scalar(self._known_aus[batch].sum()),
-                votes_norm=self._scalar(self._known_votes[batch].sum()),
-            )
+            yield self._batch(batch, part, images)
+
+    def batch_of(self, indices: np.ndarray) -> Batch:
+        """A batch of chosen train images that belongs to this worker alone."""
+        (images,) = self._images.gather_all([indices])
+        return self._batch(indices, indices, images)
+
+    def _batch(self, whole: np.ndarray, mine: np.ndarray, images: Tensor) -> Batch:
+        at = torch.from_numpy(mine).to(self._device)
+        return Batch(
+            images=images,
+            emotion=self._emotion[at],
+            action_units=self._action_units[at],
+            votes=self._votes[at],
+            emotion_norm=self._scalar(self._emotion_weight[whole].sum()),
+            au_norm=self._scalar(self._known_aus[whole].sum()),
+            votes_norm=self._scalar(self._known_votes[whole].sum()),
+        )
 
     def _scalar(self, value: float) -> Tensor:
         return torch.tensor(float(value), device=self._device)

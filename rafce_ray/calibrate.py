@@ -1,0 +1,252 @@
+"""Calibration from a validation split: one temperature, a slope and shift per action unit (AU), thresholds, a limit of trust.
+
+Every fit is regularised towards leaving things as they are, by a prior that a few dozen images outweigh: a small validation
+split cannot make a model worse than it was.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import minimize, minimize_scalar
+from scipy.special import expit, logsumexp
+from scipy.stats import beta
+
+from rafce_ray.calibration import Calibration, Outputs, Probabilities, calibrated
+from rafce_ray.metrics import HasTargets
+from rafce_ray.reliability import reliability_figures
+
+MIN_POSITIVES = 30
+"""Validation positives that an AU needs for a threshold of its own; the others share one."""
+
+SLOPE_DEVIATION = 0.5
+SHIFT_DEVIATION = 1.0
+"""Prior standard deviations of an AU's log slope and shift."""
+
+FOLDS = 5
+"""Folds of the cross-fitted figures."""
+
+RISK_LEVEL = 0.95
+"""Confidence with which the error above the limit of trust is at most what was asked for."""
+
+
+@dataclass(frozen=True)
+class _Rows:
+    emotion: NDArray[np.int64]
+    action_units: NDArray[np.floating]
+
+
+def fit_calibration(
+    outputs: Outputs,
+    targets: HasTargets,
+    *,
+    pos_weights: NDArray[np.floating] | None = None,
+    max_error: float | None = None,
+) -> tuple[Calibration, list[str]]:
+    """A calibration from the raw outputs and targets of a validation split, and remarks on what could not be done.
+
+    ``pos_weights`` (A,) are those that the AU loss had: a positive weight of w makes a network's odds w times too high, which the
+    shift starts by undoing. ``max_error``: the error that is accepted among emotions that are not marked unsure.
+    """
+    remarks: list[str] = []
+    temperature = _fit_temperature(outputs.emotion, targets.emotion)
+    slopes, shifts = _fit_action_units(outputs.action_units, targets.action_units, pos_weights)
+    calibration = Calibration(temperature, (0.5,) * len(slopes), tuple(slopes), tuple(shifts))
+    found = calibrated(outputs, calibration)
+    thresholds, remark = choose_thresholds(found.action_units, targets.action_units)
+    remarks += [remark] if remark else []
+    unsure_below = None
+    if max_error is not None and found.emotion.shape[1]:
+        unsure_below, remark = choose_trust_limit(found.emotion, targets.emotion, max_error)
+        remarks += [remark] if remark else []
+    return replace(calibration, au_thresholds=thresholds, unsure_below=unsure_below), remarks
+
+
+def _fit_temperature(logits: NDArray[np.float32], emotion: NDArray[np.integer]) -> float:
+    """The temperature of least log loss on the known images, log T with a standard normal prior; 1 where none is known."""
+    known = emotion >= 0
+    if not logits.shape[1] or not known.any():
+        return 1.0
+    scores, label = logits[known].astype(np.float64), emotion[known]
+
+    def cost(log_temperature: float) -> float:
+        scaled = scores * np.exp(-log_temperature)
+        of_true = scaled[np.arange(len(label)), label]
+        return float((logsumexp(scaled, axis=1) - of_true).sum() + log_temperature**2 / 2)
+
+    return float(np.exp(minimize_scalar(cost, bounds=(-4.0, 4.0), method="bounded", options={"xatol": 1e-6}).x))
+
+
+def _fit_action_units(
+    logits: NDArray[np.float32], action_units: NDArray[np.floating], pos_weights: NDArray[np.floating] | None
+) -> tuple[list[float], list[float]]:
+    num_aus = logits.shape[1]
+    weights = np.ones(num_aus) if pos_weights is None else np.asarray(pos_weights, dtype=np.float64)
+    fitted = [
+        _fit_one(logits[:, column].astype(np.float64), action_units[:, column], -np.log(weights[column]))
+        for column in range(num_aus)
+    ]
+    return [slope for slope, _ in fitted], [shift for _, shift in fitted]
+
+
+def _fit_one(logits: NDArray[np.float64], target: NDArray[np.floating], start: float) -> tuple[float, float]:
+    """Slope and shift of one AU: Platt scaling with a prior around (1, ``start``), which is kept where nothing is known."""
+    known = ~np.isnan(target)
+    scores, positive = logits[known], target[known] == 1
+
+    def cost(parameters: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        log_slope, shift = parameters
+        scaled = np.exp(log_slope) * scores + shift
+        residual = expit(scaled) - positive
+        prior = (log_slope / SLOPE_DEVIATION) ** 2 / 2 + ((shift - start) / SHIFT_DEVIATION) ** 2 / 2
+        gradient = np.array(
+            [
+                (residual * np.exp(log_slope) * scores).sum() + log_slope / SLOPE_DEVIATION**2,
+                residual.sum() + (shift - start) / SHIFT_DEVIATION**2,
+            ]
+        )
+        return float(np.logaddexp(0.0, np.where(positive, -scaled, scaled)).sum() + prior), gradient
+
+    log_slope, shift = minimize(
+        cost, np.array([0.0, start]), jac=True, method="L-BFGS-B", bounds=[(-3.0, 3.0), (None, None)]
+    ).x
+    return float(np.exp(log_slope)), float(shift)
+
+
+def choose_thresholds(
+    probabilities: NDArray[np.float32], action_units: NDArray[np.floating]
+) -> tuple[tuple[float, ...], str | None]:
+    """A threshold per AU (A,) that maximises its F1, and a remark on those that have none of their own.
+
+    An AU with under MIN_POSITIVES positives takes the one threshold at which the mean F1 of all AUs with positives is highest:
+    its own would be luck. Without any positive that is 0.5.
+    """
+    num_aus = probabilities.shape[1]
+    if num_aus == 0:
+        return (), None
+    positives = (action_units == 1).sum(axis=0)
+    shared = _shared_threshold(probabilities, action_units)
+    own = positives >= MIN_POSITIVES
+    thresholds = tuple(
+        _best_threshold(probabilities[:, column], action_units[:, column]) if own[column] else shared
+        for column in range(num_aus)
+    )
+    if own.all():
+        return thresholds, None
+    return thresholds, (
+        f"{int((~own).sum())} of {num_aus} action units have under {MIN_POSITIVES} validation positives and share the threshold {shared:.3f}"
+    )
+
+
+def _best_threshold(probability: NDArray[np.float32], target: NDArray[np.floating]) -> float:
+    """The threshold of highest F1: midway between two neighbouring probabilities, among equals the one nearest to 0.5."""
+    cuts, f1 = _f1_at_cuts(probability, target)
+    best = np.flatnonzero(f1 >= f1.max() - 1e-12)
+    return float(cuts[best[np.argmin(np.abs(cuts[best] - 0.5))]])
+
+
+def _f1_at_cuts(
+    probability: NDArray[np.float32], target: NDArray[np.floating]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Thresholds between all distinct probabilities of known elements, rising, and the F1 at each."""
+    known = ~np.isnan(target)
+    order = np.argsort(-probability[known], kind="stable")
+    score, positive = probability[known][order].astype(np.float64), target[known][order] == 1
+    last_of_run = np.append(score[1:] != score[:-1], True)
+    predicted = np.flatnonzero(last_of_run) + 1
+    hits = np.cumsum(positive)[last_of_run]
+    f1 = 2 * hits / (predicted + positive.sum())
+    ends = score[last_of_run]
+    cuts = (ends + np.append(ends[1:], 0.0)) / 2
+    return cuts[::-1], f1[::-1]
+
+
+def _shared_threshold(probabilities: NDArray[np.float32], action_units: NDArray[np.floating]) -> float:
+    """The one threshold, on a grid of thousandths, of highest mean F1 over the AUs that have positives."""
+    grid = np.arange(1, 1000) / 1000
+    curves = []
+    for column in range(probabilities.shape[1]):
+        if not (action_units[:, column] == 1).any():
+            continue
+        _, f1 = _f1_at_cuts(probabilities[:, column], action_units[:, column])
+        # Between two cuts nothing changes but at a probability: the lowest probability at or above t tells the F1 at t.
+        distinct = np.unique(probabilities[~np.isnan(action_units[:, column]), column])
+        curves.append(np.append(f1, 0.0)[np.searchsorted(distinct.astype(np.float64), grid, side="left")])
+    if not curves:
+        return 0.5
+    mean = np.mean(curves, axis=0)
+    best = np.flatnonzero(mean >= mean.max() - 1e-12)
+    return float(grid[best[np.argmin(np.abs(grid[best] - 0.5))]])
+
+
+def choose_trust_limit(
+    emotion_probabilities: NDArray[np.float32], emotion: NDArray[np.integer], max_error: float
+) -> tuple[float, str | None]:
+    """The confidence below which an emotion is marked unsure, so that of the others at most ``max_error`` are wrong.
+
+    The lowest confidence at and above which the upper 95 % bound (Clopper and Pearson) of the error stays below ``max_error``; 1, and a
+    remark, where none does.
+    """
+    known = np.flatnonzero(emotion >= 0)
+    confidence = emotion_probabilities[known].max(axis=1).astype(np.float64)
+    wrong = emotion_probabilities[known].argmax(axis=1) != emotion[known]
+    order = np.argsort(-confidence, kind="stable")
+    answered, errors = np.arange(1, len(order) + 1), np.cumsum(wrong[order])
+    bound = np.where(errors < answered, beta.ppf(RISK_LEVEL, errors + 1, np.maximum(answered - errors, 1)), 1.0)
+    allowed = np.flatnonzero(bound <= max_error)
+    if not len(allowed):
+        lowest = f"{bound.min():.3f}" if len(bound) else "unknown"
+        return 1.0, (
+            f"no confidence keeps the error at or below calibration.max_error={max_error}: every emotion is marked unsure "
+            f"(the lowest bound that validation supports is {lowest}). Raise it, or label more validation images."
+        )
+    return float(confidence[order[allowed[-1]]]), None
+
+
+def cross_fitted(
+    outputs: Outputs, targets: HasTargets, *, pos_weights: NDArray[np.floating] | None = None, seed: int = 0
+) -> dict[str, Any]:
+    """What calibration does to images that it was not fitted on: each of FOLDS parts is calibrated by the others.
+
+    ``before`` and ``after`` hold :func:`rafce_ray.reliability.reliability_figures`; ``au_f1_mean_before`` is at 0.5 on raw
+    probabilities, ``au_f1_mean_after`` at the other folds' thresholds.
+    """
+    num_images = len(outputs.emotion)
+    fold_of = np.random.default_rng([seed, 2]).permutation(np.arange(num_images) % FOLDS)
+    emotion, action_units = np.zeros_like(outputs.emotion), np.zeros_like(outputs.action_units)
+    active = np.zeros(outputs.action_units.shape, dtype=bool)
+    for fold in range(min(FOLDS, num_images)):
+        held_out = fold_of == fold
+        calibration, _ = fit_calibration(
+            _rows(outputs, ~held_out), _target_rows(targets, ~held_out), pos_weights=pos_weights
+        )
+        found = calibrated(_rows(outputs, held_out), calibration)
+        emotion[held_out], action_units[held_out] = found.emotion, found.action_units
+        active[held_out] = found.action_units >= np.array(calibration.au_thresholds)
+    raw = calibrated(outputs, Calibration.uncalibrated(outputs.action_units.shape[1]))
+    return {
+        "folds": FOLDS,
+        "before": reliability_figures(raw, targets),
+        "after": reliability_figures(Probabilities(emotion, action_units), targets),
+        "au_f1_mean_before": _mean_f1(raw.action_units >= 0.5, targets.action_units),
+        "au_f1_mean_after": _mean_f1(active, targets.action_units),
+    }
+
+
+def _rows(outputs: Outputs, rows: NDArray[np.bool_]) -> Outputs:
+    return Outputs(outputs.emotion[rows], outputs.action_units[rows])
+
+
+def _target_rows(targets: HasTargets, rows: NDArray[np.bool_]) -> _Rows:
+    return _Rows(targets.emotion[rows], targets.action_units[rows])
+
+
+def _mean_f1(active: NDArray[np.bool_], action_units: NDArray[np.floating]) -> float:
+    """Mean F1 over AUs with positives, from decisions (N, A); NaN where there are none."""
+    positive, negative = action_units == 1, action_units == 0
+    tp, fp, fn = (active & positive).sum(axis=0), (active & negative).sum(axis=0), (~active & positive).sum(axis=0)
+    occurs = tp + fn > 0
+    return float(np.mean((2 * tp / np.maximum(2 * tp + fp + fn, 1))[occurs])) if occurs.any() else float("nan")

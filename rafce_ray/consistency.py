@@ -1,0 +1,105 @@
+"""How what was read of one face fits together: the basic emotions behind a compound one, and action units against emotions.
+
+What action units (AUs) go with an emotion is estimated on the user's own train split: textbook prototypes often fail in the wild.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import ConfigDict
+
+from rafce_ray.taxonomy import Taxonomy
+
+PRIOR_IMAGES = 10.0
+"""Images of the overall prevalence that are added to each class: a class of six images does not make a rule."""
+
+CONTRADICTION = 0.1
+"""An AU contradicts an emotion if its state has at most this probability under it, and at most half of what it has overall."""
+
+
+@dataclass(frozen=True)
+class Association:
+    """P(AU present | emotion) ``given_emotion`` (E x A) and P(AU present) ``overall`` (A), smoothed, of a train split.
+
+    None where nothing is known: no known element of the AU.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    given_emotion: tuple[tuple[float | None, ...], ...]
+    overall: tuple[float | None, ...]
+
+    def __post_init__(self) -> None:
+        for row in (*self.given_emotion, self.overall):
+            if len(row) != len(self.overall):
+                raise ValueError(f"a row of {len(row)} action units beside {len(self.overall)}")
+            if any(value is not None and not 0.0 <= value <= 1.0 for value in row):
+                raise ValueError(f"{list(row)}: expected probabilities in [0, 1] or null")
+
+
+@dataclass(frozen=True)
+class Consistency:
+    """How well the action units of a face go with its emotion; information only, nothing is decided by it.
+
+    ``score`` in (0, 1]: geometric mean over the AUs of the probability of the state each is in, relative to that of its more
+    usual state, both given the emotion; 1: every AU is as it mostly is in that emotion. ``contradicting`` are columns of AUs.
+    """
+
+    score: float
+    contradicting: tuple[int, ...]
+
+
+def estimate_association(
+    emotion: NDArray[np.integer], action_units: NDArray[np.floating], num_emotions: int
+) -> Association:
+    """From train targets: emotion (N,) with -1 unknown; action_units (N, A) 1, 0 or NaN unknown.
+
+    P(AU | e) = (positives + 10 p) / (known + 10) over the images of class e, p = (positives + 1) / (known + 2) over all.
+    """
+    known, positive = ~np.isnan(action_units), action_units == 1
+    prevalence = (positive.sum(axis=0) + 1.0) / (known.sum(axis=0) + 2.0)
+    seen = known.any(axis=0)
+    rows = []
+    for label in range(num_emotions):
+        of_class = emotion == label
+        num_positive, num_known = positive[of_class].sum(axis=0), known[of_class].sum(axis=0)
+        rows.append(_plain((num_positive + PRIOR_IMAGES * prevalence) / (num_known + PRIOR_IMAGES), seen))
+    return Association(tuple(rows), _plain(prevalence, seen))
+
+
+def consistency_of(association: Association, label: int, active: NDArray[np.bool_]) -> Consistency | None:
+    """Of one face whose emotion is class ``label`` and whose AUs are ``active`` (A,); None where nothing is known."""
+    given, overall = _array(association.given_emotion[label]), _array(association.overall)
+    known = ~np.isnan(given)
+    if not known.any():
+        return None
+    state = np.where(active, given, 1 - given)
+    state_overall = np.where(active, overall, 1 - overall)
+    score = np.exp(np.mean(np.log(state[known] / np.maximum(given, 1 - given)[known])))
+    unlikely = known & (state <= CONTRADICTION) & (state <= state_overall / 2)
+    return Consistency(float(score), tuple(np.flatnonzero(unlikely).tolist()))
+
+
+def basic_emotion_probabilities(emotion: NDArray[np.floating], taxonomy: Taxonomy) -> NDArray[np.float64]:
+    """(N, B): probability that each of ``taxonomy.basic_emotions`` is one of the two behind the compound emotion.
+
+    The sum of the probabilities (N, E) of the classes that it is part of: over all basic emotions they sum to 2 where every class
+    is a compound one.
+    """
+    basics = taxonomy.basic_emotions
+    membership = np.array(
+        [[basic in (pair or ()) for basic in basics] for pair in taxonomy.components], dtype=np.float64
+    )
+    return np.asarray(emotion, dtype=np.float64) @ membership.reshape(len(taxonomy.components), len(basics))
+
+
+def _plain(values: NDArray[np.float64], seen: NDArray[np.bool_]) -> tuple[float | None, ...]:
+    return tuple(float(value) if one_seen else None for value, one_seen in zip(values, seen, strict=True))
+
+
+def _array(values: tuple[float | None, ...]) -> NDArray[np.float64]:
+    return np.array([np.nan if value is None else value for value in values])
