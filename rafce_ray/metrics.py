@@ -20,6 +20,7 @@ __all__ = [
     "MIN_SUPPORT",
     "Counts",
     "HasTargets",
+    "bootstrap_figures",
     "component_overlap",
     "count_batch",
     "count_probabilities",
@@ -200,13 +201,13 @@ def evaluate_probabilities(
         emotion_probabilities, au_probabilities, targets.emotion, targets.action_units, thresholds
     )
     summary = summarise(counts, taxonomy)
-    outcomes = outcomes_of(emotion_probabilities, au_probabilities, targets.emotion, targets.action_units, thresholds)
-    scores = [Ranking.of(au_probabilities[:, i], targets.action_units[:, i]) for i in range(taxonomy.num_action_units)]
-    precisions = [one.average_precision(np.ones((1, len(outcomes.cell)), dtype=np.float32))[0] for one in scores]
-    summary["num_images"] = len(outcomes.cell)
+    rankings = _rankings(au_probabilities, targets)
+    precisions = [one.average_precision(np.ones((1, len(targets.emotion)), dtype=np.float32))[0] for one in rankings]
+    summary["num_images"] = len(targets.emotion)
     summary["au_ap_mean"] = float(_mean(np.asarray(precisions)))
-    supported = counts.confusion.sum(axis=1) >= MIN_SUPPORT
-    draws = _bootstrap(outcomes, scores, component_overlap(taxonomy), supported, resamples=resamples, seed=seed)
+    draws = bootstrap_figures(
+        emotion_probabilities, au_probabilities, targets, taxonomy, thresholds, resamples=resamples, seed=seed
+    )
     summary["intervals"] = {name: percentile_interval(draws[name]) for name in (*HEADLINES, "au_ap_mean")}
     for i, entry in enumerate(summary["per_class"]):
         entry["f1_interval"] = percentile_interval(draws["f1"][:, i])
@@ -218,6 +219,39 @@ def evaluate_probabilities(
             "f1_interval": percentile_interval(draws["au_f1"][:, i]),
         }
     return summary
+
+
+def bootstrap_figures(
+    emotion_probabilities: np.ndarray,
+    au_probabilities: np.ndarray,
+    targets: HasTargets,
+    taxonomy: Taxonomy,
+    thresholds: float | Sequence[float] = 0.5,
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, np.ndarray]:
+    """Every figure of :func:`figures`, and au_ap_mean, of each resample: arrays whose leading axis is the resample.
+
+    The same number of images and seed give the same resamples, so those of two models on the same images are pairs.
+    """
+    outcomes = outcomes_of(emotion_probabilities, au_probabilities, targets.emotion, targets.action_units, thresholds)
+    support = np.bincount(targets.emotion[targets.emotion >= 0], minlength=taxonomy.num_emotions)
+    return _bootstrap(
+        outcomes,
+        _rankings(au_probabilities, targets),
+        component_overlap(taxonomy),
+        support[: taxonomy.num_emotions] >= MIN_SUPPORT,
+        resamples=resamples,
+        seed=seed,
+    )
+
+
+def _rankings(au_probabilities: np.ndarray, targets: HasTargets) -> list[Ranking]:
+    return [
+        Ranking.of(au_probabilities[:, column], targets.action_units[:, column])
+        for column in range(au_probabilities.shape[1])
+    ]
 
 
 def _bootstrap(
