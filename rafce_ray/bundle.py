@@ -154,6 +154,16 @@ def find_bundle(place: str | Path) -> Location:
     raise BundleError(f"{location}: {what}. Give the bundle folder that training printed, or its run folder.")
 
 
+def read_taxonomy(location: Location) -> Taxonomy:
+    """What the model of a bundle folder tells, from its manifest alone. BundleError where that cannot be read."""
+    folder = location.local
+    if folder is None:
+        with tempfile.TemporaryDirectory() as scratch:
+            (Path(scratch) / MANIFEST).write_bytes((location / MANIFEST).read_bytes())
+            return read_taxonomy(locate(scratch))
+    return _section(folder, _read_manifest(folder), "taxonomy", _taxonomy_from_plain)
+
+
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """The tensors of a local bundle by name, on the CPU, after their sha256 was checked.
 

@@ -40,11 +40,11 @@ def launch(config: Config, *, resume: bool = False) -> dict[str, Any]:
         RafceError: training failed; its checkpoints stay and the same call goes on from them.
     """
     prepared = prepare(config.data, progress=progress_bar)
-    _tell_findings(prepared, config)
-    config = _named(config)
+    tell_findings(prepared, config)
+    config = named(config)
     folder = RunFolder(str(locate(config.run.storage) / str(config.run.name)))
     _claim(folder, config, prepared, resume=resume)
-    job = Job(config, prepared.store_uri, prepared.taxonomy, folder.place, _provenance(config, prepared))
+    job = Job(config, prepared.store_uri, prepared.taxonomy, folder.place, provenance_of(config, prepared))
     if not folder.exists() or resume:
         folder.start(config, job.provenance, prepared.audit.to_json())
     with ray_cluster(config) as num_cpus_and_gpus:
@@ -78,7 +78,10 @@ def _fit(job: Job, num_cpus: float, num_gpus: float) -> dict[str, Any] | None:
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )
-    with RunWatch(folder, job.config), _interruptible(folder):
+    with (
+        RunWatch(folder, job.config),
+        interruptible(f"the same command goes on from the newest checkpoint in {folder.checkpoints}"),
+    ):
         try:
             outcome: dict[str, Any] | None = trainer.fit().return_value
         except TrainingFailedError as error:
@@ -90,14 +93,14 @@ def _fit(job: Job, num_cpus: float, num_gpus: float) -> dict[str, Any] | None:
 
 
 @contextmanager
-def _interruptible(folder: RunFolder) -> Iterator[None]:
-    """Ctrl-C ends the block as a KeyboardInterrupt: Ray's own handler turns it into a silent exit with code 0."""
+def interruptible(what_then: str) -> Iterator[None]:
+    """Ctrl-C ends the block as a KeyboardInterrupt and says ``what_then``: Ray's own handler turns it into a silent exit with code 0."""
     in_main_thread = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGINT)
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
-        say(f"interrupted: the same command goes on from the newest checkpoint in {folder.checkpoints}")
+        say(f"interrupted: {what_then}")
         raise KeyboardInterrupt from None
     finally:
         if in_main_thread:
@@ -153,13 +156,13 @@ def _scaling(config: Config, num_cpus: float, num_gpus: float) -> ray.train.Scal
     )
 
 
-def _named(config: Config) -> Config:
+def named(config: Config, prefix: str = "") -> Config:
     """The configuration with its run named: the same command gives the same name, so that it finds its own run again."""
     if config.run.name is not None:
         return config
     data = re.sub(r"[^A-Za-z0-9]+", "-", locate(str(config.data.root)).name).strip("-") or "data"
     values = config.model_dump()
-    values["run"]["name"] = f"{data}-{config.model.backbone}-{config_hash(config)}"
+    values["run"]["name"] = f"{prefix}{data}-{config.model.backbone}-{config_hash(config)}"
     return build_config(values)
 
 
@@ -195,7 +198,7 @@ def _claim(folder: RunFolder, config: Config, prepared: Prepared, *, resume: boo
         folder.reopen()
 
 
-def _tell_findings(prepared: Prepared, config: Config) -> None:
+def tell_findings(prepared: Prepared, config: Config) -> None:
     """Say what the audit of the labels found that a person should know before hours of training."""
     notable = [finding for finding in prepared.audit.findings if finding.level != "info"]
     for finding in notable:
@@ -204,7 +207,8 @@ def _tell_findings(prepared: Prepared, config: Config) -> None:
         say(f"for the evidence, and the images looked at: rafce data audit {shlex.quote(str(config.data.root))}")
 
 
-def _provenance(config: Config, prepared: Prepared) -> dict[str, Any]:
+def provenance_of(config: Config, prepared: Prepared) -> dict[str, Any]:
+    """Where a run comes from: configuration, data, seed, versions and commit."""
     return {
         "config": config.model_dump(mode="json"),
         "config_hash": config_hash(config),
@@ -257,7 +261,7 @@ def _main(argv: Sequence[str]) -> int:
         raise UsageError(
             "data.root is not set: name the folder of labelled faces, for example data.root=path/to/RAF-CE."
         )
-    config = _named(config)
+    config = named(config)
     say(
         f"training {config.model.backbone} at {config.model.image_px} px on {config.data.root} for up to {config.optim.epochs} epochs; "
         f"results go to {config.run.storage}/{config.run.name}"

@@ -11,6 +11,10 @@ from torch import Tensor, nn
 from torchvision.models import VisionTransformer, get_model
 
 
+BATCH_NORM_MOMENTUM = 0.1
+"""Share of the newest batch in batch-norm statistics: PyTorch's default, and that of every other trunk."""
+
+
 class Features(NamedTuple):
     """What a trunk sees: a feature map (B, C, h, w) and the pooled features (B, C) of the whole image."""
 
@@ -73,6 +77,11 @@ def build_trunk(backbone: str, image_px: int) -> ConvTrunk | VitTrunk:
         network = get_model(backbone, weights=None, zero_init_residual=True)
         return ConvTrunk(_children(network, without=("avgpool", "fc")), None, network.fc.in_features)
     network = get_model(backbone, weights=None)
+    for layer in network.modules():
+        # MobileNetV3's 0.01 is meant for ImageNet's hundreds of thousands of steps: on a few thousand faces the statistics would lag
+        # behind the weights for ten epochs, in which every face gets the same answer.
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.momentum = BATCH_NORM_MOMENTUM
     body = _children(network, without=("avgpool", "classifier"))
     norm = network.classifier[0] if backbone.startswith("convnext") else None
     first_linear = next(layer for layer in network.classifier if isinstance(layer, nn.Linear))

@@ -1,12 +1,13 @@
-"""A run seen from outside: follows its folder and shows epochs, events and progress while it trains."""
+"""A run or a study seen from outside: follows its folder and shows what happens while it trains."""
 
 from __future__ import annotations
 
 import math
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Group, RenderableType
 from rich.live import Live
@@ -16,27 +17,23 @@ from rich.text import Text
 from rafce_ray.config import Config
 from rafce_ray.console import console, say, warn
 from rafce_ray.run_folder import EVENTS_FILE, METRICS_FILE, RunFolder
+from rafce_ray.study_folder import StudyFolder
 
 POLL_S = 0.5
 SHOWN_EPOCHS = 15
 WARNING_EVENTS = ("warning", "invalid_checkpoint", "hung_worker", "diverged")
 
 
-class RunWatch:
-    """Shows a run in a thread while the ``with`` block lasts: a live table on a terminal, plain lines elsewhere."""
+class Watch(ABC):
+    """Follows a folder in a thread while the ``with`` block lasts: a live view on a terminal, plain lines elsewhere."""
 
-    def __init__(self, folder: RunFolder, config: Config) -> None:
-        self._folder, self._epochs = folder, config.optim.epochs
-        self._events_shown = len(folder.events())
-        self._records = folder.metrics()
-        self._first_epoch = self._last_epoch = self._records[-1]["epoch"] if self._records else 0
-        self._stamps: dict[str, tuple[int | None, int | None]] = {}
+    def __init__(self) -> None:
         self._start = time.monotonic()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="watch", daemon=True)
         self._live = Live(console=console, auto_refresh=False, transient=False) if console.is_terminal else None
 
-    def __enter__(self) -> RunWatch:
+    def __enter__(self) -> Self:
         if self._live is not None:
             self._live.start()
         self._thread.start()
@@ -54,6 +51,37 @@ class RunWatch:
             self._update()
 
     def _update(self) -> None:
+        self._look()
+        if self._live is not None:
+            self._live.update(self._view(), refresh=True)
+        else:
+            self._tell()
+
+    @abstractmethod
+    def _look(self) -> None:
+        """Read what is new."""
+
+    @abstractmethod
+    def _view(self) -> RenderableType:
+        """The whole of it, for a terminal."""
+
+    @abstractmethod
+    def _tell(self) -> None:
+        """Say what is new in plain lines."""
+
+
+class RunWatch(Watch):
+    """Shows a run's epochs, events and progress."""
+
+    def __init__(self, folder: RunFolder, config: Config) -> None:
+        super().__init__()
+        self._folder, self._epochs = folder, config.optim.epochs
+        self._events_shown = len(folder.events())
+        self._records = folder.metrics()
+        self._first_epoch = self._last_epoch = self._records[-1]["epoch"] if self._records else 0
+        self._stamps: dict[str, tuple[int | None, int | None]] = {}
+
+    def _look(self) -> None:
         if self._is_new(EVENTS_FILE):
             events = self._folder.events()
             for event in events[self._events_shown :]:
@@ -62,14 +90,16 @@ class RunWatch:
             self._events_shown = len(events)
         if self._is_new(METRICS_FILE):
             self._records = self._folder.metrics()
-        last = self._records[-1]["epoch"] if self._records else 0
-        if self._live is not None:
-            self._live.update(self._table(), refresh=True)
-        else:
-            for record in self._records:
-                if record["epoch"] > self._last_epoch:
-                    say(epoch_line(record, self._epochs))
-        self._last_epoch = last
+
+    def _view(self) -> RenderableType:
+        self._last_epoch = self._records[-1]["epoch"] if self._records else 0
+        return self._table()
+
+    def _tell(self) -> None:
+        for record in self._records:
+            if record["epoch"] > self._last_epoch:
+                say(epoch_line(record, self._epochs))
+                self._last_epoch = record["epoch"]
 
     def _is_new(self, file: str) -> bool:
         stamp = self._folder.stamp(file)
@@ -95,6 +125,57 @@ class RunWatch:
             f"epoch {progress['epoch']}/{self._epochs}, step {progress['step']}/{progress['steps']}, "
             f"{progress['images_per_s']:.0f} images/s{left}"
         )
+
+
+class StudyWatch(Watch):
+    """Shows a study's trials: how many have ended, which train, how long it may take."""
+
+    def __init__(self, study: StudyFolder, epochs: dict[str, int]) -> None:
+        """``epochs``: of each trial that is to run, how many at most."""
+        super().__init__()
+        self._study, self._epochs = study, epochs
+        self._done_epochs = {name: len(study.trial(name).metrics()) for name in epochs}
+        self._first_epochs = sum(self._done_epochs.values())
+        self._results: dict[str, dict[str, Any]] = {}
+        self._told: set[str] = set()
+
+    def _look(self) -> None:
+        for name in self._epochs:
+            if name in self._results or not self._study.trial(name).exists():
+                continue
+            folder = self._study.trial(name)
+            self._done_epochs[name] = len(folder.metrics())
+            if (result := folder.result()) is not None:
+                self._results[name] = result
+
+    def _view(self) -> RenderableType:
+        table = Table(
+            "trial", "epoch", "val accuracy", "macro-F1", "AU-F1", box=None, padding=(0, 1), header_style="bold"
+        )
+        for name in [name for name, done in self._done_epochs.items() if done and name not in self._results]:
+            last = self._study.trial(name).metrics()[-1]
+            figures = [_figure(last, "validation", key) for key in ("accuracy", "macro_f1", "au_f1_mean")]
+            table.add_row(name, f"{last['epoch']}/{self._epochs[name]}", *figures)
+        return Group(table, Text(self._status()))
+
+    def _tell(self) -> None:
+        for name, result in self._results.items():
+            if name not in self._told:
+                self._told.add(name)
+                figures = {"validation": result["metrics"]}
+                shown = ", ".join(
+                    f"{title} {_figure(figures, 'validation', key)}"
+                    for title, key in (("accuracy", "accuracy"), ("macro-F1", "macro_f1"), ("AU-F1", "au_f1_mean"))
+                )
+                say(f"{name}: {result['status'].replace('_', ' ')}, {shown}; {self._status()}")
+
+    def _status(self) -> str:
+        # A trial that stops early leaves its remaining epochs undone: they no longer count.
+        planned = sum(self._done_epochs[name] if name in self._results else most for name, most in self._epochs.items())
+        done = sum(self._done_epochs.values())
+        rate = (done - self._first_epochs) / max(time.monotonic() - self._start, 1e-9)
+        left = f", at most {duration((planned - done) / rate)} left" if rate > 0 else ""
+        return f"{len(self._results)}/{len(self._epochs)} trials ended, {done}/{planned} epochs{left}"
 
 
 def _figure(record: dict[str, Any], group: str, name: str) -> str:

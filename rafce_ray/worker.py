@@ -8,8 +8,10 @@ import threading
 import time
 from typing import Any
 
+import ray
 import ray.train
 import ray.train.torch
+import ray.tune
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 from rafce_ray.engine import fit
 from rafce_ray.errors import RafceError
 from rafce_ray.run_folder import RunFolder
-from rafce_ray.session import Job
+from rafce_ray.session import Job, LocalSession
 
 HUNG_EXIT_CODE = 75
 
@@ -89,6 +91,47 @@ class TrainSession:
 
     def stop_watching(self) -> None:
         """The loop has ended: silence no longer means that the worker hangs."""
+        self._watchdog.stop()
+
+
+def trial_worker(plain: dict[str, Any], jobs: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Ray Tune's function: trains the one of ``jobs`` that ``plain["trial"]`` names, in this process; returns how it ended.
+
+    An error that the user must mend is returned: raised, Ray would retry what cannot succeed. Where a trial's folder has a
+    checkpoint, it goes on from there.
+    """
+    job = Job.from_plain(jobs[plain["trial"]])
+    session = TrialSession(job)
+    try:
+        result = fit(job, session)
+    except RafceError as error:
+        RunFolder(job.run_dir).add_event("failed", message=str(error))
+        return {"status": "failed", "error": str(error)}
+    finally:
+        session.stop_watching()
+    return {"status": "failed" if result is None else result["status"]}
+
+
+class TrialSession(LocalSession):
+    """A :class:`rafce_ray.session.Session` of one process inside a Ray Tune trial."""
+
+    def __init__(self, job: Job) -> None:
+        use_gpu = bool(ray.get_gpu_ids())
+        super().__init__("cuda" if use_gpu else "cpu")
+        # Processes are reused between trials, which may have other shares of the machine.
+        torch.set_num_threads(job.config.run.cpus_per_worker or 1)
+        self._watchdog = Watchdog(job, self.rank)
+
+    def alive(self) -> None:
+        """A step is done."""
+        self._watchdog.beat()
+
+    def report(self, record: dict[str, Any]) -> None:
+        """Tell Ray Tune."""
+        ray.tune.report(record)
+
+    def stop_watching(self) -> None:
+        """The loop has ended: silence no longer means that the trial hangs."""
         self._watchdog.stop()
 
 

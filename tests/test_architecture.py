@@ -10,7 +10,7 @@ from rafce_ray.config import recipe_names
 
 REPOSITORY = Path(__file__).parents[1]
 PACKAGE = REPOSITORY / "rafce_ray"
-MAY_IMPORT_RAY = {"worker", "train"}
+MAY_IMPORT_RAY = {"worker", "train", "tune"}
 
 
 def modules() -> list[str]:

@@ -1,0 +1,198 @@
+"""``rafce ablate``: the seed's before/after table, measured: every change alone and together, over several seeds, on Ray Tune."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from rafce_ray import tune
+from rafce_ray.ablation import Ablation, read_ablation, trial_name
+from rafce_ray.ablation_arms import Arm, ablated_keys, ablation_arms
+from rafce_ray.ablation_output import markdown, plot
+from rafce_ray.config import Config, build_config, flatten, load_config, recipe_names
+from rafce_ray.config_errors import did_you_mean
+from rafce_ray.console import print_json, progress_bar, run_main, say, to_json
+from rafce_ray.data.dataset import Prepared, prepare
+from rafce_ray.errors import UsageError
+from rafce_ray.session import Job
+from rafce_ray.storage import locate
+from rafce_ray.study_folder import StudyFolder
+from rafce_ray.train import named, provenance_of, tell_findings
+
+SEED_MINORITY = ("sadly surprised", "fearfully disgusted", "happily fearful", "happily sad")
+"""The four classes (4, 8, 12, 13) at F1 = 0 in the seed's log."""
+
+
+def ablate(
+    base: Config,
+    *,
+    seeds: int = 3,
+    only: Sequence[str] = (),
+    minority: Sequence[str] | None = None,
+    concurrent: int | None = None,
+) -> tuple[StudyFolder, Ablation]:
+    """Run what is missing of the ablation of a base configuration, and read all of it; the same call again goes on.
+
+    ``only``: names of arms, with those that they are compared with; empty: all. ``minority``: classes whose F1 is shown; None: the
+    seed's four, or the four rarest of another taxonomy. Arms set whole recipes: what the base says of the keys that they vary is
+    not used.
+
+    Raises:
+        UsageError: an unknown arm or class, or the study's folder holds another study.
+        GateError: the data may not be trained on.
+    """
+    base = named(base, prefix="ablation-")
+    arms = choose_arms(ablation_arms(base), only)
+    prepared = _prepare_all(base, arms)
+    first = prepared[arms[0].name]
+    tell_findings(first, base)
+    minority = _check_minority(minority, first)
+    study = StudyFolder(str(locate(base.run.storage) / str(base.run.name)))
+    study.claim(
+        {
+            "kind": "ablation",
+            "base": {key: value for key, value in flatten(base).items() if key not in _varied(arms)},
+            "data_fingerprint": first.fingerprint,
+            "may_grow": {"arms": {arm.name: arm.changes for arm in arms}},
+        }
+    )
+    numbers = range(base.run.seed, base.run.seed + seeds)
+    jobs = [_job(study, base, arm, seed, prepared[arm.name]) for seed in numbers for arm in arms]
+    say(
+        f"ablation of {base.data.root}: {len(arms)} arms x {seeds} seeds = {len(jobs)} trials of up to {base.optim.epochs} epochs of "
+        f"{base.model.backbone} at {base.model.image_px} px; results go to {study.location}"
+    )
+    tune.run_trials(study, jobs, concurrent=concurrent)
+    for job in jobs:
+        folder = study.trial(str(job.config.run.name))
+        if folder.result() is not None:
+            # Their bundles stay; the checkpoints of a hundred finished trials would fill a disk.
+            folder.checkpoints.delete()
+    return study, read_ablation(study, arms, numbers, minority)
+
+
+def choose_arms(arms: list[Arm], only: Sequence[str]) -> list[Arm]:
+    """The arms of these names, and those that they are compared with; all of them for none. UsageError for an unknown one."""
+    by_name = {arm.name: arm for arm in arms}
+    chosen: set[str] = set()
+    for name in only:
+        if name not in by_name:
+            raise UsageError(
+                f"--arms: unknown arm {name!r}{did_you_mean(name, list(by_name))}. Arms: {', '.join(by_name)}."
+            )
+        chosen |= {name} | ({reference} if (reference := by_name[name].reference) else set())
+    return [arm for arm in arms if not only or arm.name in chosen]
+
+
+def _prepare_all(base: Config, arms: list[Arm]) -> dict[str, Prepared]:
+    """The data of each arm; arms that read it alike share one reading."""
+    by_reading: dict[str, Prepared] = {}
+    prepared = {}
+    for arm in arms:
+        data = arm.config(base).data
+        reading = to_json(data.model_dump(include={"null_policy", "action_units"}))
+        if reading not in by_reading:
+            by_reading[reading] = prepare(data, progress=progress_bar)
+        prepared[arm.name] = by_reading[reading]
+    return prepared
+
+
+def _varied(arms: list[Arm]) -> set[str]:
+    """Keys that say nothing of the study as a whole: what the arms vary, and how a run is carried out."""
+    return (
+        ablated_keys(arms)
+        | {key for key in flatten(load_config()) if key.startswith("run.") and key != "run.seed"}
+        | {"data.store_dir"}
+    )
+
+
+def _check_minority(minority: Sequence[str] | None, prepared: Prepared) -> list[str]:
+    emotions = prepared.taxonomy.emotions
+    if minority is None:
+        if all(name in emotions for name in SEED_MINORITY):
+            return list(SEED_MINORITY)
+        counts = dict(zip(emotions, prepared.audit.splits[0].classes, strict=True))
+        return sorted(emotions, key=lambda name: counts[name])[:4]
+    chosen = [emotions[int(name)] if name.isdecimal() and int(name) < len(emotions) else name for name in minority]
+    unknown = [name for name in chosen if name not in emotions]
+    if unknown:
+        raise UsageError(f"--minority: {unknown} are no classes; expected some of {list(emotions)}, or their numbers.")
+    return chosen
+
+
+def _job(study: StudyFolder, base: Config, arm: Arm, seed: int, prepared: Prepared) -> Job:
+    """The job of one trial, whose run folder is started if need be."""
+    run = {"name": trial_name(arm, seed), "storage": str(study.trials), "seed": seed}
+    run |= {"num_workers": 1, "cpus_per_worker": base.run.cpus_per_worker or 1}
+    values = arm.config(base).model_dump(mode="json")
+    config = build_config(values | {"run": values["run"] | run})
+    folder = study.trial(str(config.run.name))
+    job = Job(config, prepared.store_uri, prepared.taxonomy, folder.place, provenance_of(config, prepared))
+    if not folder.exists():
+        folder.start(config, job.provenance, prepared.audit.to_json())
+    return job
+
+
+def _main(argv: list[str]) -> int:
+    arguments = _parser().parse_intermixed_args(argv)
+    base = load_config(arguments.config, arguments.overrides, recipe=arguments.recipe)
+    if base.data.root is None:
+        raise UsageError(
+            "data.root is not set: name the folder of labelled faces, for example data.root=path/to/RAF-CE."
+        )
+    if arguments.seeds < 1:
+        raise UsageError(f"--seeds {arguments.seeds}: expected at least 1; 3 tell luck from effect.")
+    varied = ablated_keys(ablation_arms(base)) - {"data.action_units"}
+    set_in_vain = [text for text in arguments.overrides if text.partition("=")[0].strip() in varied]
+    if set_in_vain:
+        raise UsageError(
+            f"{set_in_vain[0]!r}: the arms set this key themselves. Leave it out, or train with it: rafce train {set_in_vain[0]}"
+        )
+    study, ablation = ablate(
+        base,
+        seeds=arguments.seeds,
+        only=arguments.arms.split(",") if arguments.arms else (),
+        minority=arguments.minority.split(",") if arguments.minority else None,
+        concurrent=arguments.concurrent,
+    )
+    (study.location / "ablation.json").write_bytes((to_json(ablation.to_json()) + "\n").encode())
+    (study.location / "ablation.md").write_bytes(markdown(ablation).encode())
+    (study.location / "ablation.svg").write_bytes(plot(ablation))
+    print(markdown(ablation))
+    if arguments.json:
+        print_json(ablation.to_json())
+    say(f"made {study.location}: ablation.md, ablation.json, ablation.svg; next: rafce doctor {study.location}")
+    if ablation.missing:
+        say(
+            f"{len(ablation.missing)} trials have no result and are left out: {', '.join(ablation.missing)}. The same command goes on with them."
+        )
+    return 1 if ablation.missing else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="rafce ablate",
+        description="Measure the seed's changes, each alone and together, and what lies beyond them, over several seeds. "
+        "The same command again goes on where it was interrupted.",
+        epilog="Example: rafce ablate data.root=faces model.backbone=mobilenet_v3_small model.image_px=64 optim.epochs=24",
+    )
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="data and size of the runs")
+    parser.add_argument("--config", metavar="FILE", help="YAML configuration of data and size")
+    parser.add_argument("--recipe", metavar="NAME", help=f"named size: {', '.join(recipe_names())}")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds per arm (default 3)")
+    parser.add_argument("--arms", metavar="A,B", help="these arms only, with those that they are compared with")
+    parser.add_argument(
+        "--minority", metavar="A,B", help="classes whose F1 is shown, by name or number (default: the seed's four)"
+    )
+    parser.add_argument("--concurrent", type=int, help="trials at a time (default: one per GPU, or per CPU)")
+    parser.add_argument("--json", action="store_true", help="print one JSON line on standard output")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """``rafce ablate``; exit code 1 if a trial has no result."""
+    return run_main(_main, argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

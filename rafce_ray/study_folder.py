@@ -1,0 +1,81 @@
+"""What a study leaves behind: ``study.json`` (what it is), ``trials/NAME/`` (each a run folder), Ray Tune's own files in ``ray/``."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from rafce_ray.console import to_json
+from rafce_ray.errors import UsageError
+from rafce_ray.run_folder import RunFolder
+from rafce_ray.storage import Location, locate
+
+
+@dataclass(frozen=True)
+class StudyFolder:
+    """A study's folder, by path or URI."""
+
+    place: str
+
+    @cached_property
+    def location(self) -> Location:
+        """Where the folder is."""
+        return locate(self.place)
+
+    @property
+    def trials(self) -> Location:
+        """Folder of the trials' run folders."""
+        return self.location / "trials"
+
+    def exists(self) -> bool:
+        """Whether a study was started here."""
+        return (self.location / "study.json").exists()
+
+    def claim(self, plan: dict[str, Any]) -> None:
+        """Start a study here, or go on with the one whose plan this is; keys under ``may_grow`` in the plan may get more entries.
+
+        Raises:
+            UsageError: the folder holds another study.
+        """
+        if not self.exists():
+            self._write(plan)
+            return
+        before = self.plan()
+        same = {key: before.get(key) for key in plan if key != "may_grow"}
+        now = json.loads(to_json({key: value for key, value in plan.items() if key != "may_grow"}))
+        if same != now:
+            changed = sorted(key for key in now if same[key] != now[key])
+            lines = "\n".join(f"  {key}: {_differing(same[key], now[key])}" for key in changed)
+            raise UsageError(
+                f"{self.location} holds a study that differs:\n{lines}\nChoose another run.name, or give the same values to go on with it."
+            )
+        merged = {key: {**before["may_grow"].get(key, {}), **value} for key, value in plan["may_grow"].items()}
+        self._write({**plan, "may_grow": merged})
+
+    def plan(self) -> dict[str, Any]:
+        """What the study is."""
+        return dict(json.loads((self.location / "study.json").read_bytes()))
+
+    def trial(self, name: str) -> RunFolder:
+        """The run folder of a trial."""
+        return RunFolder(str(self.trials / name))
+
+    def trial_names(self) -> list[str]:
+        """Names of all trials that were started, sorted."""
+        return [
+            info.base_name for info in self.trials.list() if (self.trials / info.base_name / "config.yaml").exists()
+        ]
+
+    def _write(self, plan: dict[str, Any]) -> None:
+        text = json.dumps(json.loads(to_json(plan)), indent=1, ensure_ascii=False) + "\n"
+        (self.location / "study.json").write_bytes(text.encode())
+
+
+def _differing(before: Any, now: Any) -> str:
+    """What differs between two values, key by key where both are mappings."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+        return "; ".join(f"{key} {_differing(before.get(key), now.get(key))}" for key in keys)
+    return f"{before!r} there, {now!r} here"
