@@ -61,7 +61,7 @@ def ablation_arms(base: Config) -> list[Arm]:
     for title, key in EIGHT_CHANGES:
         arms.append(
             Arm(
-                f"alone-{_slug(title)}",
+                arm_of_change(title),
                 f"{title} {_change(key, before, fixed)}",
                 "alone",
                 seed_before | {key: fixed[key]},
@@ -73,7 +73,7 @@ def ablation_arms(base: Config) -> list[Arm]:
         cumulative = cumulative | {key: fixed[key]}
         if number == 1:
             # With one change there is no difference between alone and one after the other.
-            reference = f"alone-{_slug(title)}"
+            reference = arm_of_change(title)
             continue
         name = f"up-to-{_slug(title)}"
         arms.append(Arm(name, f"... + {title}", "cumulative", cumulative, reference))
@@ -102,6 +102,7 @@ def _beyond(base: Config) -> Iterator[tuple[str, str, dict[str, Any]]]:
     yield "crowd-votes", "crowd votes (KL, weight 1)", {"loss.votes_weight": 1.0}
     yield "ema", "averaged weights (EMA 0.99)", {"optim.ema_decay": 0.99}
     yield "pos-weight", "AU positive weights (cap 10)", {"loss.pos_weight_cap": 10.0}
+    yield "best", "recipe best", _recipe("best", base)
 
 
 def ablated_keys(arms: list[Arm]) -> set[str]:
@@ -130,6 +131,11 @@ def _text(value: Any) -> str:
     if value is None:
         return "null"
     return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def arm_of_change(title: str) -> str:
+    """Name of the arm in which one of the eight changes is made alone."""
+    return f"alone-{_slug(title)}"
 
 
 def _slug(title: str) -> str:

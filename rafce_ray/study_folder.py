@@ -34,7 +34,7 @@ class StudyFolder:
         return (self.location / "study.json").exists()
 
     def claim(self, plan: dict[str, Any]) -> None:
-        """Start a study here, or go on with the one whose plan this is; keys under ``may_grow`` in the plan may get more entries.
+        """Start a study here, or go on with the one whose plan this is; the mappings under ``may_grow`` may get more entries.
 
         Raises:
             UsageError: the folder holds another study.
@@ -42,17 +42,22 @@ class StudyFolder:
         if not self.exists():
             self._write(plan)
             return
-        before = self.plan()
-        same = {key: before.get(key) for key in plan if key != "may_grow"}
-        now = json.loads(to_json({key: value for key, value in plan.items() if key != "may_grow"}))
-        if same != now:
-            changed = sorted(key for key in now if same[key] != now[key])
-            lines = "\n".join(f"  {key}: {_differing(same[key], now[key])}" for key in changed)
+        before, now = self.plan(), json.loads(to_json(plan))
+        grown = {key: {**before["may_grow"].get(key, {}), **value} for key, value in now["may_grow"].items()}
+        changed = {key: (before.get(key), now[key]) for key in now if key != "may_grow" and before.get(key) != now[key]}
+        for key, entries in now["may_grow"].items():
+            there = before["may_grow"].get(key, {})
+            changed |= {
+                f"{key}/{name}": (there[name], value)
+                for name, value in entries.items()
+                if there.get(name, value) != value
+            }
+        if changed:
+            lines = "\n".join(f"  {key}: {_differing(*values)}" for key, values in sorted(changed.items()))
             raise UsageError(
                 f"{self.location} holds a study that differs:\n{lines}\nChoose another run.name, or give the same values to go on with it."
             )
-        merged = {key: {**before["may_grow"].get(key, {}), **value} for key, value in plan["may_grow"].items()}
-        self._write({**plan, "may_grow": merged})
+        self._write({**now, "may_grow": grown})
 
     def plan(self) -> dict[str, Any]:
         """What the study is."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from rafce_ray.config import Config
 from rafce_ray.console import say, warn
-from rafce_ray.errors import RafceError, UsageError
+from rafce_ray.errors import UsageError
 from rafce_ray.session import Job
 from rafce_ray.study_folder import StudyFolder
 from rafce_ray.train import interruptible, ray_cluster
@@ -20,6 +20,8 @@ REUSED_PROCESSES = True
 
 def run_trials(study: StudyFolder, jobs: Sequence[Job], *, concurrent: int | None = None) -> dict[str, str]:
     """Train every job that has no result yet, one process each; returns the reasons of those that failed, by name.
+
+    Trials that were interrupted have no result and are no failures.
 
     Each job's run folder lies in ``study.trials`` under ``run.name`` and was started; ``run.cpus_per_worker`` is its number of
     threads. ``concurrent``: trials at a time; None: one per GPU, or as many as fit the CPUs. One trial that fails does not stop the others; the
@@ -73,9 +75,6 @@ def _fit(study: StudyFolder, waiting: dict[str, Job], resources: dict[str, float
     )
     results = tuner.fit()
     failures = {}
-    for name in waiting:
-        if study.trial(name).result() is None:
-            failures[name] = "it did not end; the same command goes on with it"
     for result in results:
         name = str((result.config or {}).get("trial"))
         metrics = result.metrics or {}
@@ -102,11 +101,3 @@ def _shares(config: Config, num_cpus: float, num_gpus: float, concurrent: int | 
             f"{at_once} trials at a time x {cpus} CPU(s) = {at_once * cpus} CPUs; the cluster has {num_cpus:g}. Lower --concurrent or run.cpus_per_worker."
         )
     return {"cpu": float(cpus)} | ({"gpu": min(1.0, num_gpus / at_once)} if use_gpu else {}), at_once
-
-
-def require_all(failures: dict[str, str]) -> None:
-    """RafceError where any trial failed."""
-    if failures:
-        raise RafceError(
-            f"{len(failures)} trial(s) failed: {', '.join(failures)}. See above, then give the same command again."
-        )

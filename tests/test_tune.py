@@ -1,0 +1,162 @@
+"""Trials on Ray Tune: what a study runs once it does not run again, and a trial is a run like any other."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from rafce_ray import ablate
+from rafce_ray.config import load_config
+from rafce_ray.errors import UsageError
+from rafce_ray.study_folder import StudyFolder
+
+pytestmark = pytest.mark.ray
+
+ARMS = "labels-read,emotion-only"
+"""With what they are compared with: seed_before and seed_fixed."""
+
+
+@pytest.fixture(scope="module")
+def overrides(tiny_overrides, tmp_path_factory) -> list[str]:
+    # The arms set the learning rate themselves.
+    kept = [text for text in tiny_overrides if not text.startswith("optim.lr=")]
+    return [
+        *kept,
+        "optim.epochs=4",
+        "optim.warmup_epochs=0",
+        f"run.storage={tmp_path_factory.mktemp('studies')}",
+        "run.name=study",
+    ]
+
+
+@pytest.fixture(scope="module")
+def killed_and_resumed(overrides) -> tuple[StudyFolder, dict[str, int], subprocess.CompletedProcess]:
+    """An ablation whose driver was killed after its first trial, and then run again: the study, when each result was first written, the second output."""
+    command = [
+        sys.executable,
+        "-m",
+        "rafce_ray.ablate",
+        *overrides,
+        "--arms",
+        ARMS,
+        "--seeds",
+        "1",
+        "--concurrent",
+        "2",
+        "--json",
+    ]
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    study = StudyFolder(str(Path(load_config(overrides=overrides).run.storage) / "study"))
+    driver = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    while not finished(study):
+        assert time.monotonic() < deadline, "no trial ended within 300 s"
+        time.sleep(0.1)
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    # The killed driver's trials live on until Ray notices that it is gone.
+    time.sleep(10)
+    before = finished(study)
+    again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
+    return study, before, again
+
+
+def finished(study: StudyFolder) -> dict[str, int]:
+    """When the result of each finished trial was written, ns."""
+    found = {}
+    for name in study.trial_names():
+        size, written = study.trial(name).stamp("result.json")
+        if size is not None:
+            found[name] = written
+    return found
+
+
+def test_a_killed_ablation_goes_on_and_runs_no_finished_trial_again(killed_and_resumed):
+    study, before, again = killed_and_resumed
+    assert again.returncode == 0, again.stderr
+    after = finished(study)
+    assert 1 <= len(before) < len(after) == 4
+    assert {name: after[name] for name in before} == before
+    assert len(json.loads((study.location / "ablation.json").read_bytes())["arms"]) == 4
+    for name in after:
+        epochs = [record["epoch"] for record in study.trial(name).metrics()]
+        assert epochs == list(range(1, len(epochs) + 1))
+        assert not study.trial(name).checkpoints.exists(), "the checkpoints of a finished trial are not kept"
+        assert study.trial(name).bundle.exists()
+
+
+def test_the_seeds_recipe_reaches_the_seeds_au_f1_and_reading_the_labels_is_what_changes(killed_and_resumed):
+    study, _, again = killed_and_resumed
+    arms = json.loads(again.stdout.splitlines()[-1])["arms"]
+    assert [f"{value:.4f}" for value in arms["seed_before"]["figures"]["au_f1"]["values"]] == ["0.0000"]
+    assert arms["emotion-only"]["figures"]["au_f1"]["mean"] is None
+    targets = study.trial("seed_before-seed0").targets()
+    audit = study.trial("seed_before-seed0").audit()
+    assert sum(unit["positives"] for unit in targets["train"]["action_units"].values()) == 0
+    assert sum(unit["positives"] for unit in audit["splits"]["train"]["action_units"].values()) > 100
+    assert "| arm | against |" in (study.location / "ablation.md").read_bytes().decode()
+
+
+def test_a_trial_trains_what_its_folder_says_and_its_figures_are_those_of_a_plain_loop(killed_and_resumed, tmp_path):
+    from rafce_ray.console import to_json
+    from rafce_ray.data.dataset import prepare
+    from rafce_ray.engine import fit
+    from rafce_ray.session import Job, LocalSession
+
+    study, _, _ = killed_and_resumed
+    trial = study.trial("labels-read-seed0")
+    config = trial.config()
+    assert (config.run.seed, config.data.action_unit_targets, config.loss.au_weight) == (0, "labels", 0.5)
+    prepared = prepare(config.data)
+    plain = fit(Job(config, prepared.store_uri, prepared.taxonomy, str(tmp_path / "run"), {}), LocalSession())
+    assert json.loads(to_json(plain["metrics"])) == trial.result()["metrics"]
+
+
+def test_another_size_under_the_same_name_is_refused(killed_and_resumed, overrides):
+    with pytest.raises(UsageError, match=r"optim\.epochs 4 there, 5 here"):
+        ablate.ablate(load_config(overrides=[*overrides, "optim.epochs=5"]), seeds=1, only=["labels-read"])
+    with pytest.raises(UsageError, match=r"--minority: \['jolly'\] are no classes"):
+        ablate.ablate(load_config(overrides=overrides), seeds=1, only=["labels-read"], minority=["jolly"])
+
+
+def test_more_trials_at_a_time_than_fit_are_refused_with_the_arithmetic(overrides, ray_cluster_of_tests):
+    config = load_config(overrides=[*overrides, "run.name=crowded", "run.cpus_per_worker=2"])
+    with pytest.raises(UsageError, match=r"3 trials at a time x 2 CPU\(s\) = 6 CPUs; the cluster has 4"):
+        ablate.ablate(config, seeds=1, only=["labels-read"], concurrent=3)
+
+
+def test_a_trial_that_cannot_be_trained_is_named_and_does_not_stop_the_others(
+    overrides, ray_cluster_of_tests, tmp_path, capsys
+):
+    """Two trials, one of which asks for more images a step than it has for each worker."""
+    from rafce_ray.data.dataset import prepare
+    from rafce_ray.session import Job
+    from rafce_ray.tune import run_trials
+
+    study = StudyFolder(str(tmp_path / "study"))
+    jobs = []
+    for name, extra in (("good", []), ("bad", ["model.backbone=vit_b_16", "model.image_px=40"])):
+        config = load_config(
+            overrides=[
+                *overrides,
+                "optim.epochs=1",
+                f"run.name={name}",
+                f"run.storage={study.trials}",
+                "run.cpus_per_worker=1",
+                *extra,
+            ]
+        )
+        prepared = prepare(config.data)
+        job = Job(config, prepared.store_uri, prepared.taxonomy, study.trial(name).place, {})
+        study.trial(name).start(config, {}, {})
+        jobs.append(job)
+    failures = run_trials(study, jobs)
+    assert set(failures) == {"bad"}
+    assert "vit_b_16 cuts patches of 16 px" in failures["bad"]
+    assert study.trial("good").result()["status"] == "finished"
+    assert "trial bad failed" in capsys.readouterr().err
