@@ -77,7 +77,9 @@ def _fit_temperature(logits: NDArray[np.float32], emotion: NDArray[np.integer]) 
         of_true = scaled[np.arange(len(label)), label]
         return float((logsumexp(scaled, axis=1) - of_true).sum() + log_temperature**2 / 2)
 
-    return float(np.exp(minimize_scalar(cost, bounds=(-4.0, 4.0), method="bounded", options={"xatol": 1e-6}).x))
+    found = float(minimize_scalar(cost, bounds=(-4.0, 4.0), method="bounded", options={"xatol": 1e-6}).x)
+    # The search is a local one.
+    return float(np.exp(found)) if cost(found) < cost(0.0) else 1.0
 
 
 def _fit_action_units(
@@ -86,7 +88,7 @@ def _fit_action_units(
     num_aus = logits.shape[1]
     weights = np.ones(num_aus) if pos_weights is None else np.asarray(pos_weights, dtype=np.float64)
     fitted = [
-        _fit_one(logits[:, column].astype(np.float64), action_units[:, column], -np.log(weights[column]))
+        _fit_one(logits[:, column].astype(np.float64), action_units[:, column], float(np.log(1 / weights[column])))
         for column in range(num_aus)
     ]
     return [slope for slope, _ in fitted], [shift for _, shift in fitted]
@@ -117,7 +119,7 @@ def _fit_one(logits: NDArray[np.float64], target: NDArray[np.floating], start: f
 
 
 def choose_thresholds(
-    probabilities: NDArray[np.float32], action_units: NDArray[np.floating]
+    probabilities: NDArray[np.floating], action_units: NDArray[np.floating]
 ) -> tuple[tuple[float, ...], str | None]:
     """A threshold per AU (A,) that maximises its F1, and a remark on those that have none of their own.
 
@@ -141,7 +143,7 @@ def choose_thresholds(
     )
 
 
-def _best_threshold(probability: NDArray[np.float32], target: NDArray[np.floating]) -> float:
+def _best_threshold(probability: NDArray[np.floating], target: NDArray[np.floating]) -> float:
     """The threshold of highest F1: midway between two neighbouring probabilities, among equals the one nearest to 0.5."""
     cuts, f1 = _f1_at_cuts(probability, target)
     best = np.flatnonzero(f1 >= f1.max() - 1e-12)
@@ -149,7 +151,7 @@ def _best_threshold(probability: NDArray[np.float32], target: NDArray[np.floatin
 
 
 def _f1_at_cuts(
-    probability: NDArray[np.float32], target: NDArray[np.floating]
+    probability: NDArray[np.floating], target: NDArray[np.floating]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Thresholds between all distinct probabilities of known elements, rising, and the F1 at each."""
     known = ~np.isnan(target)
@@ -164,7 +166,7 @@ def _f1_at_cuts(
     return cuts[::-1], f1[::-1]
 
 
-def _shared_threshold(probabilities: NDArray[np.float32], action_units: NDArray[np.floating]) -> float:
+def _shared_threshold(probabilities: NDArray[np.floating], action_units: NDArray[np.floating]) -> float:
     """The one threshold, on a grid of thousandths, of highest mean F1 over the AUs that have positives."""
     grid = np.arange(1, 1000) / 1000
     curves = []
@@ -183,18 +185,20 @@ def _shared_threshold(probabilities: NDArray[np.float32], action_units: NDArray[
 
 
 def choose_trust_limit(
-    emotion_probabilities: NDArray[np.float32], emotion: NDArray[np.integer], max_error: float
+    emotion_probabilities: NDArray[np.floating], emotion: NDArray[np.integer], max_error: float
 ) -> tuple[float, str | None]:
     """The confidence below which an emotion is marked unsure, so that of the others at most ``max_error`` are wrong.
 
-    The lowest confidence at and above which the upper 95 % bound (Clopper and Pearson) of the error stays below ``max_error``; 1, and a
-    remark, where none does.
+    The lowest confidence of which this holds: among the images at and above it, the upper 95 % bound (Clopper and Pearson, one-sided)
+    of the error is at most ``max_error``. 1, and a remark, where it holds of none.
     """
     known = np.flatnonzero(emotion >= 0)
     confidence = emotion_probabilities[known].max(axis=1).astype(np.float64)
     wrong = emotion_probabilities[known].argmax(axis=1) != emotion[known]
     order = np.argsort(-confidence, kind="stable")
-    answered, errors = np.arange(1, len(order) + 1), np.cumsum(wrong[order])
+    # Images of equal confidence are answered together or not at all.
+    ends = np.flatnonzero(np.diff(confidence[order], append=-1.0))
+    answered, errors = ends + 1, np.cumsum(wrong[order])[ends]
     bound = np.where(errors < answered, beta.ppf(RISK_LEVEL, errors + 1, np.maximum(answered - errors, 1)), 1.0)
     allowed = np.flatnonzero(bound <= max_error)
     if not len(allowed):
@@ -203,7 +207,7 @@ def choose_trust_limit(
             f"no confidence keeps the error at or below calibration.max_error={max_error}: every emotion is marked unsure "
             f"(the lowest bound that validation supports is {lowest}). Raise it, or label more validation images."
         )
-    return float(confidence[order[allowed[-1]]]), None
+    return float(confidence[order[ends[allowed[-1]]]]), None
 
 
 def cross_fitted(
@@ -216,7 +220,7 @@ def cross_fitted(
     """
     num_images = len(outputs.emotion)
     fold_of = np.random.default_rng([seed, 2]).permutation(np.arange(num_images) % FOLDS)
-    emotion, action_units = np.zeros_like(outputs.emotion), np.zeros_like(outputs.action_units)
+    emotion, action_units = np.zeros(outputs.emotion.shape), np.zeros(outputs.action_units.shape)
     active = np.zeros(outputs.action_units.shape, dtype=bool)
     for fold in range(min(FOLDS, num_images)):
         held_out = fold_of == fold

@@ -30,12 +30,12 @@ class Outputs:
 class Probabilities:
     """Probabilities in [0, 1] of N faces, in the order of the taxonomy.
 
-    ``emotion`` (N, E) float32, rows sum to 1; ``action_units`` (N, A) float32, each by itself. A task that the model does
+    ``emotion`` (N, E) float64, rows sum to 1; ``action_units`` (N, A) float64, each by itself. A task that the model does
     not have is (N, 0).
     """
 
-    emotion: NDArray[np.float32]
-    action_units: NDArray[np.float32]
+    emotion: NDArray[np.float64]
+    action_units: NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Calibration:
 
 
 def calibrated(outputs: Outputs, calibration: Calibration) -> Probabilities:
-    """The probabilities of raw outputs; computed in float64, so that the order of a batch cannot show."""
+    """The probabilities of raw outputs, in float64: in float32 a logit above 17 would be certainty, and infinitely wrong in a log loss."""
     emotion = outputs.emotion.astype(np.float64)
     if emotion.shape[1]:
         emotion = softmax(emotion / calibration.temperature, axis=1)
@@ -86,4 +86,4 @@ def calibrated(outputs: Outputs, calibration: Calibration) -> Probabilities:
         action_units = action_units * np.array(calibration.au_slopes)
     if calibration.au_shifts:
         action_units = action_units + np.array(calibration.au_shifts)
-    return Probabilities(emotion.astype(np.float32), expit(action_units).astype(np.float32))
+    return Probabilities(emotion, expit(action_units))

@@ -25,7 +25,7 @@ CONTRADICTION = 0.1
 class Association:
     """P(AU present | emotion) ``given_emotion`` (E x A) and P(AU present) ``overall`` (A), smoothed, of a train split.
 
-    None where nothing is known: no known element of the AU.
+    Each is above 0 and below 1; None where nothing is known: no known element of the AU.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -37,8 +37,8 @@ class Association:
         for row in (*self.given_emotion, self.overall):
             if len(row) != len(self.overall):
                 raise ValueError(f"a row of {len(row)} action units beside {len(self.overall)}")
-            if any(value is not None and not 0.0 <= value <= 1.0 for value in row):
-                raise ValueError(f"{list(row)}: expected probabilities in [0, 1] or null")
+            if any(value is not None and not 0.0 < value < 1.0 for value in row):
+                raise ValueError(f"{list(row)}: expected probabilities between 0 and 1, neither of them, or null")
 
 
 @dataclass(frozen=True)

@@ -34,9 +34,11 @@ from rafce_ray.checkpoint import (
 from rafce_ray.consistency import Association, estimate_association
 from rafce_ray.data.dataset import Dataset
 from rafce_ray.data.loader import step_seed
+from rafce_ray.doctor_rules import examine_live
 from rafce_ray.evaluate import evaluate_outputs, split_outputs
 from rafce_ray.hardware import describe_hardware
 from rafce_ray.metrics import Counts, count_batch, summarise
+from rafce_ray.model_card import model_card
 from rafce_ray.optim import learning_rate
 from rafce_ray.preprocess import preprocess
 from rafce_ray.run_folder import RunFolder
@@ -90,6 +92,7 @@ def fit(job: Job, session: Session) -> dict[str, Any] | None:
             folder.write_metrics([*earlier, record])
             training.save(record["validation"], score if math.isfinite(score) else None)
             prune(folder.checkpoints, config.run.keep_checkpoints)
+            _tell_findings(training, [*earlier, record])
         session.report(_flat(record))
     return _finish(training, status, monitor) if session.rank == 0 else None
 
@@ -292,6 +295,16 @@ def _advance(training: Training, score: float) -> None:
         progress.epochs_without_improvement += 1
 
 
+def _tell_findings(training: Training, records: list[dict[str, Any]]) -> None:
+    """Warn of what the doctor sees in the epochs so far, each finding once in a run's life."""
+    folder = training.folder
+    told = {event.get("code") for event in folder.events() if event["event"] == "finding"}
+    for diagnosis in examine_live(training.config, folder.targets(), folder.audit(), records):
+        if diagnosis.level != "info" and diagnosis.code not in told:
+            message = f"epoch {records[-1]['epoch']}: {diagnosis.headline} (rafce doctor {folder.location})"
+            folder.add_event("finding", code=diagnosis.code, level=diagnosis.level, message=message)
+
+
 def _finish(training: Training, status: str, monitor: str) -> dict[str, Any]:
     """Write the bundle of the best epoch, measured as ``rafce evaluate`` measures it, and the run's result; rank 0 only."""
     folder, progress = training.folder, training.progress
@@ -323,7 +336,16 @@ def _write_bundle(training: Training, best: Checkpoint) -> tuple[str, dict[str, 
         bundle = load_bundle(source)
         outputs = split_outputs(bundle, dataset, "validation", device=training.session.device)
         calibration, metrics = _calibrate(training, outputs)
-        train = training.splits.train
+        provenance = bundle.provenance | {"best_epoch": best.epoch}
+        card = model_card(
+            taxonomy=bundle.taxonomy,
+            architecture=bundle.architecture,
+            calibration=calibration,
+            metrics=metrics,
+            provenance=provenance,
+            audit=folder.audit(),
+            targets=folder.targets(),
+        )
         sha256 = save_bundle(
             Path(scratch) / "bundle",
             model=bundle.model,
@@ -331,9 +353,10 @@ def _write_bundle(training: Training, best: Checkpoint) -> tuple[str, dict[str, 
             taxonomy=bundle.taxonomy,
             preprocessing=bundle.preprocessing,
             calibration=calibration,
-            association=_association(dataset, train),
+            association=_association(dataset, training.splits.train),
             metrics=metrics,
-            provenance=bundle.provenance | {"best_epoch": best.epoch},
+            provenance=provenance,
+            model_card=card,
         )
         folder.bundle.delete()
         folder.bundle.upload(Path(scratch) / "bundle")

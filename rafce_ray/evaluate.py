@@ -209,19 +209,41 @@ def render(figures: dict[str, Any]) -> list[Table]:
             table.add_row(entry["emotion"], *counts, *measured, _interval(entry["f1_interval"]))
         tables.append(table)
     if figures["per_au"]:
-        table = _table("action unit", "positive", "known", "floor", "F1", "95 % int.", "AP")
+        table = _table("action unit", "positive", "known", "floor", "F1", "95 % int.", "at 0.5", "AP")
         for entry in figures["per_au"]:
             counts = [str(entry[key]) for key in ("support", "known")]
             measured = [_number(entry["floor"]), _number(entry["f1"]), _interval(entry["f1_interval"])]
             name = f"{entry['action_unit']} {entry['name']}"
-            table.add_row(name, *counts, *measured, _number(entry["ap"]))
-        table.caption = "floor: F1 of always saying present"
+            table.add_row(name, *counts, *measured, _number(entry["f1_at_half"]), _number(entry["ap"]))
+        table.caption = "floor: F1 of always saying present; F1 at the bundle's threshold"
         tables.append(table)
-    return tables
+    return [*tables, _probabilities_table(figures)]
+
+
+def _probabilities_table(figures: dict[str, Any]) -> Table:
+    """Whether probabilities mean what they say, as the network gives them and as the bundle calibrates them."""
+    table = _table("probabilities", "raw", "calibrated", "95 % interval")
+    before, after = figures["reliability"]["before"], figures["reliability"]["after"]
+    for task, name in (("emotion", "emotion"), ("action_units", "action units")):
+        if before[task] is None:
+            continue
+        for key, measure in (("nll", "log loss"), ("brier", "Brier score"), ("ece", "calibration error")):
+            values = [_number(one[task][key]) for one in (before, after)]
+            table.add_row(f"{measure}, {name}", *values, _interval(after[task]["intervals"][key]))
+    if figures["per_au"]:
+        values = [_number(figures[key]) for key in ("au_f1_mean_at_half", "au_f1_mean")]
+        table.add_row("AU F1, at 0.5 and at the thresholds", *values, _interval(figures["intervals"]["au_f1_mean"]))
+    table.caption = "lower is better but for F1"
+    if figures["unsure"] is not None:
+        share, accuracy = figures["unsure"]["share"], figures["unsure"]["accuracy_of_the_others"]
+        table.caption += (
+            f"; {share:.0%} of emotions are marked unsure, the others have an accuracy of {_number(accuracy)}"
+        )
+    return table
 
 
 def _table(first: str, *others: str) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), caption_justify="left", title=" ", title_justify="left")
+    table = Table(box=None, padding=(0, 1, 0, 0), caption_justify="left", title=" ", title_justify="left")
     table.add_column(first, no_wrap=True)
     for name in others:
         table.add_column(name, justify="right", no_wrap=True)

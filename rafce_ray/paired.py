@@ -20,15 +20,30 @@ from rafce_ray.split_outputs import SplitOutputs
 from rafce_ray.taxonomy import Taxonomy
 
 FIGURES = (*HEADLINES, "au_ap_mean")
-"""Figures that are compared."""
+"""Figures with one number each that are compared."""
+
+AU_FIGURES = ("au_f1_mean", "au_ap_mean")
+"""Those of action units alone; ``score`` is of both tasks, the others are of emotions."""
+
+
+def f1_of(name: str) -> str:
+    """The figure that is the F1 of one emotion, by its name, or of one action unit, by its code."""
+    return f"f1 of {name}"
 
 
 @dataclass(frozen=True)
 class Scored:
-    """A model's figures on a split, and the same figures in each of R resamples (R,); NaN is undefined."""
+    """A model's figures on a split, and the same figures in each of R resamples (R,); NaN is undefined.
+
+    They are those of FIGURES and :func:`f1_of` every emotion and action unit.
+    """
 
     figures: dict[str, float]
     draws: dict[str, NDArray[np.float64]]
+
+    def interval(self, figure: str) -> list[float]:
+        """[low, high]: bootstrap 95 % interval of a figure by itself."""
+        return percentile_interval(self.draws[figure])
 
 
 @dataclass(frozen=True)
@@ -45,8 +60,23 @@ class Difference:
         return self.low > 0 or self.high < 0
 
 
+def comparable_figures(ours: Taxonomy, theirs: Taxonomy) -> list[str]:
+    """Figures of two models that mean the same: of emotions and of action units where both tell the same ones.
+
+    ``score`` only where both tasks are the same: of one task alone it is another figure than of both.
+    """
+    figures: list[str] = []
+    if ours.emotions and ours.emotions == theirs.emotions:
+        figures += [name for name in FIGURES if name not in (*AU_FIGURES, "score")]
+        figures += map(f1_of, ours.emotions)
+    if ours.action_units and ours.action_units == theirs.action_units:
+        figures += [*AU_FIGURES, *map(f1_of, ours.action_unit_codes)]
+    both_tasks = (ours.emotions, ours.action_units) == (theirs.emotions, theirs.action_units)
+    return [*figures, "score"] if both_tasks else figures
+
+
 def same_images(splits: Sequence[SplitOutputs]) -> list[SplitOutputs]:
-    """The splits with their rows in the order of the first.
+    """The splits with their rows in the order of the first. Action-unit targets are left as they are: they may differ.
 
     Raises:
         UsageError: they are not of the same images, or an image has another emotion in one of them.
@@ -56,10 +86,11 @@ def same_images(splits: Sequence[SplitOutputs]) -> list[SplitOutputs]:
     for number, other in enumerate(splits[1:], start=2):
         row_of = {name: row for row, name in enumerate(other.names)}
         missing = [name for name in first.names if name not in row_of]
-        if missing or len(other.names) != len(first.names):
+        extra = sorted(row_of.keys() - set(first.names))
+        if missing or extra:
             raise UsageError(
-                f"number {number} was measured on {len(other.names)} images, the first on {len(first.names)}; {len(missing)} of the first's are "
-                f"missing from it{f' ({missing[0]}, ...)' if missing else ''}. Compare runs of the same data and split."
+                f"number {number} was measured on {len(other.names)} images, the first on {len(first.names)}: {len(missing)} of the first's are "
+                f"not among them{_example(missing)}, {len(extra)} are not among the first's{_example(extra)}. Compare runs of the same data and split."
             )
         rows = np.array([row_of[name] for name in first.names], dtype=np.int64)
         outputs = Outputs(other.outputs.emotion[rows], other.outputs.action_units[rows])
@@ -84,11 +115,19 @@ def score(split: SplitOutputs, taxonomy: Taxonomy, calibration: Calibration, *, 
     found = calibrated(split.outputs, calibration)
     given = (found.emotion, found.action_units, split, taxonomy, calibration.au_thresholds)
     figures = evaluate_probabilities(*given, resamples=1)
-    draws = bootstrap_figures(*given, resamples=resamples)
-    return Scored({name: figures[name] for name in FIGURES}, {name: draws[name] for name in FIGURES})
+    drawn = bootstrap_figures(*given, resamples=resamples)
+    values, draws = {name: figures[name] for name in FIGURES}, {name: drawn[name] for name in FIGURES}
+    for entries, named, key in ((figures["per_class"], "emotion", "f1"), (figures["per_au"], "action_unit", "au_f1")):
+        for column, entry in enumerate(entries):
+            values[f1_of(entry[named])], draws[f1_of(entry[named])] = entry["f1"], drawn[key][:, column]
+    return Scored(values, draws)
 
 
 def difference(one: Scored, other: Scored, figure: str) -> Difference:
     """``one`` minus ``other``, both of the same images in the same order."""
     low, high = percentile_interval(one.draws[figure] - other.draws[figure])
     return Difference(one.figures[figure] - other.figures[figure], low, high)
+
+
+def _example(names: Sequence[str]) -> str:
+    return f" ({names[0]}{', ...' if len(names) > 1 else ''})" if names else ""

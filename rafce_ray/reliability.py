@@ -23,7 +23,7 @@ NUM_BINS = 15
 MIN_PER_BIN = 10
 
 SMALLEST = float(np.finfo(np.float32).tiny)
-"""A probability that single precision has rounded to 0 counts as this in a log loss."""
+"""A probability below this (1e-38) counts as this in a log loss, as it does in :mod:`rafce_ray.counts`."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,7 @@ def reliability_figures(
 
     * nll: mean log loss in nats, per image or known element; brier: mean squared distance to the truth, over all classes
       (0 to 2) or per element (0 to 1); ece in [0, 1];
-    * intervals: bootstrap 95 % over images. A resample's ECE is too large on average (noise only ever adds distance), so its
-      interval is shifted by that bias and cut off at 0;
+    * intervals: bootstrap 95 % over images; that of the ECE as :func:`_ece_interval` says;
     * bins: of the ECE, each with ``confidence``, ``hits`` (shares) and ``count``.
     """
     num_images = len(probabilities.emotion)
@@ -58,7 +57,7 @@ def reliability_figures(
     }
 
 
-def _score_emotions(probability: NDArray[np.float32], emotion: NDArray[np.integer]) -> _Scored:
+def _score_emotions(probability: NDArray[np.floating], emotion: NDArray[np.integer]) -> _Scored:
     image = np.flatnonzero(emotion >= 0) if probability.shape[1] else np.zeros(0, dtype=np.int64)
     found = probability[image].astype(np.float64)
     if not len(image):
@@ -72,7 +71,7 @@ def _score_emotions(probability: NDArray[np.float32], emotion: NDArray[np.intege
     )
 
 
-def _score_action_units(probability: NDArray[np.float32], action_units: NDArray[np.floating]) -> _Scored:
+def _score_action_units(probability: NDArray[np.floating], action_units: NDArray[np.floating]) -> _Scored:
     image, column = np.nonzero(~np.isnan(action_units)) if probability.shape[1] else (np.zeros(0, dtype=np.int64),) * 2
     found = probability[image, column].astype(np.float64) if len(image) else np.zeros(0)
     hit = (action_units[image, column] == 1).astype(np.float64) if len(image) else np.zeros(0)
@@ -87,17 +86,22 @@ def _figures(scored: _Scored, num_images: int, resamples: int, seed: int) -> dic
     np.add.at(per_image[:, :3], scored.image, np.stack([scored.nll, scored.brier, np.ones_like(scored.nll)], axis=1))
     np.add.at(per_image, (scored.image, 3 + bin_of), scored.confidence)
     np.add.at(per_image, (scored.image, 3 + num_bins + bin_of), scored.hit)
-    whole = _from_sums(per_image.sum(axis=0)[None], num_bins)
+    nll, brier, gaps = _from_sums(per_image.sum(axis=0)[None], num_bins)
     draws = [_from_sums(weights @ per_image, num_bins) for weights in resample_weights(num_images, resamples, seed)]
-    drawn = {name: np.concatenate([one[name] for one in draws]) for name in whole}
-    drawn["ece"] = np.maximum(drawn["ece"] - (np.nanmean(drawn["ece"]) - whole["ece"][0]), 0.0)
+    drawn_nll, drawn_brier, drawn_gaps = (np.concatenate(parts) for parts in zip(*draws, strict=True))
     counts = np.bincount(bin_of, minlength=num_bins)
     means = [
         np.bincount(bin_of, weights=values, minlength=num_bins) / counts for values in (scored.confidence, scored.hit)
     ]
     return {
-        **{name: float(values[0]) for name, values in whole.items()},
-        "intervals": {name: percentile_interval(values) for name, values in drawn.items()},
+        "nll": float(nll[0]),
+        "brier": float(brier[0]),
+        "ece": float(np.abs(gaps).sum()),
+        "intervals": {
+            "nll": percentile_interval(drawn_nll),
+            "brier": percentile_interval(drawn_brier),
+            "ece": _ece_interval(gaps[0], drawn_gaps),
+        },
         "bins": [
             {"confidence": float(confidence), "hits": float(hits), "count": int(count)}
             for confidence, hits, count in zip(*means, counts, strict=True)
@@ -117,27 +121,45 @@ def equal_mass_bins(confidence: NDArray[np.floating]) -> NDArray[np.int64]:
     return bin_of
 
 
-def _from_sums(sums: NDArray[np.float64], num_bins: int) -> dict[str, NDArray[np.float64]]:
-    """Figures (R,) of sums (R, 3 + 2 * bins): log loss, Brier, predictions, confidence per bin, hits per bin."""
+def _from_sums(sums: NDArray[np.float64], num_bins: int) -> tuple[NDArray[np.float64], ...]:
+    """Log loss (R,), Brier score (R,) and gaps (R, bins) of sums (R, 3 + 2 * bins): log loss, Brier, predictions, confidence per
+    bin, hits per bin. A bin's gap is its mean confidence minus its share of hits, times its share of the predictions."""
     count = np.where(sums[:, 2] > 0, sums[:, 2], np.nan)
-    distance = np.abs(sums[:, 3 : 3 + num_bins] - sums[:, 3 + num_bins :]).sum(axis=1)
-    return {"nll": sums[:, 0] / count, "brier": sums[:, 1] / count, "ece": distance / count}
+    gaps = (sums[:, 3 : 3 + num_bins] - sums[:, 3 + num_bins :]) / count[:, None]
+    return sums[:, 0] / count, sums[:, 1] / count, gaps
 
 
-def risk_coverage(emotion_probabilities: NDArray[np.float32], emotion: NDArray[np.integer]) -> dict[str, Any] | None:
+def _ece_interval(gaps: NDArray[np.float64], drawn: NDArray[np.float64]) -> list[float]:
+    """A 95 % interval of the ECE from the gaps (bins,) of the data and those (R, bins) of resamples; it contains the measured ECE.
+
+    Noise adds distance: a perfectly calibrated model's ECE is above 0, and a resample's above the measured one. The low end is
+    therefore the measured ECE less what noise alone reaches (97.5th percentile of the distances between drawn and measured gaps; by
+    the triangle inequality the true ECE is no lower), at least 0. The high end is the resamples' 97.5th percentile less their bias.
+    """
+    measured = float(np.abs(gaps).sum())
+    distances = np.abs(drawn).sum(axis=1)
+    _, noise = percentile_interval(np.abs(drawn - gaps).sum(axis=1))
+    _, high = percentile_interval(distances - (np.nanmean(distances) - measured))
+    return [max(0.0, measured - noise), max(measured, high)]
+
+
+def risk_coverage(emotion_probabilities: NDArray[np.floating], emotion: NDArray[np.integer]) -> dict[str, Any] | None:
     """What abstaining on the least confident images would save; None where no emotion is known.
 
     ``curve``: at most 100 points with ``coverage`` (share of images answered, most confident first), ``risk`` (share of those
     that are wrong) and ``confidence`` (the lowest answered). ``aurc``: mean risk over all coverages (Geifman and El-Yaniv 2017).
+    Images of equal confidence are answered in an order that is unknown: each counts as wrong as they are on average.
     """
     known = np.flatnonzero(emotion >= 0)
     if not len(known) or not emotion_probabilities.shape[1]:
         return None
     confidence = emotion_probabilities[known].max(axis=1).astype(np.float64)
     wrong = emotion_probabilities[known].argmax(axis=1) != emotion[known]
+    _, tie = np.unique(confidence, return_inverse=True)
+    expected_wrong = (np.bincount(tie, weights=wrong) / np.bincount(tie))[tie]
     order = np.argsort(-confidence, kind="stable")
     answered = np.arange(1, len(order) + 1)
-    risk = np.cumsum(wrong[order]) / answered
+    risk = np.cumsum(expected_wrong[order]) / answered
     shown = np.unique(np.linspace(0, len(order) - 1, min(100, len(order))).round().astype(int))
     return {
         "aurc": float(risk.mean()),

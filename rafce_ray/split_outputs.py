@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from rafce_ray.calibration import Outputs
+from rafce_ray.errors import RafceError
 
 
 @dataclass(frozen=True)
@@ -36,14 +37,19 @@ class SplitOutputs:
 
     @classmethod
     def from_parquet(cls, content: bytes) -> SplitOutputs:
-        """What :meth:`to_parquet` wrote."""
-        table = pq.read_table(pa.BufferReader(content))
-        return cls(
-            names=table["name"].to_pylist(),
-            emotion=table["emotion"].to_numpy(),
-            action_units=_matrix(table["action_units"]),
-            outputs=Outputs(_matrix(table["emotion_logits"]), _matrix(table["action_unit_logits"])),
-        )
+        """What :meth:`to_parquet` wrote. RafceError where it is something else, or damaged."""
+        try:
+            table = pq.read_table(pa.BufferReader(content))
+            return cls(
+                names=table["name"].to_pylist(),
+                emotion=table["emotion"].to_numpy(),
+                action_units=_matrix(table["action_units"]),
+                outputs=Outputs(_matrix(table["emotion_logits"]), _matrix(table["action_unit_logits"])),
+            )
+        except (pa.ArrowException, OSError, KeyError) as error:
+            raise RafceError(
+                f"the raw outputs of a split cannot be read ({error}). Copy the run folder again from its source."
+            ) from error
 
 
 def _lists(values: NDArray[np.float32]) -> pa.FixedSizeListArray | pa.ListArray:
@@ -54,5 +60,6 @@ def _lists(values: NDArray[np.float32]) -> pa.FixedSizeListArray | pa.ListArray:
 
 
 def _matrix(column: pa.ChunkedArray) -> NDArray[np.float32]:
+    num_columns = column.type.list_size if pa.types.is_fixed_size_list(column.type) else 0
     flat = np.asarray(column.combine_chunks().flatten(), dtype=np.float32)
-    return flat.reshape(len(column), -1) if len(flat) else np.zeros((len(column), 0), dtype=np.float32)
+    return flat.reshape(len(column), num_columns)

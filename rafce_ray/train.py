@@ -19,6 +19,7 @@ from rafce_ray.console import print_json, progress_bar, run_main, say, warn
 from rafce_ray.data.dataset import Prepared, prepare
 from rafce_ray.errors import RafceError, UsageError
 from rafce_ray.hardware import describe_software
+from rafce_ray.report import write_report
 from rafce_ray.run_folder import RunFolder
 from rafce_ray.session import Job
 from rafce_ray.storage import locate
@@ -55,6 +56,7 @@ def launch(config: Config, *, resume: bool = False) -> dict[str, Any]:
         )
     if "error" in outcome:
         raise _error_of(outcome)
+    write_report(folder, store=prepared.store_uri)
     return outcome
 
 
@@ -280,18 +282,42 @@ def _summarise(result: dict[str, Any]) -> None:
         for name in ("accuracy", "macro_f1", "au_f1_mean")
         if _is_number(metrics.get(name))
     )
-    took = duration(result["elapsed_s"])
+    took, run_dir = duration(result["elapsed_s"]), shlex.quote(_shown(result["run_dir"]))
     if result["status"] == "diverged":
         warn(
-            f"diverged after {result['epochs']} epochs: a loss was not finite. Lower optim.lr or set optim.grad_clip, under another run.name."
+            f"diverged after {result['epochs']} epochs: a loss was not finite. For why, and the next configuration: rafce doctor {run_dir}"
         )
     if result["bundle"] is None:
         return
     say(
         f"{result['status'].replace('_', ' ')} after {result['epochs']} epochs in {took}; best epoch {result['best_epoch']} on validation: {figures}"
     )
+    say(_calibrated(metrics))
     bundle = shlex.quote(_shown(result["bundle"]))
-    say(f"made {bundle}; next: rafce evaluate --bundle {bundle}   or: rafce predict --bundle {bundle} PHOTO...")
+    say(
+        f"made {bundle} and {run_dir}/report.html; next: rafce doctor {run_dir}   or: rafce evaluate --bundle {bundle}   or: rafce predict --bundle {bundle} PHOTO..."
+    )
+
+
+def _calibrated(metrics: dict[str, Any]) -> str:
+    """What calibration did, on images that it was not fitted on."""
+    held_out = metrics.get("cross_fitted")
+    if held_out is None:
+        return "not calibrated: probabilities are the network's own, thresholds 0.5"
+    before, after = held_out["before"], held_out["after"]
+    changes = [
+        f"{name} {before[task][key]:.3f} -> {after[task][key]:.3f}"
+        for task, key, name in (
+            ("emotion", "ece", "calibration error of emotions"),
+            ("action_units", "ece", "of action units"),
+        )
+        if before[task] is not None
+    ]
+    if _is_number(held_out["au_f1_mean_before"]):
+        changes.append(
+            f"AU-F1 {held_out['au_f1_mean_before']:.4f} at 0.5 -> {held_out['au_f1_mean_after']:.4f} at tuned thresholds"
+        )
+    return f"calibrated on validation (cross-fitted): {', '.join(changes)}"
 
 
 def _shown(place: str) -> str:

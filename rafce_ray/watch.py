@@ -21,7 +21,7 @@ from rafce_ray.study_folder import StudyFolder
 
 POLL_S = 0.5
 SHOWN_EPOCHS = 15
-WARNING_EVENTS = ("warning", "invalid_checkpoint", "hung_worker", "diverged")
+WARNING_EVENTS = ("warning", "finding", "invalid_checkpoint", "hung_worker", "diverged")
 
 
 class Watch(ABC):

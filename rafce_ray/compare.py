@@ -1,0 +1,337 @@
+"""``rafce compare``: runs side by side on the same images, and which of their differences are more than luck."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from rafce_ray.bundle import load_bundle
+from rafce_ray.calibration import Calibration
+from rafce_ray.circumstances import circumstances_of, compare_circumstances, open_finished
+from rafce_ray.config import Config, build_config, differences, flatten
+from rafce_ray.console import console, print_json, run_main, say, warn
+from rafce_ray.errors import UsageError
+from rafce_ray.evaluate import data_config_for, open_for_bundle, split_outputs
+from rafce_ray.hardware import choose_device
+from rafce_ray.metrics import MIN_SUPPORT
+from rafce_ray.paired import Difference, Scored, comparable_figures, difference, f1_of, same_images, score
+from rafce_ray.run_folder import RunFolder
+from rafce_ray.split_outputs import SplitOutputs
+from rafce_ray.taxonomy import Taxonomy
+
+FIGURE_NAMES = {
+    "accuracy": "accuracy",
+    "macro_f1": "macro-F1, classes that occur",
+    "macro_f1_supported": f"macro-F1, classes with {MIN_SUPPORT} images",
+    "uar": "UAR (mean recall)",
+    "uar_supported": f"UAR, classes with {MIN_SUPPORT} images",
+    "component_accuracy": "component accuracy",
+    "component_both": "both components right",
+    "au_f1_mean": "AU F1, mean",
+    "au_ap_mean": "AU average precision, mean",
+    "score": "score (mean of both tasks' F1)",
+}
+"""Figures of :data:`rafce_ray.paired.FIGURES`, named for people."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run and its raw outputs on the split that runs are compared on; ``name`` tells it from the others."""
+
+    name: str
+    place: str
+    config: Config
+    taxonomy: Taxonomy
+    calibration: Calibration
+    outputs: SplitOutputs
+    circumstances: dict[str, str | None]
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Runs of which the first is the reference.
+
+    ``scored`` goes by run; ``against_first`` by run and figure, empty for the first; a figure that cannot be compared is not in
+    it, and ``remarks`` say why.
+    """
+
+    runs: tuple[Run, ...]
+    scored: tuple[Scored, ...]
+    against_first: tuple[dict[str, Difference], ...]
+    config_differences: dict[str, list[Any]]
+    remarks: tuple[str, ...]
+
+
+def compare(runs: Sequence[Run], *, resamples: int = 1000) -> Compared:
+    """Compare runs on the images that they were measured on, row by row of the same name.
+
+    Raises:
+        UsageError: their images, or the emotions that they tell, are not the same, or they tell nothing in common.
+    """
+    first = runs[0]
+    for other in runs[1:]:
+        _check_emotions(first, other)
+    aligned = same_images([run.outputs for run in runs])
+    remarks: list[str] = []
+    for number, other in enumerate(runs[1:], start=1):
+        remarks += _data_remarks(first, other)
+        ours, theirs = aligned[0].action_units, aligned[number].action_units
+        if first.taxonomy.action_units == other.taxonomy.action_units and not np.array_equal(
+            ours, theirs, equal_nan=True
+        ):
+            changed = int((~((ours == theirs) | (np.isnan(ours) & np.isnan(theirs)))).any(axis=1).sum())
+            remarks.append(
+                f"{changed} images have other AU labels in {other.name} than in {first.name}: both are measured by those of {first.name}."
+            )
+            aligned[number] = replace(aligned[number], action_units=ours)
+    scored = [
+        score(one, run.taxonomy, run.calibration, resamples=resamples) for one, run in zip(aligned, runs, strict=True)
+    ]
+    against_first: list[dict[str, Difference]] = [{}]
+    for other, measured in zip(runs[1:], scored[1:], strict=True):
+        figures = comparable_figures(first.taxonomy, other.taxonomy)
+        against_first.append({figure: difference(measured, scored[0], figure) for figure in figures})
+    keys = {key for other in runs[1:] for key in differences(first.config, other.config)}
+    flat = [flatten(run.config) for run in runs]
+    changed_keys = {key: [one[key] for one in flat] for key in flat[0] if key in keys}
+    return Compared(tuple(runs), tuple(scored), tuple(against_first), changed_keys, tuple(remarks))
+
+
+def _check_emotions(first: Run, other: Run) -> None:
+    ours, theirs = first.taxonomy, other.taxonomy
+    if ours.emotions and theirs.emotions and ours.emotions != theirs.emotions:
+        raise UsageError(
+            f"{first.name} tells the emotions {list(ours.emotions)}, {other.name} {list(theirs.emotions)}: these are other questions. "
+            "Compare runs with the same data.emotions."
+        )
+    if not comparable_figures(ours, theirs):
+        raise UsageError(
+            f"{first.name} and {other.name} tell nothing in common: {_described(ours)} and {_described(theirs)}. Compare runs of the same task."
+        )
+
+
+def _data_remarks(first: Run, other: Run) -> list[str]:
+    remarks = []
+    fingerprints = [run.circumstances["data fingerprint"] for run in (first, other)]
+    if fingerprints[0] != fingerprints[1]:
+        remarks.append(
+            f"{other.name} was trained on other data than {first.name} (fingerprint {str(fingerprints[1])[:12]}, {str(fingerprints[0])[:12]}); "
+            "the images compared here have the same names and emotions."
+        )
+    ours, theirs = first.taxonomy, other.taxonomy
+    if ours.action_units != theirs.action_units:
+        remarks.append(
+            f"action units are not compared: {first.name} tells {_described(replace(ours, emotions=(), components=()))}, "
+            f"{other.name} {_described(replace(theirs, emotions=(), components=()))}."
+        )
+    if ours.emotions != theirs.emotions:
+        silent = other if ours.emotions else first
+        remarks.append(f"emotions are not compared: {silent.name} does not tell them.")
+    return remarks
+
+
+def _described(taxonomy: Taxonomy) -> str:
+    parts = [f"{taxonomy.num_emotions} emotions"] if taxonomy.emotions else []
+    if taxonomy.action_units:
+        parts.append(f"{taxonomy.num_action_units} action units ({', '.join(taxonomy.action_unit_codes)})")
+    return " and ".join(parts) or "none"
+
+
+def load_run(place: str, name: str, split: str, *, data: Sequence[str] = (), device: str = "auto") -> Run:
+    """A finished run with its bundle's raw outputs on a split: those that it kept, else measured now on its data (``data``: overrides).
+
+    Raises:
+        UsageError: there is no finished run with a bundle at that place.
+        RafceError: its bundle or its data cannot be used.
+    """
+    folder = open_finished(place)
+    if not folder.bundle.exists():
+        raise UsageError(f"{folder.location} has no bundle: {_ending(folder)}. Compare runs that have one.")
+    bundle, circumstances = load_bundle(folder.bundle.uri), circumstances_of(folder)
+    outputs = folder.outputs(split)
+    if outputs is None:
+        dataset = open_for_bundle(bundle, data_config_for(bundle, data))
+        if dataset.fingerprint != circumstances["data fingerprint"]:
+            warn(f"the data of {name} have changed since it was trained: it is measured on what is there now.")
+        outputs = split_outputs(bundle, dataset, split, device=choose_device(device))
+    return Run(
+        name,
+        str(folder.location),
+        build_config(folder.provenance()["config"]),
+        bundle.taxonomy,
+        bundle.calibration,
+        outputs,
+        circumstances,
+    )
+
+
+def _ending(folder: RunFolder) -> str:
+    result = folder.result() or {}
+    return f"it ended as {str(result.get('status')).replace('_', ' ')} after {result.get('epochs')} epochs"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """``rafce compare``."""
+    return run_main(_main, argv)
+
+
+def _main(argv: list[str]) -> int:
+    arguments = _parser().parse_intermixed_args(argv)
+    data = [text for text in arguments.runs if text.startswith("data.") and "=" in text]
+    places = [text for text in arguments.runs if text not in data]
+    if len(places) < 2:
+        raise UsageError(f"{len(places)} run(s) given: name the run to compare with first, then at least one other.")
+    say(f"Comparing {len(places)} runs on the {arguments.split} split; the first, {places[0]}, is the reference.")
+    names = _names(places)
+    runs = [
+        load_run(place, name, arguments.split, data=data, device=arguments.device)
+        for place, name in zip(places, names, strict=True)
+    ]
+    compared = compare(runs)
+    for remark in compared.remarks:
+        warn(remark)
+    for table in render(compared):
+        console.print(table)
+    _say_what_it_means(compared, arguments.split)
+    if arguments.json:
+        print_json(to_json_record(compared, arguments.split))
+    return 0
+
+
+def _names(places: Sequence[str]) -> list[str]:
+    """The last part of every path, or all of it where two would have the same name."""
+    names = [place.partition("?")[0].rstrip("/").rpartition("/")[2] or place for place in places]
+    return names if len(set(names)) == len(names) else list(places)
+
+
+def _say_what_it_means(compared: Compared, split: str) -> None:
+    num_intervals = sum(len(one) for one in compared.against_first)
+    say(
+        f"real: the paired bootstrap 95 % interval over {len(compared.runs[0].outputs.names):,} images leaves 0 out; of {num_intervals} intervals about "
+        f"{math.ceil(num_intervals / 20)} would by chance. Another seed moves figures too: train several before you believe a small difference."
+    )
+    if split == "validation":
+        say("Validation chose each run's best epoch and thresholds. Next: the same with --split test.")
+    else:
+        say("Next: rafce replay RUN trains one of them again and tells whether its figures hold.")
+
+
+def render(compared: Compared) -> list[Table]:
+    """Tables for the terminal: configurations, figures with their own intervals, differences to the first, classes and AUs that differ."""
+    runs = compared.runs
+    tables = []
+    table = _table("configuration", runs)
+    for key, values in compared.config_differences.items():
+        table.add_row(key, *("null" if value is None else str(value) for value in values))
+    for one in _other_circumstances(compared):
+        table.add_row(*one)
+    if table.row_count:
+        tables.append(table)
+    table = _table("figure (95 % interval)", runs)
+    for figure, name in FIGURE_NAMES.items():
+        table.add_row(
+            name, *(_with_interval(scored.figures[figure], scored.interval(figure)) for scored in compared.scored)
+        )
+    tables.append(table)
+    table = _table(f"difference to {runs[0].name}", runs[1:])
+    for figure, name in FIGURE_NAMES.items():
+        table.add_row(name, *(_cell(one.get(figure)) for one in compared.against_first[1:]))
+    tables.append(table)
+    told = {name: f1_of(name) for run in runs for name in (*run.taxonomy.emotions, *run.taxonomy.action_unit_codes)}
+    table = _table("F1 that really differs", runs[1:])
+    for name, figure in told.items():
+        found = [one.get(figure) for one in compared.against_first[1:]]
+        if any(one is not None and one.is_real for one in found):
+            table.add_row(name, *(_cell(one) for one in found))
+    if not table.row_count:
+        table.add_row("of no class and no action unit", *["" for _ in runs[1:]])
+    return [*tables, table]
+
+
+def _other_circumstances(compared: Compared) -> list[list[str]]:
+    """Rows of the circumstances, beside the configuration, in which any run differs from the first."""
+    first = compared.runs[0].circumstances
+    differing = {
+        one.what
+        for run in compared.runs[1:]
+        for one in compare_circumstances(first, run.circumstances)
+        if one.verdict == "differs" and one.what not in ("configuration", "seed")
+    }
+    names = [what for run in compared.runs for what in run.circumstances if what in differing]
+    return [[what, *(str(run.circumstances.get(what))[:20] for run in compared.runs)] for what in dict.fromkeys(names)]
+
+
+def _table(first: str, runs: Sequence[Run]) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), title=" ", title_justify="left")
+    table.add_column(first, no_wrap=True)
+    for run in runs:
+        table.add_column(run.name, justify="right", overflow="fold")
+    return table
+
+
+def _with_interval(value: float, interval: Sequence[float]) -> str:
+    return f"{value:.3f} ({interval[0]:.2f}-{interval[1]:.2f})" if math.isfinite(value) else "–"
+
+
+def _cell(one: Difference | None) -> str:
+    if one is None:
+        return "not compared"
+    if not math.isfinite(one.low):
+        return "–"
+    return f"{one.value:+.3f} ({one.low:+.3f} to {one.high:+.3f}) {'real' if one.is_real else 'noise'}"
+
+
+def to_json_record(compared: Compared, split: str) -> dict[str, Any]:
+    """All of it as plain values; NaN is undefined."""
+    return {
+        "split": split,
+        "num_images": len(compared.runs[0].outputs.names),
+        "config_differences": compared.config_differences,
+        "remarks": list(compared.remarks),
+        "runs": [
+            {
+                "run": run.place,
+                "circumstances": run.circumstances,
+                "figures": {
+                    figure: {"value": value, "interval": scored.interval(figure)}
+                    for figure, value in scored.figures.items()
+                },
+                "against_first": {
+                    figure: {"value": one.value, "interval": [one.low, one.high], "real": one.is_real}
+                    for figure, one in against_first.items()
+                },
+            }
+            for run, scored, against_first in zip(compared.runs, compared.scored, compared.against_first, strict=True)
+        ],
+    }
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="rafce compare",
+        description="Runs side by side on the same images: what was configured differently, figures with their intervals, and differences "
+        "to the first run with paired bootstrap intervals.",
+        epilog="Example: rafce compare runs/BASELINE runs/NEW --split test",
+    )
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        metavar="RUN",
+        help="folders of finished runs, the reference first; data.KEY=VALUE among them says where the data lie now",
+    )
+    parser.add_argument(
+        "--split", choices=("validation", "test"), default="validation", help="split to compare on (default validation)"
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... for --split test (default auto)")
+    parser.add_argument("--json", action="store_true", help="print one JSON line on standard output")
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

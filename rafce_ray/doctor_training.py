@@ -1,0 +1,275 @@
+"""The doctor's rules on how well a run fits: overfitting, underfitting, validation that falls, training that ends too early."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from rafce_ray.config import Config
+from rafce_ray.doctor_diagnosis import Cause, Diagnosis, Verdict, diagnose, resume_command
+from rafce_ray.doctor_evidence import Evidence, figure
+from rafce_ray.doctor_steps import (
+    STILL_FALLING,
+    TAIL_EPOCHS,
+    Step,
+    best_is_last,
+    late_fall,
+    loss_trend,
+    more_epochs,
+    next_capacity,
+    next_regularisation,
+    significant,
+    still_learning,
+    strongly_regularised,
+)
+
+LARGEST_GAP = 0.30
+"""Train-validation gap from which a run overfits (the seed's rule)."""
+
+CURVE_EPOCHS = 5
+"""Epochs that a rule on a curve needs."""
+
+NOISE = 2.0
+"""Standard errors beyond which an accuracy has changed. Epochs share their images, so that their noise is smaller still."""
+
+LEARNT_SHARE = 0.25
+"""Share of the way from the commonest class to perfection that a run which has learnt goes on train images."""
+
+SMALL_GAP = 0.10
+"""Gap below which a low train accuracy is no price of strong regularisation on a small train split, but underfitting."""
+
+
+def overfitting(evidence: Evidence) -> list[Diagnosis]:
+    """Train minus validation, both on natural images in evaluation mode, is above 30 points at the last or the best epoch."""
+    name, title = ("accuracy", "accuracy") if evidence.emotions else ("au_f1_mean", "mean AU-F1")
+    worst = max((evidence.best, evidence.last), key=lambda record: _defined(figure(record, f"gap.{name}")))
+    gap = figure(worst, f"gap.{name}")
+    if not gap > LARGEST_GAP:
+        return []
+    train, validation = (figure(worst, f"{split}.{name}") for split in ("train_natural", "validation"))
+    step = next_regularisation(evidence.config)
+    data, model, optim = evidence.config.data, evidence.config.model, evidence.config.optim
+    seen = (
+        f"The train-validation gap in {title} is {100 * gap:.1f} points at epoch {worst['epoch']} (train {train:.1%}, validation {validation:.1%}); "
+        f"above {100 * LARGEST_GAP:.0f} a model remembers more than it has understood."
+    )
+    best_gap = figure(evidence.best, f"gap.{name}")
+    if worst is not evidence.best and not best_gap > LARGEST_GAP:
+        seen += f" At epoch {evidence.best['epoch']}, the best one, it is {100 * best_gap:.1f} points."
+    known, what = ("emotion_known", "images") if evidence.emotions else ("au_known", "known AUs of images")
+    counts = " and ".join(f"{figure(worst, f'{split}.{known}'):,.0f}" for split in ("train_natural", "validation"))
+    causes = [
+        Cause(
+            "the gap is measured on resampled or augmented images",
+            "ruled out",
+            f"{counts} natural {what}, in evaluation mode",
+        ),
+        Cause(
+            "no augmentation",
+            "confirmed" if data.augmentation == "none" else "ruled out",
+            f"data.augmentation={data.augmentation}",
+        ),
+        Cause(
+            "regularisation is too weak",
+            "possible",
+            f"model.dropout={model.dropout:g}, optim.weight_decay={optim.weight_decay:g}, optim.grad_clip={optim.grad_clip:g}",
+        ),
+        Cause("the model is too large for the data", "possible", f"{model.backbone} on {_train_images(evidence)}"),
+    ]
+    advice = (
+        step.text
+        if step
+        else "The ladder of dropout, weight decay, clipping and smaller backbones is spent: only more train images help."
+    )
+    return [
+        diagnose(
+            evidence, "overfitting", "warning", seen, causes=causes, advice=advice, patch=step.patch if step else {}
+        )
+    ]
+
+
+def validation_falling(evidence: Evidence) -> list[Diagnosis]:
+    """The last epochs' validation accuracy is below the best one by more than noise, at least three epochs ago."""
+    values = evidence.series("validation.accuracy")
+    if not evidence.emotions or len(values) < CURVE_EPOCHS or not any(map(math.isfinite, values)):
+        return []
+    at = int(np.nanargmax(values))
+    if at > len(values) - 1 - TAIL_EPOCHS:
+        return []
+    best, now = evidence.records[at], float(np.mean(values[-TAIL_EPOCHS:]))
+    error = standard_error(values[at], figure(best, "validation.emotion_known"))
+    if not values[at] - now > NOISE * error:
+        return []
+    train = evidence.series("train_natural.accuracy")
+    train_now = float(np.mean(train[-TAIL_EPOCHS:]))
+    unlearns = train[at] - train_now > NOISE * standard_error(train[at], figure(best, "train_natural.emotion_known"))
+    seen = (
+        f"Validation accuracy fell from {values[at]:.1%} at epoch {best['epoch']} to {now:.1%} (mean of the last {TAIL_EPOCHS}; one standard error "
+        f"is {100 * error:.1f} points), while train accuracy went from {train[at]:.1%} to {train_now:.1%}."
+    )
+    steered = _au_gradient_dominates(evidence)
+    causes = _falling_causes(evidence, unlearns=unlearns, steered=steered, train_now=train_now)
+    step = _against_falling(evidence.config, unlearns=unlearns, steered=steered is True)
+    kept = f"The best epoch's weights are kept ({evidence.best.get('epoch')} by {evidence.monitor})."
+    advice = f"{step.text if step else 'Only more train images help.'} {kept}"
+    return [
+        diagnose(
+            evidence,
+            "validation_falling",
+            "warning",
+            seen,
+            causes=causes,
+            advice=advice,
+            patch=step.patch if step else {},
+        )
+    ]
+
+
+def _falling_causes(evidence: Evidence, *, unlearns: bool, steered: bool | None, train_now: float) -> list[Cause]:
+    config = evidence.config
+    trend = f"train accuracy {'falls too' if unlearns else f'holds or rises, to {train_now:.1%}'}"
+    if not evidence.action_units:
+        weight: tuple[Verdict, str] = ("ruled out", "AUs are not trained")
+    elif steered is None:
+        weight = ("unknown", f"loss.au_weight={config.loss.au_weight:g}; no gradients on record")
+    else:
+        found = f"loss.au_weight={config.loss.au_weight:g}; the AU gradient on the trunk is the {'larger' if steered else 'smaller'} one"
+        weight = ("possible" if steered else "ruled out", found)
+    return [
+        Cause("overfitting", "ruled out" if unlearns else "confirmed", trend),
+        Cause(
+            "the learning rate is too high",
+            "possible" if unlearns else "ruled out",
+            f"optim.lr={config.optim.lr:g}; {trend}",
+        ),
+        Cause(
+            "the learning rate is too low (the seed's guess)",
+            "ruled out",
+            f"optim.lr={config.optim.lr:g}: a low rate learns slowly, it does not unlearn",
+        ),
+        Cause(
+            "regularisation is too strong (the seed's guess)",
+            "possible" if unlearns else "ruled out",
+            f"model.dropout={config.model.dropout:g}, optim.weight_decay={config.optim.weight_decay:g}; {trend}",
+        ),
+        Cause("the weight of the AU loss is too high", *weight),
+    ]
+
+
+def _against_falling(config: Config, *, unlearns: bool, steered: bool) -> Step | None:
+    if steered:
+        weight = 0.5 if config.loss.au_weight > 0.5 else config.loss.au_weight / 2
+        return Step({"loss.au_weight": weight}, f"Lower loss.au_weight from {config.loss.au_weight:g} to {weight:g}.")
+    if not unlearns:
+        return next_regularisation(config)
+    slower = significant(config.optim.lr / 3)
+    return Step({"optim.lr": slower}, f"Lower optim.lr from {config.optim.lr:g} to {slower:g}.")
+
+
+def _au_gradient_dominates(evidence: Evidence) -> bool | None:
+    """Whether the weighted AU gradient is the larger one on the trunk, by the median of the last epochs; None where unknown."""
+    if evidence.config.loss.au_stop_gradient:
+        return False
+    recent = evidence.records[-CURVE_EPOCHS:]
+    ratios = [
+        figure(one, "au_weight") * figure(one, "gradient.au_norm") / norm
+        for one in recent
+        if (norm := figure(one, "gradient.emotion_norm")) > 0
+    ]
+    defined = [ratio for ratio in ratios if math.isfinite(ratio)]
+    return float(np.median(defined)) > 1 if defined else None
+
+
+def underfitting(evidence: Evidence) -> list[Diagnosis]:
+    """At the end, train images are hardly read better than by naming the commonest class, and the gap is small."""
+    if not evidence.ended or evidence.status == "diverged" or len(evidence.records) < TAIL_EPOCHS:
+        return []
+    record = evidence.best
+    train, majority, gap = (
+        figure(record, path) for path in ("train_natural.accuracy", "train_natural.majority_accuracy", "gap.accuracy")
+    )
+    if not (majority < 1 and (train - majority) / (1 - majority) < LEARNT_SHARE and gap < SMALL_GAP):
+        return []
+    config, step = evidence.config, next_capacity(evidence)
+    seen = (
+        f"The model underfits: at its best epoch ({record['epoch']}) even train accuracy is {train:.1%}, where naming the commonest class "
+        f"gets {majority:.1%}, and the gap to validation is {100 * gap:.1f} points."
+    )
+    causes = [
+        Cause(
+            "too few epochs",
+            "possible" if still_learning(evidence) else "ruled out",
+            loss_trend(evidence),
+        ),
+        Cause(
+            "regularisation or augmentation is too strong",
+            "possible" if strongly_regularised(config) or config.data.augmentation == "strong" else "ruled out",
+            f"model.dropout={config.model.dropout:g}, optim.weight_decay={config.optim.weight_decay:g}, data.augmentation={config.data.augmentation}",
+        ),
+        Cause(
+            "the trunk cannot learn",
+            "confirmed" if config.model.freeze_backbone else "ruled out",
+            f"model.freeze_backbone={str(config.model.freeze_backbone).lower()}",
+        ),
+        Cause(
+            "it starts from nothing",
+            "possible" if config.model.weights == "none" else "ruled out",
+            f"model.weights={config.model.weights}",
+        ),
+    ]
+    return [diagnose(evidence, "underfitting", "warning", seen, causes=causes, advice=step.text, patch=step.patch)]
+
+
+def train_longer(evidence: Evidence) -> list[Diagnosis]:
+    """All epochs were used, and the run was still improving: the last epoch is the best, or one near it and the train loss still fell."""
+    num_epochs = len(evidence.records)
+    if evidence.status != "finished" or num_epochs < TAIL_EPOCHS:
+        return []
+    recent = evidence.last["epoch"] - evidence.best["epoch"] < TAIL_EPOCHS
+    if not (best_is_last(evidence) or (recent and late_fall(evidence) > STILL_FALLING)):
+        return []
+    config, epochs = evidence.config, more_epochs(evidence.config)
+    seen = f"Epoch {evidence.best['epoch']} of {num_epochs} is the best: the run ended while it was still improving."
+    fall = late_fall(evidence)
+    causes = [
+        Cause(
+            "too few epochs",
+            "unknown" if math.isnan(fall) else "confirmed" if fall > STILL_FALLING else "possible",
+            f"{loss_trend(evidence)}; optim.patience={config.optim.patience} was not spent",
+        )
+    ]
+    patch = {"optim.epochs": epochs}
+    command = resume_command(evidence, patch)
+    advice = f"Train longer: {epochs} epochs."
+    if command is not None:
+        advice += " --resume goes on from the last epoch, with the learning rate of the longer schedule."
+    return [
+        diagnose(
+            evidence,
+            "train_longer",
+            "info",
+            seen,
+            causes=causes,
+            advice=advice,
+            patch=patch,
+            command=command,
+        )
+    ]
+
+
+def standard_error(share: float, count: float) -> float:
+    """Binomial standard error of a share of ``count`` images."""
+    return math.sqrt(max(share * (1 - share), 0.0) / max(count, 1))
+
+
+def _train_images(evidence: Evidence) -> str:
+    return (
+        "an unknown number of images"
+        if evidence.targets is None
+        else f"{evidence.targets['train']['num_images']:,} train images"
+    )
+
+
+def _defined(value: float) -> float:
+    return value if math.isfinite(value) else -math.inf

@@ -1,0 +1,132 @@
+"""``rafce report``: everything that a run left behind as one HTML page that stands by itself."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+from rafce_ray.console import print_json, run_main, say, warn
+from rafce_ray.errors import UsageError
+from rafce_ray.report_data import SPLITS_OF, ReportData, Split, check_run, gather
+from rafce_ray.report_page import render_page
+from rafce_ray.run_folder import RunFolder
+from rafce_ray.storage import Location, locate
+
+REPORT_FILE = "report.html"
+
+
+def write_report(
+    folder: RunFolder,
+    *,
+    split: Split = "validation",
+    slices: str | None = None,
+    images: bool = True,
+    out: str | None = None,
+    overrides: Sequence[str] = (),
+    store: str | None = None,
+    device: str = "auto",
+) -> Location:
+    """Write a run's report and return where it is: ``report.html`` in the run's folder, replaced if it is there, or ``out``, which must be new.
+
+    The other arguments are those of :func:`rafce_ray.report_data.gather`. Validation figures are the run's own and cost no forward pass.
+
+    Raises:
+        UsageError: there is no run here, ``out`` exists, or what is asked for cannot be had of it.
+        RafceError: the split cannot be measured.
+    """
+    place = _place(folder, out)
+    data = gather(folder, split=split, slices=slices, images=images, overrides=overrides, store=store, device=device)
+    place.write_bytes(render_page(data).encode())
+    return place
+
+
+def _place(folder: RunFolder, out: str | None) -> Location:
+    if out is None:
+        return folder.location / REPORT_FILE
+    place = locate(out)
+    if place.exists():
+        raise UsageError(f"--out {place}: exists already. Give a new name, or remove it.")
+    return place
+
+
+def main(argv: list[str] | None = None) -> int:
+    """``rafce report``."""
+    return run_main(_main, argv)
+
+
+def _main(argv: list[str]) -> int:
+    arguments = _parser().parse_intermixed_args(argv)
+    folder = RunFolder(arguments.run)
+    check_run(folder)
+    place = _place(folder, arguments.out)
+    say(f"Reporting on {folder.location}, {arguments.split} split, to {place}.")
+    data = gather(
+        folder,
+        split=arguments.split,
+        slices=arguments.slices,
+        images=not arguments.no_images,
+        overrides=arguments.overrides,
+        device=arguments.device,
+    )
+    content = render_page(data).encode()
+    place.write_bytes(content)
+    for remark in data.remarks:
+        warn(remark)
+    after = (
+        f"rafce report {arguments.run} --split test" if data.split == "validation" else f"rafce doctor {arguments.run}"
+    )
+    say(f"made {place} ({len(content) / 1000:,.0f} kB); open it in a browser. Next: {after}")
+    if arguments.json:
+        print_json(_record(data, place, len(content)))
+    return 0
+
+
+def _record(data: ReportData, place: Location, num_bytes: int) -> dict[str, Any]:
+    figures = data.figures or {}
+    headlines = ("num_images", "accuracy", "macro_f1", "macro_f1_supported", "au_f1_mean", "intervals")
+    return {
+        "report": str(place),
+        "num_bytes": num_bytes,
+        "run": data.run.place,
+        "status": data.run.status,
+        "split": data.split,
+        "figures": {key: figures.get(key) for key in headlines},
+        "diagnoses": [one.to_json() for one in data.diagnoses],
+        "groups": None if data.groups is None else data.groups.to_json(),
+    }
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="rafce report", description="Write everything that a run left behind as one HTML page."
+    )
+    parser.add_argument("run", metavar="RUN", help="run folder; a path or URI")
+    parser.add_argument(
+        "--split",
+        choices=tuple(SPLITS_OF),
+        default="validation",
+        help="images that the figures are of: validation, as the run measured it (default); test, measured now; or held-out, both together",
+    )
+    parser.add_argument(
+        "--slices",
+        metavar="FILE.csv",
+        help="attributes of images (name,age,gender,... or name,column,value): figures by group",
+    )
+    parser.add_argument("--no-images", action="store_true", help="leave all pictures out")
+    parser.add_argument(
+        "--out", metavar="FILE.html", help=f"a new file (default: {REPORT_FILE} in the run's folder, replaced)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line of standard output")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default auto)")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="data.KEY=VALUE",
+        help="where the data are, if they are not where training found them",
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

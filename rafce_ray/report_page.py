@@ -1,0 +1,327 @@
+"""A run's report as one HTML page: what of it is shown, in which order and in which words; the template says how it looks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from rafce_ray import __version__, report_plots
+from rafce_ray.config import Config, flatten
+from rafce_ray.metrics import MIN_SUPPORT
+from rafce_ray.report_data import ReportData
+from rafce_ray.report_text import (
+    INTENDED_USE,
+    NAMES,
+    PERCEIVED,
+    PROHIBITED_USE,
+    SPLIT_NOTES,
+    UNDEFINED,
+    against_floor,
+    constant_f1,
+    duration,
+    headline,
+    interval,
+    number,
+    percent,
+    summary,
+)
+from rafce_ray.slices import MIN_GROUP
+from rafce_ray.taxonomy import ACTION_UNIT_NAMES, parse_action_unit_token
+from rafce_ray.trained_on import action_unit_counts, class_counts, label_differences, split_sizes
+
+NUM_CONFUSIONS = 8
+EVIDENCE_SHOWN = 5
+NOTABLE_EVENTS = ("resumed", "warning", "invalid_checkpoint", "hung_worker", "calibration", "finding", "diverged")
+
+STATUS = {
+    "finished": "finished",
+    "stopped_early": "stopped early",
+    "diverged": "diverged",
+    None: "not finished",
+}
+
+
+def render_page(data: ReportData) -> str:
+    """The whole page: no script, and nothing that would be fetched from anywhere."""
+    environment = Environment(
+        loader=PackageLoader("rafce_ray", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"num": _num, "pct": _pct, "interval": interval, "count": _count, "duration": duration}
+    page = environment.get_template("report.html.j2").render(
+        data=data,
+        run=data.run,
+        figures=data.figures,
+        status=STATUS.get(data.run.status, data.run.status),
+        headline=None if data.figures is None else headline(data.figures, data.split),
+        summary=[] if data.figures is None else summary(data.figures),
+        tiles=list(_tiles(data)),
+        alerts=list(_alerts(data)),
+        diagnoses=[(one, _patch(one.patch)) for one in data.diagnoses],
+        trained=_trained_on(data),
+        charts=_charts(data),
+        epochs=_epochs(data),
+        confusion=_confusion(data),
+        per_class=_per_class(data),
+        per_au=_per_au(data),
+        calibration=list(_calibration_rows(data)),
+        groups=data.groups,
+        settings=_settings(data.run.config),
+        provenance=list(_provenance(data)),
+        events=[(_time(one["time"]), one["event"], one["message"]) for one in _notable(data.run.events)],
+        text={
+            "split_note": SPLIT_NOTES[data.split],
+            "perceived": PERCEIVED,
+            "intended": INTENDED_USE,
+            "prohibited": PROHIBITED_USE,
+            "names": NAMES,
+            "undefined": UNDEFINED,
+        },
+        limits={"support": MIN_SUPPORT, "group": MIN_GROUP, "evidence": EVIDENCE_SHOWN},
+        version=__version__,
+        made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    )
+    return str(page)
+
+
+def _num(value: float | None, digits: int = 3) -> Markup:
+    """A number for people, with its exact value for programs."""
+    if value is None:
+        return Markup('<span class="undefined">{}</span>').format(UNDEFINED)
+    return Markup('<data value="{}">{}</data>').format(value, number(value, digits))
+
+
+def _pct(value: float | None, digits: int = 1) -> Markup:
+    if value is None:
+        return Markup('<span class="undefined">{}</span>').format(UNDEFINED)
+    return Markup('<data value="{}">{}</data>').format(value, percent(value, digits))
+
+
+def _count(value: int | None) -> str:
+    return UNDEFINED if value is None else f"{value:,}"
+
+
+def _tiles(data: ReportData) -> Iterator[dict[str, Any]]:
+    """The few numbers that are read first: a figure, its interval, and what no model at all would reach."""
+    figures = data.figures
+    if figures is None:
+        return
+    intervals = figures.get("intervals", {})
+    if figures["emotion_known"]:
+        floor = f"commonest class alone: {percent(figures['majority_accuracy'])}"
+        yield _tile("Accuracy", _pct(figures["accuracy"]), intervals.get("accuracy"), floor, as_percent=True)
+        supported = f"classes with {MIN_SUPPORT} images or more: {number(figures['macro_f1_supported'])}"
+        yield _tile("Macro-F1", _num(figures["macro_f1"]), intervals.get("macro_f1"), supported)
+    if data.taxonomy.num_action_units:
+        notes = [f"always \u201cpresent\u201d: {number(figures['au_floor_mean'])}"]
+        if data.cross_fitted is not None:
+            notes.append(f"cross-fitted: {number(data.cross_fitted['au_f1_mean_after'])}")
+        yield _tile("AU-F1, mean", _num(figures["au_f1_mean"]), intervals.get("au_f1_mean"), "; ".join(notes))
+    reliability = (data.cross_fitted or figures.get("reliability") or {}).get("after") or {}
+    if reliability.get("emotion"):
+        found = reliability["emotion"]
+        before = (data.cross_fitted or figures["reliability"])["before"]["emotion"]["ece"]
+        label = "Calibration error" + (", cross-fitted" if data.cross_fitted else "")
+        yield _tile(label, _num(found["ece"]), found["intervals"]["ece"], f"before calibration: {number(before)}")
+
+
+def _tile(label: str, value: Markup, bounds: Any, note: str, *, as_percent: bool = False) -> dict[str, Any]:
+    written = (
+        interval([None if one is None else 100 * one for one in bounds], 1)
+        if as_percent and bounds
+        else interval(bounds)
+    )
+    return {"label": label, "value": value, "interval": written, "note": note}
+
+
+def _alerts(data: ReportData) -> Iterator[tuple[str, str]]:
+    """What a reader must know before any figure: level and sentence."""
+    run = data.run
+    for remark in data.remarks:
+        yield "serious", remark
+    for difference in label_differences(run.audit, run.targets):
+        yield "serious", f"Training did not see what the labels say: {difference[0].lower()}{difference[1:]}"
+    if run.status == "diverged":
+        kept = "The bundle is of the best epoch before." if run.metrics else "There is no bundle."
+        yield (
+            "serious",
+            f"Training diverged after epoch {run.result['epochs'] if run.result else 0}: a loss was not finite. {kept}",
+        )
+    if run.result is None:
+        yield (
+            "warning",
+            (
+                f"This run has not finished: {len(run.records)} of {run.config.optim.epochs} epochs are on record. The page shows what is there."
+            ),
+        )
+    if not run.audit:
+        yield "info", "The labels were not audited: there is no audit.json."
+    if data.figures is not None:
+        yield "info", SPLIT_NOTES[data.split]
+
+
+def _trained_on(data: ReportData) -> dict[str, Any]:
+    audit, targets = data.run.audit or None, data.run.targets
+    codes = {
+        code: ACTION_UNIT_NAMES.get(parse_action_unit_token(code) or 0, "")
+        for code in action_unit_counts(audit, targets)
+    }
+    return {
+        "audit": audit,
+        "sizes": split_sizes(audit, targets),
+        "classes": class_counts(audit, targets),
+        "action_units": action_unit_counts(audit, targets),
+        "names": codes,
+        "differs": bool(label_differences(audit, targets)),
+        "is_recorded": targets is not None,
+        "findings": [] if audit is None else [one for one in audit["findings"] if one["level"] != "info"],
+        "remarks": [] if audit is None else [one for one in audit["findings"] if one["level"] == "info"],
+    }
+
+
+def _charts(data: ReportData) -> dict[str, Markup | None]:
+    figures, run = data.figures or {}, data.run
+    reliability, risk = figures.get("reliability"), figures.get("risk_coverage")
+    limit = None if data.calibration is None else data.calibration.unsure_below
+    return {
+        "losses": report_plots.loss_curves(run) if run.records else None,
+        "metrics": report_plots.metric_curves(run) if run.records else None,
+        "gradients": report_plots.gradient_curves(run),
+        "reliability": None if reliability is None else report_plots.reliability_diagrams(reliability),
+        "risk_coverage": None if risk is None else report_plots.risk_coverage_curve(risk, limit),
+    }
+
+
+def _epochs(data: ReportData) -> list[dict[str, Any]]:
+    """The best and the last epoch: train, validation and gap of each headline figure."""
+    run = data.run
+    if not run.records:
+        return []
+    is_one = run.best["epoch"] == run.last["epoch"]
+    chosen = [("best and last", run.last)] if is_one else [("best", run.best), ("last", run.last)]
+    return [
+        {
+            "label": label,
+            "epoch": record["epoch"],
+            "rows": [
+                (NAMES[key], record["train_natural"][key], record["validation"][key], record["gap"][key])
+                for key in ("accuracy", "macro_f1", "macro_f1_supported", "au_f1_mean")
+                if record["validation"][key] is not None or record["train_natural"][key] is not None
+            ],
+        }
+        for label, record in chosen
+    ]
+
+
+def _confusion(data: ReportData) -> dict[str, list[dict[str, Any]]]:
+    """``rows`` of the confusion matrix, and the ``commonest`` confusions, most images first; empty where the outputs were not finite."""
+    names, matrix = data.taxonomy.emotions, (data.figures or {}).get("confusion", [])
+    if any(count is None for row in matrix for count in row):
+        return {"rows": [], "commonest": []}
+    rows = [
+        {
+            "true": names[i],
+            "cells": [
+                {"count": int(count), "share": count / max(sum(row), 1), "is_hit": i == j}
+                for j, count in enumerate(row)
+            ],
+        }
+        for i, row in enumerate(matrix)
+    ]
+    wrong: list[dict[str, Any]] = [
+        {"true": names[i], "predicted": names[j], "count": int(count), "of": int(sum(row))}
+        for i, row in enumerate(matrix)
+        for j, count in enumerate(row)
+        if i != j and count
+    ]
+    return {"rows": rows, "commonest": sorted(wrong, key=lambda one: -one["count"])[:NUM_CONFUSIONS]}
+
+
+def _per_class(data: ReportData) -> list[dict[str, Any]]:
+    if data.figures is None:
+        return []
+    known = data.figures["emotion_known"]
+    return [
+        {**entry, "floor": constant_f1(entry["support"], known), "f1_interval": entry.get("f1_interval")}
+        for entry in data.figures["per_class"]
+    ]
+
+
+def _per_au(data: ReportData) -> list[dict[str, Any]]:
+    if data.figures is None:
+        return []
+    optional = dict.fromkeys(("f1_interval", "f1_at_half", "threshold", "ap"))
+    return [{**optional, **entry, "against": against_floor(entry)} for entry in data.figures["per_au"]]
+
+
+def _calibration_rows(data: ReportData) -> Iterator[dict[str, Any]]:
+    """Log loss, Brier and calibration error of each task: before, after, and after on images that the fit did not see."""
+    reliability = None if data.figures is None else data.figures.get("reliability")
+    if reliability is None:
+        return
+    held_out = data.cross_fitted
+    for task, key in (("Emotions", "emotion"), ("Action units", "action_units")):
+        for when, found in (
+            ("before", reliability["before"][key]),
+            ("after", reliability["after"][key]),
+            ("after, cross-fitted", None if held_out is None else held_out["after"][key]),
+        ):
+            if found is not None:
+                yield {"task": task, "when": when, **found}
+
+
+def _settings(config: Config) -> dict[str, list[tuple[str, str, str]]]:
+    """Settings that are not at their default, and those that are: key, value, default."""
+    default = flatten(Config())
+    rows = [(key, _setting(value), _setting(default[key])) for key, value in flatten(config).items()]
+    return {"changed": [row for row in rows if row[1] != row[2]], "default": [row for row in rows if row[1] == row[2]]}
+
+
+def _setting(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _provenance(data: ReportData) -> Iterator[tuple[str, str]]:
+    run, provenance = data.run, data.run.provenance or {}
+    started = [event for event in run.events if event["event"] == "started"]
+    yield "run folder", run.place
+    yield "data", str((run.audit or {}).get("root") or run.config.data.root)
+    yield "data fingerprint", str(provenance.get("data_fingerprint", UNDEFINED))
+    yield "configuration hash", str(provenance.get("config_hash", UNDEFINED))
+    yield "seed", str(provenance.get("seed", UNDEFINED))
+    if run.result is not None and run.result.get("weights_sha256"):
+        yield "weights, sha256", str(run.result["weights_sha256"])
+    if started:
+        hardware = started[-1].get("hardware", {})
+        yield (
+            "hardware",
+            f"{hardware.get('name')} ({hardware.get('device')}, {hardware.get('threads')} threads), {started[-1].get('precision')}",
+        )
+        yield (
+            "started",
+            _time(started[0]["time"]) + (f", {len(started) - 1} more times after" if len(started) > 1 else ""),
+        )
+    if run.result is not None:
+        yield "training time", f"{duration(run.result['elapsed_s'])} for {run.result['epochs']} epochs"
+    yield from ((name, str(version)) for name, version in provenance.get("software", {}).items())
+
+
+def _notable(events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [event for event in events if event["event"] in NOTABLE_EVENTS and event.get("message")]
+
+
+def _time(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
+def _patch(patch: dict[str, Any]) -> list[str]:
+    """A patch as the command line takes it."""
+    return [f"{key}={_setting(value)}" for key, value in patch.items()]

@@ -1,0 +1,216 @@
+"""Figures by group: what a model does for the images that have one value of an attribute.
+
+Groups are of one attribute each. What is too small to measure is listed with its size, and what makes no groups with the reason.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rafce_ray.calibration import Calibration, Outputs, calibrated
+from rafce_ray.console import finite
+from rafce_ray.errors import UsageError
+from rafce_ray.metrics import evaluate_probabilities
+from rafce_ray.slice_file import SliceFile
+from rafce_ray.split_outputs import SplitOutputs
+from rafce_ray.taxonomy import Taxonomy
+
+MIN_GROUP = 30
+"""Images that a group needs before its figures are shown: of fewer, accuracy is known to no better than 18 points."""
+
+MAX_VALUES = 20
+"""Distinct values, in the file, up to which a column makes groups; more are taken for an identifier."""
+
+MAX_NUMBERS = 10
+"""Distinct numbers, in the file, up to which each is a group of its own; more are cut into ranges."""
+
+MIN_NUMBER_SHARE = 0.9
+"""Share of numbers among a column's values from which it is one of numbers; other values, such as NA, are groups beside the ranges."""
+
+MAX_RANGES = 4
+
+FIGURES = ("accuracy", "macro_f1", "au_f1_mean")
+
+_NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?")
+_IDENTIFIER = re.compile(r"(^|[^A-Za-z])id$", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure and its bootstrap 95 % interval over the group's images; None is undefined."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class Group:
+    """Images with one value. A figure that would rest on under MIN_GROUP labelled images is not in ``figures``."""
+
+    value: str
+    num_images: int
+    figures: dict[str, Figure]
+
+    @property
+    def hidden(self) -> bool:
+        """Whether the group is too small for any figure."""
+        return self.num_images < MIN_GROUP
+
+
+@dataclass(frozen=True)
+class Column:
+    """The groups of one attribute. ``remark`` says how they were made or why there are none; ``num_unknown`` images have no value."""
+
+    name: str
+    remark: str
+    num_unknown: int
+    groups: tuple[Group, ...]
+
+
+@dataclass(frozen=True)
+class GroupTable:
+    """All attributes. ``num_unmatched``: names in the file that are no image measured here, with the first few of them."""
+
+    place: str
+    num_names: int
+    num_unmatched: int
+    unmatched: tuple[str, ...]
+    num_without_row: int
+    overall: Group
+    columns: tuple[Column, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "file": self.place,
+            "names": self.num_names,
+            "names_without_image": self.num_unmatched,
+            "images_without_row": self.num_without_row,
+            "overall": _plain(self.overall),
+            "columns": [
+                {
+                    "column": column.name,
+                    "remark": column.remark,
+                    "images_without_value": column.num_unknown,
+                    "groups": [_plain(group) for group in column.groups],
+                }
+                for column in self.columns
+            ],
+        }
+
+
+def group_table(split: SplitOutputs, taxonomy: Taxonomy, calibration: Calibration, slices: SliceFile) -> GroupTable:
+    """Figures of every group of a split under a calibration.
+
+    Accuracy, macro-F1 over the classes that occur in the group, and mean F1 of the AUs that have positives in it.
+
+    Raises:
+        UsageError: the file names none of the images.
+    """
+    here, there = set(split.names), set(slices.names)
+    unmatched = [name for name in slices.names if name not in here]
+    if len(unmatched) == len(slices.names):
+        raise UsageError(
+            f"{slices.place}: column 'name': none of its {len(unmatched)} names ({unmatched[0]!r}, ...) is one of the {len(here)} "
+            f"images measured ({split.names[0]!r}, ...). Write the names as the labels do."
+        )
+    everything = np.ones(len(split.names), dtype=bool)
+    return GroupTable(
+        place=slices.place,
+        num_names=len(slices.names),
+        num_unmatched=len(unmatched),
+        unmatched=tuple(unmatched[:3]),
+        num_without_row=len(here - there),
+        overall=_measure("all images", everything, split, taxonomy, calibration),
+        columns=tuple(_column(name, values, split, taxonomy, calibration) for name, values in slices.columns.items()),
+    )
+
+
+def _column(
+    name: str, values: dict[str, str], split: SplitOutputs, taxonomy: Taxonomy, calibration: Calibration
+) -> Column:
+    found = [values.get(image) for image in split.names]
+    num_unknown = found.count(None)
+    is_number = {value: bool(_NUMBER.fullmatch(value)) for value in values.values()}
+    share = np.mean([is_number[value] for value in values.values()]) if values else 0.0
+    has_ranges = share >= MIN_NUMBER_SHARE and sum(is_number.values()) > MAX_NUMBERS
+    num_distinct = len(is_number) - (sum(is_number.values()) if has_ranges else 0)
+    reason = _why_none(name, len(is_number), num_distinct, num_unknown == len(found))
+    if reason:
+        return Column(name, reason, num_unknown, ())
+    members, remark = _ranges(found) if has_ranges else ([], "")
+    rest = {value for value in found if value is not None and not (has_ranges and is_number[value])}
+    for value in sorted(
+        rest, key=lambda one: (not is_number[one], float(one) if is_number[one] else 0, one.casefold())
+    ):
+        members.append((value, np.array([one == value for one in found])))
+    groups = (_measure(value, rows, split, taxonomy, calibration) for value, rows in members)
+    return Column(name, remark, num_unknown, tuple(groups))
+
+
+def _why_none(name: str, num_values: int, num_distinct: int, is_unknown: bool) -> str:
+    """Why a column makes no groups; empty where it does. ``num_distinct`` values would each be one."""
+    if is_unknown:
+        return "left out: no image measured here has a value"
+    if _IDENTIFIER.search(name):
+        return f"left out: named as an identifier, {num_values} distinct values"
+    if num_distinct > MAX_VALUES:
+        return f"left out: {num_distinct} distinct values are more than {MAX_VALUES}, as of an identifier"
+    return ""
+
+
+def _ranges(found: Sequence[str | None]) -> tuple[list[tuple[str, NDArray[np.bool_]]], str]:
+    """Ranges of numbers, cut near the quantiles of the images measured into MAX_RANGES, or fewer so that each holds MIN_GROUP; never under 2."""
+    numbers = np.array([float(one) if one is not None and _NUMBER.fullmatch(one) else np.nan for one in found])
+    known = numbers[~np.isnan(numbers)]
+    if not len(known):
+        return [], ""
+    num_ranges = min(MAX_RANGES, max(2, len(known) // MIN_GROUP))
+    distinct, counts = np.unique(known, return_counts=True)
+    # Equal numbers stay together, so a cut goes where the count below it is nearest to the quantile.
+    below = np.concatenate([[0], np.cumsum(counts)[:-1]])
+    nearest = [int(np.abs(below - len(known) * part / num_ranges).argmin()) for part in range(1, num_ranges)]
+    edges = distinct[np.unique(nearest)]
+    range_of = np.where(np.isnan(numbers), -1, np.searchsorted(edges, numbers, side="right"))
+    members = []
+    for number in np.unique(range_of[range_of >= 0]):
+        rows = range_of == number
+        low, high = numbers[rows].min(), numbers[rows].max()
+        members.append((f"{low:g}" if low == high else f"{low:g} to {high:g}", rows))
+    return members, f"numbers, cut at quantiles of these images into {len(members)} ranges"
+
+
+def _measure(
+    value: str, rows: NDArray[np.bool_], split: SplitOutputs, taxonomy: Taxonomy, calibration: Calibration
+) -> Group:
+    num_images = int(rows.sum())
+    if num_images < MIN_GROUP:
+        return Group(value, num_images, {})
+    outputs = Outputs(split.outputs.emotion[rows], split.outputs.action_units[rows])
+    names = [name for name, chosen in zip(split.names, rows, strict=True) if chosen]
+    part = SplitOutputs(names, split.emotion[rows], split.action_units[rows], outputs)
+    found = calibrated(outputs, calibration)
+    all_figures = finite(
+        evaluate_probabilities(found.emotion, found.action_units, part, taxonomy, calibration.au_thresholds)
+    )
+    num_labelled = {
+        "accuracy": int((part.emotion >= 0).sum()) if taxonomy.num_emotions else 0,
+        "au_f1_mean": int((~np.isnan(part.action_units)).any(axis=1).sum()),
+    }
+    num_labelled["macro_f1"] = num_labelled["accuracy"]
+    shown = [name for name in FIGURES if num_labelled[name] >= MIN_GROUP]
+    return Group(
+        value, num_images, {name: Figure(all_figures[name], *all_figures["intervals"][name]) for name in shown}
+    )
+
+
+def _plain(group: Group) -> dict[str, Any]:
+    figures = {name: {"value": one.value, "interval": [one.low, one.high]} for name, one in group.figures.items()}
+    return {"value": group.value, "images": group.num_images, "hidden": group.hidden, "figures": figures}
