@@ -213,9 +213,12 @@ def _conclude(
     if comparison.equal:
         largest = comparison.largest
         where = f" at {largest}" if largest is not None and largest.size > 0 else ""
+        others = [one.what for one in circumstances if one.verdict == "differs"]
+        although = f", although these differ: {', '.join(others)}" if others else ""
         say(
             f"equal within {comparison.tolerance:g}: {comparison.num_figures:,} figures, largest difference "
-            f"{0.0 if largest is None else largest.size:.3g}{where}; {weights}."
+            f"{0.0 if largest is None else largest.size:.3g}{where}; {weights}{although}. The replay is in {replay.location}; "
+            f"next: rafce report {original.location} shows what holds."
         )
         return 0
     first = comparison.beyond[0]
@@ -260,7 +263,9 @@ def _data_changed(original: RunFolder, plan: Plan) -> str:
 
 def _table(circumstances: Sequence[Circumstance]) -> Table:
     """Every circumstance; what is the same has one value."""
-    table = Table("circumstance", "original", "now", "", box=None, padding=(0, 2, 0, 0))
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for name in ("circumstance", "original", "now", ""):
+        table.add_column(name, overflow="fold")
     for one in circumstances:
         now = "" if one.verdict == "same" else one.replay or "unknown"
         table.add_row(one.what, one.original or "unknown", now, one.verdict)

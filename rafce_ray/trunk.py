@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import VisionTransformer, get_model
 
-
 BATCH_NORM_MOMENTUM = 0.1
 """Share of the newest batch in batch-norm statistics: PyTorch's default, and that of every other trunk."""
 
