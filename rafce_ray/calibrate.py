@@ -1,7 +1,7 @@
-"""Calibration from a validation split: one temperature, a slope and shift per action unit (AU), thresholds, a limit of trust.
+"""Calibration from a validation split: a temperature, a slope and shift per action unit (AU), thresholds, a limit of trust.
 
-Every fit is regularised towards leaving things as they are, by a prior that a few dozen images outweigh: a small validation
-split cannot make a model worse than it was.
+Every fit is regularised towards leaving things as they are, so that a small split moves little. On a few dozen images it can still
+cost a little of what it should gain: :func:`cross_fitted` tells whether it helped.
 """
 
 from __future__ import annotations
@@ -22,9 +22,13 @@ from rafce_ray.reliability import reliability_figures
 MIN_POSITIVES = 30
 """Validation positives that an AU needs for a threshold of its own; the others share one."""
 
-SLOPE_DEVIATION = 0.5
-SHIFT_DEVIATION = 1.0
-"""Prior standard deviations of an AU's log slope and shift."""
+POOLED_SLOPE_DEVIATION = 1.0
+POOLED_SHARE_DEVIATION = 0.5
+"""Prior standard deviations of what all AUs have in common: the log slope, and the share of the positive weights that is undone."""
+
+SLOPE_DEVIATION = 0.25
+SHIFT_DEVIATION = 0.25
+"""Prior standard deviations of an AU's own log slope and shift around what all AUs have in common."""
 
 FOLDS = 5
 """Folds of the cross-fitted figures."""
@@ -48,8 +52,8 @@ def fit_calibration(
 ) -> tuple[Calibration, list[str]]:
     """A calibration from the raw outputs and targets of a validation split, and remarks on what could not be done.
 
-    ``pos_weights`` (A,) are those that the AU loss had: a positive weight of w makes a network's odds w times too high, which the
-    shift starts by undoing. ``max_error``: the error that is accepted among emotions that are not marked unsure.
+    ``pos_weights`` (A,) are those that the AU loss had: a positive weight of w makes the odds of a network that has learnt all it can w
+    times too high, which the shifts undo as far as validation shows it. ``max_error``: the error that is accepted among emotions that are not marked unsure.
     """
     remarks: list[str] = []
     temperature = _fit_temperature(outputs.emotion, targets.emotion)
@@ -85,37 +89,64 @@ def _fit_temperature(logits: NDArray[np.float32], emotion: NDArray[np.integer]) 
 def _fit_action_units(
     logits: NDArray[np.float32], action_units: NDArray[np.floating], pos_weights: NDArray[np.floating] | None
 ) -> tuple[list[float], list[float]]:
+    """Slopes and shifts: Platt scaling of each AU, with a prior around what all AUs have in common, which rare AUs mostly keep."""
     num_aus = logits.shape[1]
-    weights = np.ones(num_aus) if pos_weights is None else np.asarray(pos_weights, dtype=np.float64)
+    log_weights = np.zeros(num_aus) if pos_weights is None else np.log(np.asarray(pos_weights, dtype=np.float64))
+    log_slope, share = _fit_pooled(logits, action_units, log_weights)
     fitted = [
-        _fit_one(logits[:, column].astype(np.float64), action_units[:, column], float(np.log(1 / weights[column])))
-        for column in range(num_aus)
+        _fit_one(logits[:, column].astype(np.float64), action_units[:, column], log_slope, 0.0 - share * log_weight)
+        for column, log_weight in enumerate(log_weights.tolist())
     ]
     return [slope for slope, _ in fitted], [shift for _, shift in fitted]
 
 
-def _fit_one(logits: NDArray[np.float64], target: NDArray[np.floating], start: float) -> tuple[float, float]:
-    """Slope and shift of one AU: Platt scaling with a prior around (1, ``start``), which is kept where nothing is known."""
-    known = ~np.isnan(target)
-    scores, positive = logits[known], target[known] == 1
+def _fit_pooled(
+    logits: NDArray[np.float32], action_units: NDArray[np.floating], log_weights: NDArray[np.float64]
+) -> tuple[float, float]:
+    """The log slope of all AUs together, and the share of their log weights to take off; (0, 1) where nothing is known.
+
+    A network learns its positive weights over epochs, for its biases start at the base rates: the share says how far it has come.
+    """
+    known = ~np.isnan(action_units)
+    scores, positive = logits[known].astype(np.float64), action_units[known] == 1
+    weight = np.broadcast_to(log_weights, logits.shape)[known]
 
     def cost(parameters: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
-        log_slope, shift = parameters
-        scaled = np.exp(log_slope) * scores + shift
+        scaled = np.exp(parameters[0]) * scores - parameters[1] * weight
+        off = np.array([parameters[0] / POOLED_SLOPE_DEVIATION, (parameters[1] - 1.0) / POOLED_SHARE_DEVIATION])
         residual = expit(scaled) - positive
-        prior = (log_slope / SLOPE_DEVIATION) ** 2 / 2 + ((shift - start) / SHIFT_DEVIATION) ** 2 / 2
-        gradient = np.array(
-            [
-                (residual * np.exp(log_slope) * scores).sum() + log_slope / SLOPE_DEVIATION**2,
-                residual.sum() + (shift - start) / SHIFT_DEVIATION**2,
-            ]
-        )
-        return float(np.logaddexp(0.0, np.where(positive, -scaled, scaled)).sum() + prior), gradient
+        slopes = np.array([(residual * np.exp(parameters[0]) * scores).sum(), -(residual * weight).sum()])
+        gradient = slopes + off / [POOLED_SLOPE_DEVIATION, POOLED_SHARE_DEVIATION]
+        return _log_loss(scaled, positive) + float(off @ off) / 2, gradient
 
-    log_slope, shift = minimize(
-        cost, np.array([0.0, start]), jac=True, method="L-BFGS-B", bounds=[(-3.0, 3.0), (None, None)]
+    log_slope, share = minimize(
+        cost, np.array([0.0, 1.0]), jac=True, method="L-BFGS-B", bounds=[(-3.0, 3.0), (None, None)]
     ).x
-    return float(np.exp(log_slope)), float(shift)
+    return float(log_slope), float(share)
+
+
+def _fit_one(
+    logits: NDArray[np.float64], target: NDArray[np.floating], log_slope: float, shift: float
+) -> tuple[float, float]:
+    """Slope and shift of one AU with a prior around (exp ``log_slope``, ``shift``), which are kept where nothing is known."""
+    known = ~np.isnan(target)
+    scores, positive = logits[known], target[known] == 1
+    centre, deviation = np.array([log_slope, shift]), np.array([SLOPE_DEVIATION, SHIFT_DEVIATION])
+
+    def cost(parameters: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        scaled = np.exp(parameters[0]) * scores + parameters[1]
+        off = (parameters - centre) / deviation
+        residual = expit(scaled) - positive
+        gradient = np.array([(residual * np.exp(parameters[0]) * scores).sum(), residual.sum()]) + off / deviation
+        return _log_loss(scaled, positive) + float(off @ off) / 2, gradient
+
+    found = minimize(cost, centre, jac=True, method="L-BFGS-B", bounds=[(-3.0, 3.0), (None, None)]).x
+    return float(np.exp(found[0])), float(found[1])
+
+
+def _log_loss(logits: NDArray[np.float64], positive: NDArray[np.bool_]) -> float:
+    """Sum, in nats, of the log losses of logits."""
+    return float(np.logaddexp(0.0, np.where(positive, -logits, logits)).sum())
 
 
 def choose_thresholds(

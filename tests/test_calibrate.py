@@ -153,7 +153,7 @@ def test_slope_and_shift_are_those_of_least_penalised_log_loss(case):
     def cost(parameters: np.ndarray) -> float:
         scaled = np.exp(parameters[0]) * logits[known, 0].astype(np.float64) + parameters[1]
         nll = np.logaddexp(0, np.where(target[known, 0] == 1, -scaled, scaled)).sum()
-        return float(nll + (parameters[0] / 0.5) ** 2 / 2 + (parameters[1] - start) ** 2 / 2)
+        return float(nll + (parameters[0] / 0.5) ** 2 / 2 + ((parameters[1] - start) / 0.5) ** 2 / 2)
 
     assert np.isfinite(found).all()
     starts = [found, [0.0, start], [-3.0, start], [0.0, 0.0]]
