@@ -6,9 +6,9 @@ import argparse
 from collections.abc import Sequence
 
 from rafce_ray import tune
-from rafce_ray.ablation import Ablation, read_ablation, trial_name
-from rafce_ray.ablation_arms import Arm, ablated_keys, ablation_arms
-from rafce_ray.ablation_output import markdown, plot
+from rafce_ray.ablation.arms import Arm, ablated_keys, ablation_arms
+from rafce_ray.ablation.output import markdown, plot
+from rafce_ray.ablation.results import Ablation, read_ablation, trial_name
 from rafce_ray.config import Config, build_config, flatten, load_config, recipe_names
 from rafce_ray.config_errors import did_you_mean
 from rafce_ray.console import print_json, progress_bar, run_main, say, to_json
@@ -161,7 +161,9 @@ def _main(argv: list[str]) -> int:
     print(markdown(ablation))
     if arguments.json:
         print_json(ablation.to_json())
-    say(f"made {study.location}: ablation.md, ablation.json, ablation.svg; next: rafce doctor {study.location}")
+    say(
+        f"made {study.location.shown}: ablation.md, ablation.json, ablation.svg; next: rafce doctor {study.location.shown}"
+    )
     if ablation.missing:
         say(
             f"{len(ablation.missing)} trials have no result and are left out: {', '.join(ablation.missing)}. The same command goes on with them."

@@ -11,10 +11,10 @@ VERBS = {
     "data": ("rafce_ray.data.__main__", "audit labelled faces, draw demo faces"),
     "train": ("rafce_ray.train", "train a model on Ray Train"),
     "evaluate": ("rafce_ray.evaluate", "measure a bundle on a split"),
-    "doctor": ("rafce_ray.doctor", "say what is wrong with a run or a study, why, and what to run next"),
+    "doctor": ("rafce_ray.doctor.command", "say what is wrong with a run or a study, why, and what to run next"),
     "compare": ("rafce_ray.compare", "runs side by side, with paired intervals"),
     "replay": ("rafce_ray.replay", "train a run again: the same figures, or what differs"),
-    "report": ("rafce_ray.report", "everything a run left behind as one HTML page"),
+    "report": ("rafce_ray.report.command", "everything a run left behind as one HTML page"),
     "ablate": ("rafce_ray.ablate", "the seed's changes alone and together, measured over several seeds"),
     "predict": ("rafce_ray.predict", "read emotions and action units from image files"),
 }

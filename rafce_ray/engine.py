@@ -34,13 +34,13 @@ from rafce_ray.checkpoint import (
 from rafce_ray.consistency import Association, estimate_association
 from rafce_ray.data.dataset import Dataset
 from rafce_ray.data.loader import step_seed
-from rafce_ray.doctor_rules import examine_live
+from rafce_ray.doctor.rules import examine_live
 from rafce_ray.evaluate import evaluate_outputs, split_outputs
 from rafce_ray.hardware import describe_hardware
 from rafce_ray.metrics import Counts, count_batch, summarise
-from rafce_ray.model_card import model_card
 from rafce_ray.optim import learning_rate
 from rafce_ray.preprocess import preprocess
+from rafce_ray.report.model_card import model_card
 from rafce_ray.run_folder import RunFolder
 from rafce_ray.session import Job, Session
 from rafce_ray.split_outputs import SplitOutputs

@@ -100,17 +100,12 @@ def _place_beside(location: Location) -> tuple[str, str]:
 
     The first name that is free, or whose replay was interrupted and goes on.
     """
-    storage = _parent(location)
+    storage = location.parent
     if storage.name == "trials":
-        storage = _parent(storage) / "replays"
+        storage = storage.parent / "replays"
     base = re.sub(r"[^A-Za-z0-9._-]+", "-", location.name).lstrip("._-") + "-replay"
     names = (base if number == 1 else f"{base}-{number}" for number in count(1))
     return str(storage), next(name for name in names if RunFolder(str(storage / name)).result() is None)
-
-
-def _parent(location: Location) -> Location:
-    base, mark, query = location.uri.partition("?")
-    return locate(base.rstrip("/").rpartition("/")[0] + mark + query)
 
 
 def train_again(plan: Plan) -> RunFolder:

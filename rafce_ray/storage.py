@@ -42,6 +42,20 @@ class Location:
         base, mark, query = self.uri.partition("?")
         return Location(self.filesystem, f"{self.path.rstrip('/')}/{part}", f"{base.rstrip('/')}/{part}{mark}{query}")
 
+    @property
+    def parent(self) -> Location:
+        """The folder that holds this place."""
+        base, mark, query = self.uri.partition("?")
+        return locate(base.rstrip("/").rpartition("/")[0] + mark + query)
+
+    @property
+    def shown(self) -> str:
+        """The place as a person would type it: relative to here where it lies below."""
+        local = self.local
+        return (
+            str(local.relative_to(Path.cwd())) if local is not None and local.is_relative_to(Path.cwd()) else self.uri
+        )
+
     def exists(self) -> bool:
         """Whether a file or folder is there."""
         return bool(self.filesystem.get_file_info(self.path).type != pafs.FileType.NotFound)

@@ -11,7 +11,6 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rafce_ray.config import Config, build_config, config_hash, differences, load_config, recipe_names, to_yaml
@@ -19,7 +18,6 @@ from rafce_ray.console import print_json, progress_bar, run_main, say, warn
 from rafce_ray.data.dataset import Prepared, prepare
 from rafce_ray.errors import RafceError, UsageError
 from rafce_ray.hardware import describe_software
-from rafce_ray.report import write_report
 from rafce_ray.run_folder import RunFolder
 from rafce_ray.session import Job
 from rafce_ray.storage import locate
@@ -56,8 +54,19 @@ def launch(config: Config, *, resume: bool = False) -> dict[str, Any]:
         )
     if "error" in outcome:
         raise _error_of(outcome)
-    write_report(folder, store=prepared.store_uri)
+    _write_report(folder, prepared)
     return outcome
+
+
+def _write_report(folder: RunFolder, prepared: Prepared) -> None:
+    """The run's page. A run that has ended stays one whatever becomes of its page."""
+    # Plots take a second to import, which `rafce train --help` need not wait for.
+    from rafce_ray.report.command import write_report
+
+    try:
+        write_report(folder, store=prepared.store_uri)
+    except RafceError as error:
+        warn(f"the report could not be written: {error} Write it with: rafce report {folder.location.shown}")
 
 
 def _fit(job: Job, num_cpus: float, num_gpus: float) -> dict[str, Any] | None:
@@ -282,7 +291,7 @@ def _summarise(result: dict[str, Any]) -> None:
         for name in ("accuracy", "macro_f1", "au_f1_mean")
         if _is_number(metrics.get(name))
     )
-    took, run_dir = duration(result["elapsed_s"]), shlex.quote(_shown(result["run_dir"]))
+    took, run_dir = duration(result["elapsed_s"]), shlex.quote(locate(result["run_dir"]).shown)
     if result["status"] == "diverged":
         warn(
             f"diverged after {result['epochs']} epochs: a loss was not finite. For why, and the next configuration: rafce doctor {run_dir}"
@@ -293,7 +302,7 @@ def _summarise(result: dict[str, Any]) -> None:
         f"{result['status'].replace('_', ' ')} after {result['epochs']} epochs in {took}; best epoch {result['best_epoch']} on validation: {figures}"
     )
     say(_calibrated(metrics))
-    bundle = shlex.quote(_shown(result["bundle"]))
+    bundle = shlex.quote(locate(result["bundle"]).shown)
     say(
         f"made {bundle} and {run_dir}/report.html; next: rafce doctor {run_dir}   or: rafce evaluate --bundle {bundle}   or: rafce predict --bundle {bundle} PHOTO..."
     )
@@ -318,14 +327,6 @@ def _calibrated(metrics: dict[str, Any]) -> str:
             f"AU-F1 {held_out['au_f1_mean_before']:.4f} at 0.5 -> {held_out['au_f1_mean_after']:.4f} at tuned thresholds"
         )
     return f"calibrated on validation (cross-fitted): {', '.join(changes)}"
-
-
-def _shown(place: str) -> str:
-    """A path relative to here where it lies below, as a person would type it."""
-    try:
-        return str(Path(place).relative_to(Path.cwd()))
-    except ValueError:
-        return place
 
 
 def _is_number(value: Any) -> bool:

@@ -99,7 +99,7 @@ def test_probabilities_are_the_calibrated_outputs_of_the_network(predictor):
     emotion = np.exp(logits.emotion.double().numpy() / 2.0)
     np.testing.assert_allclose(found.emotion, emotion / emotion.sum(axis=1, keepdims=True), atol=1e-6)
     np.testing.assert_allclose(found.action_units, 1 / (1 + np.exp(-logits.action_units.double().numpy())), atol=1e-6)
-    assert found.emotion.dtype == found.action_units.dtype == np.float32
+    assert found.emotion.dtype == found.action_units.dtype == np.float64
 
 
 def test_a_result_does_not_depend_on_batch_mates(predictor):

@@ -17,7 +17,7 @@ from rafce_ray.calibration import Calibration, Outputs, calibrated
 from rafce_ray.console import finite
 from rafce_ray.errors import UsageError
 from rafce_ray.metrics import evaluate_probabilities
-from rafce_ray.slice_file import SliceFile
+from rafce_ray.report.slice_file import SliceFile
 from rafce_ray.split_outputs import SplitOutputs
 from rafce_ray.taxonomy import Taxonomy
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from rafce_ray.calibrate import MIN_POSITIVES
 from rafce_ray.calibration import calibrated
-from rafce_ray.doctor_action_units import next_au_weight
-from rafce_ray.doctor_diagnosis import Cause, Diagnosis, audit_command, diagnose
-from rafce_ray.doctor_evidence import Evidence, figure
-from rafce_ray.doctor_steps import (
+from rafce_ray.doctor.action_units import next_au_weight
+from rafce_ray.doctor.diagnosis import Cause, Diagnosis, audit_command, diagnose
+from rafce_ray.doctor.evidence import Evidence, figure
+from rafce_ray.doctor.steps import (
     Step,
     loss_trend,
     more_epochs,
@@ -19,7 +19,7 @@ from rafce_ray.doctor_steps import (
     next_regularisation,
     still_learning,
 )
-from rafce_ray.doctor_training import LEARNT_SHARE
+from rafce_ray.doctor.training import LEARNT_SHARE
 from rafce_ray.intervals import percentile_interval
 from rafce_ray.metrics import MIN_SUPPORT, bootstrap_figures
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 import math
 
-from rafce_ray.ablation import FIGURES, LOWER_IS_BETTER, Ablation, Contrast, Measured
-from rafce_ray.ablation_arms import GROUPS, Arm, arm_of_change
+from rafce_ray.ablation.arms import GROUPS, Arm, arm_of_change
+from rafce_ray.ablation.results import FIGURES, LOWER_IS_BETTER, Ablation, Contrast, Measured
 
 SHOWN = ("accuracy", "macro_f1", "macro_f1_supported", "au_f1", "au_ap", "gap")
 PLOTTED = ("accuracy", "macro_f1_supported", "au_f1", "au_ap", "gap")

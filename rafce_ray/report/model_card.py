@@ -13,7 +13,7 @@ from rafce_ray.calibration import Calibration
 from rafce_ray.console import finite
 from rafce_ray.metrics import MIN_SUPPORT
 from rafce_ray.model import Architecture
-from rafce_ray.report_text import (
+from rafce_ray.report.text import (
     INTENDED_USE,
     NAMES,
     PERCEIVED,
@@ -28,8 +28,8 @@ from rafce_ray.report_text import (
     percent,
     summary,
 )
+from rafce_ray.report.trained_on import Count, action_unit_counts, class_counts, label_differences, split_sizes
 from rafce_ray.taxonomy import Taxonomy
-from rafce_ray.trained_on import Count, action_unit_counts, class_counts, label_differences, split_sizes
 
 HEADLINES = ("accuracy", "macro_f1", "macro_f1_supported", "uar", "component_accuracy", "au_f1_mean", "au_ap_mean")
 _FLOORS = {"accuracy": "majority_accuracy", "au_f1_mean": "au_floor_mean"}

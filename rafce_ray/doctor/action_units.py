@@ -15,8 +15,8 @@ import numpy as np
 
 from rafce_ray.data.audit_case import MAX_UNREADABLE_SHARE
 from rafce_ray.data.rafce import ACTION_UNIT_FILE
-from rafce_ray.doctor_diagnosis import Cause, Diagnosis, audit_command, diagnose
-from rafce_ray.doctor_evidence import Evidence, figure
+from rafce_ray.doctor.diagnosis import Cause, Diagnosis, audit_command, diagnose
+from rafce_ray.doctor.evidence import Evidence, figure
 
 EPOCHS_TO_LEARN_AUS = 5
 """Epochs with an AU loss after which AU-F1 should have left 0 (the seed's rule)."""

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from rafce_ray.doctor_diagnosis import Cause, Diagnosis, diagnose
-from rafce_ray.doctor_evidence import Evidence, figure
-from rafce_ray.doctor_training import NOISE
+from rafce_ray.doctor.diagnosis import Cause, Diagnosis, diagnose
+from rafce_ray.doctor.evidence import Evidence, figure
+from rafce_ray.doctor.training import NOISE
 
 HIGH_ECE = 0.05
 """Calibration error, on images that calibration was not fitted on, from which a confidence misleads: one in twenty."""

@@ -1,6 +1,6 @@
 """``rafce doctor``: what is wrong with a run or a study, why, and the next run that mends it.
 
-Rules live in ``doctor_rules`` and the modules that it names. ``examine`` judges an ended run, ``examine_live`` one in training.
+Rules live in ``doctor.rules`` and the modules that it names. ``examine`` judges an ended run, ``examine_live`` one in training.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from rich.text import Text
 
 from rafce_ray.config import MINIMISED_METRICS
 from rafce_ray.console import console, print_json, progress_bar, run_main, say
-from rafce_ray.doctor_baseline import emotion_only_runs, siblings, with_baseline
-from rafce_ray.doctor_diagnosis import LEVELS, Cause, Diagnosis, Level, shown
-from rafce_ray.doctor_evidence import Evidence, figure
-from rafce_ray.doctor_rules import examine, examine_live
+from rafce_ray.doctor.baseline import emotion_only_runs, siblings, with_baseline
+from rafce_ray.doctor.diagnosis import LEVELS, Cause, Diagnosis, Level
+from rafce_ray.doctor.evidence import Evidence, figure
+from rafce_ray.doctor.rules import examine, examine_live
 from rafce_ray.errors import UsageError
 from rafce_ray.run_folder import RunFolder
 from rafce_ray.study_folder import StudyFolder
@@ -178,7 +178,7 @@ def _main(argv: list[str]) -> int:
         say("")
         say(
             f"{_counts([diagnosis for trial in trials for diagnosis in trial.diagnoses])} in {len(trials)} trials"
-            f"{f', {len(running)} of which have not ended' if running else ''}; all of one trial: rafce doctor {shown(str(study.trials))}/NAME"
+            f"{f', {len(running)} of which have not ended' if running else ''}; all of one trial: rafce doctor {study.trials.shown}/NAME"
         )
         if arguments.json:
             told = {trial.evidence.name: [one.to_json() for one in trial.diagnoses] for trial in trials}

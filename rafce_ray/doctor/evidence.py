@@ -52,8 +52,8 @@ class Evidence:
         bundle = folder.bundle / "bundle.json"
         provenance = location / "provenance.json"
         name = location.name
-        around = parent_of(location)
-        storage = parent_of(parent_of(around)) if around.name == TRIALS else around
+        around = location.parent
+        storage = around.parent.parent if around.name == TRIALS else around
         return cls(
             config=config,
             records=folder.metrics(),
@@ -94,7 +94,7 @@ class Evidence:
     @property
     def is_trial(self) -> bool:
         """Whether the run belongs to a study, which it must not outgrow."""
-        return parent_of(locate(self.place)).name == TRIALS
+        return locate(self.place).parent.name == TRIALS
 
     @property
     def ended(self) -> bool:
@@ -183,12 +183,6 @@ def figure(record: Mapping[str, Any], path: str) -> float:
     for part in path.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None
     return float(value) if isinstance(value, int | float) else math.nan
-
-
-def parent_of(location: Location) -> Location:
-    """The folder that holds a folder."""
-    base, mark, query = location.uri.partition("?")
-    return locate(base.rstrip("/").rpartition("/")[0] + mark + query)
 
 
 def _positives(split: Mapping[str, Any]) -> int:

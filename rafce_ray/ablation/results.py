@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import t as student_t
 
-from rafce_ray.ablation_arms import Arm
+from rafce_ray.ablation.arms import Arm
 from rafce_ray.bundle import read_taxonomy
 from rafce_ray.calibration import Calibration, calibrated
 from rafce_ray.metrics import MIN_SUPPORT, bootstrap_figures

@@ -17,8 +17,8 @@ from rafce_ray.data.dataset import open_dataset, prepare
 from rafce_ray.engine import fit
 from rafce_ray.errors import UsageError
 from rafce_ray.evaluate import evaluate_bundle
-from rafce_ray.report import main, write_report
-from rafce_ray.report_text import UNDEFINED
+from rafce_ray.report.command import main, write_report
+from rafce_ray.report.text import UNDEFINED
 from rafce_ray.run_folder import RunFolder
 from rafce_ray.session import Job, LocalSession
 

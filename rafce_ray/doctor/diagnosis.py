@@ -7,13 +7,12 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
 from rafce_ray.config import Config, flatten
-from rafce_ray.doctor_evidence import Evidence, parent_of
+from rafce_ray.doctor.evidence import Evidence
 from rafce_ray.storage import locate
 
 Level = Literal["info", "warning", "serious"]
@@ -95,7 +94,7 @@ def resume_command(evidence: Evidence, patch: Mapping[str, Any]) -> str | None:
     if evidence.is_trial or _moved_root(evidence) is not None:
         return None
     folder = locate(evidence.place)
-    return _command(evidence, patch, str(parent_of(folder)), folder.name) + " --resume"
+    return _command(evidence, patch, str(folder.parent), folder.name) + " --resume"
 
 
 def audit_command(evidence: Evidence) -> str:
@@ -112,7 +111,7 @@ def _command(evidence: Evidence, patch: Mapping[str, Any], storage: str | None, 
     if config.run.name != name:
         values["run.name"] = name
     if locate(evidence.place).local is not None:
-        start = ["rafce", "train", "--config", shown(f"{evidence.place}/config.yaml")]
+        start = ["rafce", "train", "--config", (locate(evidence.place) / "config.yaml").shown]
     else:
         # --config reads local files only: everything that is not a default is said instead.
         defaults, current = flatten(Config()), flatten(config)
@@ -134,11 +133,3 @@ def as_yaml(value: Any) -> str:
     if isinstance(value, str) and re.fullmatch(r"[\w./~:-]+", value) and yaml.safe_load(value) == value:
         return value
     return json.dumps(value)
-
-
-def shown(place: str) -> str:
-    """A path relative to here where it lies below, as a person would type it."""
-    try:
-        return str(Path(place).relative_to(Path.cwd()))
-    except ValueError:
-        return place

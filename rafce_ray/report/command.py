@@ -8,8 +8,8 @@ from typing import Any
 
 from rafce_ray.console import print_json, run_main, say, warn
 from rafce_ray.errors import UsageError
-from rafce_ray.report_data import SPLITS_OF, ReportData, Split, check_run, gather
-from rafce_ray.report_page import render_page
+from rafce_ray.report.data import SPLITS_OF, ReportData, Split, check_run, gather
+from rafce_ray.report.page import render_page
 from rafce_ray.run_folder import RunFolder
 from rafce_ray.storage import Location, locate
 
@@ -29,7 +29,7 @@ def write_report(
 ) -> Location:
     """Write a run's report and return where it is: ``report.html`` in the run's folder, replaced if it is there, or ``out``, which must be new.
 
-    The other arguments are those of :func:`rafce_ray.report_data.gather`. Validation figures are the run's own and cost no forward pass.
+    The other arguments are those of :func:`rafce_ray.report.data.gather`. Validation figures are the run's own and cost no forward pass.
 
     Raises:
         UsageError: there is no run here, ``out`` exists, or what is asked for cannot be had of it.

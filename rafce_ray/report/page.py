@@ -10,11 +10,13 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from rafce_ray import __version__, report_plots
+from rafce_ray import __version__
 from rafce_ray.config import Config, flatten
 from rafce_ray.metrics import MIN_SUPPORT
-from rafce_ray.report_data import ReportData
-from rafce_ray.report_text import (
+from rafce_ray.report import plots
+from rafce_ray.report.data import ReportData
+from rafce_ray.report.slices import MIN_GROUP
+from rafce_ray.report.text import (
     INTENDED_USE,
     NAMES,
     PERCEIVED,
@@ -30,9 +32,8 @@ from rafce_ray.report_text import (
     percent,
     summary,
 )
-from rafce_ray.slices import MIN_GROUP
+from rafce_ray.report.trained_on import action_unit_counts, class_counts, label_differences, split_sizes
 from rafce_ray.taxonomy import ACTION_UNIT_NAMES, parse_action_unit_token
-from rafce_ray.trained_on import action_unit_counts, class_counts, label_differences, split_sizes
 
 NUM_CONFUSIONS = 8
 EVIDENCE_SHOWN = 5
@@ -49,7 +50,7 @@ STATUS = {
 def render_page(data: ReportData) -> str:
     """The whole page: no script, and nothing that would be fetched from anywhere."""
     environment = Environment(
-        loader=PackageLoader("rafce_ray", "templates"),
+        loader=PackageLoader("rafce_ray.report", "templates"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -192,11 +193,11 @@ def _charts(data: ReportData) -> dict[str, Markup | None]:
     reliability, risk = figures.get("reliability"), figures.get("risk_coverage")
     limit = None if data.calibration is None else data.calibration.unsure_below
     return {
-        "losses": report_plots.loss_curves(run) if run.records else None,
-        "metrics": report_plots.metric_curves(run) if run.records else None,
-        "gradients": report_plots.gradient_curves(run),
-        "reliability": None if reliability is None else report_plots.reliability_diagrams(reliability),
-        "risk_coverage": None if risk is None else report_plots.risk_coverage_curve(risk, limit),
+        "losses": plots.loss_curves(run) if run.records else None,
+        "metrics": plots.metric_curves(run) if run.records else None,
+        "gradients": plots.gradient_curves(run),
+        "reliability": None if reliability is None else plots.reliability_diagrams(reliability),
+        "risk_coverage": None if risk is None else plots.risk_coverage_curve(risk, limit),
     }
 
 

@@ -7,9 +7,9 @@ import math
 import numpy as np
 
 from rafce_ray.config import Config
-from rafce_ray.doctor_diagnosis import Cause, Diagnosis, Verdict, diagnose, resume_command
-from rafce_ray.doctor_evidence import Evidence, figure
-from rafce_ray.doctor_steps import (
+from rafce_ray.doctor.diagnosis import Cause, Diagnosis, Verdict, diagnose, resume_command
+from rafce_ray.doctor.evidence import Evidence, figure
+from rafce_ray.doctor.steps import (
     STILL_FALLING,
     TAIL_EPOCHS,
     Step,

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from rafce_ray.doctor_diagnosis import Cause, Diagnosis, diagnose
-from rafce_ray.doctor_evidence import Evidence, figure
-from rafce_ray.doctor_steps import significant
-from rafce_ray.doctor_training import CURVE_EPOCHS
+from rafce_ray.doctor.diagnosis import Cause, Diagnosis, diagnose
+from rafce_ray.doctor.evidence import Evidence, figure
+from rafce_ray.doctor.steps import significant
+from rafce_ray.doctor.training import CURVE_EPOCHS
 
 SAFE_CLIP = 1.0
 """Gradient norm at which the seed's fixed recipe clips."""

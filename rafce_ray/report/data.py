@@ -13,14 +13,14 @@ from rafce_ray.calibration import Calibration, Outputs
 from rafce_ray.config import Config, apply_overrides, build_config
 from rafce_ray.console import finite, progress_bar
 from rafce_ray.data.dataset import Dataset
-from rafce_ray.doctor import Diagnosis, Evidence, examine_run
+from rafce_ray.doctor.command import Diagnosis, Evidence, examine_run
 from rafce_ray.errors import RafceError, UsageError
 from rafce_ray.evaluate import data_config_for, evaluate_outputs, open_for_bundle, split_outputs
 from rafce_ray.hardware import choose_device
-from rafce_ray.report_images import Mistakes, find_mistakes, open_stored
+from rafce_ray.report.images import Mistakes, find_mistakes, open_stored
+from rafce_ray.report.slice_file import read_slices
+from rafce_ray.report.slices import GroupTable, group_table
 from rafce_ray.run_folder import RunFolder
-from rafce_ray.slice_file import read_slices
-from rafce_ray.slices import GroupTable, group_table
 from rafce_ray.split_outputs import SplitOutputs
 from rafce_ray.study_folder import StudyFolder
 from rafce_ray.taxonomy import Taxonomy

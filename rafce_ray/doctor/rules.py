@@ -6,20 +6,20 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from rafce_ray.config import Config
-from rafce_ray.doctor_action_units import au_f1_zero
-from rafce_ray.doctor_balance import task_balance
-from rafce_ray.doctor_baseline import against_baseline
-from rafce_ray.doctor_calibration import miscalibrated
-from rafce_ray.doctor_diagnosis import LEVELS, Diagnosis
-from rafce_ray.doctor_evidence import Evidence
-from rafce_ray.doctor_figures import (
+from rafce_ray.doctor.action_units import au_f1_zero
+from rafce_ray.doctor.balance import task_balance
+from rafce_ray.doctor.baseline import against_baseline
+from rafce_ray.doctor.calibration import miscalibrated
+from rafce_ray.doctor.diagnosis import LEVELS, Diagnosis
+from rafce_ray.doctor.evidence import Evidence
+from rafce_ray.doctor.figures import (
     action_units_below_floor,
     at_majority_floor,
     classes_never_found,
     improvement_within_noise,
 )
-from rafce_ray.doctor_learning_rate import diverged, learning_rate_too_high, learning_rate_too_low
-from rafce_ray.doctor_training import overfitting, train_longer, underfitting, validation_falling
+from rafce_ray.doctor.learning_rate import diverged, learning_rate_too_high, learning_rate_too_low
+from rafce_ray.doctor.training import overfitting, train_longer, underfitting, validation_falling
 
 Rule = Callable[[Evidence], list[Diagnosis]]
 

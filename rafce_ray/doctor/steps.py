@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rafce_ray.config import Config
-from rafce_ray.doctor_evidence import Evidence
+from rafce_ray.doctor.evidence import Evidence
 
 TAIL_EPOCHS = 3
 """Last epochs whose mean stands for where a run is now."""

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from rafce_ray.doctor_action_units import data_remedy
-from rafce_ray.doctor_diagnosis import Cause, Diagnosis, diagnose
-from rafce_ray.doctor_evidence import Evidence, figure
+from rafce_ray.doctor.action_units import data_remedy
+from rafce_ray.doctor.diagnosis import Cause, Diagnosis, diagnose
+from rafce_ray.doctor.evidence import Evidence, figure
 
 FAR_APART = 10.0
 """Ratio from which two losses or gradients are out of balance (the seed's rule)."""

@@ -11,9 +11,9 @@ import numpy as np
 from rafce_ray.calibration import Calibration, Outputs
 from rafce_ray.config import Config, differences
 from rafce_ray.console import warn
-from rafce_ray.doctor_action_units import Remedy, data_remedy
-from rafce_ray.doctor_diagnosis import Cause, Diagnosis, changes_of, diagnose, train_command
-from rafce_ray.doctor_evidence import Evidence, parent_of
+from rafce_ray.doctor.action_units import Remedy, data_remedy
+from rafce_ray.doctor.diagnosis import Cause, Diagnosis, changes_of, diagnose, train_command
+from rafce_ray.doctor.evidence import Evidence
 from rafce_ray.errors import RafceError, UsageError
 from rafce_ray.metrics import MIN_SUPPORT
 from rafce_ray.paired import Difference, difference, same_images, score
@@ -84,7 +84,7 @@ def emotion_only_runs(folders: Sequence[RunFolder]) -> list[Evidence]:
 
 def siblings(folder: RunFolder) -> list[RunFolder]:
     """The folders beside a run."""
-    around = parent_of(folder.location)
+    around = folder.location.parent
     return [RunFolder(str(around / info.base_name)) for info in around.list()]
 
 

@@ -1,0 +1,1 @@
+"""The seed's table, measured: arms, what was found, how it is shown."""
