@@ -42,7 +42,8 @@ def ablate(
         GateError: the data may not be trained on.
     """
     base = named(base, prefix="ablation-")
-    arms = choose_arms(ablation_arms(base), only)
+    every_arm = ablation_arms(base)
+    arms = choose_arms(every_arm, only)
     prepared = _prepare_all(base, arms)
     first = prepared[arms[0].name]
     tell_findings(first, base)
@@ -51,7 +52,7 @@ def ablate(
     study.claim(
         {
             "kind": "ablation",
-            "base": {key: value for key, value in flatten(base).items() if key not in _varied(arms)},
+            "base": {key: value for key, value in flatten(base).items() if key not in _varied(every_arm)},
             "data_fingerprint": first.fingerprint,
             "may_grow": {"arms": {arm.name: arm.changes for arm in arms}},
         }

@@ -52,8 +52,9 @@ def fit_calibration(
 ) -> tuple[Calibration, list[str]]:
     """A calibration from the raw outputs and targets of a validation split, and remarks on what could not be done.
 
-    ``pos_weights`` (A,) are those that the AU loss had: a positive weight of w makes the odds of a network that has learnt all it can w
-    times too high, which the shifts undo as far as validation shows it. ``max_error``: the error that is accepted among emotions that are not marked unsure.
+    ``pos_weights`` (A,) are those that the AU loss had: a positive weight of w makes the odds of a network that has learnt all it
+    can w times too high, which the shifts undo as far as validation shows it. ``max_error``: the error that is accepted among
+    emotions that are not marked unsure.
     """
     remarks: list[str] = []
     temperature = _fit_temperature(outputs.emotion, targets.emotion)

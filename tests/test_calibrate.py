@@ -119,7 +119,7 @@ def test_the_shift_of_a_positive_weight_is_found(told):
     weights = np.array([10.0, 3.0])
     outputs, targets = of_action_units(true_logits + np.log(weights), action_units)
     calibration, _ = fit_calibration(outputs, targets, pos_weights=weights if told else None)
-    np.testing.assert_allclose(calibration.au_shifts, -np.log(weights), atol=0.2)
+    np.testing.assert_allclose(calibration.au_shifts, -np.log(weights), atol=0.15 if told else 0.3)
     np.testing.assert_allclose(calibration.au_slopes, 1.0, atol=0.1)
     before, after = both_nlls(outputs, targets, calibration)["action_units"]
     assert after < before - 0.05
@@ -133,8 +133,8 @@ def test_slope_and_shift_equal_logistic_regression_where_data_are_plenty():
     target = (generator.random((20_000, 1)) < expit(0.6 * logits - 0.8)).astype(np.float32)
     calibration, _ = fit_calibration(*of_action_units(logits, target))
     reference = LogisticRegression(C=np.inf, tol=1e-8).fit(logits.astype(np.float64), target[:, 0])
-    assert calibration.au_slopes[0] == pytest.approx(reference.coef_[0, 0], abs=2e-3)
-    assert calibration.au_shifts[0] == pytest.approx(reference.intercept_[0], abs=2e-3)
+    assert calibration.au_slopes[0] == pytest.approx(reference.coef_[0, 0], abs=5e-3)
+    assert calibration.au_shifts[0] == pytest.approx(reference.intercept_[0], abs=5e-3)
 
 
 @pytest.mark.parametrize("case", ["few", "all positive", "all negative", "huge"])
@@ -146,26 +146,63 @@ def test_slope_and_shift_are_those_of_least_penalised_log_loss(case):
         target[:] = case == "all positive"
     target[:3] = NAN
     known = ~np.isnan(target[:, 0])
-    start = -math.log(4.0)
+    scores, positive = logits[known, 0].astype(np.float64), target[known, 0] == 1
     calibration, _ = fit_calibration(*of_action_units(logits, target), pos_weights=np.array([4.0]))
     found = np.array([math.log(calibration.au_slopes[0]), calibration.au_shifts[0]])
 
-    def cost(parameters: np.ndarray) -> float:
-        scaled = np.exp(parameters[0]) * logits[known, 0].astype(np.float64) + parameters[1]
-        nll = np.logaddexp(0, np.where(target[known, 0] == 1, -scaled, scaled)).sum()
-        return float(nll + (parameters[0] / 0.5) ** 2 / 2 + ((parameters[1] - start) / 0.5) ** 2 / 2)
+    def nll(log_slope: float, shift: float) -> float:
+        scaled = np.exp(log_slope) * scores + shift
+        return float(np.logaddexp(0, np.where(positive, -scaled, scaled)).sum())
+
+    def pooled(one: np.ndarray) -> float:
+        return nll(one[0], -one[1] * math.log(4.0)) + one[0] ** 2 / 2 + ((one[1] - 1) / 0.5) ** 2 / 2
+
+    # What all action units have in common, here of one, and around it its own.
+    log_slope, share = least(pooled, [[0.0, 1.0], [-3.0, 1.0], [0.0, 0.0]]).x
+    centre = np.array([log_slope, -share * math.log(4.0)])
+
+    def own(one: np.ndarray) -> float:
+        return nll(*one) + (((one - centre) / 0.25) ** 2).sum() / 2
 
     assert np.isfinite(found).all()
-    starts = [found, [0.0, start], [-3.0, start], [0.0, 0.0]]
-    best = min(
-        minimize(cost, one, method="Nelder-Mead", bounds=[(-3, 3), (None, None)], options={"xatol": 1e-9}).fun
-        for one in starts
-    )
-    assert cost(found) <= best * (1 + 1e-6) + 1e-6
+    assert own(found) <= least(own, [found, centre, [-3.0, 0.0]]).fun * (1 + 1e-4) + 1e-4
     if case == "all positive":
-        assert found[1] > start
+        assert found[1] > -math.log(4.0)
     if case == "all negative":
-        assert found[1] < start
+        assert found[1] < -math.log(4.0)
+
+
+def least(cost, starts: list):
+    """The least of what a search without gradients finds."""
+    options = {"xatol": 1e-9, "fatol": 1e-12}
+    tries = [
+        minimize(cost, one, method="Nelder-Mead", bounds=[(-3, 3), (None, None)], options=options) for one in starts
+    ]
+    return min(tries, key=lambda one: one.fun)
+
+
+def test_rare_action_units_follow_the_others():
+    """All logits are three times too high; of the last action unit only five elements are known."""
+    generator = np.random.default_rng(10)
+    true_logits = generator.normal(-1, 1.5, size=(600, 5))
+    action_units = (generator.random((600, 5)) < expit(true_logits)).astype(np.float32)
+    action_units[5:, 4] = NAN
+    calibration, _ = fit_calibration(*of_action_units(3 * true_logits, action_units))
+    np.testing.assert_allclose(calibration.au_slopes, 1 / 3, rtol=0.3)
+    assert calibration.au_slopes[4] == pytest.approx(np.mean(calibration.au_slopes[:4]), rel=0.1)
+    assert calibration.au_shifts[4] == pytest.approx(0.0, abs=0.1)
+
+
+def test_a_positive_weight_that_was_not_learnt_is_not_undone():
+    """A network that still predicts the base rates: all action units together show that nothing is to be taken off."""
+    generator = np.random.default_rng(11)
+    rates = np.array([0.1, 0.2, 0.3])
+    action_units = (generator.random((200, 3)) < rates).astype(np.float32)
+    logits = np.broadcast_to(np.log(rates / (1 - rates)), (200, 3))
+    outputs, targets = of_action_units(logits, action_units)
+    calibration, _ = fit_calibration(outputs, targets, pos_weights=(1 - rates) / rates)
+    found = calibrated(outputs, calibration).action_units[0]
+    np.testing.assert_allclose(found, action_units.mean(axis=0), atol=0.05)
 
 
 def test_huge_logits_have_a_finite_temperature_that_helps():
@@ -470,7 +507,7 @@ def test_calibration_lowers_the_log_loss_of_held_out_drawn_faces(drawn_faces, st
             f"data.store_dir={store_dir}",
             "model.backbone=mobilenet_v3_small",
             "model.image_px=32",
-            "optim.epochs=6",
+            "optim.epochs=25",
             "optim.batch_size=16",
             "optim.lr=1e-3",
             "optim.gap_images=32",
