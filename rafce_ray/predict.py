@@ -85,10 +85,9 @@ class Predictor:
         ]
 
     def _prediction(
-        self, emotion: NDArray[np.float32], basics: list[float], action_units: list[float], top_k: int
+        self, emotion: NDArray[np.float64], basics: list[float], action_units: list[float], top_k: int
     ) -> Prediction:
         taxonomy, calibration = self.bundle.taxonomy, self.bundle.calibration
-        # As Python numbers: compared with float32, a threshold would be rounded first.
         units = zip(taxonomy.action_units, action_units, calibration.au_thresholds, strict=True)
         found = tuple(
             ActionUnitPrediction(
