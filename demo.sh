@@ -27,8 +27,9 @@ photo=$("$RUN/python" -c 'from matplotlib import cbook; print(cbook.get_sample_d
 
 cat >&2 <<EOF
 
-Made: $DEMO/faces (drawn faces), $DEMO/runs/demo (the run), $DEMO/runs/demo/bundle (the model).
+Made: $DEMO/faces (drawn faces), $DEMO/runs/demo (the run), $DEMO/runs/demo/bundle (the model), $DEMO/runs/demo/report.html (open it in a browser).
 The model has seen drawn faces only: what it says of a real one shows the path, not the truth. Next, with your own faces:
+  $RUN/rafce doctor $DEMO/runs/demo       what could be better, and the command that tries it
   $RUN/rafce data audit PATH              what is in them, and may they be trained on
   $RUN/rafce train data.root=PATH         the reference recipe (resnet50); --recipe demo for a small model
   $RUN/rafce predict --bundle runs/NAME/bundle PHOTO.jpg

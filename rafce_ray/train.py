@@ -129,6 +129,8 @@ def ray_cluster(config: Config) -> Iterator[tuple[float, float]]:
         "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",
         "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(math.ceil(config.run.hang_timeout_s)),
         "RAY_USAGE_STATS_ENABLED": "0",
+        # Tune's own tables go to standard output, which is for results.
+        "RAY_AIR_NEW_OUTPUT": "0",
     }.items():
         os.environ.setdefault(name, value)
     import ray

@@ -39,7 +39,7 @@ def run_trials(study: StudyFolder, jobs: Sequence[Job], *, concurrent: int | Non
         resources, at_once = _shares(config, num_cpus, num_gpus, concurrent)
         say(
             f"{len(waiting)} trials to run, {min(at_once, len(waiting))} at a time with {resources['cpu']:g} CPU(s)"
-            f"{' and a share of a GPU' if 'gpu' in resources else ''} each"
+            f"{' and a share of a GPU' if 'gpu' in resources else ''} each; curves: tensorboard --logdir {(study.location / 'ray').shown}"
         )
         with (
             StudyWatch(study, {name: job.config.optim.epochs for name, job in waiting.items()}),

@@ -79,6 +79,7 @@ def finished(study: StudyFolder) -> dict[str, int]:
 def test_a_killed_ablation_goes_on_and_runs_no_finished_trial_again(killed_and_resumed):
     study, before, again = killed_and_resumed
     assert again.returncode == 0, again.stderr
+    assert again.stdout.startswith("# Ablation"), "standard output is for the result alone"
     after = finished(study)
     assert 1 <= len(before) < len(after) == 4
     assert {name: after[name] for name in before} == before
