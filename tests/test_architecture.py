@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from rafce_ray.cli import VERBS
 from rafce_ray.config import recipe_names
 
@@ -30,6 +32,7 @@ def test_only_the_adapters_import_ray():
     assert importing == MAY_IMPORT_RAY
 
 
+@pytest.mark.slow
 def test_the_core_and_its_benchmark_import_where_ray_is_not_installed():
     core = [name for name in modules() if name.rsplit(".", 1)[-1] != "worker"]
     assert len(core) > 30
@@ -41,6 +44,7 @@ def test_the_core_and_its_benchmark_import_where_ray_is_not_installed():
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_importing_does_nothing_to_the_surroundings():
     # Environment variables of other libraries (scikit-learn sets some) are theirs.
     program = """
