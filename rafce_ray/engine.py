@@ -10,40 +10,26 @@ import math
 import os
 import time
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from rafce_ray.bundle import load_bundle, save_bundle
-from rafce_ray.calibrate import cross_fitted, fit_calibration
-from rafce_ray.calibration import Calibration
 from rafce_ray.checkpoint import (
-    Checkpoint,
-    InvalidCheckpoint,
-    best_valid,
     clear_scratch,
     list_checkpoints,
-    local_bundle,
     newest_valid,
     prune,
 )
-from rafce_ray.consistency import Association, estimate_association
-from rafce_ray.data.dataset import Dataset
 from rafce_ray.data.loader import step_seed
 from rafce_ray.doctor.rules import examine_live
-from rafce_ray.evaluate import evaluate_outputs, split_outputs
+from rafce_ray.finish import finish
 from rafce_ray.hardware import describe_hardware
 from rafce_ray.metrics import Counts, count_batch, summarise
 from rafce_ray.optim import learning_rate
 from rafce_ray.preprocess import preprocess
-from rafce_ray.report.model_card import model_card
-from rafce_ray.run_folder import RunFolder
 from rafce_ray.session import Job, Session
-from rafce_ray.split_outputs import SplitOutputs
 from rafce_ray.training import NUM_LOSS_SUMS, Training, describe_targets, resolve_monitor, score_of
 
 PROGRESS_EVERY_S = 1.0
@@ -94,7 +80,7 @@ def fit(job: Job, session: Session) -> dict[str, Any] | None:
             prune(folder.checkpoints, config.run.keep_checkpoints)
             _tell_findings(training, [*earlier, record])
         session.report(_flat(record))
-    return _finish(training, status, monitor) if session.rank == 0 else None
+    return finish(training, status, monitor) if session.rank == 0 else None
 
 
 def _announce(training: Training, remark: str | None) -> None:
@@ -121,7 +107,7 @@ def _resume(training: Training) -> None:
     chosen = None
     if session.rank == 0:
         checkpoint, invalid = newest_valid(folder.checkpoints)
-        _tell_invalid(folder, invalid)
+        training.tell_invalid(invalid)
         chosen = None if checkpoint is None else checkpoint.name
         if checkpoint is not None:
             done = f"after {checkpoint.epoch} epochs" + (f" and {checkpoint.step} steps" if checkpoint.step else "")
@@ -134,12 +120,6 @@ def _resume(training: Training) -> None:
     if chosen is not None:
         found, _ = list_checkpoints(folder.checkpoints)
         training.restore(next(one for one in found if one.name == chosen))
-
-
-def _tell_invalid(folder: RunFolder, invalid: list[InvalidCheckpoint]) -> None:
-    for one in invalid:
-        message = f"checkpoint {one.name} cannot be used: {one.reason}"
-        folder.add_event("invalid_checkpoint", message=message, checkpoint=one.name)
 
 
 def train_epoch(training: Training, wrapped: nn.Module) -> dict[str, Any]:
@@ -303,90 +283,6 @@ def _tell_findings(training: Training, records: list[dict[str, Any]]) -> None:
         if diagnosis.level != "info" and diagnosis.code not in told:
             message = f"epoch {records[-1]['epoch']}: {diagnosis.headline} (rafce doctor {folder.location})"
             folder.add_event("finding", code=diagnosis.code, level=diagnosis.level, message=message)
-
-
-def _finish(training: Training, status: str, monitor: str) -> dict[str, Any]:
-    """Write the bundle of the best epoch, measured as ``rafce evaluate`` measures it, and the run's result; rank 0 only."""
-    folder, progress = training.folder, training.progress
-    best, invalid = best_valid(folder.checkpoints)
-    _tell_invalid(folder, invalid)
-    result: dict[str, Any] = {
-        "status": status,
-        "run_dir": str(folder.location),
-        "bundle": None,
-        "best_epoch": None,
-        "weights_sha256": None,
-        "metrics": {},
-        "monitor": monitor,
-        "epochs": progress.epoch,
-        "elapsed_s": progress.elapsed_s,
-    }
-    if best is not None:
-        sha256, metrics = _write_bundle(training, best)
-        result |= {"bundle": str(folder.bundle), "best_epoch": best.epoch, "weights_sha256": sha256, "metrics": metrics}
-    folder.write_result(result)
-    folder.add_event(status, epochs=progress.epoch, best_epoch=result["best_epoch"])
-    return result
-
-
-def _write_bundle(training: Training, best: Checkpoint) -> tuple[str, dict[str, Any]]:
-    """Calibrate the best epoch on validation, measure it there, and write the bundle; its sha256 and its figures."""
-    folder, dataset = training.folder, training.dataset
-    with local_bundle(best) as source, TemporaryDirectory() as scratch:
-        bundle = load_bundle(source)
-        outputs = split_outputs(bundle, dataset, "validation", device=training.session.device)
-        calibration, metrics = _calibrate(training, outputs)
-        provenance = bundle.provenance | {"best_epoch": best.epoch}
-        card = model_card(
-            taxonomy=bundle.taxonomy,
-            architecture=bundle.architecture,
-            calibration=calibration,
-            metrics=metrics,
-            provenance=provenance,
-            audit=folder.audit(),
-            targets=folder.targets(),
-        )
-        sha256 = save_bundle(
-            Path(scratch) / "bundle",
-            model=bundle.model,
-            architecture=bundle.architecture,
-            taxonomy=bundle.taxonomy,
-            preprocessing=bundle.preprocessing,
-            calibration=calibration,
-            association=_association(dataset, training.splits.train),
-            metrics=metrics,
-            provenance=provenance,
-            model_card=card,
-        )
-        folder.bundle.delete()
-        folder.bundle.upload(Path(scratch) / "bundle")
-        folder.write_outputs("validation", outputs)
-    return sha256, metrics
-
-
-def _calibrate(training: Training, outputs: SplitOutputs) -> tuple[Calibration, dict[str, Any]]:
-    """The calibration of a validation split's raw outputs, and its figures; what could not be done becomes a warning."""
-    taxonomy, settings = training.job.taxonomy, training.config.calibration
-    calibration = Calibration.uncalibrated(taxonomy.num_action_units)
-    if not settings.enabled:
-        return calibration, {"split": "validation", **evaluate_outputs(outputs, taxonomy, calibration)}
-    pos_weights = training.objective.loss.settings.pos_weights
-    calibration, remarks = fit_calibration(
-        outputs.outputs, outputs, pos_weights=pos_weights, max_error=settings.max_error
-    )
-    for remark in remarks:
-        training.folder.add_event("calibration", message=remark)
-    figures = evaluate_outputs(outputs, taxonomy, calibration)
-    held_out = cross_fitted(outputs.outputs, outputs, pos_weights=pos_weights, seed=training.config.run.seed)
-    return calibration, {"split": "validation", **figures, "cross_fitted": held_out}
-
-
-def _association(dataset: Dataset, train: np.ndarray) -> Association | None:
-    """How emotions and action units go together in the train split; None where one of them is not trained."""
-    taxonomy, targets = dataset.taxonomy, dataset.targets
-    if not (taxonomy.num_emotions and taxonomy.num_action_units):
-        return None
-    return estimate_association(targets.emotion[train], targets.action_units[train], taxonomy.num_emotions)
 
 
 def _flat(record: dict[str, Any]) -> dict[str, float | None]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rafce_ray.batch import Batch
 from rafce_ray.bundle import read_weights, save_bundle
 from rafce_ray.calibration import Calibration
-from rafce_ray.checkpoint import Checkpoint, local_bundle, read_trainer_state, save_checkpoint
+from rafce_ray.checkpoint import Checkpoint, InvalidCheckpoint, local_bundle, read_trainer_state, save_checkpoint
 from rafce_ray.config import MINIMISED_METRICS, Config, LossConfig
 from rafce_ray.data.augment import build_augmentation
 from rafce_ray.data.dataset import Dataset, open_dataset
@@ -167,6 +167,12 @@ class Training:
             state=state,
             save_bundle=save_weights,
         )
+
+    def tell_invalid(self, invalid: list[InvalidCheckpoint]) -> None:
+        """Put checkpoints that cannot be used on record."""
+        for one in invalid:
+            message = f"checkpoint {one.name} cannot be used: {one.reason}"
+            self.folder.add_event("invalid_checkpoint", message=message, checkpoint=one.name)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Take the run up where a valid checkpoint left it."""
