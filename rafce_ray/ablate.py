@@ -9,7 +9,7 @@ from rafce_ray import tune
 from rafce_ray.ablation.arms import Arm, ablated_keys, ablation_arms
 from rafce_ray.ablation.output import markdown, plot
 from rafce_ray.ablation.results import Ablation, read_ablation, trial_name
-from rafce_ray.config import Config, build_config, flatten, load_config, recipe_names
+from rafce_ray.config import CARRIED_OUT_BY, Config, build_config, flatten, load_config, recipe_names
 from rafce_ray.config_errors import did_you_mean
 from rafce_ray.console import print_json, progress_bar, run_main, say, to_json
 from rafce_ray.data.dataset import Prepared, prepare
@@ -49,10 +49,11 @@ def ablate(
     tell_findings(first, base)
     minority = _check_minority(minority, first)
     study = StudyFolder(str(locate(base.run.storage) / str(base.run.name)))
+    not_of_the_study = ablated_keys(every_arm) | CARRIED_OUT_BY
     study.claim(
         {
             "kind": "ablation",
-            "base": {key: value for key, value in flatten(base).items() if key not in _varied(every_arm)},
+            "base": {key: value for key, value in flatten(base).items() if key not in not_of_the_study},
             "data_fingerprint": first.fingerprint,
             "may_grow": {"arms": {arm.name: arm.changes for arm in arms}},
         }
@@ -96,15 +97,6 @@ def _prepare_all(base: Config, arms: list[Arm]) -> dict[str, Prepared]:
             by_reading[reading] = prepare(data, progress=progress_bar)
         prepared[arm.name] = by_reading[reading]
     return prepared
-
-
-def _varied(arms: list[Arm]) -> set[str]:
-    """Keys that say nothing of the study as a whole: what the arms vary, and how a run is carried out."""
-    return (
-        ablated_keys(arms)
-        | {key for key in flatten(load_config()) if key.startswith("run.") and key != "run.seed"}
-        | {"data.store_dir"}
-    )
 
 
 def _check_minority(minority: Sequence[str] | None, prepared: Prepared) -> list[str]:

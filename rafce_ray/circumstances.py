@@ -10,6 +10,7 @@ from typing import Any
 from rafce_ray.errors import UsageError
 from rafce_ray.run_folder import RunFolder
 from rafce_ray.storage import locate
+from rafce_ray.study_folder import TRIALS
 
 ENDS = ("finished", "stopped_early", "diverged")
 """Events with which a run ends."""
@@ -82,10 +83,10 @@ def open_finished(place: str) -> RunFolder:
     # Resolved, "." and a link have the run's own name.
     folder = RunFolder(place if location.local is None else str(location.local.resolve()))
     if not folder.exists():
-        trials = [info.base_name for info in (folder.location / "trials").list()]
+        trials = [info.base_name for info in (folder.location / TRIALS).list()]
         remedy = "Name a folder that rafce train made."
         if trials:
-            remedy = f"It is a study: name one of its trials, such as {folder.location / 'trials' / trials[0]}."
+            remedy = f"It is a study: name one of its trials, such as {folder.location / TRIALS / trials[0]}."
         raise UsageError(f"{folder.location} is no run: it has no config.yaml. {remedy}")
     if folder.result() is None:
         raise UsageError(

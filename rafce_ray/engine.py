@@ -30,7 +30,7 @@ from rafce_ray.metrics import Counts, count_batch, summarise
 from rafce_ray.optim import learning_rate
 from rafce_ray.preprocess import preprocess
 from rafce_ray.session import Job, Session
-from rafce_ray.training import NUM_LOSS_SUMS, Training, describe_targets, resolve_monitor, score_of
+from rafce_ray.training import NUM_LOSS_SUMS, Training, resolve_monitor, score_of
 
 PROGRESS_EVERY_S = 1.0
 EVALUATION_BATCH = 128
@@ -88,7 +88,7 @@ def _announce(training: Training, remark: str | None) -> None:
     if session.rank != 0:
         return
     clear_scratch(training.folder.checkpoints)
-    training.folder.write_targets(describe_targets(training.dataset, training.splits))
+    training.folder.write_targets(training.targets)
     weights = training.weights_report
     training.folder.add_event(
         "started",
@@ -279,7 +279,7 @@ def _tell_findings(training: Training, records: list[dict[str, Any]]) -> None:
     """Warn of what the doctor sees in the epochs so far, each finding once in a run's life."""
     folder = training.folder
     told = {event.get("code") for event in folder.events() if event["event"] == "finding"}
-    for diagnosis in examine_live(training.config, folder.targets(), folder.audit(), records):
+    for diagnosis in examine_live(training.config, training.targets, training.audit, records):
         if diagnosis.level != "info" and diagnosis.code not in told:
             message = f"epoch {records[-1]['epoch']}: {diagnosis.headline} (rafce doctor {folder.location})"
             folder.add_event("finding", code=diagnosis.code, level=diagnosis.level, message=message)

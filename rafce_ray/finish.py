@@ -58,8 +58,8 @@ def _write_bundle(training: Training, best: Checkpoint) -> tuple[str, dict[str, 
             calibration=calibration,
             metrics=metrics,
             provenance=provenance,
-            audit=folder.audit(),
-            targets=folder.targets(),
+            audit=training.audit,
+            targets=training.targets,
         )
         sha256 = save_bundle(
             Path(scratch) / "bundle",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import subprocess
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,7 @@ def describe_software() -> dict[str, Any]:
     }
 
 
+@cache
 def _git_commit() -> str:
     folder = Path(__file__).parent
     try:

@@ -28,6 +28,7 @@ from rafce_ray.errors import GateError, UsageError
 from rafce_ray.hardware import choose_device, describe_hardware, describe_software
 from rafce_ray.run_folder import RunFolder
 from rafce_ray.storage import Location, locate
+from rafce_ray.study_folder import TRIALS
 from rafce_ray.train import launch, ray_cluster
 
 TOLERANCES = {"cpu": 1e-6, "cuda": 1e-2}
@@ -101,7 +102,7 @@ def _place_beside(location: Location) -> tuple[str, str]:
     The first name that is free, or whose replay was interrupted and goes on.
     """
     storage = location.parent
-    if storage.name == "trials":
+    if storage.name == TRIALS:
         storage = storage.parent / "replays"
     base = re.sub(r"[^A-Za-z0-9._-]+", "-", location.name).lstrip("._-") + "-replay"
     names = (base if number == 1 else f"{base}-{number}" for number in count(1))

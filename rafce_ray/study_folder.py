@@ -12,6 +12,9 @@ from rafce_ray.errors import UsageError
 from rafce_ray.run_folder import RunFolder
 from rafce_ray.storage import Location, locate
 
+TRIALS = "trials"
+"""Folder of a study that holds its run folders."""
+
 
 @dataclass(frozen=True)
 class StudyFolder:
@@ -27,7 +30,7 @@ class StudyFolder:
     @property
     def trials(self) -> Location:
         """Folder of the trials' run folders."""
-        return self.location / "trials"
+        return self.location / TRIALS
 
     def exists(self) -> bool:
         """Whether a study was started here."""

@@ -317,11 +317,8 @@ def _calibrated(metrics: dict[str, Any]) -> str:
         return "not calibrated: probabilities are the network's own, thresholds 0.5"
     before, after = held_out["before"], held_out["after"]
     changes = [
-        f"{name} {before[task][key]:.3f} -> {after[task][key]:.3f}"
-        for task, key, name in (
-            ("emotion", "ece", "calibration error of emotions"),
-            ("action_units", "ece", "of action units"),
-        )
+        f"{name} {before[task]['ece']:.3f} -> {after[task]['ece']:.3f}"
+        for task, name in (("emotion", "calibration error of emotions"), ("action_units", "of action units"))
         if before[task] is not None
     ]
     if _is_number(held_out["au_f1_mean_before"]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,16 @@ class Training:
         )
         self.progress = Progress()
         self._evaluation_images: dict[str, ImageSource] = {}
+
+    @cached_property
+    def audit(self) -> dict[str, Any] | None:
+        """What was found in the labels before training."""
+        return self.folder.audit()
+
+    @cached_property
+    def targets(self) -> dict[str, Any]:
+        """What training sees, by split."""
+        return describe_targets(self.dataset, self.splits)
 
     @property
     def evaluated_model(self) -> nn.Module:
