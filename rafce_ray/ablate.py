@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from rafce_ray import tune
 from rafce_ray.ablation.arms import Arm, ablated_keys, ablation_arms
 from rafce_ray.ablation.output import markdown, plot
 from rafce_ray.ablation.results import Ablation, read_ablation, trial_name
@@ -17,7 +16,7 @@ from rafce_ray.errors import UsageError
 from rafce_ray.session import Job
 from rafce_ray.storage import locate
 from rafce_ray.study_folder import StudyFolder
-from rafce_ray.train import named, provenance_of, tell_findings
+from rafce_ray.train import named, provenance_of, ray_cluster, tell_findings
 
 SEED_MINORITY = ("sadly surprised", "fearfully disgusted", "happily fearful", "happily sad")
 """The four classes (4, 8, 12, 13) at F1 = 0 in the seed's log."""
@@ -64,7 +63,12 @@ def ablate(
         f"ablation of {base.data.root}: {len(arms)} arms x {seeds} seeds = {len(jobs)} trials of up to {base.optim.epochs} epochs of "
         f"{base.model.backbone} at {base.model.image_px} px; results go to {study.location}"
     )
-    tune.run_trials(study, jobs, concurrent=concurrent)
+    if any(study.trial(str(job.config.run.name)).result() is None for job in jobs):
+        with ray_cluster(jobs[0].config):
+            # Ray reads its environment when it is imported: ray_cluster has set it by now.
+            from rafce_ray.tune.trials import run_trials
+
+            run_trials(study, jobs, concurrent=concurrent)
     for job in jobs:
         folder = study.trial(str(job.config.run.name))
         if folder.result() is not None:

@@ -10,12 +10,14 @@ from rafce_ray import __version__
 VERBS = {
     "data": ("rafce_ray.data.__main__", "audit labelled faces, draw demo faces"),
     "train": ("rafce_ray.train", "train a model on Ray Train"),
+    "tune": ("rafce_ray.tune.command", "search configurations on Ray Tune, and believe the result"),
     "evaluate": ("rafce_ray.evaluate", "measure a bundle on a split"),
     "doctor": ("rafce_ray.doctor.command", "say what is wrong with a run or a study, why, and what to run next"),
     "compare": ("rafce_ray.compare", "runs side by side, with paired intervals"),
     "replay": ("rafce_ray.replay", "train a run again: the same figures, or what differs"),
     "report": ("rafce_ray.report.command", "everything a run left behind as one HTML page"),
     "ablate": ("rafce_ray.ablate", "the seed's changes alone and together, measured over several seeds"),
+    "trials": ("rafce_ray.study.listing", "the trials of a study, listed, filtered and sorted"),
     "predict": ("rafce_ray.predict", "read emotions and action units from image files"),
 }
 """Verb -> module with ``main(argv) -> exit code``, and what it is for."""

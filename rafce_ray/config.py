@@ -178,6 +178,12 @@ class OptimConfig(_Section):
     monitor: Literal[MAXIMISED_METRICS + MINIMISED_METRICS] = Field(  # type: ignore[valid-type]
         "macro_f1", description="Validation metric that chooses the best epoch and stops early."
     )
+    score_au_share: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="Share of the AU task in the metric score: (1 - share) macro_f1_supported + share au_f1_mean.",
+    )
     gap_images: int = Field(
         1024,
         ge=0,
@@ -289,9 +295,9 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), *
             raise ConfigError(
                 f"unknown recipe {recipe!r}{did_you_mean(recipe, recipe_names())}. Recipes: {', '.join(recipe_names())}."
             )
-        values = _read_yaml(RECIPES / f"{recipe}.yaml")
+        values = read_yaml(RECIPES / f"{recipe}.yaml")
     if path is not None:
-        values = merge(values, _read_yaml(Path(path)))
+        values = merge(values, read_yaml(Path(path)))
     return build_config(apply_overrides(values, overrides))
 
 
@@ -312,7 +318,7 @@ def apply_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict
         dotted, mark, text = override.partition("=")
         if not mark or not dotted.strip():
             raise ConfigError(f"{override!r} is no override: write section.key=value, for example optim.lr=1e-3.")
-        nested: Any = _read_scalar(override, text)
+        nested: Any = read_scalar(override, text)
         for part in reversed(dotted.strip().split(".")):
             nested = {part: nested}
         merged = merge(merged, nested)
@@ -376,7 +382,8 @@ def config_hash(config: Config) -> str:
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file's mapping; ``1e-3`` is a number. ConfigError where it cannot be read or holds something else."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -394,7 +401,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return {str(key): _numbers_read(value) for key, value in content.items()}
 
 
-def _read_scalar(override: str, text: str) -> Any:
+def read_scalar(override: str, text: str) -> Any:
+    """The value that an override's text means in YAML; ``1e-3`` is a number. ConfigError names the whole override."""
     try:
         return _numbers_read(yaml.safe_load(text))
     except yaml.YAMLError as error:

@@ -58,7 +58,12 @@ def _dotted_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 def did_you_mean(wanted: str, known: Sequence[str]) -> str:
     """``"; did you mean 'optim.lr'?"`` for the known key nearest to ``wanted``, or nothing where none is near."""
-    last = wanted.rsplit(".", 1)[-1]
-    same_name = [key for key in known if key.rsplit(".", 1)[-1] == last]
-    near = same_name or difflib.get_close_matches(wanted, known, n=1, cutoff=0.5)
+    parent, _, last = wanted.rpartition(".")
+    siblings = [key for key in known if parent and key.rpartition(".")[0] == parent]
+    near = (
+        [key for key in siblings if key.startswith(wanted)]
+        or difflib.get_close_matches(wanted, siblings, n=1, cutoff=0.85)
+        or [key for key in known if key.rpartition(".")[2] == last]
+        or difflib.get_close_matches(wanted, known, n=1, cutoff=0.5)
+    )
     return f"; did you mean {near[0]!r}?" if near else ""

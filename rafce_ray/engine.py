@@ -26,7 +26,7 @@ from rafce_ray.data.loader import step_seed
 from rafce_ray.doctor.rules import examine_live
 from rafce_ray.finish import finish
 from rafce_ray.hardware import describe_hardware
-from rafce_ray.metrics import Counts, count_batch, summarise
+from rafce_ray.metrics import Counts, count_batch, summarise, with_score
 from rafce_ray.optim import learning_rate
 from rafce_ray.preprocess import preprocess
 from rafce_ray.session import Job, Session
@@ -71,7 +71,12 @@ def fit(job: Job, session: Session) -> dict[str, Any] | None:
         _advance(training, score)
         if session.rank == 0 and (gradient := _probe_gradients(training)) is not None:
             record["gradient"] = gradient
-        record |= {"best_epoch": training.progress.best_epoch, "elapsed_s": training.progress.elapsed_s}
+        record |= {
+            "score": score,
+            "best_score": training.progress.best_score,
+            "best_epoch": training.progress.best_epoch,
+            "elapsed_s": training.progress.elapsed_s,
+        }
         if session.rank == 0:
             # Metrics first: a kill in between repeats the epoch from the checkpoint before, and its record is replaced.
             earlier = [one for one in folder.metrics() if one["epoch"] < record["epoch"]]
@@ -227,7 +232,7 @@ def _evaluate(training: Training, split: str, indices: np.ndarray) -> dict[str, 
             )
             session.alive()
     counts = Counts.from_vector(session.sum(counts.to_vector()), training.job.taxonomy)
-    return summarise(counts, training.job.taxonomy)
+    return with_score(summarise(counts, training.job.taxonomy), training.config.optim.score_au_share)
 
 
 def _gap(train: dict[str, Any], validation: dict[str, Any]) -> dict[str, float]:

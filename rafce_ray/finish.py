@@ -15,6 +15,7 @@ from rafce_ray.checkpoint import Checkpoint, best_valid, local_bundle
 from rafce_ray.consistency import Association, estimate_association
 from rafce_ray.data.dataset import Dataset
 from rafce_ray.evaluate import evaluate_outputs, split_outputs
+from rafce_ray.metrics import with_score
 from rafce_ray.report.model_card import model_card
 from rafce_ray.split_outputs import SplitOutputs
 from rafce_ray.training import Training
@@ -84,16 +85,21 @@ def _calibrate(training: Training, outputs: SplitOutputs) -> tuple[Calibration, 
     taxonomy, settings = training.job.taxonomy, training.config.calibration
     calibration = Calibration.uncalibrated(taxonomy.num_action_units)
     if not settings.enabled:
-        return calibration, {"split": "validation", **evaluate_outputs(outputs, taxonomy, calibration)}
+        return calibration, {"split": "validation", **_figures(training, outputs, calibration)}
     pos_weights = training.objective.loss.settings.pos_weights
     calibration, remarks = fit_calibration(
         outputs.outputs, outputs, pos_weights=pos_weights, max_error=settings.max_error
     )
     for remark in remarks:
         training.folder.add_event("calibration", message=remark)
-    figures = evaluate_outputs(outputs, taxonomy, calibration)
+    figures = _figures(training, outputs, calibration)
     held_out = cross_fitted(outputs.outputs, outputs, pos_weights=pos_weights, seed=training.config.run.seed)
     return calibration, {"split": "validation", **figures, "cross_fitted": held_out}
+
+
+def _figures(training: Training, outputs: SplitOutputs, calibration: Calibration) -> dict[str, Any]:
+    figures = evaluate_outputs(outputs, training.job.taxonomy, calibration)
+    return with_score(figures, training.config.optim.score_au_share)
 
 
 def _association(dataset: Dataset, train: np.ndarray) -> Association | None:

@@ -21,12 +21,14 @@ __all__ = [
     "Counts",
     "HasTargets",
     "bootstrap_figures",
+    "combined_score",
     "component_overlap",
     "count_batch",
     "count_probabilities",
     "evaluate_probabilities",
     "figures",
     "summarise",
+    "with_score",
 ]
 
 MIN_SUPPORT = 10
@@ -63,7 +65,7 @@ def figures(counts: Counts, overlap: np.ndarray, supported: np.ndarray) -> dict[
         "component_accuracy": _ratio(shared.sum(axis=(-2, -1)), num_composed),
         "component_both": _ratio(np.where(overlap == 1, composed, 0.0).sum(axis=(-2, -1)), num_composed),
         "au_f1_mean": au_f1_mean,
-        "score": _mean(np.stack([macro_f1_supported, au_f1_mean], axis=-1)),
+        "score": combined_score(macro_f1_supported, au_f1_mean),
         "precision": _ratio(hits, predicted),
         "recall": recall,
         "f1": f1,
@@ -72,6 +74,25 @@ def figures(counts: Counts, overlap: np.ndarray, supported: np.ndarray) -> dict[
         "au_f1": au_f1,
         "au_floor": np.where(tp + fn > 0, _ratio(2 * (tp + fn), known + tp + fn), NAN),
     }
+
+
+def combined_score(macro_f1_supported: Any, au_f1_mean: Any, au_share: float = 0.5) -> np.ndarray:
+    """The one figure of both tasks: ``(1 - au_share) macro_f1_supported + au_share au_f1_mean``, or the one that is defined.
+
+    Macro-F1 over classes with MIN_SUPPORT images and mean F1 over AUs with positives: neither hangs on a handful of images.
+    """
+    both = np.stack([np.asarray(macro_f1_supported, dtype=np.float64), np.asarray(au_f1_mean, dtype=np.float64)], -1)
+    weights = np.array([1 - au_share, au_share]) * ~np.isnan(both)
+    return _ratio((np.nan_to_num(both) * weights).sum(axis=-1), weights.sum(axis=-1))
+
+
+def with_score(summary: dict[str, Any], au_share: float) -> dict[str, Any]:
+    """A summary whose ``score`` gives the AU task another share than half; an interval of the score is then unknown."""
+    if au_share == 0.5:
+        return summary
+    score = float(combined_score(summary["macro_f1_supported"], summary["au_f1_mean"], au_share))
+    intervals = {"intervals": summary["intervals"] | {"score": [NAN, NAN]}} if "intervals" in summary else {}
+    return summary | {"score": score} | intervals
 
 
 HEADLINES = (
@@ -95,7 +116,7 @@ def summarise(counts: Counts, taxonomy: Taxonomy, min_support: int = MIN_SUPPORT
     * component_accuracy: mean over images of the share (0, 1/2, 1) of the true class's two basic emotions that the predicted
       class has; component_both: share of images with both. Over images whose true class has components.
     * au_f1_mean over AUs with positives; au_floor_mean of the same AUs' floors: the F1 of always saying present, 2p / (1 + p).
-    * score: mean of macro_f1_supported and au_f1_mean, or the one that is defined.
+    * score: :func:`combined_score`, both tasks with the same share.
     * emotion_loss, au_loss in nats per known image and element; loss is their sum, or the one that is defined.
     * majority_accuracy: of always naming the commonest class. confusion [true][predicted]. per_class and per_au.
 

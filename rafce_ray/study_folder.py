@@ -42,9 +42,12 @@ class StudyFolder:
         Raises:
             UsageError: the folder holds another study.
         """
+        self._write(self.check(plan))
+
+    def check(self, plan: dict[str, Any]) -> dict[str, Any]:
+        """What :meth:`claim` would write, nothing written; UsageError where the folder holds another study."""
         if not self.exists():
-            self._write(plan)
-            return
+            return plan
         before, now = self.plan(), json.loads(to_json(plan))
         grown = {key: {**before["may_grow"].get(key, {}), **value} for key, value in now["may_grow"].items()}
         changed = {key: (before.get(key), now[key]) for key in now if key != "may_grow" and before.get(key) != now[key]}
@@ -58,9 +61,9 @@ class StudyFolder:
         if changed:
             lines = "\n".join(f"  {key}: {_differing(*values)}" for key, values in sorted(changed.items()))
             raise UsageError(
-                f"{self.location} holds a study that differs:\n{lines}\nChoose another run.name, or give the same values to go on with it."
+                f"{self.location} holds a study that differs:\n{lines}\nChoose another name, or give the same values to go on with it."
             )
-        self._write({**now, "may_grow": grown})
+        return {**now, "may_grow": grown}
 
     def plan(self) -> dict[str, Any]:
         """What the study is."""

@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,8 @@ from rafce_ray.watch import RunWatch, duration
 
 if TYPE_CHECKING:
     import ray.train
+    from ray.train import UserCallback
+    from ray.train.torch import TorchTrainer
 
 HEALTH_CHECK_INTERVAL_S = 0.2
 """Each ``train.report`` waits for one poll of Ray's controller: 2 s by default, measured."""
@@ -69,26 +72,37 @@ def _write_report(folder: RunFolder, prepared: Prepared) -> None:
         warn(f"the report could not be written: {error} Write it with: rafce report {folder.location.shown}")
 
 
-def _fit(job: Job, num_cpus: float, num_gpus: float) -> dict[str, Any] | None:
+def build_trainer(job: Job, num_cpus: float, num_gpus: float, callbacks: Sequence[UserCallback] = ()) -> TorchTrainer:
+    """Ray Train's trainer of a job on a cluster of so many CPUs and GPUs."""
     # Ray reads its environment when it is imported: ray_cluster has set it by now.
-    from ray.train import FailureConfig, LoggingConfig, RunConfig, TrainingFailedError
+    from ray.train import FailureConfig, LoggingConfig, RunConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     from rafce_ray.worker import train_worker
 
     run, folder = job.config.run, RunFolder(job.run_dir)
-    trainer = TorchTrainer(
+    storage = folder.location / "ray"
+    return TorchTrainer(
         train_worker,
         train_loop_config=job.to_plain(),
         torch_config=TorchConfig(timeout_s=math.ceil(run.collective_timeout_s)),
         scaling_config=_scaling(job.config, num_cpus, num_gpus),
         run_config=RunConfig(
             name=str(run.name),
-            storage_path=str(folder.location / "ray"),
+            storage_path=storage.path,
+            storage_filesystem=None if storage.local is not None else storage.filesystem,
             failure_config=FailureConfig(max_failures=run.max_failures),
             logging_config=LoggingConfig(log_level="ERROR"),
+            callbacks=list(callbacks),
         ),
     )
+
+
+def _fit(job: Job, num_cpus: float, num_gpus: float) -> dict[str, Any] | None:
+    from ray.train import TrainingFailedError
+
+    run, folder = job.config.run, RunFolder(job.run_dir)
+    trainer = build_trainer(job, num_cpus, num_gpus)
     with (
         RunWatch(folder, job.config),
         interruptible(f"the same command goes on from the newest checkpoint in {folder.checkpoints}"),
@@ -119,10 +133,11 @@ def interruptible(what_then: str) -> Iterator[None]:
 
 
 @contextmanager
-def ray_cluster(config: Config) -> Iterator[tuple[float, float]]:
+def ray_cluster(config: Config, *, nested: bool = False) -> Iterator[tuple[float, float]]:
     """A Ray cluster for one command: the one of RAY_ADDRESS or this process, else a local one that ends with the block.
 
-    Yields the cluster's CPUs and GPUs.
+    ``nested``: trainers will run inside trials. Ray's cleaner of their placement groups asks the cluster's state and must find this
+    very cluster where several run on a machine. Yields the cluster's CPUs and GPUs.
     """
     for name, value in {
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": str(HEALTH_CHECK_INTERVAL_S),
@@ -131,6 +146,10 @@ def ray_cluster(config: Config) -> Iterator[tuple[float, float]]:
         "RAY_USAGE_STATS_ENABLED": "0",
         # Tune's own tables go to standard output, which is for results.
         "RAY_AIR_NEW_OUTPUT": "0",
+        # Ctrl-C is ours to handle: Tune would kill trials in mid-epoch.
+        "TUNE_DISABLE_SIGINT_HANDLER": "1",
+        # A trial's last word says how it ended and has no figures.
+        "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
     }.items():
         os.environ.setdefault(name, value)
     import ray
@@ -138,7 +157,13 @@ def ray_cluster(config: Config) -> Iterator[tuple[float, float]]:
     own = not ray.is_initialized()
     if own:
         say("starting Ray" if "RAY_ADDRESS" not in os.environ else f"connecting to Ray at {os.environ['RAY_ADDRESS']}")
-        context = ray.init(address=os.environ.get("RAY_ADDRESS", "local"), log_to_driver=False, logging_level="ERROR")
+        with _address_known(nested and "RAY_ADDRESS" not in os.environ) as runtime_env:
+            context = ray.init(
+                address=os.environ.get("RAY_ADDRESS", "local"),
+                runtime_env=runtime_env,
+                log_to_driver=False,
+                logging_level="ERROR",
+            )
         if context.dashboard_url:
             say(f"dashboard: http://{context.dashboard_url}/#/train (if it asks for a token: ray get-auth-token)")
     try:
@@ -147,6 +172,24 @@ def ray_cluster(config: Config) -> Iterator[tuple[float, float]]:
     finally:
         if own:
             ray.shutdown()
+
+
+@contextmanager
+def _address_known(wanted: bool) -> Iterator[dict[str, Any] | None]:
+    """A runtime environment that tells every process of the local cluster to come its address; None where that is not wanted."""
+    if not wanted:
+        yield None
+        return
+    import ray
+
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = free.getsockname()[1]
+    os.environ["RAY_GCS_SERVER_PORT"] = str(port)
+    try:
+        yield {"env_vars": {"RAY_ADDRESS": f"{ray.util.get_node_ip_address()}:{port}"}}
+    finally:
+        del os.environ["RAY_GCS_SERVER_PORT"]
 
 
 def _scaling(config: Config, num_cpus: float, num_gpus: float) -> ray.train.ScalingConfig:

@@ -12,6 +12,7 @@ import ray
 import ray.train
 import ray.train.torch
 import ray.tune
+import ray.util
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -20,6 +21,8 @@ from rafce_ray.engine import fit
 from rafce_ray.errors import RafceError
 from rafce_ray.run_folder import RunFolder
 from rafce_ray.session import Job, LocalSession
+from rafce_ray.study.trials import conclude, read_plan
+from rafce_ray.study_folder import StudyFolder
 
 HUNG_EXIT_CODE = 75
 
@@ -48,6 +51,10 @@ class TrainSession:
         self.num_workers: int = context.get_world_size()
         self.device: torch.device = ray.train.torch.get_device()
         self._watchdog = Watchdog(job, self.rank)
+        group = ray.util.get_current_placement_group()
+        if self.rank == 0 and group is not None:
+            # For whoever must free it when the trainer's controller is killed with its trial.
+            RunFolder(job.run_dir).add_event("placed", placement_group=group.id.hex())
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """DistributedDataParallel where there are several workers; on GPUs batch norms then share their statistics."""
@@ -94,22 +101,38 @@ class TrainSession:
         self._watchdog.stop()
 
 
-def trial_worker(plain: dict[str, Any], jobs: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Ray Tune's function: trains the one of ``jobs`` that ``plain["trial"]`` names, in this process; returns how it ended.
+def trial_worker(plain: dict[str, Any], study: str) -> dict[str, Any]:
+    """Ray Tune's function: trains the trial that ``plain["trial"]`` names in this process; returns how it ended.
 
     An error that the user must mend is returned: raised, Ray would retry what cannot succeed. Where a trial's folder has a
     checkpoint, it goes on from there.
     """
-    job = Job.from_plain(jobs[plain["trial"]])
+    job = read_trial_job(plain, StudyFolder(study))
     session = TrialSession(job)
     try:
         result = fit(job, session)
     except RafceError as error:
-        RunFolder(job.run_dir).add_event("failed", message=str(error))
-        return {"status": "failed", "error": str(error)}
+        conclude(RunFolder(job.run_dir), job.config.optim.monitor, "failed", str(error))
+        return {"status": "failed"}
     finally:
         session.stop_watching()
     return {"status": "failed" if result is None else result["status"]}
+
+
+def read_trial_job(plain: dict[str, Any], study: StudyFolder) -> Job:
+    """The job of the trial that Ray Tune's configuration names.
+
+    Raises:
+        RafceError: what its folder would train is not what was sampled.
+    """
+    name = str(plain["trial"])
+    found = read_plan(study.trial(name))
+    if found is None or found[0].config_hash != plain["config_hash"]:
+        raise RafceError(
+            f"trial {name}: {study.trial(name).location} does not hold the configuration {plain['config_hash']} that was sampled. "
+            "Can every node reach the study's storage?"
+        )
+    return found[1]
 
 
 class TrialSession(LocalSession):

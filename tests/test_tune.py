@@ -137,7 +137,7 @@ def test_a_trial_that_cannot_be_trained_is_named_and_does_not_stop_the_others(
     """Two trials, one of which asks for more images a step than it has for each worker."""
     from rafce_ray.data.dataset import prepare
     from rafce_ray.session import Job
-    from rafce_ray.tune import run_trials
+    from rafce_ray.tune.trials import run_trials
 
     study = StudyFolder(str(tmp_path / "study"))
     jobs = []

@@ -1,8 +1,4 @@
-"""What an ablation found: means over seeds with intervals, and which differences are more than luck.
-
-Two kinds of luck are told apart and added up. Other seeds: the standard deviation over seeds, pooled over all arms, since three seeds
-alone say little of their own spread. Other images: a paired bootstrap of validation images, the same for all arms.
-"""
+"""What an ablation found: means over seeds with intervals, and which differences are more than luck (:mod:`rafce_ray.seed_statistics`)."""
 
 from __future__ import annotations
 
@@ -13,7 +9,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import t as student_t
 
 from rafce_ray.ablation.arms import Arm
 from rafce_ray.bundle import read_taxonomy
@@ -21,11 +16,17 @@ from rafce_ray.calibration import Calibration, calibrated
 from rafce_ray.metrics import MIN_SUPPORT, bootstrap_figures
 from rafce_ray.paired import same_images
 from rafce_ray.run_folder import RunFolder
+from rafce_ray.seed_statistics import (
+    RESAMPLES,
+    OverSeeds,
+    Spread,
+    difference_of_means,
+    mean_draws,
+    mean_half_width,
+    pooled_spread,
+)
 from rafce_ray.split_outputs import SplitOutputs
 from rafce_ray.study_folder import StudyFolder
-
-RESAMPLES = 400
-"""Resamples of the validation images: enough for a standard deviation."""
 
 FIGURES = {
     "accuracy": "accuracy",
@@ -132,12 +133,16 @@ def read_ablation(study: StudyFolder, arms: Sequence[Arm], seeds: Sequence[int],
             first = first or outputs
             trials.setdefault(arm.name, []).append(_read_trial(folder, same_images([first, outputs])[1], minority))
     names = [*FIGURES, *(f"f1/{name}" for name in minority)]
-    spread = {name: _pooled(list(trials.values()), name) for name in names}
-    measured = {arm: {name: _measure(found, name, *spread[name]) for name in names} for arm, found in trials.items()}
+    figures = {arm: {name: _over_seeds(found, name) for name in names} for arm, found in trials.items()}
+    spread = {name: pooled_spread(found[name] for found in figures.values()) for name in names}
+    measured = {arm: {name: _measure(found[name], spread[name]) for name in names} for arm, found in figures.items()}
     contrasts = {
-        arm.name: {name: _contrast(trials[arm.name], trials[arm.reference], name, *spread[name]) for name in names}
+        arm.name: {
+            name: Contrast(*difference_of_means(figures[arm.name][name], figures[arm.reference][name], spread[name]))
+            for name in names
+        }
         for arm in arms
-        if arm.name in trials and arm.reference in trials
+        if arm.name in figures and arm.reference in figures
     }
     return Ablation(
         arms=tuple(arms),
@@ -178,47 +183,15 @@ def _read_trial(folder: RunFolder, outputs: SplitOutputs, minority: Sequence[str
     return _Trial({name: math.nan if value is None else float(value) for name, value in figures.items()}, draws)
 
 
-def _pooled(arms: Sequence[Sequence[_Trial]], name: str) -> tuple[float, int]:
-    """Standard deviation over seeds, pooled over the arms whose seeds differ at all, and its degrees of freedom."""
-    squares, freedom = 0.0, 0
-    for found in arms:
-        values = np.array([trial.figures[name] for trial in found])
-        values = values[~np.isnan(values)]
-        if len(values) > 1 and np.ptp(values) > 0:
-            squares += float(((values - values.mean()) ** 2).sum())
-            freedom += len(values) - 1
-    return (math.sqrt(squares / freedom), freedom) if freedom else (math.nan, 0)
+def _over_seeds(found: Sequence[_Trial], name: str) -> OverSeeds:
+    values = tuple(trial.figures[name] for trial in found)
+    return OverSeeds(values, mean_draws([trial.draws.get(name) for trial in found]))
 
 
-def _measure(found: Sequence[_Trial], name: str, deviation: float, freedom: int) -> Measured:
-    values = np.array([trial.figures[name] for trial in found])
-    defined = values[~np.isnan(values)]
-    if not len(defined):
-        return Measured(tuple(values.tolist()), math.nan, math.nan)
-    half_width = _quantile(freedom) * deviation / math.sqrt(len(defined))
-    if len(defined) > 1 and np.ptp(defined) == 0:
-        half_width = 0.0
-    return Measured(tuple(values.tolist()), float(defined.mean()), half_width)
-
-
-def _contrast(
-    found: Sequence[_Trial], reference: Sequence[_Trial], name: str, deviation: float, freedom: int
-) -> Contrast:
-    sides = [np.array([trial.figures[name] for trial in side]) for side in (found, reference)]
-    sides = [values[~np.isnan(values)] for values in sides]
-    if not all(len(values) for values in sides):
-        return Contrast(math.nan, math.nan)
-    over_seeds = 0.0 if math.isnan(deviation) else deviation**2 * sum(1 / len(values) for values in sides)
-    over_images = 0.0
-    if all(name in trial.draws for trial in (*found, *reference)):
-        means = [np.mean([trial.draws[name] for trial in side], axis=0) for side in (found, reference)]
-        over_images = float(np.nanvar(means[0] - means[1]))
-    half_width = _quantile(freedom) * math.sqrt(over_seeds + over_images) if freedom else math.nan
-    return Contrast(float(sides[0].mean() - sides[1].mean()), half_width)
-
-
-def _quantile(freedom: int) -> float:
-    return float(student_t.ppf(0.975, freedom)) if freedom else math.nan
+def _measure(one: OverSeeds, spread: Spread) -> Measured:
+    """The mean with its interval over seeds; seeds that agree exactly (an AU-F1 of 0) have none, whatever other arms' do."""
+    agree = len(one.defined) > 1 and np.ptp(one.defined) == 0
+    return Measured(one.values, one.mean, 0.0 if agree else mean_half_width(OverSeeds(one.values), spread))
 
 
 def _support(outputs: SplitOutputs | None, study: StudyFolder, minority: Sequence[str]) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""``rafce report``: everything that a run left behind as one HTML page that stands by itself."""
+"""``rafce report``: everything that a run or a study left behind as one HTML page that stands by itself."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from rafce_ray.console import print_json, run_main, say, warn
 from rafce_ray.errors import UsageError
 from rafce_ray.report.data import SPLITS_OF, ReportData, Split, check_run, gather
 from rafce_ray.report.page import render_page
+from rafce_ray.report.study_data import gather_study, is_study, metric_of
+from rafce_ray.report.study_page import REPORT_FILE, render_study
 from rafce_ray.run_folder import RunFolder
 from rafce_ray.storage import Location, locate
-
-REPORT_FILE = "report.html"
+from rafce_ray.study_folder import StudyFolder
 
 
 def write_report(
@@ -57,7 +58,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def _main(argv: list[str]) -> int:
     arguments = _parser().parse_intermixed_args(argv)
-    folder = RunFolder(arguments.run)
+    folder, study = RunFolder(arguments.run), StudyFolder(arguments.run)
+    if not folder.exists() and is_study(study):
+        _report_study(study, arguments)
+        return 0
     check_run(folder)
     place = _place(folder, arguments.out)
     say(f"Reporting on {folder.location}, {arguments.split} split, to {place}.")
@@ -82,6 +86,42 @@ def _main(argv: list[str]) -> int:
     return 0
 
 
+def _report_study(study: StudyFolder, arguments: argparse.Namespace) -> None:
+    options = {
+        "--split": arguments.split != "validation",
+        "--slices": arguments.slices is not None,
+        "--no-images": arguments.no_images,
+        " ".join(arguments.overrides): bool(arguments.overrides),
+    }
+    given = [option for option, is_given in options.items() if is_given]
+    if given:
+        raise UsageError(
+            f"{', '.join(given)}: means something for one run only, and {study.location} is a study. Leave it out, or give one of its trials, "
+            f"{study.trials.shown}/NAME."
+        )
+    place = _place(RunFolder(study.place), arguments.out)
+    say(f"Reporting on the study {study.location}, to {place}.")
+    data = gather_study(study, metric_of(study))
+    content = render_study(data).encode()
+    place.write_bytes(content)
+    winner = None if data.winner is None else data.winner.name
+    after = f"rafce trials {arguments.run}" if winner is None else f"rafce report {study.trials.shown}/{winner}"
+    say(f"made {place} ({len(content) / 1000:,.0f} kB); open it in a browser. Next: {after}")
+    if arguments.json:
+        print_json(
+            {
+                "report": str(place),
+                "num_bytes": len(content),
+                "study": str(study.location),
+                "metric": data.metric,
+                "trials": len(data.trials),
+                "finalists": len(data.finalists),
+                "winner": winner,
+                "judged": data.verdict is not None,
+            }
+        )
+
+
 def _record(data: ReportData, place: Location, num_bytes: int) -> dict[str, Any]:
     figures = data.figures or {}
     headlines = ("num_images", "accuracy", "macro_f1", "macro_f1_supported", "au_f1_mean", "intervals")
@@ -99,9 +139,11 @@ def _record(data: ReportData, place: Location, num_bytes: int) -> dict[str, Any]
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="rafce report", description="Write everything that a run left behind as one HTML page."
+        prog="rafce report", description="Write everything that a run or a study left behind as one HTML page."
     )
-    parser.add_argument("run", metavar="RUN", help="run folder; a path or URI")
+    parser.add_argument(
+        "run", metavar="RUN_OR_STUDY", help="folder of a run, or of a study of rafce tune; a path or URI"
+    )
     parser.add_argument(
         "--split",
         choices=tuple(SPLITS_OF),

@@ -13,6 +13,7 @@ from rafce_ray.ablation.output import markdown, plot
 from rafce_ray.ablation.results import Ablation, Contrast, Measured
 from rafce_ray.config import differences, load_config
 from rafce_ray.errors import UsageError
+from rafce_ray.seed_statistics import OverSeeds, Spread
 
 
 @pytest.fixture(scope="module")
@@ -79,57 +80,15 @@ def test_a_key_that_the_arms_set_is_refused_on_the_command_line(capsys):
     assert "the arms set this key themselves" in capsys.readouterr().err
 
 
-def trials(*values: float, draws: dict | None = None) -> list:
-    return [ablation._Trial({"accuracy": value}, draws or {}) for value in values]
-
-
-def test_the_deviation_over_seeds_is_pooled_over_arms_whose_seeds_differ():
-    """Variances 0.0001 (2 degrees of freedom) and 0.0003 (1): pooled (2 * 0.0001 + 0.0003) / 3."""
-    arms = [
-        trials(0.49, 0.50, 0.51),
-        trials(0.60, 0.60 + math.sqrt(0.0006)),
-        trials(0.7, 0.7, 0.7),
-        trials(math.nan, 0.2),
-    ]
-    deviation, freedom = ablation._pooled(arms, "accuracy")
-    assert freedom == 3
-    assert deviation == pytest.approx(math.sqrt(0.0005 / 3))
-    measured = ablation._measure(arms[0], "accuracy", deviation, freedom)
+def test_seeds_that_agree_exactly_have_no_interval_and_those_that_differ_have_the_pooled_one():
+    spread = Spread(0.01, 4)
+    measured = ablation._measure(OverSeeds((0.49, 0.50, 0.51)), spread)
     assert measured.mean == pytest.approx(0.50)
-    assert measured.half_width == pytest.approx(student_t.ppf(0.975, 3) * deviation / math.sqrt(3))
-    assert ablation._measure(arms[2], "accuracy", deviation, freedom).half_width == 0
-    assert math.isnan(ablation._measure(trials(math.nan), "accuracy", deviation, freedom).mean)
-
-
-def test_a_difference_is_real_where_neither_seeds_nor_images_explain_it():
-    one, other = trials(0.60, 0.62), trials(0.50, 0.52)
-    over_seeds = student_t.ppf(0.975, 2) * math.sqrt(0.01**2)
-    contrast = ablation._contrast(one, other, "accuracy", 0.01, 2)
-    assert contrast.value == pytest.approx(0.10)
-    assert contrast.half_width == pytest.approx(over_seeds)
-    assert contrast.is_real
-    noise = np.random.default_rng(0).normal(size=1000)
-    noisy = ablation._contrast(
-        trials(0.60, 0.62, draws={"accuracy": 0.6 + 0.05 * noise}),
-        trials(0.50, 0.52, draws={"accuracy": 0.5 - 0.05 * noise}),
-        "accuracy",
-        0.01,
-        2,
-    )
-    assert noisy.half_width == pytest.approx(student_t.ppf(0.975, 2) * math.sqrt(0.01**2 + 0.01 * noise.var()))
-    assert not noisy.is_real
-    # What both arms share, image by image, is no noise of their difference.
-    shared = {"accuracy": 0.5 + 0.05 * noise}
-    paired = ablation._contrast(trials(0.60, 0.62, draws=shared), trials(0.50, 0.52, draws=shared), "accuracy", 0.01, 2)
-    assert paired.half_width == pytest.approx(over_seeds)
-
-
-def test_one_seed_gives_figures_without_intervals_and_nothing_is_called_real():
-    deviation, freedom = ablation._pooled([trials(0.5), trials(0.9)], "accuracy")
-    contrast = ablation._contrast(trials(0.9), trials(0.5), "accuracy", deviation, freedom)
-    assert contrast.value == pytest.approx(0.4)
-    assert math.isnan(contrast.half_width)
-    assert not contrast.is_real
+    assert measured.half_width == pytest.approx(student_t.ppf(0.975, 4) * 0.01 / math.sqrt(3))
+    assert ablation._measure(OverSeeds((0.0, 0.0, 0.0)), spread).half_width == 0
+    # Other images are no part of it: all arms are measured on the same.
+    with_draws = OverSeeds((0.49, 0.50, 0.51), np.array([0.0, 1.0]))
+    assert ablation._measure(with_draws, spread) == measured
 
 
 def test_the_table_marks_real_differences_and_answers_the_seeds_claims(arms):

@@ -1,0 +1,188 @@
+"""All that a study's page shows, gathered from its folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import yaml
+
+from rafce_ray.config import Config, differences, flatten
+from rafce_ray.doctor.command import examine_study
+from rafce_ray.doctor.diagnosis import LEVELS, Diagnosis, Level
+from rafce_ray.errors import UsageError
+from rafce_ray.report.study_plots import Emphasis, Field, emphasise
+from rafce_ray.study.on_test import OnTest
+from rafce_ray.study.rows import DEFAULT_METRIC
+from rafce_ray.study.rungs import RungEntry, read_rungs
+from rafce_ray.study.trials import Trial, best_first, read_trials
+from rafce_ray.study.verdict import Verdict
+from rafce_ray.study_folder import StudyFolder
+
+STUDY_SETTINGS, FINALISTS, TEST = "study.yaml", "finalists.json", "test.json"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One of the doctor's findings over all trials: those that have it, and what it says of the first of them, the best ranked."""
+
+    code: str
+    level: Level
+    trials: tuple[str, ...]
+    diagnosis: Diagnosis
+
+
+@dataclass(frozen=True)
+class StudyData:
+    """A study as its page shows it. ``trials`` are the sweep's, ``finalists`` their repetitions with other seeds.
+
+    ``configs``: of every trial, by name. ``settings``: study.yaml, ``settings_text`` as it is written. ``provenances``: of every
+    trial that has one.
+    """
+
+    study: StudyFolder
+    metric: str
+    settings_text: str
+    trials: tuple[Trial, ...]
+    finalists: tuple[Trial, ...]
+    configs: dict[str, Config]
+    rungs: tuple[RungEntry, ...]
+    verdict: Verdict | None
+    on_test: OnTest | None
+    findings: tuple[Finding, ...]
+    provenances: dict[str, dict[str, Any]]
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """study.yaml; empty where there is none."""
+        return dict(yaml.safe_load(self.settings_text) or {})
+
+    @cached_property
+    def ranked(self) -> list[Trial]:
+        """The sweep's trials that have a score, the best first."""
+        return best_first(self.trials, self.metric)
+
+    @cached_property
+    def base(self) -> Trial | None:
+        """The base configuration's trial; None before it was started."""
+        return next((trial for trial in self.trials if trial.plan.number == 0), None)
+
+    @cached_property
+    def winner(self) -> Trial | None:
+        """The finalists' winner or, before there is one, the best of the sweep."""
+        if self.verdict is None:
+            return self.ranked[0] if self.ranked else None
+        return next((trial for trial in self.trials if trial.name == self.verdict.winner), None)
+
+    @cached_property
+    def keys(self) -> list[str]:
+        """Keys that were sampled, in the order of the space."""
+        space = [str(key) for key in self.settings.get("space") or {}]
+        return list(dict.fromkeys([*space, *(key for trial in self.trials for key in trial.plan.values)]))
+
+    @cached_property
+    def values(self) -> dict[str, dict[str, Any]]:
+        """What each trial was trained with, by sampled key; keys that do not apply to it are absent. The base has its own of all keys."""
+        values = {trial.name: dict(trial.plan.values) for trial in self.trials}
+        if self.base is not None:
+            own = flatten(self.configs[self.base.name])
+            values[self.base.name] = {key: own[key] for key in self.keys if self._applies(key, own)}
+        return values
+
+    @property
+    def choices(self) -> dict[str, list[Any]]:
+        """Every sampled key, with the values that it chose from where the space lists them."""
+        domains = {key: self._domain(key) for key in self.keys}
+        return {key: list(domain.get("choice") or domain.get("grid") or ()) for key, domain in domains.items()}
+
+    def _domain(self, key: str) -> dict[str, Any]:
+        """A key's domain as study.yaml writes it; empty where the space has none."""
+        domain = (self.settings.get("space") or {}).get(key)
+        return domain if isinstance(domain, dict) else {}
+
+    def _applies(self, key: str, own: Mapping[str, Any]) -> bool:
+        """Whether a key is searched where a configuration has these values."""
+        return all(own[other] in wanted for other, wanted in self._domain(key).get("when", {}).items())
+
+    @cached_property
+    def emphasised(self) -> list[Emphasis]:
+        """Trials that stand out in every chart."""
+        return emphasise(self.ranked, self.winner, self.base, judged=self.verdict is not None)
+
+    @property
+    def field(self) -> Field:
+        """The sweep as its charts show it."""
+        return Field(self.trials, self.emphasised, self.choices, self.values, self.metric)
+
+    def changes(self, trial: Trial) -> dict[str, tuple[Any, Any]]:
+        """Keys in which a trial's configuration differs from the base's: the base's value and its own."""
+        if self.base is None:
+            return {}
+        return differences(self.configs[self.base.name], self.configs[trial.name])
+
+
+def is_study(study: StudyFolder) -> bool:
+    """Whether this is the folder of a study of ``rafce tune``; an ablation's is none."""
+    return (study.location / STUDY_SETTINGS).exists()
+
+
+def metric_of(study: StudyFolder) -> str:
+    """The metric by which the study compares its trials."""
+    settings = yaml.safe_load((study.location / STUDY_SETTINGS).read_bytes()) or {}
+    return str(settings.get("metric", DEFAULT_METRIC))
+
+
+def gather_study(study: StudyFolder, metric: str) -> StudyData:
+    """Everything for the page. ``metric``: the study's.
+
+    Raises:
+        UsageError: there is no study here.
+    """
+    if not is_study(study):
+        raise UsageError(
+            f"{study.location}: is no study of rafce tune: there is no {STUDY_SETTINGS} in it. Give the folder that the sweep printed."
+        )
+    found = read_trials(study, metric)
+    folders = {trial.name: study.trial(trial.name) for trial in found}
+    sweep = tuple(trial for trial in found if trial.plan.role == "sweep")
+    return StudyData(
+        study=study,
+        metric=metric,
+        settings_text=(study.location / STUDY_SETTINGS).read_bytes().decode(),
+        trials=sweep,
+        finalists=tuple(trial for trial in found if trial.plan.role == "finalist"),
+        configs={name: folder.config() for name, folder in folders.items()},
+        rungs=tuple(read_rungs(study)),
+        verdict=None if (verdict := _record(study, FINALISTS)) is None else Verdict.from_json(verdict),
+        on_test=None if (on_test := _record(study, TEST)) is None else OnTest.from_json(on_test),
+        findings=tuple(_findings(study, [trial.name for trial in best_first(sweep, metric)])),
+        provenances={
+            name: folder.provenance()
+            for name, folder in folders.items()
+            if (folder.location / "provenance.json").exists()
+        },
+    )
+
+
+def _record(study: StudyFolder, name: str) -> dict[str, Any] | None:
+    file = study.location / name
+    return dict(json.loads(file.read_bytes())) if file.exists() else None
+
+
+def _findings(study: StudyFolder, ranked: Sequence[str]) -> list[Finding]:
+    """Each code once, gravest first and then by the number of trials; told as of the best trial that has it at its gravest."""
+    found: dict[str, dict[str, Diagnosis]] = {}
+    for trial in examine_study(study):
+        for diagnosis in trial.diagnoses:
+            found.setdefault(diagnosis.code, {}).setdefault(trial.evidence.name, diagnosis)
+    order = {name: place for place, name in enumerate(ranked)}
+    findings = []
+    for code, by_trial in found.items():
+        level = min((one.level for one in by_trial.values()), key=LEVELS.index)
+        names = sorted(by_trial, key=lambda name: (order.get(name, len(order)), name))
+        shown = next(name for name in names if by_trial[name].level == level)
+        findings.append(Finding(code, level, (shown, *(name for name in names if name != shown)), by_trial[shown]))
+    return sorted(findings, key=lambda one: (LEVELS.index(one.level), -len(one.trials)))

@@ -1,0 +1,310 @@
+"""The configuration of a study: what is searched, how, and by which metric; ``load_study`` and ``build_study`` are its only constructors.
+
+Precedence: defaults, then the YAML file, then ``key=value`` overrides. The base is built like a run: recipe, then its sections.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, InstanceOf, ValidationError, field_serializer, field_validator
+
+from rafce_ray.config import (
+    MAXIMISED_METRICS,
+    MINIMISED_METRICS,
+    RECIPES,
+    Config,
+    ConfigError,
+    apply_overrides,
+    build_config,
+    flatten,
+    merge,
+    read_scalar,
+    read_yaml,
+    recipe_names,
+)
+from rafce_ray.config_errors import did_you_mean, explain
+from rafce_ray.study.checks import combination_faults, domain_faults, normalised, parse_space, split_base, study_faults
+from rafce_ray.study.space import Domain
+
+SECTIONS = tuple(Config.model_fields)
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class BaseRun(_Section):
+    """The configuration that trials differ from: trial 0 trains it as it is."""
+
+    recipe: str | None = Field(None, description="Named recipe that the sections are laid over; null: the defaults.")
+    data: dict[str, Any] = Field({}, description="A run's section data, such as {root: PATH}.")
+    model: dict[str, Any] = Field({}, description="A run's section model.")
+    loss: dict[str, Any] = Field({}, description="A run's section loss.")
+    optim: dict[str, Any] = Field({}, description="A run's section optim; its monitor is the study's metric.")
+    calibration: dict[str, Any] = Field({}, description="A run's section calibration.")
+    run: dict[str, Any] = Field({}, description="A run's section run; name, storage and workers are the study's.")
+
+
+class SchedulerConfig(_Section):
+    """When a trial ends before its epochs are spent; time is a trial's epoch."""
+
+    type: Literal["asha", "median", "pbt", "none"] = Field(
+        "asha",
+        description="asha: the best 1/reduction_factor go on at each rung. median: what is under the running median stops. "
+        "pbt: the worst take over weights and values of the best. none: all are trained to their end.",
+    )
+    grace_period: int = Field(3, ge=1, description="asha, median: epochs that every trial is given; ASHA's first rung.")
+    reduction_factor: float = Field(
+        3.0, gt=1, description="asha: 1/reduction_factor of a rung goes on; rungs are this factor apart."
+    )
+    brackets: int = Field(1, ge=1, description="asha: brackets; bracket s starts reduction_factor**s times later.")
+    perturbation_interval: int = Field(4, ge=1, description="pbt: epochs between two exchanges.")
+    quantile_fraction: float = Field(
+        0.25, gt=0, le=0.5, description="pbt: share of the trials that is replaced, and that replaces."
+    )
+    resample_probability: float = Field(
+        0.25, ge=0, le=1, description="pbt: probability that a value is drawn anew, not shifted."
+    )
+
+
+SCHEDULER_KEYS = {
+    "asha": ("grace_period", "reduction_factor", "brackets"),
+    "median": ("grace_period",),
+    "pbt": ("perturbation_interval", "quantile_fraction", "resample_probability"),
+    "none": (),
+}
+"""Keys that each type of scheduler reads."""
+
+
+class ResourcesConfig(_Section):
+    """What one trial gets, and how many run at a time."""
+
+    workers: int = Field(1, ge=1, le=1024, description="Ray Train workers per trial.")
+    cpus_per_worker: int = Field(1, ge=1, description="CPU cores per worker.")
+    gpus_per_worker: float | None = Field(
+        None,
+        ge=0,
+        description="GPUs per worker; a fraction shares one GPU (one worker only); null: a GPU, or a share, where the cluster has any.",
+    )
+    concurrent: int | None = Field(None, ge=1, description="Trials at a time; null: as many as fit.")
+
+
+class FinalistsConfig(_Section):
+    """The best configurations trained again, since the winner of a noisy sweep is often luck."""
+
+    k: int = Field(3, ge=0, description="Configurations trained again; 0: none.")
+    seeds: int = Field(3, ge=1, description="Seeds of each.")
+
+
+class _Study(_Section):
+    """All of a study but its base."""
+
+    name: str = Field(description="The study's folder under storage.")
+    storage: str = Field("runs", description="Folder of all runs and studies; a path or URI that every node can reach.")
+    space: dict[str, InstanceOf[Domain]] = Field(
+        description="What is searched: dotted keys of a run's configuration with their domains."
+    )
+    search: Literal["grid", "random", "optuna"] = Field(
+        "random",
+        description="grid: every combination. random: independent draws. optuna: TPE, which learns from earlier trials.",
+    )
+    seed: int = Field(0, ge=0, lt=2**31, description="Seed of what is sampled (a trial's own seed is base.run.seed).")
+    num_trials: int | None = Field(
+        None, ge=1, le=10_000, description="Trials, the base included; null (grid only): every combination."
+    )
+    metric: Literal[MAXIMISED_METRICS + MINIMISED_METRICS] = Field(  # type: ignore[valid-type]
+        "score", description="Validation metric that trials are compared by, at their best epoch."
+    )
+    mode: Literal["max", "min"] | None = Field(
+        None, description="Whether more or less of the metric is better; null: as the metric means."
+    )
+    scheduler: SchedulerConfig = SchedulerConfig()
+    time_budget_s: float | None = Field(
+        None, gt=0, description="Seconds after which no trial is started and running ones end; null: no limit."
+    )
+    resources: ResourcesConfig = ResourcesConfig()
+    finalists: FinalistsConfig = FinalistsConfig()
+    keep: int = Field(5, ge=1, description="Best trials whose checkpoint and bundle are kept.")
+    start_timeout_s: float = Field(
+        120.0, gt=0, description="Seconds after which a trial that does not start is named, with the reason."
+    )
+    mlflow: str | None = Field(None, description="MLflow tracking URI that trials are logged to; null: not logged.")
+
+    @field_validator("name")
+    @classmethod
+    def _is_folder_name(cls, name: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+            raise ValueError(f"{name!r} is no folder name: use letters, digits, '.', '_' and '-'.")
+        return name
+
+    @field_serializer("space")
+    def _plain_space(self, space: dict[str, Domain]) -> dict[str, Any]:
+        return {key: domain.to_plain() for key, domain in space.items()}
+
+
+class StudyConfig(_Study):
+    """A study's whole configuration."""
+
+    base: BaseRun = BaseRun()
+
+    @property
+    def direction(self) -> float:
+        """1 where more of the metric is better, -1 where less is."""
+        return -1.0 if self.metric in MINIMISED_METRICS else 1.0
+
+    def base_config(self) -> Config:
+        """What trial 0 trains: recipe, sections, and what the study says of metric and workers. It has no ``run.name``."""
+        return build_config(merge(recipe_values(self.base.recipe), self._own_sections()))
+
+    def config_of(self, values: Mapping[str, Any]) -> Config:
+        """The base with sampled values, by dotted key; ConfigError where they cannot be used."""
+        sections = {section: dict(body) for section, body in self.base_sections.items()}
+        for key, value in values.items():
+            section, _, name = key.partition(".")
+            sections[section][name] = value
+        return build_config(sections)
+
+    @cached_property
+    def base_sections(self) -> dict[str, dict[str, Any]]:
+        """The base's configuration as plain values by section and key."""
+        return self.base_config().model_dump(mode="json")
+
+    @cached_property
+    def base_values(self) -> dict[str, Any]:
+        """The base's configuration as plain values by dotted key."""
+        return flatten(self.base_config())
+
+    def unused_scheduler_keys(self) -> list[str]:
+        """Scheduler keys that are set, but that the chosen type does not read."""
+        used = ("type", *SCHEDULER_KEYS[self.scheduler.type])
+        return [
+            key for key in SchedulerConfig.model_fields if key in self.scheduler.model_fields_set and key not in used
+        ]
+
+    def _own_sections(self) -> dict[str, Any]:
+        sections = {section: getattr(self.base, section) for section in SECTIONS}
+        run = {
+            "num_workers": self.resources.workers,
+            "cpus_per_worker": self.resources.cpus_per_worker,
+            "keep_checkpoints": 1,
+        }
+        return merge(sections, {"optim": {"monitor": self.metric}, "run": run})
+
+
+class _CheckedBase(Config):
+    recipe: str | None = None
+
+
+class _Checked(_Study):
+    """A study whose base is validated as a run's configuration: only its faults are read."""
+
+    base: _CheckedBase = _CheckedBase()
+
+
+def load_study(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
+    """The study of a YAML file and ``key=value`` overrides over it.
+
+    ``base.optim.lr=1e-3`` sets a key of the base; ``space.optim.lr={loguniform: [1e-4, 1e-2]}`` sets what is searched,
+    ``space.optim.lr=null`` takes it out of the search.
+
+    Raises:
+        ConfigError: anything in it cannot be used; every fault is listed, unknown keys with the nearest known one.
+    """
+    values = read_yaml(Path(path))
+    ordinary = []
+    for override in overrides:
+        target, mark, text = override.partition("=")
+        key = target.strip().removeprefix("space.")
+        if not mark or key == target.strip():
+            ordinary.append(override)
+            continue
+        values["space"] = _with_domain(values.get("space"), key, read_scalar(override, text), override)
+    return build_study(apply_overrides(values, ordinary))
+
+
+def _with_domain(space: Any, key: str, domain: Any, override: str) -> dict[str, Any]:
+    """The space with one key set, or removed for None."""
+    if space is not None and not isinstance(space, Mapping):
+        raise _unusable(parse_space(space)[1])
+    changed = dict(space or {})
+    if domain is not None:
+        return changed | {key: domain}
+    if key not in changed:
+        raise ConfigError(
+            f"{override!r}: the study does not search {key!r}; it searches {', '.join(changed) or 'nothing'}{did_you_mean(key, list(changed))}"
+        )
+    del changed[key]
+    return changed
+
+
+def build_study(values: Mapping[str, Any]) -> StudyConfig:
+    """A validated :class:`StudyConfig` from nested plain values; ConfigError lists every fault."""
+    space, faults = parse_space(values.get("space"))
+    unread = set(values["space"]) - set(space) if isinstance(values.get("space"), Mapping) else set()
+    own, misplaced = split_base(values.get("base", {}))
+    base, unknown_recipe = _complete_base(own)
+    faults += [*misplaced, *unknown_recipe]
+    if unknown_recipe:
+        own["recipe"] = None
+    named = dict(values)
+    if named.get("name") is None:
+        faults.append("name: missing; expected the name of the study's folder, for example name: regularization")
+        named["name"] = "unnamed"
+    try:
+        checked = _Checked.model_validate(named | {"space": space, "base": base})
+    except ValidationError as error:
+        faults += explain(error, _Checked)
+        raise _unusable([*faults, *domain_faults(_config_or_none(base), space, unread)]) from None
+    config = Config.model_validate(checked.base.model_dump(exclude={"recipe"}))
+    faults += domain_faults(config, space, unread)
+    if not faults:
+        space = normalised(config, space)
+    study = StudyConfig.model_validate(named | {"space": space, "base": own})
+    faults += study_faults(study) or ([] if faults else combination_faults(study))
+    if faults:
+        raise _unusable(faults)
+    return study
+
+
+def _complete_base(own: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """A base's sections laid over its recipe's, and a fault for an unknown recipe."""
+    recipe, names = own.get("recipe"), recipe_names()
+    if recipe is None or recipe in names:
+        return merge(recipe_values(recipe), own), []
+    near = did_you_mean(str(recipe), names)
+    return dict(own), [f"base.recipe: found {recipe!r}; expected one of {', '.join(names)}{near}"]
+
+
+def _config_or_none(base: Mapping[str, Any]) -> Config | None:
+    """A base as a run's configuration; None where it cannot be used, which is a fault that was found already."""
+    try:
+        return build_config({key: value for key, value in base.items() if key != "recipe"})
+    except ConfigError:
+        return None
+
+
+def _unusable(faults: Sequence[str]) -> ConfigError:
+    return ConfigError("the study cannot be used:\n" + "\n".join(f"  {line}" for line in dict.fromkeys(faults)))
+
+
+def recipe_values(recipe: str | None) -> dict[str, Any]:
+    """What a recipe sets, by section; nothing for None."""
+    return {} if recipe is None else read_yaml(RECIPES / f"{recipe}.yaml")
+
+
+def to_yaml(study: StudyConfig) -> str:
+    """The resolved study as YAML that ``--config`` reads back; scheduler keys that nothing reads are left out."""
+    plain = study.model_dump(mode="json")
+    unread = set(SchedulerConfig.model_fields) - {"type", *SCHEDULER_KEYS[study.scheduler.type]}
+    for key in unread - set(study.unused_scheduler_keys()):
+        del plain["scheduler"][key]
+    plain["base"] = {key: value for key, value in plain["base"].items() if value}
+    first = ("name", "storage", "base", "space")
+    ordered = {key: plain[key] for key in (*first, *(key for key in plain if key not in first))}
+    return str(yaml.safe_dump(ordered, sort_keys=False, default_flow_style=None, width=120))

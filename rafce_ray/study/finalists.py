@@ -1,0 +1,296 @@
+"""A sweep's best trials trained again with other seeds, and judged by what they can be trusted to reach."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rafce_ray.calibration import Calibration
+from rafce_ray.errors import RafceError
+from rafce_ray.paired import Difference
+from rafce_ray.run_folder import RunFolder
+from rafce_ray.seed_statistics import (
+    NO_SPREAD,
+    OverSeeds,
+    Spread,
+    difference_of_means,
+    mean_draws,
+    mean_half_width,
+    pooled_spread,
+)
+from rafce_ray.split_outputs import SplitOutputs
+from rafce_ray.study.scored import TaggedOutputs, on_labels_of_first, score_with_losses
+from rafce_ray.study.trials import ENDED, Trial, best_first, direction, read_plan, read_trial
+from rafce_ray.study.verdict import Basis, Finalist, Verdict, improvement, sentences
+from rafce_ray.study_folder import StudyFolder
+from rafce_ray.taxonomy import Taxonomy
+
+__all__ = [
+    "Finalist",
+    "Verdict",
+    "best_run",
+    "choose_finalists",
+    "final_name",
+    "judge",
+    "judge_sweep",
+    "runs_of",
+    "sentences",
+]
+
+BASE_NUMBER = 0
+"""Number of the trial that is the base configuration."""
+
+UNKNOWN = Difference(math.nan, math.nan, math.nan)
+
+
+def choose_finalists(trials: Sequence[Trial], k: int, metric: str) -> list[Trial]:
+    """The best ``k`` of the sweep's trials, the best first, and the base besides if it is not among them and has not failed."""
+    best = best_first(_eligible(trials), metric)[:k]
+    base = [
+        one
+        for one in trials
+        if one.plan.role == "sweep" and one.plan.number == BASE_NUMBER and one.status != "failed" and one not in best
+    ]
+    return [*best, *base]
+
+
+def final_name(trial: Trial, seed: int) -> str:
+    """``final_0007_seed1``: the run folder of a finalist's training."""
+    return f"final_{trial.plan.number:04d}_seed{seed}"
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A training that gave a score; ``outputs`` on validation, None where they were not kept."""
+
+    seed: int
+    name: str
+    score: float
+    outputs: SplitOutputs | None
+    taxonomy: Taxonomy
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A trial of the sweep, the runs it is judged by, and the seeds without one."""
+
+    trial: Trial
+    runs: tuple[_Run, ...]
+    missing: dict[int, str]
+
+
+def judge(study: StudyFolder, metric: str, k_names: Sequence[str], *, base: str) -> Verdict:
+    """Rank finalists, named by their trials, by the lower bound of what other seeds and images would give (of a loss: the upper).
+
+    Scores are the metric at the best epoch of each finalist's trainings. Where a finalist's AU labels are read otherwise than the
+    base's, its outputs are measured again by the base's.
+
+    Raises:
+        RafceError: no finalist has a result yet.
+    """
+    sweep = {name: read_trial(study.trial(name), metric) for name in k_names}
+    runs: dict[str, dict[int, _Run | str]] = {name: {} for name in k_names}
+    for name in study.trial_names():
+        folder = study.trial(name)
+        found = read_plan(folder)
+        if found is not None and found[0].role == "finalist" and found[0].of in runs:
+            plan, job = found
+            runs[str(plan.of)][job.config.run.seed] = _read_run(folder, metric)
+    seeds = sorted({seed for found_runs in runs.values() for seed in found_runs})
+    candidates = []
+    for name, trial in sweep.items():
+        if trial is None:
+            raise RafceError(f"{study.trials / name}: this finalist's trial has no plan. Give the same command again.")
+        by_seed = {seed: runs[name].get(seed, "not started") for seed in seeds}
+        scored = tuple(run for run in by_seed.values() if isinstance(run, _Run))
+        candidates.append(_Candidate(trial, scored, {s: run for s, run in by_seed.items() if isinstance(run, str)}))
+    if not any(one.runs for one in candidates):
+        raise RafceError(
+            f"{study.location}: none of the finalists {', '.join(k_names)} has a result. Give the same command again, or set finalists.k=0."
+        )
+    return _verdict(study, metric, candidates, base, retrained=True)
+
+
+def judge_sweep(study: StudyFolder, metric: str, trials: Sequence[Trial]) -> Verdict:
+    """Rank a sweep's trials by their own scores, where none is trained again; intervals allow for other images only.
+
+    The winner is the best trial that has a bundle. A trial whose raw outputs were not kept has no interval.
+
+    Raises:
+        RafceError: no trial has a score.
+    """
+    candidates = []
+    for trial in best_first(_eligible(trials), metric):
+        run = _read_run(study.trial(trial.name), metric)
+        candidates.append(_Candidate(trial, () if isinstance(run, str) else (run,), {}))
+    if not candidates:
+        raise RafceError(
+            f"{study.location}: no trial has a score ({metric}) yet. Give the same command again; it goes on."
+        )
+    bases = [one.name for one in trials if one.plan.number == BASE_NUMBER and one.plan.role == "sweep"]
+    return _verdict(study, metric, candidates, bases[0] if bases else "", retrained=False)
+
+
+def runs_of(study: StudyFolder, verdict: Verdict, trial: str) -> list[RunFolder]:
+    """The run folders that a trial was judged by and that have a bundle, by seed."""
+    finalist = verdict.finalist(trial)
+    names = [] if finalist is None else [finalist.runs[seed] for seed in sorted(finalist.runs)]
+    return [folder for folder in map(study.trial, names) if folder.bundle.exists()]
+
+
+def best_run(study: StudyFolder, verdict: Verdict) -> RunFolder:
+    """Of the winner's runs the one with the best validation score: its bundle is the study's.
+
+    Raises:
+        RafceError: none of them has a bundle.
+    """
+    folders = {folder.location.name: folder for folder in runs_of(study, verdict, verdict.winner)}
+    winner = verdict.finalist(verdict.winner)
+    found = [] if winner is None else [seed for seed, name in winner.runs.items() if name in folders]
+    if winner is None or not found:
+        raise RafceError(
+            f"{verdict.winner} won, but no run of it has a bundle. Set finalists.k=1 or more, and the same command trains it again."
+        )
+    best = max(found, key=lambda seed: (direction(verdict.metric) * winner.scores[seed], -seed))
+    return folders[winner.runs[best]]
+
+
+def _eligible(trials: Sequence[Trial]) -> list[Trial]:
+    return [one for one in trials if one.plan.role == "sweep" and one.status not in ("failed", "diverged")]
+
+
+def _read_run(folder: RunFolder, metric: str) -> _Run | str:
+    """A run's score and outputs; how it stands, where it has no score."""
+    trial = read_trial(folder, metric)
+    found = read_plan(folder)
+    if trial is None or found is None:
+        return "not started"
+    outputs = folder.outputs("validation")
+    is_whole = outputs is not None and trial.status in ENDED
+    if trial.score is None or (trial.plan.role == "finalist" and not is_whole):
+        return trial.status.replace("_", " ")
+    return _Run(trial.seed, trial.name, trial.score, outputs, found[1].taxonomy)
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """Every candidate's metric over its seeds, by trial, with resamples of the images; trials that had other AU labels of their own."""
+
+    figures: dict[str, OverSeeds]
+    num_images: int
+    relabelled: frozenset[str]
+    remarks: list[str]
+
+
+def _verdict(
+    study: StudyFolder, metric: str, candidates: Sequence[_Candidate], base: str, *, retrained: bool
+) -> Verdict:
+    measured = _measure(metric, candidates, base)
+    figures, remarks = measured.figures, measured.remarks
+    spread = pooled_spread(figures.values()) if retrained else NO_SPREAD
+    basis: Basis = "seeds and images" if retrained and spread.freedom else "images only"
+    spread = spread if spread.freedom else NO_SPREAD
+    ranked = _rank([_finalist(one, figures[one.trial.name], spread) for one in candidates], metric, by_bound=retrained)
+    names = [one.trial for one in ranked]
+    winner = names[0]
+    if not retrained:
+        winner = next((name for name in names if study.trial(name).bundle.exists()), winner)
+        above = names[: names.index(winner)]
+        if above:
+            remarks.append(f"{', '.join(above)} scored better than {winner}, but left no model.")
+    others = [name for name in names if name != winner]
+
+    def gain(one: str, other: str) -> Difference:
+        return _gain(metric, figures.get(one), figures.get(other), spread)
+
+    in_sweep = best_first([one.trial for one in candidates], metric)
+    best = in_sweep[0].name if in_sweep else winner
+    scores = {one.name: one.score for one in in_sweep if one.score is not None}
+    sweep_gain = direction(metric) * (scores.get(best, math.nan) - scores.get(base, math.nan))
+    again = gain(best, base) if retrained else UNKNOWN
+    # Relabelled, its sweep's score was taken by another yardstick.
+    is_comparable = sweep_gain > 0 and math.isfinite(again.value) and best not in measured.relabelled
+    return Verdict(
+        metric=metric,
+        retrained=retrained,
+        ranked=tuple(ranked),
+        winner=winner,
+        base=base,
+        gain=gain(winner, base) if winner != base else Difference(0.0, 0.0, 0.0),
+        over_runner_up=gain(winner, others[0]) if others else None,
+        sweep_best=best,
+        sweep_gain=sweep_gain,
+        retrained_gain=again,
+        luck_share=1 - again.value / sweep_gain if is_comparable else None,
+        basis=basis,
+        num_images=measured.num_images,
+        remarks=tuple(remarks),
+    )
+
+
+def _measure(metric: str, candidates: Sequence[_Candidate], base: str) -> _Measured:
+    # The base first: its labels are the ones that all are measured by.
+    in_order = sorted(candidates, key=lambda one: one.trial.name != base)
+    runs = [(one.trial.name, run) for one in in_order for run in one.runs]
+    kept = [(run, TaggedOutputs(name, run.outputs, run.taxonomy)) for name, run in runs if run.outputs is not None]
+    comparable = on_labels_of_first([tagged for _, tagged in kept])
+    values = {run.name: run.score for _, run in runs}
+    draws: dict[str, NDArray[np.float64]] = {}
+    for (run, _), split, is_relabelled in zip(kept, comparable.splits, comparable.is_relabelled, strict=True):
+        found = score_with_losses(split, run.taxonomy, Calibration.uncalibrated(run.taxonomy.num_action_units))
+        draws[run.name] = found.draws[metric]
+        if is_relabelled:
+            values[run.name] = found.figures[metric]
+    figures = {
+        one.trial.name: OverSeeds(
+            tuple(values[run.name] for run in one.runs), mean_draws([draws.get(run.name) for run in one.runs])
+        )
+        for one in candidates
+    }
+    relabelled = (tagged.trial for (_, tagged), other in zip(kept, comparable.is_relabelled, strict=True) if other)
+    num_images = len(comparable.splits[0].names) if comparable.splits else 0
+    return _Measured(figures, num_images, frozenset(relabelled), comparable.remarks)
+
+
+def _finalist(candidate: _Candidate, figure: OverSeeds, spread: Spread) -> Finalist:
+    half_width = mean_half_width(figure, spread) if figure.draws is not None else math.nan
+    trial = candidate.trial
+    return Finalist(
+        trial=trial.name,
+        values=trial.plan.values,
+        sweep_score=math.nan if trial.score is None else trial.score,
+        scores=dict(zip((run.seed for run in candidate.runs), figure.values, strict=True)),
+        runs={run.seed: run.name for run in candidate.runs},
+        mean=figure.mean,
+        low=figure.mean - half_width,
+        high=figure.mean + half_width,
+        missing=candidate.missing,
+    )
+
+
+def _rank(finalists: Sequence[Finalist], metric: str, *, by_bound: bool) -> list[Finalist]:
+    """The best first; those without an interval after those with one, those without a mean last."""
+    sign = direction(metric)
+
+    def key(one: Finalist) -> tuple[float, float, str]:
+        bound = (one.low if sign > 0 else one.high) if by_bound else one.mean
+        return _or_last(-sign * bound), _or_last(-sign * one.mean), one.trial
+
+    return sorted(finalists, key=key)
+
+
+def _or_last(value: float) -> float:
+    return math.inf if math.isnan(value) else value
+
+
+def _gain(metric: str, one: OverSeeds | None, other: OverSeeds | None, spread: Spread) -> Difference:
+    if one is None or other is None:
+        return UNKNOWN
+    value, half_width = difference_of_means(one, other, spread)
+    if one.draws is None or other.draws is None:
+        half_width = math.nan
+    return improvement(metric, value, half_width)

@@ -1,0 +1,171 @@
+"""Which sampled keys explain a sweep's scores, and whether that can be said at all."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rafce_ray.console import to_json
+from rafce_ray.intervals import resample_weights
+from rafce_ray.study.trials import Trial, direction, is_finite
+
+MIN_TRIALS = 10
+"""Trials below which nothing is estimated."""
+
+FOLDS, REPEATS, TREES, SHUFFLES = 5, 3, 50, 10
+"""Of the cross-validation, of the forest in each fold, and of a key's values there."""
+
+LOG_SPAN = 10.0
+"""A key whose values are all above 0 and span more than this factor is read on a log scale."""
+
+
+@dataclass(frozen=True)
+class KeyImportance:
+    """``share`` in [0, 1] of what all keys explain, and its standard ``deviation`` over resamples of the trials; NaN where unknown."""
+
+    key: str
+    share: float
+    deviation: float
+
+
+@dataclass(frozen=True)
+class Importance:
+    """Importance of every key that varied, the greatest first.
+
+    ``r2``: share of the variance of scores that the keys predict in trials that were held out; below 0 it is worse than the mean, NaN
+    where it was not estimated. ``note``: what must be known before any of it is believed; None: nothing.
+    """
+
+    metric: str
+    keys: tuple[KeyImportance, ...]
+    r2: float
+    num_trials: int
+    note: str | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; NaN is undefined."""
+        return asdict(self)
+
+
+def parameter_importance(
+    trials: Sequence[Trial], metric: str, values: Mapping[str, Mapping[str, Any]] | None = None
+) -> Importance:
+    """Permutation importance of the sampled keys for the score, in a random forest, on trials that it did not learn from.
+
+    A key's importance is how much the squared error of held-out trials grows when its value is replaced by other trials' values; below
+    0, which noise alone gives, counts as 0. Optuna's fANOVA looks at the trials that its forest has learnt, so that noise gets importance
+    too and nothing tells how well the forest predicts, and it leaves out every key that some trial lacks. Here a key that does not
+    apply to a trial is missing to the forest, and ``r2`` says whether scores can be told from the keys at all.
+
+    ``values``: what each trial was trained with, by its name, where that is not its plan's: the base's values need not be in its plan.
+    Of the sweep's trials, those that have a score and did not fail are looked at.
+    """
+    scored = [one for one in trials if one.plan.role == "sweep" and one.status != "failed" and is_finite(one.score)]
+    sampled = [dict((values or {}).get(one.name, one.plan.values)) for one in scored]
+    keys = [key for key in dict.fromkeys(key for one in sampled for key in one) if _varies(sampled, key)]
+    scores = np.array([direction(metric) * one.score for one in scored if one.score is not None])
+    reason = _why_not(keys, scores)
+    if reason is not None:
+        unknown = tuple(KeyImportance(key, math.nan, math.nan) for key in keys)
+        return Importance(metric, unknown, math.nan, len(scored), reason)
+    columns = [_column([one.get(key) for one in sampled]) for key in keys]
+    r2, increases = _held_out(
+        np.stack([column for column, _ in columns], axis=1), [is_one for _, is_one in columns], scores
+    )
+    notes = []
+    if r2 <= 0:
+        notes.append(
+            f"The keys do not predict the score of trials that were held out (R2 {r2:.2f}): the shares say nothing."
+        )
+    stopped = sum(one.status == "stopped_by_scheduler" for one in scored)
+    if stopped:
+        notes.append(f"{stopped} of {len(scored)} trials were stopped early and count with the score that they had.")
+    return Importance(metric, _shares(keys, increases), r2, len(scored), " ".join(notes) or None)
+
+
+def _varies(sampled: Sequence[Mapping[str, Any]], key: str) -> bool:
+    return len({to_json(one.get(key)) for one in sampled}) > 1
+
+
+def _why_not(keys: Sequence[str], scores: NDArray[np.float64]) -> str | None:
+    if len(scores) < MIN_TRIALS:
+        return f"{len(scores)} trials have a score: too few to say what matters; {MIN_TRIALS} are needed."
+    if not keys:
+        return "No key varies between the trials that have a score."
+    if np.ptp(scores) == 0:
+        return "All trials have the same score."
+    return None
+
+
+def _column(values: Sequence[Any]) -> tuple[NDArray[np.float64], bool]:
+    """A key's values as numbers, NaN where it does not apply, and whether they are numbers of categories."""
+    present = [value for value in values if value is not None]
+    if all(isinstance(value, int | float) and not isinstance(value, bool) for value in present):
+        numbers = np.array([math.nan if value is None else float(value) for value in values])
+        low, high = np.nanmin(numbers), np.nanmax(numbers)
+        return (np.log(numbers) if low > 0 and high / low > LOG_SPAN else numbers), False
+    codes = {text: code for code, text in enumerate(sorted({to_json(value) for value in present}))}
+    return np.array([math.nan if value is None else codes[to_json(value)] for value in values], dtype=np.float64), True
+
+
+def _held_out(
+    table: NDArray[np.float64], is_category: Sequence[bool], scores: NDArray[np.float64]
+) -> tuple[float, NDArray[np.float64]]:
+    """Out-of-fold R2, and (trials, keys): by how much each trial's squared error grows where a key's value is replaced by others'.
+
+    All replaced copies of a fold go through its forest at once, which is many times faster than one call for each.
+    """
+    from sklearn.model_selection import RepeatedKFold
+
+    num_trials, num_keys = table.shape
+    generator = np.random.default_rng(0)
+    predicted, increases = np.zeros(num_trials), np.zeros((num_trials, num_keys))
+    for learnt, held in RepeatedKFold(n_splits=FOLDS, n_repeats=REPEATS, random_state=0).split(table):
+        forest = _forest(is_category).fit(table[learnt], scores[learnt])
+        copies = np.tile(table[held], (num_keys, SHUFFLES, 1, 1))
+        for key in range(num_keys):
+            copies[key, ..., key] = generator.choice(table[:, key], size=(SHUFFLES, len(held)))
+        own = forest.predict(table[held])
+        replaced = forest.predict(copies.reshape(-1, num_keys)).reshape(num_keys, SHUFFLES, len(held))
+        growth = (replaced - scores[held]) ** 2 - (own - scores[held]) ** 2
+        predicted[held] += own / REPEATS
+        increases[held] += growth.mean(axis=1).T / REPEATS
+    r2 = 1 - ((scores - predicted) ** 2).sum() / ((scores - scores.mean()) ** 2).sum()
+    return float(r2), increases
+
+
+def _forest(is_category: Sequence[bool]) -> Any:
+    """A random forest over a table whose categories become columns of their own; missing values stay missing."""
+    from sklearn.compose import ColumnTransformer
+    from sklearn.ensemble import RandomForestRegressor
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import OneHotEncoder
+
+    encoder = OneHotEncoder(handle_unknown="ignore", sparse_output=False)
+    columns = [number for number, is_one in enumerate(is_category) if is_one]
+    return make_pipeline(
+        ColumnTransformer([("categories", encoder, columns)], remainder="passthrough"),
+        RandomForestRegressor(n_estimators=TREES, random_state=0),
+    )
+
+
+def _shares(keys: Sequence[str], increases: NDArray[np.float64]) -> tuple[KeyImportance, ...]:
+    weights = np.concatenate(list(resample_weights(len(increases), 1000, seed=0)))
+    drawn = np.maximum(np.concatenate([np.ones((1, len(increases))), weights]) @ increases, 0.0)
+    total = drawn.sum(axis=1, keepdims=True)
+    shares = np.divide(drawn, total, out=np.full(drawn.shape, math.nan), where=total > 0)
+    found = [
+        KeyImportance(key, float(shares[0, number]), float(_deviation(shares[1:, number])))
+        for number, key in enumerate(keys)
+    ]
+    return tuple(sorted(found, key=lambda one: (math.isnan(one.share), -one.share)))
+
+
+def _deviation(values: NDArray[np.float64]) -> float:
+    defined = values[~np.isnan(values)]
+    return float(defined.std()) if len(defined) else math.nan

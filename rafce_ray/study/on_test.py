@@ -1,0 +1,310 @@
+"""A study's winner and base on the test split: measured once, at the end, never to choose by."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from rafce_ray.bundle import Bundle, load_bundle
+from rafce_ray.console import say, to_json, warn
+from rafce_ray.data.dataset import Dataset
+from rafce_ray.data.records import Progress
+from rafce_ray.evaluate import data_config_for, open_for_bundle, split_outputs
+from rafce_ray.hardware import choose_device
+from rafce_ray.metrics import HEADLINES
+from rafce_ray.paired import Difference, Scored, comparable_figures
+from rafce_ray.run_folder import RunFolder
+from rafce_ray.seed_statistics import (
+    NO_SPREAD,
+    OverSeeds,
+    Spread,
+    difference_of_means,
+    mean_draws,
+    mean_half_width,
+    pooled_spread,
+)
+from rafce_ray.split_outputs import SplitOutputs
+from rafce_ray.storage import Location
+from rafce_ray.study.finalists import runs_of
+from rafce_ray.study.scored import TaggedOutputs, on_labels_of_first, score_with_losses
+from rafce_ray.study.verdict import Basis, Verdict
+from rafce_ray.study_folder import StudyFolder
+from rafce_ray.taxonomy import Taxonomy
+
+TEST_FILE = "test.json"
+
+FIGURES = (*HEADLINES, "au_ap_mean", "emotion_loss", "au_loss")
+"""What is measured, calibrated; the losses in nats, per image and per AU label."""
+
+COMPARED = ("accuracy", "macro_f1", "macro_f1_supported", "au_f1_mean", "score", "au_ap_mean", "emotion_loss")
+"""Of what the difference to the base is told."""
+
+LOWER_IS_BETTER = ("emotion_loss", "au_loss")
+
+
+@dataclass(frozen=True)
+class MeanFigure:
+    """One figure of one trial: ``values`` of its runs, their ``mean`` and its 95 % interval; NaN where undefined or unknown."""
+
+    values: tuple[float, ...]
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class OnTest:
+    """What the test split says of the winner and of the base.
+
+    ``runs``: the run folders measured, by trial; ``figures``: by trial and FIGURES. ``differences``: winner minus base as it is (a
+    loss below 0 is better), by COMPARED; those that mean something else for both, and all where the base could not be measured,
+    are absent. ``looks``: winners of this study that were measured on test so far, this one included.
+    """
+
+    winner: str
+    base: str
+    num_images: int
+    runs: dict[str, tuple[str, ...]]
+    figures: dict[str, dict[str, MeanFigure]]
+    differences: dict[str, Difference]
+    basis: Basis
+    looks: int
+    remarks: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; NaN is undefined."""
+        differences = {name: {**asdict(one), "real": one.is_real} for name, one in self.differences.items()}
+        return asdict(self) | {"differences": differences}
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> OnTest:
+        """What :meth:`to_json` wrote, also after JSON has made null of NaN."""
+        figures = {
+            trial: {name: _figure(one) for name, one in found.items()} for trial, found in record["figures"].items()
+        }
+        differences = {
+            name: Difference(*(_number(one[key]) for key in ("value", "low", "high")))
+            for name, one in record["differences"].items()
+        }
+        runs = {trial: tuple(names) for trial, names in record["runs"].items()}
+        lists = {"remarks": tuple(record["remarks"]), "runs": runs}
+        return cls(**{**record, **lists, "figures": figures, "differences": differences})
+
+    def sentences(self) -> list[str]:
+        """What the test split says, in plain lines."""
+        count = len(self.runs[self.winner])
+        of = "one training" if count == 1 else f"mean of {count} trainings"
+        told = ", ".join(
+            f"{name} {_with_interval(self.figures[self.winner][name])}"
+            for name in ("score", "accuracy", "macro_f1_supported", "au_f1_mean")
+            if math.isfinite(self.figures[self.winner][name].mean)
+        )
+        lines = [f"On the {self.num_images:,} test images {self.winner} reaches {told} ({of})."]
+        if self.winner == self.base:
+            lines.append("It is the base itself: there is nothing to compare it with.")
+        elif not self.differences:
+            lines.append(f"The base, {self.base}, has no model to compare it with.")
+        else:
+            lines += [
+                _compared(name, self.differences[name])
+                for name in ("score", "emotion_loss")
+                if name in self.differences and math.isfinite(self.differences[name].value)
+            ]
+            lines.append(self._allowed_for())
+        if self.looks > 1:
+            lines.append(
+                f"{self.looks} winners of this study were measured on the test split so far: the more are, the less the best of them means."
+            )
+        return [*lines, *self.remarks]
+
+    def _allowed_for(self) -> str:
+        if self.basis == "seeds and images":
+            return "The intervals allow for other seeds and other images."
+        return "The intervals allow for other images only: one seed each does not tell how seeds differ."
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)
+
+
+def _figure(record: dict[str, Any]) -> MeanFigure:
+    return MeanFigure(tuple(map(_number, record["values"])), *(_number(record[key]) for key in ("mean", "low", "high")))
+
+
+def _with_interval(one: MeanFigure) -> str:
+    return f"{one.mean:.3f} ({one.low:.3f} to {one.high:.3f})" if math.isfinite(one.low) else f"{one.mean:.3f}"
+
+
+def _compared(name: str, one: Difference) -> str:
+    better = one.value < 0 if name in LOWER_IS_BETTER else one.value > 0
+    change = "as good as" if one.value == 0 else ("better than" if better else "worse than")
+    interval = f" ({one.low:+.3f} to {one.high:+.3f})" if math.isfinite(one.low) else ""
+    real = "more than luck" if one.is_real else "no more than luck would explain"
+    return f"Its {name} is {change} the base's, by {abs(one.value):.3f}{interval}: {real}."
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A measured run of a trial."""
+
+    trial: str
+    name: str
+    bundle: Bundle
+    outputs: TaggedOutputs
+
+
+def measure_on_test(
+    study: StudyFolder, verdict: Verdict, *, device: str = "auto", progress: Progress | None = None
+) -> OnTest | None:
+    """Measure every run of the winner and of the base on the test split, and keep it as ``test.json``; None where it has no labels.
+
+    What was measured is never measured again: neither a winner that has a record, nor a run that has kept its outputs. The record
+    of an earlier winner becomes ``test-TRIAL.json``.
+
+    Raises:
+        RafceError: a bundle or its data cannot be used.
+    """
+    current = _read(study.location / TEST_FILE)
+    if current is not None and current.winner == verdict.winner:
+        return current
+    kept_file = study.location / _file_of(verdict.winner)
+    kept = _read(kept_file)
+    if kept is not None:
+        found = _replace_current(study, current, kept)
+        kept_file.delete()
+        return found
+    trials = list(dict.fromkeys([verdict.winner, verdict.base]))
+    folders = {trial: runs_of(study, verdict, trial) for trial in trials}
+    if not folders[verdict.winner]:
+        warn(f"{verdict.winner} has no bundle: it is not measured on the test split.")
+        return None
+    total = sum(map(len, folders.values()))
+    say(f"Measuring {total} model{'s' if total != 1 else ''} on the test split: {', '.join(trials)}.")
+    measurer = _Measurer(device, progress)
+    runs: list[_Run] = []
+    # The base first: its labels are the ones that both are measured by.
+    for trial in reversed(trials):
+        for folder in folders[trial]:
+            bundle = load_bundle(folder.bundle.uri)
+            outputs = measurer.outputs(folder, bundle)
+            if outputs is None:
+                warn(
+                    f"no image of the test split of {folder.config().data.root} is labelled: nothing is measured on it."
+                )
+                return None
+            runs.append(_Run(trial, folder.location.name, bundle, TaggedOutputs(trial, outputs, bundle.taxonomy)))
+    return _replace_current(study, current, _compare(verdict, runs))
+
+
+def _replace_current(study: StudyFolder, current: OnTest | None, new: OnTest) -> OnTest:
+    """Write the new record, with the number of looks, in place of the current one, which stays beside under its winner's name."""
+    if current is not None:
+        _write(study.location / _file_of(current.winner), current)
+    own = _file_of(new.winner)
+    others = [info.base_name for info in study.location.list() if re.fullmatch(r"test-.+\.json", info.base_name)]
+    new = replace(new, looks=1 + len([name for name in others if name != own]))
+    _write(study.location / TEST_FILE, new)
+    return new
+
+
+def _file_of(winner: str) -> str:
+    return f"test-{winner}.json"
+
+
+def _read(file: Location) -> OnTest | None:
+    return OnTest.from_json(json.loads(file.read_bytes())) if file.exists() else None
+
+
+def _write(file: Location, record: OnTest) -> None:
+    file.write_bytes((json.dumps(json.loads(to_json(record.to_json())), indent=1, ensure_ascii=False) + "\n").encode())
+
+
+class _Measurer:
+    """Opens each reading of the data once for all runs that share it."""
+
+    def __init__(self, device: str, progress: Progress | None) -> None:
+        self._device, self._progress = device, progress
+        self._datasets: dict[tuple[str, Taxonomy], Dataset] = {}
+
+    def outputs(self, folder: RunFolder, bundle: Bundle) -> SplitOutputs | None:
+        """The run's raw outputs on test, measured and kept if it has none; None where no test image is labelled."""
+        kept = folder.outputs("test")
+        if kept is not None:
+            return kept
+        dataset = self._dataset(bundle)
+        indices = dataset.indices("test")
+        targets = dataset.targets
+        if not ((targets.emotion[indices] >= 0).any() or (~np.isnan(targets.action_units[indices])).any()):
+            return None
+        outputs = split_outputs(bundle, dataset, "test", device=choose_device(self._device), progress=self._progress)
+        folder.write_outputs("test", outputs)
+        return outputs
+
+    def _dataset(self, bundle: Bundle) -> Dataset:
+        data = data_config_for(bundle, [])
+        # How a training drew and changed its images makes no difference here.
+        reading = data.model_dump_json(exclude={"augmentation", "drop_null_rows", "action_unit_targets"})
+        key = (reading, bundle.taxonomy)
+        if key not in self._datasets:
+            self._datasets[key] = open_for_bundle(bundle, data)
+        return self._datasets[key]
+
+
+def _compare(verdict: Verdict, runs: Sequence[_Run]) -> OnTest:
+    comparable = on_labels_of_first([run.outputs for run in runs])
+    scored: dict[str, list[Scored]] = {}
+    for run, split in zip(runs, comparable.splits, strict=True):
+        found = score_with_losses(split, run.bundle.taxonomy, run.bundle.calibration)
+        scored.setdefault(run.trial, []).append(found)
+    over_seeds = {
+        trial: {
+            name: OverSeeds(tuple(one.figures[name] for one in found), mean_draws([one.draws[name] for one in found]))
+            for name in FIGURES
+        }
+        for trial, found in scored.items()
+    }
+    spreads = {name: pooled_spread(found[name] for found in over_seeds.values()) for name in FIGURES}
+    figures = {
+        trial: {name: _mean_figure(one, spreads[name]) for name, one in found.items()}
+        for trial, found in over_seeds.items()
+    }
+    differences = {}
+    if verdict.base != verdict.winner and verdict.base in scored:
+        ours, theirs = over_seeds[verdict.winner], over_seeds[verdict.base]
+        for name in _same_figures({run.trial: run.bundle.taxonomy for run in runs}):
+            value, half_width = difference_of_means(ours[name], theirs[name], _or_none(spreads[name]))
+            differences[name] = Difference(value, value - half_width, value + half_width)
+    trials = [name for name in dict.fromkeys([verdict.winner, verdict.base]) if name in scored]
+    return OnTest(
+        winner=verdict.winner,
+        base=verdict.base,
+        num_images=len(comparable.splits[0].names),
+        runs={trial: tuple(run.name for run in runs if run.trial == trial) for trial in trials},
+        figures={trial: figures[trial] for trial in trials},
+        differences=differences,
+        basis="seeds and images" if any(spread.freedom for spread in spreads.values()) else "images only",
+        looks=1,
+        remarks=tuple(comparable.remarks),
+    )
+
+
+def _or_none(spread: Spread) -> Spread:
+    return spread if spread.freedom else NO_SPREAD
+
+
+def _mean_figure(one: OverSeeds, spread: Spread) -> MeanFigure:
+    half_width = mean_half_width(one, _or_none(spread))
+    return MeanFigure(one.values, one.mean, one.mean - half_width, one.mean + half_width)
+
+
+def _same_figures(taxonomies: dict[str, Taxonomy]) -> list[str]:
+    """Those of COMPARED that mean the same for both trials."""
+    ours, theirs = taxonomies.values()
+    same = {*comparable_figures(ours, theirs), *(["emotion_loss"] if ours.emotions == theirs.emotions else [])}
+    return [name for name in COMPARED if name in same]

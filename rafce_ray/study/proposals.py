@@ -1,0 +1,225 @@
+"""Which values trial number n of a study trains: a function of the study, the number and, for optuna, what earlier trials scored."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count, islice
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from rafce_ray.errors import UsageError
+from rafce_ray.study.conditions import applies, combinations, draw, in_order
+from rafce_ray.study.space import (
+    Domain,
+    Integers,
+    Space,
+    Stepped,
+    Uniform,
+    identity,
+    same,
+)
+
+if TYPE_CHECKING:
+    from rafce_ray.study.config import StudyConfig
+
+MAX_COMBINATIONS = 10_000
+"""Combinations up to which a finite space is counted, and a grid may have."""
+
+ATTEMPTS = 64
+"""Draws after which what a finite space has left is listed instead."""
+
+STARTUP_TRIALS = 10
+"""Trials with a score before TPE takes over from random draws (optuna's default)."""
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What is known of an earlier trial. ``values``: as proposed ({}: the base). ``score``: the metric at its best epoch so far, as it is
+    (not negated); None while there is none: it runs, or it failed.
+    """
+
+    number: int
+    values: Mapping[str, Any]
+    score: float | None
+
+
+def propose(study: StudyConfig, number: int, history: Sequence[Observed] = ()) -> dict[str, Any] | None:
+    """The values of trial ``number`` by dotted key; {} for number 0, the base; None where the study has no such trial.
+
+    The same arguments give the same values. ``history`` matters to ``search: optuna`` alone; there it should have every trial that
+    was proposed, running ones too, so that none is proposed twice.
+
+    Raises:
+        UsageError: ``search: optuna`` without optuna.
+    """
+    if number == 0:
+        return {}
+    if study.num_trials is not None and number >= study.num_trials:
+        return None
+    if study.search == "optuna":
+        return _propose_by_tpe(study, number, history)
+    if study.search == "grid":
+        return next(islice(new_combinations(study.space, study.base_values), number - 1, None), None)
+    return next(islice(random_proposals(study), number - 1, None), None)
+
+
+def planned_trials(study: StudyConfig) -> int:
+    """Number of trials, the base included: ``num_trials``, or fewer where the space has no more combinations."""
+    limit = study.num_trials or MAX_COMBINATIONS + 1
+    return min(limit, 1 + _num_new(study, limit))
+
+
+def new_combinations(space: Space, base: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Every combination of a finite space but the base's own values, in the order of the keys, the first varying slowest."""
+    own = _effective({}, space, base)
+    seen = {own}
+    for values in combinations(space, base):
+        effective = _effective(values, space, base)
+        if effective not in seen:
+            seen.add(effective)
+            yield values
+
+
+def random_proposals(study: StudyConfig) -> Iterator[dict[str, Any]]:
+    """The values of trials 1, 2, ... of a random search: each from its own generator, none twice, until a finite space is exhausted."""
+    seen = {_effective({}, study.space, study.base_values)}
+    for number in count(1):
+        values = _draw_new(study, number, seen)
+        if values is None:
+            return
+        seen.add(_effective(values, study.space, study.base_values))
+        yield values
+
+
+def _draw_new(study: StudyConfig, number: int, seen: set[Any]) -> dict[str, Any] | None:
+    """A draw that is not among those seen; None where a finite space has no other."""
+    rng = np.random.default_rng([study.seed, number])
+    finite = all(domain.is_finite for domain in study.space.values())
+    for attempt in count():
+        values = draw(study.space, study.base_values, rng)
+        if _effective(values, study.space, study.base_values) not in seen:
+            return values
+        if finite and attempt >= ATTEMPTS:
+            break
+    left = [
+        values
+        for values in new_combinations(study.space, study.base_values)
+        if _effective(values, study.space, study.base_values) not in seen
+    ]
+    return left[int(rng.integers(len(left)))] if left else None
+
+
+def _num_new(study: StudyConfig, limit: int) -> int:
+    """Combinations besides the base, counted up to a limit; the limit for a space that is not finite."""
+    if not all(domain.is_finite for domain in study.space.values()):
+        return limit
+    return sum(1 for _ in islice(new_combinations(study.space, study.base_values), limit))
+
+
+def _effective(values: Mapping[str, Any], space: Space, base: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What the searched keys are, sampled or not, as something hashable."""
+    return tuple(identity(values.get(key, base[key])) for key in space)
+
+
+def _propose_by_tpe(study: StudyConfig, number: int, history: Iterable[Observed]) -> dict[str, Any] | None:
+    """One TPE proposal; in a finite space one that was not proposed before, by a random draw where TPE insists."""
+    earlier = sorted((one for one in history if one.number < number), key=lambda one: one.number)
+    seen = {_effective(one.values, study.space, study.base_values) for one in earlier}
+    seen.add(_effective({}, study.space, study.base_values))
+    values = _ask(study, number, earlier)
+    if _effective(values, study.space, study.base_values) not in seen:
+        return values
+    return _draw_new(study, number, seen)
+
+
+def _ask(study: StudyConfig, number: int, earlier: Sequence[Observed]) -> dict[str, Any]:
+    """What TPE proposes after these trials.
+
+    A stopped trial enters as complete: its score is its best so far, hence a lower bound of what it would have reached, and never
+    overrates it. Entered as pruned, it would rank behind every finished trial however bad. A trial without a score enters as
+    running: TPE stays away from its values, be it that they are being tried or that they failed.
+    """
+    optuna = _import_optuna()
+    seed = int(np.random.SeedSequence([study.seed, number]).generate_state(1)[0])
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        memory = optuna.create_study(
+            direction="maximize" if study.direction > 0 else "minimize",
+            sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=STARTUP_TRIALS),
+        )
+        for one in earlier:
+            codes = _codes(one.values, study.space, study.base_values)
+            if codes is not None:
+                states = optuna.trial.TrialState
+                memory.add_trial(
+                    optuna.trial.create_trial(
+                        state=states.RUNNING if one.score is None else states.COMPLETE,
+                        value=one.score,
+                        params=codes,
+                        distributions={key: _distribution(optuna, study.space[key]) for key in codes},
+                    )
+                )
+        trial = memory.ask()
+        values: dict[str, Any] = {}
+        for key in in_order(study.space):
+            domain = study.space[key]
+            if applies(domain, values, study.base_values):
+                values[key] = _suggest(trial, key, domain)
+        return values
+    finally:
+        optuna.logging.set_verbosity(verbosity)
+
+
+def _codes(values: Mapping[str, Any], space: Space, base: Mapping[str, Any]) -> dict[str, Any] | None:
+    """A trial's values as optuna holds them: numbers of a range as they are, of all else the place in the list.
+
+    The base's values stand in for keys that it does not set; None where one of them lies outside its domain.
+    """
+    codes: dict[str, Any] = {}
+    for key in in_order(space):
+        domain, value = space[key], values.get(key, base[key])
+        if not applies(domain, values, base):
+            continue
+        if not domain.contains(value):
+            return None
+        if isinstance(domain, Uniform | Integers):
+            codes[key] = value
+        else:
+            codes[key] = next(place for place, one in enumerate(domain.values()) if same(one, value))
+    return codes
+
+
+def _distribution(optuna: ModuleType, domain: Domain) -> Any:
+    """The distribution that :func:`_suggest` draws from."""
+    if isinstance(domain, Uniform):
+        return optuna.distributions.FloatDistribution(domain.low, domain.high, log=domain.log)
+    if isinstance(domain, Integers):
+        return optuna.distributions.IntDistribution(domain.low, domain.high)
+    places = len(domain.values())
+    if isinstance(domain, Stepped):
+        return optuna.distributions.IntDistribution(0, places - 1)
+    return optuna.distributions.CategoricalDistribution(tuple(range(places)))
+
+
+def _suggest(trial: Any, key: str, domain: Domain) -> Any:
+    """A value of the domain, suggested by optuna's trial."""
+    if isinstance(domain, Uniform):
+        return trial.suggest_float(key, domain.low, domain.high, log=domain.log)
+    if isinstance(domain, Integers):
+        return trial.suggest_int(key, domain.low, domain.high)
+    values = domain.values()
+    if isinstance(domain, Stepped):
+        return values[trial.suggest_int(key, 0, len(values) - 1)]
+    return values[trial.suggest_categorical(key, tuple(range(len(values))))]
+
+
+def _import_optuna() -> ModuleType:
+    try:
+        return importlib.import_module("optuna")
+    except ImportError:
+        raise UsageError("search: optuna is not installed. Run pip install optuna, or set search=random.") from None

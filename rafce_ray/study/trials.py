@@ -1,0 +1,225 @@
+"""A sweep's trials as its folder tells them: what each was to train, how far it came, how it ended, what it scored."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+from rafce_ray.checkpoint import list_checkpoints
+from rafce_ray.config import MINIMISED_METRICS, config_hash, flatten
+from rafce_ray.console import to_json
+from rafce_ray.errors import RafceError
+from rafce_ray.metrics import HEADLINES
+from rafce_ray.run_folder import RunFolder
+from rafce_ray.session import Job
+from rafce_ray.storage import Location
+from rafce_ray.study_folder import StudyFolder
+
+TRIAL_FILE = "trial.json"
+TRIALS_TABLE = "trials.jsonl"
+
+FIGURES = (*HEADLINES, "emotion_loss", "au_loss", "loss")
+"""Figures of validation that a trial's table row has."""
+
+ENDED = ("finished", "stopped_early", "stopped_by_scheduler", "diverged", "failed")
+"""Statuses of a trial that will not go on by itself."""
+
+
+@dataclass(frozen=True)
+class TrialPlan:
+    """What one trial is to train, written down before it starts (``trials/NAME/trial.json``).
+
+    ``values``: what was sampled, by dotted key; conditional keys that do not apply are absent. ``of``: for a finalist, the sweep's
+    trial whose configuration it trains again. ``cpus``, ``gpus``: its share of the cluster, all workers together.
+    """
+
+    name: str
+    number: int
+    role: Literal["sweep", "finalist"]
+    values: dict[str, Any]
+    config_hash: str
+    cpus: float
+    gpus: float
+    of: str | None = None
+
+    def write(self, study: StudyFolder, job: Job) -> None:
+        """Write the plan and the job that carries it out into the trial's folder."""
+        record = {**asdict(self), "job": job.to_plain()}
+        file = study.trials / self.name / TRIAL_FILE
+        file.write_bytes((json.dumps(json.loads(to_json(record)), indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def read_plan(folder: RunFolder) -> tuple[TrialPlan, Job] | None:
+    """A trial's plan and job; None where the folder has none (a run of its own, or an ablation's).
+
+    Raises:
+        RafceError: the configuration in the folder is not the one that was sampled.
+    """
+    file = folder.location / TRIAL_FILE
+    if not file.exists():
+        return None
+    record = dict(json.loads(file.read_bytes()))
+    job = Job.from_plain(record.pop("job"))
+    plan = TrialPlan(**record)
+    check_sampled(plan, job)
+    return plan, job
+
+
+def check_sampled(plan: TrialPlan, job: Job) -> None:
+    """RafceError unless what the job trains with is what was sampled, value by value and by its hash."""
+    values = flatten(job.config)
+    wrong = {key: (value, values[key]) for key, value in plan.values.items() if values[key] != value}
+    found = config_hash(job.config)
+    if wrong or found != plan.config_hash:
+        listed = "; ".join(f"{key} {sampled!r} sampled, {there!r} there" for key, (sampled, there) in wrong.items())
+        raise RafceError(
+            f"trial {plan.name} would not train what was sampled: its configuration's hash is {found}, expected {plan.config_hash}"
+            f"{f' ({listed})' if listed else ''}. Its {TRIAL_FILE} was altered; delete the trial's folder, and the same command makes it anew."
+        )
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One trial as it stands. ``score``: the study's metric at its best epoch so far, as it is (not negated); None before the first epoch.
+
+    ``curve``: (epoch, metric) of every epoch, None where undefined. ``figures``: FIGURES of validation at the best epoch.
+    ``seconds``: of training. ``reason``: why it was stopped, or failed.
+    """
+
+    plan: TrialPlan
+    seed: int
+    status: str
+    reason: str | None
+    epochs: int
+    max_epochs: int
+    best_epoch: int | None
+    score: float | None
+    figures: dict[str, float | None]
+    curve: tuple[tuple[int, float | None], ...]
+    seconds: float
+
+    @property
+    def name(self) -> str:
+        """Folder name under ``trials/``."""
+        return self.plan.name
+
+    @cached_property
+    def row(self) -> dict[str, Any]:
+        """The trial as one flat row of ``trials.jsonl``: FIGURES at the best epoch, sampled values under their dotted keys."""
+        return {
+            "trial": self.name,
+            "role": self.plan.role,
+            "of": self.plan.of,
+            "status": self.status,
+            "reason": self.reason,
+            "best_epoch": self.best_epoch,
+            "epochs": self.epochs,
+            "max_epochs": self.max_epochs,
+            **self.figures,
+            "seed": self.seed,
+            "seconds": round(self.seconds, 1),
+            "cpus": self.plan.cpus,
+            "gpus": self.plan.gpus,
+            "config_hash": self.plan.config_hash,
+            **self.plan.values,
+        }
+
+
+def read_trial(folder: RunFolder, metric: str) -> Trial | None:
+    """A trial as its folder tells it; None where the folder has no plan. ``metric``: the study's, a figure of validation."""
+    found = read_plan(folder)
+    if found is None:
+        return None
+    plan, job = found
+    records, result = folder.metrics(), folder.result()
+    best = best_record(records, metric)
+    validation = {} if best is None else best["validation"]
+    status = "waiting" if not records else "interrupted"
+    return Trial(
+        plan=plan,
+        seed=job.config.run.seed,
+        status=status if result is None else str(result["status"]),
+        reason=None if result is None else result.get("reason"),
+        epochs=len(records),
+        max_epochs=job.config.optim.epochs,
+        best_epoch=None if best is None else int(best["epoch"]),
+        score=None if best is None else float(validation[metric]),
+        figures={name: validation.get(name) for name in FIGURES},
+        curve=tuple((int(record["epoch"]), record["validation"].get(metric)) for record in records),
+        seconds=float(records[-1]["elapsed_s"]) if records else 0.0,
+    )
+
+
+def read_trials(study: StudyFolder, metric: str) -> list[Trial]:
+    """All trials of a sweep and its finalists, by number and name; a trial that neither ended nor runs is ``interrupted``."""
+    found = [read_trial(study.trial(name), metric) for name in study.trial_names()]
+    return sorted((one for one in found if one is not None), key=lambda one: (one.plan.role, one.plan.number, one.name))
+
+
+def best_record(records: Sequence[dict[str, Any]], metric: str) -> dict[str, Any] | None:
+    """The epoch record with the best defined metric, the earliest among equals; None where it is nowhere defined."""
+    sign = direction(metric)
+    defined = [record for record in records if record["validation"].get(metric) is not None]
+    return max(defined, key=lambda record: (sign * record["validation"][metric], -record["epoch"]), default=None)
+
+
+def direction(metric: str) -> float:
+    """1 where more of the metric is better, -1 where less is."""
+    return -1.0 if metric in MINIMISED_METRICS else 1.0
+
+
+def best_first(trials: Iterable[Trial], metric: str) -> list[Trial]:
+    """Trials that have a score, the best first, the lowest number among equals."""
+    scored = [(one.score, one) for one in trials if one.score is not None]
+    return [one for _, one in sorted(scored, key=lambda pair: (-direction(metric) * pair[0], pair[1].plan.number))]
+
+
+def write_table(study: StudyFolder, trials: Sequence[Trial]) -> None:
+    """Write ``trials.jsonl``, one line a trial."""
+    text = "".join(to_json(one.row) + "\n" for one in trials)
+    (study.location / TRIALS_TABLE).write_bytes(text.encode())
+
+
+def conclude(folder: RunFolder, metric: str, status: str, reason: str) -> None:
+    """End a trial from outside: its result says why, and of its checkpoints the best one stays.
+
+    Its model is not calibrated and has no bundle: only a trial that comes to its own end is measured whole.
+    """
+    records = folder.metrics()
+    best = best_record(records, metric)
+    checkpoint = None if best is None else prune_to_best(folder.checkpoints, int(best["epoch"]))
+    folder.write_result(
+        {
+            "status": status,
+            "reason": reason,
+            "run_dir": str(folder.location),
+            "bundle": None,
+            "checkpoint": checkpoint,
+            "best_epoch": None if best is None else best["epoch"],
+            "weights_sha256": None,
+            "metrics": {} if best is None else best["validation"],
+            "monitor": metric,
+            "epochs": len(records),
+            "elapsed_s": records[-1]["elapsed_s"] if records else 0.0,
+        }
+    )
+    folder.add_event(status, message=reason, epochs=len(records))
+
+
+def prune_to_best(checkpoints: Location, best_epoch: int) -> str | None:
+    """Delete all checkpoints but the best epoch's; its name, None where there is none of that epoch."""
+    found, _ = list_checkpoints(checkpoints)
+    kept = [one for one in found if one.epoch == best_epoch and one.step == 0]
+    for one in found:
+        if one not in kept:
+            one.location.delete()
+    return kept[0].name if kept else None
+
+
+def is_finite(value: float | None) -> bool:
+    """Whether a figure is there and finite."""
+    return value is not None and math.isfinite(value)

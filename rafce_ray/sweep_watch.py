@@ -1,0 +1,293 @@
+"""A sweep seen from outside: its trials as they appear, train and end, the best so far, and how long it may take."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Literal
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from rafce_ray.config import Config, differences
+from rafce_ray.console import say, warn
+from rafce_ray.errors import RafceError
+from rafce_ray.run_folder import EVENTS_FILE, METRICS_FILE, PROGRESS_FILE, RunFolder
+from rafce_ray.study.progress import (
+    STATES,
+    TrialProgress,
+    Values,
+    described,
+    figure,
+    in_short,
+    ranked,
+    roughly,
+    seconds_left,
+    states,
+)
+from rafce_ray.study.trials import TRIAL_FILE, TrialPlan, best_record, read_plan
+from rafce_ray.study_folder import StudyFolder
+from rafce_ray.watch import POLL_S, WARNING_EVENTS, Watch, duration
+
+RESULT_FILE = "result.json"
+RELAYED_EVENTS = tuple(kind for kind in WARNING_EVENTS if kind != "finding")
+"""What is told of every trial. What the doctor finds in one it finds in most: the report and ``rafce doctor`` gather it."""
+
+REMOTE_POLL_S = 5.0
+"""Seconds between looks at an object store, where every look is a paid request for each trial that runs."""
+
+SHOWN_RUNNING = 12
+SHOWN_ENDED = 5
+
+Stamps = dict[str, tuple[int | None, int | None]]
+"""Size and time of the files of a trial's folder, by name."""
+
+
+class SweepWatch(Watch):
+    """Shows a sweep's trials, whose names need not be known beforehand.
+
+    On a terminal a live table, and what a person should act on as lines above it; elsewhere one line when a trial starts, one when it
+    ends. Looks only at trials that have not ended, and reads only files that changed.
+    """
+
+    def __init__(
+        self,
+        study: StudyFolder,
+        metric: str,
+        planned: int,
+        *,
+        role: Literal["sweep", "finalist"] = "sweep",
+        elapsed_before_s: float = 0.0,
+        budget_s: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """``metric``: the study's. ``planned``: trials of this ``role``, those that ended before included.
+
+        ``elapsed_before_s``: time that the study took before this watch; it counts against ``budget_s``. ``clock``: seconds.
+        """
+        super().__init__()
+        self._study, self._metric, self._planned, self._role = study, metric, planned, role
+        self._elapsed_before_s, self._budget_s, self._clock = elapsed_before_s, budget_s, clock
+        self._began = clock()
+        self._interval_s = POLL_S if study.location.local is not None else REMOTE_POLL_S
+        self._trials: dict[str, TrialProgress] = {}
+        self._folders: dict[str, RunFolder] = {}
+        self._read: dict[str, Stamps] = {}
+        self._not_watched: set[str] = set()
+        self._base: Config | None = None
+        self._at_once = 0
+        self._news: list[tuple[Callable[[str], None], str]] = []
+        self._unreachable = False
+        self._before = self._stamps_of_all()
+        # What happened before the watch began is not told again.
+        self._events_told = {
+            name: len(study.trial(name).events())
+            for name, stamps in self._before.items()
+            if EVENTS_FILE in stamps and RESULT_FILE not in stamps
+        }
+
+    def _stamps_of_all(self) -> dict[str, Stamps]:
+        """Stamps of the files of all trials, by one listing."""
+        found: dict[str, Stamps] = {}
+        for info in self._study.trials.list(recursive=True):
+            name, _, file = str(info.path)[len(self._study.trials.path) :].strip("/").partition("/")
+            if file and "/" not in file:
+                found.setdefault(name, {})[file] = (info.size, info.mtime_ns)
+        return found
+
+    def _follow(self) -> None:
+        while not self._done.wait(self._interval_s):
+            self._update()
+
+    def _update(self) -> None:
+        try:
+            super()._update()
+            self._unreachable = False
+        except OSError as error:
+            # A store that cannot be reached for a while must not end the sweep.
+            if not self._unreachable:
+                warn(f"the study's folder cannot be read now ({error}); this view goes on when it can.")
+            self._unreachable = True
+
+    def _look(self) -> None:
+        for info in self._study.trials.list():
+            name = str(info.base_name)
+            known = self._trials.get(name)
+            if name not in self._not_watched and (known is None or not known.ended):
+                self._look_at(name)
+        self._at_once = max(self._at_once, sum(one.running for one in self._trials.values()))
+
+    def _look_at(self, name: str) -> None:
+        folder = self._folder(name)
+        # One listing, where a stamp of each file would be a request each.
+        stamps: Stamps = {info.base_name: (info.size, info.mtime_ns) for info in folder.location.list()}
+        before, read = self._before.get(name, {}), self._read.get(name, {})
+        changed = {file for file, stamp in stamps.items() if stamp != read.get(file)}
+        if TRIAL_FILE in changed:
+            self._read_plan(name, folder)
+        trial = self._trials.get(name)
+        if trial is None:
+            return
+        result = folder.result() if RESULT_FILE in stamps else None
+        if METRICS_FILE in changed or result is not None:
+            self._read_scores(trial, folder)
+        is_old = result is not None and stamps[RESULT_FILE] == before.get(RESULT_FILE)
+        works = result is not None or any(stamps.get(one) != before.get(one) for one in (METRICS_FILE, PROGRESS_FILE))
+        if works and not trial.running:
+            trial.status = "running"
+            if not is_old:
+                self._news.append((say, self._start_line(trial)))
+        if EVENTS_FILE in changed and not is_old:
+            self._relay(trial, folder)
+        if result is not None:
+            trial.status, trial.reason = str(result["status"]), result.get("reason")
+            trial.seconds = float(result.get("elapsed_s") or 0.0)
+            if not is_old:
+                is_bad = trial.status in ("failed", "diverged")
+                self._news.append((warn if is_bad else say, self._end_line(trial)))
+        self._read[name] = stamps
+
+    def _folder(self, name: str) -> RunFolder:
+        # Kept, since opening an object store anew costs requests.
+        if name not in self._folders:
+            self._folders[name] = self._study.trial(name)
+        return self._folders[name]
+
+    def _read_plan(self, name: str, folder: RunFolder) -> None:
+        """Meet a trial, or read a known one's plan again, which a scheduler may have changed."""
+        try:
+            found = read_plan(folder)
+        except RafceError as error:
+            found = None
+            self._news.append((warn, str(error)))
+        if found is None or found[0].role != self._role:
+            self._not_watched.add(name)
+            return
+        plan, job = found
+        if plan.role == "sweep" and plan.number == 0:
+            self._base = job.config
+        values, base = self._compared(plan, job.config)
+        known = self._trials.get(name)
+        if known is None:
+            again = None if plan.of is None else f"{plan.of} again, seed {job.config.run.seed}"
+            self._trials[name] = TrialProgress(name, plan.number, job.config.optim.epochs, values, base, again)
+        elif known.values != values:
+            known.values, known.base = values, base
+            self._news.append((say, f"{name} goes on with {described(values, base)}"))
+
+    def _compared(self, plan: TrialPlan, config: Config) -> tuple[Values, Values]:
+        """In what a trial differs from the base, and the base's values of the same keys."""
+        if self._base is None:
+            return plan.values, {}
+        differing = differences(self._base, config)
+        return {key: pair[1] for key, pair in differing.items()}, {key: pair[0] for key, pair in differing.items()}
+
+    def _read_scores(self, trial: TrialProgress, folder: RunFolder) -> None:
+        records = folder.metrics()
+        best = best_record(records, self._metric)
+        trial.scores = tuple(record["validation"].get(self._metric) for record in records)
+        trial.best = None if best is None else float(best["validation"][self._metric])
+        trial.best_epoch = None if best is None else int(best["epoch"])
+        trial.seconds = float(records[-1]["elapsed_s"]) if records else 0.0
+
+    def _relay(self, trial: TrialProgress, folder: RunFolder) -> None:
+        events = folder.events()
+        for event in events[self._events_told.get(trial.name, 0) :]:
+            if event["event"] in RELAYED_EVENTS and event.get("message"):
+                self._news.append((warn, f"{trial.name}: {event['message']}"))
+        self._events_told[trial.name] = len(events)
+
+    def _tell(self) -> None:
+        for tell, text in self._news:
+            tell(text)
+        self._news.clear()
+
+    def _start_line(self, trial: TrialProgress) -> str:
+        resumed = f" goes on after epoch {len(trial.scores)}" if trial.scores and trial.name in self._before else ""
+        return f"{trial.name}{resumed}: {trial.again or described(trial.values, trial.base)}"
+
+    def _end_line(self, trial: TrialProgress) -> str:
+        scored = "" if trial.best is None else f", {self._metric} {figure(trial.best)} at epoch {trial.best_epoch}"
+        best = " (the best so far)" if ranked(self._trials.values(), self._metric)[:1] == [trial] else ""
+        reason = f": {trial.reason}" if trial.reason else ""
+        ended = sum(one.ended for one in self._trials.values())
+        state = STATES.get(trial.status, trial.status)
+        return (
+            f"{trial.name} {state} after {len(trial.scores)} of {trial.max_epochs} epochs{scored}{best}{reason}"
+            f" [{', '.join([f'{ended}/{self._planned} ended', *self._time_left()])}]"
+        )
+
+    def _time_left(self) -> list[str]:
+        """The estimate, and what is left of the time budget; each only where it is known."""
+        parts = []
+        estimate = seconds_left(self._trials.values(), self._planned, self._at_once)
+        if estimate is not None:
+            parts.append(f"{roughly(estimate)} left")
+        if self._budget_s is not None:
+            left = self._budget_s - self._spent()
+            parts.append(f"{duration(left)} of the time budget left" if left > 0 else "the time budget is used up")
+        return parts
+
+    def _spent(self) -> float:
+        return self._elapsed_before_s + self._clock() - self._began
+
+    def _view(self) -> RenderableType:
+        alarms = [(tell, text) for tell, text in self._news if tell is warn]
+        self._news.clear()
+        for tell, text in alarms:
+            tell(text)
+        return Group(*self._heading(), self._table())
+
+    def _heading(self) -> list[Text]:
+        trials = list(self._trials.values())
+        lines = [Text("no score yet", "bold")]
+        for best in ranked(trials, self._metric)[:1]:
+            what = best.again or in_short(best.values)
+            base = next((one for one in trials if one.number == 0 and one.again is None), None)
+            of_base = f" (base {figure(base.best)})" if base is not None and base is not best else ""
+            lines = [
+                Text.assemble(
+                    (f"best so far: {best.name}, {self._metric} {figure(best.best)}", "bold"), f"{of_base}: {what}"
+                )
+            ]
+        epochs = sum(len(one.scores) for one in trials)
+        lines.append(Text(f"{self._planned} trials: {states(trials, self._planned)}; {epochs} epochs done"))
+        lines.append(Text(", ".join([f"{duration(self._spent())} spent", *self._time_left()])))
+        for line in lines:
+            # Live counts lines: what is too long must wrap here and not at the terminal's edge.
+            line.no_wrap, line.overflow = False, "fold"
+        return lines
+
+    def _table(self) -> Table:
+        table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", title=" ")
+        for title in ("trial", "state"):
+            table.add_column(title, no_wrap=True)
+        for title in ("epoch", "now", "best", "at"):
+            table.add_column(title, justify="right", no_wrap=True)
+        # The only column that may wrap is the one that a narrow terminal shortens; its cells stay on one line all the same.
+        table.add_column(Text("differs from the base in", no_wrap=True, overflow="ellipsis"))
+        running = sorted((one for one in self._trials.values() if one.running), key=lambda one: one.number)
+        ended = ranked((one for one in self._trials.values() if one.ended), self._metric)
+        for one in running[:SHOWN_RUNNING]:
+            table.add_row(*_cells(one))
+        if len(running) > SHOWN_RUNNING:
+            table.add_row(f"and {len(running) - SHOWN_RUNNING} more", "running")
+        if running and ended:
+            table.add_row()
+        for place, one in enumerate(ended[:SHOWN_ENDED]):
+            table.add_row(*_cells(one), style="green" if place == 0 else "")
+        return table
+
+
+def _cells(trial: TrialProgress) -> list[str | Text]:
+    now = trial.scores[-1] if trial.running and trial.scores else None
+    return [
+        trial.name,
+        STATES.get(trial.status, trial.status),
+        f"{len(trial.scores)}/{trial.max_epochs}",
+        figure(now),
+        figure(trial.best),
+        "-" if trial.best_epoch is None else str(trial.best_epoch),
+        Text(trial.again or in_short(trial.values), no_wrap=True, overflow="ellipsis"),
+    ]

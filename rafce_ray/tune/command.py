@@ -1,0 +1,282 @@
+"""``rafce tune`` / ``python -m rafce_ray.tune``: a study from its YAML file to its best bundle; the same command goes on with it."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from rafce_ray.config import CARRIED_OUT_BY, flatten
+from rafce_ray.console import print_json, progress_bar, run_main, say, to_json, warn
+from rafce_ray.data.dataset import prepare
+from rafce_ray.errors import UsageError
+from rafce_ray.storage import locate
+from rafce_ray.study.config import StudyConfig, load_study, to_yaml
+from rafce_ray.study.proposals import planned_trials
+from rafce_ray.study.trials import Trial, read_trials
+from rafce_ray.study_folder import StudyFolder
+from rafce_ray.train import ray_cluster, tell_findings
+from rafce_ray.tune.readings import Readings
+
+if TYPE_CHECKING:
+    from rafce_ray.data.dataset import Prepared
+    from rafce_ray.tune.shares import Shares
+
+ELAPSED_FILE = "elapsed.json"
+
+
+def tune(study: StudyConfig, *, dry_run: bool = False, retry_failed: bool = False) -> dict[str, Any] | None:
+    """Run what is missing of a study, judge it, and return its results; None after a dry run.
+
+    Raises:
+        UsageError: the folder holds another study, or a trial can never run on this cluster or fit its disk.
+        GateError: the data may not be trained on.
+        KeyboardInterrupt: after Ctrl-C; the same call goes on.
+        RafceError: no trial gave a score.
+    """
+    folder = StudyFolder(str(locate(study.storage) / study.name))
+    readings = Readings(partial(prepare, progress=progress_bar))
+    prepared = readings.prepare_all(study)
+    tell_findings(prepared, study.base_config())
+    claimed = claim_of(study, prepared)
+    if dry_run:
+        folder.check(claimed)
+    else:
+        folder.claim(claimed)
+        (folder.location / "study.yaml").write_bytes(to_yaml(study).encode())
+        if retry_failed:
+            reopen_failed(folder, study.metric)
+    trials = [one for one in read_trials(folder, study.metric) if one.plan.role == "sweep"]
+    with ray_cluster(study.base_config(), nested=study.resources.workers > 1):
+        # Ray reads its environment when it is imported: ray_cluster has set it by now.
+        from rafce_ray.tune.plan import tell_plan, tell_trials
+        from rafce_ray.tune.shares import share_out
+        from rafce_ray.tune.trials import cluster_nodes
+
+        shares = share_out(
+            study.base_config().run,
+            cluster_nodes(),
+            concurrent=study.resources.concurrent,
+            gpus_per_worker=study.resources.gpus_per_worker,
+        )
+        ended = sum(one.status not in ("waiting", "interrupted") for one in trials)
+        tell_plan(study, folder, shares, prepared.taxonomy, ended=ended)
+        if dry_run:
+            tell_trials(study)
+            return None
+        sweep(study, folder, shares, readings)
+        finalists = train_finalists(study, folder, shares, readings)
+    from rafce_ray.tune.outcome import conclude_study
+
+    return conclude_study(study, folder, finalists)
+
+
+def claim_of(study: StudyConfig, prepared: Prepared) -> dict[str, Any]:
+    """What makes the study the one that it is: with anything of it changed, its trials would not belong together."""
+    plain = study.model_dump(mode="json")
+    base = {key: value for key, value in flatten(study.base_config()).items() if key not in CARRIED_OUT_BY}
+    kept = {key: plain[key] for key in ("space", "search", "seed", "metric", "scheduler")}
+    return {"kind": "tune", "base": base, **kept, "data_fingerprint": prepared.fingerprint, "may_grow": {}}
+
+
+def reopen_failed(folder: StudyFolder, metric: str) -> None:
+    """Let failed trials run again, from their best checkpoint where there is one."""
+    failed = [one.name for one in read_trials(folder, metric) if one.status == "failed"]
+    for name in failed:
+        folder.trial(name).reopen()
+    say(f"trying again: {', '.join(failed)}" if failed else "--retry-failed: no trial has failed")
+
+
+def sweep(study: StudyConfig, folder: StudyFolder, shares: Shares, readings: Readings) -> None:
+    """Run the trials that are still to run; KeyboardInterrupt after Ctrl-C."""
+    from rafce_ray.sweep_watch import SweepWatch
+    from rafce_ray.tune.scheduler import Control, Course, build_scheduler
+    from rafce_ray.tune.sweep import Sweep
+    from rafce_ray.tune.trials import Settings, run_on_tune, stoppable
+
+    config, control = study.base_config(), Control()
+    scheduler = build_scheduler(study, Course(folder, study.metric, config.optim.epochs, control))
+    supply = Sweep(study, folder, shares, readings, scheduler)
+    total, spent = planned_trials(study), read_elapsed(folder)
+    if supply.num_ended >= total:
+        say(f"all {total} trials have ended in an earlier start")
+        supply.write_table()
+        return
+    if supply.num_ended or supply.num_left:
+        say(f"going on: {supply.num_ended} trials have ended, {supply.num_left} go on from their newest checkpoint")
+    if study.time_budget_s is not None and spent >= study.time_budget_s:
+        say(
+            f"the time budget of {study.time_budget_s:.0f} s is spent: no trial is started. Raise time_budget_s to go on."
+        )
+        return
+    settings = Settings(
+        shares=shares,
+        max_failures=config.run.max_failures,
+        limit=shares.at_once if study.search == "optuna" else study.resources.concurrent,
+        start_timeout_s=study.start_timeout_s,
+        callbacks=mlflow_callbacks(study),
+    )
+    watch = SweepWatch(folder, study.metric, total, elapsed_before_s=spent, budget_s=study.time_budget_s)
+    with elapsed(folder, spent, study.time_budget_s, control), watch, stoppable(control):
+        run_on_tune(supply, scheduler, settings)
+    supply.write_table()
+    if control.stop == "interrupted":
+        say(
+            f"stopped: {folder.location.shown} keeps every trial; the same command goes on from the epochs that were saved"
+        )
+        raise KeyboardInterrupt
+    if control.stop is not None:
+        say(f"the time budget of {study.time_budget_s:.0f} s is spent; with a higher one the same command goes on")
+
+
+def read_elapsed(folder: StudyFolder) -> float:
+    """Seconds that earlier starts spent on the sweep."""
+    file = folder.location / ELAPSED_FILE
+    return float(json.loads(file.read_bytes())["sweep_s"]) if file.exists() else 0.0
+
+
+@contextmanager
+def elapsed(folder: StudyFolder, spent: float, budget_s: float | None, control: Any) -> Iterator[None]:
+    """Keep account of the sweep's time over its starts, and end it when its budget is spent."""
+    start, done = time.monotonic(), threading.Event()
+
+    def write() -> float:
+        total = spent + time.monotonic() - start
+        (folder.location / ELAPSED_FILE).write_bytes(to_json({"sweep_s": round(total, 1)}).encode())
+        return total
+
+    def keep_account() -> None:
+        while not done.wait(5.0 if budget_s is None else min(5.0, max(0.1, budget_s / 100))):
+            if write() >= (budget_s or float("inf")) and control.stop is None:
+                control.stop = "time budget"
+
+    thread = threading.Thread(target=keep_account, name="elapsed", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        write()
+
+
+def train_finalists(study: StudyConfig, folder: StudyFolder, shares: Shares, readings: Readings) -> list[Trial]:
+    """Train the best configurations and the base again with other seeds; the trials that were chosen, the best first."""
+    from rafce_ray.study.finalists import choose_finalists, final_name
+    from rafce_ray.sweep_watch import SweepWatch
+    from rafce_ray.tune.scheduler import Control, Course, Unscheduled
+    from rafce_ray.tune.sweep import start_trial
+    from rafce_ray.tune.trials import Listed, Settings, run_on_tune, stoppable
+
+    trials = [one for one in read_trials(folder, study.metric) if one.plan.role == "sweep"]
+    if study.finalists.k == 0 or not any(one.score is not None for one in trials):
+        return []
+    chosen = choose_finalists(trials, study.finalists.k, study.metric)
+    plans = []
+    for trial in chosen:
+        config = folder.trial(trial.name).config()
+        for seed in range(config.run.seed + 1, config.run.seed + 1 + study.finalists.seeds):
+            seeded = config.model_copy(update={"run": config.run.model_copy(update={"seed": seed})})
+            name = final_name(trial, seed)
+            plan, _ = start_trial(
+                folder,
+                name,
+                trial.plan.number,
+                seeded,
+                trial.plan.values,
+                shares=shares,
+                prepared=readings.of(config.data),
+                of=trial.name,
+            )
+            if folder.trial(name).result() is None:
+                plans.append(plan)
+    say(
+        f"finalists: {', '.join(one.name for one in chosen)} (the base among them), each trained to its end with "
+        f"{study.finalists.seeds} other seed(s); {len(plans)} trainings to do"
+    )
+    if plans:
+        config, control = study.base_config(), Control()
+        scheduler = Unscheduled(Course(folder, study.metric, config.optim.epochs, control))
+        settings = Settings(shares, config.run.max_failures, study.resources.concurrent, study.start_timeout_s)
+        watch = SweepWatch(folder, study.metric, len(chosen) * study.finalists.seeds, role="finalist")
+        with watch, stoppable(control):
+            run_on_tune(Listed(plans), scheduler, settings)
+        if control.stop is not None:
+            say(f"stopped: {folder.location.shown} keeps what was trained; the same command goes on")
+            raise KeyboardInterrupt
+    for trial in chosen:
+        for seed in range(study.finalists.seeds):
+            # Their bundles stay.
+            folder.trial(final_name(trial, trial.seed + 1 + seed)).checkpoints.delete()
+    return chosen
+
+
+def mlflow_callbacks(study: StudyConfig) -> tuple[Any, ...]:
+    """Ray's MLflow logger where the study asks for one; UsageError where mlflow is not installed."""
+    if study.mlflow is None:
+        return ()
+    try:
+        importlib.import_module("mlflow")
+    except ImportError:
+        raise UsageError(
+            "mlflow is set, but MLflow is not installed. Install it with: pip install 'rafce_ray[mlflow]'."
+        ) from None
+    from ray.air.integrations.mlflow import MLflowLoggerCallback
+
+    return (MLflowLoggerCallback(tracking_uri=study.mlflow, experiment_name=study.name),)
+
+
+def _main(argv: list[str]) -> int:
+    arguments = _parser().parse_intermixed_args(argv)
+    study = load_study(arguments.config, arguments.overrides)
+    if arguments.print_config:
+        print(to_yaml(study), end="")
+        return 0
+    if study.base_config().data.root is None:
+        raise UsageError(
+            "base.data.root is not set: name the folder of labelled faces, for example base.data.root=path/to/RAF-CE."
+        )
+    from rafce_ray.tune.plan import first_line
+
+    say(first_line(study, StudyFolder(str(locate(study.storage) / study.name))))
+    unused = study.unused_scheduler_keys()
+    if unused:
+        warn(f"scheduler.type={study.scheduler.type} does not read {', '.join(f'scheduler.{key}' for key in unused)}.")
+    result = tune(study, dry_run=arguments.dry_run, retry_failed=arguments.retry_failed)
+    if result is None:
+        say("dry run: nothing was trained and nothing written; without --dry-run the study starts")
+        return 0
+    if arguments.json:
+        print_json(result)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="rafce tune",
+        description="Search a run's configuration on Ray Tune, train the best again with other seeds, and measure the winner on test. "
+        "The same command again goes on where it was interrupted.",
+        epilog="Example: python -m rafce_ray.tune --config tune_configs/regularization.yaml base.data.root=PATH num_trials=12",
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="over the file: num_trials=8, base.optim.epochs=20"
+    )
+    parser.add_argument("--config", metavar="FILE", required=True, help="the study, such as tune_configs/smoke.yaml")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="say what would be done, and whether it fits; train nothing"
+    )
+    parser.add_argument("--retry-failed", action="store_true", help="run trials that failed again")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved study as YAML and stop")
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON line on standard output")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """``rafce tune``; returns the exit code."""
+    return run_main(_main, argv)

@@ -1,0 +1,45 @@
+"""A trial of several workers: Ray Train's trainer inside a Ray Tune trial, whose workers are freed when the trial is stopped."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ray
+from ray.tune.integration.ray_train import TuneReportCallback
+from ray.util.placement_group import PlacementGroup, PlacementGroupID, remove_placement_group
+
+from rafce_ray.run_folder import RunFolder
+from rafce_ray.study.trials import conclude
+from rafce_ray.study_folder import StudyFolder
+from rafce_ray.train import build_trainer
+from rafce_ray.worker import read_trial_job
+
+
+def nested_trial(plain: dict[str, Any], study: str) -> dict[str, Any]:
+    """Ray Tune's function for a trial of several workers; returns how it ended, as :func:`rafce_ray.worker.trial_worker` does."""
+    job = read_trial_job(plain, StudyFolder(study))
+    resources = ray.cluster_resources()
+    trainer = build_trainer(
+        job, float(resources.get("CPU", 0)), float(resources.get("GPU", 0)), callbacks=[TuneReportCallback()]
+    )
+    outcome = trainer.fit().return_value
+    if outcome is None or "error" in outcome:
+        message = "training ended without a result" if outcome is None else str(outcome["error"])
+        conclude(RunFolder(job.run_dir), job.config.optim.monitor, "failed", message)
+        return {"status": "failed"}
+    return {"status": outcome["status"]}
+
+
+def free_workers(folder: RunFolder) -> None:
+    """Give back what the workers of a trial that has ended still hold.
+
+    When Tune stops a trial, its trainer's controller dies with it and cannot free its placement groups; Ray's own cleaner does so some
+    seconds later, and not at all where it cannot reach the cluster's state. Workers write down their placement group for this.
+    """
+    placed = {str(event["placement_group"]) for event in folder.events() if event["event"] == "placed"}
+    if not placed:
+        return
+    table = ray.util.placement_group_table()
+    for group in placed:
+        if table.get(group, {}).get("state") not in (None, "REMOVED"):
+            remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(group))))

@@ -1,0 +1,93 @@
+"""The end of a study: its verdict, the winner measured on test once, what it leaves behind, and its last lines."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from rafce_ray.config import build_config, to_yaml
+from rafce_ray.console import progress_bar, say, to_json, warn
+from rafce_ray.errors import RafceError
+from rafce_ray.report.study_page import write_study_report
+from rafce_ray.run_folder import RunFolder
+from rafce_ray.study.config import StudyConfig
+from rafce_ray.study.finalists import best_run, judge, judge_sweep
+from rafce_ray.study.on_test import measure_on_test
+from rafce_ray.study.trials import Trial, read_trials
+from rafce_ray.study.verdict import Verdict, sentences
+from rafce_ray.study_folder import StudyFolder
+
+
+def conclude_study(study: StudyConfig, folder: StudyFolder, finalists: Sequence[Trial]) -> dict[str, Any]:
+    """Judge a study whose trials have ended and write ``finalists.json``, ``best.yaml``, ``best/``, ``test.json``, ``report.html``.
+
+    Raises:
+        RafceError: no trial gave a score.
+    """
+    trials = [one for one in read_trials(folder, study.metric) if one.plan.role == "sweep"]
+    failed = [one.name for one in trials if one.status in ("failed", "diverged")]
+    if failed:
+        warn(
+            f"{len(failed)} of {len(trials)} trials failed or diverged: {', '.join(failed)} (rafce trials {folder.location.shown})"
+        )
+    if not any(one.score is not None for one in trials):
+        raise RafceError(
+            f"no trial of {folder.location} has a {study.metric}: nothing can be judged. Look at why: rafce trials {folder.location.shown}"
+        )
+    verdict = (
+        judge(folder, study.metric, [one.name for one in finalists], base=base_name(trials))
+        if finalists
+        else judge_sweep(folder, study.metric, trials)
+    )
+    (folder.location / "finalists.json").write_bytes(_pretty(verdict.to_json()))
+    write_best(study, folder, verdict)
+    on_test = measure_on_test(folder, verdict, progress=progress_bar)
+    report = write_study_report(folder, study.metric)
+    for line in [*sentences(verdict), *([] if on_test is None else on_test.sentences())]:
+        say(line)
+    place, root = shlex.quote(folder.location.shown), shlex.quote(str(study.base_config().data.root))
+    say(
+        f"made {place}: best/ (bundle), best.yaml, {report.name}, trials.jsonl; curves: tensorboard --logdir {place}/ray\n"
+        f"next: rafce train --config {place}/best.yaml   or: rafce evaluate --bundle {place}/best data.root={root}   "
+        f"or: rafce predict --bundle {place}/best PHOTO...   or: rafce trials {place}"
+    )
+    return {
+        "study": str(folder.location),
+        "verdict": verdict.to_json(),
+        "test": None if on_test is None else on_test.to_json(),
+        "bundle": str(folder.location / "best"),
+        "report": str(report),
+    }
+
+
+def base_name(trials: Sequence[Trial]) -> str:
+    """The trial that is the base configuration."""
+    return next(one.name for one in trials if one.plan.number == 0)
+
+
+def write_best(study: StudyConfig, folder: StudyFolder, verdict: Verdict) -> None:
+    """``best.yaml``: the winner's configuration, ready to train with; ``best/``: the bundle of its best run."""
+    run = best_run(folder, verdict)
+    plain = folder.trial(verdict.winner).config().model_dump(mode="json")
+    plain["run"] |= {"name": None, "storage": study.storage}
+    head = f"# The winner of study {study.name}: {verdict.winner}.\n#   rafce train --config {folder.location.shown}/best.yaml\n"
+    (folder.location / "best.yaml").write_bytes((head + to_yaml(build_config(plain))).encode())
+    replace_bundle(folder, run)
+
+
+def replace_bundle(folder: StudyFolder, run: RunFolder) -> None:
+    """Copy a run's bundle to ``best/``; it is there whole, or the one before it."""
+    best = folder.location / "best"
+    with TemporaryDirectory() as scratch:
+        copy = Path(scratch) / "bundle"
+        run.bundle.download(copy)
+        best.delete()
+        best.upload(copy)
+
+
+def _pretty(record: dict[str, Any]) -> bytes:
+    return (json.dumps(json.loads(to_json(record)), indent=1, ensure_ascii=False) + "\n").encode()

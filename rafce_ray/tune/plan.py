@@ -1,0 +1,132 @@
+"""What a study will do, said before it does it: trials, shares, disk, whether it fits."""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+import torch
+
+from rafce_ray.config import Config
+from rafce_ray.console import say
+from rafce_ray.errors import UsageError
+from rafce_ray.model import build_architecture, build_model
+from rafce_ray.storage import Location
+from rafce_ray.study.config import StudyConfig
+from rafce_ray.study.proposals import planned_trials, propose
+from rafce_ray.study_folder import StudyFolder
+from rafce_ray.taxonomy import Taxonomy
+from rafce_ray.tune.shares import Shares
+
+OPTIMIZER_COPIES = {"adamw": 2, "adam": 2, "sgd": 1}
+"""Values that an optimizer keeps for each weight."""
+
+FLOAT_BYTES = 4
+LIVE_CHECKPOINTS = 3
+"""Checkpoints of a trial that runs: the best, the latest two."""
+
+SHOWN_TRIALS = 8
+
+
+def first_line(study: StudyConfig, folder: StudyFolder) -> str:
+    """What is about to happen and where results go."""
+    config, total = study.base_config(), planned_trials(study)
+    stopping = "no early stopping" if study.scheduler.type == "none" else study.scheduler.type.upper()
+    return (
+        f"study {study.name}: {study.search} search over {len(study.space)} keys, {total} trials (the base first) of up to {config.optim.epochs} "
+        f"epochs of {config.model.backbone} at {config.model.image_px} px on {config.data.root}, {stopping}; results go to {folder.location.shown}"
+    )
+
+
+def tell_plan(study: StudyConfig, folder: StudyFolder, shares: Shares, taxonomy: Taxonomy, *, ended: int) -> None:
+    """Say all that is known before anything trains; UsageError where the disk cannot hold it."""
+    total = planned_trials(study)
+    say(f"trials: {total}, of which {ended} have ended; {shares.shown} (the cluster holds {shares.fitting} at a time)")
+    config = study.base_config()
+    epochs = total * config.optim.epochs
+    finals = study.finalists
+    retrained = "" if finals.k == 0 else f", then up to {finals.k + 1} finalists x {finals.seeds} seeds to the end"
+    scheduler = study.scheduler
+    if scheduler.type == "asha":
+        rungs = asha_rungs(scheduler.grace_period, scheduler.reduction_factor, config.optim.epochs)
+        say(
+            f"epochs: at most {epochs}; ASHA compares trials after epochs {', '.join(f'{one:g}' for one in rungs)} and lets about the best "
+            f"1/{scheduler.reduction_factor:g} of each rung go on{retrained}"
+        )
+    else:
+        say(f"epochs: at most {epochs}{retrained}")
+    tell_disk(study, folder.location, shares, taxonomy)
+
+
+def asha_rungs(grace_period: int, reduction_factor: float, epochs: int) -> list[float]:
+    """Epochs at which ASHA compares trials; none at the last, where nothing is left to save."""
+    rungs: list[float] = []
+    rung = float(grace_period)
+    while rung <= max(grace_period, epochs - 1):
+        rungs.append(rung)
+        rung *= reduction_factor
+    return rungs
+
+
+def tell_disk(study: StudyConfig, place: Location, shares: Shares, taxonomy: Taxonomy) -> None:
+    """Say what the study will need on disk at most; UsageError where a local disk has less."""
+    bundle, checkpoint = model_bytes(study.base_config(), taxonomy)
+    kept = study.keep + 1
+    finals = (study.finalists.k + 1) * study.finalists.seeds if study.finalists.k else 0
+    needed = (
+        shares.at_once * LIVE_CHECKPOINTS * checkpoint + kept * (bundle + checkpoint) + finals * bundle + 2 * bundle
+    )
+    line = (
+        f"disk: at most about {shown_bytes(needed)}: {shares.at_once} running x {LIVE_CHECKPOINTS} checkpoints of {shown_bytes(checkpoint)}, "
+        f"the best {study.keep} trials and the base, {finals} finalists' bundles of {shown_bytes(bundle)}"
+    )
+    local = place.local
+    if local is None:
+        say(line)
+        return
+    existing = next(parent for parent in (local, *local.parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    say(f"{line}; {shown_bytes(free)} free")
+    if needed > free:
+        raise UsageError(
+            f"the study needs about {shown_bytes(needed)} in {local}, which has {shown_bytes(free)} free. Lower keep or "
+            "resources.concurrent, or set storage to a larger disk."
+        )
+
+
+def model_bytes(config: Config, taxonomy: Taxonomy) -> tuple[int, int]:
+    """Bytes of a bundle and of a checkpoint of the configuration's model."""
+    architecture = build_architecture(config.model, taxonomy, au_stop_gradient=config.loss.au_stop_gradient)
+    with torch.device("meta"):
+        model = build_model(architecture)
+    weights = sum(value.numel() for value in model.state_dict().values()) * FLOAT_BYTES
+    copies = OPTIMIZER_COPIES[config.optim.optimizer] + (1 if config.optim.ema_decay else 0)
+    return weights, weights * (1 + copies)
+
+
+def tell_trials(study: StudyConfig) -> None:
+    """Say what the first trials will train; of an adaptive search only its random start is known."""
+    total = planned_trials(study)
+    for number in range(min(total, SHOWN_TRIALS)):
+        values = propose(study, number)
+        if values is None:
+            break
+        say(f"  trial_{number:04d}: {values_line(values) if values else 'the base'}")
+    if total > SHOWN_TRIALS:
+        say(f"  ... and {total - SHOWN_TRIALS} more")
+
+
+def values_line(values: dict[str, Any]) -> str:
+    """``optim.lr 0.0012, model.dropout 0.41``."""
+    return ", ".join(
+        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in values.items()
+    )
+
+
+def shown_bytes(count: float) -> str:
+    """``45 MB``."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"

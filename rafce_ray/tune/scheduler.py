@@ -1,0 +1,225 @@
+"""Ray Tune's schedulers, made to be believed: their decisions are written down, survive the driver, and end a trial in its folder.
+
+Time is our own absolute epoch, and every score has its sign so that higher is better. Ray's ASHA forgets its rungs when a driver dies
+(ray#30838); here each entry of a rung is a line of ``rungs.jsonl``, written before the decision is carried out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
+
+from rafce_ray.study.config import StudyConfig
+from rafce_ray.study.rungs import RungEntry, read_rungs, write_rungs
+from rafce_ray.study.trials import conclude
+from rafce_ray.study_folder import StudyFolder
+
+STOPPED = "stopped_by_scheduler"
+
+
+@dataclass
+class Control:
+    """The command's word to its trials: ``stop`` says why all should end after their present epoch, None that they may go on."""
+
+    stop: str | None = None
+
+
+@dataclass(frozen=True)
+class Course:
+    """What every scheduler needs to know: the study, its metric, the epochs of each trial, whether all should stop."""
+
+    study: StudyFolder
+    metric: str
+    last_epoch: int
+    control: Control
+
+
+class Named(NamedTuple):
+    """A trial by its own name: Ray's ids change from start to start."""
+
+    trial_id: str
+
+
+class Concluding:
+    """Mixed in before a scheduler of Ray's: ends a stopped trial in its folder, and all trials when the command wants to stop."""
+
+    course: Course
+
+    def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """Ray asks here after every epoch, and once more when a trial returns."""
+        if "epoch" not in result or int(result["epoch"]) >= self.course.last_epoch:
+            return str(TrialScheduler.CONTINUE)
+        if self.course.control.stop is not None:
+            return str(TrialScheduler.STOP)
+        name = str(trial.config["trial"])
+        reason = self.judge(name, int(result["epoch"]), result.get("best_score"))
+        if reason is None:
+            return str(TrialScheduler.CONTINUE)
+        conclude(self.course.study.trial(name), self.course.metric, STOPPED, reason)
+        return str(TrialScheduler.STOP)
+
+    def judge(self, name: str, epoch: int, score: float | None) -> str | None:
+        """Why a trial with this best score so far should stop after this epoch; None: it may go on."""
+        raise NotImplementedError
+
+    def take_over(self, name: str, records: Sequence[dict[str, Any]]) -> None:
+        """Know what an earlier start knew of a trial."""
+
+    def catch_up(self, name: str, records: Sequence[dict[str, Any]]) -> str | None:
+        """Take over a trial that has not ended, and judge the epochs that nobody has judged yet; why it should stop, or None."""
+        self.take_over(name, records)
+        return None
+
+
+class Unscheduled(Concluding, FIFOScheduler):  # type: ignore[misc]
+    """Lets every trial come to its own end."""
+
+    def __init__(self, course: Course) -> None:
+        super().__init__()
+        self.course = course
+
+    def judge(self, name: str, epoch: int, score: float | None) -> str | None:
+        """No trial is stopped."""
+        return None
+
+
+class Halving(Concluding, ASHAScheduler):  # type: ignore[misc]
+    """Asynchronous successive halving (Li et al. 2020) with Ray's brackets and cutoffs, and rungs that outlive the driver."""
+
+    def __init__(
+        self,
+        course: Course,
+        *,
+        grace_period: int,
+        reduction_factor: float,
+        brackets: int,
+        seed: int,
+    ) -> None:
+        # No rung at the last epoch: there is nothing left to save there.
+        super().__init__(
+            time_attr="epoch",
+            metric="best_score",
+            mode="max",
+            max_t=max(grace_period, course.last_epoch - 1),
+            grace_period=grace_period,
+            reduction_factor=reduction_factor,
+            brackets=brackets,
+            stop_last_trials=False,
+        )
+        self.course = course
+        self._seed = seed
+        self.entries = read_rungs(course.study)
+        for entry in self.entries:
+            self._recorded(entry.bracket, entry.milestone)[entry.trial] = entry.score
+
+    def on_trial_add(self, controller: Any, trial: Any) -> None:
+        """Ray draws a bracket here; ours follows from the trial's name, so that it is the same in every start."""
+
+    def on_trial_complete(self, controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        """Nothing of a trial that has ended by itself is left to record."""
+
+    def on_trial_remove(self, controller: Any, trial: Any) -> None:
+        """Its entries in the rungs stay: others were judged by them."""
+
+    def bracket_of(self, name: str) -> int:
+        """Ray's odds, softmax over the number of rungs, drawn from the seed and the trial's name."""
+        sizes = np.array([len(one._rungs) for one in self._brackets], dtype=float)
+        odds = np.exp(sizes - sizes.max())
+        generator = np.random.default_rng([self._seed, *name.encode()])
+        return int(generator.choice(len(sizes), p=odds / odds.sum()))
+
+    def judge(self, name: str, epoch: int, score: float | None) -> str | None:
+        """Enter the trial into the highest rung that it has reached and not entered; stopped where it is below the cutoff."""
+        index = self.bracket_of(name)
+        bracket = self._brackets[index]
+        rung = next(((at, recorded) for at, recorded in bracket._rungs if epoch >= at), None)
+        if rung is None or name in rung[1]:
+            return None
+        milestone, recorded = rung
+        if score is None or not math.isfinite(score):
+            return f"the {self.course.metric} is undefined at the rung of epoch {milestone:g}: it cannot be compared"
+        cutoff = bracket.cutoff(recorded)
+        action = bracket.on_result(Named(name), epoch, score)
+        stopped = action == TrialScheduler.STOP
+        self._record(
+            RungEntry(
+                trial=name,
+                bracket=index,
+                milestone=float(milestone),
+                epoch=epoch,
+                score=float(score),
+                cutoff=None if cutoff is None else float(cutoff),
+                action="stop" if stopped else "continue",
+            )
+        )
+        return f"below the cutoff of the rung at epoch {milestone:g}: {score:.4f} < {cutoff:.4f}" if stopped else None
+
+    def catch_up(self, name: str, records: Sequence[dict[str, Any]]) -> str | None:
+        """A driver can die between a checkpoint and the decision on it: then the decision is made now."""
+        told = [entry for entry in self.entries if entry.trial == name]
+        if told and told[-1].action == "stop":
+            return f"below the cutoff of the rung at epoch {told[-1].milestone:g}"
+        for record in records:
+            if int(record["epoch"]) < self.course.last_epoch:
+                reason = self.judge(name, int(record["epoch"]), record.get("best_score"))
+                if reason is not None:
+                    return reason
+        return None
+
+    def _recorded(self, bracket: int, milestone: float) -> dict[str, float]:
+        rungs = {float(at): recorded for at, recorded in self._brackets[bracket]._rungs}
+        recorded: dict[str, float] = rungs[milestone]
+        return recorded
+
+    def _record(self, entry: RungEntry) -> None:
+        self.entries.append(entry)
+        write_rungs(self.course.study, self.entries)
+
+
+class Median(Concluding, MedianStoppingRule):  # type: ignore[misc]
+    """Stops a trial whose best score is below the median of the others' running means (Golovin et al. 2017)."""
+
+    def __init__(self, course: Course, *, grace_period: int) -> None:
+        super().__init__(time_attr="epoch", metric="best_score", mode="max", grace_period=grace_period)
+        self.course = course
+
+    def on_trial_complete(self, controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        """Its epochs are known already."""
+
+    def judge(self, name: str, epoch: int, score: float | None) -> str | None:
+        """Compare the trial with what the others had on average up to this epoch."""
+        if score is None:
+            return None
+        action = MedianStoppingRule.on_trial_result(self, None, Named(name), {"epoch": epoch, "best_score": score})
+        return f"below the median of the other trials at epoch {epoch}" if action == TrialScheduler.STOP else None
+
+    def _on_insufficient_samples(self, controller: Any, trial: Any, time: float) -> str:
+        return str(TrialScheduler.CONTINUE)
+
+    def take_over(self, name: str, records: Sequence[dict[str, Any]]) -> None:
+        """Its epochs count in the medians of the others."""
+        known = [record for record in records if record.get("best_score") is not None]
+        self._results[Named(name)].extend(
+            {"epoch": record["epoch"], "best_score": record["best_score"]} for record in known
+        )
+
+
+def build_scheduler(study: StudyConfig, course: Course) -> Concluding:
+    """The scheduler that a study names, knowing what earlier starts decided."""
+    settings = study.scheduler
+    if settings.type == "asha":
+        return Halving(
+            course,
+            grace_period=settings.grace_period,
+            reduction_factor=settings.reduction_factor,
+            brackets=settings.brackets,
+            seed=study.seed,
+        )
+    if settings.type == "median":
+        return Median(course, grace_period=settings.grace_period)
+    return Unscheduled(course)

@@ -1,0 +1,154 @@
+"""Which trials of a study are still to run: those that an earlier start left, then new ones as they are proposed."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from rafce_ray.config import Config, ConfigError, build_config, config_hash, flatten
+from rafce_ray.console import to_json, warn
+from rafce_ray.data.dataset import Prepared
+from rafce_ray.session import Job
+from rafce_ray.study.config import StudyConfig
+from rafce_ray.study.proposals import Observed, propose
+from rafce_ray.study.trials import (
+    ENDED,
+    Trial,
+    TrialPlan,
+    best_first,
+    conclude,
+    prune_to_best,
+    read_trial,
+    read_trials,
+    write_table,
+)
+from rafce_ray.study_folder import StudyFolder
+from rafce_ray.train import provenance_of
+from rafce_ray.tune.readings import Readings
+from rafce_ray.tune.scheduler import STOPPED, Concluding
+from rafce_ray.tune.shares import Shares
+
+
+class Sweep:
+    """Hands out a study's trials; the same study in the same folder goes on where it was left."""
+
+    def __init__(
+        self, study: StudyConfig, folder: StudyFolder, shares: Shares, readings: Readings, scheduler: Concluding
+    ) -> None:
+        self._study, self._folder, self._shares, self._readings = study, folder, shares, readings
+        self._known = {trial.name: trial for trial in read_trials(folder, study.metric) if trial.plan.role == "sweep"}
+        self._pruned: set[str] = set()
+        self._left = [trial.plan for trial in self._known.values() if not self._has_ended(trial, scheduler)]
+        self._next_number = max((trial.plan.number for trial in self._known.values()), default=-1) + 1
+
+    @property
+    def num_left(self) -> int:
+        """Trials that an earlier start left unfinished."""
+        return len(self._left)
+
+    @property
+    def num_ended(self) -> int:
+        """Trials that ended in earlier starts."""
+        return len(self._known) - len(self._left)
+
+    def next(self) -> TrialPlan | None:
+        """The next trial, its folder ready; None where the study has no more."""
+        if self._left:
+            return self._left.pop(0)
+        while True:
+            number = self._next_number
+            values = propose(self._study, number, self._history())
+            if values is None:
+                return None
+            self._next_number += 1
+            try:
+                return self._start(number, self._study.config_of(values), values)
+            except ConfigError as error:
+                warn(f"trial {number} is left out, its values do not go together: {error}")
+
+    def ended(self, name: str) -> None:
+        """Read what became of a trial, keep the best trials' models alone, and write the table."""
+        trial = read_trial(self._folder.trial(name), self._study.metric)
+        if trial is not None:
+            self._known[name] = trial
+        self._bound_disk()
+        self.write_table()
+
+    def write_table(self) -> None:
+        """Write ``trials.jsonl``: trials that run are read again."""
+        for name, trial in self._known.items():
+            if trial.status not in ENDED:
+                self._known[name] = read_trial(self._folder.trial(name), self._study.metric) or trial
+        write_table(self._folder, sorted(self._known.values(), key=lambda one: one.plan.number))
+
+    def _has_ended(self, trial: Trial, scheduler: Concluding) -> bool:
+        records = self._folder.trial(trial.name).metrics()
+        if trial.status in ENDED:
+            scheduler.take_over(trial.name, records)
+            return True
+        reason = scheduler.catch_up(trial.name, records)
+        if reason is None:
+            return False
+        conclude(self._folder.trial(trial.name), self._study.metric, STOPPED, reason)
+        return True
+
+    def _start(self, number: int, config: Config, values: dict[str, Any]) -> TrialPlan:
+        name = f"trial_{number:04d}"
+        plan, _ = start_trial(
+            self._folder, name, number, config, values, shares=self._shares, prepared=self._readings.of(config.data)
+        )
+        trial = read_trial(self._folder.trial(name), self._study.metric)
+        assert trial is not None
+        self._known[name] = trial
+        return plan
+
+    def _history(self) -> list[Observed]:
+        return [Observed(one.plan.number, one.plan.values, one.score) for one in self._known.values()]
+
+    def _bound_disk(self) -> None:
+        """Of ended trials, the best ``keep`` and the base keep their best checkpoint and bundle; the others keep their figures."""
+        ended = [one for one in self._known.values() if one.status in ENDED and one.status != "failed"]
+        ranked = best_first(ended, self._study.metric)
+        for place, one in enumerate(ranked):
+            folder = self._folder.trial(one.name)
+            if place < self._study.keep or one.plan.number == 0:
+                if one.best_epoch is not None:
+                    prune_to_best(folder.checkpoints, one.best_epoch)
+            elif one.name not in self._pruned:
+                self._pruned.add(one.name)
+                folder.checkpoints.delete()
+                folder.bundle.delete()
+
+
+def start_trial(
+    folder: StudyFolder,
+    name: str,
+    number: int,
+    config: Config,
+    values: dict[str, Any],
+    *,
+    shares: Shares,
+    prepared: Prepared,
+    of: str | None = None,
+) -> tuple[TrialPlan, Job]:
+    """Write down what a trial is to train, and with what it will be trained; an existing trial of this name stays as it is."""
+    plain = config.model_dump(mode="json")
+    plain["run"] |= {"name": name, "storage": str(folder.trials)}
+    config = build_config(plain)
+    trained = flatten(config)
+    run_folder = folder.trial(name)
+    plan = TrialPlan(
+        name=name,
+        number=number,
+        role="sweep" if of is None else "finalist",
+        values={key: json.loads(to_json(trained[key])) for key in values},
+        config_hash=config_hash(config),
+        cpus=shares.workers * shares.cpus,
+        gpus=shares.workers * shares.gpus,
+        of=of,
+    )
+    job = Job(config, prepared.store_uri, prepared.taxonomy, run_folder.place, provenance_of(config, prepared))
+    if not run_folder.exists():
+        plan.write(folder, job)
+        run_folder.start(config, job.provenance, prepared.audit.to_json())
+    return plan, job

@@ -1,0 +1,272 @@
+"""Trials on Ray Tune: many runs side by side, each in a run folder of its own, each taken up again where it was left."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import ray
+from ray import tune
+from ray.tune.search import Searcher
+
+from rafce_ray.config import config_hash
+from rafce_ray.console import say, warn
+from rafce_ray.errors import RafceError
+from rafce_ray.session import Job
+from rafce_ray.study.trials import TrialPlan, conclude
+from rafce_ray.study_folder import StudyFolder
+from rafce_ray.tune.nested import free_workers, nested_trial
+from rafce_ray.tune.scheduler import Concluding, Control, Course, Unscheduled
+from rafce_ray.tune.shares import Node, Shares, share_out
+from rafce_ray.watch import StudyWatch
+from rafce_ray.worker import trial_worker
+
+START_TIMEOUT_S = 120.0
+
+
+class Supply(Protocol):
+    """Which trials are to run, one after another; each one's folder and plan are ready when it is handed out."""
+
+    def next(self) -> TrialPlan | None:
+        """The next trial; None: there are no more."""
+
+    def ended(self, name: str) -> None:
+        """A trial no longer runs."""
+
+
+@dataclass
+class Listed:
+    """A fixed list of trials."""
+
+    plans: list[TrialPlan]
+    given: int = 0
+
+    def next(self) -> TrialPlan | None:
+        """The next of the list."""
+        self.given += 1
+        return self.plans[self.given - 1] if self.given <= len(self.plans) else None
+
+    def ended(self, name: str) -> None:
+        """Nothing to do."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How trials are carried out on Ray Tune. ``limit``: trials at a time, where not the cluster bounds them."""
+
+    shares: Shares
+    max_failures: int
+    limit: int | None = None
+    start_timeout_s: float = START_TIMEOUT_S
+    callbacks: tuple[Any, ...] = field(default=())
+
+
+def run_trials(study: StudyFolder, jobs: Sequence[Job], *, concurrent: int | None = None) -> dict[str, str]:
+    """Train every job that has no result yet on the connected cluster; returns the reasons of those that failed, by name.
+
+    Each job's run folder lies in ``study.trials`` under ``run.name`` and was started; all of them want the same workers. ``concurrent``:
+    trials at a time; None: as many as fit. One trial that fails does not stop the others; the same call again runs only what is left.
+
+    Raises:
+        UsageError: a trial wants more than the cluster has.
+        KeyboardInterrupt: after Ctrl-C; what was trained is kept.
+    """
+    waiting = {str(job.config.run.name): job for job in jobs if study.trial(str(job.config.run.name)).result() is None}
+    if not waiting:
+        return {}
+    config = next(iter(waiting.values())).config
+    shares = share_out(config.run, cluster_nodes(), concurrent=concurrent, gpus_per_worker=None)
+    plans = []
+    for number, (name, job) in enumerate(waiting.items()):
+        cpus, gpus = shares.workers * shares.cpus, shares.workers * shares.gpus
+        plan = TrialPlan(name, number, "sweep", {}, config_hash(job.config), cpus, gpus)
+        plan.write(study, job)
+        plans.append(plan)
+    say(f"{len(plans)} trials to run, {shares.shown}; curves: tensorboard --logdir {(study.location / 'ray').shown}")
+    control = Control()
+    metric = config.optim.monitor
+    scheduler = Unscheduled(Course(study, metric, max(job.config.optim.epochs for job in waiting.values()), control))
+    settings = Settings(shares, config.run.max_failures, limit=concurrent)
+    epochs = {name: job.config.optim.epochs for name, job in waiting.items()}
+    with StudyWatch(study, epochs), stoppable(control):
+        run_on_tune(Listed(plans), scheduler, settings)
+    if control.stop is not None:
+        say(f"stopped: finished trials in {study.trials} are kept, the others go on from their newest checkpoint")
+        raise KeyboardInterrupt
+    return {name: str(result["reason"]) for name in waiting if (result := failure_of(study, name)) is not None}
+
+
+def failure_of(study: StudyFolder, name: str) -> dict[str, Any] | None:
+    """The result of a trial that failed; None for any other."""
+    result = study.trial(name).result()
+    return result if result is not None and result["status"] == "failed" else None
+
+
+def cluster_nodes() -> list[Node]:
+    """The living machines of the cluster that is connected."""
+    resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [Node(float(one.get("CPU", 0)), float(one.get("GPU", 0))) for one in resources]
+
+
+def run_on_tune(supply: Supply, scheduler: Concluding, settings: Settings) -> None:
+    """Run what the supply hands out, until it has no more or ``Control`` says stop. What became of a trial stands in its folder.
+
+    The cluster is connected. Ray's own files go to a folder of their own, ``ray/<time>`` of the study: nothing of ours reads them.
+    """
+    shares, study, control = settings.shares, scheduler.course.study, scheduler.course.control
+    storage = study.location / "ray"
+    function = trial_worker if shares.workers == 1 else nested_trial
+    tuner = tune.Tuner(
+        tune.with_resources(tune.with_parameters(function, study=study.place), shares.reserved),
+        tune_config=tune.TuneConfig(
+            num_samples=-1,
+            search_alg=HandedOut(supply, control, shares.at_once if settings.limit or shares.workers > 1 else None),
+            scheduler=scheduler,
+            # A fresh process costs seconds (imports, first model), a used one a fifth of a second.
+            reuse_actors=shares.workers == 1,
+            trial_name_creator=lambda trial: str(trial.config["trial"]),
+            trial_dirname_creator=lambda trial: str(trial.config["trial"]),
+        ),
+        run_config=tune.RunConfig(
+            name=time.strftime("%Y%m%d-%H%M%S"),
+            storage_path=storage.path,
+            storage_filesystem=None if storage.local is not None else storage.filesystem,
+            failure_config=tune.FailureConfig(max_failures=settings.max_failures),
+            callbacks=[Witness(scheduler.course, settings), *settings.callbacks],
+            verbose=0,
+        ),
+    )
+    tuner.fit()
+
+
+class HandedOut(Searcher):  # type: ignore[misc]
+    """Ray Tune's searcher: hands out what the supply has.
+
+    ``limit``: trials at a time, where not the cluster's resources bound them. Without it Tune keeps one trial ahead, whose process it
+    then takes over from one that ended.
+    """
+
+    def __init__(self, supply: Supply, control: Control, limit: int | None) -> None:
+        super().__init__()
+        self._supply, self._control, self._limit = supply, control, limit
+        self._live: dict[str, str] = {}
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        """The next trial's name, hash and values; None: later."""
+        if self._control.stop is not None:
+            return str(Searcher.FINISHED)
+        if self._limit is not None and len(self._live) >= self._limit:
+            return None
+        plan = self._supply.next()
+        if plan is None:
+            return str(Searcher.FINISHED)
+        self._live[trial_id] = plan.name
+        return {"trial": plan.name, "config_hash": plan.config_hash, **plan.values}
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Make room for another."""
+        name = self._live.pop(trial_id, None)
+        if name is not None:
+            self._supply.ended(name)
+
+    def save(self, checkpoint_path: str) -> None:
+        """The study's folder is the state; Ray wants a file all the same."""
+        with open(checkpoint_path, "w", encoding="utf-8") as file:
+            file.write("{}")
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing to restore: a new start reads the study's folder."""
+
+
+class Witness(tune.Callback):  # type: ignore[misc]
+    """Writes down trials that fail, frees what stopped trials held, and names trials that do not start."""
+
+    def __init__(self, course: Course, settings: Settings) -> None:
+        self._study, self._metric, self._settings = course.study, course.metric, settings
+        self._waiting_since: dict[str, float] = {}
+        self._named: set[str] = set()
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        """A trial has failed for good."""
+        name = str(trial.config["trial"])
+        folder = self._study.trial(name)
+        free_workers(folder)
+        reason = one_line(trial.get_error())
+        warn(f"trial {name} failed: {reason}")
+        conclude(folder, self._metric, "failed", reason)
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        """A trial has failed and is started again from its newest checkpoint."""
+        folder = self._study.trial(str(trial.config["trial"]))
+        free_workers(folder)
+        folder.add_event("warning", message=f"failed and is started again: {one_line(trial.get_error())}")
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        """A trial has ended or was stopped."""
+        free_workers(self._study.trial(str(trial.config["trial"])))
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **_: Any) -> None:
+        """Ray calls this several times a second."""
+        now = time.monotonic()
+        running = sum(trial.status == "RUNNING" for trial in trials)
+        for trial in trials:
+            name = str(trial.config["trial"])
+            waits = trial.status == "PENDING" and running < self._settings.shares.at_once
+            starts = trial.status == "RUNNING" and name not in self._named and not self._has_begun(name)
+            if not (waits or starts):
+                self._waiting_since.pop(name, None)
+                continue
+            since = self._waiting_since.setdefault(name, now)
+            if now - since > self._settings.start_timeout_s and name not in self._named:
+                self._named.add(name)
+                warn(self._why(name, now - since, pending=waits))
+
+    def _has_begun(self, name: str) -> bool:
+        return name in self._named or self._study.trial(name).stamp("targets.json")[0] is not None
+
+    def _why(self, name: str, waited_s: float, *, pending: bool) -> str:
+        free, total = ray.available_resources(), ray.cluster_resources()
+        shares = self._settings.shares
+        has = f"{free.get('CPU', 0):g} of {total.get('CPU', 0):g} CPUs and {free.get('GPU', 0):g} of {total.get('GPU', 0):g} GPUs are free"
+        what = "waits for its resources" if pending else "has its place but has not begun"
+        return (
+            f"trial {name} {what} for {waited_s:.0f} s: it wants {shares.workers} worker(s) with {shares.cpus:g} CPU and {shares.gpus:g} GPU "
+            f"each; {has}. Look at the dashboard for what holds them; the study goes on as soon as they are free."
+        )
+
+
+@contextmanager
+def stoppable(control: Control) -> Iterator[None]:
+    """Ctrl-C once lets every trial finish its epoch and stop; a second time ends the block as a KeyboardInterrupt."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(signum: int, frame: Any) -> None:
+        if control.stop is not None:
+            raise KeyboardInterrupt
+        control.stop = "interrupted"
+        say("stopping: every trial finishes its epoch and saves; Ctrl-C again stops at once")
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def one_line(error: BaseException | None) -> str:
+    """The innermost error on one line: Ray wraps it and adds its traceback."""
+    if error is None:
+        return "the trial's process ended without a word"
+    inner = error
+    while (cause := getattr(inner, "cause", None) or inner.__cause__) is not None and isinstance(cause, BaseException):
+        inner = cause
+    lines = [line.strip() for line in str(inner).strip().splitlines() if line.strip()]
+    name = "" if isinstance(inner, RafceError) else f"{type(inner).__name__}: "
+    return f"{name}{lines[-1] if lines else 'no message'}"
