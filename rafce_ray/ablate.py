@@ -41,6 +41,7 @@ def ablate(
         GateError: the data may not be trained on.
     """
     base = named(base, prefix="ablation-")
+    locate(base.run.storage).check_writable()
     every_arm = ablation_arms(base)
     arms = choose_arms(every_arm, only)
     prepared = _prepare_all(base, arms)

@@ -1,4 +1,4 @@
-"""The ``rafce`` console script: ``rafce VERB ...`` is ``python -m rafce_ray.VERB ...``."""
+"""The ``rafce`` console script: dispatches ``rafce VERB ...`` to the verb's module."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ VERBS = {
     "doctor": ("rafce_ray.doctor.command", "say what is wrong with a run or a study, why, and what to run next"),
     "compare": ("rafce_ray.compare", "runs side by side, with paired intervals"),
     "replay": ("rafce_ray.replay", "train a run again: the same figures, or what differs"),
-    "report": ("rafce_ray.report.command", "everything a run left behind as one HTML page"),
+    "report": ("rafce_ray.report.command", "everything a run or a study left behind as one HTML page"),
     "ablate": ("rafce_ray.ablate", "the seed's changes alone and together, measured over several seeds"),
     "trials": ("rafce_ray.study.listing", "the trials of a study, listed, filtered and sorted"),
     "predict": ("rafce_ray.predict", "read emotions and action units from image files"),
@@ -48,7 +48,7 @@ def _usage() -> str:
             "",
             *lines,
             "",
-            "rafce VERB --help says more; python -m rafce_ray.VERB is the same.",
+            "rafce VERB --help says more.",
         ]
     )
 

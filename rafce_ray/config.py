@@ -17,6 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from rafce_ray.config_errors import did_you_mean, explain
 from rafce_ray.errors import UsageError
+from rafce_ray.storage import locate
 from rafce_ray.taxonomy import parse_action_unit_token
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -89,6 +90,9 @@ class DataConfig(_Section):
     null_policy: Literal["mask", "negative"] = Field(
         "mask", description="An AU label 'null' means unknown (mask) or no action unit (negative)."
     )
+    evaluation_null_policy: Literal["same", "mask", "negative"] = Field(
+        "same", description="How null is read in validation and test; same: as null_policy."
+    )
     action_unit_targets: Literal["labels", "all_zero"] = Field(
         "labels",
         description="labels: what the AU labels say. all_zero: every AU target in training is 0, as the seed's parser made them; "
@@ -105,6 +109,11 @@ class DataConfig(_Section):
     augmentation: Literal["none", "light", "strong"] = Field(
         "light", description="Whole-batch random augmentation in training."
     )
+
+    @property
+    def null_policy_in_evaluation(self) -> Literal["mask", "negative"]:
+        """How null is read in every split but train, with ``same`` resolved."""
+        return self.null_policy if self.evaluation_null_policy == "same" else self.evaluation_null_policy
 
 
 class ModelConfig(_Section):
@@ -297,7 +306,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), *
             )
         values = read_yaml(RECIPES / f"{recipe}.yaml")
     if path is not None:
-        values = merge(values, read_yaml(Path(path)))
+        values = merge(values, read_yaml(path))
     return build_config(apply_overrides(values, overrides))
 
 
@@ -382,13 +391,13 @@ def config_hash(config: Config) -> str:
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file's mapping; ``1e-3`` is a number. ConfigError where it cannot be read or holds something else."""
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping of a YAML file, by path or URI; ``1e-3`` is a number. ConfigError where it cannot be read or holds something else."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load(locate(path).read_bytes().decode())
     except OSError as error:
         raise ConfigError(
-            f"{path}: cannot be read ({error.strerror or error}). Give the path of a YAML file to --config."
+            f"{path}: cannot be read ({_first_line(error)}). Give the path of a YAML file to --config."
         ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: is not YAML: {error}") from None
@@ -399,6 +408,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
             f"{path}: holds a {type(content).__name__}; expected sections such as 'optim:' with keys below them."
         )
     return {str(key): _numbers_read(value) for key, value in content.items()}
+
+
+def _first_line(error: OSError) -> str:
+    return (error.strerror or str(error)).splitlines()[0]
 
 
 def read_scalar(override: str, text: str) -> Any:

@@ -33,6 +33,9 @@ from rafce_ray.session import Job, Session
 from rafce_ray.training import NUM_LOSS_SUMS, Training, resolve_monitor, score_of
 
 PROGRESS_EVERY_S = 1.0
+REMOTE_PROGRESS_EVERY_S = 10.0
+"""On object storage every look at the progress is a request that a training step waits for."""
+
 EVALUATION_BATCH = 128
 PROBE_IMAGES = 32
 """Train images on which the gradients of both tasks are compared."""
@@ -64,8 +67,10 @@ def fit(job: Job, session: Session) -> dict[str, Any] | None:
         if not all(math.isfinite(value) for value in record["train"].values()):
             status = "diverged"
             break
+        began = time.perf_counter()
         record["validation"] = _evaluate(training, "validation", training.splits.validation)
         record["train_natural"] = _evaluate(training, "gap", training.splits.gap)
+        training.progress.elapsed_s += time.perf_counter() - began
         record["gap"] = _gap(record["train_natural"], record["validation"])
         score = score_of(record["validation"], monitor)
         _advance(training, score)
@@ -309,6 +314,8 @@ class _Clock:
         self._start = self._mark = self._shown = time.perf_counter()
         self._data_s = 0.0
         self._images = 0
+        local = training.folder.location.local is not None
+        self._show_every_s = PROGRESS_EVERY_S if local else REMOTE_PROGRESS_EVERY_S
 
     def data_ready(self) -> None:
         self._data_s += time.perf_counter() - self._mark
@@ -316,7 +323,7 @@ class _Clock:
     def step_done(self, num_images: int) -> None:
         self._images += num_images * self._training.session.num_workers
         self._mark = time.perf_counter()
-        if self._training.session.rank == 0 and self._mark - self._shown >= PROGRESS_EVERY_S:
+        if self._training.session.rank == 0 and self._mark - self._shown >= self._show_every_s:
             self._shown = self._mark
             progress, steps = self._training.progress, self._training.loader.steps_per_epoch
             self._training.folder.write_progress(

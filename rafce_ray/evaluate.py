@@ -152,6 +152,13 @@ def data_config_for(bundle: Bundle, overrides: Sequence[str]) -> DataConfig:
     data = build_config(apply_overrides({"data": trained_on | {"stored_px": stored_px}}, overrides)).data
     if data.stored_px != stored_px:
         raise UsageError(f"data.stored_px={data.stored_px}: this bundle reads images of {stored_px} px. Leave it out.")
+    given = [text.partition("=")[0].strip() for text in overrides]
+    differs = data.null_policy_in_evaluation != data.null_policy
+    if differs and "data.null_policy" in given and "data.evaluation_null_policy" not in given:
+        warn(
+            f"data.null_policy={data.null_policy} is for train images only: null in validation and test is read as in this bundle's training, by "
+            f"data.evaluation_null_policy={data.evaluation_null_policy}. Set that key to read them otherwise."
+        )
     # Codes of action units mean the same everywhere, so the bundle's are read whatever training's vocabulary was.
     return data.model_copy(update={"action_units": bundle.taxonomy.action_units or "none"})
 
@@ -172,7 +179,7 @@ def open_for_bundle(bundle: Bundle, data: DataConfig) -> Dataset:
             "Name them as the bundle does with data.emotions=[...], in label order, or choose another bundle."
         )
     taxonomy = make_taxonomy(theirs, bundle.taxonomy.action_units)
-    dataset = open_dataset(prepared.store, taxonomy, data.null_policy)
+    dataset = open_dataset(prepared.store, taxonomy, data.null_policy, data.null_policy_in_evaluation)
     # The extra last entry keeps -1, an unknown emotion, what it is.
     order = np.array([*(known[_key(name)] for name in theirs), -1], dtype=np.int64)
     targets = replace(dataset.targets, emotion=order[dataset.targets.emotion])

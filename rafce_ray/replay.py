@@ -61,11 +61,12 @@ def plan_replay(original: RunFolder, overrides: Sequence[str] = ()) -> Plan:
     """Read what trained a finished run, prepare its data, and compare what can be compared before training.
 
     Raises:
-        UsageError: an override is not one of MAY_MOVE, or the data are not where the run had them.
+        UsageError: an override is not one of MAY_MOVE, the run took over another's weights, or the data are not where the run had them.
         GateError: the data may not be trained on any more.
     """
     if wrong := [text for text in overrides if text.partition("=")[0].strip() not in MAY_MOVE]:
         raise UsageError(f"{wrong[0]!r}: a replay trains what was trained; only {', '.join(MAY_MOVE)} may be set.")
+    _refuse_adopted(original)
     provenance, known = original.provenance(), circumstances_of(original)
     trained = build_config(provenance["config"])
     values = apply_overrides(trained.model_dump(mode="json"), overrides)
@@ -94,6 +95,18 @@ def plan_replay(original: RunFolder, overrides: Sequence[str] = ()) -> Plan:
         "trained": "in one go",
     }
     return Plan(trained, config, differences(trained, original.config()), compare_circumstances(known, now), prepared)
+
+
+def _refuse_adopted(original: RunFolder) -> None:
+    """UsageError for a trial of a population that took over another's weights: its configuration is its last part alone."""
+    adopted = [event for event in original.events() if event["event"] == "adopted"]
+    if adopted:
+        last = adopted[-1]
+        raise UsageError(
+            f"{original.location} took over the weights of {last['donor']} after epoch {last['epoch']}, so its configuration alone does not "
+            "give its figures again. Its schedule.jsonl lists which values trained its weights, and when. To train its last values from "
+            f"scratch: rafce train --config {(original.location / 'config.yaml').command} run.name=NAME run.storage=FOLDER"
+        )
 
 
 def _place_beside(location: Location) -> tuple[str, str]:

@@ -117,7 +117,11 @@ class RunFolder:
         file = self.location / EVENTS_FILE
         local = file.local
         if local is None:
-            file.write_bytes((file.read_bytes() if file.exists() else b"") + line.encode())
+            try:
+                earlier = file.read_bytes()
+            except FileNotFoundError:
+                earlier = b""
+            file.write_bytes(earlier + line.encode())
             return
         local.parent.mkdir(parents=True, exist_ok=True)
         with local.open("a", encoding="utf-8") as stream:
@@ -132,8 +136,10 @@ class RunFolder:
         return self._read(PROGRESS_FILE) or {}
 
     def _read(self, name: str) -> dict[str, Any] | None:
-        file = self.location / name
-        return dict(json.loads(file.read_bytes())) if file.exists() else None
+        try:
+            return dict(json.loads((self.location / name).read_bytes()))
+        except FileNotFoundError:
+            return None
 
 
 def _pretty(record: dict[str, Any]) -> bytes:
@@ -142,10 +148,12 @@ def _pretty(record: dict[str, Any]) -> bytes:
 
 def _read_lines(file: Location) -> list[dict[str, Any]]:
     """The JSON lines of a file; a last line cut short by a kill is left out."""
-    if not file.exists():
+    try:
+        lines = file.read_bytes().decode().splitlines()
+    except FileNotFoundError:
         return []
     records = []
-    for line in file.read_bytes().decode().splitlines():
+    for line in lines:
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError:

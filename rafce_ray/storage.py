@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import uuid
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from urllib.parse import quote
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 
 from rafce_ray.errors import UsageError
+
+DOWNLOAD_CHUNK = 16 * 2**20
+"""Bytes of a request when a folder is copied from an object store; pyarrow's own 1 MiB makes hundreds of requests of a model."""
+
+NO_BUCKET = "NO_SUCH_BUCKET"
+NO_PERMISSION = ("ACCESS_DENIED", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH", "INVALID_CLIENT_TOKEN_ID")
+"""AWS's names of what only its user can mend, as they stand in pyarrow's messages."""
 
 _URI = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]+://")
 
@@ -39,14 +49,22 @@ class Location:
         return self.uri
 
     def __truediv__(self, part: str) -> Location:
+        path = f"{self.path.rstrip('/')}/{part}"
+        if not _URI.match(self.uri):
+            return Location(self.filesystem, path, path)
         base, mark, query = self.uri.partition("?")
-        return Location(self.filesystem, f"{self.path.rstrip('/')}/{part}", f"{base.rstrip('/')}/{part}{mark}{query}")
+        return Location(self.filesystem, path, f"{base.rstrip('/')}/{quote(part)}{mark}{query}")
 
     @property
     def parent(self) -> Location:
-        """The folder that holds this place."""
+        """The folder that holds this place; a bucket holds itself, as ``/`` does."""
+        if self.local is not None:
+            return locate(self.local.parent)
+        path = self.path.rstrip("/").rpartition("/")[0]
+        if not path:
+            return self
         base, mark, query = self.uri.partition("?")
-        return locate(base.rstrip("/").rpartition("/")[0] + mark + query)
+        return Location(self.filesystem, path, base.rstrip("/").rpartition("/")[0] + mark + query)
 
     @property
     def shown(self) -> str:
@@ -55,6 +73,11 @@ class Location:
         return (
             str(local.relative_to(Path.cwd())) if local is not None and local.is_relative_to(Path.cwd()) else self.uri
         )
+
+    @property
+    def command(self) -> str:
+        """The place as an argument of a shell command: as :attr:`shown`, quoted where need be (a URI's query has ``?`` and ``&``)."""
+        return shlex.quote(self.shown)
 
     def exists(self) -> bool:
         """Whether a file or folder is there."""
@@ -71,8 +94,9 @@ class Location:
 
     def read_bytes(self) -> bytes:
         """The whole file. FileNotFoundError where it is missing."""
-        with self.filesystem.open_input_stream(self.path, compression=None) as stream:
-            return bytes(stream.read())
+        # A file knows its size and is read by one request; a stream comes in pieces of 256 kB, each a request.
+        with self.filesystem.open_input_file(self.path) as file:
+            return bytes(file.read())
 
     def write_bytes(self, content: bytes) -> None:
         """Write the whole file at once: a reader sees the old content or the new one, never a part."""
@@ -89,6 +113,20 @@ class Location:
             os.fsync(stream.fileno())
         os.replace(beside, local)
 
+    def check_writable(self) -> None:
+        """Write a small file into this folder, read it and remove it.
+
+        Raises:
+            UsageError: that cannot be done; which of the three, and why.
+        """
+        probe = self / f".writable-{uuid.uuid4().hex[:8]}"
+        try:
+            probe.write_bytes(b"x")
+            probe.read_bytes()
+            probe.filesystem.delete_file(probe.path)
+        except OSError as error:
+            raise UsageError(f"{self.uri} cannot be used as storage: {_why(error, self)}") from error
+
     def delete(self) -> None:
         """Remove the file or folder, if it is there."""
         info = self.filesystem.get_file_info(self.path)
@@ -98,12 +136,13 @@ class Location:
             self.filesystem.delete_file(self.path)
 
     def upload(self, folder: Path) -> None:
-        """Put a local folder here. On a local filesystem it appears whole or not at all."""
+        """Put a local folder here. On a local filesystem it appears whole or not at all; elsewhere its JSON files, which describe it, go last."""
         local = self.local
         if local is None:
-            pafs.copy_files(
-                str(folder), self.path, source_filesystem=pafs.LocalFileSystem(), destination_filesystem=self.filesystem
-            )
+            # Not pyarrow's copy_files: it writes an empty object for every folder and each one above it.
+            files = [path for path in folder.rglob("*") if path.is_file()]
+            for path in sorted(files, key=lambda path: (path.suffix == ".json", path)):
+                (self / path.relative_to(folder).as_posix()).write_bytes(path.read_bytes())
             return
         local.parent.mkdir(parents=True, exist_ok=True)
         beside = local.with_name(f".{local.name}.{uuid.uuid4().hex[:8]}.tmp")
@@ -116,7 +155,11 @@ class Location:
         beside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
         beside.mkdir()
         pafs.copy_files(
-            self.path, str(beside), source_filesystem=self.filesystem, destination_filesystem=pafs.LocalFileSystem()
+            self.path,
+            str(beside),
+            source_filesystem=self.filesystem,
+            destination_filesystem=pafs.LocalFileSystem(),
+            chunk_size=DOWNLOAD_CHUNK,
         )
         os.rename(beside, folder)
 
@@ -133,10 +176,36 @@ def locate(place: str | Path) -> Location:
     if not _URI.match(text):
         path = Path(text).expanduser().absolute()
         return Location(pafs.LocalFileSystem(), str(path), str(path))
+    base, _, query = text.partition("?")
+    scheme, _, rest = base.partition("://")
     try:
-        filesystem, path_text = pafs.FileSystem.from_uri(text)
+        path_text = str(pafs.FileSystem.from_uri(text)[1])
+        return Location(_filesystem(scheme, rest.partition("/")[0], query), path_text, text)
     except (pa.ArrowInvalid, ValueError, OSError) as error:
         raise UsageError(
             f"{text!r} is not a place that can be reached: {error}. Give a local path or a URI such as s3://bucket/path."
         ) from error
-    return Location(filesystem, path_text, text)
+
+
+def _why(error: OSError, place: Location) -> str:
+    """What is wrong with a storage, with its remedy."""
+    text = (error.strerror or str(error)).strip().splitlines()[0].rstrip(".")
+    if NO_BUCKET in text:
+        return f"there is no bucket {place.path.partition('/')[0]!r}. Make it, or correct storage."
+    if any(name in text for name in NO_PERMISSION):
+        return (
+            f"the credentials may not do this: {text}. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or AWS_PROFILE, or the machine's role) "
+            "to credentials that may read, write and delete there."
+        )
+    if place.local is None:
+        return f"{text}. Check the address, the network and the credentials."
+    return f"{text}. Give a folder that can be written."
+
+
+@lru_cache
+def _filesystem(scheme: str, root: str, query: str) -> pafs.FileSystem:
+    """One filesystem for all places in a bucket: each has its own connections, and opening one costs a handshake."""
+    if scheme == "s3" and "allow_delayed_open" not in query:
+        # A small file is then one request instead of the three of a multipart upload.
+        query = "&".join(filter(None, (query, "allow_delayed_open=true")))
+    return pafs.FileSystem.from_uri(f"{scheme}://{root}/{'?' if query else ''}{query}")[0]

@@ -12,7 +12,6 @@ from rich.text import Text
 
 from rafce_ray.config import Config, differences
 from rafce_ray.console import say, warn
-from rafce_ray.errors import RafceError
 from rafce_ray.run_folder import EVENTS_FILE, METRICS_FILE, PROGRESS_FILE, RunFolder
 from rafce_ray.study.progress import (
     STATES,
@@ -156,11 +155,7 @@ class SweepWatch(Watch):
 
     def _read_plan(self, name: str, folder: RunFolder) -> None:
         """Meet a trial, or read a known one's plan again, which a scheduler may have changed."""
-        try:
-            found = read_plan(folder)
-        except RafceError as error:
-            found = None
-            self._news.append((warn, str(error)))
+        found = read_plan(folder)
         if found is None or found[0].role != self._role:
             self._not_watched.add(name)
             return
@@ -204,7 +199,11 @@ class SweepWatch(Watch):
         self._news.clear()
 
     def _start_line(self, trial: TrialProgress) -> str:
-        resumed = f" goes on after epoch {len(trial.scores)}" if trial.scores and trial.name in self._before else ""
+        resumed = (
+            f" goes on after epoch {len(trial.scores)}"
+            if trial.scores and METRICS_FILE in self._before.get(trial.name, {})
+            else ""
+        )
         return f"{trial.name}{resumed}: {trial.again or described(trial.values, trial.base)}"
 
     def _end_line(self, trial: TrialProgress) -> str:

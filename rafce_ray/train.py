@@ -38,9 +38,10 @@ def launch(config: Config, *, resume: bool = False) -> dict[str, Any]:
 
     Raises:
         GateError: the data may not be trained on.
-        UsageError: the run's name is taken by a finished run, or by one with another configuration.
+        UsageError: the storage cannot be written, or the run's name is taken by a finished run, or by one with another configuration.
         RafceError: training failed; its checkpoints stay and the same call goes on from them.
     """
+    locate(config.run.storage).check_writable()
     prepared = prepare(config.data, progress=progress_bar)
     tell_findings(prepared, config)
     config = named(config)
@@ -69,7 +70,7 @@ def _write_report(folder: RunFolder, prepared: Prepared) -> None:
     try:
         write_report(folder, store=prepared.store_uri)
     except RafceError as error:
-        warn(f"the report could not be written: {error} Write it with: rafce report {folder.location.shown}")
+        warn(f"the report could not be written: {error} Write it with: rafce report {folder.location.command}")
 
 
 def build_trainer(job: Job, num_cpus: float, num_gpus: float, callbacks: Sequence[UserCallback] = ()) -> TorchTrainer:
@@ -320,7 +321,7 @@ def _main(argv: Sequence[str]) -> int:
     config = named(config)
     say(
         f"training {config.model.backbone} at {config.model.image_px} px on {config.data.root} for up to {config.optim.epochs} epochs; "
-        f"results go to {config.run.storage}/{config.run.name}"
+        f"results go to {(locate(config.run.storage) / str(config.run.name)).shown}"
     )
     result = launch(config, resume=arguments.resume)
     _summarise(result)
@@ -336,7 +337,7 @@ def _summarise(result: dict[str, Any]) -> None:
         for name in ("accuracy", "macro_f1", "au_f1_mean")
         if _is_number(metrics.get(name))
     )
-    took, run_dir = duration(result["elapsed_s"]), shlex.quote(locate(result["run_dir"]).shown)
+    took, run_dir = duration(result["elapsed_s"]), locate(result["run_dir"]).command
     if result["status"] == "diverged":
         warn(
             f"diverged after {result['epochs']} epochs: a loss was not finite. For why, and the next configuration: rafce doctor {run_dir}"
@@ -347,9 +348,9 @@ def _summarise(result: dict[str, Any]) -> None:
         f"{result['status'].replace('_', ' ')} after {result['epochs']} epochs in {took}; best epoch {result['best_epoch']} on validation: {figures}"
     )
     say(_calibrated(metrics))
-    bundle = shlex.quote(locate(result["bundle"]).shown)
+    bundle, report = locate(result["bundle"]).command, (locate(result["run_dir"]) / "report.html").command
     say(
-        f"made {bundle} and {run_dir}/report.html; next: rafce doctor {run_dir}   or: rafce evaluate --bundle {bundle}   or: rafce predict --bundle {bundle} PHOTO..."
+        f"made {bundle} and {report}; next: rafce doctor {run_dir}   or: rafce evaluate --bundle {bundle}   or: rafce predict --bundle {bundle} PHOTO..."
     )
 
 

@@ -53,7 +53,11 @@ class Progress:
 
 @dataclass(frozen=True)
 class Splits:
-    """Rows of the dataset: all that is trained on, all of validation, and the natural train images that measure the gap."""
+    """Rows of the dataset: all that is trained on, all of validation, and the natural train images that measure the gap.
+
+    The gap's images keep the labels that training sees: where ``data.evaluation_null_policy`` reads null otherwise, the gap of AU
+    figures holds that difference too.
+    """
 
     train: np.ndarray
     validation: np.ndarray
@@ -203,9 +207,12 @@ class Training:
 
 
 def open_for_training(job: Job) -> Dataset:
-    """The job's dataset; with ``data.action_unit_targets=all_zero`` no known AU of the train split is present, as the seed had it."""
+    """The job's dataset: train rows as training sees them, the others as they are measured (``data.evaluation_null_policy``).
+
+    With ``data.action_unit_targets=all_zero`` no known AU of the train split is present, as the seed had it.
+    """
     data = job.config.data
-    dataset = open_dataset(job.store, job.taxonomy, data.null_policy)
+    dataset = open_dataset(job.store, job.taxonomy, data.null_policy, data.null_policy_in_evaluation)
     if data.action_unit_targets == "labels":
         return dataset
     action_units, train = dataset.targets.action_units.copy(), dataset.indices("train")
@@ -214,7 +221,10 @@ def open_for_training(job: Job) -> Dataset:
 
 
 def describe_targets(dataset: Dataset, splits: Splits) -> dict[str, Any]:
-    """Per split, what training sees: ``num_images``, images per class, known elements and positives per action unit (by code)."""
+    """Per split, what training sees: ``num_images``, images per class, known elements and positives per action unit (by code).
+
+    Those of validation and test are what the model is measured on.
+    """
     described = {}
     rows = {"train": splits.train, "validation": splits.validation, "test": dataset.indices("test")}
     for split, indices in rows.items():

@@ -1,10 +1,23 @@
 """Shared fixtures: drawn faces and a Ray cluster, each made once a session."""
 
 import os
+import socket
+import subprocess
+import sys
 import tempfile
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+S3_ENVIRONMENT = {
+    "AWS_ACCESS_KEY_ID": "testing",
+    "AWS_SECRET_ACCESS_KEY": "testing",
+    "AWS_DEFAULT_REGION": "us-east-1",
+    # Without it, a machine that is none of Amazon's waits for the address at which theirs learn their role.
+    "AWS_EC2_METADATA_DISABLED": "true",
+}
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
@@ -45,6 +58,47 @@ def tiny_overrides(drawn_faces: Path, store_dir: Path) -> list[str]:
         "optim.gap_images=32",
         "run.use_gpu=false",
     ]
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint() -> Iterator[str]:
+    """``host:port`` of an S3 server of this session's own (moto), empty, which takes the credentials that the environment now has."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    before = {name: os.environ.get(name) for name in S3_ENVIRONMENT}
+    os.environ |= S3_ENVIRONMENT
+    # The same interpreter: the script moto_server may not be on the PATH.
+    server = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                break
+            except OSError:
+                assert server.poll() is None, "the S3 server has ended"
+                assert time.monotonic() < deadline, "the S3 server did not start within 60 s"
+                time.sleep(0.1)
+        yield f"127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        server.wait(20)
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+@pytest.fixture(scope="session")
+def s3_place(s3_endpoint: str) -> Callable[[str], str]:
+    """Names a place in a new bucket ``faces`` of the session's S3 server, or in another: ``s3_place("runs")``, ``s3_place("runs", "other")``."""
+    import boto3
+
+    boto3.client("s3", endpoint_url=f"http://{s3_endpoint}").create_bucket(Bucket="faces")
+    return lambda path, bucket="faces": f"s3://{bucket}/{path}?endpoint_override={s3_endpoint}&scheme=http"
 
 
 @pytest.fixture(scope="session")

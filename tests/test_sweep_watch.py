@@ -1,7 +1,6 @@
 """A sweep seen while it runs: what is told and when, what the table holds, what is read again and what is not."""
 
 import io
-import json
 from pathlib import Path
 
 import pytest
@@ -218,23 +217,6 @@ def test_values_that_a_scheduler_changes_are_told(study, capsys):
     watch._update()
     assert lines(capsys) == ["trial_0001 goes on with optim.lr 0.0012 (base: 0.0005)"]
     assert "lr 0.0012" in rendered(watch)
-
-
-def test_an_altered_trial_is_told_once_and_does_not_end_the_watch(study, capsys):
-    start(study, 0)
-    file = study.trials.local / "trial_0000" / "trial.json"
-    plan = json.loads(file.read_text())
-    plan["job"]["config"]["optim"]["lr"] = 0.5
-    file.write_text(json.dumps(plan))
-    watch = SweepWatch(study, "score", planned=2, clock=Clock())
-    train(start(study, 1, optim__lr=0.001), 0.4)
-    watch._update()
-    watch._update()
-    told = lines(capsys)
-    assert [line[:60] for line in told if line.startswith("warning")] == [
-        "warning: trial trial_0000 would not train what was sampled: "
-    ]
-    assert told[-1] == "trial_0001: optim.lr 0.001"  # The base's values are not known.
 
 
 def test_files_are_read_when_they_change_and_those_of_ended_trials_never_again(study, monkeypatch):

@@ -43,13 +43,17 @@ class SplitSummary:
 
 @dataclass(frozen=True)
 class Audit:
-    """The whole of what was found; ``findings`` are sorted with the gravest first."""
+    """The whole of what was found; ``findings`` are sorted with the gravest first.
+
+    Null is read by ``null_policy`` in train and by ``evaluation_null_policy`` in the other splits: so are the counts of ``splits``.
+    """
 
     root: str
     layout: str
     image_folder: str
     taxonomy: Taxonomy
     null_policy: str
+    evaluation_null_policy: str
     num_rows: int
     num_missing_images: int
     num_extra_images: int
@@ -106,6 +110,7 @@ class Audit:
             "emotions": list(self.taxonomy.emotions),
             "action_units": list(self.taxonomy.action_unit_codes),
             "null_policy": self.null_policy,
+            "evaluation_null_policy": self.evaluation_null_policy,
             "num_rows": self.num_rows,
             "num_missing_images": self.num_missing_images,
             "num_extra_images": self.num_extra_images,
@@ -130,7 +135,7 @@ def audit_labels(
     labels: Labels, taxonomy: Taxonomy, data: DataConfig, *, images: bool = False, progress: Progress | None = None
 ) -> Audit:
     """:func:`audit` of labels that were read already."""
-    targets = resolve_targets(labels.table, taxonomy, data.null_policy)
+    targets = resolve_targets(labels.table, taxonomy, data.null_policy, data.null_policy_in_evaluation)
     splits = tuple(_summarise(split, labels.table, targets, taxonomy) for split in SPLITS)
     findings = [*labels.findings, *label_findings(labels, taxonomy, targets, data)]
     if images:
@@ -141,6 +146,7 @@ def audit_labels(
         image_folder=str(labels.image_root),
         taxonomy=taxonomy,
         null_policy=data.null_policy,
+        evaluation_null_policy=data.null_policy_in_evaluation,
         num_rows=labels.table.num_rows,
         num_missing_images=labels.table["image_path"].null_count,
         num_extra_images=labels.num_extra_images,

@@ -48,9 +48,10 @@ def _classes_table(audit: Audit) -> Table:
 
 
 def _action_units_table(audit: Audit) -> Table:
-    table = Table(
-        title=f"action units: positives (share of the known; null_policy {audit.null_policy})", title_justify="left"
-    )
+    reading = f"null_policy {audit.null_policy}"
+    if audit.evaluation_null_policy != audit.null_policy:
+        reading += f", in validation and test {audit.evaluation_null_policy}"
+    table = Table(title=f"action units: positives (share of the known; {reading})", title_justify="left")
     table.add_column("AU")
     for split in audit.splits:
         table.add_column(split.split, justify="right")

@@ -69,8 +69,12 @@ class Prepared:
     handle: StoreHandle
 
 
-def open_dataset(store: Path | str, taxonomy: Taxonomy, null_policy: str) -> Dataset:
+def open_dataset(
+    store: Path | str, taxonomy: Taxonomy, null_policy: str, evaluation_null_policy: str | None = None
+) -> Dataset:
     """The dataset in a store, by path or URI, with targets for a taxonomy; the original files are not needed.
+
+    Null is read as :func:`rafce_ray.data.labels.resolve_targets` says.
 
     Raises:
         RafceError: there is no whole store at that place.
@@ -79,7 +83,7 @@ def open_dataset(store: Path | str, taxonomy: Taxonomy, null_policy: str) -> Dat
     meta = read_meta(folder)
     images = ImageArray(open_images(folder, meta), meta)
     table: pa.Table = read_arrow(folder / LABELS)
-    targets = resolve_targets(table, taxonomy, null_policy)
+    targets = resolve_targets(table, taxonomy, null_policy, evaluation_null_policy)
     return Dataset(table["name"].to_pylist(), images, targets, taxonomy, meta.fingerprint)
 
 

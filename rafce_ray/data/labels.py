@@ -107,14 +107,23 @@ def count_train_positives(labels_table: pa.Table) -> npt.NDArray[np.int64]:
     return np.bincount(numbers, minlength=_MAX_ACTION_UNIT).astype(np.int64)
 
 
-def resolve_targets(labels_table: pa.Table, taxonomy: Taxonomy, null_policy: str) -> Targets:
-    """Targets of every row, in the order of the table."""
+def resolve_targets(
+    labels_table: pa.Table, taxonomy: Taxonomy, null_policy: str, evaluation_null_policy: str | None = None
+) -> Targets:
+    """Targets of every row, in the order of the table.
+
+    ``evaluation_null_policy``: how null is read in rows that are not of the train split, as
+    ``DataConfig.null_policy_in_evaluation`` has it; None: as in those that are.
+    """
+    split, null_row = _split_targets(labels_table), _equals(labels_table["au_state"], "null")
+    in_train, evaluation = split == SPLITS.index("train"), evaluation_null_policy or null_policy
+    is_negative = null_row & np.where(in_train, null_policy == "negative", evaluation == "negative")
     return Targets(
         emotion=_emotion_targets(labels_table, taxonomy),
-        action_units=_action_unit_targets(labels_table, taxonomy, null_policy),
-        null_row=_equals(labels_table["au_state"], "null"),
+        action_units=_action_unit_targets(labels_table, taxonomy, is_negative),
+        null_row=null_row,
         votes=_vote_targets(labels_table),
-        split=_split_targets(labels_table),
+        split=split,
     )
 
 
@@ -136,11 +145,12 @@ def _emotion_targets(labels_table: pa.Table, taxonomy: Taxonomy) -> npt.NDArray[
     return targets
 
 
-def _action_unit_targets(labels_table: pa.Table, taxonomy: Taxonomy, null_policy: str) -> npt.NDArray[np.float32]:
+def _action_unit_targets(
+    labels_table: pa.Table, taxonomy: Taxonomy, is_negative: npt.NDArray[np.bool_]
+) -> npt.NDArray[np.float32]:
+    """``is_negative`` (N,): rows whose null means that no action unit is there."""
     targets = np.full((labels_table.num_rows, taxonomy.num_action_units), np.nan, np.float32)
-    targets[_equals(labels_table["au_state"], "full")] = 0
-    if null_policy == "negative":
-        targets[_equals(labels_table["au_state"], "null")] = 0
+    targets[_equals(labels_table["au_state"], "full") | is_negative] = 0
     column_of = np.full(_MAX_ACTION_UNIT, -1)
     column_of[list(taxonomy.action_units)] = np.arange(taxonomy.num_action_units)
     for name, value in (("au_negative", 0), ("au_positive", 1)):

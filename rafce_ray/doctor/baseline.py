@@ -29,6 +29,7 @@ ONLY_FOR_ACTION_UNITS = (
     "data.action_unit_targets",
     "data.min_train_positives",
     "data.null_policy",
+    "data.evaluation_null_policy",
     "model.au_attention",
     "loss.au_weight",
     "loss.au_loss",

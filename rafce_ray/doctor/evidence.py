@@ -85,7 +85,7 @@ class Evidence:
             audit=finite(audit),
             targets=targets,
             name=name,
-            place=f"{config.run.storage.rstrip('/')}/{name}",
+            place=str(locate(config.run.storage) / name),
             next_name=f"{name}-next",
         )
 

@@ -146,7 +146,7 @@ def open_stored(
     fingerprint = (provenance or {}).get("data_fingerprint")
     if store is None:
         store = _find_store(data.store_dir, fingerprint)
-    return open_dataset(store, taxonomy, data.null_policy)
+    return open_dataset(store, taxonomy, data.null_policy, data.null_policy_in_evaluation)
 
 
 def _find_store(store_dir: str, fingerprint: str | None) -> str:

@@ -55,13 +55,13 @@ def group_rungs(entries: Sequence[RungEntry], metric: str) -> list[Rung]:
     return [Rung(*place, [one for one in plain if (one.bracket, one.milestone) == place]) for place in places]
 
 
-def rung_charts(rungs: Sequence[Rung], metric: str) -> Iterator[Markup]:
+def rung_charts(rungs: Sequence[Rung]) -> Iterator[Markup]:
     """Every rung a small chart: trials in their order of arrival, with the cutoff that each one met."""
     for start in range(0, len(rungs), COLUMNS):
-        yield _row_of_rungs(rungs[start : start + COLUMNS], metric, start, rungs)
+        yield _row_of_rungs(rungs[start : start + COLUMNS], start, rungs)
 
 
-def _row_of_rungs(rungs: Sequence[Rung], metric: str, start: int, all_rungs: Sequence[Rung]) -> Markup:
+def _row_of_rungs(rungs: Sequence[Rung], start: int, all_rungs: Sequence[Rung]) -> Markup:
     many_brackets = len({rung.bracket for rung in all_rungs}) > 1
 
     def draw(panels: Sequence[Axes]) -> None:
@@ -69,7 +69,6 @@ def _row_of_rungs(rungs: Sequence[Rung], metric: str, start: int, all_rungs: Seq
             _draw_rung(panel, rung)
             bracket = f", bracket {rung.bracket}" if many_brackets else ""
             panel.set(title=f"Epoch {rung.milestone:g}{bracket}", xlabel="order of arrival")
-        panels[0].set_ylabel(metric)
 
     told = "; ".join(
         f"epoch {rung.milestone:g}: {len(rung.entries)} trials, {len(rung.stopped)} stopped, last cutoff {number(rung.cutoff)}"
@@ -124,7 +123,7 @@ def learning_curves(field: Field) -> Markup | None:
             epochs, values = _curve(one.trial)
             every = max(1, len(epochs) // 9)
             panel.plot(epochs, values, markersize=5, markevery=(0, every), zorder=3, **one.line)
-        panel.set(xlabel="epoch", ylabel=f"{field.metric} on validation")
+        panel.set(xlabel="epoch", title=f"{field.metric} on validation")
         panel.xaxis.set_major_locator(MaxNLocator(10, integer=True))
 
     label = f"Line chart of {field.metric} by epoch for {len(drawn)} trials. " + " ".join(
@@ -170,7 +169,7 @@ def pareto_chart(field: Field, front: Sequence[Trial]) -> Markup | None:
                     trial.name.removeprefix("trial_"), point, (5, 5), textcoords="offset points", fontsize=SMALL_PX
                 )
         panel.margins(0.08)
-        panel.set(xlabel=f"emotions: {EMOTION}", ylabel=f"action units: {ACTION_UNIT}")
+        panel.set(xlabel=f"emotions: {EMOTION}", title=f"action units: {ACTION_UNIT}")
 
     names = ", ".join(trial.name for trial in front)
     label = f"Scatter chart of {ACTION_UNIT} against {EMOTION} for {len(drawn)} trials. On the front: {names}."

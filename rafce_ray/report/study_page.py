@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
@@ -16,6 +15,7 @@ from rafce_ray.report import study_tables as tables
 from rafce_ray.report.page import _count, _num, _patch, _pct
 from rafce_ray.report.study_cost import cost, unit
 from rafce_ray.report.study_curves import (
+    Rung,
     both_figures,
     group_rungs,
     learning_curves,
@@ -53,6 +53,46 @@ def write_study_report(study: StudyFolder, metric: str) -> Location:
 
 def render_study(data: StudyData) -> str:
     """The whole page. Its one script sorts the table of trials; nothing is fetched from anywhere."""
+    said = [] if data.verdict is None else sentences(data.verdict)
+    of = unit((*data.trials, *data.finalists))
+    rungs = group_rungs(data.rungs, data.metric)
+    front = _front(data)
+    template = _environment().get_template("study.html.j2")
+    page = template.render(
+        data=data,
+        name=data.settings.get("name", data.study.location.name),
+        lead=said[:2] or [_provisional(data)],
+        said=said[2:],
+        chips=list(_chips(data)),
+        tiles=list(_tiles(data)),
+        alerts=list(_alerts(data)),
+        commands=list(_commands(data)),
+        changes=tables.change_rows(data),
+        finalists=tables.finalists_table(data),
+        unjudged=tables.unjudged_finalists(data),
+        test={"said": [] if data.on_test is None else data.on_test.sentences(), "rows": tables.test_rows(data)},
+        figures=[(name, tables.FIGURES[name]) for name in tables.shown_figures(data)],
+        rows=tables.trial_rows(data),
+        state=tables.state,
+        charts=_charts(data, rungs, front),
+        importance=parameter_importance(data.trials, data.metric, data.values),
+        rungs=rungs,
+        front=front,
+        both_figures=both_figures,
+        unit=of,
+        costs=list(tables.cost_rows(data, of)),
+        sweep_cost=cost(data.trials, of),
+        findings=[(one, _patch(one.diagnosis.patch)) for one in data.findings],
+        provenance=list(tables.provenance_rows(data)),
+        undefined=UNDEFINED,
+        better="higher" if direction(data.metric) > 0 else "lower",
+        version=__version__,
+        made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    )
+    return str(page)
+
+
+def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("rafce_ray.report", "templates"),
         autoescape=True,
@@ -69,49 +109,17 @@ def render_study(data: StudyData) -> str:
         "named": _named,
         "roughly": roughly,
     }
-    said = [] if data.verdict is None else sentences(data.verdict)
-    of = unit((*data.trials, *data.finalists))
-    rungs = group_rungs(data.rungs, data.metric)
-    front = _front(data)
-    page = environment.get_template("study.html.j2").render(
-        data=data,
-        name=data.settings.get("name", data.study.location.name),
-        lead=said[:2] or [_provisional(data)],
-        said=said[2:],
-        chips=list(_chips(data)),
-        tiles=list(_tiles(data)),
-        alerts=list(_alerts(data)),
-        commands=list(_commands(data)),
-        changes=tables.change_rows(data),
-        finalists=tables.finalists_table(data),
-        unjudged=tables.unjudged_finalists(data),
-        test={"said": [] if data.on_test is None else data.on_test.sentences(), "rows": tables.test_rows(data)},
-        figures=[(name, tables.FIGURES[name]) for name in tables.shown_figures(data)],
-        rows=tables.trial_rows(data),
-        state=tables.state,
-        charts={
-            "parallel": parallel_coordinates(data.field),
-            "values": list(score_by_value(data.field)),
-            "rungs": list(rung_charts(rungs, data.metric)),
-            "curves": learning_curves(data.field),
-            "pareto": pareto_chart(data.field, front),
-        },
-        importance=parameter_importance(data.trials, data.metric, data.values),
-        rungs=rungs,
-        front=front,
-        both_figures=both_figures,
-        unit=of,
-        costs=list(tables.cost_rows(data, of)),
-        sweep_cost=cost(data.trials, of),
-        findings=[(one, _patch(one.diagnosis.patch)) for one in data.findings],
-        provenance=list(tables.provenance_rows(data)),
-        limits={"trials": SHOWN_TRIALS},
-        undefined=UNDEFINED,
-        better="higher" if direction(data.metric) > 0 else "lower",
-        version=__version__,
-        made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-    )
-    return str(page)
+    return environment
+
+
+def _charts(data: StudyData, rungs: Sequence[Rung], front: Sequence[Trial]) -> dict[str, Any]:
+    return {
+        "parallel": parallel_coordinates(data.field),
+        "values": list(score_by_value(data.field)),
+        "rungs": list(rung_charts(rungs)),
+        "curves": learning_curves(data.field),
+        "pareto": pareto_chart(data.field, front),
+    }
 
 
 def _named(names: Sequence[str]) -> str:
@@ -150,11 +158,12 @@ def _tiles(data: StudyData) -> Iterator[dict[str, Any]]:
     """The few numbers that are read first."""
     verdict, winner = data.verdict, data.winner
     if verdict is not None and (won := verdict.finalist(verdict.winner)) is not None:
+        bounds = interval([won.low, won.high], 3)
         yield {
             "label": f"{data.metric} of {verdict.winner}",
             "value": _num(won.mean),
-            "notes": [f"95\u00a0% interval: {interval([won.low, won.high], 3)}", f"in the sweep: {number(won.sweep_score)}"],
-        }  # fmt: skip
+            "notes": [f"95\u00a0% interval: {bounds}", f"in the sweep: {number(won.sweep_score)}"],
+        }
         if verdict.winner != verdict.base:
             luck = "more than luck" if verdict.gain.is_real else "no more than luck would explain"
             bounds = interval([verdict.gain.low, verdict.gain.high], 3)
@@ -173,11 +182,12 @@ def _tiles(data: StudyData) -> Iterator[dict[str, Any]]:
         }
     if data.trials:
         spent = cost(data.trials, unit(data.trials))
+        share = percent(spent.epochs / spent.max_epochs, 0)
         yield {
             "label": "Epochs trained",
             "value": Markup("{:,}").format(spent.epochs),
-            "notes": [f"of {spent.max_epochs:,} that these trials could have had ({percent(spent.epochs / spent.max_epochs, 0)})"],
-        }  # fmt: skip
+            "notes": [f"of {spent.max_epochs:,} that these trials could have had ({share})"],
+        }
         counts = Counter(trial.status for trial in data.trials)
         order = [*(one for one in STATES if counts[one]), *(one for one in counts if one not in STATES)]
         yield {
@@ -208,17 +218,20 @@ def _alerts(data: StudyData) -> Iterator[tuple[str, str]]:
 
 def _commands(data: StudyData) -> Iterator[tuple[str, str]]:
     """What to do next, each with its command."""
-    here, shown = data.study.location, shlex.quote(data.study.location.shown)
+    here = data.study.location
     if (here / "best").exists():
-        yield "The winner's bundle on photographs:", f"rafce predict --bundle {shown}/best PHOTO.jpg"
+        yield "The winner's bundle on photographs:", f"rafce predict --bundle {(here / 'best').command} PHOTO.jpg"
     if (here / "best.yaml").exists():
-        yield "The winner's configuration, trained again or on more data:", f"rafce train --config {shown}/best.yaml"
+        yield (
+            "The winner's configuration, trained again or on more data:",
+            f"rafce train --config {(here / 'best.yaml').command}",
+        )
     if data.verdict is None:
-        yield "The study goes on from where it is:", f"rafce tune --config {shown}/study.yaml"
+        yield "The study goes on from where it is:", f"rafce tune --config {(here / 'study.yaml').command}"
     elif data.winner is not None:
         run = data.verdict.finalist(data.winner.name)
         name = next(iter(run.runs.values()), data.winner.name) if run is not None else data.winner.name
-        yield "All about one of the winner's runs:", f"rafce report {shown}/trials/{name}"
+        yield "All about one of the winner's runs:", f"rafce report {data.study.trial(name).location.command}"
 
 
 def _front(data: StudyData) -> list[Trial]:

@@ -180,7 +180,6 @@ def _row_of_values(field: Field, axes: Sequence[ValueAxis], start: int, max_pane
     def draw(panels: Sequence[Axes]) -> None:
         for panel, axis in zip(panels, axes, strict=True):
             _scatter(panel, axis, field)
-        panels[0].set_ylabel(field.metric)
         for one in field.emphasised if start == 0 else ():
             panels[0].plot([], [], **one.points)
 

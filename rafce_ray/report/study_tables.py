@@ -93,15 +93,11 @@ def finalists_table(data: StudyData) -> dict[str, Any] | None:
     low, high = (min(numbers), max(numbers)) if numbers else (0.0, 1.0)
     width = (high - low) or 1.0
 
-    def place(value: float) -> float | None:
-        return (value - low) / width if math.isfinite(value) else None
+    def places(one: Finalist) -> list[float | None]:
+        return [(value - low) / width if math.isfinite(value) else None for value in (one.mean, one.low, one.high)]
 
-    return {
-        "seeds": seeds,
-        "low": low,
-        "high": high,
-        "rows": [_finalist_row(data, one, seeds) | {"at": [place(one.mean), place(one.low), place(one.high)]} for one in shown],
-    }  # fmt: skip
+    rows = [_finalist_row(data, one, seeds) | {"at": places(one)} for one in shown]
+    return {"seeds": seeds, "low": low, "high": high, "rows": rows}
 
 
 def _finalist_row(data: StudyData, one: Finalist, seeds: Sequence[int]) -> dict[str, Any]:

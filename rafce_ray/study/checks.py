@@ -20,12 +20,14 @@ CHECKED_PROPOSALS = 500
 """Draws of a random search that are built before it starts."""
 
 _SAME_FACES = "every trial must be measured on the same faces"
+_SAME_LABELS = "every trial must be measured by the same labels"
 
 NOT_SEARCHED = {
     "data.root": f"{_SAME_FACES}; set base.data.root",
     "data.images": f"{_SAME_FACES}; set base.data.images",
     "data.layout": f"{_SAME_FACES}; set base.data.layout",
     "data.store_dir": "it changes no figure; set base.data.store_dir",
+    "data.evaluation_null_policy": f"{_SAME_LABELS}; set base.data.evaluation_null_policy",
     "data.emotions": "scores over different classes cannot be compared; set base.data.emotions",
     "optim.epochs": "trials are compared epoch by epoch; set base.optim.epochs",
     "optim.monitor": "the study's metric chooses the best epoch; set metric",
@@ -64,6 +66,9 @@ CHANGEABLE = (
 
 EMOTION_METRICS = ("macro_f1", "macro_f1_supported", "accuracy", "uar", "component_accuracy", "emotion_loss")
 AU_METRICS = ("au_f1_mean", "au_loss")
+
+CHOOSES_ACTION_UNITS = ("data.action_units", "data.min_train_positives")
+"""Keys that decide which action units a trial tells, and so which ones a metric that takes AUs in is taken over."""
 
 
 def parse_space(plain: Any) -> tuple[dict[str, Domain], list[str]]:
@@ -199,6 +204,7 @@ def study_faults(study: StudyConfig) -> list[str]:
     """What in a study does not go together."""
     return [
         *_metric_faults(study),
+        *_vocabulary_faults(study),
         *_search_faults(study),
         *_scheduler_faults(study),
         *_resource_faults(study),
@@ -216,6 +222,17 @@ def _metric_faults(study: StudyConfig) -> Iterator[str]:
     ):
         if missing and study.metric in metrics:
             yield f"metric: {study.metric} is undefined with base.data.{task}=none. Choose another metric, or train {task}"
+
+
+def _vocabulary_faults(study: StudyConfig) -> Iterator[str]:
+    if study.metric in EMOTION_METRICS:
+        return
+    for key in CHOOSES_ACTION_UNITS:
+        if key in study.space:
+            yield (
+                f"space.{key}: cannot be searched by metric {study.metric}: scores over different action units cannot be compared. "
+                f"Set base.{key}, or a metric of emotions alone ({', '.join(EMOTION_METRICS)})"
+            )
 
 
 def _search_faults(study: StudyConfig) -> Iterator[str]:
@@ -267,12 +284,15 @@ def _pbt_faults(study: StudyConfig, epochs: int) -> Iterator[str]:
 
 def _resource_faults(study: StudyConfig) -> Iterator[str]:
     gpus, workers = study.resources.gpus_per_worker, study.resources.workers
-    if gpus is None or gpus == int(gpus):
+    if gpus is None:
         return
-    if gpus > 1:
+    if gpus > 1 and gpus != int(gpus):
         yield f"resources.gpus_per_worker: found {gpus}; expected a fraction below 1, or a whole number"
-    elif workers > 1:
-        yield f"resources.gpus_per_worker: found {gpus} with resources.workers={workers}; several workers need whole GPUs. Set one of them to 1"
+    elif workers > 1 and gpus != 1:
+        yield (
+            f"resources.gpus_per_worker: found {gpus:g} with resources.workers={workers}; several workers take a whole GPU each. "
+            "Set it to 1, or base.run.use_gpu=false to train on CPUs"
+        )
 
 
 def combination_faults(study: StudyConfig) -> list[str]:

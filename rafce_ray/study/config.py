@@ -159,8 +159,16 @@ class StudyConfig(_Study):
         return -1.0 if self.metric in MINIMISED_METRICS else 1.0
 
     def base_config(self) -> Config:
-        """What trial 0 trains: recipe, sections, and what the study says of metric and workers. It has no ``run.name``."""
-        return build_config(merge(recipe_values(self.base.recipe), self._own_sections()))
+        """What trial 0 trains: recipe, sections, and what the study says of metric and workers. It has no ``run.name``.
+
+        Where ``data.null_policy`` is searched, ``data.evaluation_null_policy`` is never ``same`` but what that means in the base.
+        """
+        config = build_config(merge(recipe_values(self.base.recipe), self._own_sections()))
+        if "data.null_policy" not in self.space:
+            return config
+        # Or trials would be measured by other labels, and their scores could not be compared.
+        reading = {"evaluation_null_policy": config.data.null_policy_in_evaluation}
+        return config.model_copy(update={"data": config.data.model_copy(update=reading)})
 
     def config_of(self, values: Mapping[str, Any]) -> Config:
         """The base with sampled values, by dotted key; ConfigError where they cannot be used."""
@@ -216,7 +224,7 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
     Raises:
         ConfigError: anything in it cannot be used; every fault is listed, unknown keys with the nearest known one.
     """
-    values = read_yaml(Path(path))
+    values = read_yaml(path)
     ordinary = []
     for override in overrides:
         target, mark, text = override.partition("=")

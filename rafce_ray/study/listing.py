@@ -197,9 +197,9 @@ def _say_what_is_shown(
     if not rows:
         return
     folder = study.location / TRIALS
-    commands = [f"rafce doctor {(folder / rows[0]['trial']).shown}"]
+    commands = [f"rafce doctor {(folder / rows[0]['trial']).command}"]
     whole = [row for row in rows if row["status"] in ("finished", "stopped_early")]
-    commands += [f"rafce replay {(folder / row['trial']).shown}" for row in whole[:1]]
+    commands += [f"rafce replay {(folder / row['trial']).command}" for row in whole[:1]]
     say(f"Next: {'; '.join(commands)}")
 
 

@@ -72,8 +72,10 @@ def _what_is_there(study: StudyFolder) -> str:
         return "nothing is there. Name a folder that rafce tune or rafce ablate made."
     if RunFolder(study.place).exists():
         if location.parent.name == TRIALS:
-            return f"it is a trial. List its study: rafce trials {location.parent.parent.shown}"
-        return f"it is a run. See rafce doctor {location.shown}, or name a folder that rafce tune or rafce ablate made."
+            return f"it is a trial. List its study: rafce trials {location.parent.parent.command}"
+        return (
+            f"it is a run. See rafce doctor {location.command}, or name a folder that rafce tune or rafce ablate made."
+        )
     if not location.is_dir():
         return "it is a file. Name the study's folder."
     inside = [info.base_name for info in location.list() if (location / info.base_name / "study.json").exists()]

@@ -30,10 +30,11 @@ class RungEntry:
 
 def read_rungs(study: StudyFolder) -> list[RungEntry]:
     """All decisions so far; none where nothing was decided."""
-    file = study.location / RUNGS_FILE
-    if not file.exists():
+    try:
+        content = (study.location / RUNGS_FILE).read_bytes()
+    except FileNotFoundError:
         return []
-    return [RungEntry(**json.loads(line)) for line in file.read_bytes().decode().splitlines()]
+    return [RungEntry(**json.loads(line)) for line in content.decode().splitlines()]
 
 
 def write_rungs(study: StudyFolder, entries: Sequence[RungEntry]) -> None:

@@ -54,19 +54,13 @@ class TrialPlan:
 
 
 def read_plan(folder: RunFolder) -> tuple[TrialPlan, Job] | None:
-    """A trial's plan and job; None where the folder has none (a run of its own, or an ablation's).
-
-    Raises:
-        RafceError: the configuration in the folder is not the one that was sampled.
-    """
-    file = folder.location / TRIAL_FILE
-    if not file.exists():
+    """A trial's plan and job; None where the folder has none (a run of its own)."""
+    try:
+        record = dict(json.loads((folder.location / TRIAL_FILE).read_bytes()))
+    except FileNotFoundError:
         return None
-    record = dict(json.loads(file.read_bytes()))
     job = Job.from_plain(record.pop("job"))
-    plan = TrialPlan(**record)
-    check_sampled(plan, job)
-    return plan, job
+    return TrialPlan(**record), job
 
 
 def check_sampled(plan: TrialPlan, job: Job) -> None:
@@ -78,7 +72,8 @@ def check_sampled(plan: TrialPlan, job: Job) -> None:
         listed = "; ".join(f"{key} {sampled!r} sampled, {there!r} there" for key, (sampled, there) in wrong.items())
         raise RafceError(
             f"trial {plan.name} would not train what was sampled: its configuration's hash is {found}, expected {plan.config_hash}"
-            f"{f' ({listed})' if listed else ''}. Its {TRIAL_FILE} was altered; delete the trial's folder, and the same command makes it anew."
+            f"{f' ({listed})' if listed else ''}. Its {TRIAL_FILE} was altered, or written by another version of rafce_ray; "
+            "delete the trial's folder, and the same command makes it anew."
         )
 
 
@@ -211,13 +206,16 @@ def conclude(folder: RunFolder, metric: str, status: str, reason: str) -> None:
 
 
 def prune_to_best(checkpoints: Location, best_epoch: int) -> str | None:
-    """Delete all checkpoints but the best epoch's; its name, None where there is none of that epoch."""
+    """Delete all checkpoints but the best epoch's; its name. None, and nothing deleted, where there is none of that epoch."""
     found, _ = list_checkpoints(checkpoints)
     kept = [one for one in found if one.epoch == best_epoch and one.step == 0]
+    if not kept:
+        # Its epoch was recorded but not saved, as on a full disk: a trial that is tried again goes on from the others.
+        return None
     for one in found:
         if one not in kept:
             one.location.delete()
-    return kept[0].name if kept else None
+    return kept[0].name
 
 
 def is_finite(value: float | None) -> bool:

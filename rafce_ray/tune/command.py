@@ -8,7 +8,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from rafce_ray.data.dataset import prepare
 from rafce_ray.errors import UsageError
 from rafce_ray.storage import locate
 from rafce_ray.study.config import StudyConfig, load_study, to_yaml
-from rafce_ray.study.proposals import planned_trials
+from rafce_ray.study.proposals import planned_trials, propose
 from rafce_ray.study.trials import Trial, read_trials
 from rafce_ray.study_folder import StudyFolder
 from rafce_ray.train import ray_cluster, tell_findings
@@ -35,12 +35,16 @@ def tune(study: StudyConfig, *, dry_run: bool = False, retry_failed: bool = Fals
     """Run what is missing of a study, judge it, and return its results; None after a dry run.
 
     Raises:
-        UsageError: the folder holds another study, or a trial can never run on this cluster or fit its disk.
+        UsageError: the folder cannot be written or holds another study, or a trial can never run on this cluster or fit its disk.
         GateError: the data may not be trained on.
         KeyboardInterrupt: after Ctrl-C; the same call goes on.
         RafceError: no trial gave a score.
     """
     folder = StudyFolder(str(locate(study.storage) / study.name))
+    if not dry_run:
+        locate(study.storage).check_writable()
+    # A searcher that is not installed is told before the data are read.
+    propose(study, 1)
     readings = Readings(partial(prepare, progress=progress_bar))
     prepared = readings.prepare_all(study)
     tell_findings(prepared, study.base_config())
@@ -104,8 +108,8 @@ def sweep(study: StudyConfig, folder: StudyFolder, shares: Shares, readings: Rea
     scheduler = build_scheduler(study, Course(folder, study.metric, config.optim.epochs, control))
     supply = Sweep(study, folder, shares, readings, scheduler)
     total, spent = planned_trials(study), read_elapsed(folder)
-    if supply.num_ended >= total:
-        say(f"all {total} trials have ended in an earlier start")
+    if not supply.has_more():
+        say(f"all {supply.num_ended} trials have ended in an earlier start")
         supply.write_table()
         return
     if supply.num_ended or supply.num_left:
@@ -146,15 +150,19 @@ def elapsed(folder: StudyFolder, spent: float, budget_s: float | None, control: 
     """Keep account of the sweep's time over its starts, and end it when its budget is spent."""
     start, done = time.monotonic(), threading.Event()
 
-    def write() -> float:
-        total = spent + time.monotonic() - start
-        (folder.location / ELAPSED_FILE).write_bytes(to_json({"sweep_s": round(total, 1)}).encode())
-        return total
+    def total() -> float:
+        return spent + time.monotonic() - start
+
+    def write() -> None:
+        (folder.location / ELAPSED_FILE).write_bytes(to_json({"sweep_s": round(total(), 1)}).encode())
 
     def keep_account() -> None:
         while not done.wait(5.0 if budget_s is None else min(5.0, max(0.1, budget_s / 100))):
-            if write() >= (budget_s or float("inf")) and control.stop is None:
+            if budget_s is not None and total() >= budget_s and control.stop is None:
                 control.stop = "time budget"
+            # A store that cannot be reached for a while must not end the account: the next write makes it good.
+            with suppress(OSError):
+                write()
 
     thread = threading.Thread(target=keep_account, name="elapsed", daemon=True)
     thread.start()
@@ -250,7 +258,7 @@ def _main(argv: list[str]) -> int:
         warn(f"scheduler.type={study.scheduler.type} does not read {', '.join(f'scheduler.{key}' for key in unused)}.")
     result = tune(study, dry_run=arguments.dry_run, retry_failed=arguments.retry_failed)
     if result is None:
-        say("dry run: nothing was trained and nothing written; without --dry-run the study starts")
+        say("dry run: nothing was trained; without --dry-run the study starts")
         return 0
     if arguments.json:
         print_json(result)

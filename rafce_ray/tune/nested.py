@@ -8,6 +8,7 @@ import ray
 from ray.tune.integration.ray_train import TuneReportCallback
 from ray.util.placement_group import PlacementGroup, PlacementGroupID, remove_placement_group
 
+from rafce_ray.errors import RafceError
 from rafce_ray.run_folder import RunFolder
 from rafce_ray.study.trials import conclude
 from rafce_ray.study_folder import StudyFolder
@@ -15,17 +16,18 @@ from rafce_ray.train import build_trainer
 from rafce_ray.worker import read_trial_job
 
 
-def nested_trial(plain: dict[str, Any], study: str) -> dict[str, Any]:
+def nested_trial(plain: dict[str, Any], study: str, metric: str) -> dict[str, Any]:
     """Ray Tune's function for a trial of several workers; returns how it ended, as :func:`rafce_ray.worker.trial_worker` does."""
-    job = read_trial_job(plain, StudyFolder(study))
-    resources = ray.cluster_resources()
-    trainer = build_trainer(
-        job, float(resources.get("CPU", 0)), float(resources.get("GPU", 0)), callbacks=[TuneReportCallback()]
-    )
-    outcome = trainer.fit().return_value
-    if outcome is None or "error" in outcome:
-        message = "training ended without a result" if outcome is None else str(outcome["error"])
-        conclude(RunFolder(job.run_dir), job.config.optim.monitor, "failed", message)
+    folder = StudyFolder(study)
+    try:
+        job = read_trial_job(plain, folder)
+        resources = ray.cluster_resources()
+        cpus, gpus = float(resources.get("CPU", 0)), float(resources.get("GPU", 0))
+        outcome = build_trainer(job, cpus, gpus, callbacks=[TuneReportCallback()]).fit().return_value
+        if outcome is None or "error" in outcome:
+            raise RafceError("training ended without a result" if outcome is None else str(outcome["error"]))
+    except RafceError as error:
+        conclude(folder.trial(str(plain["trial"])), metric, "failed", str(error))
         return {"status": "failed"}
     return {"status": outcome["status"]}
 

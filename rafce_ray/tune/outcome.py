@@ -14,6 +14,7 @@ from rafce_ray.console import progress_bar, say, to_json, warn
 from rafce_ray.errors import RafceError
 from rafce_ray.report.study_page import write_study_report
 from rafce_ray.run_folder import RunFolder
+from rafce_ray.study.adoption import SCHEDULE_FILE
 from rafce_ray.study.config import StudyConfig
 from rafce_ray.study.finalists import best_run, judge, judge_sweep
 from rafce_ray.study.on_test import measure_on_test
@@ -32,11 +33,11 @@ def conclude_study(study: StudyConfig, folder: StudyFolder, finalists: Sequence[
     failed = [one.name for one in trials if one.status in ("failed", "diverged")]
     if failed:
         warn(
-            f"{len(failed)} of {len(trials)} trials failed or diverged: {', '.join(failed)} (rafce trials {folder.location.shown})"
+            f"{len(failed)} of {len(trials)} trials failed or diverged: {', '.join(failed)} (rafce trials {folder.location.command})"
         )
     if not any(one.score is not None for one in trials):
         raise RafceError(
-            f"no trial of {folder.location} has a {study.metric}: nothing can be judged. Look at why: rafce trials {folder.location.shown}"
+            f"no trial of {folder.location} has a {study.metric}: nothing can be judged. Look at why: rafce trials {folder.location.command}"
         )
     verdict = (
         judge(folder, study.metric, [one.name for one in finalists], base=base_name(trials))
@@ -49,11 +50,18 @@ def conclude_study(study: StudyConfig, folder: StudyFolder, finalists: Sequence[
     report = write_study_report(folder, study.metric)
     for line in [*sentences(verdict), *([] if on_test is None else on_test.sentences())]:
         say(line)
-    place, root = shlex.quote(folder.location.shown), shlex.quote(str(study.base_config().data.root))
+    if any((folder.trial(one.name).location / SCHEDULE_FILE).exists() for one in finalists):
+        say(
+            "the finalists of this population were trained from scratch with its last values, not along its schedules (schedule.jsonl)"
+        )
+    place, root = folder.location, shlex.quote(str(study.base_config().data.root))
+    best, curves = (place / "best").command, f"tensorboard --logdir {(place / 'ray').command}"
+    if place.local is None:
+        curves = f"copy {(place / 'ray').command} to a disk for TensorBoard"
     say(
-        f"made {place}: best/ (bundle), best.yaml, {report.name}, trials.jsonl; curves: tensorboard --logdir {place}/ray\n"
-        f"next: rafce train --config {place}/best.yaml   or: rafce evaluate --bundle {place}/best data.root={root}   "
-        f"or: rafce predict --bundle {place}/best PHOTO...   or: rafce trials {place}"
+        f"made {place.command}: best/ (bundle), best.yaml, {report.name}, trials.jsonl; curves: {curves}\n"
+        f"next: rafce train --config {(place / 'best.yaml').command}   or: rafce evaluate --bundle {best} data.root={root}   "
+        f"or: rafce predict --bundle {best} PHOTO...   or: rafce trials {place.command}"
     )
     return {
         "study": str(folder.location),
@@ -74,9 +82,22 @@ def write_best(study: StudyConfig, folder: StudyFolder, verdict: Verdict) -> Non
     run = best_run(folder, verdict)
     plain = folder.trial(verdict.winner).config().model_dump(mode="json")
     plain["run"] |= {"name": None, "storage": study.storage}
-    head = f"# The winner of study {study.name}: {verdict.winner}.\n#   rafce train --config {folder.location.shown}/best.yaml\n"
+    head = f"# The winner of study {study.name}: {verdict.winner}.\n#   rafce train --config {(folder.location / 'best.yaml').command}\n"
+    head += schedule_remark(folder.trial(verdict.winner), run)
     (folder.location / "best.yaml").write_bytes((head + to_yaml(build_config(plain))).encode())
     replace_bundle(folder, run)
+
+
+def schedule_remark(winner: RunFolder, run: RunFolder) -> str:
+    """In ``best.yaml``: that a population's winner was not trained with its last values alone; empty where they never changed.
+
+    ``run``: whose bundle is the study's.
+    """
+    schedule = winner.location / SCHEDULE_FILE
+    if not schedule.exists():
+        return ""
+    trained = "along that schedule" if run.location.name == winner.location.name else "with these values from scratch"
+    return f"# These are its last values; they changed in mid-training, as {schedule.shown} tells. best/ was trained {trained}.\n"
 
 
 def replace_bundle(folder: StudyFolder, run: RunFolder) -> None:

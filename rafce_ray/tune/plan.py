@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import shutil
+from contextlib import suppress
+from itertools import product
 from typing import Any
 
 import torch
 
-from rafce_ray.config import Config
+from rafce_ray.config import Config, ConfigError
 from rafce_ray.console import say
 from rafce_ray.errors import UsageError
 from rafce_ray.model import build_architecture, build_model
@@ -24,6 +27,12 @@ OPTIMIZER_COPIES = {"adamw": 2, "adam": 2, "sgd": 1}
 FLOAT_BYTES = 4
 LIVE_CHECKPOINTS = 3
 """Checkpoints of a trial that runs: the best, the latest two."""
+
+OFFERED_CHECKPOINTS = 4
+"""In a population, of each trial: two offers at a time with the newest and the best checkpoint each."""
+
+SIZING = ("model.backbone", "model.au_attention", "optim.optimizer", "optim.ema_decay")
+"""Keys on which the size of a checkpoint depends by more than a few values."""
 
 SHOWN_TRIALS = 8
 
@@ -53,6 +62,11 @@ def tell_plan(study: StudyConfig, folder: StudyFolder, shares: Shares, taxonomy:
             f"epochs: at most {epochs}; ASHA compares trials after epochs {', '.join(f'{one:g}' for one in rungs)} and lets about the best "
             f"1/{scheduler.reduction_factor:g} of each rung go on{retrained}"
         )
+    elif scheduler.type == "pbt":
+        say(
+            f"epochs: {epochs}; after every {scheduler.perturbation_interval} the worst trials take over the best ones' weights and go on with "
+            f"changed values; the base gives and never takes{retrained}"
+        )
     else:
         say(f"epochs: at most {epochs}{retrained}")
     tell_disk(study, folder.location, shares, taxonomy)
@@ -60,24 +74,23 @@ def tell_plan(study: StudyConfig, folder: StudyFolder, shares: Shares, taxonomy:
 
 def asha_rungs(grace_period: int, reduction_factor: float, epochs: int) -> list[float]:
     """Epochs at which ASHA compares trials; none at the last, where nothing is left to save."""
-    rungs: list[float] = []
-    rung = float(grace_period)
-    while rung <= max(grace_period, epochs - 1):
-        rungs.append(rung)
-        rung *= reduction_factor
-    return rungs
+    last = max(grace_period, epochs - 1)
+    # Ray's count, its rounding included: of 1, 3, ..., 243 it leaves the last out.
+    rungs = int(math.log(last / grace_period) / math.log(reduction_factor) + 1)
+    return [float(grace_period * reduction_factor**place) for place in range(rungs)]
 
 
 def tell_disk(study: StudyConfig, place: Location, shares: Shares, taxonomy: Taxonomy) -> None:
     """Say what the study will need on disk at most; UsageError where a local disk has less."""
-    bundle, checkpoint = model_bytes(study.base_config(), taxonomy)
+    bundle, checkpoint = largest_model_bytes(study, taxonomy)
     kept = study.keep + 1
     finals = (study.finalists.k + 1) * study.finalists.seeds if study.finalists.k else 0
-    needed = (
-        shares.at_once * LIVE_CHECKPOINTS * checkpoint + kept * (bundle + checkpoint) + finals * bundle + 2 * bundle
-    )
+    pbt = study.scheduler.type == "pbt"
+    running = planned_trials(study) if pbt else shares.at_once
+    checkpoints = LIVE_CHECKPOINTS + (OFFERED_CHECKPOINTS if pbt else 0)
+    needed = running * checkpoints * checkpoint + kept * (bundle + checkpoint) + finals * bundle + 2 * bundle
     line = (
-        f"disk: at most about {shown_bytes(needed)}: {shares.at_once} running x {LIVE_CHECKPOINTS} checkpoints of {shown_bytes(checkpoint)}, "
+        f"disk: at most about {shown_bytes(needed)}: {running} running x {checkpoints} checkpoints of {shown_bytes(checkpoint)}, "
         f"the best {study.keep} trials and the base, {finals} finalists' bundles of {shown_bytes(bundle)}"
     )
     local = place.local
@@ -92,6 +105,18 @@ def tell_disk(study: StudyConfig, place: Location, shares: Shares, taxonomy: Tax
             f"the study needs about {shown_bytes(needed)} in {local}, which has {shown_bytes(free)} free. Lower keep or "
             "resources.concurrent, or set storage to a larger disk."
         )
+
+
+def largest_model_bytes(study: StudyConfig, taxonomy: Taxonomy) -> tuple[int, int]:
+    """Bytes of a bundle and of a checkpoint of the largest model that the study may train."""
+    searched = {key: study.space[key].ends() for key in SIZING if key in study.space}
+    sizes = [model_bytes(study.base_config(), taxonomy)]
+    for combination in product(*searched.values()) if searched else ():
+        # What does not go together is not trained.
+        with suppress(ConfigError):
+            sizes.append(model_bytes(study.config_of(dict(zip(searched, combination, strict=True))), taxonomy))
+    bundles, checkpoints = zip(*sizes, strict=True)
+    return max(bundles), max(checkpoints)
 
 
 def model_bytes(config: Config, taxonomy: Taxonomy) -> tuple[int, int]:

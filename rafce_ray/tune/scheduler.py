@@ -195,6 +195,10 @@ class Median(Concluding, MedianStoppingRule):  # type: ignore[misc]
         """Compare the trial with what the others had on average up to this epoch."""
         if score is None:
             return None
+        known = self._results[Named(name)]
+        while known and known[-1]["epoch"] >= epoch:
+            # Killed before its checkpoint was written, a trial does its last epoch again.
+            known.pop()
         action = MedianStoppingRule.on_trial_result(self, None, Named(name), {"epoch": epoch, "best_score": score})
         return f"below the median of the other trials at epoch {epoch}" if action == TrialScheduler.STOP else None
 
@@ -203,10 +207,14 @@ class Median(Concluding, MedianStoppingRule):  # type: ignore[misc]
 
     def take_over(self, name: str, records: Sequence[dict[str, Any]]) -> None:
         """Its epochs count in the medians of the others."""
-        known = [record for record in records if record.get("best_score") is not None]
-        self._results[Named(name)].extend(
-            {"epoch": record["epoch"], "best_score": record["best_score"]} for record in known
-        )
+        known = [
+            {"epoch": record["epoch"], "best_score": record["best_score"]}
+            for record in records
+            if record.get("best_score") is not None
+        ]
+        if known:
+            # Ray fails on a trial without results.
+            self._results[Named(name)] = known
 
 
 def build_scheduler(study: StudyConfig, course: Course) -> Concluding:
@@ -222,4 +230,9 @@ def build_scheduler(study: StudyConfig, course: Course) -> Concluding:
         )
     if settings.type == "median":
         return Median(course, grace_period=settings.grace_period)
+    if settings.type == "pbt":
+        # It is built on this module.
+        from rafce_ray.tune.population import Population
+
+        return Population(study, course)
     return Unscheduled(course)

@@ -54,15 +54,19 @@ def share_out(
     false a whole one, or a fraction where more one-worker trials at a time than GPUs are asked for.
 
     Raises:
-        UsageError: one trial, or ``concurrent`` of them, can never run on this cluster.
+        UsageError: one trial, or ``concurrent`` of them, can never run on this cluster, or ``run.use_gpu`` contradicts ``gpus_per_worker``.
     """
     workers, cpus = run.num_workers, float(run.cpus_per_worker or 1)
     total = Node(sum(node.cpus for node in nodes), sum(node.gpus for node in nodes))
-    use_gpu = run.use_gpu if run.use_gpu is not None else total.gpus > 0
-    gpus = 0.0
-    if use_gpu:
+    if gpus_per_worker is not None and run.use_gpu not in (None, gpus_per_worker > 0):
+        raise UsageError(
+            f"base.run.use_gpu={str(run.use_gpu).lower()} and resources.gpus_per_worker={gpus_per_worker:g} contradict each other. "
+            "Leave one of them out."
+        )
+    gpus = gpus_per_worker or 0.0
+    if gpus_per_worker is None and (run.use_gpu if run.use_gpu is not None else total.gpus > 0):
         crowded = workers == 1 and concurrent is not None and concurrent > total.gpus > 0
-        gpus = gpus_per_worker or (1 / math.ceil(concurrent / total.gpus) if crowded and concurrent else 1.0)
+        gpus = 1 / math.ceil(concurrent / total.gpus) if crowded and concurrent else 1.0
     slots = sum(_slots(node, cpus, gpus) for node in nodes)
     fitting = slots // workers
     wanted = f"{workers} worker(s) x {cpus:g} CPU" + (f" + {gpus:g} GPU" if gpus else "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import count
 from typing import Any
 
 from rafce_ray.config import Config, ConfigError, build_config, config_hash, flatten
@@ -39,7 +40,11 @@ class Sweep:
         self._known = {trial.name: trial for trial in read_trials(folder, study.metric) if trial.plan.role == "sweep"}
         self._pruned: set[str] = set()
         self._left = [trial.plan for trial in self._known.values() if not self._has_ended(trial, scheduler)]
-        self._next_number = max((trial.plan.number for trial in self._known.values()), default=-1) + 1
+        taken = {trial.plan.number for trial in self._known.values()}
+        # A trial whose folder was deleted is made anew.
+        self._numbers = (number for number in count() if number not in taken)
+        # The start before may have been killed before it could.
+        self._bound_disk()
 
     @property
     def num_left(self) -> int:
@@ -51,16 +56,22 @@ class Sweep:
         """Trials that ended in earlier starts."""
         return len(self._known) - len(self._left)
 
+    def has_more(self) -> bool:
+        """Whether a trial is still to run."""
+        plan = self.next()
+        if plan is not None:
+            self._left.insert(0, plan)
+        return plan is not None
+
     def next(self) -> TrialPlan | None:
         """The next trial, its folder ready; None where the study has no more."""
         if self._left:
             return self._left.pop(0)
         while True:
-            number = self._next_number
+            number = next(self._numbers)
             values = propose(self._study, number, self._history())
             if values is None:
                 return None
-            self._next_number += 1
             try:
                 return self._start(number, self._study.config_of(values), values)
             except ConfigError as error:
@@ -89,7 +100,9 @@ class Sweep:
         reason = scheduler.catch_up(trial.name, records)
         if reason is None:
             return False
-        conclude(self._folder.trial(trial.name), self._study.metric, STOPPED, reason)
+        folder = self._folder.trial(trial.name)
+        conclude(folder, self._study.metric, STOPPED, reason)
+        self._known[trial.name] = read_trial(folder, self._study.metric) or trial
         return True
 
     def _start(self, number: int, config: Config, values: dict[str, Any]) -> TrialPlan:
@@ -109,11 +122,11 @@ class Sweep:
         """Of ended trials, the best ``keep`` and the base keep their best checkpoint and bundle; the others keep their figures."""
         ended = [one for one in self._known.values() if one.status in ENDED and one.status != "failed"]
         ranked = best_first(ended, self._study.metric)
-        for place, one in enumerate(ranked):
+        kept = [one.name for place, one in enumerate(ranked) if place < self._study.keep or one.plan.number == 0]
+        for one in ended:
             folder = self._folder.trial(one.name)
-            if place < self._study.keep or one.plan.number == 0:
-                if one.best_epoch is not None:
-                    prune_to_best(folder.checkpoints, one.best_epoch)
+            if one.name in kept and one.best_epoch is not None:
+                prune_to_best(folder.checkpoints, one.best_epoch)
             elif one.name not in self._pruned:
                 self._pruned.add(one.name)
                 folder.checkpoints.delete()

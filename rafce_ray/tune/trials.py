@@ -21,12 +21,15 @@ from rafce_ray.session import Job
 from rafce_ray.study.trials import TrialPlan, conclude
 from rafce_ray.study_folder import StudyFolder
 from rafce_ray.tune.nested import free_workers, nested_trial
+from rafce_ray.tune.population import Population, drop_all_offers
 from rafce_ray.tune.scheduler import Concluding, Control, Course, Unscheduled
 from rafce_ray.tune.shares import Node, Shares, share_out
 from rafce_ray.watch import StudyWatch
 from rafce_ray.worker import trial_worker
 
 START_TIMEOUT_S = 120.0
+BEGUN_LOOK_S = 2.0
+"""Seconds between looks at whether a trial has begun."""
 
 
 class Supply(Protocol):
@@ -121,11 +124,20 @@ def run_on_tune(supply: Supply, scheduler: Concluding, settings: Settings) -> No
     shares, study, control = settings.shares, scheduler.course.study, scheduler.course.control
     storage = study.location / "ray"
     function = trial_worker if shares.workers == 1 else nested_trial
+    limit = shares.at_once if settings.limit or shares.workers > 1 else None
+    population = scheduler if isinstance(scheduler, Population) else None
+    if population is not None:
+        # Ray's population takes no searcher: all its trials are there from the start.
+        plans = list(iter(supply.next, None))
+        population.gather(plans, shares.at_once, ahead=0 if limit else 1)
     tuner = tune.Tuner(
-        tune.with_resources(tune.with_parameters(function, study=study.place), shares.reserved),
+        tune.with_resources(
+            tune.with_parameters(function, study=study.place, metric=scheduler.course.metric), shares.reserved
+        ),
+        param_space=None if population is None else population.param_space,
         tune_config=tune.TuneConfig(
-            num_samples=-1,
-            search_alg=HandedOut(supply, control, shares.at_once if settings.limit or shares.workers > 1 else None),
+            num_samples=-1 if population is None else 1,
+            search_alg=HandedOut(supply, control, limit) if population is None else None,
             scheduler=scheduler,
             # A fresh process costs seconds (imports, first model), a used one a fifth of a second.
             reuse_actors=shares.workers == 1,
@@ -137,11 +149,19 @@ def run_on_tune(supply: Supply, scheduler: Concluding, settings: Settings) -> No
             storage_path=storage.path,
             storage_filesystem=None if storage.local is not None else storage.filesystem,
             failure_config=tune.FailureConfig(max_failures=settings.max_failures),
-            callbacks=[Witness(scheduler.course, settings), *settings.callbacks],
+            callbacks=[
+                Witness(scheduler.course, settings),
+                *([] if population is None else [Ends(supply)]),
+                *settings.callbacks,
+            ],
             verbose=0,
         ),
     )
-    tuner.fit()
+    try:
+        tuner.fit()
+    finally:
+        if population is not None:
+            drop_all_offers(storage)
 
 
 class HandedOut(Searcher):  # type: ignore[misc]
@@ -183,6 +203,21 @@ class HandedOut(Searcher):  # type: ignore[misc]
         """Nothing to restore: a new start reads the study's folder."""
 
 
+class Ends(tune.Callback):  # type: ignore[misc]
+    """Tells the supply which trials have ended, where no searcher does."""
+
+    def __init__(self, supply: Supply) -> None:
+        self._supply = supply
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        """A trial has ended or was stopped."""
+        self._supply.ended(str(trial.config["trial"]))
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        """A trial has failed for good."""
+        self._supply.ended(str(trial.config["trial"]))
+
+
 class Witness(tune.Callback):  # type: ignore[misc]
     """Writes down trials that fail, frees what stopped trials held, and names trials that do not start."""
 
@@ -190,6 +225,8 @@ class Witness(tune.Callback):  # type: ignore[misc]
         self._study, self._metric, self._settings = course.study, course.metric, settings
         self._waiting_since: dict[str, float] = {}
         self._named: set[str] = set()
+        self._begun: set[str] = set()
+        self._next_look: dict[str, float] = {}
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         """A trial has failed for good."""
@@ -227,7 +264,13 @@ class Witness(tune.Callback):  # type: ignore[misc]
                 warn(self._why(name, now - since, pending=waits))
 
     def _has_begun(self, name: str) -> bool:
-        return name in self._named or self._study.trial(name).stamp("targets.json")[0] is not None
+        now = time.monotonic()
+        if name not in self._begun and now >= self._next_look.get(name, 0.0):
+            # Not at every step of Ray's: on object storage each look is a request.
+            self._next_look[name] = now + min(BEGUN_LOOK_S, self._settings.start_timeout_s / 4)
+            if self._study.trial(name).stamp("targets.json")[0] is not None:
+                self._begun.add(name)
+        return name in self._begun
 
     def _why(self, name: str, waited_s: float, *, pending: bool) -> str:
         free, total = ray.available_resources(), ray.cluster_resources()
@@ -265,7 +308,7 @@ def one_line(error: BaseException | None) -> str:
     if error is None:
         return "the trial's process ended without a word"
     inner = error
-    while (cause := getattr(inner, "cause", None) or inner.__cause__) is not None and isinstance(cause, BaseException):
+    while isinstance(cause := getattr(inner, "cause", None) or inner.__cause__, BaseException):
         inner = cause
     lines = [line.strip() for line in str(inner).strip().splitlines() if line.strip()]
     name = "" if isinstance(inner, RafceError) else f"{type(inner).__name__}: "

@@ -96,7 +96,9 @@ def test_a_large_finite_space_is_counted_no_further_than_needed():
 
 def test_values_are_what_a_run_holds():
     study = study_of(
-        {"data.action_units": {"choice": [["AU12", 6], "auto"]}, "loss.au_weight": {"grid": [1, 2]}}, search="grid"
+        {"data.action_units": {"choice": [["AU12", 6], "auto"]}, "loss.au_weight": {"grid": [1, 2]}},
+        search="grid",
+        metric="macro_f1",
     )
     for values in all_proposals(study, planned_trials(study)):
         held = flatten(study.config_of(values))

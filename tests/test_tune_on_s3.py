@@ -1,0 +1,234 @@
+"""Studies on object storage: what a run and a study leave behind there, and a study whose driver was killed goes on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.parse
+import urllib.request
+from pathlib import Path
+
+import boto3
+import pytest
+import torch
+import yaml
+
+from rafce_ray.bundle import load_bundle
+from rafce_ray.checkpoint import best_valid, list_checkpoints, newest_valid, prune, read_trainer_state, save_checkpoint
+from rafce_ray.config import load_config
+from rafce_ray.errors import UsageError
+from rafce_ray.run_folder import RunFolder
+from rafce_ray.storage import locate
+from rafce_ray.study.rungs import RungEntry, read_rungs, write_rungs
+from rafce_ray.study_folder import StudyFolder
+from rafce_ray.train import main as train
+from rafce_ray.tune.command import main as tune
+
+pytestmark = pytest.mark.ray
+
+
+def test_a_place_is_written_listed_copied_and_removed_as_on_a_disk(s3_place, tmp_path):
+    place = locate(s3_place("places"))
+    assert (place.exists(), place.list(), place.name, place.parent.path) == (False, [], "places", "faces")
+    assert place.parent.parent == place.parent, "a bucket has no parent"
+    place.delete()
+    (place / "a name" / "50 %.txt").write_bytes(b"1")
+    assert locate(str(place / "a name" / "50 %.txt")).read_bytes() == b"1", "a URI leads to the place that it is of"
+    (tmp_path / "local" / "inner").mkdir(parents=True)
+    (tmp_path / "local" / "inner" / "b").write_bytes(b"2")
+    (place / "copy").upload(tmp_path / "local")
+    (place / "copy").download(tmp_path / "back")
+    assert (tmp_path / "back" / "inner" / "b").read_bytes() == b"2"
+    assert [info.base_name for info in place.list()] == ["a name", "copy"]
+    (place / "copy").delete()
+    assert not (place / "copy").exists()
+    assert place.command == f"'{s3_place('places')}'"
+
+
+def test_a_small_file_costs_one_request_and_a_bucket_has_one_filesystem(s3_place):
+    place = locate(s3_place("delayed"))
+    # Without it pyarrow writes each file as a multipart upload: three requests.
+    assert place.filesystem.__reduce__()[1][0]["allow_delayed_open"]
+    assert locate(s3_place("other")).filesystem is place.filesystem
+
+
+def test_a_run_folder_reads_what_it_wrote(s3_place):
+    folder = RunFolder(s3_place("runs/one"))
+    assert (folder.exists(), folder.result(), folder.metrics(), folder.events()) == (False, None, [], [])
+    config = load_config(overrides=["optim.epochs=2"])
+    folder.start(config, {"seed": 0}, {"images": 3})
+    folder.write_metrics([{"epoch": 1}, {"epoch": 2}])
+    for number in range(3):
+        folder.add_event("warning", message=f"event {number}")
+    folder.write_result({"status": "finished"})
+    there = RunFolder(str(folder.location))
+    assert (there.exists(), there.config(), there.audit()) == (True, config, {"images": 3})
+    assert [record["epoch"] for record in there.metrics()] == [1, 2]
+    assert [event["message"] for event in there.events()] == ["event 0", "event 1", "event 2"]
+    assert there.result() == {"status": "finished"}
+    there.reopen()
+    assert there.result() is None
+
+
+def test_checkpoints_hold_step_back_and_are_pruned(s3_place):
+    folder = RunFolder(s3_place("runs/checkpoints")).checkpoints
+
+    def save_bundle(path: Path) -> None:
+        path.mkdir()
+        (path / "weights").write_bytes(b"w" * 10_000)
+
+    for epoch, score in ((1, 0.5), (2, 0.3), (3, 0.4)):
+        state = {"epoch": torch.tensor(epoch)}
+        save_checkpoint(folder, epoch=epoch, step=0, score=score, state=state, save_bundle=save_bundle)
+    newest, invalid = newest_valid(folder)
+    assert (newest.epoch, invalid) == (3, [])
+    assert int(read_trainer_state(newest)["epoch"]) == 3
+    (newest.location / "bundle" / "weights").write_bytes(b"w" * 9_999)
+    newest, invalid = newest_valid(folder)
+    assert newest.epoch == 2
+    assert "weights was altered" in invalid[0].reason
+    assert best_valid(folder)[0].epoch == 1
+    prune(folder, keep_best=1, keep_latest=1)
+    assert [one.epoch for one in list_checkpoints(folder)[0]] == [1, 3]
+
+
+def test_a_study_is_claimed_and_its_rungs_outlive_their_writer(s3_place):
+    study = StudyFolder(s3_place("studies/rungs"))
+    assert read_rungs(study) == []
+    study.claim({"kind": "tune", "seed": 0, "may_grow": {}})
+    with pytest.raises(UsageError, match="seed: 0 there, 1 here"):
+        StudyFolder(study.place).claim({"kind": "tune", "seed": 1, "may_grow": {}})
+    entries = [
+        RungEntry("trial_0000", 0, 1.0, 1, 0.25, None, "continue"),
+        RungEntry("trial_0001", 0, 1.0, 1, 0.125, 0.25, "stop"),
+    ]
+    write_rungs(study, entries)
+    assert read_rungs(StudyFolder(study.place)) == entries
+    study.trial("trial_0000").start(load_config(), {}, {})
+    assert study.trial_names() == ["trial_0000"]
+    assert study.trial("trial_0000").location.parent.parent.name == "rungs"
+
+
+def test_a_storage_that_cannot_be_used_is_said_before_anything_is_read_or_trained(s3_place, tmp_path, capsys):
+    study = tmp_path / "study.yaml"
+    study.write_text(yaml.safe_dump(STUDY | {"base": {"data": {"root": str(tmp_path / "none")}}}))
+    missing = s3_place("runs", "missing")
+    for command in (
+        lambda: tune(["--config", str(study), f"storage={missing}"]),
+        lambda: train([f"data.root={tmp_path / 'none'}", f"run.storage={missing}"]),
+    ):
+        assert command() == 2
+        told = capsys.readouterr().err.splitlines()
+        assert told[1:] == [
+            f"error: {missing} cannot be used as storage: there is no bucket 'missing'. Make it, or correct storage."
+        ]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="Give a folder that can be written"):
+        locate(tmp_path / "file" / "runs").check_writable()
+
+
+def test_credentials_that_are_wrong_or_may_only_read_are_said(s3_endpoint, s3_place):
+    identities = boto3.client("iam", endpoint_url=f"http://{s3_endpoint}")
+    identities.create_user(UserName="reader")
+    read = {"Effect": "Allow", "Action": ["s3:Get*", "s3:List*"], "Resource": "*"}
+    policy = json.dumps({"Version": "2012-10-17", "Statement": [read]})
+    identities.put_user_policy(UserName="reader", PolicyName="read", PolicyDocument=policy)
+    key = identities.create_access_key(UserName="reader")["AccessKey"]
+    secret = urllib.parse.quote(key["SecretAccessKey"], safe="")
+    check_credentials_after(s3_endpoint, "0")
+    try:
+        for user, name in (
+            ("nobody:secret", "INVALID_ACCESS_KEY_ID"),
+            (f"{key['AccessKeyId']}:secret", "SIGNATURE_DOES_NOT_MATCH"),
+            (f"{key['AccessKeyId']}:{secret}", "ACCESS_DENIED"),
+        ):
+            place = locate(s3_place("runs").replace("s3://", f"s3://{user}@"))
+            with pytest.raises(UsageError, match=f"may not do this.*{name}.*PutObject.*Set AWS_ACCESS_KEY_ID"):
+                place.check_writable()
+    finally:
+        check_credentials_after(s3_endpoint, "inf")
+
+
+def check_credentials_after(endpoint: str, requests: str) -> None:
+    """Let the server check who asks, after so many more requests."""
+    headers = {"Content-Type": "text/plain"}
+    url = f"http://{endpoint}/moto-api/reset-auth"
+    urllib.request.urlopen(urllib.request.Request(url, requests.encode(), headers, method="POST")).close()
+
+
+STUDY = {
+    "name": "tiny",
+    "space": {"optim.lr": {"choice": [0.0005, 0.001, 0.002]}},
+    "search": "random",
+    "num_trials": 3,
+    "metric": "score",
+    "scheduler": {"type": "asha", "grace_period": 1, "reduction_factor": 3},
+    "finalists": {"k": 1, "seeds": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def killed_and_resumed(tiny_overrides, s3_place, tmp_path_factory):
+    """A study on S3 whose driver was killed after its first trial, and then run again."""
+    file = tmp_path_factory.mktemp("study") / "study.yaml"
+    file.write_text(yaml.safe_dump(STUDY))
+    storage = s3_place("runs")
+    base = [f"base.{text}" for text in tiny_overrides if not text.startswith("run.")]
+    command = [sys.executable, "-m", "rafce_ray.tune", "--config", str(file), *base, f"storage={storage}", "--json"]
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    environment |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+    study = StudyFolder(str(locate(storage) / "tiny"))
+    driver = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    while not finished(study):
+        assert driver.poll() is None, "the study ended before it could be killed"
+        assert time.monotonic() < deadline, "no trial ended within 300 s"
+        time.sleep(0.1)
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    # The killed driver's trials live on until Ray notices that it is gone.
+    time.sleep(10)
+    before = {name: (written, study.trial(name).metrics()) for name, written in finished(study).items()}
+    rungs = read_rungs(study)
+    again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
+    return study, before, rungs, again
+
+
+def finished(study: StudyFolder) -> dict[str, int]:
+    """When the result of each finished trial was written, ns."""
+    stamps = {name: study.trial(name).stamp("result.json") for name in study.trial_names()}
+    return {name: written for name, (size, written) in stamps.items() if size is not None}
+
+
+def test_a_killed_study_goes_on_and_runs_no_finished_trial_again(killed_and_resumed):
+    study, before, rungs, again = killed_and_resumed
+    assert again.returncode == 0, again.stderr
+    assert "Traceback" not in again.stderr
+    after = finished(study)
+    assert before
+    assert {name: (after[name], study.trial(name).metrics()) for name in before} == before
+    assert {"trial_0000", "trial_0001", "trial_0002", "final_0000_seed1"} <= set(after)
+    for name in after:
+        epochs = [record["epoch"] for record in study.trial(name).metrics()]
+        assert epochs == list(range(1, len(epochs) + 1)), "no epoch is missing, none is there twice"
+        assert study.trial(name).result()["status"] != "failed"
+    assert read_rungs(study)[: len(rungs)] == rungs, "decisions of the first start stand"
+
+
+def test_the_study_leaves_its_results_in_the_bucket(killed_and_resumed):
+    study, _, _, again = killed_and_resumed
+    told = json.loads(again.stdout.splitlines()[-1])
+    bundle = load_bundle(told["bundle"])
+    assert bundle.taxonomy.num_emotions == 14
+    assert told["bundle"] == str(study.location / "best")
+    here = study.location
+    assert b"</html>" in (here / "report.html").read_bytes()
+    assert {"study.json", "study.yaml", "trials.jsonl", "rungs.jsonl", "finalists.json", "best.yaml", "test.json"} <= {
+        info.base_name for info in here.list()
+    }
+    rows = [json.loads(line) for line in (here / "trials.jsonl").read_bytes().decode().splitlines()]
+    assert [row["trial"] for row in rows] == ["trial_0000", "trial_0001", "trial_0002"]
+    assert any(info.base_name.startswith("events.out.tfevents") for info in (here / "ray").list(recursive=True))
+    assert f"rafce evaluate --bundle '{told['bundle']}'" in again.stderr
