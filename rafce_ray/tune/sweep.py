@@ -40,9 +40,7 @@ class Sweep:
         self._known = {trial.name: trial for trial in read_trials(folder, study.metric) if trial.plan.role == "sweep"}
         self._pruned: set[str] = set()
         self._left = [trial.plan for trial in self._known.values() if not self._has_ended(trial, scheduler)]
-        taken = {trial.plan.number for trial in self._known.values()}
-        # A trial whose folder was deleted is made anew.
-        self._numbers = (number for number in count() if number not in taken)
+        self._left_out: set[int] = set()
         # The start before may have been killed before it could.
         self._bound_disk()
 
@@ -68,13 +66,16 @@ class Sweep:
         if self._left:
             return self._left.pop(0)
         while True:
-            number = next(self._numbers)
+            taken = {trial.plan.number for trial in self._known.values()} | self._left_out
+            # The first free one: a trial whose folder was deleted is made anew.
+            number = next(number for number in count() if number not in taken)
             values = propose(self._study, number, self._history())
             if values is None:
                 return None
             try:
                 return self._start(number, self._study.config_of(values), values)
             except ConfigError as error:
+                self._left_out.add(number)
                 warn(f"trial {number} is left out, its values do not go together: {error}")
 
     def ended(self, name: str) -> None:

@@ -368,7 +368,7 @@ def test_conditions_that_cannot_hold_are_refused(space, part):
         # First rungs of brackets 0, 1, 2, 3: 3, 9, 27, 81.
         ({"scheduler": {"brackets": 4}}, "bracket 3 has its first rung at epoch 81"),
         ({"finalists": {"k": -1}}, "finalists.k: found -1"),
-        ({"resources": {"workers": 2, "gpus_per_worker": 0.5}}, "several workers need whole GPUs"),
+        ({"resources": {"workers": 2, "gpus_per_worker": 0.5}}, "several workers take a whole GPU each"),
         ({"resources": {"gpus_per_worker": 1.5}}, "expected a fraction below 1, or a whole number"),
         (
             {"base": {"data": {"emotions": "none"}}, "metric": "macro_f1"},
@@ -393,7 +393,7 @@ def test_each_fault_says_what_was_expected(others, part):
 def test_what_is_allowed_at_the_edge():
     assert build_study(plain(scheduler={"reduction_factor": 1.5, "brackets": 3, "grace_period": 1}))
     assert build_study(plain(resources={"gpus_per_worker": 0.25}))
-    assert build_study(plain(resources={"workers": 2, "gpus_per_worker": 2}))
+    assert build_study(plain(resources={"workers": 2, "gpus_per_worker": 1}))
     assert build_study(plain(finalists={"k": 0}))
     assert build_study(searched("optim.lr", {"grid": [1e-4]}, search="grid", num_trials=None)).num_trials is None
     assert build_study(plain(metric="loss", mode="min")).direction == -1.0

@@ -194,7 +194,7 @@ def test_a_dry_run_writes_nothing(dry, tmp_path, capsys):
     said = " ".join(captured.err.split())
     assert captured.out == ""
     assert "3 at a time, each 1 worker(s) with 1 CPU" in said
-    assert said.endswith("dry run: nothing was trained and nothing written; without --dry-run the study starts")
+    assert said.endswith("dry run: nothing was trained; without --dry-run the study starts")
     # Where a study has begun, it is left as it is, and another one is refused.
     study = StudyFolder(str(tmp_path / "runs" / "s"))
     study.claim({"kind": "tune", "base": {}, "may_grow": {}})

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ray import cloudpickle
 
 from rafce_ray.checkpoint import list_checkpoints, save_checkpoint
 from rafce_ray.config import CARRIED_OUT_BY, config_hash, flatten
@@ -125,6 +126,14 @@ def test_a_fresh_study_hands_out_the_base_and_then_what_is_proposed(bench):
         assert folder.provenance()["config_hash"] == plan.config_hash
         assert folder.provenance()["data_fingerprint"] == bench.prepared.fingerprint
         assert folder.audit()["splits"]
+
+
+def test_a_sweep_can_be_pickled_as_ray_tune_does_with_its_searcher(bench):
+    sweep = bench.start()
+    first = sweep.next()
+    copy = cloudpickle.loads(cloudpickle.dumps(sweep))
+    assert first.name == "trial_0000"
+    assert copy.next().number == 1
 
 
 def test_an_adaptive_search_is_told_what_earlier_trials_scored(drawn_faces, store_dir, prepared, tmp_path):
