@@ -73,8 +73,10 @@ def _write_report(folder: RunFolder, prepared: Prepared) -> None:
         warn(f"the report could not be written: {error} Write it with: rafce report {folder.location.command}")
 
 
-def build_trainer(job: Job, num_cpus: float, num_gpus: float, callbacks: Sequence[UserCallback] = ()) -> TorchTrainer:
-    """Ray Train's trainer of a job on a cluster of so many CPUs and GPUs."""
+def build_trainer(
+    job: Job, num_cpus: float, num_gpus: float, *, max_failures: int, callbacks: Sequence[UserCallback] = ()
+) -> TorchTrainer:
+    """Ray Train's trainer of a job on a cluster of so many CPUs and GPUs; ``max_failures``: starts of its workers again."""
     # Ray reads its environment when it is imported: ray_cluster has set it by now.
     from ray.train import FailureConfig, LoggingConfig, RunConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -92,7 +94,7 @@ def build_trainer(job: Job, num_cpus: float, num_gpus: float, callbacks: Sequenc
             name=str(run.name),
             storage_path=storage.path,
             storage_filesystem=None if storage.local is not None else storage.filesystem,
-            failure_config=FailureConfig(max_failures=run.max_failures),
+            failure_config=FailureConfig(max_failures=max_failures),
             logging_config=LoggingConfig(log_level="ERROR"),
             callbacks=list(callbacks),
         ),
@@ -103,7 +105,7 @@ def _fit(job: Job, num_cpus: float, num_gpus: float) -> dict[str, Any] | None:
     from ray.train import TrainingFailedError
 
     run, folder = job.config.run, RunFolder(job.run_dir)
-    trainer = build_trainer(job, num_cpus, num_gpus)
+    trainer = build_trainer(job, num_cpus, num_gpus, max_failures=run.max_failures)
     with (
         RunWatch(folder, job.config),
         interruptible(f"the same command goes on from the newest checkpoint in {folder.checkpoints}"),

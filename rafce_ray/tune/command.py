@@ -108,12 +108,13 @@ def sweep(study: StudyConfig, folder: StudyFolder, shares: Shares, readings: Rea
     scheduler = build_scheduler(study, Course(folder, study.metric, config.optim.epochs, control))
     supply = Sweep(study, folder, shares, readings, scheduler)
     total, spent = planned_trials(study), read_elapsed(folder)
+    ended, left = supply.num_ended, supply.num_left
     if not supply.has_more():
-        say(f"all {supply.num_ended} trials have ended in an earlier start")
+        say(f"all {ended} trials have ended in an earlier start")
         supply.write_table()
         return
-    if supply.num_ended or supply.num_left:
-        say(f"going on: {supply.num_ended} trials have ended, {supply.num_left} go on from their newest checkpoint")
+    if ended or left:
+        say(f"going on: {ended} trials have ended, {left} go on from their newest checkpoint")
     if study.time_budget_s is not None and spent >= study.time_budget_s:
         say(
             f"the time budget of {study.time_budget_s:.0f} s is spent: no trial is started. Raise time_budget_s to go on."

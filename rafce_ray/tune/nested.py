@@ -23,7 +23,9 @@ def nested_trial(plain: dict[str, Any], study: str, metric: str) -> dict[str, An
         job = read_trial_job(plain, folder)
         resources = ray.cluster_resources()
         cpus, gpus = float(resources.get("CPU", 0)), float(resources.get("GPU", 0))
-        outcome = build_trainer(job, cpus, gpus, callbacks=[TuneReportCallback()]).fit().return_value
+        # Tune starts a failed trial again, not the trainer: it must end when its workers are taken away (free_workers).
+        trainer = build_trainer(job, cpus, gpus, max_failures=0, callbacks=[TuneReportCallback()])
+        outcome = trainer.fit().return_value
         if outcome is None or "error" in outcome:
             raise RafceError("training ended without a result" if outcome is None else str(outcome["error"]))
     except RafceError as error:
@@ -35,8 +37,9 @@ def nested_trial(plain: dict[str, Any], study: str, metric: str) -> dict[str, An
 def free_workers(folder: RunFolder) -> None:
     """Give back what the workers of a trial that has ended still hold.
 
-    When Tune stops a trial, its trainer's controller dies with it and cannot free its placement groups; Ray's own cleaner does so some
-    seconds later, and not at all where it cannot reach the cluster's state. Workers write down their placement group for this.
+    When Tune stops a trial, its trainer's controller trains on or dies with it, and frees nothing; Ray's own cleaner does so some seconds
+    after its death, and not at all where it cannot reach the cluster's state (no dashboard, several clusters on a machine). So rank 0
+    writes its placement group down, and its removal ends the workers, and with them a controller that still lives.
     """
     placed = {str(event["placement_group"]) for event in folder.events() if event["event"] == "placed"}
     if not placed:
