@@ -2,6 +2,7 @@
 
 Each side is a real study by the command itself, one trial at a time, several studies of each, interleaved; figures come from the
 trials' own events. ``in process``: one worker, inside the Tune trial, processes reused. ``nested``: two workers through Ray Train.
+``freed``: seconds from the scheduler's stop until all CPUs of the cluster are free again.
 Memory is what each of two trials that run at a time adds (USS: pages of its own; the decoded images are shared pages).
 Run: python benchmarks/tune.py [--runs 3] [--trials 6] [--out benchmarks/results/tune.json]
 """
@@ -23,8 +24,13 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from rafce_ray.config import config_hash, load_config
+from rafce_ray.data.dataset import prepare
 from rafce_ray.data.synthetic import synthesize
+from rafce_ray.session import Job
+from rafce_ray.study.trials import TrialPlan
 from rafce_ray.study_folder import StudyFolder
+from rafce_ray.train import ray_cluster
 
 NUM_FACES = 160
 GOAL_S = 0.5
@@ -40,7 +46,10 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=3, help="studies of each side")
     parser.add_argument("--trials", type=int, default=6, help="trials of each study")
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
+    parser.add_argument("--stop", nargs=3, metavar=("FOLDER", "NAME", "WORKERS"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.stop:
+        return stop_one(Path(arguments.stop[0]), arguments.stop[1], int(arguments.stop[2]))
     folder = Path(tempfile.mkdtemp(prefix="tune-benchmark-"))
     synthesize(folder / "faces", NUM_FACES)
     found: dict[str, list[dict]] = {side: [] for side in SIDES}
@@ -48,6 +57,10 @@ def main() -> int:
         for side, resources in SIDES.items():
             found[side].append(measure(folder, f"{side.replace(' ', '-')}-{number}", resources, arguments.trials))
     figures = {side: summarise(runs) for side, runs in found.items()}
+    for side in ("in process", "nested"):
+        freed = [measure_stop(folder, number, SIDES[side]["workers"]) for number in range(arguments.runs)]
+        figures[side]["freed_s"] = round(statistics.median(freed), 2)
+        figures[side]["freed_worst_s"] = round(max(freed), 2)
     show(figures)
     if arguments.out:
         arguments.out.write_text(json.dumps(figures, indent=1) + "\n")
@@ -102,6 +115,65 @@ def measure(folder: Path, name: str, resources: dict[str, int], num_trials: int)
     }
 
 
+def measure_stop(folder: Path, number: int, workers: int) -> float:
+    """Seconds from the stop of a trial after its second epoch until the cluster's CPUs are free, in a process of its own."""
+    name = f"stop-{workers}-{number}"
+    command = [sys.executable, __file__, "--stop", str(folder), name, str(workers)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return float(done.stdout.split()[-1])
+
+
+def stop_one(folder: Path, name: str, workers: int) -> int:
+    config = load_config(
+        overrides=[
+            f"data.root={folder / 'faces'}",
+            f"data.store_dir={folder / 'stores'}",
+            "model.backbone=mobilenet_v3_small",
+            "model.image_px=32",
+            "optim.epochs=200",
+            f"run.num_workers={workers}",
+            "run.cpus_per_worker=1",
+            f"run.name={name}",
+            f"run.storage={folder / 'stops' / name / 'trials'}",
+        ]
+    )
+    study, prepared = StudyFolder(str(folder / "stops" / name)), prepare(config.data)
+    job = Job(config, prepared.store_uri, prepared.taxonomy, study.trial(name).place, {})
+    plan = TrialPlan(name, 0, "sweep", {}, config_hash(config), float(workers), 0.0)
+    plan.write(study, job)
+    study.trial(name).start(config, {}, {})
+    with ray_cluster(config, nested=workers > 1) as (num_cpus, _):
+        import ray
+
+        from rafce_ray.tune.scheduler import Control, Course, Unscheduled
+        from rafce_ray.tune.shares import share_out
+        from rafce_ray.tune.trials import Listed, Settings, cluster_nodes, run_on_tune
+
+        class StopsAfterTwo(Unscheduled):
+            stopped_at = 0.0
+
+            def judge(self, name: str, epoch: int, score: float | None) -> str | None:
+                if epoch < 2:
+                    return None
+                StopsAfterTwo.stopped_at = time.monotonic()
+                return "two epochs are enough"
+
+        shares = share_out(config.run, cluster_nodes(), concurrent=1, gpus_per_worker=None)
+        scheduler, freed = StopsAfterTwo(Course(study, "macro_f1", 200, Control())), []
+
+        def watch() -> None:
+            while not StopsAfterTwo.stopped_at or ray.available_resources().get("CPU", 0) < num_cpus:
+                time.sleep(0.05)
+            freed.append(time.monotonic() - StopsAfterTwo.stopped_at)
+
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
+        run_on_tune(Listed([plan]), scheduler, Settings(shares, max_failures=0, limit=1))
+        watcher.join(timeout=60)
+    print(freed[0] if freed else "inf")
+    return 0
+
+
 def span(study: StudyFolder, trial: str) -> tuple[float, float]:
     """When a trial was about to take its first step, and when its end was written down."""
     times = {event["event"]: event["time"] for event in study.trial(trial).events()}
@@ -135,12 +207,10 @@ def summarise(runs: list[dict]) -> dict[str, float | int]:
 
 
 def show(figures: dict[str, dict[str, float | int]]) -> None:
-    table = Table("", "first trial, s", "following, s (median)", "worst, s", "MB a process", "processes")
+    columns = ("first_s", "following_s", "following_worst_s", "freed_s", "freed_worst_s", "uss_mb", "processes")
+    table = Table("", *columns)
     for side, one in figures.items():
-        table.add_row(
-            side,
-            *(str(one[key]) for key in ("first_s", "following_s", "following_worst_s", "uss_mb", "processes")),
-        )
+        table.add_row(side, *(str(one.get(key, "")) for key in columns))
     console = Console()
     console.print(table)
     mine, nested = figures["in process"]["following_s"], figures["nested"]["following_s"]

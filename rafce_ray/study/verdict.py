@@ -184,7 +184,9 @@ def _basis(verdict: Verdict) -> str:
     if verdict.basis == "seeds and images":
         return f"Intervals allow for other seeds (deviation pooled over the finalists) and for other images than these {images}."
     if verdict.retrained:
-        return f"Intervals allow for other images than these {images} only: one seed each does not tell how seeds differ. Set finalists.seeds=3."
+        most = max(len(one.scores) for one in verdict.ranked)
+        why = "one seed each does not tell how seeds differ" if most < 2 else "the seeds of each gave the same score"
+        return f"Intervals allow for other images than these {images} only: {why}. Set finalists.seeds=3{'' if most < 2 else ' or more'}."
     return f"Intervals allow for other images than these {images} only, not for other seeds; a trial without raw outputs has none."
 
 

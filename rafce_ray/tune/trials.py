@@ -8,10 +8,12 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import ray
-from ray import tune
+from ray import cloudpickle, tune
+from ray.exceptions import RayActorError
 from ray.tune.search import Searcher
 
 from rafce_ray.config import config_hash
@@ -233,7 +235,7 @@ class Witness(tune.Callback):  # type: ignore[misc]
         name = str(trial.config["trial"])
         folder = self._study.trial(name)
         free_workers(folder)
-        reason = one_line(trial.get_error())
+        reason = one_line(error_of(trial))
         warn(f"trial {name} failed: {reason}")
         conclude(folder, self._metric, "failed", reason)
 
@@ -241,7 +243,7 @@ class Witness(tune.Callback):  # type: ignore[misc]
         """A trial has failed and is started again from its newest checkpoint."""
         folder = self._study.trial(str(trial.config["trial"]))
         free_workers(folder)
-        folder.add_event("warning", message=f"failed and is started again: {one_line(trial.get_error())}")
+        folder.add_event("warning", message=f"failed and is started again: {one_line(error_of(trial))}")
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         """A trial has ended or was stopped."""
@@ -303,6 +305,15 @@ def stoppable(control: Control) -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
+def error_of(trial: Any) -> BaseException | None:
+    """What a trial failed of: Ray has written it down on this machine before it tells its callbacks."""
+    file = Path(trial.pickled_error_file or "")
+    if not file.is_file():
+        return None
+    error: BaseException = cloudpickle.loads(file.read_bytes())
+    return error
+
+
 def one_line(error: BaseException | None) -> str:
     """The innermost error on one line: Ray wraps it and adds its traceback."""
     if error is None:
@@ -310,6 +321,8 @@ def one_line(error: BaseException | None) -> str:
     inner = error
     while isinstance(cause := getattr(inner, "cause", None) or inner.__cause__, BaseException):
         inner = cause
-    lines = [line.strip() for line in str(inner).strip().splitlines() if line.strip()]
-    name = "" if isinstance(inner, RafceError) else f"{type(inner).__name__}: "
-    return f"{name}{lines[-1] if lines else 'no message'}"
+    lines = [line.strip() for line in str(inner).strip().splitlines() if line.strip()] or ["no message"]
+    if isinstance(inner, RafceError):
+        return lines[-1]
+    # Of a process that died Ray says first that it did, then where; other errors end with their message.
+    return f"{type(inner).__name__}: {lines[0] if isinstance(inner, RayActorError) else lines[-1]}"
