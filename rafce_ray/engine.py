@@ -58,14 +58,14 @@ def fit(job: Job, session: Session) -> dict[str, Any] | None:
         training.model.compile()
     wrapped = session.wrap(training.objective)
 
-    status = "finished"
+    status, reason = "finished", None
     while training.progress.epoch < config.optim.epochs:
         if training.progress.epochs_without_improvement >= config.optim.patience:
             status = "stopped_early"
             break
         record = train_epoch(training, wrapped)
-        if not all(math.isfinite(value) for value in record["train"].values()):
-            status = "diverged"
+        if undefined := [name for name, value in record["train"].items() if not math.isfinite(value)]:
+            status, reason = "diverged", f"not finite in epoch {record['epoch']}: {', '.join(undefined)}"
             break
         began = time.perf_counter()
         record["validation"] = _evaluate(training, "validation", training.splits.validation)
@@ -90,7 +90,7 @@ def fit(job: Job, session: Session) -> dict[str, Any] | None:
             prune(folder.checkpoints, config.run.keep_checkpoints)
             _tell_findings(training, [*earlier, record])
         session.report(_flat(record))
-    return finish(training, status, monitor) if session.rank == 0 else None
+    return finish(training, status, monitor, reason) if session.rank == 0 else None
 
 
 def _announce(training: Training, remark: str | None) -> None:

@@ -21,13 +21,17 @@ from rafce_ray.split_outputs import SplitOutputs
 from rafce_ray.training import Training
 
 
-def finish(training: Training, status: str, monitor: str) -> dict[str, Any]:
-    """Write the bundle of the best epoch, measured as ``rafce evaluate`` measures it, and the run's result; rank 0 only."""
+def finish(training: Training, status: str, monitor: str, reason: str | None = None) -> dict[str, Any]:
+    """Write the bundle of the best epoch, measured as ``rafce evaluate`` measures it, and the run's result; rank 0 only.
+
+    ``reason``: why it did not come to a good end.
+    """
     folder, progress = training.folder, training.progress
     best, invalid = best_valid(folder.checkpoints)
     training.tell_invalid(invalid)
     result: dict[str, Any] = {
         "status": status,
+        "reason": reason,
         "run_dir": str(folder.location),
         "bundle": None,
         "best_epoch": None,
@@ -41,7 +45,8 @@ def finish(training: Training, status: str, monitor: str) -> dict[str, Any]:
         sha256, metrics = _write_bundle(training, best)
         result |= {"bundle": str(folder.bundle), "best_epoch": best.epoch, "weights_sha256": sha256, "metrics": metrics}
     folder.write_result(result)
-    folder.add_event(status, epochs=progress.epoch, best_epoch=result["best_epoch"])
+    said = {} if reason is None else {"message": f"diverged: {reason}"}
+    folder.add_event(status, epochs=progress.epoch, best_epoch=result["best_epoch"], **said)
     return result
 
 

@@ -28,6 +28,8 @@ from rafce_ray.study.trials import check_sampled, conclude, read_plan
 from rafce_ray.study_folder import StudyFolder
 
 HUNG_EXIT_CODE = 75
+STARTING = 4
+"""Times ``run.hang_timeout_s`` that a worker has for its first step."""
 
 
 def train_worker(plain_job: dict[str, Any]) -> dict[str, Any] | None:
@@ -204,12 +206,13 @@ class Watchdog:
     def __init__(self, job: Job, rank: int) -> None:
         self._timeout_s = job.config.run.hang_timeout_s
         self._folder, self._rank = RunFolder(job.run_dir), rank
+        self._start = time.monotonic()
         self._last_beat: float | None = None
         self._stopped = threading.Event()
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def beat(self) -> None:
-        """A step is done; the first beat starts the watch."""
+        """A step is done."""
         self._last_beat = time.monotonic()
 
     def stop(self) -> None:
@@ -218,9 +221,13 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._stopped.wait(min(1.0, self._timeout_s / 4)):
-            if self._last_beat is None or time.monotonic() - self._last_beat < self._timeout_s:
+            # Before the first step weights may be fetched and a store copied.
+            limit = self._timeout_s * (STARTING if self._last_beat is None else 1)
+            if time.monotonic() - (self._last_beat or self._start) < limit:
                 continue
-            message = f"worker {self._rank} finished no step for {self._timeout_s:.0f} s: ending it, so that training is started again"
+            message = (
+                f"worker {self._rank} finished no step for {limit:.0f} s: ending it, so that training is started again"
+            )
             print(message, file=sys.stderr, flush=True)
             self._folder.add_event("hung_worker", message=message, rank=self._rank)
             os._exit(HUNG_EXIT_CODE)

@@ -286,8 +286,8 @@ def _resource_faults(study: StudyConfig) -> Iterator[str]:
     gpus, workers = study.resources.gpus_per_worker, study.resources.workers
     if gpus is None:
         return
-    if gpus > 1 and gpus != int(gpus):
-        yield f"resources.gpus_per_worker: found {gpus}; expected a fraction below 1, or a whole number"
+    if gpus > 1:
+        yield f"resources.gpus_per_worker: found {gpus:g}; a worker uses one GPU. Set 1 or a fraction, and resources.workers for more"
     elif workers > 1 and gpus != 1:
         yield (
             f"resources.gpus_per_worker: found {gpus:g} with resources.workers={workers}; several workers take a whole GPU each. "

@@ -126,7 +126,9 @@ class _Study(_Section):
     )
     scheduler: SchedulerConfig = SchedulerConfig()
     time_budget_s: float | None = Field(
-        None, gt=0, description="Seconds after which no trial is started and running ones end; null: no limit."
+        None,
+        gt=0,
+        description="Seconds after which the sweep ends, running trials after their epoch; finalists come on top. null: no limit.",
     )
     resources: ResourcesConfig = ResourcesConfig()
     finalists: FinalistsConfig = FinalistsConfig()

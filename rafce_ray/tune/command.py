@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from rafce_ray.config import CARRIED_OUT_BY, flatten
 from rafce_ray.console import print_json, progress_bar, run_main, say, to_json, warn
 from rafce_ray.data.dataset import prepare
-from rafce_ray.errors import UsageError
+from rafce_ray.errors import RafceError, UsageError
 from rafce_ray.storage import locate
 from rafce_ray.study.config import StudyConfig, load_study, to_yaml
 from rafce_ray.study.proposals import planned_trials, propose
@@ -43,8 +43,9 @@ def tune(study: StudyConfig, *, dry_run: bool = False, retry_failed: bool = Fals
     folder = StudyFolder(str(locate(study.storage) / study.name))
     if not dry_run:
         locate(study.storage).check_writable()
-    # A searcher that is not installed is told before the data are read.
+    # What is not installed is told before the data are read.
     propose(study, 1)
+    check_mlflow(study)
     readings = Readings(partial(prepare, progress=progress_bar))
     prepared = readings.prepare_all(study)
     tell_findings(prepared, study.base_config())
@@ -85,16 +86,18 @@ def claim_of(study: StudyConfig, prepared: Prepared) -> dict[str, Any]:
     """What makes the study the one that it is: with anything of it changed, its trials would not belong together."""
     plain = study.model_dump(mode="json")
     base = {key: value for key, value in flatten(study.base_config()).items() if key not in CARRIED_OUT_BY}
-    kept = {key: plain[key] for key in ("space", "search", "seed", "metric", "scheduler")}
+    kept = {key: plain[key] for key in ("search", "seed", "metric", "scheduler")}
+    # With the order of its keys: trial n of a grid follows from it.
+    kept["space"] = [[key, domain] for key, domain in plain["space"].items()]
     return {"kind": "tune", "base": base, **kept, "data_fingerprint": prepared.fingerprint, "may_grow": {}}
 
 
 def reopen_failed(folder: StudyFolder, metric: str) -> None:
     """Let failed trials run again, from their best checkpoint where there is one."""
-    failed = [one.name for one in read_trials(folder, metric) if one.status == "failed"]
+    failed = [one.name for one in read_trials(folder, metric) if one.status in ("failed", "diverged")]
     for name in failed:
         folder.trial(name).reopen()
-    say(f"trying again: {', '.join(failed)}" if failed else "--retry-failed: no trial has failed")
+    say(f"trying again: {', '.join(failed)}" if failed else "--retry-failed: no trial has failed or diverged")
 
 
 def sweep(study: StudyConfig, folder: StudyFolder, shares: Shares, readings: Readings) -> None:
@@ -117,7 +120,7 @@ def sweep(study: StudyConfig, folder: StudyFolder, shares: Shares, readings: Rea
         say(f"going on: {ended} trials have ended, {left} go on from their newest checkpoint")
     if study.time_budget_s is not None and spent >= study.time_budget_s:
         say(
-            f"the time budget of {study.time_budget_s:.0f} s is spent: no trial is started. Raise time_budget_s to go on."
+            f"the time budget of {study.time_budget_s:.0f} s is spent: no further trial of the sweep is started. Raise time_budget_s to go on with it."
         )
         return
     settings = Settings(
@@ -129,7 +132,12 @@ def sweep(study: StudyConfig, folder: StudyFolder, shares: Shares, readings: Rea
     )
     watch = SweepWatch(folder, study.metric, total, elapsed_before_s=spent, budget_s=study.time_budget_s)
     with elapsed(folder, spent, study.time_budget_s, control), watch, stoppable(control):
-        run_on_tune(supply, scheduler, settings)
+        try:
+            run_on_tune(supply, scheduler, settings)
+        except OSError as error:
+            raise RafceError(
+                f"{folder.location} could not be read or written: {error}. The same command goes on."
+            ) from error
     supply.write_table()
     if control.stop == "interrupted":
         say(
@@ -212,7 +220,13 @@ def train_finalists(study: StudyConfig, folder: StudyFolder, shares: Shares, rea
     if plans:
         config, control = study.base_config(), Control()
         scheduler = Unscheduled(Course(folder, study.metric, config.optim.epochs, control))
-        settings = Settings(shares, config.run.max_failures, study.resources.concurrent, study.start_timeout_s)
+        settings = Settings(
+            shares,
+            config.run.max_failures,
+            study.resources.concurrent,
+            study.start_timeout_s,
+            callbacks=mlflow_callbacks(study),
+        )
         watch = SweepWatch(folder, study.metric, len(chosen) * study.finalists.seeds, role="finalist")
         with watch, stoppable(control):
             run_on_tune(Listed(plans), scheduler, settings)
@@ -226,16 +240,22 @@ def train_finalists(study: StudyConfig, folder: StudyFolder, shares: Shares, rea
     return chosen
 
 
-def mlflow_callbacks(study: StudyConfig) -> tuple[Any, ...]:
-    """Ray's MLflow logger where the study asks for one; UsageError where mlflow is not installed."""
+def check_mlflow(study: StudyConfig) -> None:
+    """UsageError where the study asks for MLflow and it is not installed."""
     if study.mlflow is None:
-        return ()
+        return
     try:
         importlib.import_module("mlflow")
     except ImportError:
         raise UsageError(
             "mlflow is set, but MLflow is not installed. Install it with: pip install 'rafce_ray[mlflow]'."
         ) from None
+
+
+def mlflow_callbacks(study: StudyConfig) -> tuple[Any, ...]:
+    """Ray's MLflow logger where the study asks for one."""
+    if study.mlflow is None:
+        return ()
     from ray.air.integrations.mlflow import MLflowLoggerCallback
 
     return (MLflowLoggerCallback(tracking_uri=study.mlflow, experiment_name=study.name),)

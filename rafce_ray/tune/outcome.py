@@ -81,7 +81,8 @@ def write_best(study: StudyConfig, folder: StudyFolder, verdict: Verdict) -> Non
     """``best.yaml``: the winner's configuration, ready to train with; ``best/``: the bundle of its best run."""
     run = best_run(folder, verdict)
     plain = folder.trial(verdict.winner).config().model_dump(mode="json")
-    plain["run"] |= {"name": None, "storage": study.storage}
+    # A trial's share of the machine is not the share of a run of its own.
+    plain["run"] |= {"name": None, "storage": study.storage, "cpus_per_worker": None}
     head = f"# The winner of study {study.name}: {verdict.winner}.\n#   rafce train --config {(folder.location / 'best.yaml').command}\n"
     head += schedule_remark(folder.trial(verdict.winner), run)
     (folder.location / "best.yaml").write_bytes((head + to_yaml(build_config(plain))).encode())
@@ -101,7 +102,7 @@ def schedule_remark(winner: RunFolder, run: RunFolder) -> str:
 
 
 def replace_bundle(folder: StudyFolder, run: RunFolder) -> None:
-    """Copy a run's bundle to ``best/``; it is there whole, or the one before it."""
+    """Copy a run's bundle to ``best/``: it is there whole or not at all, and then the same command makes it."""
     best = folder.location / "best"
     with TemporaryDirectory() as scratch:
         copy = Path(scratch) / "bundle"

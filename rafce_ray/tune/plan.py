@@ -57,9 +57,10 @@ def tell_plan(study: StudyConfig, folder: StudyFolder, shares: Shares, taxonomy:
     retrained = "" if finals.k == 0 else f", then up to {finals.k + 1} finalists x {finals.seeds} seeds to the end"
     scheduler = study.scheduler
     if scheduler.type == "asha":
+        later = f" (the first of {scheduler.brackets} brackets; the others later)" if scheduler.brackets > 1 else ""
         rungs = asha_rungs(scheduler.grace_period, scheduler.reduction_factor, config.optim.epochs)
         say(
-            f"epochs: at most {epochs}; ASHA compares trials after epochs {', '.join(f'{one:g}' for one in rungs)} and lets about the best "
+            f"epochs: at most {epochs}; ASHA compares trials after epochs {', '.join(f'{one:g}' for one in rungs)}{later} and lets about the best "
             f"1/{scheduler.reduction_factor:g} of each rung go on{retrained}"
         )
     elif scheduler.type == "pbt":
@@ -100,7 +101,9 @@ def tell_disk(study: StudyConfig, place: Location, shares: Shares, taxonomy: Tax
     existing = next(parent for parent in (local, *local.parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     say(f"{line}; {shown_bytes(free)} free")
-    if needed > free:
+    # What an earlier start has written is part of what the study needs.
+    written = sum(info.size or 0 for info in place.list(recursive=True))
+    if needed > free + written:
         raise UsageError(
             f"the study needs about {shown_bytes(needed)} in {local}, which has {shown_bytes(free)} free. Lower keep or "
             "resources.concurrent, or set storage to a larger disk."

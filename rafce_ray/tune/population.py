@@ -101,9 +101,6 @@ class Population(Concluding, PopulationBasedTraining):  # type: ignore[misc]
         """Exchange where it is time to."""
         decision = super().on_trial_result(controller, trial, result)
         if decision == TrialScheduler.STOP:
-            for other in controller.get_trials():
-                if other.status in (WAITING, STARTING):
-                    controller.stop_trial(other)
             return decision
         if "epoch" not in result or result.get("done") or int(result["epoch"]) >= self.course.last_epoch:
             return decision

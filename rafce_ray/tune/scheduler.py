@@ -18,6 +18,7 @@ from rafce_ray.study.config import StudyConfig
 from rafce_ray.study.rungs import RungEntry, read_rungs, write_rungs
 from rafce_ray.study.trials import conclude
 from rafce_ray.study_folder import StudyFolder
+from rafce_ray.tune.nested import free_workers
 
 STOPPED = "stopped_by_scheduler"
 
@@ -52,20 +53,32 @@ class Concluding:
 
     def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Ray asks here after every epoch, and once more when a trial returns."""
+        stopping = self.course.control.stop is not None
+        if stopping and controller is not None:
+            # Ray would start them in the places of those that stop.
+            for other in controller.get_trials():
+                if other.status in ("PENDING", "PAUSED"):
+                    controller.stop_trial(other)
         if "epoch" not in result or int(result["epoch"]) >= self.course.last_epoch:
             return str(TrialScheduler.CONTINUE)
-        if self.course.control.stop is not None:
+        if stopping:
             return str(TrialScheduler.STOP)
         name = str(trial.config["trial"])
         reason = self.judge(name, int(result["epoch"]), result.get("best_score"))
         if reason is None:
             return str(TrialScheduler.CONTINUE)
-        conclude(self.course.study.trial(name), self.course.metric, STOPPED, reason)
+        folder = self.course.study.trial(name)
+        # Workers of a trial that has several train on until Ray has carried the decision out.
+        free_workers(folder)
+        conclude(folder, self.course.metric, STOPPED, reason)
         return str(TrialScheduler.STOP)
 
     def judge(self, name: str, epoch: int, score: float | None) -> str | None:
         """Why a trial with this best score so far should stop after this epoch; None: it may go on."""
         raise NotImplementedError
+
+    def forget(self, name: str) -> None:
+        """Know nothing of a trial any more, which is made anew."""
 
     def take_over(self, name: str, records: Sequence[dict[str, Any]]) -> None:
         """Know what an earlier start knew of a trial."""
@@ -170,6 +183,15 @@ class Halving(Concluding, ASHAScheduler):  # type: ignore[misc]
                 if reason is not None:
                     return reason
         return None
+
+    def forget(self, name: str) -> None:
+        """Take a trial's entries out of the rungs."""
+        if any(entry.trial == name for entry in self.entries):
+            self.entries = [entry for entry in self.entries if entry.trial != name]
+            for bracket in self._brackets:
+                for _, recorded in bracket._rungs:
+                    recorded.pop(name, None)
+            write_rungs(self.course.study, self.entries)
 
     def _recorded(self, bracket: int, milestone: float) -> dict[str, float]:
         rungs = {float(at): recorded for at, recorded in self._brackets[bracket]._rungs}

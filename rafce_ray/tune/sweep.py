@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import count
 from typing import Any
 
-from rafce_ray.config import Config, ConfigError, build_config, config_hash, flatten
+from rafce_ray.config import CARRIED_OUT_BY, Config, ConfigError, build_config, config_hash, flatten
 from rafce_ray.console import to_json, warn
 from rafce_ray.data.dataset import Prepared
 from rafce_ray.session import Job
@@ -19,6 +20,7 @@ from rafce_ray.study.trials import (
     best_first,
     conclude,
     prune_to_best,
+    read_plan,
     read_trial,
     read_trials,
     write_table,
@@ -39,7 +41,9 @@ class Sweep:
         self._study, self._folder, self._shares, self._readings = study, folder, shares, readings
         self._known = {trial.name: trial for trial in read_trials(folder, study.metric) if trial.plan.role == "sweep"}
         self._pruned: set[str] = set()
-        self._left = [trial.plan for trial in self._known.values() if not self._has_ended(trial, scheduler)]
+        self._scheduler = scheduler
+        left = [trial.name for trial in self._known.values() if not self._has_ended(trial, scheduler)]
+        self._left = [renewed(folder, name, study, shares, readings) for name in left]
         self._left_out: set[int] = set()
         # The start before may have been killed before it could.
         self._bound_disk()
@@ -108,6 +112,7 @@ class Sweep:
 
     def _start(self, number: int, config: Config, values: dict[str, Any]) -> TrialPlan:
         name = f"trial_{number:04d}"
+        self._scheduler.forget(name)
         plan, _ = start_trial(
             self._folder, name, number, config, values, shares=self._shares, prepared=self._readings.of(config.data)
         )
@@ -117,12 +122,16 @@ class Sweep:
         return plan
 
     def _history(self) -> list[Observed]:
-        return [Observed(one.plan.number, one.plan.values, one.score) for one in self._known.values()]
+        scores = {
+            one.name: one.score if one.status in ENDED and one.status != "failed" else None
+            for one in self._known.values()
+        }
+        return [Observed(one.plan.number, one.plan.values, scores[one.name]) for one in self._known.values()]
 
     def _bound_disk(self) -> None:
         """Of ended trials, the best ``keep`` and the base keep their best checkpoint and bundle; the others keep their figures."""
         ended = [one for one in self._known.values() if one.status in ENDED and one.status != "failed"]
-        ranked = best_first(ended, self._study.metric)
+        ranked = best_first([one for one in ended if one.status != "diverged"], self._study.metric)
         kept = [one.name for place, one in enumerate(ranked) if place < self._study.keep or one.plan.number == 0]
         for one in ended:
             folder = self._folder.trial(one.name)
@@ -132,6 +141,22 @@ class Sweep:
                 self._pruned.add(one.name)
                 folder.checkpoints.delete()
                 folder.bundle.delete()
+
+
+def renewed(folder: StudyFolder, name: str, study: StudyConfig, shares: Shares, readings: Readings) -> TrialPlan:
+    """A trial that an earlier start left, to be carried out as the study says now: workers, time limits, where its images are."""
+    found = read_plan(folder.trial(name))
+    assert found is not None
+    plan, job = found
+    now, plain = flatten(study.base_config()), job.config.model_dump(mode="json")
+    for key in CARRIED_OUT_BY - {"run.name", "run.storage"}:
+        section, _, inner = key.partition(".")
+        plain[section][inner] = now[key]
+    config = build_config(plain)
+    # None of these keys is in the hash.
+    plan = replace(plan, cpus=shares.workers * shares.cpus, gpus=shares.workers * shares.gpus)
+    plan.write(folder, replace(job, config=config, store=readings.of(config.data).store_uri))
+    return plan
 
 
 def start_trial(
@@ -162,7 +187,8 @@ def start_trial(
         of=of,
     )
     job = Job(config, prepared.store_uri, prepared.taxonomy, run_folder.place, provenance_of(config, prepared))
-    if not run_folder.exists():
+    if run_folder.result() is None:
         plan.write(folder, job)
+    if not run_folder.exists():
         run_folder.start(config, job.provenance, prepared.audit.to_json())
     return plan, job

@@ -132,6 +132,7 @@ def run_on_tune(supply: Supply, scheduler: Concluding, settings: Settings) -> No
         # Ray's population takes no searcher: all its trials are there from the start.
         plans = list(iter(supply.next, None))
         population.gather(plans, shares.at_once, ahead=0 if limit else 1)
+    free_all(study)
     tuner = tune.Tuner(
         tune.with_resources(
             tune.with_parameters(function, study=study.place, metric=scheduler.course.metric), shares.reserved
@@ -162,8 +163,15 @@ def run_on_tune(supply: Supply, scheduler: Concluding, settings: Settings) -> No
     try:
         tuner.fit()
     finally:
+        free_all(study)
         if population is not None:
             drop_all_offers(storage)
+
+
+def free_all(study: StudyFolder) -> None:
+    """Free what trials of several workers still hold, of this start and of one that was killed."""
+    for name in study.trial_names():
+        free_workers(study.trial(name))
 
 
 class HandedOut(Searcher):  # type: ignore[misc]
@@ -194,7 +202,7 @@ class HandedOut(Searcher):  # type: ignore[misc]
         """Make room for another."""
         name = self._live.pop(trial_id, None)
         if name is not None:
-            self._supply.ended(name)
+            tell_ended(self._supply, name)
 
     def save(self, checkpoint_path: str) -> None:
         """The study's folder is the state; Ray wants a file all the same."""
@@ -213,11 +221,19 @@ class Ends(tune.Callback):  # type: ignore[misc]
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         """A trial has ended or was stopped."""
-        self._supply.ended(str(trial.config["trial"]))
+        tell_ended(self._supply, str(trial.config["trial"]))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         """A trial has failed for good."""
-        self._supply.ended(str(trial.config["trial"]))
+        tell_ended(self._supply, str(trial.config["trial"]))
+
+
+def tell_ended(supply: Supply, name: str) -> None:
+    """Tell the supply that a trial has ended; Ray would count an error in there as the trial's own failure."""
+    try:
+        supply.ended(name)
+    except OSError as error:
+        warn(f"after {name} the study's table could not be brought up to date ({error}); the next trial's end does it")
 
 
 class Witness(tune.Callback):  # type: ignore[misc]
@@ -237,7 +253,8 @@ class Witness(tune.Callback):  # type: ignore[misc]
         free_workers(folder)
         reason = one_line(error_of(trial))
         warn(f"trial {name} failed: {reason}")
-        conclude(folder, self._metric, "failed", reason)
+        if folder.result() is None:
+            conclude(folder, self._metric, "failed", reason)
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         """A trial has failed and is started again from its newest checkpoint."""
@@ -293,7 +310,7 @@ def stoppable(control: Control) -> Iterator[None]:
         return
 
     def interrupt(signum: int, frame: Any) -> None:
-        if control.stop is not None:
+        if control.stop == "interrupted":
             raise KeyboardInterrupt
         control.stop = "interrupted"
         say("stopping: every trial finishes its epoch and saves; Ctrl-C again stops at once")
@@ -310,7 +327,11 @@ def error_of(trial: Any) -> BaseException | None:
     file = Path(trial.pickled_error_file or "")
     if not file.is_file():
         return None
-    error: BaseException = cloudpickle.loads(file.read_bytes())
+    try:
+        error: BaseException = cloudpickle.loads(file.read_bytes())
+    except Exception:
+        # An error whose class cannot be unpickled must not end the sweep.
+        return None
     return error
 
 

@@ -369,7 +369,7 @@ def test_conditions_that_cannot_hold_are_refused(space, part):
         ({"scheduler": {"brackets": 4}}, "bracket 3 has its first rung at epoch 81"),
         ({"finalists": {"k": -1}}, "finalists.k: found -1"),
         ({"resources": {"workers": 2, "gpus_per_worker": 0.5}}, "several workers take a whole GPU each"),
-        ({"resources": {"gpus_per_worker": 1.5}}, "expected a fraction below 1, or a whole number"),
+        ({"resources": {"gpus_per_worker": 1.5}}, "a worker uses one GPU. Set 1 or a fraction"),
         (
             {"base": {"data": {"emotions": "none"}}, "metric": "macro_f1"},
             "macro_f1 is undefined with base.data.emotions=none",
