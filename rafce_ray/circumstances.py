@@ -78,10 +78,13 @@ def compare_circumstances(
 
 
 def open_finished(place: str) -> RunFolder:
-    """The run folder at a path or URI. UsageError where there is none, or its run has not ended."""
+    """The run folder at a path or URI; ``STUDY/TRIAL`` is the study's trial. UsageError where there is none, or its run has not ended."""
     location = locate(place)
     # Resolved, "." and a link have the run's own name.
     folder = RunFolder(place if location.local is None else str(location.local.resolve()))
+    trial = RunFolder(str(folder.location.parent / TRIALS / folder.location.name))
+    if not folder.exists() and trial.exists():
+        folder = trial
     if not folder.exists():
         trials = [info.base_name for info in (folder.location / TRIALS).list()]
         remedy = "Name a folder that rafce train made."

@@ -66,7 +66,7 @@ def plan_replay(original: RunFolder, overrides: Sequence[str] = ()) -> Plan:
     """
     if wrong := [text for text in overrides if text.partition("=")[0].strip() not in MAY_MOVE]:
         raise UsageError(f"{wrong[0]!r}: a replay trains what was trained; only {', '.join(MAY_MOVE)} may be set.")
-    _refuse_adopted(original)
+    _refuse_unrepeatable(original)
     provenance, known = original.provenance(), circumstances_of(original)
     trained = build_config(provenance["config"])
     values = apply_overrides(trained.model_dump(mode="json"), overrides)
@@ -97,8 +97,15 @@ def plan_replay(original: RunFolder, overrides: Sequence[str] = ()) -> Plan:
     return Plan(trained, config, differences(trained, original.config()), compare_circumstances(known, now), prepared)
 
 
-def _refuse_adopted(original: RunFolder) -> None:
-    """UsageError for a trial of a population that took over another's weights: its configuration is its last part alone."""
+def _refuse_unrepeatable(original: RunFolder) -> None:
+    """UsageError for a trial that was ended from outside, or that took over another's weights: its configuration alone does not repeat it."""
+    result = original.result() or {}
+    if result.get("status") in ("stopped_by_scheduler", "failed"):
+        raise UsageError(
+            f"{original.location} did not come to its own end ({result['status'].replace('_', ' ')} after {result['epochs']} epochs), so there "
+            "are no final figures to repeat. To train its configuration to the end: "
+            f"rafce train --config {(original.location / 'config.yaml').command} run.name=NAME run.storage=FOLDER"
+        )
     adopted = [event for event in original.events() if event["event"] == "adopted"]
     if adopted:
         last = adopted[-1]

@@ -19,6 +19,7 @@ from rafce_ray.errors import UsageError
 from rafce_ray.hardware import describe_software
 from rafce_ray.replay import main, plan_replay, train_again
 from rafce_ray.run_folder import RunFolder
+from rafce_ray.study.trials import conclude
 
 EPOCH = {
     "epoch": 1,
@@ -382,3 +383,14 @@ def test_a_trial_trained_in_one_process_is_replayed_to_the_same_figures(
     assert "equal within 1e-06" in capsys.readouterr().err
     assert [path.name for path in trials.iterdir()] == ["first"]
     assert RunFolder(str(tmp_path / "study" / "replays" / "first-replay")).result() is not None
+
+
+def test_a_trial_is_found_by_study_and_name_and_one_that_was_stopped_is_refused(tmp_path):
+    folder = RunFolder(str(tmp_path / "study" / "trials" / "trial_0003"))
+    folder.start(load_config(), {"config": {}}, {})
+    folder.write_metrics([EPOCH | {"validation": {"macro_f1": 0.3}}])
+    conclude(folder, "macro_f1", "stopped_by_scheduler", "below the cutoff")
+    found = open_finished(str(tmp_path / "study" / "trial_0003"))
+    assert found.location.path == str((tmp_path / "study" / "trials" / "trial_0003").resolve())
+    with pytest.raises(UsageError, match=r"stopped by scheduler after 1 epochs.*rafce train --config"):
+        plan_replay(found)
