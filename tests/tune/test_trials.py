@@ -13,7 +13,7 @@ from rafce_ray.study_folder import StudyFolder
 
 pytestmark = pytest.mark.ray
 
-FREE_AGAIN_S = 30
+FREE_AGAIN_S = 120
 """Only so that a leak ends the test; how long it takes is measured in benchmarks/tune.py."""
 
 
