@@ -111,6 +111,11 @@ class DataConfig(_Section):
     )
 
     @property
+    def reading(self) -> str:
+        """All that decides what is read and decoded; the rest says what training makes of it."""
+        return self.model_dump_json(exclude={"augmentation", "drop_null_rows", "action_unit_targets"})
+
+    @property
     def null_policy_in_evaluation(self) -> Literal["mask", "negative"]:
         """How null is read in every split but train, with ``same`` resolved."""
         return self.null_policy if self.evaluation_null_policy == "same" else self.evaluation_null_policy

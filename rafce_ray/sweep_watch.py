@@ -160,7 +160,7 @@ class SweepWatch(Watch):
             self._not_watched.add(name)
             return
         plan, job = found
-        if plan.role == "sweep" and plan.number == 0:
+        if plan.is_base:
             self._base = job.config
         values, base = self._compared(plan, job.config)
         known = self._trials.get(name)

@@ -68,7 +68,7 @@ class StudyData:
     @cached_property
     def base(self) -> Trial | None:
         """The base configuration's trial; None before it was started."""
-        return next((trial for trial in self.trials if trial.plan.number == 0), None)
+        return next((trial for trial in self.trials if trial.plan.is_base), None)
 
     @cached_property
     def winner(self) -> Trial | None:

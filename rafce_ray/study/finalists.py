@@ -41,20 +41,13 @@ __all__ = [
     "sentences",
 ]
 
-BASE_NUMBER = 0
-"""Number of the trial that is the base configuration."""
-
 UNKNOWN = Difference(math.nan, math.nan, math.nan)
 
 
 def choose_finalists(trials: Sequence[Trial], k: int, metric: str) -> list[Trial]:
     """The best ``k`` of the sweep's trials, the best first, and the base besides if it is not among them and has not failed."""
     best = best_first(_eligible(trials), metric)[:k]
-    base = [
-        one
-        for one in trials
-        if one.plan.role == "sweep" and one.plan.number == BASE_NUMBER and one.status != "failed" and one not in best
-    ]
+    base = [one for one in trials if one.plan.is_base and one.status != "failed" and one not in best]
     return [*best, *base]
 
 
@@ -131,7 +124,7 @@ def judge_sweep(study: StudyFolder, metric: str, trials: Sequence[Trial]) -> Ver
         raise RafceError(
             f"{study.location}: no trial has a score ({metric}) yet. Give the same command again; it goes on."
         )
-    bases = [one.name for one in trials if one.plan.number == BASE_NUMBER and one.plan.role == "sweep"]
+    bases = [one.name for one in trials if one.plan.is_base]
     return _verdict(study, metric, candidates, bases[0] if bases else "", retrained=False)
 
 

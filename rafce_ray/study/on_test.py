@@ -249,7 +249,7 @@ class _Measurer:
     def _dataset(self, bundle: Bundle) -> Dataset:
         data = data_config_for(bundle, [])
         # How a training drew and changed its images makes no difference here.
-        reading = data.model_dump_json(exclude={"augmentation", "drop_null_rows", "action_unit_targets"})
+        reading = data.reading
         key = (reading, bundle.taxonomy)
         if key not in self._datasets:
             self._datasets[key] = open_for_bundle(bundle, data)

@@ -46,6 +46,11 @@ class TrialPlan:
     gpus: float
     of: str | None = None
 
+    @property
+    def is_base(self) -> bool:
+        """Whether it trains the study's base configuration, the first trial of every sweep."""
+        return self.role == "sweep" and self.number == 0
+
     def write(self, study: StudyFolder, job: Job) -> None:
         """Write the plan and the job that carries it out into the trial's folder."""
         record = {**asdict(self), "job": job.to_plain()}

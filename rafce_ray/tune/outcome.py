@@ -74,7 +74,7 @@ def conclude_study(study: StudyConfig, folder: StudyFolder, finalists: Sequence[
 
 def base_name(trials: Sequence[Trial]) -> str:
     """The trial that is the base configuration."""
-    return next(one.name for one in trials if one.plan.number == 0)
+    return next(one.name for one in trials if one.plan.is_base)
 
 
 def write_best(study: StudyConfig, folder: StudyFolder, verdict: Verdict) -> None:

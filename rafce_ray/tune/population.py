@@ -137,7 +137,7 @@ class Population(Concluding, PopulationBasedTraining):  # type: ignore[misc]
         return [one for one in takers[: len(lower)] if scores[one] < scores[upper[0]]], upper
 
     def _is_base(self, trial: Any) -> bool:
-        return self._plans[str(trial.config["trial"])].number == 0
+        return self._plans[str(trial.config["trial"])].is_base
 
     def _checkpoint_or_exploit(self, trial: Any, controller: Any, upper: list[Any], lower: list[Any]) -> None:
         with self._own_random():

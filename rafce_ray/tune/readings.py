@@ -24,7 +24,7 @@ class Readings:
 
     def of(self, data: DataConfig) -> Prepared:
         """The data of one trial."""
-        key = to_json(data.model_dump(mode="json", exclude={"augmentation", "drop_null_rows", "action_unit_targets"}))
+        key = data.reading
         if key not in self._prepared:
             self._prepared[key] = self._prepare(data)
         return self._prepared[key]

@@ -132,7 +132,7 @@ class Sweep:
         """Of ended trials, the best ``keep`` and the base keep their best checkpoint and bundle; the others keep their figures."""
         ended = [one for one in self._known.values() if one.status in ENDED and one.status != "failed"]
         ranked = best_first([one for one in ended if one.status != "diverged"], self._study.metric)
-        kept = [one.name for place, one in enumerate(ranked) if place < self._study.keep or one.plan.number == 0]
+        kept = [one.name for place, one in enumerate(ranked) if place < self._study.keep or one.plan.is_base]
         for one in ended:
             folder = self._folder.trial(one.name)
             if one.name in kept and one.best_epoch is not None:
