@@ -59,6 +59,11 @@ def to_json(record: Any) -> str:
     return json.dumps(finite(record), ensure_ascii=False, allow_nan=False)
 
 
+def pretty_json(record: Any) -> bytes:
+    """A JSON file that people read, one value a line; what is unknown is null."""
+    return (json.dumps(finite(record), indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
 def finite(value: Any) -> Any:
     """``value`` with every NaN and infinity in it replaced by None."""
     if isinstance(value, float):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from rafce_ray.console import to_json
+from rafce_ray.console import pretty_json, to_json
 from rafce_ray.errors import UsageError
 from rafce_ray.run_folder import RunFolder
 from rafce_ray.storage import Location, locate
@@ -80,8 +80,7 @@ class StudyFolder:
         ]
 
     def _write(self, plan: dict[str, Any]) -> None:
-        text = json.dumps(json.loads(to_json(plan)), indent=1, ensure_ascii=False) + "\n"
-        (self.location / "study.json").write_bytes(text.encode())
+        (self.location / "study.json").write_bytes(pretty_json(plan))
 
 
 def _differing(before: Any, now: Any) -> str:

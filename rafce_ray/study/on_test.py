@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from rafce_ray.bundle import Bundle, load_bundle
-from rafce_ray.console import say, to_json, warn
+from rafce_ray.console import pretty_json, say, warn
 from rafce_ray.data.dataset import Dataset
 from rafce_ray.data.records import Progress
 from rafce_ray.evaluate import data_config_for, open_for_bundle, split_outputs
@@ -222,7 +222,7 @@ def _read(file: Location) -> OnTest | None:
 
 
 def _write(file: Location, record: OnTest) -> None:
-    file.write_bytes((json.dumps(json.loads(to_json(record.to_json())), indent=1, ensure_ascii=False) + "\n").encode())
+    file.write_bytes(pretty_json(record.to_json()))
 
 
 class _Measurer:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from rafce_ray.checkpoint import list_checkpoints
 from rafce_ray.config import MINIMISED_METRICS, config_hash, flatten
-from rafce_ray.console import to_json
+from rafce_ray.console import pretty_json, to_json
 from rafce_ray.errors import RafceError
 from rafce_ray.metrics import HEADLINES
 from rafce_ray.run_folder import RunFolder
@@ -55,7 +55,7 @@ class TrialPlan:
         """Write the plan and the job that carries it out into the trial's folder."""
         record = {**asdict(self), "job": job.to_plain()}
         file = study.trials / self.name / TRIAL_FILE
-        file.write_bytes((json.dumps(json.loads(to_json(record)), indent=1, ensure_ascii=False) + "\n").encode())
+        file.write_bytes(pretty_json(record))
 
 
 def read_plan(folder: RunFolder) -> tuple[TrialPlan, Job] | None:

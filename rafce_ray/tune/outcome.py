@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from rafce_ray.config import build_config, to_yaml
-from rafce_ray.console import progress_bar, say, to_json, warn
+from rafce_ray.console import pretty_json, progress_bar, say, warn
 from rafce_ray.errors import RafceError
 from rafce_ray.report.study_page import write_study_report
 from rafce_ray.run_folder import RunFolder
@@ -44,7 +43,7 @@ def conclude_study(study: StudyConfig, folder: StudyFolder, finalists: Sequence[
         if finalists
         else judge_sweep(folder, study.metric, trials)
     )
-    (folder.location / "finalists.json").write_bytes(_pretty(verdict.to_json()))
+    (folder.location / "finalists.json").write_bytes(pretty_json(verdict.to_json()))
     write_best(study, folder, verdict)
     on_test = measure_on_test(folder, verdict, progress=progress_bar)
     report = write_study_report(folder, study.metric)
@@ -109,7 +108,3 @@ def replace_bundle(folder: StudyFolder, run: RunFolder) -> None:
         run.bundle.download(copy)
         best.delete()
         best.upload(copy)
-
-
-def _pretty(record: dict[str, Any]) -> bytes:
-    return (json.dumps(json.loads(to_json(record)), indent=1, ensure_ascii=False) + "\n").encode()
