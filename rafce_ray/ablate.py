@@ -15,6 +15,7 @@ from rafce_ray.data.dataset import Prepared, prepare
 from rafce_ray.errors import UsageError
 from rafce_ray.session import Job
 from rafce_ray.storage import locate
+from rafce_ray.study.driver import sole_driver
 from rafce_ray.study_folder import StudyFolder
 from rafce_ray.train import named, provenance_of, ray_cluster, tell_findings
 
@@ -50,31 +51,31 @@ def ablate(
     minority = _check_minority(minority, first)
     study = StudyFolder(str(locate(base.run.storage) / str(base.run.name)))
     not_of_the_study = ablated_keys(every_arm) | CARRIED_OUT_BY
-    study.claim(
-        {
-            "kind": "ablation",
-            "base": {key: value for key, value in flatten(base).items() if key not in not_of_the_study},
-            "data_fingerprint": first.fingerprint,
-            "may_grow": {"arms": {arm.name: arm.changes for arm in arms}},
-        }
-    )
+    plan = {
+        "kind": "ablation",
+        "base": {key: value for key, value in flatten(base).items() if key not in not_of_the_study},
+        "data_fingerprint": first.fingerprint,
+        "may_grow": {"arms": {arm.name: arm.changes for arm in arms}},
+    }
     numbers = range(base.run.seed, base.run.seed + seeds)
     jobs = [_job(study, base, arm, seed, prepared[arm.name]) for seed in numbers for arm in arms]
     say(
         f"ablation of {base.data.root}: {len(arms)} arms x {seeds} seeds = {len(jobs)} trials of up to {base.optim.epochs} epochs of "
         f"{base.model.backbone} at {base.model.image_px} px; results go to {study.location}"
     )
-    if any(study.trial(str(job.config.run.name)).result() is None for job in jobs):
-        with ray_cluster(jobs[0].config):
-            # Ray reads its environment when it is imported: ray_cluster has set it by now.
-            from rafce_ray.tune.trials import run_trials
+    with sole_driver(study):
+        study.claim(plan)
+        if any(study.trial(str(job.config.run.name)).result() is None for job in jobs):
+            with ray_cluster(jobs[0].config):
+                # Ray reads its environment when it is imported: ray_cluster has set it by now.
+                from rafce_ray.tune.trials import run_trials
 
-            run_trials(study, jobs, concurrent=concurrent)
-    for job in jobs:
-        folder = study.trial(str(job.config.run.name))
-        if folder.result() is not None:
-            # Their bundles stay; the checkpoints of a hundred finished trials would fill a disk.
-            folder.checkpoints.delete()
+                run_trials(study, jobs, concurrent=concurrent)
+        for job in jobs:
+            folder = study.trial(str(job.config.run.name))
+            if folder.result() is not None:
+                # Their bundles stay; the checkpoints of a hundred finished trials would fill a disk.
+                folder.checkpoints.delete()
     return study, read_ablation(study, arms, numbers, minority)
 
 

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torchvision.models import get_model_weights
+from torchvision.models import WeightsEnum, get_model_weights
 from torchvision.models.vision_transformer import interpolate_embeddings
 
 from rafce_ray.errors import RafceError, UsageError
@@ -166,6 +166,20 @@ def _refuse_other_pixels(found: Mapping[str, Tensor], where: str) -> tuple[str, 
     return ()
 
 
+def check_weights(weights: str, backbone: str) -> None:
+    """Whether ``model.weights`` names something that can be there: what is to be told before a study's trials start.
+
+    Raises:
+        UsageError: a file that is missing, or no name of torchvision's for this backbone.
+    """
+    if weights == "none":
+        return
+    if _is_file(weights):
+        _existing(Path(weights).expanduser())
+    else:
+        _known_name(backbone, weights)
+
+
 def _caffe_names(unexpected: tuple[str, ...]) -> str:
     if any("7x7_s2" in key or "1x1_reduce" in key for key in unexpected):
         return " The names are Caffe's: even renamed, that network has its stride on the 1x1 convolution and reads BGR 0-255."
@@ -176,11 +190,16 @@ def _is_file(weights: str) -> bool:
     return "/" in weights or "\\" in weights or weights.lower().endswith(WEIGHTS_SUFFIXES) or Path(weights).is_file()
 
 
-def _read_file(path: Path) -> dict[str, Tensor]:
+def _existing(path: Path) -> Path:
     if not path.is_file():
         raise UsageError(
             f"model.weights: there is no file {path}. Give a path that every worker can read, a torchvision name, or none."
         )
+    return path
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
+    _existing(path)
     try:
         content = (
             load_file(path)
@@ -217,17 +236,22 @@ def _torchvision_key(key: str) -> str:
     return key.replace(".mlp.linear_1.", ".mlp.0.").replace(".mlp.linear_2.", ".mlp.3.")
 
 
-def _download(backbone: str, name: str) -> dict[str, Tensor]:
+def _known_name(backbone: str, name: str) -> WeightsEnum:
     choices = get_model_weights(backbone)
     if name not in choices.__members__:
         raise UsageError(
             f"model.weights: found {name!r}; expected none, a file, or one of torchvision's for {backbone}: {', '.join(choices.__members__)}."
         )
+    return choices[name]
+
+
+def _download(backbone: str, name: str) -> dict[str, Tensor]:
+    choice = _known_name(backbone, name)
     try:
-        return dict(choices[name].get_state_dict(progress=False, check_hash=True))
+        return dict(choice.get_state_dict(progress=False, check_hash=True))
     except (urllib.error.URLError, OSError, RuntimeError) as error:
         raise WeightsError(
-            f"model.weights={name}: {choices[name].url} could not be downloaded ({error}). Download it where there is a network, "
+            f"model.weights={name}: {choice.url} could not be downloaded ({error}). Download it where there is a network, "
             "and give the file's path as model.weights; or train from scratch with model.weights=none."
         ) from None
 

@@ -127,6 +127,13 @@ class Location:
         except OSError as error:
             raise UsageError(f"{self.uri} cannot be used as storage: {_why(error, self)}") from error
 
+    def check_reachable(self) -> None:
+        """Look whether something is there; UsageError with the reason where that cannot be told."""
+        try:
+            self.exists()
+        except OSError as error:
+            raise UsageError(f"{self.uri} cannot be reached: {_why(error, self)}") from error
+
     def delete(self) -> None:
         """Remove the file or folder, if it is there."""
         info = self.filesystem.get_file_info(self.path)

@@ -27,14 +27,11 @@ from rafce_ray.study.progress import (
 )
 from rafce_ray.study.trials import TRIAL_FILE, TrialPlan, best_record, read_plan
 from rafce_ray.study_folder import StudyFolder
-from rafce_ray.watch import POLL_S, WARNING_EVENTS, Watch, duration
+from rafce_ray.watch import WARNING_EVENTS, Watch, duration
 
 RESULT_FILE = "result.json"
 RELAYED_EVENTS = tuple(kind for kind in WARNING_EVENTS if kind != "finding")
 """What is told of every trial. What the doctor finds in one it finds in most: the report and ``rafce doctor`` gather it."""
-
-REMOTE_POLL_S = 5.0
-"""Seconds between looks at an object store, where every look is a paid request for each trial that runs."""
 
 SHOWN_RUNNING = 12
 SHOWN_ENDED = 5
@@ -65,11 +62,10 @@ class SweepWatch(Watch):
 
         ``elapsed_before_s``: time that the study took before this watch; it counts against ``budget_s``. ``clock``: seconds.
         """
-        super().__init__()
+        super().__init__(study.location)
         self._study, self._metric, self._planned, self._role = study, metric, planned, role
         self._elapsed_before_s, self._budget_s, self._clock = elapsed_before_s, budget_s, clock
         self._began = clock()
-        self._interval_s = POLL_S if study.location.local is not None else REMOTE_POLL_S
         self._trials: dict[str, TrialProgress] = {}
         self._folders: dict[str, RunFolder] = {}
         self._read: dict[str, Stamps] = {}
@@ -77,7 +73,6 @@ class SweepWatch(Watch):
         self._base: Config | None = None
         self._at_once = 0
         self._news: list[tuple[Callable[[str], None], str]] = []
-        self._unreachable = False
         self._before = self._stamps_of_all()
         # What happened before the watch began is not told again.
         self._events_told = {
@@ -94,20 +89,6 @@ class SweepWatch(Watch):
             if file and "/" not in file:
                 found.setdefault(name, {})[file] = (info.size, info.mtime_ns)
         return found
-
-    def _follow(self) -> None:
-        while not self._done.wait(self._interval_s):
-            self._update()
-
-    def _update(self) -> None:
-        try:
-            super()._update()
-            self._unreachable = False
-        except OSError as error:
-            # A store that cannot be reached for a while must not end the sweep.
-            if not self._unreachable:
-                warn(f"the study's folder cannot be read now ({error}); this view goes on when it can.")
-            self._unreachable = True
 
     def _look(self) -> None:
         for info in self._study.trials.list():

@@ -17,9 +17,15 @@ from rich.text import Text
 from rafce_ray.config import Config
 from rafce_ray.console import console, say, warn
 from rafce_ray.run_folder import EVENTS_FILE, METRICS_FILE, RunFolder
+from rafce_ray.storage import Location
 from rafce_ray.study_folder import StudyFolder
 
 POLL_S = 0.5
+"""Seconds between looks at a folder on a local disk."""
+
+REMOTE_POLL_S = 5.0
+"""Seconds between looks at an object store, where every look is a paid request for each run that trains."""
+
 SHOWN_EPOCHS = 15
 WARNING_EVENTS = ("warning", "finding", "invalid_checkpoint", "hung_worker", "diverged")
 
@@ -27,7 +33,9 @@ WARNING_EVENTS = ("warning", "finding", "invalid_checkpoint", "hung_worker", "di
 class Watch(ABC):
     """Follows a folder in a thread while the ``with`` block lasts: a live view on a terminal, plain lines elsewhere."""
 
-    def __init__(self) -> None:
+    def __init__(self, location: Location) -> None:
+        self._interval_s = POLL_S if location.local is not None else REMOTE_POLL_S
+        self._unreachable = False
         self._start = time.monotonic()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="watch", daemon=True)
@@ -47,10 +55,20 @@ class Watch(ABC):
             self._live.stop()
 
     def _follow(self) -> None:
-        while not self._done.wait(POLL_S):
+        while not self._done.wait(self._interval_s):
             self._update()
 
     def _update(self) -> None:
+        try:
+            self._show()
+            self._unreachable = False
+        except OSError as error:
+            # A store that cannot be reached for a while must not end what is watched.
+            if not self._unreachable:
+                warn(f"the folder cannot be read now ({error}); this view goes on when it can.")
+            self._unreachable = True
+
+    def _show(self) -> None:
         self._look()
         if self._live is not None:
             self._live.update(self._view(), refresh=True)
@@ -74,7 +92,7 @@ class RunWatch(Watch):
     """Shows a run's epochs, events and progress."""
 
     def __init__(self, folder: RunFolder, config: Config) -> None:
-        super().__init__()
+        super().__init__(folder.location)
         self._folder, self._epochs = folder, config.optim.epochs
         self._events_shown = len(folder.events())
         self._records = folder.metrics()
@@ -132,7 +150,7 @@ class StudyWatch(Watch):
 
     def __init__(self, study: StudyFolder, epochs: dict[str, int]) -> None:
         """``epochs``: of each trial that is to run, how many at most."""
-        super().__init__()
+        super().__init__(study.location)
         self._study, self._epochs = study, epochs
         self._done_epochs = {name: len(study.trial(name).metrics()) for name in epochs}
         self._first_epochs = sum(self._done_epochs.values())
@@ -162,6 +180,9 @@ class StudyWatch(Watch):
         for name, result in self._results.items():
             if name not in self._told:
                 self._told.add(name)
+                if result["status"] == "failed":
+                    warn(f"{name} failed: {result['reason']}; {self._status()}")
+                    continue
                 figures = {"validation": result["metrics"]}
                 shown = ", ".join(
                     f"{title} {_figure(figures, 'validation', key)}"

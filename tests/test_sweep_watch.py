@@ -12,9 +12,9 @@ from rafce_ray.session import Job
 from rafce_ray.storage import Location
 from rafce_ray.study.trials import TrialPlan, conclude
 from rafce_ray.study_folder import StudyFolder
-from rafce_ray.sweep_watch import REMOTE_POLL_S, SweepWatch
+from rafce_ray.sweep_watch import SweepWatch
 from rafce_ray.taxonomy import make_taxonomy
-from rafce_ray.watch import POLL_S
+from rafce_ray.watch import POLL_S, REMOTE_POLL_S
 
 TAXONOMY = make_taxonomy(("happy", "sad"), (1, 12))
 
@@ -267,7 +267,7 @@ def test_a_folder_that_cannot_be_read_for_a_while_does_not_end_the_sweep(study, 
         monkeypatch.setattr(Location, "list", list_folder)
         train(start(study, 0), 0.3)
     assert lines(capsys) == [
-        "warning: the study's folder cannot be read now (no route to host); this view goes on when it can.",
+        "warning: the folder cannot be read now (no route to host); this view goes on when it can.",
         "trial_0000: the base configuration",
     ]
 

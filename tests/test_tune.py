@@ -127,7 +127,9 @@ def test_another_size_under_the_same_name_is_refused(killed_and_resumed, overrid
 
 def test_more_trials_at_a_time_than_fit_are_refused_with_the_arithmetic(overrides, ray_cluster_of_tests):
     config = load_config(overrides=[*overrides, "run.name=crowded", "run.cpus_per_worker=2"])
-    with pytest.raises(UsageError, match=r"3 trials at a time x 2 CPU\(s\) = 6 CPUs; the cluster has 4"):
+    with pytest.raises(
+        UsageError, match=r"3 trials at a time x 1 worker\(s\) x 2 CPU = 3 workers; the cluster has 4 CPUs"
+    ):
         ablate.ablate(config, seeds=1, only=["labels-read"], concurrent=3)
 
 
@@ -160,4 +162,4 @@ def test_a_trial_that_cannot_be_trained_is_named_and_does_not_stop_the_others(
     assert set(failures) == {"bad"}
     assert "vit_b_16 cuts patches of 16 px" in failures["bad"]
     assert study.trial("good").result()["status"] == "finished"
-    assert "trial bad failed" in capsys.readouterr().err
+    assert "bad failed: model.image_px=40: vit_b_16 cuts patches of 16 px" in " ".join(capsys.readouterr().err.split())

@@ -258,7 +258,7 @@ raise SystemExit(code)
 
 def test_a_study_finishes_when_a_node_of_its_cluster_dies(study_file, tmp_path):
     study = StudyFolder(str(tmp_path / "study"))
-    arguments = ["--config", str(study_file), f"storage={tmp_path}", "resources.concurrent=2", "base.optim.epochs=8"]
+    arguments = ["--config", str(study_file), f"storage={tmp_path}", "resources.concurrent=2", "base.optim.epochs=24"]
     arguments += ["scheduler.type=none", "finalists.k=0"]
     done = subprocess.run(
         [sys.executable, "-c", NODE_DIES, str(study.location), *arguments],
@@ -273,6 +273,37 @@ def test_a_study_finishes_when_a_node_of_its_cluster_dies(study_file, tmp_path):
     trials = read_trials(study, "emotion_loss")
     assert [one.status for one in trials] == ["finished"] * 4
     for one in trials:
-        assert [epoch for epoch, _ in one.curve] == list(range(1, 9))
+        assert [epoch for epoch, _ in one.curve] == list(range(1, 25))
     moved = [event for one in trials for event in study.trial(one.name).events() if event["event"] == "resumed"]
     assert moved, "no trial went on from its checkpoint"
+
+
+def test_a_study_out_of_time_ends_its_sweep_and_goes_on_with_more(study_file, tmp_path):
+    overrides = [f"storage={tmp_path}", "base.optim.epochs=8", "scheduler.type=none"]
+    short = run(study_file, *overrides, "time_budget_s=3")
+    assert short.returncode == 0, short.stderr
+    assert "the time budget of 3 s is spent" in short.stderr
+    study = StudyFolder(str(tmp_path / "study"))
+    trials = [one for one in read_trials(study, "emotion_loss") if one.plan.role == "sweep"]
+    assert 0 < sum(one.epochs for one in trials) < 32
+    left = [one for one in trials if one.status not in ("finished", "stopped_by_scheduler")]
+    assert left, "the trial that ran can go on"
+    again = run(study_file, *overrides, "time_budget_s=600")
+    assert again.returncode == 0, again.stderr
+    trials = [one for one in read_trials(study, "emotion_loss") if one.plan.role == "sweep"]
+    assert [one.status for one in trials] == ["finished"] * 4
+    for one in trials:
+        assert [epoch for epoch, _ in one.curve] == list(range(1, 9))
+
+
+def test_weights_that_cannot_be_there_are_refused_before_anything_starts(study_file, tmp_path):
+    done = run(
+        study_file,
+        f"storage={tmp_path}",
+        "search=random",
+        "num_trials=8",
+        "space={model.weights: {choice: [none, IMAGENET1K_V7]}}",
+    )
+    assert done.returncode == 2
+    assert "model.weights: found 'IMAGENET1K_V7'" in done.stderr
+    assert not (tmp_path / "study").exists()

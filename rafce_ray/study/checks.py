@@ -254,7 +254,8 @@ def _scheduler_faults(study: StudyConfig) -> Iterator[str]:
         )
     elif scheduler.type == "asha":
         last = scheduler.grace_period * scheduler.reduction_factor ** (scheduler.brackets - 1)
-        if last >= epochs:
+        # Only a rung that an epoch before the last one reaches can stop a trial.
+        if last > epochs - 1:
             yield (
                 f"scheduler.brackets: bracket {scheduler.brackets - 1} has its first rung at epoch {last:g}, which is not below "
                 f"base.optim.epochs={epochs}. Lower brackets"
@@ -300,15 +301,20 @@ def combination_faults(study: StudyConfig) -> list[str]:
 
     All of a grid are built, of a random search what it will propose; of optuna, whose proposals are not known yet, as many draws.
     """
-    if study.search != "grid":
-        planned = (study.num_trials or 1) - 1
-        return _refused(study, islice(random_proposals(study), min(planned, CHECKED_PROPOSALS)))
-    found = list(islice(new_combinations(study.space, study.base_values), MAX_COMBINATIONS + 1))
+    found = list(foreseen(study))
     if len(found) > MAX_COMBINATIONS:
         return [
             f"space: the grid has more than {MAX_COMBINATIONS} combinations. List fewer values, or set search=random"
         ]
     return _refused(study, found)
+
+
+def foreseen(study: StudyConfig) -> Iterator[dict[str, Any]]:
+    """The values that trials other than the base will have, as far as that is known: see :func:`combination_faults`."""
+    if study.search == "grid":
+        return islice(new_combinations(study.space, study.base_values), MAX_COMBINATIONS + 1)
+    planned = (study.num_trials or 1) - 1
+    return islice(random_proposals(study), min(planned, CHECKED_PROPOSALS))
 
 
 def _refused(study: StudyConfig, proposals: Iterable[Mapping[str, Any]]) -> list[str]:

@@ -146,7 +146,7 @@ def best_run(study: StudyFolder, verdict: Verdict) -> RunFolder:
     found = [] if winner is None else [seed for seed, name in winner.runs.items() if name in folders]
     if winner is None or not found:
         raise RafceError(
-            f"{verdict.winner} won, but no run of it has a bundle. Set finalists.k=1 or more, and the same command trains it again."
+            f"{verdict.winner} won, but no run of it has a bundle. Set finalists.k=1 or more, and the same command trains it again; or, where time_budget_s ended it, raise that."
         )
     best = max(found, key=lambda seed: (direction(verdict.metric) * winner.scores[seed], -seed))
     return folders[winner.runs[best]]

@@ -172,6 +172,7 @@ def measure_on_test(
     """
     current = _read(study.location / TEST_FILE)
     if current is not None and current.winner == verdict.winner:
+        _tell_later_runs(study, current, verdict)
         return current
     kept_file = study.location / _file_of(verdict.winner)
     kept = _read(kept_file)
@@ -200,6 +201,21 @@ def measure_on_test(
                 return None
             runs.append(_Run(trial, folder.location.name, bundle, TaggedOutputs(trial, outputs, bundle.taxonomy)))
     return _replace_current(study, current, _compare(verdict, runs))
+
+
+def _tell_later_runs(study: StudyFolder, current: OnTest, verdict: Verdict) -> None:
+    """Say which trainings the record of the test split does not know: looking again with more seeds would be choosing by it."""
+    later = [
+        folder.location.name
+        for trial, measured in current.runs.items()
+        for folder in runs_of(study, verdict, trial)
+        if folder.location.name not in measured
+    ]
+    if later:
+        say(
+            f"{', '.join(later)} {'was' if len(later) == 1 else 'were'} trained since: not measured on the test split, whose figures "
+            f"stay those of the first look ({TEST_FILE})."
+        )
 
 
 def _replace_current(study: StudyFolder, current: OnTest | None, new: OnTest) -> OnTest:

@@ -16,17 +16,21 @@ from rafce_ray.config import CARRIED_OUT_BY, flatten
 from rafce_ray.console import print_json, progress_bar, run_main, say, to_json, warn
 from rafce_ray.data.dataset import prepare
 from rafce_ray.errors import RafceError, UsageError
+from rafce_ray.pretrained import check_weights
 from rafce_ray.storage import locate
+from rafce_ray.study.checks import foreseen
 from rafce_ray.study.config import StudyConfig, load_study, to_yaml
+from rafce_ray.study.driver import sole_driver
 from rafce_ray.study.proposals import planned_trials, propose
 from rafce_ray.study.trials import Trial, read_trials
 from rafce_ray.study_folder import StudyFolder
 from rafce_ray.train import ray_cluster, tell_findings
+from rafce_ray.tune.plan import first_line, tell_plan, tell_trials
 from rafce_ray.tune.readings import Readings
+from rafce_ray.tune.shares import Shares, share_out
 
 if TYPE_CHECKING:
     from rafce_ray.data.dataset import Prepared
-    from rafce_ray.tune.shares import Shares
 
 ELAPSED_FILE = "elapsed.json"
 
@@ -41,45 +45,59 @@ def tune(study: StudyConfig, *, dry_run: bool = False, retry_failed: bool = Fals
         RafceError: no trial gave a score.
     """
     folder = StudyFolder(str(locate(study.storage) / study.name))
-    if not dry_run:
+    if dry_run:
+        folder.location.check_reachable()
+    else:
         locate(study.storage).check_writable()
     # What is not installed is told before the data are read.
     propose(study, 1)
     check_mlflow(study)
+    check_weights_of(study)
     readings = Readings(partial(prepare, progress=progress_bar))
     prepared = readings.prepare_all(study)
     tell_findings(prepared, study.base_config())
     claimed = claim_of(study, prepared)
     if dry_run:
         folder.check(claimed)
-    else:
+        with shares_of(study) as shares:
+            tell(study, folder, shares, prepared)
+        tell_trials(study)
+        return None
+    with sole_driver(folder):
         folder.claim(claimed)
         (folder.location / "study.yaml").write_bytes(to_yaml(study).encode())
         if retry_failed:
             reopen_failed(folder, study.metric)
-    trials = [one for one in read_trials(folder, study.metric) if one.plan.role == "sweep"]
+        with shares_of(study) as shares:
+            tell(study, folder, shares, prepared)
+            sweep(study, folder, shares, readings)
+            finalists = train_finalists(study, folder, shares, readings)
+        from rafce_ray.tune.outcome import conclude_study
+
+        return conclude_study(study, folder, finalists)
+
+
+@contextmanager
+def shares_of(study: StudyConfig) -> Iterator[Shares]:
+    """Connect to a cluster while the block lasts; what each trial gets of it. UsageError where a trial can never run on it."""
     with ray_cluster(study.base_config(), nested=study.resources.workers > 1):
         # Ray reads its environment when it is imported: ray_cluster has set it by now.
-        from rafce_ray.tune.plan import tell_plan, tell_trials
-        from rafce_ray.tune.shares import share_out
         from rafce_ray.tune.trials import cluster_nodes
 
-        shares = share_out(
+        resources = study.resources
+        yield share_out(
             study.base_config().run,
             cluster_nodes(),
-            concurrent=study.resources.concurrent,
-            gpus_per_worker=study.resources.gpus_per_worker,
+            concurrent=resources.concurrent,
+            gpus_per_worker=resources.gpus_per_worker,
         )
-        ended = sum(one.status not in ("waiting", "interrupted") for one in trials)
-        tell_plan(study, folder, shares, prepared.taxonomy, ended=ended)
-        if dry_run:
-            tell_trials(study)
-            return None
-        sweep(study, folder, shares, readings)
-        finalists = train_finalists(study, folder, shares, readings)
-    from rafce_ray.tune.outcome import conclude_study
 
-    return conclude_study(study, folder, finalists)
+
+def tell(study: StudyConfig, folder: StudyFolder, shares: Shares, prepared: Prepared) -> None:
+    """Say what will be done with how much of the cluster; UsageError where the disk has no place for it."""
+    trials = [one for one in read_trials(folder, study.metric) if one.plan.role == "sweep"]
+    ended = sum(one.status not in ("waiting", "interrupted") for one in trials)
+    tell_plan(study, folder, shares, prepared.taxonomy, ended=ended)
 
 
 def claim_of(study: StudyConfig, prepared: Prepared) -> dict[str, Any]:
@@ -252,6 +270,15 @@ def check_mlflow(study: StudyConfig) -> None:
         ) from None
 
 
+def check_weights_of(study: StudyConfig) -> None:
+    """Whether every trial's ``model.weights`` can be there for its backbone; UsageError where not, before anything starts."""
+    models = [study.base_config().model]
+    if study.space.keys() & {"model.weights", "model.backbone"}:
+        models += [study.config_of(values).model for values in foreseen(study)]
+    for weights, backbone in sorted({(model.weights, model.backbone) for model in models}):
+        check_weights(weights, backbone)
+
+
 def mlflow_callbacks(study: StudyConfig) -> tuple[Any, ...]:
     """Ray's MLflow logger where the study asks for one."""
     if study.mlflow is None:
@@ -271,8 +298,6 @@ def _main(argv: list[str]) -> int:
         raise UsageError(
             "base.data.root is not set: name the folder of labelled faces, for example base.data.root=path/to/RAF-CE."
         )
-    from rafce_ray.tune.plan import first_line
-
     say(first_line(study, StudyFolder(str(locate(study.storage) / study.name))))
     unused = study.unused_scheduler_keys()
     if unused:

@@ -129,9 +129,15 @@ class Sweep:
         return [Observed(one.plan.number, one.plan.values, scores[one.name]) for one in self._known.values()]
 
     def _bound_disk(self) -> None:
-        """Of ended trials, the best ``keep`` and the base keep their best checkpoint and bundle; the others keep their figures."""
-        ended = [one for one in self._known.values() if one.status in ENDED and one.status != "failed"]
-        ranked = best_first([one for one in ended if one.status != "diverged"], self._study.metric)
+        """Of ended trials, the best ``keep`` and the base keep their best checkpoint and bundle; the others keep their figures.
+
+        Of those that failed, the last ``keep`` keep their checkpoints for ``--retry-failed``; the others would begin again.
+        """
+        ended = [one for one in self._known.values() if one.status in ENDED]
+        failed = sorted((one for one in ended if one.status == "failed"), key=lambda one: one.plan.number)
+        waiting = {one.name for one in failed[-self._study.keep :]}
+        ended = [one for one in ended if one.name not in waiting]
+        ranked = best_first([one for one in ended if one.status not in ("failed", "diverged")], self._study.metric)
         kept = [one.name for place, one in enumerate(ranked) if place < self._study.keep or one.plan.is_base]
         for one in ended:
             folder = self._folder.trial(one.name)

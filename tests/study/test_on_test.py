@@ -167,6 +167,21 @@ def test_winner_and_base_are_measured_once_on_the_same_images_by_the_same_labels
 
 
 @pytest.mark.slow
+def test_trainings_that_came_later_are_not_measured_on_test_and_that_is_said(trained, capsys, monkeypatch):
+    study, verdict = trained
+    first = measure_on_test(study, verdict, device="cpu")
+    assert "not measured" not in capsys.readouterr().err
+    record = json.loads((study.location / "test.json").read_bytes())
+    record["runs"]["trial_0001"] = record["runs"]["trial_0001"][:1]
+    (study.location / "test.json").write_bytes(json.dumps(record).encode())
+    again = measure_on_test(study, verdict, device="cpu")
+    said = " ".join(capsys.readouterr().err.split())
+    assert "final_0001_seed2 was trained since: not measured on the test split" in said
+    assert again.figures["trial_0001"]["accuracy"] == first.figures["trial_0001"]["accuracy"]
+    (study.location / "test.json").write_bytes(to_json(first.to_json()).encode())
+
+
+@pytest.mark.slow
 def test_another_winner_is_another_look_and_the_earlier_record_stays(trained, monkeypatch):
     study, verdict = trained
     first = measure_on_test(study, verdict, device="cpu")

@@ -367,6 +367,11 @@ def test_conditions_that_cannot_hold_are_refused(space, part):
         ({"scheduler": {"brackets": 0}}, "scheduler.brackets: found 0"),
         # First rungs of brackets 0, 1, 2, 3: 3, 9, 27, 81.
         ({"scheduler": {"brackets": 4}}, "bracket 3 has its first rung at epoch 81"),
+        # No epoch but the last, 50, is behind it.
+        (
+            {"scheduler": {"grace_period": 1, "reduction_factor": 49.5, "brackets": 2}},
+            "bracket 1 has its first rung at epoch 49.5",
+        ),
         ({"finalists": {"k": -1}}, "finalists.k: found -1"),
         ({"resources": {"workers": 2, "gpus_per_worker": 0.5}}, "several workers take a whole GPU each"),
         ({"resources": {"gpus_per_worker": 1.5}}, "a worker uses one GPU. Set 1 or a fraction"),

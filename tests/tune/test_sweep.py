@@ -271,6 +271,17 @@ def test_a_trial_that_ended_without_a_score_keeps_no_model(bench):
     assert bench.kept() == {names[0]: [1], names[2]: [1]}
 
 
+def test_of_failed_trials_the_last_ones_keep_what_a_retry_goes_on_from(bench):
+    sweep = bench.start()
+    names = [sweep.next().name for _ in range(5)]
+    bench.train(names[0], 0.5, status="finished")
+    for name in names[1:4]:
+        bench.train(name, 0.4, status="failed")
+        sweep.ended(name)
+    bench.train(names[4], 0.2, 0.3)
+    assert bench.kept() == {names[0]: [1], names[2]: [1], names[3]: [1], names[4]: [1, 2]}
+
+
 def test_a_trial_that_would_not_train_what_was_sampled_is_refused(bench):
     sweep = bench.start()
     sweep.next()
