@@ -259,15 +259,22 @@ def train_finalists(study: StudyConfig, folder: StudyFolder, shares: Shares, rea
 
 
 def check_mlflow(study: StudyConfig) -> None:
-    """UsageError where the study asks for MLflow and it is not installed."""
+    """UsageError where the study asks for MLflow, and it is not installed or its tracking server does not answer."""
     if study.mlflow is None:
         return
     try:
-        importlib.import_module("mlflow")
+        mlflow = importlib.import_module("mlflow")
     except ImportError:
         raise UsageError(
             "mlflow is set, but MLflow is not installed. Install it with: pip install 'rafce_ray[mlflow]'."
         ) from None
+    try:
+        mlflow.MlflowClient(study.mlflow).search_experiments(max_results=1)
+    except Exception as error:
+        # Every kind of store has errors of its own kind.
+        raise UsageError(
+            f"mlflow={study.mlflow}: MLflow cannot be used there: {str(error).rstrip('.')}. Give the address of a tracking server, such as http://host:5000."
+        ) from error
 
 
 def check_weights_of(study: StudyConfig) -> None:

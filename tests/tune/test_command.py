@@ -1,0 +1,42 @@
+"""What `rafce tune` asks for before it starts anything."""
+
+from pathlib import Path
+
+import pytest
+
+from rafce_ray.errors import UsageError
+from rafce_ray.study.config import build_study
+from rafce_ray.tune.command import check_mlflow, check_weights_of
+
+
+def build(**values):
+    plain = {
+        "name": "study",
+        "base": {"recipe": "demo"},
+        "space": {"optim.lr": {"loguniform": [1e-4, 1e-2]}},
+        "num_trials": 5,
+    }
+    return build_study(plain | values)
+
+
+def test_an_mlflow_that_cannot_be_used_is_told_before_any_trial_trains(tmp_path: Path):
+    pytest.importorskip("mlflow")
+    check_mlflow(build())
+    address = f"unknown-store://{tmp_path}"
+    with pytest.raises(UsageError, match=f"mlflow={address}: MLflow cannot be used there: .* Give the address"):
+        check_mlflow(build(mlflow=address))
+
+
+def test_weights_of_every_trial_are_looked_for(tmp_path: Path):
+    file = tmp_path / "weights.safetensors"
+    file.write_bytes(b"")
+    check_weights_of(build(space={"model.weights": {"choice": ["none", "DEFAULT", str(file)]}}))
+    with pytest.raises(UsageError, match=r"model\.weights: there is no file .*missing\.safetensors"):
+        check_weights_of(build(space={"model.weights": {"choice": ["none", str(tmp_path / "missing.safetensors")]}}))
+    # Each name for itself is known, but not for the other backbone.
+    space = {
+        "model.weights": {"choice": ["none", "IMAGENET1K_V2"]},
+        "model.backbone": {"choice": ["resnet18", "resnet50"]},
+    }
+    with pytest.raises(UsageError, match="found 'IMAGENET1K_V2'; expected .* for resnet18"):
+        check_weights_of(build(space=space, search="grid", num_trials=None))
