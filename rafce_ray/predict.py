@@ -77,7 +77,10 @@ class Predictor:
 
     def predict(self, images: NDArray[np.uint8] | Tensor, top_k: int = 3) -> list[Prediction]:
         """One :class:`Prediction` a face, with names; images as for :meth:`outputs`."""
-        found = self.probabilities(images)
+        return self.named(self.probabilities(images), top_k)
+
+    def named(self, found: Probabilities, top_k: int = 3) -> list[Prediction]:
+        """One :class:`Prediction` a face from its calibrated probabilities."""
         basics = basic_emotion_probabilities(found.emotion, self.bundle.taxonomy)
         return [
             self._prediction(emotion, basic.tolist(), action_units.tolist(), top_k)

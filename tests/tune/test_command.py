@@ -38,5 +38,5 @@ def test_weights_of_every_trial_are_looked_for(tmp_path: Path):
         "model.weights": {"choice": ["none", "IMAGENET1K_V2"]},
         "model.backbone": {"choice": ["resnet18", "resnet50"]},
     }
-    with pytest.raises(UsageError, match="found 'IMAGENET1K_V2'; expected .* for resnet18"):
+    with pytest.raises(UsageError, match=r"found 'IMAGENET1K_V2'; expected .* for resnet18"):
         check_weights_of(build(space=space, search="grid", num_trials=None))
