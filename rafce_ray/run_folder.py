@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from rafce_ray.config import Config, build_config, to_yaml
-from rafce_ray.console import to_json
+from rafce_ray.console import pretty_json, to_json
 from rafce_ray.split_outputs import SplitOutputs
 from rafce_ray.storage import Location, locate
 
@@ -47,8 +47,8 @@ class RunFolder:
 
     def start(self, config: Config, provenance: dict[str, Any], audit: dict[str, Any]) -> None:
         """Write down what this run is and what its data are like, before any work. The configuration goes last: with it, a run exists."""
-        (self.location / "audit.json").write_bytes(_pretty(audit))
-        (self.location / "provenance.json").write_bytes(_pretty(provenance))
+        (self.location / "audit.json").write_bytes(pretty_json(audit))
+        (self.location / "provenance.json").write_bytes(pretty_json(provenance))
         (self.location / "config.yaml").write_bytes(to_yaml(config).encode())
 
     def audit(self) -> dict[str, Any] | None:
@@ -57,7 +57,7 @@ class RunFolder:
 
     def write_targets(self, targets: dict[str, Any]) -> None:
         """Write down what the network is trained towards: per split, images, classes and action units as training sees them."""
-        (self.location / "targets.json").write_bytes(_pretty(targets))
+        (self.location / "targets.json").write_bytes(pretty_json(targets))
 
     def targets(self) -> dict[str, Any] | None:
         """What :meth:`write_targets` wrote; None before training has started."""
@@ -86,7 +86,7 @@ class RunFolder:
 
     def write_result(self, result: dict[str, Any]) -> None:
         """Mark the run as ended."""
-        (self.location / "result.json").write_bytes(_pretty(result))
+        (self.location / "result.json").write_bytes(pretty_json(result))
 
     def reopen(self) -> None:
         """Take a finished run's result and bundle away, so that it may go on; its checkpoints and metrics stay."""
@@ -140,10 +140,6 @@ class RunFolder:
             return dict(json.loads((self.location / name).read_bytes()))
         except FileNotFoundError:
             return None
-
-
-def _pretty(record: dict[str, Any]) -> bytes:
-    return (json.dumps(json.loads(to_json(record)), indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _read_lines(file: Location) -> list[dict[str, Any]]:

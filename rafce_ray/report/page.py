@@ -56,7 +56,13 @@ def render_page(data: ReportData) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"num": _num, "pct": _pct, "interval": interval, "count": _count, "duration": duration}
+    environment.filters |= {
+        "num": number_html,
+        "pct": percent_html,
+        "interval": interval,
+        "count": count_or_dash,
+        "duration": duration,
+    }
     page = environment.get_template("report.html.j2").render(
         data=data,
         run=data.run,
@@ -66,7 +72,7 @@ def render_page(data: ReportData) -> str:
         summary=[] if data.figures is None else summary(data.figures),
         tiles=list(_tiles(data)),
         alerts=list(_alerts(data)),
-        diagnoses=[(one, _patch(one.patch)) for one in data.diagnoses],
+        diagnoses=[(one, patch_lines(one.patch)) for one in data.diagnoses],
         trained=_trained_on(data),
         charts=_charts(data),
         epochs=_epochs(data),
@@ -93,20 +99,22 @@ def render_page(data: ReportData) -> str:
     return str(page)
 
 
-def _num(value: float | None, digits: int = 3) -> Markup:
+def number_html(value: float | None, digits: int = 3) -> Markup:
     """A number for people, with its exact value for programs."""
     if value is None:
         return Markup('<span class="undefined">{}</span>').format(UNDEFINED)
     return Markup('<data value="{}">{}</data>').format(value, number(value, digits))
 
 
-def _pct(value: float | None, digits: int = 1) -> Markup:
+def percent_html(value: float | None, digits: int = 1) -> Markup:
+    """A share as a percentage; what is undefined looks it."""
     if value is None:
         return Markup('<span class="undefined">{}</span>').format(UNDEFINED)
     return Markup('<data value="{}">{}</data>').format(value, percent(value, digits))
 
 
-def _count(value: int | None) -> str:
+def count_or_dash(value: int | None) -> str:
+    """A count with its thousands apart."""
     return UNDEFINED if value is None else f"{value:,}"
 
 
@@ -118,20 +126,22 @@ def _tiles(data: ReportData) -> Iterator[dict[str, Any]]:
     intervals = figures.get("intervals", {})
     if figures["emotion_known"]:
         floor = f"commonest class alone: {percent(figures['majority_accuracy'])}"
-        yield _tile("Accuracy", _pct(figures["accuracy"]), intervals.get("accuracy"), floor, as_percent=True)
+        yield _tile("Accuracy", percent_html(figures["accuracy"]), intervals.get("accuracy"), floor, as_percent=True)
         supported = f"classes with {MIN_SUPPORT} images or more: {number(figures['macro_f1_supported'])}"
-        yield _tile("Macro-F1", _num(figures["macro_f1"]), intervals.get("macro_f1"), supported)
+        yield _tile("Macro-F1", number_html(figures["macro_f1"]), intervals.get("macro_f1"), supported)
     if data.taxonomy.num_action_units:
         notes = [f"always \u201cpresent\u201d: {number(figures['au_floor_mean'])}"]
         if data.cross_fitted is not None:
             notes.append(f"cross-fitted: {number(data.cross_fitted['au_f1_mean_after'])}")
-        yield _tile("AU-F1, mean", _num(figures["au_f1_mean"]), intervals.get("au_f1_mean"), "; ".join(notes))
+        yield _tile("AU-F1, mean", number_html(figures["au_f1_mean"]), intervals.get("au_f1_mean"), "; ".join(notes))
     reliability = (data.cross_fitted or figures.get("reliability") or {}).get("after") or {}
     if reliability.get("emotion"):
         found = reliability["emotion"]
         before = (data.cross_fitted or figures["reliability"])["before"]["emotion"]["ece"]
         label = "Calibration error" + (", cross-fitted" if data.cross_fitted else "")
-        yield _tile(label, _num(found["ece"]), found["intervals"]["ece"], f"before calibration: {number(before)}")
+        yield _tile(
+            label, number_html(found["ece"]), found["intervals"]["ece"], f"before calibration: {number(before)}"
+        )
 
 
 def _tile(label: str, value: Markup, bounds: Any, note: str, *, as_percent: bool = False) -> dict[str, Any]:
@@ -323,6 +333,6 @@ def _time(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
-def _patch(patch: dict[str, Any]) -> list[str]:
+def patch_lines(patch: dict[str, Any]) -> list[str]:
     """A patch as the command line takes it."""
     return [f"{key}={_setting(value)}" for key, value in patch.items()]

@@ -97,7 +97,7 @@ def loss_curves(run: Evidence) -> Markup:
             _finish_curve(axis, run, title, "nats")
 
     ends = ", ".join(f"{title.lower()} {_from_to(run, f'validation.{key}')}" for title, key in panels)
-    return _chart("losses", len(panels), 270, draw, f"Line charts of losses by epoch. On validation: {ends}.")
+    return chart("losses", len(panels), 270, draw, f"Line charts of losses by epoch. On validation: {ends}.")
 
 
 def metric_curves(run: Evidence) -> Markup:
@@ -117,7 +117,7 @@ def metric_curves(run: Evidence) -> Markup:
             _finish_curve(axis, run, title, "")
 
     ends = ", ".join(f"{title} {_from_to(run, f'validation.{key}')}" for title, key in panels)
-    return _chart("metrics", len(panels), 270, draw, f"Line charts of figures by epoch. On validation: {ends}.")
+    return chart("metrics", len(panels), 270, draw, f"Line charts of figures by epoch. On validation: {ends}.")
 
 
 def gradient_curves(run: Evidence) -> Markup | None:
@@ -144,7 +144,7 @@ def gradient_curves(run: Evidence) -> Markup | None:
         f"Line charts by epoch: gradient norm of emotions {_from_to(run, 'gradient.emotion_norm')}, of action units "
         f"{_from_to(run, 'gradient.au_norm')}; cosine between them {_from_to(run, 'gradient.cosine')}."
     )
-    return _chart("gradients", 2, 250, draw, label)
+    return chart("gradients", 2, 250, draw, label)
 
 
 def reliability_diagrams(reliability: Mapping[str, Any]) -> Markup | None:
@@ -174,7 +174,7 @@ def reliability_diagrams(reliability: Mapping[str, Any]) -> Markup | None:
         f"{title} {reliability['before'][key]['ece']:.3f} before, {reliability['after'][key]['ece']:.3f} after"
         for title, key in panels
     )
-    return _chart(
+    return chart(
         "reliability", len(panels), 400, draw, f"Reliability diagrams. Expected calibration error: {ece}.", max_panels=2
     )
 
@@ -204,12 +204,10 @@ def risk_coverage_curve(risk_coverage: Mapping[str, Any], unsure_below: float | 
         axis.set(xlabel="coverage: share of images answered, the surest first", ylabel="risk: share wrong")
 
     label = f"Risk-coverage curve: {curve[-1]['risk']:.1%} wrong with every image answered; area under it {risk_coverage['aurc']:.3f}."
-    return _chart("risk-coverage", 1, 300, draw, label, max_panels=1.45)
+    return chart("risk-coverage", 1, 300, draw, label, max_panels=1.45)
 
 
-def _chart(
-    name: str, num_panels: int, height_px: int, draw: Any, label: str, max_panels: float | None = None
-) -> Markup:
+def chart(name: str, num_panels: int, height_px: int, draw: Any, label: str, max_panels: float | None = None) -> Markup:
     """One row of panels, never wider than the page; a single one takes up to two thirds of it."""
     width = WIDTH_PX * min(1.0, num_panels / (max_panels or max(num_panels, 1.5)))
     with mpl.rc_context(_STYLE):

@@ -10,7 +10,7 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from rafce_ray.report.plots import BLUE, INK, MUTED, ORANGE, PAPER, _chart
+from rafce_ray.report.plots import BLUE, INK, MUTED, ORANGE, PAPER, chart
 from rafce_ray.report.study_plots import COLUMNS, SMALL_PX, Field, columns, point_of
 from rafce_ray.report.text import number
 from rafce_ray.study.rungs import RungEntry
@@ -74,7 +74,7 @@ def _row_of_rungs(rungs: Sequence[Rung], start: int, all_rungs: Sequence[Rung]) 
         f"epoch {rung.milestone:g}: {len(rung.entries)} trials, {len(rung.stopped)} stopped, last cutoff {number(rung.cutoff)}"
         for rung in rungs
     )
-    return _chart(f"rungs-{start}", len(rungs), 260, draw, f"ASHA's rungs. {told}.", columns(len(all_rungs)))
+    return chart(f"rungs-{start}", len(rungs), 260, draw, f"ASHA's rungs. {told}.", columns(len(all_rungs)))
 
 
 def _draw_rung(panel: Axes, rung: Rung) -> None:
@@ -129,7 +129,7 @@ def learning_curves(field: Field) -> Markup | None:
     label = f"Line chart of {field.metric} by epoch for {len(drawn)} trials. " + " ".join(
         f"{one.label}: {number(one.trial.score)} at epoch {one.trial.best_epoch}." for one in field.emphasised
     )
-    return _chart("curves", 1, 380, draw, label, max_panels=1)
+    return chart("curves", 1, 380, draw, label, max_panels=1)
 
 
 def _curve(trial: Trial) -> tuple[list[int], list[float]]:
@@ -173,7 +173,7 @@ def pareto_chart(field: Field, front: Sequence[Trial]) -> Markup | None:
 
     names = ", ".join(trial.name for trial in front)
     label = f"Scatter chart of {ACTION_UNIT} against {EMOTION} for {len(drawn)} trials. On the front: {names}."
-    return _chart("pareto", 1, 400, draw, label, max_panels=1.25)
+    return chart("pareto", 1, 400, draw, label, max_panels=1.25)
 
 
 def both_figures(trial: Trial) -> tuple[float, float] | None:

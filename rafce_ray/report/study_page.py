@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from rafce_ray import __version__
 from rafce_ray.report import study_tables as tables
-from rafce_ray.report.page import _count, _num, _patch, _pct
+from rafce_ray.report.page import count_or_dash, number_html, patch_lines, percent_html
 from rafce_ray.report.study_cost import cost, unit
 from rafce_ray.report.study_curves import (
     Rung,
@@ -82,7 +82,7 @@ def render_study(data: StudyData) -> str:
         unit=of,
         costs=list(tables.cost_rows(data, of)),
         sweep_cost=cost(data.trials, of),
-        findings=[(one, _patch(one.diagnosis.patch)) for one in data.findings],
+        findings=[(one, patch_lines(one.diagnosis.patch)) for one in data.findings],
         provenance=list(tables.provenance_rows(data)),
         undefined=UNDEFINED,
         better="higher" if direction(data.metric) > 0 else "lower",
@@ -101,10 +101,10 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "num": _num,
-        "pct": _pct,
+        "num": number_html,
+        "pct": percent_html,
         "interval": interval,
-        "count": _count,
+        "count": count_or_dash,
         "duration": duration,
         "named": _named,
         "roughly": roughly,
@@ -161,7 +161,7 @@ def _tiles(data: StudyData) -> Iterator[dict[str, Any]]:
         bounds = interval([won.low, won.high], 3)
         yield {
             "label": f"{data.metric} of {verdict.winner}",
-            "value": _num(won.mean),
+            "value": number_html(won.mean),
             "notes": [f"95\u00a0% interval: {bounds}", f"in the sweep: {number(won.sweep_score)}"],
         }
         if verdict.winner != verdict.base:
@@ -177,7 +177,7 @@ def _tiles(data: StudyData) -> Iterator[dict[str, Any]]:
     elif winner is not None:
         yield {
             "label": f"{data.metric} of {winner.name}",
-            "value": _num(winner.score),
+            "value": number_html(winner.score),
             "notes": ["on validation, one training", f"at epoch {winner.best_epoch}"],
         }
     if data.trials:

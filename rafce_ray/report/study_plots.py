@@ -11,7 +11,7 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from rafce_ray.report.plots import BLUE, GREEN, INK, MUTED, ORANGE, PAPER, TEXT_PX, _chart
+from rafce_ray.report.plots import BLUE, GREEN, INK, MUTED, ORANGE, PAPER, TEXT_PX, chart
 from rafce_ray.report.study_axes import ValueAxis, value_axis
 from rafce_ray.report.text import UNDEFINED, number
 from rafce_ray.study.progress import plain
@@ -136,7 +136,7 @@ def parallel_coordinates(field: Field) -> Markup | None:
         f"Parallel coordinates of {len(scored)} trials over {', '.join(axis.key for axis in axes)} and {field.metric}. "
         + " ".join(_described(one, axes, field) for one in field.emphasised)
     )
-    return _chart("parallel", 1, 400, draw, label, max_panels=1)
+    return chart("parallel", 1, 400, draw, label, max_panels=1)
 
 
 def _coordinate(panel: Axes, place: int, axis: ValueAxis, *, is_score: bool, turned: bool) -> None:
@@ -184,7 +184,7 @@ def _row_of_values(field: Field, axes: Sequence[ValueAxis], start: int, max_pane
             panels[0].plot([], [], **one.points)
 
     label = f"Scatter charts of {field.metric} against {', '.join(axis.key for axis in axes)}."
-    return _chart(f"values-{start}", len(axes), 240, draw, label, max_panels)
+    return chart(f"values-{start}", len(axes), 240, draw, label, max_panels)
 
 
 def _scatter(panel: Axes, axis: ValueAxis, field: Field) -> None:

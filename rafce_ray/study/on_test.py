@@ -33,7 +33,7 @@ from rafce_ray.split_outputs import SplitOutputs
 from rafce_ray.storage import Location
 from rafce_ray.study.finalists import runs_of
 from rafce_ray.study.scored import TaggedOutputs, on_labels_of_first, score_with_losses
-from rafce_ray.study.verdict import Basis, Verdict
+from rafce_ray.study.verdict import Basis, Verdict, nan_if_null, read_difference
 from rafce_ray.study_folder import StudyFolder
 from rafce_ray.taxonomy import Taxonomy
 
@@ -88,10 +88,7 @@ class OnTest:
         figures = {
             trial: {name: _figure(one) for name, one in found.items()} for trial, found in record["figures"].items()
         }
-        differences = {
-            name: Difference(*(_number(one[key]) for key in ("value", "low", "high")))
-            for name, one in record["differences"].items()
-        }
+        differences = {name: read_difference(one) for name, one in record["differences"].items()}
         runs = {trial: tuple(names) for trial, names in record["runs"].items()}
         lists = {"remarks": tuple(record["remarks"]), "runs": runs}
         return cls(**{**record, **lists, "figures": figures, "differences": differences})
@@ -129,12 +126,10 @@ class OnTest:
         return "The intervals allow for other images only: one seed each does not tell how seeds differ."
 
 
-def _number(value: float | None) -> float:
-    return math.nan if value is None else float(value)
-
-
 def _figure(record: dict[str, Any]) -> MeanFigure:
-    return MeanFigure(tuple(map(_number, record["values"])), *(_number(record[key]) for key in ("mean", "low", "high")))
+    return MeanFigure(
+        tuple(map(nan_if_null, record["values"])), *(nan_if_null(record[key]) for key in ("mean", "low", "high"))
+    )
 
 
 def _with_interval(one: MeanFigure) -> str:

@@ -77,32 +77,34 @@ class Verdict:
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> Verdict:
         """The verdict that :meth:`to_json` wrote, also after JSON has made null of NaN."""
-        differences = {key: _difference(record[key]) for key in ("gain", "retrained_gain")}
+        differences = {key: read_difference(record[key]) for key in ("gain", "retrained_gain")}
         runner_up = record["over_runner_up"]
         return cls(
             **{
                 **record,
                 **differences,
                 "ranked": tuple(_finalist(one) for one in record["ranked"]),
-                "over_runner_up": None if runner_up is None else _difference(runner_up),
-                "sweep_gain": _number(record["sweep_gain"]),
+                "over_runner_up": None if runner_up is None else read_difference(runner_up),
+                "sweep_gain": nan_if_null(record["sweep_gain"]),
                 "remarks": tuple(record["remarks"]),
             }
         )
 
 
-def _number(value: float | None) -> float:
+def nan_if_null(value: float | None) -> float:
+    """A figure as JSON keeps it: null is NaN."""
     return math.nan if value is None else float(value)
 
 
-def _difference(record: dict[str, Any]) -> Difference:
-    return Difference(*(_number(record[key]) for key in ("value", "low", "high")))
+def read_difference(record: dict[str, Any]) -> Difference:
+    """A difference as JSON keeps it."""
+    return Difference(*(nan_if_null(record[key]) for key in ("value", "low", "high")))
 
 
 def _finalist(record: dict[str, Any]) -> Finalist:
-    numbers = {key: _number(record[key]) for key in ("sweep_score", "mean", "low", "high")}
+    numbers = {key: nan_if_null(record[key]) for key in ("sweep_score", "mean", "low", "high")}
     by_seed = {
-        "scores": {int(seed): _number(value) for seed, value in record["scores"].items()},
+        "scores": {int(seed): nan_if_null(value) for seed, value in record["scores"].items()},
         "runs": {int(seed): name for seed, name in record["runs"].items()},
         "missing": {int(seed): reason for seed, reason in record["missing"].items()},
     }
