@@ -181,7 +181,7 @@ class StudyWatch(Watch):
             if name not in self._told:
                 self._told.add(name)
                 if result["status"] == "failed":
-                    warn(f"{name} failed: {result['reason']}; {self._status()}")
+                    warn(f"{name} failed: {str(result['reason']).rstrip('.')}; {self._status()}")
                     continue
                 figures = {"validation": result["metrics"]}
                 shown = ", ".join(

@@ -162,4 +162,6 @@ def test_a_trial_that_cannot_be_trained_is_named_and_does_not_stop_the_others(
     assert set(failures) == {"bad"}
     assert "vit_b_16 cuts patches of 16 px" in failures["bad"]
     assert study.trial("good").result()["status"] == "finished"
-    assert "bad failed: model.image_px=40: vit_b_16 cuts patches of 16 px" in " ".join(capsys.readouterr().err.split())
+    assert "bad failed: model.image_px: found 40; vit_b_16 cuts patches of 16 px" in " ".join(
+        capsys.readouterr().err.split()
+    )
