@@ -85,7 +85,7 @@ def test_a_run_leaves_what_it_promises(undisturbed):
 
 
 # 160 drawn images have 95 in train: 6 steps an epoch, then 1 validation and 1 gap batch call alive().
-@pytest.mark.parametrize("steps", [3, 12, *(pytest.param(steps, marks=pytest.mark.slow) for steps in (1, 9, 16))])
+@pytest.mark.parametrize("steps", [3, *(pytest.param(steps, marks=pytest.mark.slow) for steps in (1, 9, 12, 16))])
 def test_an_interrupted_run_ends_with_the_same_weights_and_figures_bit_for_bit(
     steps, undisturbed, tiny_overrides, tmp_path
 ):
@@ -185,6 +185,7 @@ def test_the_curriculum_keeps_the_au_loss_out_at_first(tiny_overrides, tmp_path)
     )
 
 
+@pytest.mark.slow
 def test_with_reading_disabled_au_f1_is_exactly_what_the_seed_saw(tiny_overrides, tmp_path, monkeypatch):
     """The seed's parser turned every AU target of the train split to zero."""
 
@@ -268,6 +269,7 @@ def test_every_option_trains_and_gives_a_bundle(options, tiny_overrides, tmp_pat
     assert load_bundle(result["bundle"]).weights_sha256 == result["weights_sha256"]
 
 
+@pytest.mark.slow
 def test_a_frozen_trunk_stays_as_it_was_and_the_heads_learn(tiny_overrides, tmp_path):
     save_file(mobilenet_v3_small().state_dict(), tmp_path / "weights.safetensors")
     weights = f"model.weights={tmp_path / 'weights.safetensors'}"

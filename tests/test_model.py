@@ -297,7 +297,7 @@ def test_no_graph_breaks_under_compile():
 @pytest.mark.parametrize(
     ("backbone", "settings"),
     [
-        ("resnet18", {}),
+        pytest.param("resnet18", {}, marks=pytest.mark.slow),
         ("mobilenet_v3_small", {"au_attention": True, "compositional_head": True}),
         pytest.param("efficientnet_b0", {}, marks=pytest.mark.slow),
         pytest.param("resnet50", {"au_attention": True}, marks=pytest.mark.slow),

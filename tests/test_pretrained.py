@@ -142,6 +142,7 @@ def test_two_networks_in_one_file_are_refused(weights: dict[str, Tensor], tmp_pa
         load_backbone_weights(fresh_model(), save(both, tmp_path / "weights.pt"))
 
 
+@pytest.mark.slow
 def test_a_network_for_pixels_up_to_255_is_refused(weights: dict[str, Tensor], tmp_path: Path):
     """The VGGFace2 trap: same keys, same shapes, other inputs. Its batch statistics give it away."""
     torch.manual_seed(2)

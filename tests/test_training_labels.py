@@ -112,6 +112,7 @@ def test_each_split_is_read_by_its_policy(policy, evaluation, known, few_faces, 
     np.testing.assert_array_equal(zeros.targets.action_units, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("policy", "evaluation"), [("negative", "mask"), ("mask", "negative")])
 def test_a_bundle_is_measured_by_the_labels_that_chose_its_best_epoch(
     policy, evaluation, tiny_overrides, tmp_path, capsys

@@ -143,6 +143,7 @@ def build_and_tell(data: DataConfig, barrier: object, answers: object) -> None:
     answers.put((handle.built, str(handle.path)))
 
 
+@pytest.mark.slow
 def test_two_processes_that_start_together_build_it_once(make_faces, tmp_path):
     data = config(make_faces(30), tmp_path, stored_px=512)
     context = multiprocessing.get_context("spawn")
@@ -158,6 +159,7 @@ def test_two_processes_that_start_together_build_it_once(make_faces, tmp_path):
     assert leftovers(tmp_path / "stores") == []
 
 
+@pytest.mark.slow
 def test_a_waiting_process_says_so(make_faces, tmp_path, capsys):
     data = config(make_faces(5), tmp_path)
     labels = read_labels(data)

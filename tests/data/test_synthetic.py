@@ -171,6 +171,7 @@ def test_every_label_file_row_agrees_with_the_summary(tmp_path: Path) -> None:
     assert set(rows(summary.root, "RAFCE_emolabel.txt").values()) == {str(emotion) for emotion in range(14)}
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_same_bytes_as_one(drawn: Path, tmp_path: Path) -> None:
     twin = synthesize(tmp_path / "twin", 70, seed=3, processes=2).root
     for path in drawn.rglob("*"):
@@ -245,6 +246,7 @@ def test_a_stronger_action_moves_more(action_unit: int, sitter: tuple[Person, Sc
     assert weak < 0.7 * strong
 
 
+@pytest.mark.slow
 def test_appearance_is_independent_of_the_label() -> None:
     plan = plan_labels(4549, np.random.default_rng(0))
     rng = np.random.default_rng(1)

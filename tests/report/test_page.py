@@ -214,6 +214,7 @@ def test_other_splits_are_measured_with_the_bundle(split, finished, tmp_path):
     assert f"{expected.sum()} {split} images" in found.text
 
 
+@pytest.mark.slow
 def test_other_data_than_was_trained_on_is_said(copy, tmp_path, capsys):
     rewrite(copy, "bundle/bundle.json", lambda record: record["provenance"].update(data_fingerprint="other"))
     assert main([copy.place, "--split", "test", "--out", str(tmp_path / "page.html")]) == 0
@@ -269,6 +270,7 @@ def test_no_images_means_no_pixel(copy):
     assert "surest of" in found.text
 
 
+@pytest.mark.slow
 def test_without_its_data_a_run_still_has_a_page(copy, tmp_path):
     found = page_of(copy, overrides=[f"data.store_dir={tmp_path / 'nowhere'}"])
     assert [tag for tag, _ in found.tags if tag == "img"] == []
@@ -311,6 +313,7 @@ def test_hostile_names_are_text(copy):
     assert "of these images are not in the decoded store" in found.text
 
 
+@pytest.mark.slow
 def test_targets_that_differ_from_the_labels_are_shown_first(copy):
     def lose(record):
         for entry in record["train"]["action_units"].values():
@@ -375,6 +378,7 @@ def test_a_diverged_run_without_a_bundle_has_a_page(copy):
     assert "status: diverged" in found.text
 
 
+@pytest.mark.slow
 def test_figures_that_are_not_finite_are_dashes(copy):
     def lose(record):
         metrics = record["metrics"]
@@ -386,6 +390,7 @@ def test_figures_that_are_not_finite_are_dashes(copy):
     assert "accuracy" not in found.table("Over all classes")
 
 
+@pytest.mark.slow
 def test_an_old_run_without_audit_targets_and_outputs_has_a_page(copy):
     for name in ("audit.json", "targets.json", "outputs_validation.parquet"):
         (Path(copy.place) / name).unlink()
@@ -409,6 +414,7 @@ def test_a_run_of_one_task_has_a_page_of_it(override, there, missing, charts, ti
     assert len([tag for tag, _ in found.tags if tag == "img"]) > 0
 
 
+@pytest.mark.slow
 def test_groups_are_shown_and_hidden_ones_listed(finished, tmp_path):
     names = finished.outputs("validation").names
     rows = [f"{name},{'all' if n else 'one'},p{n}" for n, name in enumerate(names)]
@@ -425,6 +431,7 @@ def test_groups_are_shown_and_hidden_ones_listed(finished, tmp_path):
     assert "<b>kind</b>" in found.text
 
 
+@pytest.mark.slow
 def test_the_command_writes_replaces_and_refuses(copy, tmp_path, capsys):
     assert main([copy.place, "--json", "--no-images"]) == 0
     captured = capsys.readouterr()

@@ -387,6 +387,7 @@ def test_each_finding_once_with_its_trials(new_study):
     assert page.text.count(": Training diverged") == 1
 
 
+@pytest.mark.slow
 def test_trials_on_other_data_are_said(new_study):
     study = small_study(new_study)
     file = Path(study.folder.place) / "trials" / "trial_0001" / "provenance.json"

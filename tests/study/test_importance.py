@@ -56,6 +56,7 @@ def test_planted_keys_are_found_in_their_proportion(found):
     assert (found.num_trials, found.note) == (60, None)
 
 
+@pytest.mark.slow
 def test_a_loss_has_the_importance_of_its_negative(found):
     trials = [make_trial(number, values, -planted(values)) for number, values in enumerate(sample(60))]
     assert parameter_importance(trials, "loss").keys == found.keys
@@ -69,6 +70,7 @@ def test_whether_a_conditional_key_applies_can_be_what_matters():
     assert found.keys[0].share > 0.9
 
 
+@pytest.mark.slow
 def test_scores_that_do_not_depend_on_the_keys_are_not_explained():
     generator = np.random.default_rng(1)
     trials = [make_trial(number, values, float(generator.normal())) for number, values in enumerate(sample(40))]
@@ -77,6 +79,7 @@ def test_scores_that_do_not_depend_on_the_keys_are_not_explained():
     assert "the shares say nothing" in found.note
 
 
+@pytest.mark.slow
 def test_trials_that_were_stopped_count_and_failed_ones_and_finalists_do_not():
     values = sample(12)
     status = ["stopped_by_scheduler"] * 5 + ["finished"] * 7

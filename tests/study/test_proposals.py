@@ -127,6 +127,7 @@ def planted(values):
     )
 
 
+@pytest.mark.slow
 def test_optuna_finds_a_planted_optimum_better_than_random():
     def mean_of_best(search):
         best = []
