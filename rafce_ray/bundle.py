@@ -1,56 +1,73 @@
 """A bundle: all that is needed to predict, and nothing else, in one folder without any pickle.
 
-``model.safetensors`` holds the weights. ``bundle.json`` holds their sha256, the architecture, the taxonomy with names, the
-preprocessing, the calibration, the association of emotions and action units, metrics and provenance. ``MODEL_CARD.md`` tells people.
+``model.safetensors`` holds the weights, ``canary.safetensors`` a few images with the answers that torch gave for them. ``bundle.json``
+holds the sha256 of both, the architecture, the taxonomy with names, the preprocessing, the calibration, the association of emotions and
+action units, metrics and provenance. ``MODEL_CARD.md`` tells people.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
+import safetensors.numpy
 import safetensors.torch
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 
+from rafce_ray.bundle_manifest import (
+    CANARY,
+    FORMAT_VERSION,
+    MANIFEST,
+    MODEL_CARD,
+    WEIGHTS,
+    BundleError,
+    describe_file,
+    read_file,
+    read_manifest,
+    refuse_pickles,
+    section,
+    taxonomy_from_plain,
+    taxonomy_to_plain,
+)
 from rafce_ray.calibration import Calibration
+from rafce_ray.canary import Canary, canary_from_tensors, canary_to_bytes, draw_canary
 from rafce_ray.consistency import Association
 from rafce_ray.console import finite
-from rafce_ray.errors import RafceError
 from rafce_ray.model import Architecture, MultiTaskModel, build_model
 from rafce_ray.preprocess import Preprocessing
 from rafce_ray.storage import Location, locate
-from rafce_ray.taxonomy import ACTION_UNIT_NAMES, Taxonomy, action_unit_code, parse_action_unit_token
+from rafce_ray.taxonomy import Taxonomy
 
-FORMAT_VERSION = 2
-"""Version of the layout that this code writes. It also reads version 1, which had no association."""
-
-MANIFEST = "bundle.json"
-WEIGHTS = "model.safetensors"
-MODEL_CARD = "MODEL_CARD.md"
-
-Record = TypeVar("Record")
-
-_PICKLE_SUFFIXES = frozenset({".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".joblib", ".npy", ".npz"})
-_PICKLE_STARTS = (*(b"\x80" + bytes([protocol]) for protocol in range(2, 6)), b"PK\x03\x04")
-
-
-class BundleError(RafceError):
-    """A folder is no bundle that may be used; the message says which file, what was found and what was expected."""
+__all__ = [
+    "MANIFEST",
+    "MODEL_CARD",
+    "WEIGHTS",
+    "Bundle",
+    "BundleError",
+    "canary_of",
+    "find_bundle",
+    "load_bundle",
+    "read_taxonomy",
+    "read_weights",
+    "save_bundle",
+]
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """A loaded bundle; ``model`` is in evaluation mode on the CPU, ``path`` is where the bundle was read from."""
+    """A loaded bundle; ``model`` is in evaluation mode on the CPU, ``path`` is where the bundle was read from.
+
+    ``canary`` is None where the bundle was written without one: see :func:`canary_of`.
+    """
 
     model: MultiTaskModel
     architecture: Architecture
@@ -62,6 +79,7 @@ class Bundle:
     provenance: dict[str, Any]
     weights_sha256: str
     path: str
+    canary: Canary | None = None
 
 
 def save_bundle(
@@ -76,10 +94,12 @@ def save_bundle(
     provenance: Mapping[str, Any],
     association: Association | None = None,
     model_card: str | None = None,
+    with_canary: bool = True,
 ) -> str:
     """Write a bundle; the folder, which must be new, appears whole or not at all. Returns the sha256 of the weights file.
 
-    ``metrics`` and ``provenance`` hold plain JSON values; NaN becomes null. ``model_card`` is Markdown.
+    ``metrics`` and ``provenance`` hold plain JSON values; NaN becomes null. ``model_card`` is Markdown. ``with_canary`` runs
+    a copy of the model on the CPU once, in evaluation mode; nothing random is drawn, and the model is left as it was.
 
     Raises:
         BundleError: the folder exists, or taxonomy, architecture, preprocessing and calibration do not fit together.
@@ -91,12 +111,15 @@ def save_bundle(
     _check_fit(str(folder), architecture, taxonomy, preprocessing, calibration, association)
     # safetensors wants plain memory layout; the values are unchanged.
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    content = safetensors.torch.save(tensors)
-    sha256 = hashlib.sha256(content).hexdigest()
+    contents = {WEIGHTS: safetensors.torch.save(tensors)}
+    if with_canary:
+        contents[CANARY] = canary_to_bytes(draw_canary(model, preprocessing))
+    weights = describe_file(WEIGHTS, contents[WEIGHTS])
     manifest = {
         "format_version": FORMAT_VERSION,
-        "weights": {"file": WEIGHTS, "num_bytes": len(content), "sha256": sha256},
-        "taxonomy": _taxonomy_to_plain(taxonomy),
+        "weights": weights,
+        "canary": describe_file(CANARY, contents[CANARY]) if with_canary else None,
+        "taxonomy": taxonomy_to_plain(taxonomy),
         "architecture": architecture.to_plain(),
         "preprocessing": asdict(preprocessing),
         "calibration": asdict(calibration),
@@ -104,19 +127,24 @@ def save_bundle(
         "metrics": dict(metrics),
         "provenance": dict(provenance),
     }
-    text = json.dumps(finite(manifest), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    contents[MANIFEST] = (json.dumps(finite(manifest), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    if model_card is not None:
+        contents[MODEL_CARD] = model_card.encode()
+    _write_folder(folder, contents)
+    return str(weights["sha256"])
+
+
+def _write_folder(folder: Path, contents: Mapping[str, bytes]) -> None:
+    """Files in a new folder, which appears whole or not at all."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     beside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         beside.mkdir()
-        _write_durably(beside / WEIGHTS, content)
-        _write_durably(beside / MANIFEST, text.encode())
-        if model_card is not None:
-            _write_durably(beside / MODEL_CARD, model_card.encode())
+        for name, content in contents.items():
+            _write_durably(beside / name, content)
         beside.rename(folder)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-    return sha256
 
 
 def load_bundle(place: str | Path) -> Bundle:
@@ -124,7 +152,7 @@ def load_bundle(place: str | Path) -> Bundle:
 
     Raises:
         BundleError: there is none, or it may not be used: unknown version, missing or unknown keys, weights cut short,
-            altered, of other names, shapes or types than the architecture's, or not finite, or a pickle in the folder.
+            altered, of other names, shapes or types than the architecture's, or not finite, a canary likewise, or a pickle in the folder.
     """
     location = find_bundle(place)
     local = location.local
@@ -154,6 +182,11 @@ def find_bundle(place: str | Path) -> Location:
     raise BundleError(f"{location}: {what}. Give the bundle folder that training printed, or its run folder.")
 
 
+def canary_of(bundle: Bundle) -> Canary:
+    """The bundle's canary or, where it was written without one, the one that torch gives now."""
+    return bundle.canary or draw_canary(bundle.model, bundle.preprocessing)
+
+
 def read_taxonomy(location: Location) -> Taxonomy:
     """What the model of a bundle folder tells, from its manifest alone. BundleError where that cannot be read."""
     folder = location.local
@@ -161,7 +194,7 @@ def read_taxonomy(location: Location) -> Taxonomy:
         with tempfile.TemporaryDirectory() as scratch:
             (Path(scratch) / MANIFEST).write_bytes((location / MANIFEST).read_bytes())
             return read_taxonomy(locate(scratch))
-    return _section(folder, _read_manifest(folder), "taxonomy", _taxonomy_from_plain)
+    return section(folder, read_manifest(folder), "taxonomy", taxonomy_from_plain)
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
@@ -170,17 +203,17 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     Raises:
         BundleError: the manifest or the weights cannot be read, or the weights are not those of the manifest.
     """
-    return _read_weights(folder, _read_manifest(folder))
+    return _read_weights(folder, read_manifest(folder))
 
 
 def _load(folder: Path, name: str) -> Bundle:
-    _refuse_pickles(folder)
-    manifest = _read_manifest(folder)
-    architecture = _section(folder, manifest, "architecture", Architecture.from_plain)
-    taxonomy = _section(folder, manifest, "taxonomy", _taxonomy_from_plain)
-    preprocessing = _section(folder, manifest, "preprocessing", TypeAdapter(Preprocessing).validate_python)
-    calibration = _section(folder, manifest, "calibration", TypeAdapter(Calibration).validate_python)
-    association = _section(folder, manifest, "association", TypeAdapter(Association | None).validate_python)
+    refuse_pickles(folder)
+    manifest = read_manifest(folder)
+    architecture = section(folder, manifest, "architecture", Architecture.from_plain)
+    taxonomy = section(folder, manifest, "taxonomy", taxonomy_from_plain)
+    preprocessing = section(folder, manifest, "preprocessing", TypeAdapter(Preprocessing).validate_python)
+    calibration = section(folder, manifest, "calibration", TypeAdapter(Calibration).validate_python)
+    association = section(folder, manifest, "association", TypeAdapter(Association | None).validate_python)
     _check_fit(str(folder / MANIFEST), architecture, taxonomy, preprocessing, calibration, association)
     weights = _read_weights(folder, manifest)
     # Building draws initial weights, which must not move the caller's random numbers on.
@@ -195,101 +228,37 @@ def _load(folder: Path, name: str) -> Bundle:
         preprocessing=preprocessing,
         calibration=calibration,
         association=association,
-        metrics=_section(folder, manifest, "metrics", dict),
-        provenance=_section(folder, manifest, "provenance", dict),
+        metrics=section(folder, manifest, "metrics", dict),
+        provenance=section(folder, manifest, "provenance", dict),
         weights_sha256=manifest["weights"]["sha256"],
         path=name,
+        canary=_read_canary(folder, manifest, preprocessing, taxonomy),
     )
-
-
-def _refuse_pickles(folder: Path) -> None:
-    for path in sorted(folder.rglob("*")):
-        if not path.is_file():
-            continue
-        with path.open("rb") as stream:
-            start = stream.read(4)
-        if path.suffix.lower() in _PICKLE_SUFFIXES or start.startswith(_PICKLE_STARTS):
-            raise BundleError(
-                f"{path}: looks like a pickle, which can run any code when it is read. A bundle holds {MANIFEST} and {WEIGHTS} "
-                "only: get it from its source again, or remove the file if you know what it is."
-            )
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    path = folder / MANIFEST
-    try:
-        manifest = json.loads(path.read_bytes())
-    except OSError as error:
-        raise BundleError(f"{path}: cannot be read ({error.strerror or error}). Give a bundle folder.") from None
-    except ValueError as error:
-        raise BundleError(
-            f"{path}: is not JSON ({error}): the file is cut short or altered. Get the bundle again."
-        ) from None
-    if not isinstance(manifest, dict):
-        raise BundleError(f"{path}: holds a {type(manifest).__name__}, expected an object. Get the bundle again.")
-    version = manifest.get("format_version")
-    if version not in (1, FORMAT_VERSION):
-        raise BundleError(
-            f"{path}: format_version is {version!r}; this program reads 1 to {FORMAT_VERSION}. "
-            "Use the version of rafce_ray that wrote it, or train again."
-        )
-    if version == 1:
-        manifest.setdefault("association", None)
-    expected = {
-        "format_version",
-        "weights",
-        "taxonomy",
-        "architecture",
-        "preprocessing",
-        "calibration",
-        "association",
-        "metrics",
-        "provenance",
-    }
-    if manifest.keys() != expected:
-        missing, unknown = sorted(expected - manifest.keys()), sorted(manifest.keys() - expected)
-        raise BundleError(
-            f"{path}: missing keys {missing}, unknown keys {unknown}. Get the bundle again from its source."
-        )
-    return manifest
-
-
-def _section(folder: Path, manifest: Mapping[str, Any], key: str, read: Callable[[Any], Record]) -> Record:
-    """One section of the manifest as its record; whatever does not fit is a BundleError that names file and key."""
-    try:
-        return read(manifest[key])
-    except (ValidationError, TypeError, ValueError, KeyError, IndexError) as error:
-        reason = repr(error)
-        if isinstance(error, ValidationError):
-            reason = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
-        raise BundleError(
-            f"{folder / MANIFEST}: {key} cannot be read: {reason}. Get the bundle again from its source."
-        ) from None
 
 
 def _read_weights(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Tensor]:
-    path = folder / WEIGHTS
-    file, num_bytes, sha256 = _section(
-        folder, manifest, "weights", lambda entry: (entry["file"], int(entry["num_bytes"]), str(entry["sha256"]))
-    )
-    if file != WEIGHTS:
-        raise BundleError(f"{folder / MANIFEST}: weights.file is {file!r}, expected {WEIGHTS!r}. Get the bundle again.")
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise BundleError(f"{path}: cannot be read ({error.strerror or error}). Get the bundle again.") from None
-    if len(content) != num_bytes:
-        raise BundleError(
-            f"{path}: has {len(content):,} bytes instead of {num_bytes:,}: cut short or altered. Get the bundle again."
-        )
-    found = hashlib.sha256(content).hexdigest()
-    if found != sha256:
-        raise BundleError(f"{path}: was altered: sha256 {found[:12]}… instead of {sha256[:12]}…. Get the bundle again.")
+    content = read_file(folder, manifest, "weights", WEIGHTS)
     try:
         tensors: dict[str, Tensor] = safetensors.torch.load(content)
     except Exception as error:
-        raise BundleError(f"{path}: is no safetensors file ({error}). Get the bundle again.") from None
+        raise BundleError(f"{folder / WEIGHTS}: is no safetensors file ({error}). Get the bundle again.") from None
     return tensors
+
+
+def _read_canary(
+    folder: Path, manifest: Mapping[str, Any], preprocessing: Preprocessing, taxonomy: Taxonomy
+) -> Canary | None:
+    if manifest["canary"] is None:
+        return None
+    content = read_file(folder, manifest, "canary", CANARY)
+    try:
+        tensors = safetensors.numpy.load(content)
+    except Exception as error:
+        raise BundleError(f"{folder / CANARY}: is no safetensors file ({error}). Get the bundle again.") from None
+    try:
+        return canary_from_tensors(tensors, preprocessing.stored_px, taxonomy.num_emotions, taxonomy.num_action_units)
+    except ValueError as error:
+        raise BundleError(f"{folder / CANARY}: {error}. Get the bundle again.") from None
 
 
 def _check_weights(path: Path, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
@@ -339,36 +308,6 @@ def _check_fit(
             raise BundleError(
                 f"{where}: {what} is {found}, but {expected} is expected by the rest. Get or make the bundle again."
             )
-
-
-def _taxonomy_to_plain(taxonomy: Taxonomy) -> dict[str, Any]:
-    return {
-        "emotions": [
-            {"index": index, "label": label, "components": components}
-            for index, (label, components) in enumerate(zip(taxonomy.emotions, taxonomy.components, strict=True))
-        ],
-        "action_units": [
-            {"code": action_unit_code(number), "name": ACTION_UNIT_NAMES.get(number)}
-            for number in taxonomy.action_units
-        ],
-    }
-
-
-def _taxonomy_from_plain(plain: Any) -> Taxonomy:
-    emotions = sorted(plain["emotions"], key=lambda entry: int(entry["index"]))
-    if [entry["index"] for entry in emotions] != list(range(len(emotions))):
-        raise ValueError("the indices of the emotions are not 0, 1, 2, ...")
-    numbers = [parse_action_unit_token(entry["code"]) for entry in plain["action_units"]]
-    if None in numbers:
-        raise ValueError(f"{[entry['code'] for entry in plain['action_units']]} are not all action units")
-    return Taxonomy(
-        emotions=tuple(str(entry["label"]) for entry in emotions),
-        components=tuple(
-            None if entry["components"] is None else (str(entry["components"][0]), str(entry["components"][1]))
-            for entry in emotions
-        ),
-        action_units=tuple(number for number in numbers if number is not None),
-    )
 
 
 def _write_durably(path: Path, content: bytes) -> None:

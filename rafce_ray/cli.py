@@ -18,6 +18,9 @@ VERBS = {
     "report": ("rafce_ray.report.command", "everything a run or a study left behind as one HTML page"),
     "ablate": ("rafce_ray.ablate", "the seed's changes alone and together, measured over several seeds"),
     "trials": ("rafce_ray.study.listing", "the trials of a study, listed, filtered and sorted"),
+    "bundle": ("rafce_ray.registry.command", "versions of bundles: which one is live, why, and the one before"),
+    "export": ("rafce_ray.inference.export", "a bundle's network for ONNX Runtime, OpenVINO or torch.export"),
+    "serve": ("rafce_ray.serve.command", "answer photographs by HTTP, on Ray Serve"),
     "predict": ("rafce_ray.predict", "read emotions and action units from image files"),
 }
 """Verb -> module with ``main(argv) -> exit code``, and what it is for."""

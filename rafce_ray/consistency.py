@@ -5,6 +5,8 @@ What action units (AUs) go with an emotion is estimated on the user's own train 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -71,17 +73,20 @@ def estimate_association(
     return Association(tuple(rows), _plain(prevalence, seen))
 
 
-def consistency_of(association: Association, label: int, active: NDArray[np.bool_]) -> Consistency | None:
-    """Of one face whose emotion is class ``label`` and whose AUs are ``active`` (A,); None where nothing is known."""
-    given, overall = _array(association.given_emotion[label]), _array(association.overall)
-    known = ~np.isnan(given)
-    if not known.any():
+def consistency_of(association: Association, label: int, active: Sequence[bool]) -> Consistency | None:
+    """Of one face whose emotion is class ``label`` and whose AUs are ``active`` (A); None where nothing is known."""
+    logarithms, contradicting = [], []
+    columns = zip(association.given_emotion[label], association.overall, active, strict=True)
+    for column, (given, overall, is_active) in enumerate(columns):
+        if given is None:
+            continue
+        state = given if is_active else 1 - given
+        logarithms.append(math.log(state / max(given, 1 - given)))
+        if overall is not None and state <= min(CONTRADICTION, (overall if is_active else 1 - overall) / 2):
+            contradicting.append(column)
+    if not logarithms:
         return None
-    state = np.where(active, given, 1 - given)
-    state_overall = np.where(active, overall, 1 - overall)
-    score = np.exp(np.mean(np.log(state[known] / np.maximum(given, 1 - given)[known])))
-    unlikely = known & (state <= CONTRADICTION) & (state <= state_overall / 2)
-    return Consistency(float(score), tuple(np.flatnonzero(unlikely).tolist()))
+    return Consistency(math.exp(math.fsum(logarithms) / len(logarithms)), tuple(contradicting))
 
 
 def basic_emotion_probabilities(emotion: NDArray[np.floating], taxonomy: Taxonomy) -> NDArray[np.float64]:
@@ -90,16 +95,17 @@ def basic_emotion_probabilities(emotion: NDArray[np.floating], taxonomy: Taxonom
     The sum of the probabilities (N, E) of the classes that it is part of: over all basic emotions they sum to 2 where every class
     is a compound one.
     """
+    return np.asarray(emotion, dtype=np.float64) @ basic_emotion_membership(taxonomy)
+
+
+def basic_emotion_membership(taxonomy: Taxonomy) -> NDArray[np.float64]:
+    """(E, B): 1 where one of ``taxonomy.basic_emotions`` is one of the two behind a class, else 0."""
     basics = taxonomy.basic_emotions
     membership = np.array(
         [[basic in (pair or ()) for basic in basics] for pair in taxonomy.components], dtype=np.float64
     )
-    return np.asarray(emotion, dtype=np.float64) @ membership.reshape(len(taxonomy.components), len(basics))
+    return membership.reshape(len(taxonomy.components), len(basics))
 
 
 def _plain(values: NDArray[np.float64], seen: NDArray[np.bool_]) -> tuple[float | None, ...]:
     return tuple(float(value) if one_seen else None for value, one_seen in zip(values, seen, strict=True))
-
-
-def _array(values: tuple[float | None, ...]) -> NDArray[np.float64]:
-    return np.array([np.nan if value is None else value for value in values])

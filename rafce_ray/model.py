@@ -148,7 +148,7 @@ class AuAttention(nn.Module):
         height, width = feature_map.shape[2:]
         values = self.norm_features(self.project(feature_map.flatten(2).transpose(1, 2)))
         keys = values + sinusoids(height, width, ATTENTION_DIM, feature_map.device).to(values.dtype)
-        queries = self.queries.to(values.dtype).expand(len(values), -1, -1)
+        queries = self.queries.to(values.dtype).expand(values.shape[0], -1, -1)
         seen, _ = self.attend(queries, keys, values, need_weights=False)
         tokens: Tensor = self.norm_tokens(queries + seen)
         return tokens

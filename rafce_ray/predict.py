@@ -18,12 +18,13 @@ from torch import Tensor
 
 from rafce_ray.bundle import Bundle, load_bundle
 from rafce_ray.calibration import Outputs, Probabilities, calibrated
-from rafce_ray.consistency import basic_emotion_probabilities, consistency_of
+from rafce_ray.consistency import basic_emotion_membership, consistency_of
 from rafce_ray.console import progress_bar, run_main, say
 from rafce_ray.decode import DEFAULT_LIMITS, DecodeError, decode_image, decode_sized_face
 from rafce_ray.faces import Face, FaceFinder, build_face_finder, given_face
 from rafce_ray.hardware import choose_device
 from rafce_ray.image_files import find_images
+from rafce_ray.inference.engines import Engine, TorchEngine
 from rafce_ray.prediction import (
     ActionUnitPrediction,
     BasicEmotionScore,
@@ -36,7 +37,6 @@ from rafce_ray.prediction import (
     Prediction,
 )
 from rafce_ray.prediction_output import check_out, open_output
-from rafce_ray.preprocess import preprocess
 from rafce_ray.taxonomy import ACTION_UNIT_NAMES, action_unit_code
 
 NO_FACE = "no_face"
@@ -44,15 +44,21 @@ UNREADABLE = "unreadable"
 
 
 class Predictor:
-    """A bundle ready to predict: fp32, evaluation mode, no gradients; a face's result does not depend on its batch-mates.
+    """A bundle ready to predict: evaluation mode, no gradients; a face's result does not depend on its batch-mates.
 
-    The bundle's model is moved to ``device``.
+    ``engine`` runs the network; by default torch does, in fp32 on ``device``, to which the bundle's model is then moved.
     """
 
-    def __init__(self, bundle: Bundle, device: torch.device | str = "cpu") -> None:
+    def __init__(self, bundle: Bundle, device: torch.device | str = "cpu", engine: Engine | None = None) -> None:
         self.bundle = bundle
-        self.device = torch.device(device)
-        self._model = bundle.model.to(self.device).eval()
+        self.engine = TorchEngine(bundle, torch.device(device)) if engine is None else engine
+        self._basic_emotions = bundle.taxonomy.basic_emotions
+        self._membership = basic_emotion_membership(bundle.taxonomy)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the engine computes."""
+        return self.engine.device
 
     def outputs(self, images: NDArray[np.uint8] | Tensor) -> Outputs:
         """Raw outputs of (B, S, S, 3) uint8 RGB faces of the bundle's ``preprocessing.stored_px`` a side.
@@ -60,16 +66,7 @@ class Predictor:
         Raises:
             ValueError: another dtype or shape.
         """
-        tensor = images if isinstance(images, Tensor) else torch.from_numpy(np.array(images, order="C"))
-        # TF32 and a caller's autocast would make a GPU's figures differ from a CPU's in the third digit.
-        with (
-            torch.inference_mode(),
-            torch.autocast(self.device.type, enabled=False),
-            torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False),
-        ):
-            logits = self._model(preprocess(tensor.to(self.device), self.bundle.preprocessing))
-        none = torch.zeros(len(tensor), 0)
-        return Outputs(*(_numpy(none if values is None else values) for values in logits))
+        return self.engine.outputs(images)
 
     def probabilities(self, images: NDArray[np.uint8] | Tensor) -> Probabilities:
         """Calibrated probabilities; images as for :meth:`outputs`."""
@@ -81,14 +78,12 @@ class Predictor:
 
     def named(self, found: Probabilities, top_k: int = 3) -> list[Prediction]:
         """One :class:`Prediction` a face from its calibrated probabilities."""
-        basics = basic_emotion_probabilities(found.emotion, self.bundle.taxonomy)
-        return [
-            self._prediction(emotion, basic.tolist(), action_units.tolist(), top_k)
-            for emotion, basic, action_units in zip(found.emotion, basics, found.action_units, strict=True)
-        ]
+        basics = found.emotion @ self._membership
+        rows = zip(found.emotion.tolist(), basics.tolist(), found.action_units.tolist(), strict=True)
+        return [self._prediction(*row, top_k) for row in rows]
 
     def _prediction(
-        self, emotion: NDArray[np.float64], basics: list[float], action_units: list[float], top_k: int
+        self, emotion: list[float], basics: list[float], action_units: list[float], top_k: int
     ) -> Prediction:
         taxonomy, calibration = self.bundle.taxonomy, self.bundle.calibration
         units = zip(taxonomy.action_units, action_units, calibration.au_thresholds, strict=True)
@@ -98,12 +93,13 @@ class Predictor:
             )
             for number, value, threshold in units
         )
-        if not len(emotion):
+        if not emotion:
             return Prediction(None, found, None)
-        order = np.argsort(-emotion, kind="stable")[: max(1, top_k)].tolist()
-        top = tuple(EmotionScore(taxonomy.emotions[index], index, float(emotion[index])) for index in order)
+        # Plain lists: a face has a few dozen numbers, and each call into NumPy costs a busy server more than all of them.
+        order = sorted(range(len(emotion)), key=lambda index: -emotion[index])[: max(1, top_k)]
+        top = tuple(EmotionScore(taxonomy.emotions[index], index, emotion[index]) for index in order)
         unsure = calibration.unsure_below is not None and top[0].probability < calibration.unsure_below
-        scores = tuple(BasicEmotionScore(*pair) for pair in zip(taxonomy.basic_emotions, basics, strict=True))
+        scores = tuple(BasicEmotionScore(*pair) for pair in zip(self._basic_emotions, basics, strict=True))
         read = EmotionPrediction(top[0].label, top[0].index, top[0].probability, unsure, top, scores)
         return Prediction(read, found, self._consistency(top[0].index, found))
 
@@ -111,7 +107,7 @@ class Predictor:
         association = self.bundle.association
         if association is None or not units:
             return None
-        found = consistency_of(association, label, np.array([unit.active for unit in units]))
+        found = consistency_of(association, label, [unit.active for unit in units])
         if found is None:
             return None
         return ConsistencyRemark(found.score, tuple(units[column].code for column in found.contradicting))
@@ -276,11 +272,6 @@ def _no_face_remedy(width: int, height: int) -> str:
     if width == height and width <= 256:
         return "If this is an aligned face already, use --faces aligned."
     return "Use a picture in which the face is larger and seen from the front, or give --face-model a YuNet file."
-
-
-def _numpy(values: Tensor) -> NDArray[np.float32]:
-    array: NDArray[np.float32] = values.float().cpu().numpy()
-    return array
 
 
 def _parser() -> argparse.ArgumentParser:

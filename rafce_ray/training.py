@@ -171,6 +171,8 @@ class Training:
                 calibration=Calibration.uncalibrated(self.job.taxonomy.num_action_units),
                 metrics=metrics,
                 provenance=self.job.provenance,
+                # It would cost a copy of the model an epoch; the run's own bundle gets one at the end.
+                with_canary=False,
             )
 
         progress = self.progress

@@ -63,7 +63,7 @@ class VitTrunk(nn.Module):
         """Features of normalised images (B, 3, P, P)."""
         patches = self.body.conv_proj(images)
         tokens = patches.flatten(2).transpose(1, 2)
-        tokens = self.body.encoder(torch.cat([self.body.class_token.expand(len(tokens), -1, -1), tokens], dim=1))
+        tokens = self.body.encoder(torch.cat([self.body.class_token.expand(tokens.shape[0], -1, -1), tokens], dim=1))
         return Features(tokens[:, 1:].transpose(1, 2).unflatten(2, patches.shape[2:]), tokens[:, 0])
 
 

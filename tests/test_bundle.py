@@ -7,14 +7,16 @@ from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
 
-from rafce_ray.bundle import BundleError, load_bundle, read_weights, save_bundle
+from rafce_ray.bundle import BundleError, canary_of, load_bundle, read_weights, save_bundle
 from rafce_ray.calibration import Calibration
-from rafce_ray.model import Architecture, build_model
-from rafce_ray.preprocess import Preprocessing
+from rafce_ray.canary import check_canary
+from rafce_ray.model import Architecture, build_model, freeze_backbone
+from rafce_ray.preprocess import Preprocessing, preprocess
 from rafce_ray.taxonomy import make_taxonomy
 
 TAXONOMY = make_taxonomy(("happily surprised", "calm", "sadly angry"), (1, 12))
@@ -98,6 +100,85 @@ def test_what_is_saved_is_loaded(bundle, model):
         assert torch.equal(loaded.model(images).emotion, model.eval()(images).emotion)
 
 
+def test_the_canary_is_what_torch_answers(bundle, model):
+    canary = load_bundle(bundle).canary
+    assert canary.images.shape == (4, 40, 40, 3)
+    with torch.inference_mode():
+        logits = model.eval()(preprocess(torch.from_numpy(canary.images), PARTS["preprocessing"]))
+    np.testing.assert_allclose(canary.outputs.emotion, logits.emotion, atol=1e-6)
+    np.testing.assert_allclose(canary.outputs.action_units, logits.action_units, atol=1e-6)
+
+
+def test_saving_leaves_the_model_and_the_random_numbers_as_they_were(tmp_path):
+    model = build_model(ARCHITECTURE).train()
+    freeze_backbone(model)
+    model.au_head.weight.grad = torch.ones_like(model.au_head.weight)
+    modes = {name: layer.training for name, layer in model.named_modules()}
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    before = torch.get_rng_state()
+    save_bundle(tmp_path / "bundle", model=model, **PARTS)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert {name: layer.training for name, layer in model.named_modules()} == modes
+    assert set(modes.values()) == {True, False}
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    assert [name for name, weight in model.named_parameters() if weight.grad is not None] == ["au_head.weight"]
+
+
+def test_without_a_canary(tmp_path, bundle, model):
+    save_bundle(tmp_path / "plain", model=model, with_canary=False, **PARTS)
+    assert sorted(path.name for path in (tmp_path / "plain").iterdir()) == ["bundle.json", "model.safetensors"]
+    plain, stored = load_bundle(tmp_path / "plain"), load_bundle(bundle)
+    assert plain.canary is None
+    assert canary_of(stored) is stored.canary
+    computed = canary_of(plain)
+    np.testing.assert_array_equal(computed.images, stored.canary.images)
+    assert check_canary(computed.outputs, stored.canary, stored.calibration) <= 1e-6
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_older_versions_are_read(bundle, version):
+    (bundle / "canary.safetensors").unlink()
+    edit(bundle, lambda m: [m.update(format_version=version), m.pop("canary")])
+    if version == 1:
+        edit(bundle, lambda m: m.pop("association"))
+    loaded = load_bundle(bundle)
+    assert (loaded.taxonomy, loaded.canary, loaded.association) == (TAXONOMY, None, None)
+
+
+def test_a_canary_cut_short_altered_or_missing(bundle):
+    path = bundle / "canary.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:-4])
+    refused(bundle, "canary.safetensors: has .* cut short")
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    refused(bundle, "canary.safetensors: was altered")
+    path.unlink()
+    refused(bundle, "canary.safetensors: cannot be read")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda c: c.update(images=c["images"][:, :30]), r"images uint8 \(4, 30, 40, 3\).*expected .*\(4, 40, 40, 3\)"),
+        (lambda c: c.update(emotion=c["emotion"][:, :2]), r"emotion float32 \(4, 2\)"),
+        (lambda c: c.update(action_units=c["action_units"].double()), "action_units float64"),
+        (lambda c: c.update(images=c["images"].int()), "images int32"),
+        (lambda c: c.pop("emotion"), "at least one image"),
+        (lambda c: c.clear(), "holds nothing"),
+        (lambda c: c.update({name: values[:0] for name, values in c.items()}), "at least one image"),
+        (lambda c: c["emotion"].fill_(float("nan")), "outputs that are NaN or infinite"),
+    ],
+)
+def test_canaries_that_are_refused(bundle, change, reason):
+    path = bundle / "canary.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    change(tensors)
+    content = safetensors.torch.save({name: values.contiguous() for name, values in tensors.items()})
+    path.write_bytes(content)
+    edit(bundle, lambda m: m["canary"].update(num_bytes=len(content), sha256=sha256(content).hexdigest()))
+    refused(bundle, reason)
+
+
 def test_names_stand_beside_codes(bundle):
     taxonomy = json.loads((bundle / "bundle.json").read_text())["taxonomy"]
     assert taxonomy["emotions"][0] == {"index": 0, "label": "happily surprised", "components": ["happy", "surprised"]}
@@ -163,7 +244,14 @@ def test_no_bundle(tmp_path, bundle):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda m: m.update(format_version=3), "format_version is 3; this program reads 1 to 2"),
+        (lambda m: m.update(format_version=4), "format_version is 4; this program reads 1 to 3"),
+        (lambda m: m.update(format_version="3"), "format_version is '3'"),
+        (lambda m: m.pop("canary"), r"missing keys \['canary'\]"),
+        (lambda m: m["canary"].pop("num_bytes"), "canary cannot be read: .*num_bytes"),
+        (
+            lambda m: m["canary"].update(file="model.safetensors"),
+            "canary.file is 'model.safetensors', expected 'canary",
+        ),
         (lambda m: m.pop("format_version"), "format_version is None"),
         (lambda m: m.pop("calibration"), r"missing keys \['calibration'\]"),
         (lambda m: m.update(extra=1), r"unknown keys \['extra'\]"),
@@ -260,3 +348,5 @@ def test_a_single_task(tmp_path, task):
     loaded = load_bundle(tmp_path / "bundle")
     assert (loaded.taxonomy, loaded.architecture) == (taxonomy, replace(architecture))
     assert loaded.calibration.au_thresholds == (0.5,) * taxonomy.num_action_units
+    shapes = (loaded.canary.outputs.emotion.shape, loaded.canary.outputs.action_units.shape)
+    assert shapes == ((4, taxonomy.num_emotions), (4, taxonomy.num_action_units))

@@ -146,7 +146,7 @@ def test_a_single_task(emotions, numbers):
     calibration = Calibration.uncalibrated(len(numbers))
     taxonomy, model = make_taxonomy(emotions, numbers), build_model(architecture)
     bundle = Bundle(
-        model, architecture, taxonomy, Preprocessing(PX, 32), calibration, None, {}, {}, "0" * 64, "nowhere"
+        model, architecture, taxonomy, Preprocessing(PX, 32), calibration, None, {}, {}, "0" * 64, "nowhere", None
     )
     found = Predictor(bundle).probabilities(faces(2))
     assert found.emotion.shape == (2, len(emotions))

@@ -60,7 +60,7 @@ def conclude_study(study: StudyConfig, folder: StudyFolder, finalists: Sequence[
     say(
         f"made {place.command}: best/ (bundle), best.yaml, {report.name}, trials.jsonl; curves: {curves}\n"
         f"next: rafce train --config {(place / 'best.yaml').command}   or: rafce evaluate --bundle {best} data.root={root}   "
-        f"or: rafce predict --bundle {best} PHOTO...   or: rafce trials {place.command}"
+        f"or: rafce serve --bundle {best}   or: rafce predict --bundle {best} PHOTO...   or: rafce trials {place.command}"
     )
     return {
         "study": str(folder.location),

@@ -1,0 +1,111 @@
+"""Canary inputs: a few drawn images with the raw outputs that torch gave for them, by which every later answer can be checked."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from rafce_ray.calibration import Calibration, Outputs, calibrated
+from rafce_ray.forward import raw_outputs
+from rafce_ray.preprocess import Preprocessing
+
+NUM_IMAGES = 4
+NUM_WAVES = 6
+"""Plane waves that are summed in each channel of an image."""
+
+MAX_CYCLES = 4.0
+"""Periods of the finest wave along a side: details of the size of an eye in an aligned face."""
+
+CANARY_SEED = 20170
+
+
+@dataclass(frozen=True)
+class Canary:
+    """``images`` (N, S, S, 3) uint8 of the bundle's ``stored_px`` a side, and torch's raw fp32 ``outputs`` for them on a CPU."""
+
+    images: NDArray[np.uint8]
+    outputs: Outputs
+
+
+def draw_images(px: int, num_images: int = NUM_IMAGES, seed: int = CANARY_SEED) -> NDArray[np.uint8]:
+    """(N, px, px, 3) uint8: smooth coloured patterns over the whole range of values, the same for the same seed."""
+    generator = np.random.default_rng(seed)
+    shape = (num_images, 3, NUM_WAVES)
+    # White noise would be averaged away by the first layers, and all images would get nearly the same answer.
+    cycles = generator.uniform(-MAX_CYCLES, MAX_CYCLES, (*shape, 2))
+    phases, heights = generator.uniform(0, 1, shape), generator.uniform(0.2, 1, shape)
+    places = (np.arange(px) + 0.5) / px
+    rows, columns = cycles[..., 0, None, None] * places[:, None], cycles[..., 1, None, None] * places
+    waves = heights[..., None, None] * np.cos(2 * np.pi * (rows + columns + phases[..., None, None]))
+    pattern = waves.sum(axis=2)
+    low, high = pattern.min(axis=(2, 3), keepdims=True), pattern.max(axis=(2, 3), keepdims=True)
+    levels = np.rint(255 * (pattern - low) / (high - low))
+    return np.ascontiguousarray(levels.transpose(0, 2, 3, 1).astype(np.uint8))
+
+
+def draw_canary(model: nn.Module, preprocessing: Preprocessing) -> Canary:
+    """The canary of a model, computed on a copy of it on the CPU: its mode, its device and its gradients stay as they are."""
+    images = draw_images(preprocessing.stored_px)
+    cpu = torch.device("cpu")
+    reference = copy.deepcopy(model).to(cpu).eval()
+    return Canary(images, raw_outputs(reference, images, preprocessing, cpu))
+
+
+def check_canary(outputs: Outputs, canary: Canary, calibration: Calibration) -> float:
+    """How far an engine's raw outputs for the canary's images are from the stored ones: :func:`largest_difference`."""
+    return largest_difference(outputs, canary.outputs, calibration)
+
+
+def largest_difference(found: Outputs, expected: Outputs, calibration: Calibration) -> float:
+    """Largest absolute difference between two sets of raw outputs, as calibrated probabilities.
+
+    Infinite where their shapes differ or a raw output is not finite.
+    """
+    raw = (found.emotion, found.action_units, expected.emotion, expected.action_units)
+    if not all(np.isfinite(values).all() for values in raw):
+        return float("inf")
+    largest = 0.0
+    ours, theirs = calibrated(found, calibration), calibrated(expected, calibration)
+    for one, other in ((ours.emotion, theirs.emotion), (ours.action_units, theirs.action_units)):
+        if one.shape != other.shape:
+            return float("inf")
+        largest = max(largest, float(np.abs(one - other).max(initial=0.0)))
+    return largest
+
+
+def canary_to_bytes(canary: Canary) -> bytes:
+    """As the content of a safetensors file."""
+    outputs = canary.outputs
+    tensors = {"images": canary.images, "emotion": outputs.emotion, "action_units": outputs.action_units}
+    content: bytes = safetensors.numpy.save({name: np.ascontiguousarray(values) for name, values in tensors.items()})
+    return content
+
+
+def canary_from_tensors(
+    tensors: Mapping[str, NDArray[Any]], stored_px: int, num_emotions: int, num_action_units: int
+) -> Canary:
+    """The canary that a file's tensors are. ValueError where a name, shape or type is another than the model's, or a value not finite."""
+    count = len(tensors["images"]) if "images" in tensors else 0
+    expected = {
+        "images": (np.dtype(np.uint8), (count, stored_px, stored_px, 3)),
+        "emotion": (np.dtype(np.float32), (count, num_emotions)),
+        "action_units": (np.dtype(np.float32), (count, num_action_units)),
+    }
+    found = {name: (values.dtype, values.shape) for name, values in tensors.items()}
+    if found != expected or count == 0:
+        told = [
+            "; ".join(f"{name} {dtype} {shape}" for name, (dtype, shape) in sorted(side.items()))
+            for side in (found, expected)
+        ]
+        raise ValueError(f"holds {told[0] or 'nothing'}; expected {told[1]} with at least one image")
+    if not all(np.isfinite(values).all() for values in tensors.values()):
+        raise ValueError("holds outputs that are NaN or infinite")
+    return Canary(tensors["images"], Outputs(tensors["emotion"], tensors["action_units"]))

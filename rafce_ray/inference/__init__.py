@@ -1,0 +1,1 @@
+"""What runs a bundle's network: torch, OpenVINO or ONNX Runtime behind one interface, and the export of its graph."""

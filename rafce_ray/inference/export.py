@@ -1,0 +1,160 @@
+"""``rafce export``: a bundle's network as a file for other runtimes, checked against torch from what was written."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import shutil
+import uuid
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from rafce_ray.bundle import Bundle, load_bundle
+from rafce_ray.bundle_manifest import taxonomy_to_plain
+from rafce_ray.calibration import Outputs
+from rafce_ray.canary import largest_difference
+from rafce_ray.console import pretty_json, run_main, say
+from rafce_ray.errors import GateError, UsageError
+from rafce_ray.inference.build import MAX_DIFFERENCE, check_inputs, missing_packages
+from rafce_ray.inference.engines import INPUT, OnnxRuntimeEngine, OpenVinoEngine, named_outputs
+from rafce_ray.inference.graph import export_program, output_names, to_onnx, to_openvino
+
+DESCRIPTION = "export.json"
+
+Runner = Callable[[NDArray[np.uint8]], Outputs]
+
+
+def export_bundle(bundle: Bundle, file_format: str, out: Path) -> float:
+    """Write the graph and its description into the new folder ``out``, which appears whole or not at all.
+
+    ``file_format``: one of ``FORMATS``. Returns the largest difference from torch in a probability, found with what was written.
+
+    Raises:
+        UsageError: the folder exists, or a package is missing.
+        GateError: a probability is further off than ``MAX_DIFFERENCE``; nothing is left.
+    """
+    if out.exists():
+        raise UsageError(f"--out: {out} exists already, and nothing is overwritten. Choose another folder.")
+    write, packages = FORMATS[file_format]
+    missing = missing_packages(packages)
+    if missing:
+        raise UsageError(
+            f"--format {file_format}: {', '.join(missing)} is not installed. Install it with pip install {' '.join(missing)}."
+        )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    beside = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        beside.mkdir()
+        run = write(bundle, beside)
+        images, expected = check_inputs(bundle)
+        difference = largest_difference(run(images), expected, bundle.calibration)
+        if not difference <= MAX_DIFFERENCE:
+            raise GateError(
+                f"{file_format}: the exported graph is off torch by {difference:.2g} in a probability; at most {MAX_DIFFERENCE:g} is "
+                "allowed, so it was not kept. Choose another format."
+            )
+        description = _describe(bundle, file_format, beside, difference)
+        (beside / DESCRIPTION).write_bytes(pretty_json(description))
+        beside.rename(out)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return difference
+
+
+def _write_onnx(bundle: Bundle, folder: Path) -> Runner:
+    path = folder / "model.onnx"
+    path.write_bytes(to_onnx(bundle))
+    return OnnxRuntimeEngine(path, stored_px=bundle.preprocessing.stored_px).outputs
+
+
+def _write_openvino(bundle: Bundle, folder: Path) -> Runner:
+    import openvino
+
+    path = folder / "model.xml"
+    openvino.save_model(to_openvino(bundle), path, compress_to_fp16=False)
+    return OpenVinoEngine(path, stored_px=bundle.preprocessing.stored_px).outputs
+
+
+def _write_torch_export(bundle: Bundle, folder: Path) -> Runner:
+    path = folder / "model.pt2"
+    torch.export.save(export_program(bundle), path)
+    module, names = torch.export.load(path).module(), output_names(bundle.architecture)
+
+    def run(images: NDArray[np.uint8]) -> Outputs:
+        with torch.inference_mode():
+            values = module(torch.from_numpy(images))
+        return named_outputs({name: value.numpy() for name, value in zip(names, values, strict=True)}, len(images))
+
+    return run
+
+
+FORMATS: dict[str, tuple[Callable[[Bundle, Path], Runner], tuple[str, ...]]] = {
+    "onnx": (_write_onnx, ("onnx", "onnxscript", "onnxruntime")),
+    "openvino": (_write_openvino, ("openvino",)),
+    "torch-export": (_write_torch_export, ()),
+}
+"""Format -> what writes it and reads it back, and the packages that it needs beside torch."""
+
+
+def _describe(bundle: Bundle, file_format: str, folder: Path, difference: float) -> dict[str, Any]:
+    """All that whoever runs the graph has to know; its raw outputs become probabilities by ``calibration``."""
+    px, taxonomy = bundle.preprocessing.stored_px, bundle.taxonomy
+    sizes = {"emotion": taxonomy.num_emotions, "action_units": taxonomy.num_action_units}
+    packages = ("rafce_ray", "torch", *FORMATS[file_format][1])
+    return {
+        "format": file_format,
+        "files": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())},
+        "bundle": {"path": bundle.path, "weights_sha256": bundle.weights_sha256},
+        "inputs": [
+            {"name": INPUT, "type": "uint8", "shape": ["batch", px, px, 3], "content": "aligned RGB faces, 0 to 255"}
+        ],
+        "outputs": [
+            {"name": name, "type": "float32", "shape": ["batch", sizes[name]], "content": "logits, not yet calibrated"}
+            for name in output_names(bundle.architecture)
+        ],
+        "taxonomy": taxonomy_to_plain(taxonomy),
+        "calibration": asdict(bundle.calibration),
+        "preprocessing": {**asdict(bundle.preprocessing), "in_graph": True},
+        "largest_difference": difference,
+        "versions": {package: version(package) for package in packages},
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    """``rafce export``; exit code 3 where what was written does not answer as torch does."""
+    return run_main(_main, argv)
+
+
+def _main(argv: list[str]) -> int:
+    arguments = _parser().parse_args(argv)
+    bundle = load_bundle(arguments.bundle)
+    difference = export_bundle(bundle, arguments.format, arguments.out)
+    say(
+        f"{arguments.out}: {bundle.architecture.backbone} of {bundle.path} as {arguments.format}, any batch of uint8 faces of "
+        f"{bundle.preprocessing.stored_px} px; off torch by at most {difference:.2g} in a probability. {DESCRIPTION} tells its "
+        "inputs, outputs, classes and calibration."
+    )
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="rafce export",
+        description="Write a bundle's network, preprocessing included, as a graph for other runtimes, and compare what was "
+        "written with torch.",
+    )
+    parser.add_argument("--bundle", required=True, help="bundle folder, or the folder of a finished run; a path or URI")
+    parser.add_argument("--format", required=True, choices=tuple(FORMATS), help="what to write")
+    parser.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="new folder to write")
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,241 @@
+"""``rafce bundle``: the versions of a registry, which is live and why; add, promote, roll back."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from rafce_ray.console import console, print_json, run_main, say
+from rafce_ray.registry.live import Gate, LiveRecord, read_history, read_live
+from rafce_ray.registry.promotion import Outcome, Reason, Refused, Rules, promote, roll_back, take_candidate
+from rafce_ray.registry.summary import summary_of
+from rafce_ray.registry.versions import add_version, list_versions, read_version
+from rafce_ray.storage import Location, locate
+
+_COLUMNS = ("version", "live", "added", "backbone", "score", "on", "sha256")
+_STYLES = {"passed": "green", "refused": "bold red"}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """``rafce bundle``; exit code 3 where a gate said no."""
+    return run_main(_main, argv)
+
+
+def _main(argv: list[str]) -> int:
+    arguments = _parser().parse_args(argv)
+    registry = locate(arguments.registry)
+    registry.check_reachable()
+    run: Callable[[Location, argparse.Namespace], None] = arguments.run
+    run(registry, arguments)
+    return 0
+
+
+def _list(registry: Location, arguments: argparse.Namespace) -> None:
+    live = read_live(registry)
+    rows = [summary_of(version, live) for version in list_versions(registry)]
+    if arguments.json:
+        for row in rows:
+            print_json(row)
+    elif rows:
+        _print_rows(_COLUMNS, [_cells(row) for row in rows])
+    for row in rows:
+        if row["problem"] is not None:
+            say(f"{row['version']}: {row['problem']}")
+    say(f"{registry.shown} has {len(rows)} version{'' if len(rows) == 1 else 's'}. {_what_is_live(registry, live)}")
+
+
+def _show(registry: Location, arguments: argparse.Namespace) -> None:
+    live = read_live(registry)
+    if arguments.version is None:
+        history = read_history(registry)
+        if arguments.json:
+            print_json(
+                {
+                    "live": None if live is None else live.model_dump(mode="json"),
+                    "history": [record.model_dump(mode="json") for record in history],
+                }
+            )
+        else:
+            if live is not None:
+                console.print(_gates_table(live.gates))
+            if history:
+                _print_rows(("number", "when", "what", "version", "by", "overruled", "why"), map(_event, history))
+        say(_what_is_live(registry, live))
+        return
+    summary = summary_of(read_version(registry, arguments.version), live)
+    if arguments.json:
+        print_json(summary)
+    else:
+        _print_rows(("what", "value"), [(key, _text(value)) for key, value in summary.items()])
+    say(_what_is_live(registry, live))
+
+
+def _add(registry: Location, arguments: argparse.Namespace) -> None:
+    version, is_new = add_version(registry, arguments.bundle, arguments.name)
+    if arguments.json:
+        print_json({"version": version, "added": is_new})
+    say(
+        f"{'Added' if is_new else 'Was there already:'} {version}. {_what_is_live(registry, read_live(registry))}\n"
+        f"Make it live: rafce bundle promote {registry.command} {version}"
+    )
+
+
+def _promote(registry: Location, arguments: argparse.Namespace) -> None:
+    reason = Reason(arguments.why, arguments.force)
+    rules = Rules(arguments.max_latency_ratio, arguments.engine)
+    try:
+        version, is_new = take_candidate(registry, arguments.candidate, arguments.name)
+        if is_new:
+            say(f"Added {version} to {registry.shown}.")
+        say(f"Asking the gates of {version}: it is loaded, asked and timed.")
+        outcome = promote(registry, version, reason, rules)
+    except Refused as refused:
+        console.print(_gates_table(refused.gates))
+        if arguments.json:
+            gates = [gate.model_dump(mode="json") for gate in refused.gates]
+            print_json({"changed": False, "version": refused.version, "refused": True, "gates": gates})
+        raise
+    _tell(registry, outcome, arguments.json)
+
+
+def _rollback(registry: Location, arguments: argparse.Namespace) -> None:
+    _tell(registry, roll_back(registry, Reason(arguments.why), Rules(engine=arguments.engine)), arguments.json)
+
+
+def _tell(registry: Location, outcome: Outcome, is_json: bool) -> None:
+    if outcome.changed:
+        console.print(_gates_table(outcome.live.gates))
+        if outcome.live.overruled:
+            say(f"Overruled: {', '.join(outcome.live.overruled)}, because: {outcome.live.why}")
+    else:
+        say(f"{outcome.live.version} is live already: nothing was changed.")
+    if is_json:
+        print_json({"changed": outcome.changed, "live": outcome.live.model_dump(mode="json")})
+    say(_what_is_live(registry, outcome.live))
+
+
+def _what_is_live(registry: Location, live: LiveRecord | None) -> str:
+    """What is live, why, and the next command."""
+    if live is None:
+        return f"Nothing is live. Next: rafce bundle promote {registry.command} BUNDLE"
+    before = f", before it {live.before[0]}" if live.before else ""
+    return (
+        f"Live is {live.version} since {live.since:%Y-%m-%d %H:%M} UTC ({live.action} by {live.by}: {live.why}){before}. "
+        f"Next: rafce serve --registry {registry.command}"
+    )
+
+
+def _gates_table(gates: Sequence[Gate]) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for name in ("gate", "verdict", "found"):
+        table.add_column(name, overflow="fold", vertical="top", no_wrap=name == "gate")
+    for gate in gates:
+        table.add_row(gate.name, Text(gate.verdict, _STYLES.get(gate.verdict, "")), Text(gate.detail))
+    return table
+
+
+def _event(record: LiveRecord) -> tuple[str, ...]:
+    when = f"{record.since:%Y-%m-%d %H:%M:%S}"
+    overruled = ", ".join(record.overruled) or "-"
+    return (str(record.number), when, record.action, record.version, record.by, overruled, record.why)
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    live = "live" if row["is_live"] else ""
+    measured = "-" if row["split"] is None else f"{row['split']}, {_text(row['num_images'])} images"
+    score = row["score"]
+    return (
+        row["version"],
+        live,
+        _text(row["added"])[:16].replace("T", " "),
+        _text(row["backbone"]),
+        "-" if score is None else f"{score:.3f}",
+        measured,
+        _text(row["sha256"])[:12],
+    )
+
+
+def _text(value: object) -> str:
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value)) or "-"
+    return "-" if value is None else str(value)
+
+
+def _print_rows(columns: Sequence[str], rows: Any) -> None:
+    """A table on a terminal, lines with tabs elsewhere."""
+    if not sys.stdout.isatty():
+        for row in [columns, *rows]:
+            sys.stdout.write("\t".join(row) + "\n")
+        return
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for name in columns:
+        table.add_column(name, overflow="fold", vertical="top")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    Console(highlight=False).print(table)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="rafce bundle",
+        description="A registry is a folder, on a disk or an object store, that holds versions of bundles and says which of them is live.",
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    _verb(verbs, "list", _list, "all versions, and which is live")
+    show = _verb(verbs, "show", _show, "what is live, why and what was before; or one version")
+    show.add_argument("version", nargs="?", metavar="VERSION", help="a version's name")
+    add = _verb(verbs, "add", _add, "copy a bundle in, verified, without making it live")
+    add.add_argument("bundle", metavar="BUNDLE", help="bundle folder, or the folder of a finished run; a path or URI")
+    _name_option(add)
+    promote_verb = _verb(verbs, "promote", _promote, "make a version live, if every gate lets it pass")
+    promote_verb.add_argument(
+        "candidate", metavar="BUNDLE_OR_VERSION", help="a version's name, or a bundle to be added"
+    )
+    _name_option(promote_verb)
+    promote_verb.add_argument("--force", action="store_true", help="overrule gates that say no; needs --why")
+    promote_verb.add_argument("--why", metavar="TEXT", help="reason, kept in the history")
+    promote_verb.add_argument(
+        "--max-latency-ratio",
+        type=float,
+        default=Rules.max_latency_ratio,
+        metavar="X",
+        help=f"times the live version's ms a face that are allowed (default {Rules.max_latency_ratio:g})",
+    )
+    _engine_option(promote_verb)
+    rollback = _verb(verbs, "rollback", _rollback, "make live again what was before; again, and what was before that")
+    rollback.add_argument("--why", metavar="TEXT", help="reason, kept in the history")
+    _engine_option(rollback)
+    return parser
+
+
+def _verb(verbs: Any, name: str, run: Callable[[Location, argparse.Namespace], None], purpose: str) -> Any:
+    parser = verbs.add_parser(name, help=purpose, description=f"{purpose[0].upper()}{purpose[1:]}.")
+    parser.add_argument("registry", metavar="REGISTRY", help="folder of the registry; a path or URI")
+    parser.add_argument("--json", action="store_true", help="JSON on standard output, for machines")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _name_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--as", dest="name", metavar="NAME", help="name of the new version (default: start of its weights' sha256)"
+    )
+
+
+def _engine_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--engine",
+        choices=("auto", "torch", "openvino", "onnxruntime"),
+        default=Rules.engine,
+        help="what runs models while they are asked and timed (default auto, as in serving)",
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,172 @@
+"""Bundles kept under a name: copied whole into ``versions/NAME/``, verified, and never altered after that."""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from rafce_ray.bundle import MANIFEST, Bundle, BundleError, find_bundle, load_bundle
+from rafce_ray.config_errors import did_you_mean
+from rafce_ray.errors import RafceError, UsageError
+from rafce_ray.storage import Location
+
+VERSIONS = "versions"
+NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+"""Names of versions: nothing that could lead out of the registry."""
+
+SHORT_SHA = 12
+"""Digits of the weights' sha256 that name a version where nobody gave it a name."""
+
+
+_NAMES = "names are 1 to 64 letters, digits, dots, dashes and underscores, and start with a letter or digit."
+
+
+@dataclass(frozen=True)
+class Version:
+    """A version as its manifest tells it, which may be broken: ``problem`` then says how. ``added``: UTC, None where unknown."""
+
+    name: str
+    added: datetime | None
+    manifest: dict[str, Any]
+    problem: str | None = None
+
+    @property
+    def sha256(self) -> str | None:
+        """Of the weights, as the manifest says."""
+        weights = self.manifest.get("weights")
+        return weights.get("sha256") if isinstance(weights, dict) else None
+
+
+def is_name(text: str) -> bool:
+    """Whether a version may have this name."""
+    return re.fullmatch(NAME_PATTERN, text) is not None
+
+
+def version_folder(registry: Location, name: str) -> Location:
+    """The bundle of a version.
+
+    Raises:
+        UsageError: there is no such version, or none could have this name.
+    """
+    if not is_name(name):
+        raise UsageError(f"version {name!r}: {_NAMES}")
+    folder = registry / VERSIONS / name
+    if not (folder / MANIFEST).exists():
+        known = version_names(registry)
+        there = f"There are {', '.join(known)}." if known else "There is none yet: add one with rafce bundle add."
+        raise UsageError(f"{registry.shown}: there is no version {name!r}{did_you_mean(name, known) or '.'} {there}")
+    return folder
+
+
+def version_names(registry: Location) -> list[str]:
+    """Names of all versions, sorted."""
+    folder = registry / VERSIONS
+    names = [info.base_name for info in folder.list() if not info.is_file and is_name(info.base_name)]
+    return [name for name in names if (folder / name / MANIFEST).exists()]
+
+
+def list_versions(registry: Location) -> list[Version]:
+    """Every version, the newest last; a broken one is listed with its problem."""
+    found = [read_version(registry, name) for name in version_names(registry)]
+    return sorted(found, key=lambda version: (version.added is not None, version.added, version.name))
+
+
+def read_version(registry: Location, name: str) -> Version:
+    """A version by name, from its manifest alone. UsageError where there is none."""
+    file = version_folder(registry, name) / MANIFEST
+    added = file.filesystem.get_file_info(file.path).mtime
+    try:
+        manifest = json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        return Version(name, added, {}, f"{MANIFEST} cannot be read ({error}).")
+    if not isinstance(manifest, dict):
+        return Version(name, added, {}, f"{MANIFEST} holds a {type(manifest).__name__}, expected an object.")
+    return Version(name, added, manifest)
+
+
+@contextmanager
+def local_copy(place: Location) -> Iterator[Path]:
+    """A folder as a local one: itself, or a copy that lasts as long as the block."""
+    if place.local is not None:
+        yield place.local
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        copy = Path(scratch) / place.name
+        place.download(copy)
+        yield copy
+
+
+def add_version(registry: Location, source: str, name: str | None = None) -> tuple[str, bool]:
+    """Copy a bundle, or a run folder's, into the registry; its name, by default the start of its weights' sha256, and whether it is new.
+
+    What is there already under this name with the same content is left as it is.
+
+    Raises:
+        BundleError: it is no bundle that may be used, or its copy is not.
+        UsageError: the name cannot be one, or is another bundle's.
+    """
+    if name is not None and not is_name(name):
+        raise UsageError(f"version {name!r}: {_NAMES}")
+    place = find_bundle(source)
+    with tempfile.TemporaryDirectory() as scratch:
+        # What is checked is what is copied, whatever becomes of the source meanwhile.
+        copy = Path(scratch) / "bundle"
+        place.download(copy)
+        bundle = _load_copy(copy, place)
+        version = name or bundle.weights_sha256[:SHORT_SHA]
+        folder = registry / VERSIONS / version
+        is_new = not (folder / MANIFEST).exists()
+        if is_new:
+            # What is there without a manifest, which is written last, was left by a program that died half-way.
+            folder.delete()
+            try:
+                folder.upload(copy)
+            except OSError as error:
+                raise RafceError(
+                    f"{folder.shown}: cannot be written ({error}). Look what is there, and try again."
+                ) from error
+        _check_same(folder, copy)
+        if is_new:
+            _check_stored(folder)
+    return version, is_new
+
+
+def load_stored(folder: Location) -> Bundle:
+    """The bundle of a version's folder. BundleError where it may not be used."""
+    with local_copy(folder) as place:
+        return _load_copy(place, folder)
+
+
+def _load_copy(copy: Path, source: Location) -> Bundle:
+    """A bundle from a passing copy of ``source``, which it and its errors name."""
+    try:
+        return replace(load_bundle(copy), path=str(source))
+    except BundleError as error:
+        raise BundleError(str(error).replace(str(copy), source.shown)) from None
+
+
+def _check_same(folder: Location, copy: Path) -> None:
+    """UsageError where a version is another bundle than this one: a manifest holds its weights' sha256, so it tells them apart."""
+    if (folder / MANIFEST).read_bytes() != (copy / MANIFEST).read_bytes():
+        raise UsageError(
+            f"{folder.shown}: this version is there already and is another bundle; versions are never altered. Give the new one a "
+            "name of its own with --as NAME."
+        )
+
+
+def _check_stored(folder: Location) -> None:
+    """BundleError where what was just written cannot be read back whole."""
+    try:
+        load_stored(folder)
+    except BundleError as error:
+        raise BundleError(
+            f"{error} What was stored is not what was copied: the storage failed, or another program stored under this name at the "
+            "same time. Remove the folder and add the bundle again."
+        ) from error

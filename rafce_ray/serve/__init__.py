@@ -1,0 +1,1 @@
+"""The service on Ray Serve: one deployment, the fast path in front of it, and ``rafce serve``."""

@@ -1,0 +1,266 @@
+"""``rafce serve`` / ``python -m rafce_ray.serve``: a bundle as an HTTP endpoint on this machine, until Ctrl-C."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import ipaddress
+import logging
+import os
+import re
+import shutil
+import signal
+import socket
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rafce_ray.config import apply_overrides
+from rafce_ray.console import run_main, say
+from rafce_ray.errors import RafceError, UsageError
+from rafce_ray.serve.fast_path import fast_path
+from rafce_ray.service.app import num_cores
+from rafce_ray.service.config import ServiceConfig, read_service_config
+from rafce_ray.service.keys import read_keys
+from rafce_ray.service.loading import source_of
+from rafce_ray.storage import locate
+
+APPLICATION = "rafce"
+READY_S = 120.0
+POLL_S = 0.2
+EXCEPTION = re.compile(
+    r"^(?:\w+\.)*\w*(?:Error|Exception): (?P<message>.+(?:\n(?!\s*(?:The above|During|ray::|Traceback|\Z)).+)*)",
+    re.MULTILINE,
+)
+OBJECT_STORE_BYTES = 100 * 2**20
+"""Nothing is put there: a replica gets bytes and answers bytes."""
+
+
+def serve_until_stopped(config: ServiceConfig, host: str, port: int, replicas: int) -> None:
+    """Serve on ``host:port`` until SIGINT or SIGTERM; returns when everything is shut down.
+
+    Raises:
+        UsageError: what is to be served is not there, or the port is taken.
+        RafceError: no replica could be started; the message is its error's.
+    """
+    what = _what(config)
+    check_port(host, port)
+    url = f"http://{_reachable(host)}:{port}"
+    say(
+        f"serving {what} at {url} with {replicas} replica{'s' if replicas > 1 else ''}: starting Ray takes about 20 s; Ctrl-C ends it"
+    )
+    stop = threading.Event()
+    with _stopped_by_signals(stop), _serving(host, port):
+        _deploy(config, replicas, stop)
+        _wait_until_ready(url, stop)
+        if not stop.is_set():
+            _tell(config, url)
+            stop.wait()
+        say("shutting down")
+
+
+def _what(config: ServiceConfig) -> str:
+    """What will be served, in words. RafceError where it is not there."""
+    if config.keys_file is not None:
+        read_keys(Path(config.keys_file))
+    target = source_of(config).look()
+    return locate(target.place).shown + (f" (version {target.version})" if config.registry is not None else "")
+
+
+def check_port(host: str, port: int) -> None:
+    """UsageError where nothing can listen there."""
+    try:
+        [(family, kind, protocol, _, address), *_] = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        with socket.socket(family, kind, protocol) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise UsageError(
+                f"--port {port}: another program listens there. Choose another port, or end the program."
+            ) from None
+        raise UsageError(f"--host {host} --port {port}: cannot be listened on ({error}).") from None
+
+
+@contextmanager
+def _stopped_by_signals(stop: threading.Event) -> Iterator[None]:
+    """SIGINT and SIGTERM set ``stop``; a second one ends the process as usual."""
+
+    def on_signal(number: int, _: object) -> None:
+        stop.set()
+        signal.signal(number, signal.SIG_DFL)
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _serving(host: str, port: int) -> Iterator[None]:
+    """Ray and Serve with the fast path: a cluster of our own, or the one of RAY_ADDRESS; both end with the block."""
+    folder = Path(tempfile.mkdtemp(prefix="rafce", dir="/tmp"))
+    try:
+        environment = fast_path(folder, host=host)
+        # A busy machine may need more than Ray's 30 s.
+        environment |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_raylet_start_wait_time_s": "120"}
+        # A user's own setting wins; Ray reads them all when it is imported.
+        environment = {name: os.environ.setdefault(name, value) for name, value in environment.items()}
+        import ray
+        from ray import serve
+
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
+        address = os.environ.get("RAY_ADDRESS")
+        # Processes of our own cluster inherit this one's environment.
+        options: dict[str, Any] = (
+            {"runtime_env": {"env_vars": environment}}
+            if address
+            else {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+        )
+        try:
+            ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **options)
+            if address and serve.status().proxies:
+                raise UsageError(f"RAY_ADDRESS={address}: Serve runs there already. Deploy to it with serve deploy.")
+            # HAProxy alone takes requests from elsewhere: what Ray opens behind it stays on this machine.
+            serve.start(http_options={"host": "127.0.0.1", "port": port})
+        except RafceError:
+            raise
+        except Exception as error:
+            # Ray has no class of its own for what can go wrong here.
+            first_line, *_ = str(error).strip().splitlines() or [type(error).__name__]
+            raise RafceError(f"Ray Serve could not be started: {first_line}") from None
+        try:
+            yield
+        finally:
+            serve.shutdown()
+            ray.shutdown()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _deploy(config: ServiceConfig, replicas: int, stop: threading.Event) -> None:
+    """Start the replicas and wait until they all run. RafceError, with their own error, where they do not."""
+    import ray
+    from ray import serve
+
+    from rafce_ray.serve.deployment import bound
+
+    threads = config.threads or max(1, num_cores() // replicas)
+    actor: dict[str, Any] = {"num_cpus": 0, "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(threads)}}}
+    if config.engine in ("auto", "torch"):
+        # Half of it, so that a new replica finds room beside the old one that it replaces.
+        actor["num_gpus"] = round(min(1.0, ray.cluster_resources().get("GPU", 0) / (2 * replicas)), 4)
+    config = config.model_copy(update={"threads": threads})
+    application = bound(config, num_replicas=replicas, ray_actor_options=actor, max_constructor_retry_count=1)
+    serve.run_many(
+        [serve.RunTarget(application, name=APPLICATION, route_prefix="/")], wait_for_applications_running=False
+    )
+    while not stop.wait(POLL_S):
+        state = serve.status().applications[APPLICATION]
+        if state.status == "RUNNING":
+            return
+        if state.status in ("DEPLOY_FAILED", "UNHEALTHY"):
+            raise RafceError(_cause([*(each.message for each in state.deployments.values()), state.message]))
+
+
+def _cause(messages: Sequence[str]) -> str:
+    """What a replica died of, from what Serve tells of it: the last exception of its traceback."""
+    for message in messages:
+        *_, last = [None, *EXCEPTION.finditer(message)]
+        if last is not None:
+            return last["message"].strip()
+    return f"no replica could be started: {' '.join(messages).strip()}"
+
+
+def _wait_until_ready(url: str, stop: threading.Event) -> None:
+    """Until the canary image was answered through the open port. RafceError where that takes more than READY_S."""
+    deadline, last = time.monotonic() + READY_S, "nothing answers"
+    # A proxy of the environment is for the world outside.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    while not stop.wait(POLL_S):
+        try:
+            with opener.open(f"{url}/readyz", timeout=10):
+                return
+        except urllib.error.HTTPError as error:
+            last = f"status {error.code}: {error.read(1000).decode(errors='replace')}"
+        except OSError as error:
+            last = str(error)
+        if time.monotonic() > deadline:
+            raise RafceError(f"{url}/readyz did not answer 200 within {READY_S:.0f} s; the last answer: {last}")
+
+
+def _tell(config: ServiceConfig, url: str) -> None:
+    key = "" if config.keys_file is None else " -H 'Authorization: Bearer KEY'"
+    say(f"ready: {url} (page: {url}/, documentation: {url}/docs). Try:")
+    say(f"  curl{key} -H 'Content-Type: image/jpeg' --data-binary @photo.jpg {url}/v1/predict")
+    print(url, flush=True)
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _reachable(host: str) -> str:
+    """The host under which this machine itself reaches ``host``, as URLs write it."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"[{host}]" if ":" in host else host
+
+
+def _arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="rafce serve", description=__doc__)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--bundle", metavar="PATH", help="bundle folder that training or tuning printed, or a run's")
+    source.add_argument("--registry", metavar="PATH", help="registry whose live version is served (rafce bundle)")
+    parser.add_argument("--host", default="127.0.0.1", help="where to listen; not this machine alone needs --keys")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--replicas", type=int, default=1, metavar="N", help="processes that each hold the model")
+    parser.add_argument("--engine", default="auto", help="auto, torch, openvino or onnxruntime")
+    parser.add_argument("--keys", metavar="FILE", help="hashed keys (python -m rafce_ray.service.keys)")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for example limits.max_requests=128")
+    return parser
+
+
+def config_of(arguments: argparse.Namespace) -> ServiceConfig:
+    """The service's configuration from the command line. ConfigError for what cannot be used."""
+    loopback = _is_loopback(arguments.host)
+    if not loopback and arguments.keys is None:
+        raise UsageError(
+            f"--host {arguments.host} lets other machines ask, which needs keys. Make one with: python -m rafce_ray.service.keys new NAME "
+            "--file keys.json, and give --keys keys.json; or leave --host out."
+        )
+    values: dict[str, Any] = {"engine": arguments.engine, "loopback_only": loopback}
+    for key, value in (("bundle", arguments.bundle), ("registry", arguments.registry)):
+        if value is not None:
+            # Replicas may run in another folder.
+            values[key] = locate(value).uri
+    if arguments.keys is not None:
+        values["keys_file"] = str(Path(arguments.keys).absolute())
+    return read_service_config(apply_overrides(values, arguments.overrides))
+
+
+def _main(argv: Sequence[str]) -> int:
+    arguments = _arguments().parse_intermixed_args(argv)
+    if arguments.replicas < 1 or not 0 < arguments.port < 2**16:
+        raise UsageError(
+            f"--replicas {arguments.replicas} --port {arguments.port}: at least one replica, and a port from 1 to 65535."
+        )
+    serve_until_stopped(config_of(arguments), arguments.host, arguments.port, arguments.replicas)
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """``rafce serve``; returns the exit code."""
+    return run_main(_main, argv)

@@ -1,0 +1,114 @@
+"""The service as a Ray Serve deployment; ``build_app`` is what ``serve/*.yaml`` name as their ``import_path``."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from ray import serve
+from ray.serve._private.constants import RAY_SERVE_ENABLE_HA_PROXY, RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH
+from ray.serve.schema import LoggingConfig
+from starlette.types import ASGIApp
+
+from rafce_ray.config import ConfigError
+from rafce_ray.config_errors import explain
+from rafce_ray.errors import RafceError
+from rafce_ray.service import app
+from rafce_ray.service.config import ServiceConfig, read_service_config
+from rafce_ray.service.logs import log_as_json
+
+log = logging.getLogger(__name__.replace("serve", "service"))
+
+
+class LiveVersion(BaseModel):
+    """``user_config``: what can be changed while the service runs."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    version: str = Field("", description="Version that is served whatever the registry says; empty: the live one.")
+
+
+SETTINGS: Mapping[str, Any] = {
+    "name": "rafce",
+    "user_config": {"version": ""},
+    # The service bounds what is in work by itself (limits.max_requests) and refuses at once; Serve's bounds lie behind it.
+    "max_ongoing_requests": 512,
+    "max_queued_requests": 64,
+    "backpressure_config": {"status_code": 429, "retry_after_s": 1.0},
+    "max_surge_percent": 100,
+    "health_check_period_s": 5,
+    "health_check_timeout_s": 10,
+    "graceful_shutdown_timeout_s": 30,
+    "max_constructor_retry_count": 3,
+    # The service writes an access log of its own, without addresses.
+    "logging_config": LoggingConfig(encoding="JSON", enable_access_log=False),
+}
+"""What the deployment is unless ``serve/*.yaml`` or ``rafce serve`` say otherwise."""
+
+
+class FaceService:
+    """One replica: a model, and the whole HTTP application before it."""
+
+    def __init__(self, config: ServiceConfig) -> None:
+        """Load and verify the model. RafceError where it may not be served."""
+        log_as_json()
+        if not RAY_SERVE_ENABLE_HA_PROXY or not RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH:
+            log.warning(
+                "requests come through Ray Serve's Python proxy, ten times slower and steered by clients' headers: "
+                "set the variables of python -m rafce_ray.serve.fast_path before Ray starts"
+            )
+        self._service = app.Service(config)
+        self._configured = False
+
+    def __serve_build_asgi_app__(self) -> ASGIApp:
+        """The application, which Serve asks for after the constructor."""
+        return app.build_app(self._service)
+
+    async def reconfigure(self, user_config: Mapping[str, Any]) -> None:
+        """Serve another version; one that is refused is told in the log, and the version before goes on.
+
+        Raises:
+            RafceError: this is the replica's first version.
+        """
+        try:
+            version = read_live_version(user_config).version
+            if version or self._configured:
+                await asyncio.to_thread(self._service.switch, version)
+        except RafceError as error:
+            # An exception would make Serve replace replicas that answer by such as cannot start.
+            if not self._configured:
+                raise
+            log.error("user_config %s is refused: %s", dict(user_config), error)
+        self._configured = True
+
+    def check_health(self) -> None:
+        """Serve replaces a replica for which this fails three times in a row."""
+        if not self._service.is_healthy():
+            raise RafceError("the inference thread has ended or hangs.")
+
+    def __del__(self) -> None:
+        """Serve calls this once, when the replica has answered what it had."""
+        service = getattr(self, "_service", None)
+        if service is not None:
+            service.close()
+
+
+def build_app(args: dict[str, Any]) -> serve.Application:
+    """The application of a YAML file's ``args``, which are a :class:`ServiceConfig`. ConfigError for a typo."""
+    return bound(read_service_config(args))
+
+
+def bound(config: ServiceConfig, **options: Any) -> serve.Application:
+    """The application of a service; ``options`` as of ``Deployment.options``."""
+    return serve.deployment(serve.ingress()(FaceService), **SETTINGS).options(**options).bind(config)
+
+
+def read_live_version(values: Mapping[str, Any]) -> LiveVersion:
+    """``user_config`` from plain values. ConfigError for a typo."""
+    try:
+        return LiveVersion.model_validate(dict(values))
+    except ValidationError as error:
+        raise ConfigError("user_config: " + "; ".join(explain(error, LiveVersion))) from None

@@ -1,0 +1,145 @@
+"""What stands between a replica's own HTTP server and Ray Serve, which trusts headers that any client can send.
+
+Ray calls :func:`middlewares` in every process that listens (``RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH``, set by
+:mod:`rafce_ray.serve.fast_path`): the replicas, and Python proxies. Behind HAProxy there is one of these, which gets what
+no replica can take.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from ray import serve
+from ray.serve._private.constants import (
+    RAY_SERVE_ENABLE_HA_PROXY,
+    RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD,
+)
+from ray.serve.exceptions import RayServeException
+from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.config import HTTP_PROTOCOLS
+
+from rafce_ray.serve.haproxy import PEER
+from rafce_ray.service.problems import Problem, problem_response
+
+STEERING = frozenset(
+    (
+        b"x-request-timeout-seconds",
+        b"x-request-disconnect-disabled",
+        b"serve_multiplexed_model_id",
+        b"serve-multiplexed-model-id",
+        b"x-session-id",
+        b"x_session_id",
+    )
+)
+"""Headers by which a client could lift Serve's timeout, keep it from cancelling, or make it fail: it decodes them as UTF-8."""
+
+LOCALHOST = ("127.0.0.1", "::1")
+"""Whence HAProxy asks the replicas of its own machine. From anywhere else the header that names the client may be anybody's."""
+
+OF_RAY = ("/-/healthz", "/-/routes")
+
+
+def middlewares() -> list[Middleware]:
+    """For this process: of a replica, or of a Python proxy. Bounds the headers that its HTTP server will read."""
+    HTTP_PROTOCOLS["auto"] = "rafce_ray.service.http_protocol:BoundedHttpProtocol"
+    try:
+        serve.get_replica_context()
+    except RayServeException:
+        return [Middleware(NoReplica if RAY_SERVE_ENABLE_HA_PROXY else Steered, own=())]
+    # The service watches for clients that leave and has its own deadline. Where it runs on the server's event loop, Serve
+    # need do neither: without, it reads no further ahead than the service does, and costs less.
+    own = ((b"x-request-disconnect-disabled", b"?1"), (b"x-request-timeout-seconds", b"0"))
+    return [Middleware(Steered, own=() if RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD else own)]
+
+
+class Steered:
+    """Takes from requests what would steer Serve, and gives ``own`` headers instead; makes Serve's own answers problems.
+
+    The peer that the application sees is the client that HAProxy names, if it is HAProxy who asks.
+    """
+
+    def __init__(self, app: ASGIApp, own: tuple[tuple[bytes, bytes], ...]) -> None:
+        self._app = app
+        self._own = own
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Hand the request on."""
+        peer = None
+        headers = list(self._own)
+        for name, value in scope["headers"]:
+            if name == PEER.encode():
+                peer = value.decode("latin-1")
+            elif name not in STEERING and (name != b"x-request-id" or value.isascii()):
+                headers.append((name, value))
+        scope["headers"] = headers
+        if peer is not None and scope["client"] is not None and scope["client"][0] in LOCALHOST:
+            scope["client"] = (peer, 0)
+        await self._app(scope, receive, _Answer(scope, receive, send).send)
+
+
+class _Answer:
+    """One response on its way out: with one request id, and a problem if it is Serve's own."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._scope = scope
+        self._receive = receive
+        self._send = send
+        self._replaced = False
+
+    async def send(self, message: Message) -> None:
+        """The next part of the response."""
+        if message["type"] == "http.response.start":
+            headers = _with_one_request_id(message.get("headers", ()))
+            problem = _problem_of_serve(message["status"], dict(headers))
+            if problem is not None:
+                self._replaced = True
+                await problem_response(problem, self._scope)(self._scope, self._receive, self._send)
+                return
+            message = {**message, "headers": headers}
+        if not self._replaced:
+            await self._send(message)
+
+
+def _with_one_request_id(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    """Serve adds the id under which it knows the request to the service's own, which comes first."""
+    kept: list[tuple[bytes, bytes]] = []
+    for name, value in headers:
+        if name.lower() != b"x-request-id" or not any(earlier == b"x-request-id" for earlier, _ in kept):
+            kept.append((name.lower(), value))
+    return kept
+
+
+def _problem_of_serve(status: int, headers: dict[bytes, bytes]) -> Problem | None:
+    """The problem for an answer that Serve made; the service never refuses in plain text."""
+    if status < 400 or not headers.get(b"content-type", b"").startswith(b"text/plain"):
+        return None
+    given = {"retry-after": headers[b"retry-after"].decode()} if b"retry-after" in headers else {}
+    match status:
+        case 404:
+            return Problem("not_found", "There is nothing at this path.")
+        case 408 | 504:
+            return Problem("deadline", "The answer was not ready in time.")
+        case 429:
+            return Problem("busy", "Ray Serve's queue is full.", headers=given)
+        case 499:
+            return Problem("client_gone", "The client closed the connection.")
+        case 503:
+            return Problem("not_ready", "No replica can take the request.", headers=given)
+        case _:
+            return Problem("internal_error", "Ray Serve failed to answer this request.")
+
+
+class NoReplica:
+    """In the proxy that HAProxy turns to when there is no replica: says so at once, instead of gathering bodies that wait for one."""
+
+    def __init__(self, app: ASGIApp, own: object = ()) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer 503, except to what Ray itself asks."""
+        if scope["type"] != "http" or scope["path"] in OF_RAY:
+            await self._app(scope, receive, send)
+            return
+        problem = Problem("not_ready", "No replica can take the request.", headers={"Retry-After": "1"})
+        await problem_response(problem, scope)(scope, receive, send)

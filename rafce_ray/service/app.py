@@ -1,0 +1,152 @@
+"""The service as one ASGI application: ``Service`` is what outlives a request, ``build_app`` its routes with the edge around them."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from rafce_ray.service.admin import admin_routes
+from rafce_ray.service.admission import Admission
+from rafce_ray.service.answers import to_json
+from rafce_ray.service.batching import Batcher
+from rafce_ray.service.bodies import BodyRules, declared_bytes, read_request
+from rafce_ray.service.config import ServiceConfig
+from rafce_ray.service.documents import document_routes
+from rafce_ray.service.edge import Edge, within
+from rafce_ray.service.keys import Keys
+from rafce_ray.service.live import LiveModel, Served
+from rafce_ray.service.loading import load_served, source_of
+from rafce_ray.service.model_info import model_info
+from rafce_ray.service.open_inference import open_inference_routes
+from rafce_ray.service.predicting import Context, predict
+from rafce_ray.service.problems import EXCEPTION_HANDLERS, REQUEST_ID, Problem
+from rafce_ray.service.readiness import Readiness
+from rafce_ray.service.reading import Reader
+
+HUNG_S = 60.0
+"""Seconds for which one batch may run before the process counts as ill: none takes a tenth of it."""
+
+JSON = "application/json"
+
+
+class Service:
+    """A model ready to answer, with all that its requests share; one event loop uses it."""
+
+    def __init__(self, config: ServiceConfig) -> None:
+        """Load, verify and warm the model: takes seconds. RafceError where it may not be served, UsageError where a file is missing."""
+        limits, cores = config.limits, num_cores()
+        self.config = config
+        self.keys = Keys(None if config.keys_file is None else Path(config.keys_file))
+        self.admission = Admission(limits.max_requests, limits.max_bytes)
+        self.pool = ThreadPoolExecutor(cores, thread_name_prefix="images")
+        self.reader = Reader(
+            self.pool,
+            cores,
+            max_faces=limits.max_faces,
+            face_model=None if config.face_model is None else Path(config.face_model),
+            limits=limits.image_limits(),
+        )
+        self.live = LiveModel(source_of(config), partial(load_served, config=config), config.watch_s)
+        self.batcher = Batcher(config.max_batch_faces)
+        self.readiness = Readiness(self.reader, self.batcher, limits.deadline_s)
+
+    def switch(self, version: str) -> None:
+        """Serve this version and stay with it, or with ``""`` follow what is live again; returns when it answers.
+
+        Raises:
+            RafceError: it may not be served; the model before goes on.
+        """
+        if version:
+            self.live.switch(version)
+        else:
+            self.live.refresh()
+
+    def is_healthy(self) -> bool:
+        """Whether the inference thread lives and no batch hangs."""
+        return self.batcher.is_alive() and self.batcher.busy_s() < HUNG_S
+
+    def check_health(self) -> None:
+        """Problem ``not_ready`` where this process is ill."""
+        if not self.is_healthy():
+            raise Problem("not_ready", "The inference thread has ended or hangs.")
+
+    async def check_ready(self, served: Served) -> None:
+        """Problem ``not_ready`` where this process is ill or the model's canary does not answer as it should."""
+        self.check_health()
+        await self.readiness.check(served)
+
+    def close(self) -> None:
+        """Answer what is in work and end all threads."""
+        self.live.close()
+        self.pool.shutdown(wait=True, cancel_futures=True)
+        self.batcher.close()
+
+
+def build_app(service: Service) -> ASGIApp:
+    """All routes of a service, with :class:`Edge` around them."""
+    app = Starlette(
+        routes=[
+            Route("/v1/predict", _Predict(service), methods=["POST"]),
+            Route("/healthz", partial(_healthz, service)),
+            Route("/readyz", partial(_readyz, service)),
+            Route("/v1/model", partial(_model, service)),
+            *admin_routes(service),
+            *open_inference_routes(service),
+            *document_routes(service.config),
+        ],
+        exception_handlers=EXCEPTION_HANDLERS,
+    )
+    # A path with a slash too many is no other path's, and a redirect would be built from the client's Host header.
+    app.router.redirect_slashes = False
+    return Edge(app, service.config.limits, loopback_only=service.config.loopback_only)
+
+
+class _Predict:
+    """``POST /v1/predict`` as plain ASGI: nothing is done for a request that it does not need."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        service, since = self._service, time.monotonic()
+        deadline = asyncio.get_running_loop().time() + service.config.limits.deadline_s
+        service.keys.authorize(scope, "predict")
+        with service.admission.place(declared_bytes(scope)) as place:
+            served = service.live.served
+            limits, num_emotions = service.config.limits, served.predictor.bundle.taxonomy.num_emotions
+            rules = BodyRules(limits.max_images, limits.max_image_bytes, num_emotions)
+            request = await read_request(scope, receive, place, rules, service.pool)
+            context = Context(service.reader, service.batcher, served, scope["path"], scope[REQUEST_ID], since)
+            content = await within(predict(request, context), receive, deadline)
+        await Response(content, media_type=JSON)(scope, receive, send)
+
+
+async def _healthz(service: Service, request: Request) -> Response:
+    service.check_health()
+    return Response(to_json({"status": "ok"}), media_type=JSON)
+
+
+async def _readyz(service: Service, request: Request) -> Response:
+    served = service.live.served
+    await service.check_ready(served)
+    return Response(to_json({"status": "ready", "model": served.model}), media_type=JSON)
+
+
+async def _model(service: Service, request: Request) -> Response:
+    info = model_info(service.config, service.live.served, service.live.failed)
+    return Response(info.model_dump_json(), media_type=JSON)
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,111 @@
+"""What one service serves and how much it takes: the arguments of ``rafce serve`` and of ``serve/*.yaml``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from rafce_ray import decode
+from rafce_ray.config import ConfigError
+from rafce_ray.config_errors import explain
+
+MIB = 2**20
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Limits(_Section):
+    """How much one client, and all of them together, may ask for at most."""
+
+    max_body_bytes: int = Field(32 * MIB, ge=1024, description="Bytes of one request's body.")
+    max_header_bytes: int = Field(
+        16 * 1024, ge=1024, description="Bytes of one request's headers together; its path and query may have as many."
+    )
+    max_images: int = Field(16, ge=1, le=1024, description="Images in one request.")
+    max_image_bytes: int = Field(16 * MIB, ge=1024, description="Bytes of one image file.")
+    max_image_side_px: int = Field(8192, ge=16, le=65535, description="Longer side of one image, px.")
+    max_image_pixels: int = Field(25_000_000, ge=256, description="Pixels of one image, width times height.")
+    max_faces: int = Field(32, ge=1, description="Faces that are answered for in one photograph, the largest first.")
+    body_timeout_s: float = Field(10.0, gt=0, description="Seconds in which the whole body must arrive.")
+    deadline_s: float = Field(10.0, gt=0, description="Seconds from a request's admission to its answer.")
+    max_requests: int = Field(64, ge=1, description="Requests in work at once in one replica; beyond it 429.")
+    max_bytes: int = Field(
+        256 * MIB, ge=1024, description="Bytes of bodies in work at once in one replica; beyond it 429."
+    )
+
+    @model_validator(mode="after")
+    def _one_request_fits(self) -> Self:
+        if self.max_bytes < self.max_body_bytes:
+            raise ValueError(
+                f"limits.max_bytes: found {self.max_bytes:,}, less than limits.max_body_bytes ({self.max_body_bytes:,}), "
+                "so the largest request could never be admitted. Raise the one or lower the other."
+            )
+        return self
+
+    def image_limits(self) -> decode.Limits:
+        """The decoder's limits."""
+        return decode.Limits(
+            max_bytes=self.max_image_bytes, max_side_px=self.max_image_side_px, max_pixels=self.max_image_pixels
+        )
+
+
+class ServiceConfig(_Section):
+    """One service: exactly one of ``bundle`` and ``registry``, an engine, limits, and who may ask."""
+
+    bundle: str | None = Field(None, description="Folder of the bundle that is served; a path or URI.")
+    registry: str | None = Field(None, description="Folder of a registry, whose live version is served; a path or URI.")
+    name: str = Field(
+        "rafce",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$",
+        description="The model's name in answers and in /v2 paths.",
+    )
+    engine: Literal["auto", "torch", "openvino", "onnxruntime"] = Field(
+        "auto", description="What runs the model. auto: torch on a GPU, else the fastest that is installed."
+    )
+    engine_precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="Numbers the engine computes with. auto: bf16 where the processor has it and answers agree."
+    )
+    threads: int | None = Field(None, ge=1, description="Threads of the engine; by default one a core.")
+    max_batch_faces: int = Field(32, ge=1, le=1024, description="Faces in one forward pass at most.")
+    face_model: str | None = Field(
+        None, description="YuNet model file (.onnx) that finds faces; by default OpenCV's bundled cascades."
+    )
+    watch_s: float = Field(2.0, gt=0, description="Seconds between looks for a new version of what is served.")
+    keys_file: str | None = Field(
+        None, description="JSON file of hashed keys (python -m rafce_ray.service.keys); none: no key is asked for."
+    )
+    loopback_only: bool = Field(True, description="Refuse every peer but this machine itself. false needs keys_file.")
+    limits: Limits = Field(default_factory=Limits, description="How much may be asked for.")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.bundle is None) == (self.registry is None):
+            found = "neither" if self.bundle is None else "both"
+            raise ValueError(f"bundle, registry: found {found}; give exactly one: what is to be served.")
+        return self
+
+    @model_validator(mode="after")
+    def _strangers_need_keys(self) -> Self:
+        if not self.loopback_only and self.keys_file is None:
+            raise ValueError(
+                "loopback_only: found false without keys_file; others than this machine are served with keys only. Make one "
+                "with python -m rafce_ray.service.keys new NAME --file keys.json and set keys_file: keys.json."
+            )
+        return self
+
+
+def read_service_config(values: Mapping[str, Any]) -> ServiceConfig:
+    """The configuration from plain values, as YAML or a command line gives them.
+
+    Raises:
+        ConfigError: every fault at once: key, what was found, what was expected, the nearest known key.
+    """
+    try:
+        return ServiceConfig.model_validate(dict(values))
+    except ValidationError as error:
+        faults = "\n  ".join(explain(error, ServiceConfig))
+        raise ConfigError(f"the service's configuration cannot be used:\n  {faults}") from None

@@ -1,0 +1,289 @@
+"""Around the whole application: what no handler should have to think of.
+
+Headers and bodies are bounded while they come in, a refused client still gets to read its answer, every answer has a
+request id and security headers, every request one line in the log, and a failure tells a client nothing but its id.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import re
+import time
+from collections.abc import Awaitable
+from contextlib import suppress
+from typing import Final, TypeVar
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from rafce_ray.service.config import Limits
+from rafce_ray.service.keys import KEY_ID
+from rafce_ray.service.local_peers import check_local
+from rafce_ray.service.problems import REQUEST_ID, Problem, problem_response, unexpected
+
+T = TypeVar("T")
+
+MAX_HEADERS = 100
+LINGER_S = 2.0
+LINGER_BYTES = 64 * 2**20
+"""For so long, and so many bytes, the rest of a refused body is read and dropped: closing at once would reset the
+connection before the client has read why."""
+
+SECURITY_HEADERS: Final = (
+    (b"cache-control", b"no-store"),
+    (
+        b"content-security-policy",
+        b"default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; media-src 'self' blob:; "
+        b"connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    ),
+    (b"cross-origin-opener-policy", b"same-origin"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+    (b"permissions-policy", b"camera=(self), geolocation=(), microphone=()"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"x-content-type-options", b"nosniff"),
+    (b"x-frame-options", b"DENY"),
+)
+"""On every response; an application that sets one of them itself is left its own."""
+
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
+_AT_MOST_ONCE = frozenset(
+    (b"authorization", b"content-encoding", b"content-length", b"content-type", b"host", b"transfer-encoding")
+)
+_METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT"))
+
+_access = logging.getLogger("rafce_ray.service.access")
+_log = logging.getLogger(__name__)
+
+
+class Edge:
+    """Pure ASGI middleware, outermost: ``Edge(Starlette(exception_handlers=EXCEPTION_HANDLERS, ...), limits, ...)``.
+
+    The application finds the request's id in ``scope[problems.REQUEST_ID]``; a Problem that comes from its ``receive``
+    (body too large, too slow, incomplete) it lets pass. With ``loopback_only`` the peer must be a loopback address and
+    the Host header localhost, 127.0.0.0/8 or [::1]. The peer is the connection's: behind a proxy on the same machine
+    everybody is a loopback peer, so there the proxy itself must listen on loopback only.
+    """
+
+    def __init__(self, app: ASGIApp, limits: Limits, *, loopback_only: bool) -> None:
+        self.app = app
+        self.limits = limits
+        self.loopback_only = loopback_only
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request; the lifespan protocol is handed on, websockets are refused."""
+        if scope["type"] == "http":
+            await _Exchange(self, scope, receive, send).run()
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+        else:
+            await self.app(scope, receive, send)
+
+
+class _Exchange:
+    """One request and its response, on their way through the edge."""
+
+    def __init__(self, edge: Edge, scope: Scope, receive: Receive, send: Send) -> None:
+        self._edge = edge
+        self._scope = scope
+        self._receive = receive
+        self._send = send
+        self._started = time.perf_counter()
+        self._body_deadline = asyncio.get_running_loop().time() + edge.limits.body_timeout_s
+        self._declared: int | None = None
+        self._expects_body = False
+        self._awaits_continue = False
+        self._num_received = 0
+        self._body_complete = False
+        self._gone = False
+        self._status = 0
+        self._num_sent = 0
+        self._answered = False
+        self._closes = False
+
+    async def run(self) -> None:
+        """The application's answer, or a problem's."""
+        try:
+            try:
+                self._check_headers()
+                await self._edge.app(self._scope, self.receive, self.send)
+            except Problem as problem:
+                await self._refuse(problem)
+            except Exception:
+                _log.exception("request failed", extra={"fields": {"request_id": self._scope[REQUEST_ID]}})
+                if self._status and not self._answered:
+                    raise  # Half an answer is out: the server has to cut the connection.
+                await self._refuse(unexpected())
+        finally:
+            self._write_access_log()
+
+    async def receive(self) -> Message:
+        """The next part of the body, counted and timed; the Problem that it is where it may not be."""
+        if self._body_complete:
+            return await self._receive()
+        try:
+            async with asyncio.timeout_at(self._body_deadline):
+                message = await self._receive()
+        except TimeoutError:
+            seconds = self._edge.limits.body_timeout_s
+            raise Problem("body_too_slow", f"The body was not complete after {seconds:g} s.") from None
+        self._count(message)
+        limit, declared = self._edge.limits.max_body_bytes, self._declared
+        if self._num_received > limit:
+            raise Problem("body_too_large", f"The body has more than {limit:,} bytes.")
+        if self._body_complete and declared is not None and declared != self._num_received:
+            raise Problem(
+                "body_incomplete", f"The body has {self._num_received:,} bytes; Content-Length says {declared:,}."
+            )
+        return message
+
+    async def send(self, message: Message) -> None:
+        """The application's response, with the headers that every response has."""
+        if message["type"] == "http.response.start":
+            self._status = message["status"]
+            headers = list(message.get("headers", ()))
+            names = {name for name, _ in headers}
+            headers += [header for header in SECURITY_HEADERS if header[0] not in names]
+            headers.append((b"x-request-id", self._scope[REQUEST_ID].encode()))
+            self._closes = await self._has_unread_body()
+            if self._closes:
+                headers.append((b"connection", b"close"))
+            await self._send({**message, "headers": headers})
+            return
+        self._num_sent += len(message.get("body", b""))
+        self._answered = not message.get("more_body", False)
+        if self._answered and self._closes:
+            await self._send({**message, "more_body": True})
+            await self._drop_rest_of_body()
+            message = {"type": "http.response.body", "body": b"", "more_body": False}
+        await self._send(message)
+
+    def _check_headers(self) -> None:
+        scope, limits = self._scope, self._edge.limits
+        found: dict[bytes, bytes] = {}
+        num_bytes, twice = 0, None
+        for name, value in scope["headers"]:
+            num_bytes += len(name) + len(value) + 4
+            if name in found and name in _AT_MOST_ONCE:
+                twice = name
+            found[name] = value
+        scope[REQUEST_ID] = _request_id(found.get(b"x-request-id", b""))
+        self._awaits_continue = b"expect" in found
+        length = found.get(b"content-length")
+        self._expects_body = b"transfer-encoding" in found or length not in (None, b"0")
+        if num_bytes > limits.max_header_bytes or len(scope["headers"]) > MAX_HEADERS:
+            raise Problem(
+                "headers_too_large",
+                f"There are {len(scope['headers']):,} headers of {num_bytes:,} bytes; at most {MAX_HEADERS} of "
+                f"{limits.max_header_bytes:,} are read.",
+            )
+        num_bytes = len(scope.get("raw_path") or scope["path"]) + len(scope.get("query_string", b""))
+        if num_bytes > limits.max_header_bytes:
+            raise Problem(
+                "uri_too_long",
+                f"Path and query have {num_bytes:,} bytes; at most {limits.max_header_bytes:,} are read.",
+            )
+        if self._edge.loopback_only:
+            check_local(scope, found)
+        if twice is not None:
+            raise Problem("bad_headers", f"The header {twice.decode('latin-1')} is there more than once.")
+        self._check_body_headers(found)
+
+    def _check_body_headers(self, found: dict[bytes, bytes]) -> None:
+        length, limit = found.get(b"content-length"), self._edge.limits.max_body_bytes
+        if length is not None:
+            if b"transfer-encoding" in found:
+                raise Problem("bad_headers", "Content-Length and Transfer-Encoding contradict each other.")
+            if not length.isdigit() or len(length) > 18:
+                raise Problem("bad_headers", "Content-Length is no number of bytes.")
+            self._declared = int(length)
+            if self._declared > limit:
+                raise Problem("body_too_large", f"The body has {self._declared:,} bytes; at most {limit:,} are read.")
+        if found.get(b"content-encoding", b"identity").lower() != b"identity":
+            raise Problem("unsupported_encoding", "The header Content-Encoding says that the body is compressed.")
+
+    async def _refuse(self, problem: Problem) -> None:
+        if not self._status:
+            await problem_response(problem, self._scope)(self._scope, self.receive, self.send)
+
+    def _count(self, message: Message) -> None:
+        if message["type"] == "http.disconnect":
+            self._gone = True
+        elif message["type"] == "http.request":
+            self._num_received += len(message.get("body", b""))
+            self._body_complete = not message.get("more_body", False)
+
+    async def _has_unread_body(self) -> bool:
+        """Whether part of the body has not come in yet, after everything that has come in was taken and dropped."""
+        if self._body_complete or self._gone or not self._expects_body:
+            return False
+        if not self._awaits_continue:
+            await self._drop_body(0)
+        return not self._body_complete
+
+    async def _drop_rest_of_body(self) -> None:
+        # A client that waits for "100 Continue" sends nothing, and asking for its body would tell it to.
+        if not self._awaits_continue:
+            await self._drop_body(LINGER_S)
+
+    async def _drop_body(self, seconds: float) -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while not (self._body_complete or self._gone or self._num_received > LINGER_BYTES):
+                    self._count(await self._receive())
+
+    def _write_access_log(self) -> None:
+        if not _access.isEnabledFor(logging.INFO):
+            return
+        scope = self._scope
+        fields = {
+            "request_id": scope.get(REQUEST_ID),
+            "key_id": scope.get(KEY_ID),
+            "method": scope["method"] if scope["method"] in _METHODS else "other",
+            "route": getattr(scope.get("route"), "path", None),
+            "status": 499 if self._gone and not self._answered else self._status,
+            "bytes_in": self._num_received,
+            "bytes_out": self._num_sent,
+            "ms": round(1000 * (time.perf_counter() - self._started), 3),
+        }
+        _access.info("request", extra={"fields": fields})
+
+
+async def within(work: Awaitable[T], receive: Receive, deadline: float) -> T:
+    """The result of ``work``, which is cancelled when the client goes away or at ``deadline`` (``loop.time()`` seconds).
+
+    For after the body has been read: it is what notices that nobody waits for the answer any more.
+
+    Raises:
+        Problem: ``client_gone`` or ``deadline`` (504).
+    """
+    client_gone = asyncio.create_task(_client_gone(receive))
+    try:
+        async with asyncio.timeout_at(deadline) as timeout:
+
+            def give_up(_: object) -> None:
+                timeout.reschedule(0)
+
+            client_gone.add_done_callback(give_up)
+            try:
+                return await work
+            finally:
+                client_gone.remove_done_callback(give_up)
+    except TimeoutError:
+        if not timeout.expired():
+            raise
+        if client_gone.done():
+            raise Problem("client_gone", "The client closed the connection.") from None
+        raise Problem("deadline", "The answer was not ready in time.") from None
+    finally:
+        client_gone.cancel()
+
+
+async def _client_gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _request_id(wanted: bytes) -> str:
+    """The client's own id where it is short and plain, else a new one."""
+    return wanted.decode() if _REQUEST_ID.fullmatch(wanted) else f"{random.getrandbits(128):032x}"

@@ -1,0 +1,190 @@
+"""The model that answers: loaded, verified and warmed beside the one before, then put in its place by one assignment."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Protocol
+
+from rafce_ray.bundle import MANIFEST, WEIGHTS, find_bundle
+from rafce_ray.canary import Canary
+from rafce_ray.errors import GateError, RafceError, UsageError
+from rafce_ray.predict import Predictor
+from rafce_ray.registry.gates import taxonomy_gate
+from rafce_ray.service.answers import ModelId
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is to be served: a version and its bundle. ``stamp`` changes whenever the bundle may have; None version: the weights' sha256.
+
+    ``force``: whoever chose it accepts another taxonomy than that of the model before.
+    """
+
+    version: str | None
+    place: str
+    stamp: str
+    force: bool = False
+
+
+class Source(Protocol):
+    """Where it stands which model is live."""
+
+    def look(self) -> Target:
+        """What is live now. RafceError or OSError where that cannot be told."""
+
+    def find(self, version: str) -> Target:
+        """A version by its name. RafceError where there is none."""
+
+
+@dataclass(frozen=True)
+class BundleFolder:
+    """A :class:`Source` of one place, whose bundle may be replaced."""
+
+    place: str
+
+    def look(self) -> Target:
+        """The bundle that is there now, by its manifest's content and its weights' size and time."""
+        folder = find_bundle(self.place)
+        manifest = (folder / MANIFEST).read_bytes()
+        weights = folder.filesystem.get_file_info((folder / WEIGHTS).path)
+        stamp = hashlib.sha256(manifest + f"{folder.path} {weights.size} {weights.mtime_ns}".encode()).hexdigest()
+        return Target(None, self.place, stamp)
+
+    def find(self, version: str) -> Target:
+        """A folder has no versions. UsageError."""
+        raise UsageError(
+            f"version {version!r}: a service of the bundle folder {self.place} has no versions. Serve a registry, or put the "
+            "new bundle in the folder's place."
+        )
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model that answers requests: who it is, what predicts, its canary and card, and since when (UTC).
+
+    ``remarks``: what there is to be said of its engine, such as why it is not the one that was asked for.
+    """
+
+    model: ModelId
+    place: str
+    predictor: Predictor
+    canary: Canary
+    card: str | None
+    remarks: tuple[str, ...]
+    since: datetime = field(default_factory=lambda: datetime.now(UTC))
+
+
+@dataclass(frozen=True)
+class FailedSwap:
+    """A model that was to be served and may not be: why, and when that was found (UTC)."""
+
+    version: str | None
+    place: str
+    reason: str
+    at: datetime
+
+
+class LiveModel:
+    """The served model of a process, and the thread that watches whether another is to be served.
+
+    Whoever reads :attr:`served` keeps that model for as long as it needs it: a swap changes only what the next one reads.
+    """
+
+    def __init__(self, source: Source, load: Callable[[Target], Served], watch_s: float) -> None:
+        """Load what is live now. RafceError where that cannot be served: there is nothing to fall back to."""
+        self._source = source
+        self._load = load
+        self._watch_s = watch_s
+        self._swapping = threading.Lock()
+        self._serving = self._tried = source.look()
+        self._pinned = False
+        self.served = load(self._serving)
+        self.failed: FailedSwap | None = None
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watch-model", daemon=True)
+        self._thread.start()
+
+    def refresh(self) -> Served:
+        """Look at the source at once, end any pin, and serve what is live there; returns what is served now.
+
+        Raises:
+            RafceError: it may not be served; the model before goes on.
+        """
+        with self._swapping:
+            self._pinned = False
+            return self._swap(self._source.look())
+
+    def switch(self, version: str, *, force: bool = False) -> Served:
+        """Serve this version and stay with it until :meth:`refresh`, whatever the source says; else as :meth:`refresh`."""
+        with self._swapping:
+            served = self._swap(self._source.find(version), force=force)
+            self._pinned = True
+            return served
+
+    def close(self) -> None:
+        """End the watch."""
+        self._stop.set()
+        self._thread.join(10)
+
+    def _watch(self) -> None:
+        while not self._stop.wait(self._watch_s):
+            try:
+                with self._swapping:
+                    if not self._pinned:
+                        self._follow()
+            except Exception:
+                log.exception("looking for a new model failed; the one that is served goes on")
+
+    def _follow(self) -> None:
+        """Serve what the source says. What was refused is not loaded again before it has changed."""
+        try:
+            target = self._source.look()
+        except (RafceError, OSError) as error:
+            self._refuse(None, "", error)
+            return
+        if target == self._serving:
+            self.failed = None
+        elif target != self._tried:
+            # Why it was refused is noted.
+            with suppress(RafceError):
+                self._swap(target)
+
+    def _swap(self, target: Target, *, force: bool = False) -> Served:
+        if target == self._serving:
+            self.failed = None
+            return self.served
+        self._tried = target
+        try:
+            served = self._load(target)
+            if not (force or target.force):
+                _check_taxonomy(served, self.served)
+        except (RafceError, OSError) as error:
+            self._refuse(target.version, target.place, error)
+            raise (
+                error if isinstance(error, RafceError) else RafceError(f"{target.place}: cannot be read ({error}).")
+            ) from error
+        before, self.served, self._serving, self.failed = self.served, served, target, None
+        log.info("model %s serves instead of %s", served.model.version, before.model.version)
+        return served
+
+    def _refuse(self, version: str | None, place: str, error: Exception) -> None:
+        if self.failed is None or self.failed.reason != str(error):
+            log.error("a new model is refused and %s goes on: %s", self.served.model.version, error)
+        self.failed = FailedSwap(version, place, str(error), datetime.now(UTC))
+
+
+def _check_taxonomy(new: Served, live: Served) -> None:
+    """GateError where a client of the live model would not understand the new one's answers."""
+    gate = taxonomy_gate(new.predictor.bundle, live.predictor.bundle)
+    if gate.verdict == "refused":
+        raise GateError(
+            f"{new.place}: {gate.detail} Clients rely on them: serve it by itself under another name, or force it if they know."
+        )

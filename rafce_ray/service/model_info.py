@@ -1,0 +1,136 @@
+"""What ``/v1/model`` tells: which model answers, what it tells, how good it is, its limits, and what it is and is not for."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+from pydantic import Field
+
+from rafce_ray.console import finite
+from rafce_ray.report.text import INTENDED_USE, PERCEIVED, PROHIBITED_USE
+from rafce_ray.service.config import ServiceConfig
+from rafce_ray.service.live import FailedSwap, Served
+from rafce_ray.service.schema import Model, Record
+from rafce_ray.taxonomy import ACTION_UNIT_NAMES, Taxonomy, action_unit_code
+
+
+class Engine(Record):
+    """What computes the model's outputs."""
+
+    name: str = Field(description="torch, openvino or onnxruntime.")
+    precision: str = Field(description="Numbers that it computes with.")
+    remarks: tuple[str, ...] = Field(description="Why it is not the engine that was asked for, for example.")
+
+
+class Refused(Record):
+    """A newer model that may not be served; the service's log says why."""
+
+    version: str | None = Field(description="Null where it was a bundle without a version.")
+    at: datetime = Field(description="When that was found, UTC.")
+
+
+class EmotionClass(Record):
+    """One class of the model."""
+
+    index: int = Field(ge=0)
+    label: str
+    components: tuple[str, str] | None = Field(description="The two basic emotions of a compound one.")
+
+
+class ActionUnitClass(Record):
+    """One action unit that the model tells."""
+
+    code: str
+    name: str
+    threshold: float = Field(ge=0, le=1, description="Probability from which it counts as active.")
+
+
+class ModelTaxonomy(Record):
+    """All that the model tells."""
+
+    emotions: tuple[EmotionClass, ...]
+    basic_emotions: tuple[str, ...]
+    action_units: tuple[ActionUnitClass, ...]
+
+
+class ModelInput(Record):
+    """What the model takes."""
+
+    formats: tuple[str, ...]
+    aligned_face_px: int = Field(ge=1, description="Side of the square to which every face is brought, px.")
+    network_px: int = Field(ge=1, description="Side of the network's own input, px.")
+
+
+class RequestLimits(Record):
+    """How much may be asked for at once."""
+
+    max_body_bytes: int = Field(description="Bytes of a request's body.")
+    max_images: int = Field(description="Pictures in a request.")
+    max_image_bytes: int = Field(description="Bytes of a picture's file.")
+    max_image_side_px: int = Field(description="Longer side of a picture, px.")
+    max_image_pixels: int = Field(description="Width times height of a picture.")
+    max_faces: int = Field(description="Faces that are answered for in a picture, the largest first.")
+    deadline_s: float = Field(description="Seconds from a request's admission to its answer; then 504.")
+
+
+class ModelInfo(Record):
+    """Answer of GET /v1/model: the model card as data."""
+
+    model: Model
+    since: datetime = Field(description="When this process began to answer with it, UTC.")
+    engine: Engine
+    refused: Refused | None = Field(description="Null where nothing newer was refused.")
+    meaning: str = Field(description="What the outputs are and are not.")
+    intended_use: tuple[str, ...]
+    prohibited_use: tuple[str, ...]
+    input: ModelInput
+    taxonomy: ModelTaxonomy
+    unsure_below: float | None = Field(
+        description="Probability under which an emotion is marked unsure; null: none is."
+    )
+    architecture: str = Field(description="Name of the network.")
+    metrics: dict[str, Any] = Field(description="Figures on the split that `split` names; null where undefined.")
+    limits: RequestLimits
+    model_card: str | None = Field(description="The bundle's MODEL_CARD.md, Markdown; null where it has none.")
+
+
+def model_info(config: ServiceConfig, served: Served, failed: FailedSwap | None) -> ModelInfo:
+    """The model card as data; NaN and infinities of its figures are null. It names no file of this machine."""
+    bundle = served.predictor.bundle
+    limits = config.limits.model_dump(include=set(RequestLimits.model_fields))
+    return ModelInfo(
+        model=Model(**vars(served.model)),
+        since=served.since,
+        engine=Engine(
+            name=served.predictor.engine.name, precision=served.predictor.engine.precision, remarks=served.remarks
+        ),
+        refused=None if failed is None else Refused(version=failed.version, at=failed.at),
+        meaning=PERCEIVED,
+        intended_use=INTENDED_USE,
+        prohibited_use=PROHIBITED_USE,
+        input=ModelInput(
+            formats=("image/jpeg", "image/png", "image/webp"),
+            aligned_face_px=bundle.preprocessing.stored_px,
+            network_px=bundle.preprocessing.image_px,
+        ),
+        taxonomy=_taxonomy(bundle.taxonomy, bundle.calibration.au_thresholds),
+        unsure_below=bundle.calibration.unsure_below,
+        architecture=bundle.architecture.backbone,
+        metrics=finite(bundle.metrics),
+        limits=RequestLimits(**limits),
+        model_card=served.card,
+    )
+
+
+def _taxonomy(taxonomy: Taxonomy, thresholds: tuple[float, ...]) -> ModelTaxonomy:
+    classes = enumerate(zip(taxonomy.emotions, taxonomy.components, strict=True))
+    units = zip(taxonomy.action_units, thresholds, strict=True)
+    return ModelTaxonomy(
+        emotions=tuple(EmotionClass(index=index, label=label, components=pair) for index, (label, pair) in classes),
+        basic_emotions=taxonomy.basic_emotions,
+        action_units=tuple(
+            ActionUnitClass(code=action_unit_code(number), name=ACTION_UNIT_NAMES.get(number, ""), threshold=threshold)
+            for number, threshold in units
+        ),
+    )

@@ -1,0 +1,171 @@
+"""Open Inference Protocol v2 (``/v2/...``): the same model and the same bounds for clients that speak it.
+
+``infer`` takes one input. ``images``, FP32 or UINT8, shape (B, S, S, 3), flat or nested: aligned RGB faces, whole numbers of 0 to
+255. ``image_bytes``, BYTES, shape (B): base64 of JPEG, PNG or WebP files, each one aligned face. Photographs go to ``/v1/predict``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from functools import partial, wraps
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from rafce_ray import __version__
+from rafce_ray.calibration import Probabilities
+from rafce_ray.service.answers import to_json
+from rafce_ray.service.bodies import declared_bytes, read_body
+from rafce_ray.service.edge import within
+from rafce_ray.service.live import Served
+from rafce_ray.service.problems import Problem, shown
+from rafce_ray.service.tensors import InferRequest, encoded_images, parse_infer_request, pixels_of
+from rafce_ray.taxonomy import Taxonomy
+
+if TYPE_CHECKING:
+    from rafce_ray.service.app import Service
+
+Handler = Callable[["Service", Request], Awaitable[Any]]
+
+IMAGES, IMAGE_BYTES = "images", "image_bytes"
+EMOTIONS, ACTION_UNITS = "emotion_probabilities", "action_unit_probabilities"
+
+
+def open_inference_routes(service: Service) -> list[Route]:
+    """The routes below ``/v2``; a model may be asked for by name alone or with its live version."""
+    handlers: list[tuple[str, Handler, str]] = [
+        ("/v2", _server, "GET"),
+        ("/v2/health/live", _live, "GET"),
+        ("/v2/health/ready", _ready, "GET"),
+    ]
+    for model in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
+        handlers += [(model, _metadata, "GET"), (f"{model}/ready", _ready, "GET"), (f"{model}/infer", _infer, "POST")]
+    return [Route(path, _endpoint(service, handler), methods=[method]) for path, handler, method in handlers]
+
+
+def _endpoint(service: Service, handler: Handler) -> Callable[[Request], Awaitable[Response]]:
+    """A handler whose problems are told as the protocol has it: ``{"error": text}``."""
+
+    @wraps(handler)
+    async def endpoint(request: Request) -> Response:
+        try:
+            content, status, headers = await handler(service, request), 200, {}
+        except Problem as problem:
+            content, status, headers = {"error": f"{problem.detail} {problem.hint}"}, problem.status, problem.headers
+        return Response(to_json(content), status, headers, "application/json")
+
+    return endpoint
+
+
+async def _server(service: Service, request: Request) -> dict[str, Any]:
+    return {"name": "rafce_ray", "version": __version__, "extensions": []}
+
+
+async def _live(service: Service, request: Request) -> dict[str, Any]:
+    service.check_health()
+    return {"live": True}
+
+
+async def _ready(service: Service, request: Request) -> dict[str, Any]:
+    served = _asked_for(service, request) if "model" in request.path_params else service.live.served
+    await service.check_ready(served)
+    return {"ready": True}
+
+
+async def _metadata(service: Service, request: Request) -> dict[str, Any]:
+    served = _asked_for(service, request)
+    px = served.predictor.bundle.preprocessing.stored_px
+    taxonomy = served.predictor.bundle.taxonomy
+    return {
+        "name": served.model.name,
+        "versions": [served.model.version],
+        "platform": "rafce_ray",
+        "inputs": [
+            {"name": IMAGES, "datatype": "FP32", "shape": [-1, px, px, 3]},
+            {"name": IMAGE_BYTES, "datatype": "BYTES", "shape": [-1]},
+        ],
+        "outputs": [
+            {"name": name, "datatype": "FP32", "shape": [-1, len(labels)], "parameters": {"labels": labels}}
+            for name, labels in _labels(taxonomy).items()
+        ],
+    }
+
+
+async def _infer(service: Service, request: Request) -> dict[str, Any]:
+    scope, receive = request.scope, request.receive
+    deadline = asyncio.get_running_loop().time() + service.config.limits.deadline_s
+    service.keys.authorize(scope, "predict")
+    served = _asked_for(service, request)
+    with service.admission.place(declared_bytes(scope)) as place:
+        body = await read_body(receive, place)
+        return await within(_inferred(service, served, body), receive, deadline)
+
+
+async def _inferred(service: Service, served: Served, body: bytes) -> dict[str, Any]:
+    loop, limits = asyncio.get_running_loop(), service.config.limits
+    px = served.predictor.bundle.preprocessing.stored_px
+    parse = partial(parse_infer_request, body, max_numbers=limits.max_images * px * px * 3)
+    request = await loop.run_in_executor(service.pool, parse)
+    labels = _labels(served.predictor.bundle.taxonomy)
+    wanted = [output.name for output in request.outputs] or list(labels)
+    for name in wanted:
+        if name not in labels:
+            raise Problem("bad_request", f"There is no output {shown(name)}; there are {', '.join(labels)}.")
+    faces = await _faces(service, request, px)
+    found = (await service.batcher.probabilities(served.predictor, faces)).probabilities
+    return {
+        "model_name": served.model.name,
+        "model_version": served.model.version,
+        **({} if request.id is None else {"id": request.id}),
+        "outputs": [_output(name, found, labels[name]) for name in wanted],
+    }
+
+
+async def _faces(service: Service, request: InferRequest, px: int) -> NDArray[np.uint8]:
+    loop, limits, given = asyncio.get_running_loop(), service.config.limits, request.inputs[0]
+    if given.shape and given.shape[0] > limits.max_images:
+        raise Problem(
+            "too_many_images", f"The input has {given.shape[0]:,} images; at most {limits.max_images} are taken."
+        )
+    if given.name == IMAGES:
+        return await loop.run_in_executor(service.pool, pixels_of, given, px)
+    if given.name != IMAGE_BYTES:
+        raise Problem("bad_request", f"There is no input {shown(given.name)}; give {IMAGES} or {IMAGE_BYTES}.")
+    contents = await loop.run_in_executor(service.pool, encoded_images, given, limits.max_image_bytes)
+    images = await asyncio.gather(*(service.reader.read(content, px, "aligned") for content in contents))
+    return np.stack([image.faces[0].pixels for image in images])
+
+
+def _output(name: str, found: Probabilities, labels: list[str]) -> dict[str, Any]:
+    values = (found.emotion if name == EMOTIONS else found.action_units).astype(np.float32)
+    return {
+        "name": name,
+        "datatype": "FP32",
+        "shape": list(values.shape),
+        "data": values.ravel().tolist(),
+        "parameters": {"labels": labels},
+    }
+
+
+def _labels(taxonomy: Taxonomy) -> dict[str, list[str]]:
+    """Each output's columns by name; a task that the model lacks has no output."""
+    labels = {EMOTIONS: list(taxonomy.emotions), ACTION_UNITS: list(taxonomy.action_unit_codes)}
+    return {name: columns for name, columns in labels.items() if columns}
+
+
+def _asked_for(service: Service, request: Request) -> Served:
+    """The live model, if that is the one that the path names. Problem ``not_found``."""
+    served = service.live.served
+    name, version = request.path_params["model"], request.path_params.get("version", served.model.version)
+    if name != served.model.name:
+        raise Problem("not_found", f"There is no model {shown(name)}.", hint=f"Ask for {served.model.name}.")
+    if version != served.model.version:
+        raise Problem(
+            "not_found", f"Version {shown(version)} is not served.", hint=f"The live one is {served.model.version}."
+        )
+    return served

@@ -1,0 +1,327 @@
+"""Everything that the service refuses: one table of stable codes, and how a refusal looks on the wire (RFC 9457)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Coroutine, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from rafce_ray.config_errors import did_you_mean
+from rafce_ray.decode import DecodeError
+
+MEDIA_TYPE = "application/problem+json"
+
+REQUEST_ID = "rafce.request_id"
+"""Key of the ASGI scope under which the edge leaves the request's id."""
+
+
+@dataclass(frozen=True)
+class ProblemType:
+    """One kind of refusal: its stable ``code``, HTTP status, title, what it means and the usual remedy."""
+
+    code: str
+    status: int
+    title: str
+    meaning: str
+    hint: str
+
+    @property
+    def uri(self) -> str:
+        """The ``type`` of the problem, which is also the path of its documentation."""
+        return f"/problems/{self.code}"
+
+
+def _types(*rows: tuple[int, str, str, str, str]) -> dict[str, ProblemType]:
+    return {code: ProblemType(code, status, title, meaning, hint) for status, code, title, meaning, hint in rows}
+
+
+_AGAIN = "Send the picture again as an ordinary JPEG, PNG or WebP file."
+
+PROBLEM_TYPES: Mapping[str, ProblemType] = _types(
+    (400, "bad_request", "Bad request", "The request cannot be meant as it stands.", "Correct what the detail names."),
+    (
+        400,
+        "bad_headers",
+        "Bad headers",
+        "A header that may be there once is there twice, or two headers contradict each other.",
+        "Send each header once, and either Content-Length or Transfer-Encoding.",
+    ),
+    (
+        400,
+        "body_incomplete",
+        "Body incomplete",
+        "The body does not have as many bytes as Content-Length says.",
+        "Send the request again with the body's true length.",
+    ),
+    (
+        400,
+        "malformed_json",
+        "Malformed JSON",
+        "The body is not one JSON value in UTF-8; NaN and Infinity are no JSON.",
+        "Send a body that a strict JSON parser accepts.",
+    ),
+    (
+        400,
+        "json_too_complex",
+        "JSON too complex",
+        "The JSON is nested too deeply or has more members than any valid request.",
+        'Send {"images": [{"id": ..., "data": ...}], "options": {...}} and nothing else.',
+    ),
+    (
+        400,
+        "duplicate_key",
+        "Duplicate key",
+        "A JSON object has the same key twice, so it is not clear which value is meant.",
+        "Leave one of them out.",
+    ),
+    (400, "duplicate_id", "Duplicate id", "Two images of one request have the same id.", "Give each image its own id."),
+    (400, "bad_id", "Bad id", "An image's id is no short printable text.", "Use 1 to 128 printable characters."),
+    (400, "missing_key", "Missing key", "A required JSON key or form part is not there.", "Add it."),
+    (400, "unknown_key", "Unknown key", "A JSON key or form part has no meaning here.", "Correct or remove it."),
+    (400, "wrong_type", "Wrong type", "A JSON value has another type than the one that is needed.", "Correct it."),
+    (400, "unknown_option", "Unknown option", "There is no such option.", "Correct or remove it."),
+    (400, "bad_option", "Bad option", "An option has a value that it cannot have.", "Use a value that is allowed."),
+    (
+        400,
+        "bad_base64",
+        "Bad base64",
+        "An image's data is not base64 of the standard alphabet (RFC 4648, section 4) with its padding.",
+        "Encode the file's bytes as one line: base64 -w0 photo.jpg",
+    ),
+    (
+        400,
+        "malformed_multipart",
+        "Malformed multipart",
+        "The body is not multipart/form-data with the boundary that Content-Type names.",
+        "Let the HTTP client build the form: curl -F files=@photo.jpg",
+    ),
+    (
+        401,
+        "key_needed",
+        "Key needed",
+        "The request carries no key, or one in another form than a bearer key.",
+        "Send the header Authorization: Bearer KEY.",
+    ),
+    (401, "wrong_key", "Wrong key", "The key is not one of this service's.", "Check the key with whoever gave it."),
+    (
+        403,
+        "scope_missing",
+        "Not allowed",
+        "The key is known but may not do this.",
+        "Use a key with the scope that the detail names.",
+    ),
+    (
+        403,
+        "not_loopback",
+        "This machine only",
+        "The service runs without keys and so answers its own machine only.",
+        "Start it with a keys file and loopback_only: false to serve others.",
+    ),
+    (
+        403,
+        "cross_site",
+        "Another site's request",
+        "A page of another site or a foreign host name asked a service that is for its own machine only.",
+        "Open the service by http://127.0.0.1:PORT or http://localhost:PORT.",
+    ),
+    (404, "not_found", "Not found", "There is nothing at this path.", "See /docs for what there is."),
+    (
+        404,
+        "no_such_version",
+        "No such version",
+        "The registry has no version of this name.",
+        "Take a name that GET /v1/admin/versions lists.",
+    ),
+    (405, "method_not_allowed", "Method not allowed", "The path does not take this method.", "See /docs."),
+    (
+        409,
+        "change_refused",
+        "Change refused",
+        "The version may not become live: a gate says no, or there is nothing to go back to. What was live stays.",
+        "See gates for the figures; force with a why overrules them.",
+    ),
+    (
+        408,
+        "body_too_slow",
+        "Body too slow",
+        "The whole body did not arrive in the time that the service waits for it.",
+        "Send it over a faster connection, or make the picture smaller.",
+    ),
+    (
+        413,
+        "body_too_large",
+        "Body too large",
+        "The body has more bytes than the service reads.",
+        "Make the pictures smaller, compress them more, or send fewer a request.",
+    ),
+    (413, "too_many_images", "Too many images", "One request holds too many images.", "Split it into several."),
+    (
+        413,
+        "too_many_bytes",
+        "Image file too large",
+        "An image's file has more bytes than are decoded.",
+        "Make the picture smaller or compress it more.",
+    ),
+    (414, "uri_too_long", "Address too long", "Path and query are too long.", "Put nothing but options in the query."),
+    (
+        415,
+        "unsupported_media_type",
+        "Unsupported media type",
+        "The body's Content-Type is none that this path takes.",
+        "Use image/jpeg, image/png, image/webp, application/json or multipart/form-data.",
+    ),
+    (
+        415,
+        "unsupported_encoding",
+        "Unsupported content encoding",
+        "The body is compressed for its transfer.",
+        "Send it without Content-Encoding.",
+    ),
+    (415, "unsupported_format", "Unsupported image format", "The file is no JPEG, PNG or WebP.", _AGAIN),
+    (422, "empty", "Empty", "There are no bytes where a picture is expected.", "Send a JPEG, PNG or WebP picture."),
+    (422, "bad_header", "Unreadable header", "The picture's header is damaged.", _AGAIN),
+    (422, "too_small", "Picture too small", "The picture has too few pixels.", "Send a larger picture."),
+    (422, "too_large", "Picture too large", "The picture has too many pixels.", "Scale the picture down."),
+    (422, "too_many_scans", "Too many scans", "The JPEG has more scans than a picture needs.", _AGAIN),
+    (422, "undecodable", "Undecodable", "The picture is damaged or cut short.", "Get it again from its source."),
+    (
+        422,
+        "no_face",
+        "No face",
+        "No face was found in the picture.",
+        "Send a picture with a frontal face, or faces=aligned for one that is a face already.",
+    ),
+    (422, "too_many_faces", "Too many faces", "The picture has more faces than are read.", "Cut it into parts."),
+    (
+        429,
+        "busy",
+        "Busy",
+        "As many requests or bytes as the service takes are in work.",
+        "Try again after Retry-After.",
+    ),
+    (
+        429,
+        "too_many_wrong_keys",
+        "Too many wrong keys",
+        "This peer sent many wrong keys within a minute.",
+        "Wait for Retry-After seconds and use a right key.",
+    ),
+    (431, "headers_too_large", "Headers too large", "The headers are too many or too long.", "Send fewer headers."),
+    (499, "client_gone", "Client gone", "The client closed the connection before the answer.", "Send it again."),
+    (500, "internal_error", "Internal error", "The service failed.", "Report the request id to whoever runs it."),
+    (503, "not_ready", "Not ready", "The model is not loaded or not verified yet.", "Try again; see /readyz."),
+    (
+        504,
+        "deadline",
+        "Deadline passed",
+        "The answer was not ready in time.",
+        "Try again, with fewer images a request.",
+    ),
+)
+"""Every code that the service answers, by code. Those of an image are :class:`rafce_ray.decode.DecodeError`'s."""
+
+
+class Problem(Exception):
+    """A request, or one image of it, that is refused: a code of ``PROBLEM_TYPES`` and what exactly was found.
+
+    ``hint`` says the remedy better than the type's general one; ``headers`` go into the response (Retry-After).
+    """
+
+    def __init__(
+        self, code: str, detail: str, *, hint: str | None = None, headers: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__(code, detail)
+        self.type = PROBLEM_TYPES[code]
+        self.detail = detail
+        self.hint = self.type.hint if hint is None else hint
+        self.headers = dict(headers or {})
+
+    @property
+    def code(self) -> str:
+        """The stable code."""
+        return self.type.code
+
+    @property
+    def status(self) -> int:
+        """The HTTP status."""
+        return self.type.status
+
+
+def problem_of_image(error: DecodeError) -> Problem:
+    """The problem of an image that cannot be decoded."""
+    return Problem(error.code, sentence(error.message), hint=error.remedy)
+
+
+def problem_body(problem: Problem, path: str, request_id: str) -> dict[str, Any]:
+    """The problem as a JSON object; ``path`` is the request's."""
+    return {
+        "type": problem.type.uri,
+        "title": problem.type.title,
+        "status": problem.status,
+        "detail": problem.detail,
+        "hint": problem.hint,
+        "instance": path,
+        "request_id": request_id,
+    }
+
+
+def problem_response(problem: Problem, scope: MutableMapping[str, Any]) -> Response:
+    """The problem as a response to the request of an ASGI ``scope`` that passed the edge."""
+    body = json.dumps(problem_body(problem, scope["path"], scope.get(REQUEST_ID, "")))
+    return Response(body.encode(), problem.status, problem.headers, MEDIA_TYPE)
+
+
+def sentence(text: str) -> str:
+    """``text`` with a capital first letter."""
+    return text[:1].upper() + text[1:]
+
+
+def shown(text: str) -> str:
+    """A client's text for a message: quoted, in ASCII, cut to 60 characters."""
+    return ascii(text if len(text) <= 60 else text[:57] + "...")
+
+
+def nearest(wanted: str, known: Sequence[str]) -> str:
+    """``"Did you mean 'top_k'? "`` for the known name nearest to what a client wrote, or nothing where none is near."""
+    near = did_you_mean(wanted[:60], known).removeprefix("; ")
+    return f"{sentence(near)} " if near else ""
+
+
+async def _answer_problem(request: Request, error: Exception) -> Response:
+    assert isinstance(error, Problem)
+    return problem_response(error, request.scope)
+
+
+async def _answer_http_exception(request: Request, error: Exception) -> Response:
+    """Starlette's own refusals: no such path, no such method."""
+    assert isinstance(error, HTTPException)
+    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "bad_request")
+    method, path = request.method, request.scope["path"]
+    detail = {
+        "not_found": f"There is nothing at {shown(path)}.",
+        "method_not_allowed": f"{shown(path)} takes no {method}.",
+    }
+    return problem_response(Problem(code, detail.get(code, error.detail), headers=error.headers), request.scope)
+
+
+async def _answer_unexpected(request: Request, error: Exception) -> Response:
+    """Starlette raises the exception again after this, and the edge logs it."""
+    return problem_response(unexpected(), request.scope)
+
+
+def unexpected() -> Problem:
+    """What a client learns of a failure that nobody foresaw: nothing but that it happened."""
+    return Problem("internal_error", "The service failed to answer this request.")
+
+
+EXCEPTION_HANDLERS: Mapping[Any, Callable[[Request, Exception], Coroutine[Any, Any, Response]]] = {
+    Problem: _answer_problem,
+    HTTPException: _answer_http_exception,
+    Exception: _answer_unexpected,
+}
+"""For ``Starlette(exception_handlers=...)``: every refusal as a problem."""

@@ -1,0 +1,49 @@
+import io
+import json
+import logging
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from rafce_ray.service.logs import LOGGER, JsonLines, log_as_json
+
+
+@pytest.fixture
+def stream() -> Iterator[io.StringIO]:
+    logger = logging.getLogger(LOGGER)
+    before = logger.handlers, logger.propagate, logger.level
+    stream = io.StringIO()
+    log_as_json(io.StringIO())
+    log_as_json(stream)
+    yield stream
+    logger.handlers, logger.propagate, logger.level = before
+
+
+def test_each_record_is_one_json_object(stream):
+    logging.getLogger(f"{LOGGER}.edge").info("two\nlines", extra={"fields": {"number": 3, "text": 'a"b\n'}})
+    (line,) = stream.getvalue().splitlines()
+    record = json.loads(line)
+    assert record.pop("time").endswith("+00:00")
+    assert record == {
+        "level": "info",
+        "logger": "rafce_ray.service.edge",
+        "event": "two\nlines",
+        "number": 3,
+        "text": 'a"b\n',
+    }
+
+
+def test_an_exception_keeps_its_frames_and_the_start_of_its_message():
+    # Formatted alone: pytest would keep the message, half a surrogate in it, and its workers cannot send that.
+    try:
+        raise ValueError(chr(0xD800) + "A" * 100_000)
+    except ValueError:
+        record = logging.LogRecord(LOGGER, logging.ERROR, __file__, 1, "failed", (), sys.exc_info())
+    line = JsonLines().format(record)
+    told = json.loads(line)
+    assert told["exception"] == "ValueError"
+    assert told["message"] == r"\ud800" + "A" * 199
+    assert len(told["frames"]) == 1
+    assert "test_logs.py" in told["frames"][0]
+    assert len(line) < 1000
