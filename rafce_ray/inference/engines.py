@@ -94,6 +94,8 @@ class OpenVinoEngine:
             properties.hint.inference_precision(): openvino.Type.bf16 if precision == "bf16" else openvino.Type.f32,
             properties.hint.performance_mode(): properties.hint.PerformanceMode.LATENCY,
             properties.num_streams(): 1,
+            # Pinned, the threads of every process on the machine would sit on the same first cores.
+            properties.hint.enable_cpu_pinning(): False,
         }
         if threads is not None:
             wanted[properties.inference_num_threads()] = threads
