@@ -1,0 +1,142 @@
+"""`rafce serve` as a user runs it: from the command to the answer of a photograph, to Ctrl-C; and what it refuses."""
+
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from rafce_ray.bundle import load_bundle
+from rafce_ray.predict import Predictor, load_file, predict_files
+
+pytestmark = pytest.mark.ray
+
+READY_S = 300
+
+
+def environment() -> dict[str, str]:
+    return {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | {"OMP_NUM_THREADS": "1"}
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+def ask(port: int, method: str, path: str, body: bytes = b"", **headers: str) -> tuple[int, dict, dict[str, str]]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    try:
+        connection.request(method, path, body, {name.replace("_", "-"): value for name, value in headers.items()})
+        response = connection.getresponse()
+        return response.status, json.loads(response.read()), {k.lower(): v for k, v in response.getheaders()}
+    finally:
+        connection.close()
+
+
+@pytest.fixture(scope="module")
+def served(serve_bundle, tmp_path_factory) -> Iterator[tuple[int, subprocess.Popen]]:
+    port, said = free_port(), tmp_path_factory.mktemp("serve") / "said"
+    argv = [
+        sys.executable,
+        "-m",
+        "rafce_ray.serve",
+        "--bundle",
+        str(serve_bundle),
+        "--port",
+        str(port),
+        "--engine",
+        "torch",
+    ]
+    with said.open("w") as stderr:
+        process = subprocess.Popen(argv, env=environment(), stdout=subprocess.PIPE, stderr=stderr, text=True)
+    deadline = time.monotonic() + READY_S
+    line = process.stdout.readline()
+    assert line.strip() == f"http://127.0.0.1:{port}", said.read_text()
+    assert time.monotonic() < deadline
+    yield port, process
+    if process.poll() is None:
+        process.terminate()
+        process.wait(60)
+    process.stdout.close()
+
+
+def test_a_face_gets_the_answer_of_rafce_predict(served, serve_bundle, photograph: Path):
+    port, _ = served
+    status, answer, headers = ask(
+        port, "POST", "/v1/predict?faces=aligned", photograph.read_bytes(), Content_Type="image/png"
+    )
+    assert status == 200, answer
+    bundle = load_bundle(serve_bundle)
+    loaded = load_file(photograph, finder=None, px=bundle.preprocessing.stored_px)
+    (expected,) = predict_files(Predictor(bundle), [loaded], batch_size=1, top_k=3)
+    (face,) = answer["results"][0]["faces"]
+    (wanted,) = expected.to_json()["faces"]
+    assert face["box"] == wanted["box"]
+    for found, other in zip(face["emotion"]["top"], wanted["emotion"]["top"], strict=True):
+        assert found["label"] == other["label"]
+        assert found["probability"] == pytest.approx(other["probability"], abs=1e-6)
+    for found, other in zip(face["action_units"], wanted["action_units"], strict=True):
+        assert found["probability"] == pytest.approx(other["probability"], abs=1e-6)
+    assert answer["model"]["sha256"] == bundle.weights_sha256
+    assert headers["cache-control"] == "no-store"
+
+
+def test_refusals_come_through_as_the_service_gives_them(served):
+    port, _ = served
+    status, problem, headers = ask(
+        port, "POST", "/v1/predict", b"GIF89a", Content_Type="image/png", x_request_id="mine"
+    )
+    assert (status, problem["type"], problem["request_id"]) == (415, "/problems/unsupported_format", "mine")
+    assert headers["content-type"] == "application/problem+json"
+    assert headers["x-request-id"] == "mine"
+    status, problem, _ = ask(port, "GET", "/nowhere")
+    assert (status, problem["type"]) == (404, "/problems/not_found")
+
+
+def test_it_is_ready_and_says_what_it_is_for(served, serve_bundle):
+    port, _ = served
+    assert ask(port, "GET", "/readyz")[0] == 200
+    status, card, _ = ask(port, "GET", "/v1/model")
+    assert status == 200
+    assert load_bundle(serve_bundle).weights_sha256 in json.dumps(card)
+
+
+def test_requests_are_taken_on_loopback_alone(served):
+    port, _ = served
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    listening = {row[1].split(":")[0] for row in rows if row[3] == "0A" and int(row[1].split(":")[1], 16) == port}
+    assert listening == {"0100007F"}
+
+
+@pytest.mark.parametrize(
+    ("more", "part"),
+    [
+        (["--host", "0.0.0.0"], "lets other machines ask, which needs keys"),
+        (["engin=torch"], "did you mean 'engine'"),
+        (["--keys", "/nowhere/keys.json"], "/nowhere/keys.json"),
+    ],
+)
+def test_what_cannot_be_served_is_said_in_a_line(more, part, serve_bundle):
+    argv = [sys.executable, "-m", "rafce_ray.serve", "--bundle", str(serve_bundle), "--port", str(free_port()), *more]
+    done = subprocess.run(argv, env=environment(), capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode in (1, 2)
+    assert part in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+
+
+def test_a_taken_port_is_told_and_ctrl_c_ends_it(served, serve_bundle):
+    port, process = served
+    argv = [sys.executable, "-m", "rafce_ray.serve", "--bundle", str(serve_bundle), "--port", str(port)]
+    done = subprocess.run(argv, env=environment(), capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert f"--port {port}: another program listens there" in " ".join(done.stderr.split())
+    process.send_signal(signal.SIGINT)
+    assert process.wait(120) == 0
