@@ -32,6 +32,7 @@ say "5/6 tuning: a small study on Ray Tune, its finalists, the winner on the tes
 
 say "6/6 serving the winner on Ray Serve, and sending it the photograph"
 port=$("$RUN/python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+rm -f "$DEMO/serve.url"
 "$RUN/rafce" serve --bundle "$DEMO/runs/smoke/best" --port "$port" > "$DEMO/serve.url" &
 server=$!
 trap 'kill "$server" 2> /dev/null || true' EXIT
