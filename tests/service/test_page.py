@@ -32,7 +32,8 @@ FLAGS = (
     "--use-fake-device-for-media-stream",
     "--use-fake-ui-for-media-stream",
 )
-WIDTHS = (1280, 800, 420)
+WIDTHS = (1280, 800, 420, 320)
+CHOSEN_COLOUR = (255, 213, 74)
 CONTROLS = {"button", "link", "radio", "textbox", "checkbox", "combobox", "DisclosureTriangle"}
 
 pytestmark = [
@@ -79,17 +80,23 @@ class Browser:
         self.call(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 500
         )
-        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self.call("Emulation.setEmulatedMedia", features=[scheme])
+        # Smooth scrolling would move what a test measures under its hands.
+        media = {"prefers-color-scheme": "dark" if dark else "light", "prefers-reduced-motion": "reduce"}
+        self.call(
+            "Emulation.setEmulatedMedia", features=[{"name": name, "value": value} for name, value in media.items()]
+        )
         self.call("Page.navigate", url=url)
         self.until("document.readyState == 'complete' && document.querySelector('#model dl')")
 
     def choose(self, path: Path) -> None:
         """Pick a file and wait for what the service says of it."""
+        self.pick(path)
+        self.settled()
+
+    def pick(self, path: Path) -> None:
         root = self.call("DOM.getDocument")["root"]["nodeId"]
         node = self.call("DOM.querySelector", nodeId=root, selector="#file")["nodeId"]
         self.call("DOM.setFileInputFiles", nodeId=node, files=[str(path)])
-        self.settled()
 
     def settled(self) -> None:
         done = "document.querySelector('#answer h3, #problem h3')"
@@ -111,12 +118,13 @@ class Browser:
         found = self.js(f"document.querySelector({selector!r}).getBoundingClientRect().toJSON()")
         return np.array([found[name] for name in ("x", "y", "width", "height")])
 
-    def png(self, path: Path) -> None:
-        """The whole page, however long."""
+    def png(self, path: Path) -> np.ndarray:
+        """The whole page, however long, into a file; and its (H, W, 3) pixels."""
         size = self.call("Page.getLayoutMetrics")["cssContentSize"]
         clip = {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}
         shot = self.call("Page.captureScreenshot", captureBeyondViewport=True, clip=clip)
         path.write_bytes(base64.b64decode(shot["data"]))
+        return np.asarray(Image.open(path).convert("RGB"))
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +175,7 @@ def page(browser: Browser, client: httpx.Client) -> Browser:
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """``smiling`` and ``neutral`` as they are, ``turned`` by its EXIF orientation, ``two`` faces in one."""
+    """``smiling`` and ``neutral`` as they are, ``turned`` by its EXIF orientation, ``two`` faces in one, a ``crowd`` of 24."""
     if not PHOTOS.is_dir():
         pytest.skip(f"no photographs at {PHOTOS}")
     folder = tmp_path_factory.mktemp("photographs")
@@ -180,7 +188,11 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     two.paste(Image.open(PHOTOS / "cc0_zoom_60cm.jpg"), (0, 0))
     two.paste(Image.open(found["neutral"]), (650, 0))
     two.save(folder / "two.jpg")
-    return {**found, "turned": folder / "turned.jpg", "two": folder / "two.jpg"}
+    crowd = Image.new("RGB", (1560, 1160), "gray")
+    for index in range(24):
+        crowd.paste(smiling.resize((200, 200)), (index % 6 * 260, index // 6 * 290))
+    crowd.save(folder / "crowd.jpg")
+    return {**found, **{kind: folder / f"{kind}.jpg" for kind in ("turned", "two", "crowd")}}
 
 
 @pytest.fixture(scope="module")
@@ -249,6 +261,53 @@ def assert_box(browser: Browser, result: dict[str, Any], index: int) -> None:
     face = result["faces"][index]["box"]
     expected = photo[:2].tolist() + [0, 0] + scale * np.array([face[name] for name in ("x", "y", "width", "height")])
     np.testing.assert_allclose(box, expected, atol=1.5)
+
+
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_box_is_painted_around_the_chosen_face_alone(
+    browser: Browser, client: httpx.Client, photographs: dict[str, Path], tmp_path: Path, width: int, dark: bool
+):
+    browser.open(str(client.base_url), width=width, dark=dark)
+    browser.choose(photographs["two"])
+    painted = browser.png(tmp_path / "page.png")
+    # Coordinates of the page, not of the window, which may have been scrolled to the result.
+    scrolled = browser.js("scrollY")
+    is_painted = np.abs(painted.astype(int) - CHOSEN_COLOUR).max(axis=2) < 8
+    for index, chosen in enumerate((True, False)):
+        x, y, across, down = browser.rectangle(f".box:nth-child({index + 1})")
+        top, left, bottom, right = (round(edge) for edge in (y + scrolled, x, y + scrolled + down - 1, x + across - 1))
+        middle = (round(y + scrolled + 0.5 * down), round(x + 0.5 * across))
+        for edge in (
+            is_painted[middle[0], left : left + 4],
+            is_painted[middle[0], right - 4 : right + 1],
+            is_painted[top : top + 4, middle[1]],
+            is_painted[bottom - 4 : bottom + 1, middle[1]],
+        ):
+            assert bool(edge.any()) == chosen
+        num_inside = int(is_painted[top + 6 : bottom - 6, left + 6 : right - 6].sum())
+        assert num_inside == 0
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_no_number_hides_a_face(browser: Browser, client: httpx.Client, photographs: dict[str, Path], width: int):
+    browser.open(str(client.base_url), width=width)
+    browser.choose(photographs["crowd"])
+    assert len(browser.texts(".box")) == 24
+    assert browser.js(HIDDEN_BOXES) == []
+
+
+HIDDEN_BOXES = """
+(() => {
+  const shown = document.querySelector("#frame").getBoundingClientRect();
+  return [...document.querySelectorAll(".box")].filter((box) => {
+    const [face, number] = [box, box.firstChild].map((one) => one.getBoundingClientRect());
+    const beside = number.bottom <= face.top + 2 || number.top >= face.bottom - 2;
+    return !beside || number.top < shown.top - 1 || number.bottom > shown.bottom + 1;
+  }).map((box) => box.innerText);
+})()
+"""
+"""Numbers of the boxes whose number lies over the face, or is cut off at the picture's edge."""
 
 
 def test_each_of_several_faces_can_be_chosen_by_keys_and_by_its_box(
@@ -348,6 +407,7 @@ def test_a_key_is_asked_for_only_where_one_is_needed(
             browser.js("document.querySelector('input[value=aligned]').click()")
             browser.choose(pictures["aligned"])
             assert browser.texts("#problem h3") == ["Key needed"]
+            assert "“Key of this service”" in browser.text("#problem")
             assert browser.js("document.activeElement.id") == "key"
             for text, title in (("wrong", "Wrong key"), (key, None)):
                 browser.js("document.querySelector('#key').select()")
@@ -382,6 +442,25 @@ def test_the_camera_gives_a_still_and_stops(page: Browser, photographs: dict[str
     assert page.text("#answer") == ""
 
 
+def test_an_answer_that_comes_when_the_camera_has_been_started_is_not_shown(
+    page: Browser, photographs: dict[str, Path]
+):
+    # The answer waits for the browser to have read the picture, which takes long here.
+    page.js(
+        "HTMLImageElement.prototype.decode = () => new Promise((resolve) => { window.goOn = resolve; });"
+        "const asked = fetch; window.fetch = async (...given) => { window.answered = false;"
+        " const answer = await asked(...given); window.answered = true; return answer; }; 0"
+    )
+    page.pick(photographs["smiling"])
+    page.until("window.answered")
+    page.js("document.querySelector('#camera-start').click()")
+    page.until("document.querySelector('#video').currentTime > 0")
+    page.js("window.goOn(); new Promise((resolve) => setTimeout(resolve, 100))")
+    assert page.text("#answer") == ""
+    assert page.js("document.querySelectorAll('.box').length") == 0
+    page.js("document.querySelector('#camera-stop').click()")
+
+
 def test_a_camera_that_is_not_allowed_is_told(page: Browser):
     page.js("navigator.mediaDevices.getUserMedia = async () => { throw new DOMException('', 'NotAllowedError'); }; 0")
     page.js("document.querySelector('#camera-start').click()")
@@ -402,9 +481,38 @@ def test_every_control_has_a_name_and_every_text_contrast(
     browser.choose(photographs["two"])
     browser.js("document.querySelector('details').open = true")
     assert_accessible(browser)
+    tables = [node for node in browser.call("Accessibility.getFullAXTree")["nodes"] if node["role"]["value"] == "table"]
+    assert [node["name"]["value"] for node in tables] == ["Emotions", "Basic emotions behind it", "Action units"]
     names = {node["name"]["value"] for node in controls(browser)}
     assert {"Choose a photograph", "Use the camera", "Key of this service", "Use it"} <= names
     assert sum(name.startswith("Face ") for name in names) == 2
+
+
+def test_where_the_focus_is_can_be_seen(page: Browser, photographs: dict[str, Path]):
+    page.choose(photographs["two"])
+    for selector in ("input[name=face]", "input[name=faces]", "#file", "#camera-start", "summary"):
+        page.js(f"document.querySelector('{selector}').focus({{ focusVisible: true }})")
+        assert page.js(RING_IS_WHOLE), selector
+
+
+RING_IS_WHOLE = """
+(() => {
+  const focused = document.activeElement;
+  const ringed = [focused.closest(".faces label, .button"), focused].find(
+    (node) => node && getComputedStyle(node).outlineStyle !== "none");
+  if (!ringed) return false;
+  const { outlineWidth, outlineOffset } = getComputedStyle(ringed);
+  const reach = parseFloat(outlineWidth) + parseFloat(outlineOffset);
+  const ring = ringed.getBoundingClientRect();
+  for (let around = ringed.parentElement; around !== document.body; around = around.parentElement) {
+    if (getComputedStyle(around).overflow === "visible") continue;
+    const cut = around.getBoundingClientRect();
+    if (ring.left - reach < cut.left || ring.right + reach > cut.right || ring.top - reach < cut.top) return false;
+  }
+  return true;
+})()
+"""
+"""Whether what has the focus has an outline, of which no container that scrolls cuts anything off."""
 
 
 def controls(browser: Browser) -> list[dict[str, Any]]:

@@ -9,6 +9,8 @@ const ALIGNMENTS = {
   given: "as given: the picture is the face",
 };
 
+const BASIC = "Basic emotions behind it";
+
 /** What is said of `result.faces[index]`; `info` is the answer of /v1/model, or null. */
 export function faceAnswer(answer, result, index, info) {
   const face = result.faces[index];
@@ -57,18 +59,18 @@ function emotions(face) {
   const emotion = face.emotion;
   if (emotion === null) return "";
   const falling = [...emotion.distribution].sort((a, b) => b.probability - a.probability);
-  const parts = [element("h3", {}, "Emotions"), scores(falling, "Emotion", emotion.label)];
+  const parts = [element("h3", {}, "Emotions"), scores("Emotions", falling, emotion.label)];
   if (emotion.basic.length) {
     parts.push(
-      element("h3", {}, "Basic emotions behind it"),
+      element("h3", {}, BASIC),
       element("p", { class: "small muted" }, "Probability that each is one of the two in the compound emotion."),
-      scores(emotion.basic, "Basic emotion", null),
+      scores(BASIC, emotion.basic, null),
     );
   }
   return element("div", {}, ...parts);
 }
 
-function scores(entries, what, strongest) {
+function scores(name, entries, strongest) {
   const rows = entries.map(({ label, probability }) =>
     element(
       "tr",
@@ -78,7 +80,7 @@ function scores(entries, what, strongest) {
       element("td", { class: "number" }, percent(probability)),
     ),
   );
-  return table("scores", [what, null, "Probability"], rows);
+  return table(name, "scores", ["Emotion", null, "Probability"], rows);
 }
 
 function actionUnits(face) {
@@ -110,7 +112,7 @@ function actionUnits(face) {
     "div",
     {},
     element("h3", {}, "Action units"),
-    table("units", ["Code and FACS name", null, "Probability", "State"], rows),
+    table("Action units", "units", ["Code and FACS name", null, "Probability", "State"], rows),
     element("p", { class: "small muted" }, "The mark on a bar is the probability from which the action unit counts as active."),
     ...consistency(face),
   );
@@ -157,7 +159,7 @@ function provenance({ model, request_id: request, timings }, { width, height }, 
 }
 
 /** A table whose column without a heading holds bars, of which assistive technology is told nothing. */
-function table(kind, headings, rows) {
+function table(name, kind, headings, rows) {
   const cells = headings.map((heading) =>
     heading === null
       ? element("td", { class: "bar", "aria-hidden": "true" })
@@ -165,7 +167,7 @@ function table(kind, headings, rows) {
   );
   return element(
     "table",
-    { class: kind },
+    { class: kind, "aria-label": name },
     element("thead", {}, element("tr", {}, ...cells)),
     element("tbody", {}, ...rows),
   );

@@ -8,6 +8,7 @@ import { modelCard } from "./model.js";
 const FORMATS = ["image/jpeg", "image/png", "image/webp"];
 const RETRIABLE = new Set([408, 429, 500, 502, 503, 504]);
 const THUMBNAIL_PX = 96;
+const ROOM_ABOVE = 0.15;
 const UNREACHABLE = {
   title: "No answer",
   detail: "The service could not be reached, or the connection broke off.",
@@ -74,12 +75,12 @@ async function ask(shown) {
   try {
     const outcome = await predict(mine.signal);
     await shown;
-    if (mine !== asking) return;
+    if (mine.signal.aborted) return;
     if (outcome.answer) showAnswer(outcome.answer);
     else showProblem(outcome.problem, outcome.retryAfter);
     document.querySelector("#answer .headline, #problem .note")?.scrollIntoView({ block: "nearest" });
   } catch (error) {
-    if (mine !== asking || error.name === "AbortError") return;
+    if (mine.signal.aborted) return;
     showProblem({ ...UNREACHABLE, status: 503 });
   } finally {
     if (mine === asking) part("result").removeAttribute("aria-busy");
@@ -136,6 +137,8 @@ function boxOf({ box }, index, { width, height, faces }) {
   made.style.top = `${(100 * box.y) / height}%`;
   made.style.width = `${(100 * box.width) / width}%`;
   made.style.height = `${(100 * box.height) / height}%`;
+  // The number stands above the face, so that it hides nothing of it; below, where there is no room above.
+  made.classList.toggle("high", box.y < ROOM_ABOVE * height);
   if (faces.length > 1) {
     made.append(element("span", {}, `${index + 1}`));
     made.addEventListener("click", () => document.getElementsByName("face")[index].click());
@@ -154,13 +157,19 @@ function thumbnail({ width, height }) {
   };
 }
 
+function hintOf(problem, retryAfter) {
+  if (/^\d+$/.test(retryAfter ?? "")) return `Try again in ${counted(Number(retryAfter), "second")}.`;
+  // The service's own hint names a header, which is of no use here.
+  if (problem.type === "/problems/key_needed") return "Enter one in the field “Key of this service”.";
+  return problem.hint;
+}
+
 function showProblem(problem, retryAfter = null) {
   say("", { quiet: true });
-  const hint = /^\d+$/.test(retryAfter ?? "") ? `Try again in ${counted(Number(retryAfter), "second")}.` : problem.hint;
   const parts = [
     element("h3", {}, problem.title),
     element("p", {}, problem.detail),
-    element("p", {}, hint),
+    element("p", {}, hintOf(problem, retryAfter)),
     ...remedies(problem),
   ];
   if (problem.type) {
@@ -272,6 +281,7 @@ function listen() {
   part("key-form").addEventListener("submit", (event) => {
     event.preventDefault();
     if (picture) ask();
+    else say("The key goes with the next photograph.");
   });
   window.addEventListener("paste", (event) => {
     if (event.clipboardData.files.length) openFirst(event.clipboardData.files, "pasted");
@@ -288,7 +298,7 @@ function listen() {
     stage.classList.remove("over");
     openFirst(event.dataTransfer.files, "dropped");
   });
-  window.addEventListener("pagehide", stopCamera);
+  window.addEventListener("pagehide", () => (stream ? giveUpCamera() : stopCamera()));
 }
 
 listen();
