@@ -507,7 +507,9 @@ RING_IS_WHOLE = """
   for (let around = ringed.parentElement; around !== document.body; around = around.parentElement) {
     if (getComputedStyle(around).overflow === "visible") continue;
     const cut = around.getBoundingClientRect();
-    if (ring.left - reach < cut.left || ring.right + reach > cut.right || ring.top - reach < cut.top) return false;
+    // What scrolls in a fieldset begins below its legend.
+    const top = around.querySelector(":scope > legend")?.getBoundingClientRect().bottom ?? cut.top;
+    if (ring.left - reach < cut.left || ring.right + reach > cut.right || ring.top - reach < top) return false;
   }
   return true;
 })()
