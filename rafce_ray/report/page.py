@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
+from functools import cache
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -49,6 +50,48 @@ STATUS = {
 
 def render_page(data: ReportData) -> str:
     """The whole page: no script, and nothing that would be fetched from anywhere."""
+    page = (
+        _environment()
+        .get_template("report.html.j2")
+        .render(
+            data=data,
+            run=data.run,
+            figures=data.figures,
+            status=STATUS.get(data.run.status, data.run.status),
+            headline=None if data.figures is None else headline(data.figures, data.split),
+            summary=[] if data.figures is None else summary(data.figures),
+            tiles=list(_tiles(data)),
+            alerts=list(_alerts(data)),
+            diagnoses=[(one, patch_lines(one.patch)) for one in data.diagnoses],
+            trained=_trained_on(data),
+            charts=_charts(data),
+            epochs=_epochs(data),
+            confusion=_confusion(data),
+            per_class=_per_class(data),
+            per_au=_per_au(data),
+            calibration=list(_calibration_rows(data)),
+            groups=data.groups,
+            settings=_settings(data.run.config),
+            provenance=list(_provenance(data)),
+            events=[(_time(one["time"]), one["event"], one["message"]) for one in _notable(data.run.events)],
+            text={
+                "split_note": SPLIT_NOTES[data.split],
+                "perceived": PERCEIVED,
+                "intended": INTENDED_USE,
+                "prohibited": PROHIBITED_USE,
+                "names": NAMES,
+                "undefined": UNDEFINED,
+            },
+            limits={"support": MIN_SUPPORT, "group": MIN_GROUP, "evidence": EVIDENCE_SHOWN},
+            version=__version__,
+            made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        )
+    )
+    return str(page)
+
+
+@cache
+def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("rafce_ray.report", "templates"),
         autoescape=True,
@@ -63,40 +106,7 @@ def render_page(data: ReportData) -> str:
         "count": count_or_dash,
         "duration": duration,
     }
-    page = environment.get_template("report.html.j2").render(
-        data=data,
-        run=data.run,
-        figures=data.figures,
-        status=STATUS.get(data.run.status, data.run.status),
-        headline=None if data.figures is None else headline(data.figures, data.split),
-        summary=[] if data.figures is None else summary(data.figures),
-        tiles=list(_tiles(data)),
-        alerts=list(_alerts(data)),
-        diagnoses=[(one, patch_lines(one.patch)) for one in data.diagnoses],
-        trained=_trained_on(data),
-        charts=_charts(data),
-        epochs=_epochs(data),
-        confusion=_confusion(data),
-        per_class=_per_class(data),
-        per_au=_per_au(data),
-        calibration=list(_calibration_rows(data)),
-        groups=data.groups,
-        settings=_settings(data.run.config),
-        provenance=list(_provenance(data)),
-        events=[(_time(one["time"]), one["event"], one["message"]) for one in _notable(data.run.events)],
-        text={
-            "split_note": SPLIT_NOTES[data.split],
-            "perceived": PERCEIVED,
-            "intended": INTENDED_USE,
-            "prohibited": PROHIBITED_USE,
-            "names": NAMES,
-            "undefined": UNDEFINED,
-        },
-        limits={"support": MIN_SUPPORT, "group": MIN_GROUP, "evidence": EVIDENCE_SHOWN},
-        version=__version__,
-        made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-    )
-    return str(page)
+    return environment
 
 
 def number_html(value: float | None, digits: int = 3) -> Markup:

@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import yaml
-
-from rafce_ray.config import Config, differences, flatten
+from rafce_ray.config import Config, differences, flatten, parse_yaml
 from rafce_ray.doctor.command import examine_study
 from rafce_ray.doctor.diagnosis import LEVELS, Diagnosis, Level
 from rafce_ray.errors import UsageError
@@ -58,7 +56,7 @@ class StudyData:
     @cached_property
     def settings(self) -> dict[str, Any]:
         """study.yaml; empty where there is none."""
-        return dict(yaml.safe_load(self.settings_text) or {})
+        return dict(parse_yaml(self.settings_text) or {})
 
     @cached_property
     def ranked(self) -> list[Trial]:
@@ -131,7 +129,7 @@ def is_study(study: StudyFolder) -> bool:
 
 def metric_of(study: StudyFolder) -> str:
     """The metric by which the study compares its trials."""
-    settings = yaml.safe_load((study.location / STUDY_SETTINGS).read_bytes()) or {}
+    settings = parse_yaml((study.location / STUDY_SETTINGS).read_bytes()) or {}
     return str(settings.get("metric", DEFAULT_METRIC))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
+from functools import cache
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -92,6 +93,7 @@ def render_study(data: StudyData) -> str:
     return str(page)
 
 
+@cache
 def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("rafce_ray.report", "templates"),
