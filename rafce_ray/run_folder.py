@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import yaml
-
-from rafce_ray.config import Config, build_config, to_yaml
+from rafce_ray.config import Config, build_config, parse_yaml, to_yaml
 from rafce_ray.console import pretty_json, to_json
 from rafce_ray.split_outputs import SplitOutputs
 from rafce_ray.storage import Location, locate
@@ -74,7 +72,7 @@ class RunFolder:
 
     def config(self) -> Config:
         """The stored configuration."""
-        return build_config(yaml.safe_load((self.location / "config.yaml").read_bytes()))
+        return build_config(parse_yaml((self.location / "config.yaml").read_bytes()))
 
     def provenance(self) -> dict[str, Any]:
         """Where the run came from: data fingerprint, configuration, versions, commit, seed."""

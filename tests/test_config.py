@@ -2,6 +2,7 @@ import pytest
 import yaml
 
 from rafce_ray.config import (
+    RECIPES,
     Config,
     ConfigError,
     apply_overrides,
@@ -9,8 +10,10 @@ from rafce_ray.config import (
     config_hash,
     differences,
     load_config,
+    parse_yaml,
     recipe_names,
     to_yaml,
+    write_yaml,
 )
 
 
@@ -133,3 +136,35 @@ def test_a_configuration_is_frozen():
 def test_plain_values_round_trip():
     config = load_config(recipe="demo")
     assert build_config(yaml.safe_load(to_yaml(config))) == config
+
+
+def test_yaml_is_read_and_written_as_pyyamls_own_reader_and_writer_do():
+    texts = [path.read_text() for path in RECIPES.glob("*.yaml")]
+    texts += [
+        "1e-3",
+        "[4, AU12]",
+        "{a: ,b}",
+        "on",
+        "~",
+        "",
+        "2026-11-25",
+        ".nan",
+        "0o17",
+        "'it''s'",
+        "- - 1",
+        "é: 😀",
+        "a\n\nb",
+    ]
+    for text in texts:
+        assert repr(parse_yaml(text)) == repr(yaml.safe_load(text))
+        assert parse_yaml(text.encode()) == parse_yaml(text) or "nan" in text
+    values = load_config(recipe="demo", overrides=["data.root=fäces/ü x", f"run.storage={'long ' * 60}"]).model_dump()
+    for style in ({}, {"default_flow_style": None, "width": 120}):
+        assert write_yaml(values, **style) == yaml.safe_dump(values, sort_keys=False, **style)
+
+
+def test_what_is_no_yaml_is_shown_with_its_line(tmp_path):
+    file = tmp_path / "broken.yaml"
+    file.write_text("optim:\n  lr: [1\n")
+    with pytest.raises(ConfigError, match=r"broken.yaml: is not YAML: .*\n.* line 2, column 7:\n +lr: \[1\n +\^"):
+        load_config(file)

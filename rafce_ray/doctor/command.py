@@ -11,13 +11,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
 from rich.console import RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from rafce_ray.config import MINIMISED_METRICS
+from rafce_ray.config import MINIMISED_METRICS, write_yaml
 from rafce_ray.console import console, print_json, progress_bar, run_main, say
 from rafce_ray.doctor.baseline import emotion_only_runs, siblings, with_baseline
 from rafce_ray.doctor.diagnosis import LEVELS, Cause, Diagnosis, Level
@@ -116,7 +115,7 @@ def _yaml(patch: dict[str, Any]) -> str:
     for dotted, value in patch.items():
         section, _, key = dotted.partition(".")
         nested.setdefault(section, {})[key] = value
-    return str(yaml.safe_dump(nested, sort_keys=False, default_flow_style=None, width=1000)).rstrip()
+    return write_yaml(nested, default_flow_style=None, width=1000).rstrip()
 
 
 def _print_study(trials: Sequence[Trial]) -> None:

@@ -9,9 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-import yaml
-
-from rafce_ray.config import Config, flatten
+from rafce_ray.config import Config, flatten, parse_yaml
 from rafce_ray.doctor.evidence import Evidence
 from rafce_ray.storage import locate
 
@@ -130,6 +128,6 @@ def _moved_root(evidence: Evidence) -> str | None:
 
 def as_yaml(value: Any) -> str:
     """A configuration value as ``section.key=`` takes it: YAML on one line that is read back as the same value."""
-    if isinstance(value, str) and re.fullmatch(r"[\w./~:-]+", value) and yaml.safe_load(value) == value:
+    if isinstance(value, str) and re.fullmatch(r"[\w./~:-]+", value) and parse_yaml(value) == value:
         return value
     return json.dumps(value)

@@ -11,7 +11,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, InstanceOf, ValidationError, field_serializer, field_validator
 
 from rafce_ray.config import (
@@ -27,6 +26,7 @@ from rafce_ray.config import (
     read_scalar,
     read_yaml,
     recipe_names,
+    write_yaml,
 )
 from rafce_ray.config_errors import did_you_mean, explain
 from rafce_ray.study.checks import combination_faults, domain_faults, normalised, parse_space, split_base, study_faults
@@ -317,4 +317,4 @@ def to_yaml(study: StudyConfig) -> str:
     plain["base"] = {key: value for key, value in plain["base"].items() if value}
     first = ("name", "storage", "base", "space")
     ordered = {key: plain[key] for key in (*first, *(key for key in plain if key not in first))}
-    return str(yaml.safe_dump(ordered, sort_keys=False, default_flow_style=None, width=120))
+    return write_yaml(ordered, default_flow_style=None, width=120)

@@ -8,9 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
-
-from rafce_ray.config import MINIMISED_METRICS, config_hash, flatten
+from rafce_ray.config import MINIMISED_METRICS, config_hash, flatten, parse_yaml
 from rafce_ray.errors import UsageError
 from rafce_ray.run_folder import RunFolder
 from rafce_ray.study.trials import ENDED, FIGURES, best_record, read_trials
@@ -52,7 +50,7 @@ def read_listing(study: StudyFolder) -> Listing:
     if not study.exists():
         raise UsageError(f"{study.location} is no study: {_what_is_there(study)}")
     file = study.location / "study.yaml"
-    metric = str(yaml.safe_load(file.read_bytes()).get("metric", DEFAULT_METRIC)) if file.exists() else DEFAULT_METRIC
+    metric = str(parse_yaml(file.read_bytes()).get("metric", DEFAULT_METRIC)) if file.exists() else DEFAULT_METRIC
     trials = read_trials(study, metric)
     planned = {one.name for one in trials}
     others = [_run_row(study.trial(name), metric) for name in study.trial_names() if name not in planned]
