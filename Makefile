@@ -4,7 +4,8 @@ VENV := .venv
 RUN := $(VENV)/bin
 DEMO := demo
 # One thread a process: tiny networks are slower on several, and two processes that both use all cores crawl.
-FAST_TESTS := OMP_NUM_THREADS=1 $(RUN)/python -m pytest -m "not ray and not slow" --numprocesses 2
+# Compiled tests are kept whatever the environment says: compiling them again takes as long as importing torch.
+FAST_TESTS := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(RUN)/python -m pytest -m "not ray and not slow" --numprocesses 2 --dist worksteal
 
 .PHONY: install demo test test-fast check format
 
