@@ -1,6 +1,9 @@
 """Shared fixtures: drawn faces and a Ray cluster, each made once a session."""
 
+import fcntl
+import gc
 import os
+import pickle
 import socket
 import subprocess
 import sys
@@ -30,12 +33,45 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+def pytest_collection_finish() -> None:
+    """What was imported stays; looking through it again for garbage takes several seconds of a run."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_waiting_for_the_disk():
+    """No test cuts the power: whether what was written has reached the disk makes no difference to any."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
 @pytest.fixture(scope="session")
-def drawn_faces(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made_once(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Callable[..., Path]:
+    """``made_once(name, make)``: the folder ``name``, made by ``make(place)`` in whichever of this run's processes asks first."""
+    own = tmp_path_factory.getbasetemp()
+    shared = own.parent if hasattr(request.config, "workerinput") else own
+
+    def place_of(name: str, make: Callable[[Path], object]) -> Path:
+        place = shared / "made_once" / name
+        place.parent.mkdir(exist_ok=True)
+        with place.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not place.with_suffix(".made").exists():
+                make(place)
+                place.with_suffix(".made").touch()
+        return place
+
+    return place_of
+
+
+@pytest.fixture(scope="session")
+def drawn_faces(made_once: Callable[..., Path]) -> Path:
     """160 drawn faces in RAF-CE's layout."""
     from rafce_ray.data.synthetic import synthesize
 
-    return synthesize(tmp_path_factory.mktemp("drawn") / "faces", num_images=160, seed=5, processes=1).root
+    return made_once("faces", lambda place: synthesize(place, num_images=160, seed=5, processes=1))
 
 
 @pytest.fixture(scope="session")
@@ -58,6 +94,45 @@ def tiny_overrides(drawn_faces: Path, store_dir: Path) -> list[str]:
         "optim.gap_images=32",
         "run.use_gpu=false",
     ]
+
+
+@pytest.fixture(scope="session")
+def train(tiny_overrides: list[str]) -> Callable[..., dict]:
+    """``train(place, *overrides)``: trains into the run folder ``place`` in this process and returns what ``fit`` did."""
+    from rafce_ray.config import load_config
+    from rafce_ray.data.dataset import prepare
+    from rafce_ray.engine import fit
+    from rafce_ray.run_folder import RunFolder
+    from rafce_ray.session import Job, LocalSession
+
+    def trained(place: Path, *overrides: str) -> dict:
+        named = [f"run.name={place.name}", f"run.storage={place.parent}"]
+        config = load_config(overrides=[*tiny_overrides, *named, *overrides])
+        prepared = prepare(config.data)
+        provenance = {
+            "config": config.model_dump(mode="json"),
+            "data_fingerprint": prepared.fingerprint,
+            "config_hash": "abcd1234",
+            "seed": config.run.seed,
+            "software": {"torch": "2"},
+        }
+        folder = RunFolder(str(place))
+        folder.start(config, provenance, prepared.audit.to_json())
+        return fit(Job(config, str(prepared.store), prepared.taxonomy, folder.place, provenance), LocalSession())
+
+    return trained
+
+
+@pytest.fixture(scope="session")
+def trained_run(made_once: Callable[..., Path], train: Callable[..., dict]) -> tuple[Path, dict]:
+    """The folder of a run of three epochs with checkpoints inside them, which tests only read, and what ``fit`` returned."""
+
+    def make(place: Path) -> None:
+        returned = train(place / "tiny", "run.checkpoint_every_steps=2")
+        (place / "returned").write_bytes(pickle.dumps(returned))
+
+    place = made_once("trained", make)
+    return place / "tiny", pickle.loads((place / "returned").read_bytes())
 
 
 @pytest.fixture(scope="session")

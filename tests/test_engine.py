@@ -57,9 +57,8 @@ class DyingSession(LocalSession):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tiny_overrides, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    return run([*tiny_overrides, "run.checkpoint_every_steps=2"], folder)
+def undisturbed(trained_run):
+    return trained_run[1]
 
 
 def test_a_run_leaves_what_it_promises(undisturbed):

@@ -13,26 +13,17 @@ import pytest
 
 from rafce_ray.calibration import Outputs
 from rafce_ray.config import build_config, differences, flatten, load_config, to_yaml
-from rafce_ray.data.dataset import prepare
 from rafce_ray.doctor.command import Evidence, examine_live, examine_run, examine_study, main
-from rafce_ray.engine import fit
 from rafce_ray.run_folder import RunFolder
-from rafce_ray.session import Job, LocalSession
 from rafce_ray.study_folder import StudyFolder
 
 
 @pytest.fixture(scope="module")
-def seeds_run(tiny_overrides, tmp_path_factory) -> RunFolder:
+def seeds_run(train, tmp_path_factory) -> RunFolder:
     """A run whose AU targets are all zero, as the seed's parser made them; its labels are fine."""
-    runs = tmp_path_factory.mktemp("runs")
-    overrides = ["data.action_unit_targets=all_zero", "loss.au_weight=0.5", "optim.epochs=2", "run.name=zero"]
-    config = load_config(overrides=[*tiny_overrides, *overrides, f"run.storage={runs}"])
-    prepared = prepare(config.data)
-    folder = RunFolder(str(runs / "zero"))
-    provenance = {"config": config.model_dump(mode="json"), "data_fingerprint": prepared.fingerprint}
-    folder.start(config, provenance, prepared.audit.to_json())
-    fit(Job(config, str(prepared.store), prepared.taxonomy, folder.place, provenance), LocalSession())
-    return folder
+    place = tmp_path_factory.mktemp("runs") / "zero"
+    train(place, "data.action_unit_targets=all_zero", "loss.au_weight=0.5", "optim.epochs=2")
+    return RunFolder(str(place))
 
 
 def copied(folder: RunFolder, place: Path, **values: dict) -> RunFolder:

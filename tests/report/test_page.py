@@ -12,15 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from rafce_ray.bundle import load_bundle
-from rafce_ray.config import load_config
 from rafce_ray.data.dataset import open_dataset, prepare
-from rafce_ray.engine import fit
 from rafce_ray.errors import UsageError
 from rafce_ray.evaluate import evaluate_bundle
 from rafce_ray.report.command import main, write_report
 from rafce_ray.report.text import UNDEFINED
 from rafce_ray.run_folder import RunFolder
-from rafce_ray.session import Job, LocalSession
 
 MAX_BYTES = 1_500_000
 
@@ -79,29 +76,13 @@ class Page(HTMLParser):
         return {row[0]: row[1:] for row in cells if row}
 
 
-def train(overrides: list[str], place: Path, *extra: str) -> RunFolder:
-    config = load_config(overrides=[*overrides, f"run.name={place.name}", f"run.storage={place.parent}", *extra])
-    prepared = prepare(config.data)
-    provenance = {
-        "config": config.model_dump(mode="json"),
-        "data_fingerprint": prepared.fingerprint,
-        "config_hash": "abcd1234",
-        "seed": config.run.seed,
-        "software": {"torch": "2"},
-    }
-    folder = RunFolder(str(place))
-    folder.start(config, provenance, prepared.audit.to_json())
-    fit(Job(config, str(prepared.store), prepared.taxonomy, folder.place, provenance), LocalSession())
-    return folder
-
-
 def page_of(folder: RunFolder, **arguments) -> Page:
     return Page(write_report(folder, **arguments).read_bytes().decode())
 
 
 @pytest.fixture(scope="module")
-def finished(tiny_overrides, tmp_path_factory) -> RunFolder:
-    return train(tiny_overrides, tmp_path_factory.mktemp("runs") / "tiny")
+def finished(trained_run) -> RunFolder:
+    return RunFolder(str(trained_run[0]))
 
 
 @pytest.fixture(scope="module")
@@ -405,9 +386,9 @@ def test_an_old_run_without_audit_targets_and_outputs_has_a_page(copy):
     ("override", "there", "missing", "charts"),
     [("data.action_units=none", "emotions", "action-units", 4), ("data.emotions=none", "action-units", "emotions", 3)],
 )
-def test_a_run_of_one_task_has_a_page_of_it(override, there, missing, charts, tiny_overrides, tmp_path):
-    folder = train(tiny_overrides, tmp_path / "single", override, "optim.epochs=1")
-    found = page_of(folder, split="test")
+def test_a_run_of_one_task_has_a_page_of_it(override, there, missing, charts, train, tmp_path):
+    train(tmp_path / "single", override, "optim.epochs=1")
+    found = page_of(RunFolder(str(tmp_path / "single")), split="test")
     assert there in found.ids
     assert missing not in found.ids
     assert sum(attributes.get("class") == "chart" for _, attributes in found.tags) == charts
