@@ -92,9 +92,10 @@ def test_what_is_saved_is_loaded(bundle, model):
     assert loaded.metrics == {"accuracy": 0.5, "component_accuracy": None}
     assert not loaded.model.training
     assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
+    of_model, read = loaded.model.state_dict(), read_weights(bundle)
     for name, tensor in model.state_dict().items():
-        assert torch.equal(loaded.model.state_dict()[name], tensor)
-        assert torch.equal(read_weights(bundle)[name], tensor)
+        assert torch.equal(of_model[name], tensor)
+        assert torch.equal(read[name], tensor)
     images = torch.randn(2, 3, 32, 32)
     with torch.inference_mode():
         assert torch.equal(loaded.model(images).emotion, model.eval()(images).emotion)

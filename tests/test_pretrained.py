@@ -1,6 +1,8 @@
 """Weights files that fit, and every way in which one may not."""
 
 import urllib.error
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,12 @@ TAXONOMY = make_taxonomy(("happily surprised", "sadly angry"), (1, 12))
 
 
 def fresh_model(backbone: str = "resnet18", image_px: int = 64) -> MultiTaskModel:
+    return deepcopy(first_model(backbone, image_px))
+
+
+@cache
+def first_model(backbone: str, image_px: int) -> MultiTaskModel:
+    """Drawing eleven million initial weights takes longer than copying them."""
     torch.manual_seed(1)
     return build_model(build_architecture(ModelConfig(backbone=backbone, image_px=image_px), TAXONOMY))
 

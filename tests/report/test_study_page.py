@@ -157,6 +157,12 @@ def page(study) -> Page:
     return page_of(study)
 
 
+@pytest.fixture(scope="module")
+def unjudged(new_study) -> Page:
+    """The page of a study in mid-sweep, one trial of which failed for a hostile reason."""
+    return page_of(small_study(new_study, num_trials=9))
+
+
 def test_every_section_is_there_and_every_link_leads_somewhere(page):
     assert len(page.ids) == len(set(page.ids))
     links = [attributes["href"] for tag, attributes in page.tags if tag == "a"]
@@ -246,11 +252,10 @@ def test_the_page_can_be_read_without_eyes(page):
     assert "trial_0001 (winner): optim.lr 0.0001, model.dropout 0.5, score 0.350." in parallel
 
 
-def test_a_hostile_reason_is_text(new_study):
-    page = page_of(small_study(new_study, name="sweep"))
-    assert sum(tag == "script" for tag, _ in page.tags) == 1
-    assert page.text.count(HOSTILE) == 2
-    assert f"trial_0003 failed before its first epoch ended: {HOSTILE}." in page.text
+def test_a_hostile_reason_is_text(unjudged):
+    assert sum(tag == "script" for tag, _ in unjudged.tags) == 1
+    assert unjudged.text.count(HOSTILE) == 2
+    assert f"trial_0003 failed before its first epoch ended: {HOSTILE}." in unjudged.text
 
 
 def test_hostile_settings_and_values_are_text(new_study):
@@ -263,18 +268,17 @@ def test_hostile_settings_and_values_are_text(new_study):
     assert f"search: {HOSTILE}" in page.text
 
 
-def test_a_study_in_mid_sweep(new_study):
-    page = page_of(small_study(new_study, num_trials=9))
+def test_a_study_in_mid_sweep(unjudged):
     assert (
         "So far trial_0001 leads with score 0.350 on validation, 0.060 better than the base (trial_0000, 0.290)."
-        in page.text
+        in unjudged.text
     )
-    assert "The study has not ended: 4 of 9 trials have." in page.text
-    assert "Nothing was measured on the test split yet." in page.text
-    assert "No finalist has been trained yet" in page.text
-    assert re.search(r"rafce tune --config \S*sweep/study\.yaml", page.text)
-    assert "rafce train --config" not in page.text
-    assert "winner" not in page.table("The sweep's 5 trials")["trial_0001 best so far"].values()
+    assert "The study has not ended: 4 of 9 trials have." in unjudged.text
+    assert "Nothing was measured on the test split yet." in unjudged.text
+    assert "No finalist has been trained yet" in unjudged.text
+    assert re.search(r"rafce tune --config \S*sweep/study\.yaml", unjudged.text)
+    assert "rafce train --config" not in unjudged.text
+    assert "winner" not in unjudged.table("The sweep's 5 trials")["trial_0001 best so far"].values()
 
 
 def test_finalists_that_train_are_listed(new_study):

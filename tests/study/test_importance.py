@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from rafce_ray.study import importance
 from rafce_ray.study.importance import parameter_importance
 from rafce_ray.study.trials import Trial, TrialPlan
 
@@ -62,7 +63,8 @@ def test_a_loss_has_the_importance_of_its_negative(found):
     assert parameter_importance(trials, "loss").keys == found.keys
 
 
-def test_whether_a_conditional_key_applies_can_be_what_matters():
+def test_whether_a_conditional_key_applies_can_be_what_matters(monkeypatch):
+    monkeypatch.setattr(importance, "REPEATS", 1)
     values = sample(40)
     trials = [make_trial(n, one, float("loss.au_ramp_epochs" in one)) for n, one in enumerate(values)]
     found = parameter_importance(trials, "score")
