@@ -34,7 +34,7 @@ class Registry:
             raise RafceError(
                 f"{self.place}: no version is live yet. Add one with rafce bundle add and make it live with rafce bundle promote."
             )
-        return replace(self.find(live.version), force="taxonomy" in live.overruled)
+        return replace(self.find(live.version), force=live.may_change_taxonomy)
 
     def find(self, version: str) -> Target:
         """A version by its name. UsageError where there is none."""

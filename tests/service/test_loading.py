@@ -2,6 +2,7 @@
 
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -24,12 +25,17 @@ def registry(write_bundle, tmp_path_factory) -> Location:
     return registry
 
 
-def make_live(registry: Location, version: str, overruled: tuple[str, ...] = ()) -> None:
+def make_live(
+    registry: Location,
+    version: str,
+    overruled: tuple[str, ...] = (),
+    action: Literal["promote", "rollback"] = "promote",
+) -> None:
     seen = read_live(registry)
     number = 1 if seen is None else seen.number + 1
     record = LiveRecord(
         number=number,
-        action="promote",
+        action=action,
         version=version,
         sha256="0" * 64,
         since=datetime.now(UTC),
@@ -58,6 +64,8 @@ def test_a_registry_serves_what_is_live(registry):
     assert source.look().force
     assert source.look().stamp != first.stamp
     assert source.find("first") == first
+    make_live(registry, "first", action="rollback")
+    assert source.look().force, "back to the names that were there before"
     with pytest.raises(UsageError, match="did you mean 'second'"):
         source.find("secnd")
 
