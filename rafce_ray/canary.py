@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from rafce_ray.calibration import Calibration, Outputs, calibrated
+from rafce_ray.calibration import Calibration, Outputs, Probabilities, calibrated
 from rafce_ray.forward import raw_outputs
 from rafce_ray.preprocess import Preprocessing
 
@@ -72,9 +72,13 @@ def largest_difference(found: Outputs, expected: Outputs, calibration: Calibrati
     raw = (found.emotion, found.action_units, expected.emotion, expected.action_units)
     if not all(np.isfinite(values).all() for values in raw):
         return float("inf")
+    return probabilities_apart(calibrated(found, calibration), calibrated(expected, calibration))
+
+
+def probabilities_apart(found: Probabilities, expected: Probabilities) -> float:
+    """Largest absolute difference between two sets of probabilities; infinite where their shapes differ."""
     largest = 0.0
-    ours, theirs = calibrated(found, calibration), calibrated(expected, calibration)
-    for one, other in ((ours.emotion, theirs.emotion), (ours.action_units, theirs.action_units)):
+    for one, other in ((found.emotion, expected.emotion), (found.action_units, expected.action_units)):
         if one.shape != other.shape:
             return float("inf")
         largest = max(largest, float(np.abs(one - other).max(initial=0.0)))

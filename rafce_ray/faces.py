@@ -44,6 +44,9 @@ BOX_SIDE_IN_CROP = 0.93
 BOX_CENTRE_IN_CROP = np.array([0.5, 0.513])
 """Centre of the frontal cascades' box in the aligned crop; same measurement, standard deviation 0.03."""
 
+MAX_ALIGNED_PX = 256
+"""Side, in px, up to which datasets keep aligned faces."""
+
 WORKING_PX = 960
 """Longer side, in px, to which a larger photograph is scaled for detection (crops are cut from the original)."""
 
@@ -105,6 +108,11 @@ def build_face_finder(model: str | Path | None = None) -> FaceFinder:
 def given_face(pixels: Pixels, width: int, height: int) -> Face:
     """An image of ``width`` x ``height`` px that is an aligned face itself, already decoded to the stored size."""
     return Face(Box(0, 0, width, height), "given", pixels)
+
+
+def may_be_aligned(width: int, height: int) -> bool:
+    """Whether an image in which no face was found may be an aligned face itself, which fills it too much to be found."""
+    return width == height and width <= MAX_ALIGNED_PX
 
 
 class CascadeFinder:

@@ -21,7 +21,7 @@ from rafce_ray.calibration import Outputs, Probabilities, calibrated
 from rafce_ray.consistency import basic_emotion_membership, consistency_of
 from rafce_ray.console import progress_bar, run_main, say
 from rafce_ray.decode import DEFAULT_LIMITS, DecodeError, decode_image, decode_sized_face
-from rafce_ray.faces import Face, FaceFinder, build_face_finder, given_face
+from rafce_ray.faces import Face, FaceFinder, build_face_finder, given_face, may_be_aligned
 from rafce_ray.hardware import choose_device
 from rafce_ray.image_files import find_images
 from rafce_ray.inference.engines import Engine, TorchEngine
@@ -269,7 +269,7 @@ def _summary(arguments: argparse.Namespace, counts: Counter[str]) -> str:
 
 
 def _no_face_remedy(width: int, height: int) -> str:
-    if width == height and width <= 256:
+    if may_be_aligned(width, height):
         return "If this is an aligned face already, use --faces aligned."
     return "Use a picture in which the face is larger and seen from the front, or give --face-model a YuNet file."
 

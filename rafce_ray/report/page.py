@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from functools import cache
 from typing import Any
@@ -92,6 +92,11 @@ def render_page(data: ReportData) -> str:
 
 @cache
 def _environment() -> Environment:
+    return template_environment()
+
+
+def template_environment(**filters: Callable[..., Any]) -> Environment:
+    """What renders a report's templates, with ``filters`` beside those that every report has."""
     environment = Environment(
         loader=PackageLoader("rafce_ray.report", "templates"),
         autoescape=True,
@@ -105,6 +110,7 @@ def _environment() -> Environment:
         "interval": interval,
         "count": count_or_dash,
         "duration": duration,
+        **filters,
     }
     return environment
 

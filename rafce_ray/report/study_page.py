@@ -8,12 +8,12 @@ from datetime import UTC, datetime
 from functools import cache
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment
 from markupsafe import Markup
 
 from rafce_ray import __version__
 from rafce_ray.report import study_tables as tables
-from rafce_ray.report.page import count_or_dash, number_html, patch_lines, percent_html
+from rafce_ray.report.page import number_html, patch_lines, template_environment
 from rafce_ray.report.study_cost import cost, unit
 from rafce_ray.report.study_curves import (
     Rung,
@@ -25,7 +25,7 @@ from rafce_ray.report.study_curves import (
 )
 from rafce_ray.report.study_data import StudyData, gather_study
 from rafce_ray.report.study_plots import parallel_coordinates, score_by_value
-from rafce_ray.report.text import UNDEFINED, duration, interval, number, percent
+from rafce_ray.report.text import UNDEFINED, interval, number, percent
 from rafce_ray.storage import Location
 from rafce_ray.study.importance import parameter_importance
 from rafce_ray.study.pareto import pareto_front
@@ -95,23 +95,7 @@ def render_study(data: StudyData) -> str:
 
 @cache
 def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("rafce_ray.report", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "num": number_html,
-        "pct": percent_html,
-        "interval": interval,
-        "count": count_or_dash,
-        "duration": duration,
-        "named": _named,
-        "roughly": roughly,
-    }
-    return environment
+    return template_environment(named=_named, roughly=roughly)
 
 
 def _charts(data: StudyData, rungs: Sequence[Rung], front: Sequence[Trial]) -> dict[str, Any]:

@@ -6,7 +6,6 @@ Versions are named, and lie in the configured registry; no request names a place
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import threading
 from collections.abc import Callable, Mapping
@@ -25,7 +24,7 @@ from rafce_ray.registry.versions import is_name, list_versions, version_names
 from rafce_ray.service.json_bodies import parse_json
 from rafce_ray.service.keys import KEY_ID
 from rafce_ray.service.predict_request import json_type
-from rafce_ray.service.problems import MEDIA_TYPE, REQUEST_ID, Problem, nearest, problem_body, sentence, shown
+from rafce_ray.service.problems import Problem, nearest, problem_response, sentence, shown
 from rafce_ray.storage import Location, locate
 
 if TYPE_CHECKING:
@@ -181,6 +180,4 @@ def _answer(found: Mapping[str, Any]) -> Response:
 
 def _refusal(request: Request, error: RafceError, gates: list[dict[str, Any]] | None) -> Response:
     """Why the change was not made, with every gate's figures."""
-    problem = Problem("change_refused", sentence(str(error)))
-    body = problem_body(problem, request.scope["path"], request.scope.get(REQUEST_ID, ""))
-    return Response(json.dumps(body | {"gates": gates}), problem.status, media_type=MEDIA_TYPE)
+    return problem_response(Problem("change_refused", sentence(str(error))), request.scope, gates=gates)

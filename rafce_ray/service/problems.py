@@ -196,7 +196,6 @@ PROBLEM_TYPES: Mapping[str, ProblemType] = _types(
         "No face was found in the picture.",
         "Send a picture with a frontal face, or faces=aligned for one that is a face already.",
     ),
-    (422, "too_many_faces", "Too many faces", "The picture has more faces than are read.", "Cut it into parts."),
     (
         429,
         "busy",
@@ -270,9 +269,9 @@ def problem_body(problem: Problem, path: str, request_id: str) -> dict[str, Any]
     }
 
 
-def problem_response(problem: Problem, scope: MutableMapping[str, Any]) -> Response:
-    """The problem as a response to the request of an ASGI ``scope`` that passed the edge."""
-    body = json.dumps(problem_body(problem, scope["path"], scope.get(REQUEST_ID, "")))
+def problem_response(problem: Problem, scope: MutableMapping[str, Any], **more: Any) -> Response:
+    """The problem, with ``more`` members, as a response to the request of an ASGI ``scope`` that passed the edge."""
+    body = json.dumps(problem_body(problem, scope["path"], scope.get(REQUEST_ID, "")) | more)
     return Response(body.encode(), problem.status, problem.headers, MEDIA_TYPE)
 
 

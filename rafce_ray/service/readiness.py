@@ -6,10 +6,10 @@ import asyncio
 import io
 import time
 
-import numpy as np
 from PIL import Image
 
 from rafce_ray.calibration import Probabilities, calibrated
+from rafce_ray.canary import probabilities_apart
 from rafce_ray.errors import RafceError
 from rafce_ray.inference.build import MAX_DIFFERENCE
 from rafce_ray.service.batching import Batcher
@@ -67,5 +67,4 @@ class Readiness:
 def _difference(found: Probabilities, served: Served) -> float:
     """Largest difference of a probability of the first canary."""
     expected = calibrated(served.canary.outputs, served.predictor.bundle.calibration)
-    pairs = ((found.emotion, expected.emotion[:1]), (found.action_units, expected.action_units[:1]))
-    return max(float(np.abs(one - other).max(initial=0)) for one, other in pairs)
+    return probabilities_apart(found, Probabilities(expected.emotion[:1], expected.action_units[:1]))

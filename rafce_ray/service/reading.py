@@ -12,7 +12,7 @@ from typing import Literal
 import cv2
 
 from rafce_ray.decode import DEFAULT_LIMITS, DecodeError, Limits, decode_image, decode_sized_face
-from rafce_ray.faces import Face, FaceFinder, build_face_finder, given_face
+from rafce_ray.faces import Face, FaceFinder, build_face_finder, given_face, may_be_aligned
 from rafce_ray.service.problems import Problem, problem_of_image
 
 Faces = Literal["detect", "aligned"]
@@ -87,6 +87,6 @@ class Reader:
 
 
 def _no_face_hint(width: int, height: int) -> str:
-    if width == height and width <= 256:
+    if may_be_aligned(width, height):
         return "If the picture is an aligned face already, send the option faces=aligned."
     return "Send a picture in which the face is larger and seen from the front."

@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -42,22 +42,34 @@ def sole_driver(study: StudyFolder) -> Iterator[None]:
     beat()
     # Of two that start at the same moment, the later writer stays.
     _refuse_if_held(file, own=own["token"])
+    try:
+        with repeated(beat, BEAT_EVERY_S):
+            yield
+    finally:
+        with suppress(OSError):
+            file.delete()
+
+
+@contextmanager
+def repeated(action: Callable[[], None], every_s: float) -> Iterator[None]:
+    """Call ``action`` every so many seconds in a thread while the block lasts.
+
+    A store that cannot be reached for a while (OSError) does not end it: the next call makes it good.
+    """
     done = threading.Event()
 
-    def keep_alive() -> None:
-        while not done.wait(BEAT_EVERY_S):
+    def repeat() -> None:
+        while not done.wait(every_s):
             with suppress(OSError):
-                beat()
+                action()
 
-    thread = threading.Thread(target=keep_alive, name="driver", daemon=True)
+    thread = threading.Thread(target=repeat, name=action.__name__, daemon=True)
     thread.start()
     try:
         yield
     finally:
         done.set()
         thread.join()
-        with suppress(OSError):
-            file.delete()
 
 
 def _refuse_if_held(file: Location, own: object) -> None:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,7 @@ from rafce_ray.pretrained import check_weights
 from rafce_ray.storage import locate
 from rafce_ray.study.checks import foreseen
 from rafce_ray.study.config import StudyConfig, load_study, to_yaml
-from rafce_ray.study.driver import sole_driver
+from rafce_ray.study.driver import repeated, sole_driver
 from rafce_ray.study.proposals import planned_trials, propose
 from rafce_ray.study.trials import Trial, read_trials
 from rafce_ray.study_folder import StudyFolder
@@ -175,7 +174,7 @@ def read_elapsed(folder: StudyFolder) -> float:
 @contextmanager
 def elapsed(folder: StudyFolder, spent: float, budget_s: float | None, control: Any) -> Iterator[None]:
     """Keep account of the sweep's time over its starts, and end it when its budget is spent."""
-    start, done = time.monotonic(), threading.Event()
+    start = time.monotonic()
 
     def total() -> float:
         return spent + time.monotonic() - start
@@ -184,20 +183,14 @@ def elapsed(folder: StudyFolder, spent: float, budget_s: float | None, control: 
         (folder.location / ELAPSED_FILE).write_bytes(to_json({"sweep_s": round(total(), 1)}).encode())
 
     def keep_account() -> None:
-        while not done.wait(5.0 if budget_s is None else min(5.0, max(0.1, budget_s / 100))):
-            if budget_s is not None and total() >= budget_s and control.stop is None:
-                control.stop = "time budget"
-            # A store that cannot be reached for a while must not end the account: the next write makes it good.
-            with suppress(OSError):
-                write()
+        if budget_s is not None and total() >= budget_s and control.stop is None:
+            control.stop = "time budget"
+        write()
 
-    thread = threading.Thread(target=keep_account, name="elapsed", daemon=True)
-    thread.start()
     try:
-        yield
+        with repeated(keep_account, 5.0 if budget_s is None else min(5.0, max(0.1, budget_s / 100))):
+            yield
     finally:
-        done.set()
-        thread.join()
         write()
 
 

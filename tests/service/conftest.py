@@ -11,62 +11,20 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-import torch
 import uvicorn
 from PIL import Image
 
-from rafce_ray.bundle import load_bundle, save_bundle
-from rafce_ray.calibration import Calibration
-from rafce_ray.consistency import Association
-from rafce_ray.model import Architecture, build_model
+from rafce_ray.bundle import load_bundle
 from rafce_ray.predict import Predictor
-from rafce_ray.preprocess import Preprocessing
 from rafce_ray.service.app import Service, build_app
 from rafce_ray.service.config import read_service_config
-from rafce_ray.taxonomy import make_taxonomy
 
-EMOTIONS = ("happily surprised", "sadly angry", "happily sad", "calm")
-ACTION_UNITS = (1, 12, 25)
 STORED_PX = 40
-GAIN = 2.8
-
-
-def _write_bundle(path: Path, *, seed: int = 0, emotions: tuple[str, ...] = EMOTIONS, with_canary: bool = True) -> Path:
-    """A MobileNet at 32 px of random weights whose answers differ clearly from face to face."""
-    torch.manual_seed(seed)
-    architecture = Architecture(
-        "mobilenet_v3_small", 32, len(emotions), len(ACTION_UNITS), components=(None,) * len(emotions)
-    )
-    model = build_model(architecture)
-    # Without it a new network's signal dies out, and all pictures get the same answer to seven digits.
-    for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            torch.nn.init.constant_(module.weight, GAIN)
-    save_bundle(
-        path,
-        model=model,
-        architecture=architecture,
-        taxonomy=make_taxonomy(emotions, ACTION_UNITS),
-        preprocessing=Preprocessing(STORED_PX, 32),
-        calibration=Calibration(2.0, (0.25, 0.5, 0.75), (1.1, 0.9, 1.0), (0.1, -0.1, 0.0), 0.3),
-        association=Association(((0.9, 0.5, 0.05),) * len(emotions), (0.3, 0.5, 0.4)),
-        metrics={},
-        provenance={},
-        model_card="# Model card: a test",
-        with_canary=with_canary,
-    )
-    return path
 
 
 @pytest.fixture(scope="session")
-def write_bundle() -> Callable[..., Path]:
-    """``write_bundle(path, seed=0, emotions=EMOTIONS, with_canary=True)``: a bundle of other weights or of other classes."""
-    return _write_bundle
-
-
-@pytest.fixture(scope="session")
-def bundle_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return _write_bundle(tmp_path_factory.mktemp("bundles") / "bundle")
+def bundle_path(write_bundle: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_bundle(tmp_path_factory.mktemp("bundles") / "bundle")
 
 
 @pytest.fixture(scope="session")

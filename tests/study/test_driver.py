@@ -24,6 +24,10 @@ def held_by(study: StudyFolder, **holder) -> None:
     (study.location / DRIVER_FILE).write_bytes(json.dumps(record).encode())
 
 
+def holder(study: StudyFolder) -> int:
+    return json.loads((study.location / DRIVER_FILE).read_bytes())["pid"]
+
+
 def test_a_second_program_is_refused_and_the_first_leaves_nothing_behind(study):
     with sole_driver(study):
         refusal = f"process {os.getpid()} on {socket.gethostname()} works on this study"
@@ -38,7 +42,7 @@ def test_a_program_that_was_killed_holds_nothing(study):
     process.wait()
     held_by(study, host=socket.gethostname(), pid=process.pid)
     with sole_driver(study):
-        pass
+        assert holder(study) == os.getpid()
 
 
 def test_a_program_on_another_machine_holds_the_study_until_it_falls_silent(study):
@@ -47,11 +51,11 @@ def test_a_program_on_another_machine_holds_the_study_until_it_falls_silent(stud
         pytest.fail("it is held")
     held_by(study, alive_at=time.time() - SILENT_S - 1)
     with sole_driver(study):
-        assert json.loads((study.location / DRIVER_FILE).read_bytes())["pid"] == os.getpid()
+        assert holder(study) == os.getpid()
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"{}"])
 def test_a_record_cut_short_holds_nothing(study, content):
     (study.location / DRIVER_FILE).write_bytes(content)
     with sole_driver(study):
-        pass
+        assert holder(study) == os.getpid()
