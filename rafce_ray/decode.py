@@ -9,6 +9,7 @@ to 8 bit; CMYK is inverted where Adobe's marker says so. A file cut short is ref
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -40,6 +41,11 @@ _TURNS = {
 }
 _LYING = (5, 6, 7, 8)
 """EXIF orientations whose stored rows are the upright picture's columns."""
+
+_JPEG_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd7\xff])", re.DOTALL)
+"""The start of a segment with a length, or the end of the image: neither a pixel's byte nor a restart."""
+
+_START_OF_SCAN, _END_OF_IMAGE = b"\xda", b"\xd9"
 
 _METADATA_WITH_ORIENTATION = ("exif", "xmp", "Raw profile type exif", "XML:com.adobe.xmp")
 
@@ -202,11 +208,10 @@ def _plugin_for(content: bytes, limits: Limits) -> Callable[[io.BytesIO], ImageF
         )
     if content[:3] == b"\xff\xd8\xff":
         # Each scan of a progressive JPEG goes over the whole picture: thousands of empty ones would take minutes.
-        scans = content.count(b"\xff\xda")
-        if scans > limits.max_jpeg_scans:
+        if _num_scans(content, limits.max_jpeg_scans + 1) > limits.max_jpeg_scans:
             raise DecodeError(
                 "too_many_scans",
-                f"the JPEG has {scans:,} scans; at most {limits.max_jpeg_scans} are decoded.",
+                f"the JPEG has more than {limits.max_jpeg_scans} scans.",
                 "Save the picture again as an ordinary JPEG.",
             )
         return JpegImageFile
@@ -216,9 +221,24 @@ def _plugin_for(content: bytes, limits: Limits) -> Callable[[io.BytesIO], ImageF
         return WebPImageFile
     raise DecodeError(
         "unsupported_format",
-        f"the file starts with {content[:8]!r}, which is no JPEG, PNG or WebP.",
+        f"the file starts with the bytes {content[:8].hex(' ')}, which is no JPEG, PNG or WebP.",
         "Save the picture as JPEG, PNG or WebP.",
     )
+
+
+def _num_scans(content: bytes, enough: int) -> int:
+    """Scans of a JPEG up to its end marker, as libjpeg meets them; counting ends at ``enough``.
+
+    A phone's video behind the end is not looked at, nor is a thumbnail in a segment of its own.
+    """
+    scans, place = 0, 2
+    while scans < enough and (marker := _JPEG_MARKER.search(content, place)):
+        kind, place = marker[1], marker.end()
+        if kind == _END_OF_IMAGE:
+            break
+        scans += kind == _START_OF_SCAN
+        place += int.from_bytes(content[place : place + 2])
+    return scans
 
 
 def _check_dimensions(size: tuple[int, int], limits: Limits) -> None:

@@ -176,6 +176,12 @@ def test_first_frame_of_an_animation(form, options):
     np.testing.assert_array_equal(decode_image(content), COLOURS)
 
 
+def with_scans(jpeg: bytes, number: int) -> bytes:
+    """The picture with so many more scans, all empty, before its first one."""
+    first = jpeg.index(b"\xff\xda")
+    return jpeg[:first] + b"\xff\xda\x00\x08\x01\x01\x00\x00\x3f\x00" * number + jpeg[first:]
+
+
 def png_of(width: int, height: int, data: bytes = b"") -> bytes:
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
@@ -205,13 +211,30 @@ def png_of(width: int, height: int, data: bytes = b"") -> bytes:
         (png_of(8193, 16), "too_large"),
         (png_of(5001, 5000, zlib.compress(bytes(626 * 5000))), "too_large"),
         (png_of(40, 40), "undecodable"),
-        (encode(COLOURS, "JPEG")[:-1] + b"\xff\xda" * 65, "too_many_scans"),
+        (with_scans(encode(COLOURS, "JPEG", progressive=True), 64), "too_many_scans"),
     ],
 )
 def test_refusals(content, code):
     assert code_of(content) == code
     with pytest.raises(DecodeError, match=r"\."):
         decode_face(content, 20)
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_blocks": 1}])
+def test_what_lies_behind_a_jpegs_end_or_in_its_segments_is_no_scan(options):
+    content = encode(COLOURS, "JPEG", **options)
+    # Phones append a video, and cameras put a thumbnail into a segment.
+    behind = np.random.default_rng(0).bytes(2**20) + b"\xff\xda" * 100
+    segment = b"\xff\xe5" + (2 + 3 * 100).to_bytes(2) + b"\xff\xda\xd9" * 100
+    expected = decode_image(content)
+    assert np.array_equal(decode_image(content + behind), expected)
+    assert np.array_equal(decode_image(content[:2] + segment + content[2:]), expected)
+
+
+def test_scans_behind_an_end_inside_a_segment_or_behind_restarts_are_counted():
+    content = encode(COLOURS, "JPEG", restart_marker_blocks=1, progressive=True)
+    segment = b"\xff\xe5\x00\x06\xff\xd9\xff\xd9"
+    assert code_of(with_scans(content[:2] + segment + content[2:], 64)) == "too_many_scans"
 
 
 def test_limits():

@@ -180,4 +180,4 @@ def _answer(found: Mapping[str, Any]) -> Response:
 
 def _refusal(request: Request, error: RafceError, gates: list[dict[str, Any]] | None) -> Response:
     """Why the change was not made, with every gate's figures."""
-    return problem_response(Problem("change_refused", sentence(str(error))), request.scope, gates=gates)
+    return problem_response(Problem("change_refused", sentence(str(error)), members={"gates": gates}), request.scope)

@@ -20,6 +20,7 @@ _RECORDS = (
     schema.PredictAnswer,
     schema.PredictRequest,
     schema.ProblemDocument,
+    schema.NoImageRead,
     ModelInfo,
     schema.Status,
     schema.ReadyStatus,
@@ -213,12 +214,18 @@ def _problems(codes: tuple[str, ...]) -> Document:
     return {str(status): _problem_response(types) for status, types in sorted(by_status.items())}
 
 
+def _problem_schema(types: list[ProblemType]) -> Document:
+    plain = {"$ref": _REF + "ProblemDocument"}
+    several = any(one.code == "no_image_read" for one in types)
+    return {"anyOf": [plain, {"$ref": _REF + "NoImageRead"}]} if several else plain
+
+
 def _problem_response(types: list[ProblemType]) -> Document:
     response: Document = {
         "description": " ".join(f"`{one.code}`: {one.meaning}" for one in types),
         "content": {
             MEDIA_TYPE: {
-                "schema": {"$ref": _REF + "ProblemDocument"},
+                "schema": _problem_schema(types),
                 "examples": {one.code: {"value": problem_example(one)} for one in types},
             }
         },

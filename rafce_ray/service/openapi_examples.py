@@ -11,7 +11,7 @@ Document = dict[str, Any]
 
 def problem_example(kind: ProblemType) -> Document:
     """A problem document of this kind."""
-    return {
+    document = {
         "type": kind.uri,
         "title": kind.title,
         "status": kind.status,
@@ -20,6 +20,7 @@ def problem_example(kind: ProblemType) -> Document:
         "instance": "/v1/predict",
         "request_id": "5f0c1b7e9a3d4c2f8e6a1b0d9c8e7f65",
     }
+    return document | {"results": [ANSWER_EXAMPLE["results"][1]]} if kind.code == "no_image_read" else document
 
 
 REQUEST_EXAMPLE: Document = {

@@ -33,26 +33,43 @@ class Context:
 
 
 async def predict(request: PredictRequest, context: Context) -> bytes:
-    """The answer as JSON; an image that cannot be read has its problem in its result.
+    """The answer as JSON; beside others that can be, an image that cannot be read has its problem in its result.
 
     Raises:
-        Problem: the one image of a raw body cannot be read.
+        Problem: no image can be read; with several of them, ``no_image_read`` with their results.
     """
     began = time.monotonic()
     images = await _read(request.items, request.options, context)
     decoded = time.monotonic()
-    if request.kind == "raw" and isinstance(images[0], Problem):
-        raise images[0]
+    problems = [image for image in images if isinstance(image, Problem)]
+    if len(problems) == len(images):
+        raise _refusal(request, problems, context)
     crops = [face.pixels for image in images if isinstance(image, ReadImage) for face in image.faces]
-    batched = await context.batcher.probabilities(context.served.predictor, _stacked(crops)) if crops else None
+    batched = await context.batcher.probabilities(context.served.predictor, _stacked(crops))
     results = _results(request, images, batched, context)
     timings = Timings(
         decode_ms=_ms(decoded - began),
-        queue_ms=0.0 if batched is None else _ms(batched.queue_s),
-        inference_ms=0.0 if batched is None else _ms(batched.inference_s),
+        queue_ms=_ms(batched.queue_s),
+        inference_ms=_ms(batched.inference_s),
         total_ms=_ms(time.monotonic() - context.since),
     )
     return answer(context.served.model, context.request_id, results, timings)
+
+
+def _refusal(request: PredictRequest, problems: Sequence[Problem], context: Context) -> Problem:
+    """What a request is answered of whose images all have a problem."""
+    if len(problems) == 1:
+        return problems[0]
+    results = [_error(item, problem, context) for item, problem in zip(request.items, problems, strict=True)]
+    return Problem(
+        "no_image_read",
+        f"None of the {len(problems)} images could be answered; the first: {problems[0].detail}",
+        members={"results": results},
+    )
+
+
+def _error(item: Item, problem: Problem, context: Context) -> dict[str, Any]:
+    return error_result(item.id, problem_body(problem, context.path, context.request_id))
 
 
 async def _read(items: Sequence[Item], options: Options, context: Context) -> list[ReadImage | Problem]:
@@ -72,13 +89,13 @@ async def _read_item(item: Item, options: Options, context: Context) -> ReadImag
 
 
 def _results(
-    request: PredictRequest, images: Sequence[ReadImage | Problem], batched: Batched | None, context: Context
+    request: PredictRequest, images: Sequence[ReadImage | Problem], batched: Batched, context: Context
 ) -> list[dict[str, Any]]:
-    faces = iter(() if batched is None else _faces(batched.probabilities, request.options, context))
+    faces = iter(_faces(batched.probabilities, request.options, context))
     results = []
     for item, image in zip(request.items, images, strict=True):
         if isinstance(image, Problem):
-            results.append(error_result(item.id, problem_body(image, context.path, context.request_id)))
+            results.append(_error(item, image, context))
             continue
         found = [face_answer(face, *next(faces)) for face in image.faces]
         results.append(ok_result(item.id, image.width, image.height, found, image.faces_left_out))

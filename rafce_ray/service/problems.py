@@ -197,6 +197,13 @@ PROBLEM_TYPES: Mapping[str, ProblemType] = _types(
         "Send a picture with a frontal face, or faces=aligned for one that is a face already.",
     ),
     (
+        422,
+        "no_image_read",
+        "No image read",
+        "None of the request's images could be answered; results says for each why.",
+        "Correct what the results name.",
+    ),
+    (
         429,
         "busy",
         "Busy",
@@ -228,17 +235,25 @@ PROBLEM_TYPES: Mapping[str, ProblemType] = _types(
 class Problem(Exception):
     """A request, or one image of it, that is refused: a code of ``PROBLEM_TYPES`` and what exactly was found.
 
-    ``hint`` says the remedy better than the type's general one; ``headers`` go into the response (Retry-After).
+    ``hint`` says the remedy better than the type's general one; ``headers`` go into the response (Retry-After), ``members``
+    into its object.
     """
 
     def __init__(
-        self, code: str, detail: str, *, hint: str | None = None, headers: Mapping[str, str] | None = None
+        self,
+        code: str,
+        detail: str,
+        *,
+        hint: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        members: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(code, detail)
         self.type = PROBLEM_TYPES[code]
         self.detail = detail
         self.hint = self.type.hint if hint is None else hint
         self.headers = dict(headers or {})
+        self.members = dict(members or {})
 
     @property
     def code(self) -> str:
@@ -266,12 +281,13 @@ def problem_body(problem: Problem, path: str, request_id: str) -> dict[str, Any]
         "hint": problem.hint,
         "instance": path,
         "request_id": request_id,
+        **problem.members,
     }
 
 
-def problem_response(problem: Problem, scope: MutableMapping[str, Any], **more: Any) -> Response:
-    """The problem, with ``more`` members, as a response to the request of an ASGI ``scope`` that passed the edge."""
-    body = json.dumps(problem_body(problem, scope["path"], scope.get(REQUEST_ID, "")) | more)
+def problem_response(problem: Problem, scope: MutableMapping[str, Any]) -> Response:
+    """The problem as a response to the request of an ASGI ``scope`` that passed the edge."""
+    body = json.dumps(problem_body(problem, scope["path"], scope.get(REQUEST_ID, "")))
     return Response(body.encode(), problem.status, problem.headers, MEDIA_TYPE)
 
 

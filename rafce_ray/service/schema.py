@@ -122,6 +122,12 @@ class Result(Record):
     )
 
 
+class NoImageRead(ProblemDocument):
+    """Problem `no_image_read`: a request of several pictures of which none could be answered."""
+
+    results: tuple[Result, ...] = Field(description="In the order of the request; each has its error.")
+
+
 class Model(Record):
     """The one model that all of an answer is from."""
 

@@ -251,9 +251,9 @@ def _bad_json() -> Iterator[BadInput]:
         "data URI without base64": "data:image/png," + good,
         "data URI without comma": "data:image/png;base64;" + good,
     }.items():
-        yield case(f"base64 with {name}", json.dumps({"images": [{"data": data}]}), "bad_base64", status=200)
-    yield case("data empty", '{"images": [{"data": ""}]}', "empty", status=200)
-    yield case("base64 of text", '{"images": [{"data": "aGVsbG8="}]}', "unsupported_format", status=200)
+        yield case(f"base64 with {name}", json.dumps({"images": [{"data": data}]}), "bad_base64")
+    yield case("data empty", '{"images": [{"data": ""}]}', "empty", status=422)
+    yield case("base64 of text", '{"images": [{"data": "aGVsbG8="}]}', "unsupported_format", status=415)
 
 
 def _bad_forms() -> Iterator[BadInput]:
@@ -285,8 +285,8 @@ def _bad_forms() -> Iterator[BadInput]:
         yield case(f"top_k {text[:9]!r}", multipart(("files", jpeg), ("top_k", text)), "bad_option")
     yield case("1,030 parts", multipart(*[("files", b"")] * 1030), "too_many_images", status=413)
     yield case("100,000 parts", multipart(*[("files", b"")] * 100_000), "too_many_images", status=413)
-    yield case("an empty file", multipart(("files", b"")), "empty", status=200)
-    yield case("two bad files", multipart(("files", b"GIF89a"), ("files", jpeg[:200])), *IMAGE_CODES, status=200)
+    yield case("an empty file", multipart(("files", b"")), "empty", status=422)
+    yield case("two bad files", multipart(("files", b"GIF89a"), ("files", jpeg[:200])), "no_image_read", status=422)
 
 
 def _bad_requests() -> Iterator[BadInput]:
@@ -353,11 +353,11 @@ def mutations(seed: int) -> Iterator[BadInput]:
         if carrier < 2:
             yield _image(label, image, may_succeed=True)
         elif carrier == 2:
-            yield BadInput(f"JSON: {label}", "application/json", json_body(image), frozenset((200,)), IMAGE_CODES, True)
+            yield BadInput(f"JSON: {label}", "application/json", json_body(image), IMAGE_STATUSES, IMAGE_CODES, True)
         else:
             body = damage(chance, multipart(("files", content)))
             codes = IMAGE_CODES | {"malformed_multipart", "missing_key", "unknown_key", "bad_option", "too_many_images"}
-            yield BadInput(f"form: {label}", MULTIPART, body, frozenset((200, 400, 413)), codes, True)
+            yield BadInput(f"form: {label}", MULTIPART, body, IMAGE_STATUSES | {400}, codes, True)
 
 
 def _flipped_bits(chance: random.Random, content: bytes) -> bytes:

@@ -24,7 +24,7 @@ from rafce_ray.service.openapi import openapi_document
 from rafce_ray.service.openapi_examples import ANSWER_EXAMPLE, REQUEST_EXAMPLE
 from rafce_ray.service.problems import PROBLEM_TYPES
 from rafce_ray.service.readiness import FRESH_S
-from rafce_ray.service.schema import PredictAnswer, PredictRequest, ProblemDocument
+from rafce_ray.service.schema import NoImageRead, PredictAnswer, PredictRequest, ProblemDocument
 
 PNG = {"content-type": "image/png"}
 
@@ -37,7 +37,8 @@ def face(faces, encode) -> bytes:
 def problem(response: httpx.Response) -> str:
     """The code of an answer that is a problem, after a look at its form."""
     assert response.headers["content-type"] == "application/problem+json"
-    document = ProblemDocument.model_validate_json(response.content)
+    several = response.json()["type"] == "/problems/no_image_read"
+    document = (NoImageRead if several else ProblemDocument).model_validate_json(response.content)
     assert document.status == response.status_code
     assert document.request_id == response.headers["x-request-id"]
     return document.type.removeprefix("/problems/")
@@ -91,10 +92,11 @@ def probabilities(face: dict) -> list[float]:
 
 
 def test_answers_fit_their_schema(client, face):
+    bad = ("files", ("y.png", b"no picture"))
     requests = [
         client.post("/v1/predict?faces=aligned", content=face, headers=PNG),
         client.post("/v1/predict?faces=aligned&return_distribution=true&top_k=4", content=face, headers=PNG),
-        client.post("/v1/predict", files=[("files", ("x.png", face)), ("files", ("y.png", b"no picture"))]),
+        client.post("/v1/predict", files=[("files", ("x.png", face)), bad], data={"faces": "aligned"}),
     ]
     for response in requests:
         assert response.status_code == 200, response.text
@@ -119,10 +121,14 @@ def test_a_bad_image_fails_nobody_else_and_alone_is_the_response(client, face):
     assert problem(client.post("/v1/predict", content=face, headers=PNG)) == "no_face"
 
 
-def test_images_that_are_all_bad_need_no_model(client):
-    answer = client.post("/v1/predict", files=[("files", ("a.png", b"1")), ("files", ("b.png", b"2"))]).json()
-    assert [one["error"]["type"] for one in answer["results"]] == ["/problems/unsupported_format"] * 2
-    assert (answer["timings"]["queue_ms"], answer["timings"]["inference_ms"]) == (0, 0)
+def test_images_that_are_all_bad_refuse_the_request_and_each_says_why(client, face):
+    answer = client.post("/v1/predict", files=[("files", ("a.png", b"1")), ("files", ("b.png", face[:100]))])
+    assert (answer.status_code, problem(answer)) == (422, "no_image_read")
+    results = answer.json()["results"]
+    assert [one["id"] for one in results] == ["0", "1"]
+    assert [one["error"]["type"] for one in results] == ["/problems/unsupported_format", "/problems/undecodable"]
+    assert problem(client.post("/v1/predict", files={"files": ("a.png", b"1")})) == "unsupported_format"
+    assert problem(client.post("/v1/predict", json={"images": [{"data": "*"}]})) == "bad_base64"
 
 
 @pytest.mark.parametrize(
