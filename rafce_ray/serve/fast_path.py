@@ -75,9 +75,12 @@ def fast_path(folder: Path, *, host: str | None = None, free_ports: bool = True)
         "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(DRAINING_S),
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "rafce_ray.serve.ingress.middlewares",
+        "RAY_SERVE_CONTROLLER_CALLBACK_IMPORT_PATH": "rafce_ray.serve.controller.remember_ingress",
         # The application does nothing slow on the event loop, so a second one would only cost.
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
         "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1000",
+        # Ray's workers run at nice 15: whatever else computes on the machine would come before the requests.
+        "RAY_worker_niceness": "0",
         "RAY_SERVE_LOG_TO_STDERR": "0",
     }
     if host is not None:

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from rafce_ray.taxonomy import RAFCE_EMOTIONS
+
 
 @pytest.fixture(scope="session")
 def serve_bundle(write_bundle: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_bundle(tmp_path_factory.mktemp("bundles") / "bundle")
+    return write_bundle(tmp_path_factory.mktemp("bundles") / "bundle", emotions=tuple(RAFCE_EMOTIONS))
 
 
 @pytest.fixture(scope="session")

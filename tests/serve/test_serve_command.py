@@ -3,6 +3,7 @@
 import http.client
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -11,11 +12,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from matplotlib import cbook
 
 from rafce_ray.bundle import load_bundle
 from rafce_ray.predict import Predictor, load_file, predict_files
 
 pytestmark = pytest.mark.ray
+
+README = Path(__file__).parents[2] / "README.md"
 
 
 def environment() -> dict[str, str]:
@@ -109,6 +113,30 @@ def test_requests_are_taken_on_loopback_alone(served):
     rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
     listening = {row[1].split(":")[0] for row in rows if row[3] == "0A" and int(row[1].split(":")[1], 16) == port}
     assert listening == {"0100007F"}
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="README's examples are for curl, which is not installed")
+def test_the_curl_lines_of_the_readme_answer_as_written(served, tmp_path: Path):
+    """But for the port, which another program may have."""
+    port, _ = served
+    for name in ("photo.jpg", "a.jpg", "b.jpg"):
+        (tmp_path / name).write_bytes(Path(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)).read_bytes())
+    lines = [line for line in README.read_text().splitlines() if line.startswith("curl ")]
+    answers = []
+    for line in lines:
+        command = line.replace("127.0.0.1:8000", f"127.0.0.1:{port}")
+        done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=True)
+        answers.append(json.loads(done.stdout))
+    raw, form, as_json = answers
+    (result,) = raw["results"]
+    assert (result["status"], len(result["faces"])) == ("ok", 1)
+    emotion = result["faces"][0]["emotion"]
+    assert (len(emotion["top"]), len(emotion["distribution"])) == (5, 14)
+    assert [(one["id"], one["status"], one["faces"][0]["alignment"]) for one in form["results"]] == [
+        ("0", "ok", "given"),
+        ("1", "ok", "given"),
+    ]
+    assert [(one["id"], one["status"]) for one in as_json["results"]] == [("a", "ok")]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,153 @@
+"""`serve deploy serve/production.yaml` on a cluster: keys, another version by user_config, and a typo that harms nobody."""
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from http_load import Reply, open_loop, post
+from serving import free_port
+
+from rafce_ray.registry.command import main as bundle_command
+from rafce_ray.serve.fast_path import fast_path
+from rafce_ray.service.keys import new_key
+
+pytestmark = pytest.mark.ray
+
+FILE = Path(__file__).parents[2] / "serve" / "production.yaml"
+PROGRAMS = Path(sys.executable).parent
+START_S = 180
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The environment of a cluster of one machine, started by `ray start` as the file's first lines say."""
+    folder = Path(f"/tmp/r{os.getpid()}")
+    port, dashboard = free_port(), free_port()
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    environment |= fast_path(folder) | {"RAFCE_SERVE_HOST": "127.0.0.1", "RAY_AUTH_MODE": "disabled"}
+    environment |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DASHBOARD_ADDRESS": f"http://127.0.0.1:{dashboard}"}
+    argv = [PROGRAMS / "ray", "start", "--head", "--block", "--num-cpus=4", f"--temp-dir={folder / 'ray'}"]
+    argv += [f"--port={port}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
+    argv += ["--ray-client-server-port", str(free_port()), "--dashboard-agent-listen-port", str(free_port())]
+    head = subprocess.Popen(
+        argv, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    yield environment
+    head.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        head.wait(30)
+    with suppress(ProcessLookupError):
+        os.killpg(head.pid, signal.SIGKILL)
+    head.wait()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def deployed(cluster: dict[str, str], write_bundle: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory):
+    """The production file with places of this machine; ``deploy(changes)`` deploys it again."""
+    folder = tmp_path_factory.mktemp("deployed")
+    for seed, version in enumerate(("first", "second")):
+        bundle = write_bundle(folder / version, seed=seed)
+        assert bundle_command(["add", str(folder / "registry"), str(bundle), "--as", version]) == 0
+    arguments = [str(folder / "registry"), "first", "--engine", "torch", "--force", "--why", "a test"]
+    assert bundle_command(["promote", *arguments]) == 0
+    key = new_key(folder / "keys.json", "test", frozenset(("predict",)))
+    config = yaml.safe_load(FILE.read_text())
+    config["http_options"]["port"] = free_port()
+    (application,) = config["applications"]
+    application["args"] |= {
+        "registry": str(folder / "registry"),
+        "keys_file": str(folder / "keys.json"),
+        "engine": "torch",
+    }
+    (deployment,) = application["deployments"]
+    deployment["autoscaling_config"] |= {"min_replicas": 2, "max_replicas": 2}
+    deployment["ray_actor_options"]["num_cpus"] = 1
+
+    def deploy(**args: Any) -> None:
+        changed = json.loads(json.dumps(config))
+        changed["applications"][0]["deployments"][0]["user_config"] |= args.pop("user_config", {})
+        changed["applications"][0]["args"] |= args
+        (folder / "production.yaml").write_text(yaml.safe_dump(changed))
+        run([PROGRAMS / "serve", "deploy", folder / "production.yaml"], cluster)
+
+    deploy()
+    return config["http_options"]["port"], key, deploy, cluster
+
+
+def run(argv: list[Any], environment: dict[str, str]) -> str:
+    """Output of a command that may have to wait for the cluster's dashboard."""
+    deadline = time.monotonic() + START_S
+    while True:
+        done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=START_S, check=False)
+        if done.returncode == 0 or time.monotonic() > deadline:
+            assert done.returncode == 0, done.stdout + done.stderr
+            return done.stdout
+        time.sleep(1)
+
+
+def wait_for(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + START_S
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.5)
+
+
+def status_of(port: int, path: str, **headers: str) -> int:
+    request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", headers=headers)
+    try:
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            return answer.status
+    except urllib.error.HTTPError as error:
+        return error.code
+    except OSError:
+        return 0
+
+
+def test_the_production_file_serves_changes_its_version_and_survives_a_typo(deployed, photograph: Path):
+    port, key, deploy, cluster = deployed
+    wait_for(lambda: status_of(port, "/readyz") == 200, "the file was deployed, but nothing is ready")
+    image = photograph.read_bytes()
+    bearer = [("Authorization", f"Bearer {key}")]
+    with_key = [post("/v1/predict?faces=aligned", image, "image/png", bearer)]
+    without = [post("/v1/predict?faces=aligned", image, "image/png")]
+    assert {reply.status for reply in asyncio.run(open_loop(port, without, 5, 1))} == {401}
+    assert versions(asyncio.run(open_loop(port, with_key, 5, 1))) == {"first"}
+
+    async def deploy_under_load(**args: Any) -> list[Reply]:
+        deploying = asyncio.create_task(asyncio.to_thread(deploy, **args))
+        replies: list[Reply] = []
+        while not deploying.done() or len(replies) < 150:
+            replies += await open_loop(port, with_key, 10, 1)
+        await deploying
+        return replies
+
+    replies = asyncio.run(deploy_under_load(user_config={"version": "second"}))
+    assert {reply.status for reply in replies} == {200}
+    wait_for(
+        lambda: versions(asyncio.run(open_loop(port, with_key, 5, 1))) == {"second"}, "the version stays the first"
+    )
+
+    replies = asyncio.run(deploy_under_load(engin="torch", user_config={"version": "second"}))
+    assert {reply.status for reply in replies} == {200}
+    wait_for(lambda: "DEPLOY_FAILED" in run([PROGRAMS / "serve", "status"], cluster), "the typo is accepted")
+    assert "did you mean 'engine'" in " ".join(run([PROGRAMS / "serve", "status"], cluster).split())
+    assert versions(asyncio.run(open_loop(port, with_key, 5, 1))) == {"second"}
+
+
+def versions(replies: list[Reply]) -> set[str]:
+    assert {reply.status for reply in replies} == {200}, [reply.body for reply in replies]
+    return {json.loads(reply.body)["model"]["version"] for reply in replies}
