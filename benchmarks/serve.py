@@ -1,6 +1,6 @@
 """The endpoint beside what it could be: requests a second, latency, and CPU milliseconds a request by process.
 
-Sides, all started before the first window and loaded in turn, with the same bundle (resnet18 at 112 px), threads and niceness:
+Sides, all started before the first window and loaded in turn (the others are suspended), with the same bundle (a resnet18), threads and niceness:
   limit     decode and batched forward in one process, without HTTP
   raw       `rafce serve`, an image a request as its body
   form      the same as a multipart form
@@ -22,6 +22,7 @@ import subprocess
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ import psutil
 from http_load import Reply, closed_loop, form, open_loop, post, quantile
 from rich.console import Console
 from rich.table import Table
-from serving import Server, side_command, start_service, start_side, write_faces, write_model
+from serving import Server, keep_the_client_going, side_command, start_service, start_side, write_faces, write_model
 
 from rafce_ray.console import progress_bar
 
@@ -38,17 +39,21 @@ CLIENTS = 32
 BATCH = 32
 ALIGNED = (("faces", "aligned"),)
 JPEG = "image/jpeg"
+WARM_S = 1.5
+Load = Callable[[int, list[bytes]], Awaitable[list[Reply]]]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--windows", type=int, default=5, help="windows of each side, interleaved")
     parser.add_argument("--seconds", type=float, default=8.0, help="of each window")
+    parser.add_argument("--image-px", type=int, default=112, help="side of the network's input: what the model costs")
     parser.add_argument("--engine", default="openvino", help="of all sides but fastapi, which has torch")
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     arguments = parser.parse_args()
+    keep_the_client_going()
     with tempfile.TemporaryDirectory(prefix="serve-benchmark-") as folder, ExitStack() as running:
-        bench = Bench(Path(folder), arguments.engine, arguments.seconds, running)
+        bench = Bench(Path(folder), arguments, running)
         with progress_bar("windows", arguments.windows) as advance:
             for _ in range(arguments.windows):
                 bench.window_of_each()
@@ -63,9 +68,10 @@ def main() -> int:
 class Bench:
     """The servers, and what was measured of each so far."""
 
-    def __init__(self, folder: Path, engine: str, seconds: float, running: ExitStack) -> None:
-        self.seconds, self.engine = seconds, engine
-        bundle, self.faces = str(write_model(folder / "bundle")), write_faces(folder)
+    def __init__(self, folder: Path, arguments: argparse.Namespace, running: ExitStack) -> None:
+        self.seconds, self.engine, self.image_px = arguments.seconds, arguments.engine, arguments.image_px
+        engine = self.engine
+        bundle, self.faces = str(write_model(folder / "bundle", image_px=self.image_px)), write_faces(folder)
         self.limit = subprocess.Popen(
             [*side_command("limit"), bundle, engine, str(folder / "faces")],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True,
@@ -94,22 +100,29 @@ class Bench:
         }
         self.eight = [post("/v1/predict", *form(*self.faces[at : at + 8], options=ALIGNED)) for at in range(0, 32, 8)]
         self.windows: dict[str, list[dict[str, Any]]] = defaultdict(list)
-        for server, requests in self.sides.values():
-            asyncio.run(closed_loop(server.port, requests, CLIENTS, 2.0))
+        for server, _ in self.sides.values():
+            server.pause()
 
     def window_of_each(self) -> None:
         """One window of every side, in turn."""
         self.windows["limit"].append(self.ask_limit(BATCH))
-        for name, (server, requests) in self.sides.items():
-            self.windows[name].append(
-                measured(server, lambda s=server, r=requests: closed_loop(s.port, r, CLIENTS, self.seconds))
-            )
-        ours, raw = self.sides["raw"]
-        self.windows["single"].append(measured(ours, lambda: closed_loop(ours.port, raw, 1, self.seconds / 2)))
+        for name in self.sides:
+            self.window(name, name, lambda port, requests: closed_loop(port, requests, CLIENTS, self.seconds))
+        self.window("single", "raw", lambda port, requests: closed_loop(port, requests, 1, self.seconds))
         half = self.windows["raw"][-1]["per_s"] / 2
-        self.windows["half"].append(measured(ours, lambda: open_loop(ours.port, raw, half, self.seconds)))
-        self.windows["eight"].append(measured(ours, lambda: closed_loop(ours.port, self.eight, 1, self.seconds / 2)))
+        self.window("half", "raw", lambda port, requests: open_loop(port, requests, half, self.seconds))
+        self.window("eight", "raw", lambda port, _: closed_loop(port, self.eight, 1, self.seconds))
         self.windows["limit of eight"].append(self.ask_limit(8))
+
+    def window(self, name: str, side: str, load: Load) -> None:
+        """One window of a side, which alone runs, after a second of warming up."""
+        server, requests = self.sides[side]
+        server.resume()
+        try:
+            asyncio.run(closed_loop(server.port, requests, CLIENTS, WARM_S))
+            self.windows[name].append(measured(server, lambda: load(server.port, requests)))
+        finally:
+            server.pause()
 
     def ask_limit(self, batch: int) -> dict[str, Any]:
         self.limit.stdin.write(f"{batch} {self.seconds}\n")
@@ -137,7 +150,7 @@ class Bench:
         return {
             "machine": f"{psutil.cpu_count()} CPU cores",
             "payload": f"JPEG faces of 112 px, {statistics.mean(map(len, self.faces)) / 1000:.1f} kB",
-            "model": "resnet18 at 112 px",
+            "model": f"resnet18 at {self.image_px} px",
             "engine": self.engine,
             "windows": len(self.windows["raw"]),
             "seconds": self.seconds,
@@ -146,10 +159,10 @@ class Bench:
         }
 
 
-def measured(server: Server, load: Any) -> dict[str, Any]:
+def measured(server: Server, load: Callable[[], Awaitable[list[Reply]]]) -> dict[str, Any]:
     """One window: requests a second, quantiles, failures, and CPU milliseconds a request by part of the server."""
     before, client, began = server.cpu_s(), time.process_time(), time.monotonic()
-    replies: list[Reply] = asyncio.run(load())
+    replies = asyncio.run(load())
     took, client = time.monotonic() - began, time.process_time() - client
     after = server.cpu_s()
     good = [reply for reply in replies if reply.status == 200]

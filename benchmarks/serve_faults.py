@@ -34,8 +34,7 @@ import numpy as np
 import psutil
 from http_load import Connection, Reply, closed_loop, open_loop, post, quantile
 from rich.console import Console
-from serving import Server, free_port, start_service, write_faces, write_model
-from serving_sides import predictor_of
+from serving import Server, free_port, keep_the_client_going, predictor_of, start_service, write_faces, write_model
 
 from rafce_ray.decode import decode_face
 from rafce_ray.registry.command import main as bundle_command
@@ -58,6 +57,7 @@ def main() -> int:
         "--out", type=Path, help="write the figures as JSON; parts that are not measured now stay as they are there"
     )
     arguments = parser.parse_args()
+    keep_the_client_going()
     with tempfile.TemporaryDirectory(prefix="serve-faults-") as folder:
         material = Material(Path(folder))
         for part in arguments.parts:
@@ -163,13 +163,13 @@ async def send_bad_beside_valid(
         while not done.is_set():
             valid.extend(await open_loop(server.port, requests, rate, 2))
 
-    async def send_bad() -> tuple[list[str], float]:
+    async def send_all_bad() -> tuple[list[str], float]:
         try:
             return await send_bad(server, corpus, inputs)
         finally:
             done.set()
 
-    found, _ = await asyncio.gather(send_bad(), send_valid())
+    found, _ = await asyncio.gather(send_all_bad(), send_valid())
     return found, valid
 
 
@@ -254,9 +254,7 @@ def kill(material: Material, arguments: argparse.Namespace) -> dict[str, Any]:
             await asyncio.sleep(10)
             found["killed"] = time.monotonic()
             os.kill(victim, signal.SIGKILL)
-            while len(server.pids("replica")) > 1:
-                await asyncio.sleep(POLL_S)
-            while await asyncio.to_thread(num_up, stats) < 2:
+            while not await asyncio.to_thread(has_two_again, server, victim, stats):
                 await asyncio.sleep(POLL_S)
             found["again"] = time.monotonic()
 
@@ -280,12 +278,18 @@ def kill(material: Material, arguments: argparse.Namespace) -> dict[str, Any]:
         server.stop()
 
 
+def has_two_again(server: Server, victim: int, stats: int) -> bool:
+    """Whether another process is in the killed one's place, and HAProxy's own checks find two replicas up."""
+    processes = server.pids("replica")
+    return victim not in processes and len(processes) == 2 and num_up(stats) == 2
+
+
 def num_up(stats: int) -> int:
     """Replicas that HAProxy's own checks find up."""
     with urllib.request.urlopen(f"http://127.0.0.1:{stats}/stats;csv", timeout=5) as answer:
         rows = list(csv.DictReader(answer.read().decode().removeprefix("# ").splitlines()))
-    services = [row for row in rows if row["svname"] not in ("FRONTEND", "BACKEND") and "rafce" in row["pxname"]]
-    return sum(row["status"] == "UP" and row["check_status"] in ("L7OK", "L4OK") for row in services)
+    servers = [row for row in rows if row["svname"] not in ("FRONTEND", "BACKEND") and row["bck"] == "0"]
+    return sum(row["status"] == "UP" for row in servers)
 
 
 def overload(material: Material, arguments: argparse.Namespace) -> dict[str, Any]:

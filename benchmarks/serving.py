@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import select
@@ -21,29 +22,38 @@ import psutil
 import torch
 from PIL import Image
 
-from rafce_ray.bundle import save_bundle
+from rafce_ray.bundle import load_bundle, save_bundle
 from rafce_ray.calibration import Calibration
 from rafce_ray.data.synthetic import synthesize
+from rafce_ray.hardware import choose_device
+from rafce_ray.inference.build import build_engine
 from rafce_ray.model import Architecture, build_model
+from rafce_ray.predict import Predictor
 from rafce_ray.preprocess import Preprocessing
 from rafce_ray.taxonomy import RAFCE_EMOTIONS, SEED18, make_taxonomy
 
-IMAGE_PX = 112
+STORED_PX = 112
 START_S = 180
 
 
-def write_model(folder: Path, seed: int = 0) -> Path:
-    """A resnet18 at 112 px with 14 emotions and 18 action units, of random weights."""
+def keep_the_client_going() -> None:
+    """Keep Python from looking for garbage among all that was imported: it would stop the client, and the server would seem slow."""
+    gc.collect()
+    gc.freeze()
+
+
+def write_model(folder: Path, seed: int = 0, image_px: int = 112) -> Path:
+    """A resnet18 for faces stored at 112 px, with 14 emotions and 18 action units, of random weights."""
     torch.manual_seed(seed)
     taxonomy = make_taxonomy(tuple(RAFCE_EMOTIONS), SEED18)
     sizes = (taxonomy.num_emotions, taxonomy.num_action_units)
-    architecture = Architecture("resnet18", IMAGE_PX, *sizes, components=(None,) * sizes[0])
+    architecture = Architecture("resnet18", image_px, *sizes, components=(None,) * sizes[0])
     save_bundle(
         folder,
         model=build_model(architecture),
         architecture=architecture,
         taxonomy=taxonomy,
-        preprocessing=Preprocessing(IMAGE_PX, IMAGE_PX),
+        preprocessing=Preprocessing(STORED_PX, image_px),
         calibration=Calibration(1.0, (0.5,) * taxonomy.num_action_units),
         association=None,
         metrics={},
@@ -60,10 +70,17 @@ def write_faces(folder: Path, number: int = 32) -> list[bytes]:
     found = []
     for path in sorted((folder / "drawn" / "aligned").iterdir())[:number]:
         stream = io.BytesIO()
-        Image.open(path).convert("RGB").resize((IMAGE_PX, IMAGE_PX)).save(stream, "JPEG", quality=93)
+        Image.open(path).convert("RGB").resize((STORED_PX, STORED_PX)).save(stream, "JPEG", quality=93)
         found.append(stream.getvalue())
         (folder / "faces" / path.name).write_bytes(found[-1])
     return found
+
+
+def predictor_of(bundle: str, engine: str) -> Predictor:
+    """The bundle with the engine that ``rafce serve`` would give it."""
+    found = load_bundle(bundle)
+    threads = len(os.sched_getaffinity(0))
+    return Predictor(found, engine=build_engine(found, engine, choose_device("auto"), threads, "auto")[0])
 
 
 @dataclass
@@ -95,13 +112,29 @@ class Server:
         """Processes of one part."""
         return [process.pid for process, other in self.parts() if other == part]
 
+    def pause(self) -> None:
+        """Let none of its processes run until :meth:`resume`: idle servers take a twentieth of a core each."""
+        for process, _ in self.parts():
+            with suppress(psutil.Error):
+                process.suspend()
+
+    def resume(self) -> None:
+        """Go on after :meth:`pause`."""
+        for process, _ in reversed(self.parts()):
+            with suppress(psutil.Error):
+                process.resume()
+
     def stop(self) -> None:
         """End it as Ctrl-C does."""
+        self.resume()
         self.process.send_signal(signal.SIGINT)
         try:
             self.process.wait(60)
         except subprocess.TimeoutExpired:
             os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+        if self.process.stdout is not None:
+            self.process.stdout.close()
 
 
 PARTS = (

@@ -5,7 +5,6 @@ Run by ``serve.py``: python benchmarks/serving_sides.py litserve|fastapi|limit B
 
 from __future__ import annotations
 
-import os
 import statistics
 import sys
 import threading
@@ -14,56 +13,52 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
+import litserve
 import numpy as np
+import uvicorn
+from fastapi import FastAPI, UploadFile
+from serving import predictor_of
 
-from rafce_ray.bundle import load_bundle
 from rafce_ray.decode import decode_face
-from rafce_ray.hardware import choose_device
-from rafce_ray.inference.build import build_engine
-from rafce_ray.predict import Predictor
 
 BATCH = 32
 WAIT_S = 0.005
 
 
-def predictor_of(bundle: str, engine: str) -> Predictor:
-    found = load_bundle(bundle)
-    threads = len(os.sched_getaffinity(0))
-    return Predictor(found, engine=build_engine(found, engine, choose_device("auto"), threads, "auto")[0])
+class FaceApi(litserve.LitAPI):
+    """Decoder, engine and answers of the project behind LitServe, whose worker process makes a copy of this."""
+
+    def __init__(self, bundle: str, engine: str) -> None:
+        super().__init__(max_batch_size=BATCH, batch_timeout=WAIT_S)
+        self.source = bundle, engine
+
+    def setup(self, device: str) -> None:
+        self.predictor = predictor_of(*self.source)
+        self.px = self.predictor.bundle.preprocessing.stored_px
+        self.predictor.predict(np.zeros((BATCH, self.px, self.px, 3), np.uint8))
+
+    def decode_request(self, request) -> np.ndarray:
+        return decode_face(request["files"].file.read(), self.px)
+
+    def batch(self, inputs: list[np.ndarray]) -> np.ndarray:
+        return np.stack(inputs)
+
+    def predict(self, batch: np.ndarray) -> list:
+        return self.predictor.predict(batch)
+
+    def unbatch(self, output: list) -> list:
+        return output
+
+    def encode_response(self, output) -> dict:
+        return asdict(output)
 
 
-def litserve(bundle: str, engine: str, port: int) -> None:
-    import litserve as ls
-
-    class FaceApi(ls.LitAPI):
-        def setup(self, device: str) -> None:
-            self.predictor = predictor_of(bundle, engine)
-            self.px = self.predictor.bundle.preprocessing.stored_px
-            self.predictor.predict(np.zeros((BATCH, self.px, self.px, 3), np.uint8))
-
-        def decode_request(self, request) -> np.ndarray:
-            return decode_face(request["files"].file.read(), self.px)
-
-        def batch(self, inputs: list[np.ndarray]) -> np.ndarray:
-            return np.stack(inputs)
-
-        def predict(self, batch: np.ndarray) -> list:
-            return self.predictor.predict(batch)
-
-        def unbatch(self, output: list) -> list:
-            return output
-
-        def encode_response(self, output) -> dict:
-            return asdict(output)
-
-    server = ls.LitServer(FaceApi(max_batch_size=BATCH, batch_timeout=WAIT_S), accelerator="cpu")
+def serve_litserve(bundle: str, engine: str, port: int) -> None:
+    server = litserve.LitServer(FaceApi(bundle, engine), accelerator="cpu")
     server.run(host="127.0.0.1", port=port, generate_client_file=False, log_level="error", access_log=False)
 
 
-def fastapi(bundle: str, engine: str, port: int) -> None:
-    import uvicorn
-    from fastapi import FastAPI, UploadFile
-
+def serve_fastapi(bundle: str, engine: str, port: int) -> None:
     predictor, app, one_at_a_time = predictor_of(bundle, engine), FastAPI(), threading.Lock()
     px = predictor.bundle.preprocessing.stored_px
 
@@ -74,7 +69,6 @@ def fastapi(bundle: str, engine: str, port: int) -> None:
             (found,) = predictor.predict(pixels[None])
         return asdict(found)
 
-    # Annotations of this module are strings, which FastAPI looks up in it.
     uvicorn.run(app, host="127.0.0.1", port=port, log_level="error", access_log=False)
 
 
@@ -115,4 +109,4 @@ if __name__ == "__main__":
     if side == "limit":
         limit(*rest)
     else:
-        {"litserve": litserve, "fastapi": fastapi}[side](rest[0], rest[1], int(rest[2]))
+        {"litserve": serve_litserve, "fastapi": serve_fastapi}[side](rest[0], rest[1], int(rest[2]))

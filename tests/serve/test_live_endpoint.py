@@ -102,10 +102,10 @@ def test_another_version_becomes_live_without_a_lost_or_a_mixed_answer(server, r
     async def under_load() -> list[Reply]:
         switch = asyncio.create_task(asyncio.to_thread(promote, registry, "second"))
         replies, seen = [], 0
+        # Each of the two replicas looks for itself.
         while seen < 3:
             latest = await open_loop(server.port, requests, RATE, 2)
             replies += latest
-            # Each of the two replicas looks for itself.
             seen = seen + 1 if switch.done() and {"second"} == set(versions_of(latest, expected)) else 0
         await switch
         return replies
@@ -122,11 +122,10 @@ def test_a_killed_replica_costs_its_requests_in_flight_at_most_and_comes_again(s
         replies = await open_loop(server.port, requests, RATE, 2)
         killed = time.monotonic()
         os.kill(victim, signal.SIGKILL)
-        while victim in server.pids("replica") or await asyncio.to_thread(serve_faults.num_up, stats_port) < 2:
+        while not await asyncio.to_thread(serve_faults.has_two_again, server, victim, stats_port):
             replies += await open_loop(server.port, requests, RATE, 1)
         return replies + await open_loop(server.port, requests, RATE, 2), killed
 
     replies, killed = asyncio.run(asyncio.wait_for(under_load(), 180))
     failed = [reply for reply in replies if reply.status != 200]
-    assert all(reply.due <= killed <= reply.due + reply.seconds for reply in failed), failed
-    assert len(server.pids("replica")) == 2
+    assert all(reply.due <= killed <= reply.due + reply.seconds for reply in failed), (killed, failed)
