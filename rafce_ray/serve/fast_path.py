@@ -69,6 +69,10 @@ def fast_path(folder: Path, *, host: str | None = None, free_ports: bool = True)
         # Silence, not duration: the service has its own deadlines, shorter than these.
         "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "30",
         "RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S": "60",
+        # A prediction changes nothing: one whose replica died before it answered is asked of another, once, so that a request
+        # that is deadly by itself takes two replicas at most.
+        "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
+        "RAY_SERVE_HAPROXY_RETRIES": "1",
         # A proxy that is not ready after three times Ray's 5 s is killed, even where the machine is only busy.
         "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
         # Parsing HAProxy's log in Python costs 0.14 ms a request; replicas count requests all the same.
