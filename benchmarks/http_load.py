@@ -54,7 +54,6 @@ class Connection(asyncio.Protocol):
         self._parser: httptools.HttpResponseParser | None = None
         self._answer: asyncio.Future[int] | None = None
         self._body = bytearray()
-        self._keep = True
 
     async def ask(self, request: bytes, due: float) -> Reply:
         """Send it and wait for its answer; whatever goes wrong on the way is a reply with status 0."""

@@ -31,12 +31,20 @@ import psutil
 from http_load import Reply, closed_loop, form, open_loop, post, quantile
 from rich.console import Console
 from rich.table import Table
-from serving import Server, keep_the_client_going, side_command, start_service, start_side, write_faces, write_model
+from serving import (
+    BATCH,
+    CLIENTS,
+    Server,
+    keep_the_client_going,
+    side_command,
+    start_service,
+    start_side,
+    write_faces,
+    write_model,
+)
 
 from rafce_ray.console import progress_bar
 
-CLIENTS = 32
-BATCH = 32
 ALIGNED = (("faces", "aligned"),)
 JPEG = "image/jpeg"
 WARM_S = 1.5
@@ -69,8 +77,8 @@ class Bench:
     """The servers, and what was measured of each so far."""
 
     def __init__(self, folder: Path, arguments: argparse.Namespace, running: ExitStack) -> None:
-        self.seconds, self.engine, self.image_px = arguments.seconds, arguments.engine, arguments.image_px
-        engine = self.engine
+        self.seconds, self.image_px = arguments.seconds, arguments.image_px
+        self.engine = engine = arguments.engine
         bundle, self.faces = str(write_model(folder / "bundle", image_px=self.image_px)), write_faces(folder)
         self.limit = subprocess.Popen(
             [*side_command("limit"), bundle, engine, str(folder / "faces")],
@@ -88,9 +96,8 @@ class Bench:
         running.callback(fastapi.stop)
         assert self.limit.stdout.readline() == "ready\n"
         raw = [post("/v1/predict?faces=aligned", face, JPEG) for face in self.faces]
-        forms = [form(face) for face in self.faces]
         ours_form = [post("/v1/predict", *form(face, options=ALIGNED)) for face in self.faces]
-        theirs = [post("/predict", *one) for one in forms]
+        theirs = [post("/predict", *form(face)) for face in self.faces]
         self.sides: dict[str, tuple[Server, list[bytes]]] = {
             "raw": (ours, raw),
             "form": (ours, ours_form),
@@ -115,7 +122,7 @@ class Bench:
         self.windows["limit of eight"].append(self.ask_limit(8))
 
     def window(self, name: str, side: str, load: Load) -> None:
-        """One window of a side, which alone runs, after a second of warming up."""
+        """One window of a side, which alone runs, after some warming up."""
         server, requests = self.sides[side]
         server.resume()
         try:

@@ -21,12 +21,12 @@ import os
 import random
 import signal
 import statistics
-import sys
 import tempfile
 import time
 import urllib.request
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +34,22 @@ import numpy as np
 import psutil
 from http_load import Connection, Reply, closed_loop, open_loop, post, quantile
 from rich.console import Console
-from serving import Server, free_port, keep_the_client_going, predictor_of, start_service, write_faces, write_model
+from serving import (
+    CLIENTS,
+    Server,
+    free_port,
+    keep_the_client_going,
+    predictor_of,
+    start_service,
+    write_faces,
+    write_model,
+)
 
 from rafce_ray.decode import decode_face
 from rafce_ray.registry.command import main as bundle_command
 from rafce_ray.service.keys import new_key
 
 ENGINE = "openvino"
-CLIENTS = 32
 NUM_BAD = 10_000
 TOLERANCE = 1e-6
 POLL_S = 0.2
@@ -115,8 +123,6 @@ def read_corpus() -> Any:
     file = Path(__file__).parents[1] / "tests" / "service" / "bad_inputs.py"
     spec = importlib.util.spec_from_file_location("bad_inputs", file)
     corpus = importlib.util.module_from_spec(spec)
-    # Its records look themselves up there.
-    sys.modules["bad_inputs"] = corpus
     spec.loader.exec_module(corpus)
     return corpus
 
@@ -127,7 +133,8 @@ def bad_inputs(material: Material, arguments: argparse.Namespace) -> dict[str, A
     try:
         rate = capacity(server, material.requests) / 3
         inputs = list(corpus.bad_inputs(arguments.bad))
-        faults, slowest = asyncio.run(send_bad(server, corpus, random.Random(0).sample(inputs, min(500, len(inputs)))))
+        # What the first of each kind leaves in memory is no growth.
+        asyncio.run(send_bad(server, corpus, random.Random(0).sample(inputs, min(500, len(inputs)))))
         alone = asyncio.run(open_loop(server.port, material.requests, rate, 20))
         memory, processes = memory_mb(server), sorted(server.pids("replica"))
         began = time.monotonic()
@@ -300,7 +307,7 @@ def overload(material: Material, arguments: argparse.Namespace) -> dict[str, Any
             reply.seconds for reply in asyncio.run(closed_loop(server.port, material.requests, 1, 5))
         )
         replies = asyncio.run(open_loop(server.port, material.requests, 3 * most, arguments.seconds))
-        ended, recovered = time.monotonic(), 0.0
+        ended = time.monotonic()
 
         async def until_calm() -> None:
             connection, row = Connection(server.port), 0
@@ -367,10 +374,8 @@ def memory_mb(server: Server) -> dict[str, float]:
     """Memory of a part's own (USS), MB; what has ended meanwhile is left out."""
     found: dict[str, float] = defaultdict(float)
     for process, part in server.parts():
-        try:
+        with suppress(psutil.Error):
             found[part] += process.memory_full_info().uss / 1e6
-        except psutil.Error:
-            continue
     return dict(found)
 
 

@@ -33,6 +33,8 @@ from rafce_ray.preprocess import Preprocessing
 from rafce_ray.taxonomy import RAFCE_EMOTIONS, SEED18, make_taxonomy
 
 STORED_PX = 112
+CLIENTS = 32
+BATCH = 32
 START_S = 180
 
 
@@ -138,7 +140,7 @@ class Server:
 
 
 PARTS = (
-    ("haproxy-", "proxy"),
+    ("bin/haproxy", "proxy"),
     ("ray::ServeReplica", "replica"),
     ("ray::ServeController", "controller"),
     ("ray::ProxyActor", "Ray's proxy actor"),

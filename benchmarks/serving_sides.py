@@ -1,6 +1,6 @@
 """What ``serve.py`` compares with: the same bundle behind LitServe, behind FastAPI one request at a time, and without any HTTP.
 
-Run by ``serve.py``: python benchmarks/serving_sides.py litserve|fastapi|limit BUNDLE ENGINE PORT [FACES]
+Run by ``serve.py``: python benchmarks/serving_sides.py litserve|fastapi BUNDLE ENGINE PORT, or limit BUNDLE ENGINE FACES
 """
 
 from __future__ import annotations
@@ -17,11 +17,10 @@ import litserve
 import numpy as np
 import uvicorn
 from fastapi import FastAPI, UploadFile
-from serving import predictor_of
+from serving import BATCH, predictor_of
 
 from rafce_ray.decode import decode_face
 
-BATCH = 32
 WAIT_S = 0.005
 
 

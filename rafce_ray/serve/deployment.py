@@ -63,7 +63,7 @@ class FaceService:
             )
         self._service = app.Service(config)
         self._configured = False
-        # What was imported and loaded stays: looking through it again for garbage stops all requests for 0.1 s.
+        # What was imported and loaded stays: looking through it again for garbage stops all requests for 0.3 s.
         gc.collect()
         gc.freeze()
 

@@ -70,7 +70,7 @@ def fast_path(folder: Path, *, host: str | None = None, free_ports: bool = True)
         "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "30",
         "RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S": "60",
         # A prediction changes nothing: one whose replica died before it answered is asked of another, once, so that a request
-        # that is deadly by itself takes two replicas at most.
+        # that is deadly by itself takes two replicas at most. Changes are not asked again (haproxy.NO_RETRY).
         "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
         "RAY_SERVE_HAPROXY_RETRIES": "1",
         # A proxy that is not ready after three times Ray's 5 s is killed, even where the machine is only busy.

@@ -17,6 +17,9 @@ HOST = "RAFCE_SERVE_HOST"
 PEER = "x-forwarded-for"
 """The header in which a replica is told the client's address; what a client sends in it is overwritten."""
 
+NO_RETRY = "http-request disable-l7-retry if { path_beg /v1/admin }"
+"""A change may have been made by the replica that died before it said so: made again, a rollback would go back twice."""
+
 TIMEOUTS = ("http-request 10s", "check 10s")
 """Of a request's headers; and of the answer to a health check, by default its period: a replica that is merely busy is not down."""
 
@@ -58,7 +61,7 @@ def mended(config: str, *, host: str | None, answers: Path) -> str:
             case ["bind", address] if section == "frontend http_frontend":
                 parts.append((section, "bind"))
                 where = address if host is None else f"{host}:{_port(address)}"
-                lines += [f"    bind {where}", f"    http-request set-header {PEER} %[src]"]
+                lines += [f"    bind {where}", f"    http-request set-header {PEER} %[src]", f"    {NO_RETRY}"]
             case ["bind", address, *_]:
                 parts.append((section, "bind"))
                 lines.append(f"    bind 127.0.0.1:{_port(address)}")

@@ -5,7 +5,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,28 +17,11 @@ from serving import Server, free_port, start_service
 from rafce_ray.bundle import load_bundle
 from rafce_ray.decode import decode_face
 from rafce_ray.predict import Predictor
-from rafce_ray.registry.command import main as bundle_command
 
 pytestmark = pytest.mark.ray
 
 RATE = 10
 VERSIONS = ("first", "second")
-
-
-@pytest.fixture(scope="module")
-def registry(write_bundle: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two versions of other weights, the first of them live."""
-    folder = tmp_path_factory.mktemp("live")
-    for seed, version in enumerate(VERSIONS):
-        bundle = write_bundle(folder / version, seed=seed)
-        assert bundle_command(["add", str(folder / "registry"), str(bundle), "--as", version]) == 0
-    promote(folder / "registry", "first")
-    return folder / "registry"
-
-
-def promote(registry: Path, version: str) -> None:
-    arguments = [str(registry), version, "--engine", "torch", "--force", "--why", "a test"]
-    assert bundle_command(["promote", *arguments]) == 0
 
 
 @pytest.fixture(scope="module")
@@ -98,9 +81,9 @@ def test_bad_inputs_get_their_documented_answers_and_harm_nobody(server, request
     assert server.pids("replica") == replicas
 
 
-def test_another_version_becomes_live_without_a_lost_or_a_mixed_answer(server, registry, requests, expected):
+def test_another_version_becomes_live_without_a_lost_or_a_mixed_answer(server, registry, make_live, requests, expected):
     async def under_load() -> list[Reply]:
-        switch = asyncio.create_task(asyncio.to_thread(promote, registry, "second"))
+        switch = asyncio.create_task(asyncio.to_thread(make_live, registry, "second"))
         replies, seen = [], 0
         # Each of the two replicas looks for itself.
         while seen < 3:

@@ -20,7 +20,6 @@ import yaml
 from http_load import Reply, open_loop, post
 from serving import free_port
 
-from rafce_ray.registry.command import main as bundle_command
 from rafce_ray.serve.fast_path import fast_path
 from rafce_ray.service.keys import new_key
 
@@ -56,20 +55,15 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
 
 
 @pytest.fixture(scope="module")
-def deployed(cluster: dict[str, str], write_bundle: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory):
-    """The production file with places of this machine; ``deploy(changes)`` deploys it again."""
+def deployed(cluster: dict[str, str], registry: Path, tmp_path_factory: pytest.TempPathFactory):
+    """The production file with places of this machine: its port, a key, and ``deploy(changes)``, which deploys it again."""
     folder = tmp_path_factory.mktemp("deployed")
-    for seed, version in enumerate(("first", "second")):
-        bundle = write_bundle(folder / version, seed=seed)
-        assert bundle_command(["add", str(folder / "registry"), str(bundle), "--as", version]) == 0
-    arguments = [str(folder / "registry"), "first", "--engine", "torch", "--force", "--why", "a test"]
-    assert bundle_command(["promote", *arguments]) == 0
     key = new_key(folder / "keys.json", "test", frozenset(("predict",)))
     config = yaml.safe_load(FILE.read_text())
     config["http_options"]["port"] = free_port()
     (application,) = config["applications"]
     application["args"] |= {
-        "registry": str(folder / "registry"),
+        "registry": str(registry),
         "keys_file": str(folder / "keys.json"),
         "engine": "torch",
     }
@@ -77,15 +71,14 @@ def deployed(cluster: dict[str, str], write_bundle: Callable[..., Path], tmp_pat
     deployment["autoscaling_config"] |= {"min_replicas": 2, "max_replicas": 2}
     deployment["ray_actor_options"]["num_cpus"] = 1
 
-    def deploy(**args: Any) -> None:
-        changed = json.loads(json.dumps(config))
-        changed["applications"][0]["deployments"][0]["user_config"] |= args.pop("user_config", {})
-        changed["applications"][0]["args"] |= args
-        (folder / "production.yaml").write_text(yaml.safe_dump(changed))
+    def deploy(version: str = "", **args: str) -> None:
+        deployment["user_config"]["version"] = version
+        application["args"] |= args
+        (folder / "production.yaml").write_text(yaml.safe_dump(config))
         run([PROGRAMS / "serve", "deploy", folder / "production.yaml"], cluster)
 
     deploy()
-    return config["http_options"]["port"], key, deploy, cluster
+    return config["http_options"]["port"], key, deploy
 
 
 def run(argv: list[Any], environment: dict[str, str]) -> str:
@@ -106,10 +99,9 @@ def wait_for(condition: Callable[[], bool], what: str) -> None:
         time.sleep(0.5)
 
 
-def status_of(port: int, path: str, **headers: str) -> int:
-    request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", headers=headers)
+def status_of(port: int, path: str) -> int:
     try:
-        with urllib.request.urlopen(request, timeout=10) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=10) as answer:
             return answer.status
     except urllib.error.HTTPError as error:
         return error.code
@@ -117,8 +109,8 @@ def status_of(port: int, path: str, **headers: str) -> int:
         return 0
 
 
-def test_the_production_file_serves_changes_its_version_and_survives_a_typo(deployed, photograph: Path):
-    port, key, deploy, cluster = deployed
+def test_the_production_file_serves_changes_its_version_and_survives_a_typo(deployed, cluster, photograph: Path):
+    port, key, deploy = deployed
     wait_for(lambda: status_of(port, "/readyz") == 200, "the file was deployed, but nothing is ready")
     image = photograph.read_bytes()
     bearer = [("Authorization", f"Bearer {key}")]
@@ -127,7 +119,7 @@ def test_the_production_file_serves_changes_its_version_and_survives_a_typo(depl
     assert {reply.status for reply in asyncio.run(open_loop(port, without, 5, 1))} == {401}
     assert versions(asyncio.run(open_loop(port, with_key, 5, 1))) == {"first"}
 
-    async def deploy_under_load(**args: Any) -> list[Reply]:
+    async def deploy_under_load(**args: str) -> list[Reply]:
         deploying = asyncio.create_task(asyncio.to_thread(deploy, **args))
         replies: list[Reply] = []
         while not deploying.done() or len(replies) < 150:
@@ -135,13 +127,13 @@ def test_the_production_file_serves_changes_its_version_and_survives_a_typo(depl
         await deploying
         return replies
 
-    replies = asyncio.run(deploy_under_load(user_config={"version": "second"}))
+    replies = asyncio.run(deploy_under_load(version="second"))
     assert {reply.status for reply in replies} == {200}
     wait_for(
         lambda: versions(asyncio.run(open_loop(port, with_key, 5, 1))) == {"second"}, "the version stays the first"
     )
 
-    replies = asyncio.run(deploy_under_load(engin="torch", user_config={"version": "second"}))
+    replies = asyncio.run(deploy_under_load(version="second", engin="torch"))
     assert {reply.status for reply in replies} == {200}
     wait_for(lambda: "DEPLOY_FAILED" in run([PROGRAMS / "serve", "status"], cluster), "the typo is accepted")
     assert "did you mean 'engine'" in " ".join(run([PROGRAMS / "serve", "status"], cluster).split())

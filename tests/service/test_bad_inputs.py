@@ -1,17 +1,16 @@
 """The corpus of bad requests through the whole application."""
 
 import asyncio
-import importlib.util
 import json
 import logging
 import time
 from collections.abc import Callable
 from itertools import islice
-from pathlib import Path
 from types import ModuleType
 
 import httpx
 import pytest
+from serve_faults import read_corpus
 from starlette.types import ASGIApp
 
 from rafce_ray.service.app import Service, build_app
@@ -19,10 +18,7 @@ from rafce_ray.service.app import Service, build_app
 
 @pytest.fixture(scope="module")
 def corpus() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("bad_inputs", Path(__file__).with_name("bad_inputs.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return read_corpus()
 
 
 @pytest.fixture(scope="module")
