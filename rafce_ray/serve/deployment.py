@@ -6,11 +6,13 @@ import asyncio
 import gc
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ray import serve
 from ray.serve._private.constants import RAY_SERVE_ENABLE_HA_PROXY, RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH
+from ray.serve._private.logging_utils import get_serve_logs_dir
 from ray.serve.schema import LoggingConfig
 from starlette.types import ASGIApp
 
@@ -55,7 +57,8 @@ class FaceService:
 
     def __init__(self, config: ServiceConfig) -> None:
         """Load and verify the model. RafceError where it may not be served."""
-        log_as_json()
+        # Standard error is Serve's log, in which a line costs as much as all else that a request does on the event loop.
+        log_as_json(file=log_file())
         if not RAY_SERVE_ENABLE_HA_PROXY or not RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH:
             log.warning(
                 "requests come through Ray Serve's Python proxy, ten times slower and steered by clients' headers: "
@@ -98,6 +101,12 @@ class FaceService:
         service = getattr(self, "_service", None)
         if service is not None:
             service.close()
+
+
+def log_file() -> Path:
+    """Where this replica writes its log: beside Serve's own, where the dashboard and whoever collects logs find it."""
+    context = serve.get_replica_context()
+    return Path(get_serve_logs_dir()) / f"service_{context.deployment}_{context.replica_id.unique_id}.log"
 
 
 def build_app(args: dict[str, Any]) -> serve.Application:

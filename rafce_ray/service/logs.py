@@ -6,6 +6,8 @@ import logging
 import sys
 import traceback
 from datetime import UTC, datetime
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
 from typing import Any, TextIO
 
 import orjson
@@ -13,6 +15,10 @@ import orjson
 LOGGER = "rafce_ray.service"
 MAX_MESSAGE = 200
 """Characters of an exception's message that are logged: enough to tell what it is, too few for an image."""
+
+MAX_FILE_BYTES = 2**26
+FILES_KEPT = 4
+"""Earlier log files beside the one that is written."""
 
 
 class JsonLines(logging.Formatter):
@@ -37,11 +43,28 @@ class JsonLines(logging.Formatter):
         return orjson.dumps(line, default=str).decode()
 
 
-def log_as_json(stream: TextIO | None = None, level: int = logging.INFO) -> None:
-    """Write the service's log, access log included, to ``stream`` (standard error); a second call replaces the first."""
+class _SizedFile(RotatingFileHandler):
+    """Looks at the open file's size alone: the standard library's asks the file system and formats each line twice."""
+
+    def shouldRollover(self, record: logging.LogRecord) -> bool:
+        """Whether the file is full."""
+        return self.stream is not None and self.stream.tell() >= self.maxBytes
+
+
+def log_as_json(stream: TextIO | None = None, file: Path | None = None) -> None:
+    """Write the service's log to ``stream`` (standard error); a second call replaces the first.
+
+    With ``file`` everything, access log included, goes there, and warnings alone to ``stream``.
+    """
     logger = logging.getLogger(LOGGER)
-    handler = logging.StreamHandler(sys.stderr if stream is None else stream)
-    handler.setFormatter(JsonLines())
-    logger.handlers = [handler]
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr if stream is None else stream)]
+    if file is not None:
+        handlers[0].setLevel(logging.WARNING)
+        handlers.append(_SizedFile(file, maxBytes=MAX_FILE_BYTES, backupCount=FILES_KEPT, encoding="utf-8"))
+    for handler in handlers:
+        handler.setFormatter(JsonLines())
+    for handler in logger.handlers:
+        handler.close()
+    logger.handlers = handlers
     logger.propagate = False
-    logger.setLevel(level)
+    logger.setLevel(logging.INFO)

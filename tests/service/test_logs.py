@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from rafce_ray.service import logs
 from rafce_ray.service.logs import LOGGER, JsonLines, log_as_json
 
 
@@ -17,6 +18,8 @@ def stream() -> Iterator[io.StringIO]:
     log_as_json(io.StringIO())
     log_as_json(stream)
     yield stream
+    for handler in logger.handlers:
+        handler.close()
     logger.handlers, logger.propagate, logger.level = before
 
 
@@ -47,3 +50,30 @@ def test_an_exception_keeps_its_frames_and_the_start_of_its_message():
     assert len(told["frames"]) == 1
     assert "test_logs.py" in told["frames"][0]
     assert len(line) < 1000
+
+
+@pytest.mark.usefixtures("stream")
+def test_a_file_takes_everything_and_the_stream_warnings_alone(tmp_path):
+    shown = io.StringIO()
+    log_as_json(shown, tmp_path / "service.log")
+    logger = logging.getLogger(LOGGER)
+    logger.info("request", extra={"fields": {"status": 200}})
+    logger.warning("slow")
+    logger.debug("detail")
+    written = [json.loads(line) for line in (tmp_path / "service.log").read_text().splitlines()]
+    assert [(line["event"], line["level"]) for line in written] == [("request", "info"), ("slow", "warning")]
+    assert written[0]["status"] == 200
+    assert [json.loads(line)["event"] for line in shown.getvalue().splitlines()] == ["slow"]
+
+
+@pytest.mark.usefixtures("stream")
+def test_a_full_file_is_kept_beside_and_no_line_is_lost(tmp_path, monkeypatch):
+    monkeypatch.setattr(logs, "MAX_FILE_BYTES", 1000)
+    log_as_json(io.StringIO(), tmp_path / "service.log")
+    for number in range(20):
+        logging.getLogger(LOGGER).info("request", extra={"fields": {"number": number}})
+    kept = sorted(tmp_path.iterdir(), reverse=True)
+    assert len(kept) > 1
+    assert all(path.stat().st_size < 1200 for path in kept)
+    numbers = [json.loads(line)["number"] for path in kept for line in path.read_text().splitlines()]
+    assert numbers == list(range(20))
