@@ -88,6 +88,9 @@ def fast_path(folder: Path, *, host: str | None = None, free_ports: bool = True)
         # Ray's workers run at nice 15: whatever else computes on the machine would come before the requests.
         "RAY_worker_niceness": "0",
         "RAY_SERVE_LOG_TO_STDERR": "0",
+        # glibc's allocator would keep the memory of large pictures, a heap for each thread that decodes: it goes back at once.
+        "MALLOC_MMAP_THRESHOLD_": str(2**21),
+        "MALLOC_ARENA_MAX": "2",
     }
     if host is not None:
         environment[HOST] = host
