@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import statistics
 import subprocess
 import tempfile
@@ -27,7 +28,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import psutil
 from http_load import Reply, closed_loop, form, open_loop, post, quantile
 from rich.console import Console
 from rich.table import Table
@@ -44,10 +44,13 @@ from serving import (
 )
 
 from rafce_ray.console import progress_bar
+from rafce_ray.hardware import choose_device, describe_hardware
 
 ALIGNED = (("faces", "aligned"),)
 JPEG = "image/jpeg"
 WARM_S = 1.5
+OTHERS = ("litserve", "fastapi", "python")
+GOALS_BESIDE = (("raw", "litserve", 1.25), ("form", "litserve", 1.1), ("raw", "fastapi", 5), ("raw", "python", 4))
 Load = Callable[[int, list[bytes]], Awaitable[list[Reply]]]
 
 
@@ -57,6 +60,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=8.0, help="of each window")
     parser.add_argument("--image-px", type=int, default=112, help="side of the network's input: what the model costs")
     parser.add_argument("--engine", default="openvino", help="of all sides but fastapi, which has torch")
+    parser.add_argument("--beside", nargs="*", default=OTHERS, choices=OTHERS, help="other servers to compare with")
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     arguments = parser.parse_args()
     keep_the_client_going()
@@ -87,24 +91,26 @@ class Bench:
         running.callback(self.limit.kill)
         ours = start_service("--bundle", bundle, "--engine", engine)
         running.callback(ours.stop)
-        # A user's own setting wins over the fast path's.
-        python = start_service("--bundle", bundle, "--engine", engine, environment={"RAY_SERVE_ENABLE_HA_PROXY": "0"})
-        running.callback(python.stop)
-        litserve = start_side("litserve", bundle, engine)
-        running.callback(litserve.stop)
-        fastapi = start_side("fastapi", bundle, "torch")
-        running.callback(fastapi.stop)
         assert self.limit.stdout.readline() == "ready\n"
         raw = [post("/v1/predict?faces=aligned", face, JPEG) for face in self.faces]
         ours_form = [post("/v1/predict", *form(face, options=ALIGNED)) for face in self.faces]
         theirs = [post("/predict", *form(face)) for face in self.faces]
-        self.sides: dict[str, tuple[Server, list[bytes]]] = {
-            "raw": (ours, raw),
-            "form": (ours, ours_form),
-            "litserve": (litserve, theirs),
-            "fastapi": (fastapi, theirs),
-            "python": (python, raw),
+        self.sides: dict[str, tuple[Server, list[bytes]]] = {"raw": (ours, raw), "form": (ours, ours_form)}
+        others: dict[str, tuple[Callable[[], Server], list[bytes]]] = {
+            "litserve": (lambda: start_side("litserve", bundle, engine), theirs),
+            "fastapi": (lambda: start_side("fastapi", bundle, "torch"), theirs),
+            # A user's own setting wins over the fast path's.
+            "python": (
+                lambda: start_service(
+                    "--bundle", bundle, "--engine", engine, environment={"RAY_SERVE_ENABLE_HA_PROXY": "0"}
+                ),
+                raw,
+            ),
         }
+        for name in arguments.beside:
+            start, requests = others[name]
+            self.sides[name] = start(), requests
+            running.callback(self.sides[name][0].stop)
         self.eight = [post("/v1/predict", *form(*self.faces[at : at + 8], options=ALIGNED)) for at in range(0, 32, 8)]
         self.windows: dict[str, list[dict[str, Any]]] = defaultdict(list)
         for server, _ in self.sides.values():
@@ -145,17 +151,18 @@ class Bench:
         server_cpu = sum(ms for part, ms in sides["raw"]["cpu_ms"].items() if part != "client")
         ratios = {
             "raw / limit": (rate["raw"] / rate["limit"], ">= 0.90"),
-            "raw / litserve": (rate["raw"] / rate["litserve"], ">= 1.25"),
-            "form / litserve": (rate["form"] / rate["litserve"], ">= 1.1"),
-            "raw / fastapi": (rate["raw"] / rate["fastapi"], ">= 5"),
-            "raw / python": (rate["raw"] / rate["python"], ">= 4"),
+            **{
+                f"{ours} / {theirs}": (rate[ours] / rate[theirs], f">= {goal}")
+                for ours, theirs, goal in GOALS_BESIDE
+                if theirs in rate
+            },
             f"p99 / p50 with {CLIENTS} clients": (sides["raw"]["p99_ms"] / sides["raw"]["p50_ms"], "<= 2"),
             "p99 at half / p50 of one client": (sides["half"]["p99_ms"] / sides["single"]["p50_ms"], "<= 3"),
             "CPU beside the model / the model's": (server_cpu / cpu_limit - 1, "<= 0.10"),
             "8 images: request / model": (sides["eight"]["p50_ms"] / sides["limit of eight"]["forward_ms"], "<= 1.2"),
         }
         return {
-            "machine": f"{psutil.cpu_count()} CPU cores",
+            "machine": f"{len(os.sched_getaffinity(0))} CPU cores, {describe_hardware(choose_device())['name']}",
             "payload": f"JPEG faces of 112 px, {statistics.mean(map(len, self.faces)) / 1000:.1f} kB",
             "model": f"resnet18 at {self.image_px} px",
             "engine": self.engine,

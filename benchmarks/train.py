@@ -171,6 +171,8 @@ def run_classical(plan: Plan) -> None:
         num_workers=min(8, os.cpu_count() or 1),
         persistent_workers=True,
         pin_memory=plan.device == "cuda",
+        # A process that uses a GPU must not be forked.
+        multiprocessing_context="spawn" if plan.device == "cuda" else None,
     )
     votes = torch.full((1, 6), float("nan"))
 

@@ -233,7 +233,7 @@ def test_the_test_split_is_measured_with_the_bundles(folders, capsys):
     from rafce_ray.bundle import load_bundle
     from rafce_ray.evaluate import evaluate_bundle
 
-    assert main([*[folder.place for folder in folders], "--split", "test", "--json"]) == 0
+    assert main([*[folder.place for folder in folders], "--split", "test", "--json", "--device", "cpu"]) == 0
     record = json.loads(capsys.readouterr().out)
     bundle = load_bundle(folders[0].place)
     data = folders[0].config().data

@@ -87,7 +87,7 @@ def test_the_same_figures_again_and_in_other_batches(bundle, dataset):
 
 
 def test_the_command_prints_what_training_stored(bundle, dataset, capsys):
-    assert main(["--bundle", bundle.path, "--split", "validation", "--json"]) == 0
+    assert main(["--bundle", bundle.path, "--split", "validation", "--json", "--device", "cpu"]) == 0
     captured = capsys.readouterr()
     printed = json.loads(captured.out.splitlines()[-1])
     stored = evaluate_bundle(bundle, dataset, "validation")
