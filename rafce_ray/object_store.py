@@ -118,7 +118,7 @@ def no_bucket(name: str) -> str:
 
 def _what(error: OSError) -> str:
     """pyarrow's message as one sentence."""
-    text = (error.strerror or str(error)).strip() or type(error).__name__
+    text = (error.strerror or str(error)).partition(" error_info=")[0].strip() or type(error).__name__
     # Its first lines may be a heading, as that of a deletion of many objects.
     return " ".join(line.strip() for line in text.splitlines()[:2]).rstrip(".") + "."
 
@@ -159,7 +159,7 @@ def _address(scheme: str, uri: str) -> str:
             "Check the network; a store other than Amazon's is named in the URI's query (endpoint_override=HOST:PORT&scheme=http) or by "
             "AWS_ENDPOINT_URL."
         )
-    return "Check the network."
+    return "Check the network and GOOGLE_APPLICATION_CREDENTIALS."
 
 
 def _store_of(uri: str) -> str:

@@ -20,12 +20,16 @@ import pytest
 from rafce_ray import object_store, storage
 from rafce_ray.checkpoint import Checkpoint, list_checkpoints, newest_valid
 from rafce_ray.cli import main as rafce
+from rafce_ray.config import load_config
 from rafce_ray.console import to_json
+from rafce_ray.data.dataset import prepare
+from rafce_ray.engine import fit
 from rafce_ray.errors import RafceError, UsageError
 from rafce_ray.object_store import PAUSES_S, StorageError, ask
 from rafce_ray.registry.versions import add_version, version_names
 from rafce_ray.run_folder import RunFolder
 from rafce_ray.service.loading import Registry
+from rafce_ray.session import Job, LocalSession
 from rafce_ray.storage import locate
 
 BUSY = OSError(
@@ -482,3 +486,27 @@ def test_every_command_that_reads_a_run_reads_it_on_s3(run_on_s3, s3_place, home
     registry = s3_place("commands/registry")
     assert rafce(["bundle", "add", registry, run, "--as", "tiny"]) == 0
     assert answer_of(["bundle", "list", registry, "--json"], capsys)["version"] == "tiny"
+
+
+@pytest.mark.slow
+def test_an_epoch_costs_a_few_dozen_requests_whatever_the_number_of_images(tiny_overrides, s3_place, s3_door):
+    """docs/storage.md tells these figures."""
+    there = ["optim.epochs=5", "run.keep_checkpoints=1", f"run.storage={s3_place('counted')}"]
+    config = load_config(overrides=[*tiny_overrides, *there])
+    prepared = prepare(config.data)
+    folder = RunFolder(s3_place("counted/run"))
+    folder.start(config, {}, prepared.audit.to_json())
+    asked: list[dict[str, int]] = []
+
+    class Counting(LocalSession):
+        def report(self, record: dict) -> None:
+            asked.append(s3_door.told()["requests"])
+
+    with s3_door.orders():
+        fit(Job(config, prepared.store_uri, prepared.taxonomy, folder.place, {}), Counting())
+    # The first epoch's have those of the start.
+    per_epoch = {name: (count - asked[0].get(name, 0)) / 4 for name, count in asked[-1].items()}
+    assert per_epoch["PutObject"] <= 8, per_epoch
+    assert sum(per_epoch.values()) <= 30, per_epoch
+    # Five were written and at most three stay: removing them is among these requests.
+    assert len(list_checkpoints(folder.checkpoints)[0]) <= 3
