@@ -94,6 +94,9 @@ def explain(uri: str, error: OSError) -> str:
     """What is wrong with a storage, with its remedy."""
     text, what = str(error), _what(error)
     scheme, bucket = uri.partition("://")[0], uri.partition("://")[2].partition("?")[0].partition("/")[0]
+    if error.errno is not None:
+        # A store's errors have no number: this one is of the disk that was copied to or from.
+        return f"{what} Make room on this machine's disk, or set TMPDIR to a folder on another."
     if _NO_BUCKET.search(text):
         return no_bucket(bucket)
     if _CLOCK.search(text):

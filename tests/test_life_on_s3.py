@@ -30,7 +30,7 @@ from rafce_ray.study_folder import StudyFolder
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
-FAULTS = {"faults": 0.05, "seed": 6}
+FAULTS = {"faults": 0.05, "seed": 5}
 STEPS_BETWEEN = 2
 SAVED = re.compile(r"^PutObject .*/checkpoints/(epoch_\d+_step_\d+)/manifest\.json$")
 

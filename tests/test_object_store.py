@@ -1,5 +1,6 @@
 """Object stores: what is tried again and what is not, what errors say, and that nothing half-written is taken for whole."""
 
+import errno
 import json
 import logging
 import os
@@ -128,6 +129,13 @@ def test_an_impatient_request_is_asked_once(no_pauses):
     with pytest.raises(StorageError):
         ask("s3://b/k", request, patient=False)
     assert (len(asked), no_pauses) == (1, [])
+
+
+def test_a_full_disk_is_not_the_stores_fault(no_pauses):
+    request, asked = answering(OSError(errno.ENOSPC, "Error writing bytes to file '/tmp/x'. No space left on device"))
+    with pytest.raises(StorageError, match="No space left on device.* Make room on this machine's disk"):
+        ask("s3://b/k", request)
+    assert len(asked) == 1
 
 
 def test_a_storage_error_travels_between_processes_as_it_is():
