@@ -133,7 +133,7 @@ def test_an_impatient_request_is_asked_once(no_pauses):
 
 def test_a_full_disk_is_not_the_stores_fault(no_pauses):
     request, asked = answering(OSError(errno.ENOSPC, "Error writing bytes to file '/tmp/x'. No space left on device"))
-    with pytest.raises(StorageError, match="No space left on device.* Make room on this machine's disk"):
+    with pytest.raises(StorageError, match=r"No space left on device.* Make room on this machine's disk"):
         ask("s3://b/k", request)
     assert len(asked) == 1
 
