@@ -174,6 +174,7 @@ def find_bundle(place: str | Path) -> Location:
         raise BundleError(
             f"{location}: this run has no bundle yet: it did not finish. Give the same train command again to go on."
         )
+    location.check_reachable()
     what = (
         "is no bundle: there is no bundle.json in it, nor in a bundle/ below it"
         if location.exists()

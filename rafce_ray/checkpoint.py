@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from rafce_ray.errors import RafceError
+from rafce_ray.object_store import StorageError
 from rafce_ray.storage import Location
 
 MANIFEST = "manifest.json"
@@ -101,6 +102,9 @@ def list_checkpoints(folder: Location) -> tuple[list[Checkpoint], list[InvalidCh
         try:
             manifest = json.loads((folder / name / MANIFEST).read_bytes())
             found.append(Checkpoint(folder / name, int(manifest["epoch"]), int(manifest["step"]), manifest["score"]))
+        except StorageError:
+            # A store that does not answer says nothing of its checkpoints: they must not count as lost.
+            raise
         except (OSError, ValueError, KeyError, TypeError) as error:
             invalid.append(InvalidCheckpoint(name, f"{MANIFEST} cannot be read ({type(error).__name__})"))
     return sorted(found, key=lambda checkpoint: (checkpoint.epoch, checkpoint.step)), invalid
@@ -115,6 +119,8 @@ def fault(checkpoint: Checkpoint) -> str | None:
             place = place / part
         try:
             content = place.read_bytes()
+        except StorageError:
+            raise
         except OSError:
             return f"{file} is missing"
         found = hashlib.sha256(content).hexdigest()

@@ -86,6 +86,7 @@ def open_finished(place: str) -> RunFolder:
     if not folder.exists() and trial.exists():
         folder = trial
     if not folder.exists():
+        folder.location.check_reachable()
         trials = [info.base_name for info in (folder.location / TRIALS).list()]
         remedy = "Name a folder that rafce train made."
         if trials:

@@ -291,7 +291,7 @@ def _tell_findings(training: Training, records: list[dict[str, Any]]) -> None:
     told = {event.get("code") for event in folder.events() if event["event"] == "finding"}
     for diagnosis in examine_live(training.config, training.targets, training.audit, records):
         if diagnosis.level != "info" and diagnosis.code not in told:
-            message = f"epoch {records[-1]['epoch']}: {diagnosis.headline} (rafce doctor {folder.location})"
+            message = f"epoch {records[-1]['epoch']}: {diagnosis.headline} (rafce doctor {folder.location.command})"
             folder.add_event("finding", code=diagnosis.code, level=diagnosis.level, message=message)
 
 

@@ -2,9 +2,13 @@
 
 
 class RafceError(Exception):
-    """The work failed for a reason that the message explains; programs exit with 1."""
+    """The work failed for a reason that the message explains; programs exit with 1.
+
+    ``may_pass``: the same may succeed later, with nothing mended, as after the outage of a storage.
+    """
 
     exit_code = 1
+    may_pass = False
 
 
 class UsageError(RafceError, ValueError):

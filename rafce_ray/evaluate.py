@@ -24,6 +24,7 @@ from rafce_ray.metrics import MIN_SUPPORT, count_probabilities, evaluate_probabi
 from rafce_ray.predict import Predictor
 from rafce_ray.reliability import reliability_figures, risk_coverage
 from rafce_ray.split_outputs import SplitOutputs
+from rafce_ray.storage import locate
 from rafce_ray.taxonomy import Taxonomy, make_taxonomy
 
 EVALUATION_BATCH = 128
@@ -276,7 +277,7 @@ def _main(argv: list[str]) -> int:
         console.print(table)
     say(
         f"{figures['num_images']:,} images measured ({figures['emotion_known']:,} with an emotion, {figures['au_known']:,} known "
-        f"AU labels); intervals are bootstrap percentiles over images. Next: rafce predict --bundle {arguments.bundle} PHOTO..."
+        f"AU labels); intervals are bootstrap percentiles over images. Next: rafce predict --bundle {locate(arguments.bundle).command} PHOTO..."
     )
     if arguments.json:
         source = {"bundle": bundle.path, "weights_sha256": bundle.weights_sha256, "data_root": data.root}

@@ -234,7 +234,7 @@ def _conclude(
         say(
             f"equal within {comparison.tolerance:g}: {comparison.num_figures:,} figures, largest difference "
             f"{0.0 if largest is None else largest.size:.3g}{where}; {weights}{although}. The replay is in {replay.location}; "
-            f"next: rafce report {original.location} shows what holds."
+            f"next: rafce report {original.location.command} shows what holds."
         )
         return 0
     first = comparison.beyond[0]

@@ -97,8 +97,7 @@ class RunFolder:
 
     def stamp(self, file: str) -> tuple[int | None, int | None]:
         """Size and time of one of the run's files: unchanged, there is nothing new to read in it."""
-        place = self.location / file
-        info = place.filesystem.get_file_info(place.path)
+        info = (self.location / file).info()
         return info.size, info.mtime_ns
 
     def write_metrics(self, records: list[dict[str, Any]]) -> None:

@@ -2,34 +2,40 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import shlex
 import shutil
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import TypeVar
 from urllib.parse import quote
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 
 from rafce_ray.errors import UsageError
+from rafce_ray.object_store import StorageError, ask, explain, no_bucket
 
-DOWNLOAD_CHUNK = 16 * 2**20
-"""Bytes of a request when a folder is copied from an object store; pyarrow's own 1 MiB makes hundreds of requests of a model."""
+COPY_CHUNK = 16 * 2**20
+"""Bytes of a request when files are copied; pyarrow's own 1 MiB makes hundreds of requests of a model."""
 
-NO_BUCKET = "NO_SUCH_BUCKET"
-NO_PERMISSION = ("ACCESS_DENIED", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH", "INVALID_CLIENT_TOKEN_ID")
-"""AWS's names of what only its user can mend, as they stand in pyarrow's messages."""
+Answer = TypeVar("Answer")
 
 _URI = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]+://")
 
 
 @dataclass(frozen=True)
 class Location:
-    """A file or folder on a filesystem; ``/`` joins, ``local`` is its path where it is local and None elsewhere."""
+    """A file or folder on a filesystem; ``/`` joins, ``local`` is its path where it is local and None elsewhere.
+
+    On an object store every method raises :class:`rafce_ray.object_store.StorageError` where the store refuses or does not recover;
+    with ``patient=False`` one that is busy or does not answer is not waited for.
+    """
 
     filesystem: pafs.FileSystem
     path: str
@@ -79,31 +85,44 @@ class Location:
         """The place as an argument of a shell command: as :attr:`shown`, quoted where need be (a URI's query has ``?`` and ``&``)."""
         return shlex.quote(self.shown)
 
+    def info(self, *, patient: bool = True) -> pafs.FileInfo:
+        """Type, size and time of what is there; an object store tells times in whole seconds."""
+        return self._ask(lambda: self.filesystem.get_file_info(self.path), patient)
+
     def exists(self) -> bool:
         """Whether a file or folder is there."""
-        return bool(self.filesystem.get_file_info(self.path).type != pafs.FileType.NotFound)
+        return bool(self.info().type != pafs.FileType.NotFound)
 
     def is_dir(self) -> bool:
         """Whether a folder is there."""
-        return bool(self.filesystem.get_file_info(self.path).type == pafs.FileType.Directory)
+        return bool(self.info().type == pafs.FileType.Directory)
 
     def list(self, *, recursive: bool = False) -> list[pafs.FileInfo]:
         """Files and folders below this folder, sorted by path; empty where there is no such folder."""
         selector = pafs.FileSelector(self.path, recursive=recursive, allow_not_found=True)
-        return sorted(self.filesystem.get_file_info(selector), key=lambda info: str(info.path))
+        found: list[pafs.FileInfo] = self._ask(lambda: self.filesystem.get_file_info(selector))
+        return sorted(found, key=lambda info: str(info.path))
 
-    def read_bytes(self) -> bytes:
+    def read_bytes(self, *, patient: bool = True) -> bytes:
         """The whole file. FileNotFoundError where it is missing."""
-        # A file knows its size and is read by one request; a stream comes in pieces of 256 kB, each a request.
-        with self.filesystem.open_input_file(self.path) as file:
-            return bytes(file.read())
 
-    def write_bytes(self, content: bytes) -> None:
+        def read() -> bytes:
+            # A file knows its size and is read by one request; a stream comes in pieces of 256 kB, each a request.
+            with self.filesystem.open_input_file(self.path) as file:
+                return bytes(file.read())
+
+        return self._ask(read, patient)
+
+    def write_bytes(self, content: bytes, *, patient: bool = True) -> None:
         """Write the whole file at once: a reader sees the old content or the new one, never a part."""
-        local = self.local
-        if local is None:
+
+        def put() -> None:
             with self.filesystem.open_output_stream(self.path, compression=None) as stream:
                 stream.write(content)
+
+        local = self.local
+        if local is None:
+            self._ask(put, patient)
             return
         local.parent.mkdir(parents=True, exist_ok=True)
         beside = local.with_name(f".{local.name}.{uuid.uuid4().hex[:8]}.tmp")
@@ -121,35 +140,48 @@ class Location:
         """
         probe = self / f".writable-{uuid.uuid4().hex[:8]}"
         try:
-            probe.write_bytes(b"x")
-            probe.read_bytes()
-            probe.filesystem.delete_file(probe.path)
+            probe.write_bytes(b"x", patient=False)
+            probe.read_bytes(patient=False)
+            probe.delete(patient=False)
         except OSError as error:
-            raise UsageError(f"{self.uri} cannot be used as storage: {_why(error, self)}") from error
+            raise UsageError(f"{self.uri} cannot be used as storage: {_why(error)}") from error
 
     def check_reachable(self) -> None:
-        """Look whether something is there; UsageError with the reason where that cannot be told."""
+        """Look whether something is there; UsageError with the reason where that cannot be told, or there is no such bucket."""
         try:
-            self.exists()
+            if self.info(patient=False).type != pafs.FileType.NotFound or self.local is not None:
+                return
+            bucket = Location(self.filesystem, self.path.partition("/")[0], self.uri)
+            if bucket.info(patient=False).type != pafs.FileType.NotFound:
+                return
         except OSError as error:
-            raise UsageError(f"{self.uri} cannot be reached: {_why(error, self)}") from error
+            raise UsageError(f"{self.uri} cannot be reached: {_why(error)}") from error
+        raise UsageError(f"{self.uri} cannot be reached: {no_bucket(bucket.path)}")
 
-    def delete(self) -> None:
+    def delete(self, *, patient: bool = True) -> None:
         """Remove the file or folder, if it is there."""
-        info = self.filesystem.get_file_info(self.path)
-        if info.type == pafs.FileType.Directory:
-            self.filesystem.delete_dir(self.path)
-        elif info.type == pafs.FileType.File:
-            self.filesystem.delete_file(self.path)
+
+        def remove() -> None:
+            info = self.filesystem.get_file_info(self.path)
+            if info.type == pafs.FileType.Directory:
+                self.filesystem.delete_dir(self.path)
+            elif info.type == pafs.FileType.File:
+                self.filesystem.delete_file(self.path)
+
+        self._ask(remove, patient)
+
+    def put(self, file: Path) -> None:
+        """Put a local file here, however large; on an object store it appears whole or not at all."""
+        self._ask(lambda: _copy(pafs.LocalFileSystem(), str(file), self.filesystem, self.path))
 
     def upload(self, folder: Path) -> None:
         """Put a local folder here. On a local filesystem it appears whole or not at all; elsewhere its JSON files, which describe it, go last."""
         local = self.local
         if local is None:
-            # Not pyarrow's copy_files: it writes an empty object for every folder and each one above it.
+            # Not pyarrow's copy of folders: it writes an empty object for every folder and each one above it.
             files = [path for path in folder.rglob("*") if path.is_file()]
             for path in sorted(files, key=lambda path: (path.suffix == ".json", path)):
-                (self / path.relative_to(folder).as_posix()).write_bytes(path.read_bytes())
+                (self / path.relative_to(folder).as_posix()).put(path)
             return
         local.parent.mkdir(parents=True, exist_ok=True)
         beside = local.with_name(f".{local.name}.{uuid.uuid4().hex[:8]}.tmp")
@@ -161,23 +193,24 @@ class Location:
         folder.parent.mkdir(parents=True, exist_ok=True)
         beside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
         beside.mkdir()
-        pafs.copy_files(
-            self.path,
-            str(beside),
-            source_filesystem=self.filesystem,
-            destination_filesystem=pafs.LocalFileSystem(),
-            chunk_size=DOWNLOAD_CHUNK,
-        )
-        os.rename(beside, folder)
+        try:
+            self._ask(lambda: _copy(self.filesystem, self.path, pafs.LocalFileSystem(), str(beside)))
+            os.rename(beside, folder)
+        except BaseException:
+            shutil.rmtree(beside, ignore_errors=True)
+            raise
+
+    def _ask(self, request: Callable[[], Answer], patient: bool = True) -> Answer:
+        return request() if self.local is not None else ask(self.uri, request, patient=patient)
 
 
 def locate(place: str | Path) -> Location:
     """A :class:`Location` from a local path (made absolute, ``~`` expanded) or a pyarrow filesystem URI.
 
-    Object stores other than AWS are named in the URI: ``s3://bucket/p?endpoint_override=host:9000&scheme=http``.
+    Object stores other than AWS are named in the URI (``s3://bucket/p?endpoint_override=host:9000&scheme=http``) or by AWS_ENDPOINT_URL.
 
     Raises:
-        UsageError: the URI's scheme is unknown or its parts cannot be read.
+        UsageError: the URI's scheme is unknown, its parts cannot be read, it holds a secret, or its bucket's region cannot be found out.
     """
     text = str(place)
     if not _URI.match(text):
@@ -185,28 +218,42 @@ def locate(place: str | Path) -> Location:
         return Location(pafs.LocalFileSystem(), str(path), str(path))
     base, _, query = text.partition("?")
     scheme, _, rest = base.partition("://")
+    root, _, _ = rest.partition("/")
+    if scheme == "s3" and "@" in root:
+        raise UsageError(
+            f"s3://…@{root.rpartition('@')[2]} holds credentials, which would be written into configurations and logs. Leave them out of "
+            "the URI, and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE."
+        )
     try:
         path_text = str(pafs.FileSystem.from_uri(text)[1])
-        return Location(_filesystem(scheme, rest.partition("/")[0], query), path_text, text)
-    except (pa.ArrowInvalid, ValueError, OSError) as error:
+        return Location(_filesystem(scheme, root, query), path_text, text)
+    except OSError as error:
+        raise UsageError(f"{text} cannot be reached: {explain(text, error)}") from error
+    except (pa.ArrowInvalid, ValueError) as error:
         raise UsageError(
             f"{text!r} is not a place that can be reached: {error}. Give a local path or a URI such as s3://bucket/path."
         ) from error
 
 
-def _why(error: OSError, place: Location) -> str:
-    """What is wrong with a storage, with its remedy."""
-    text = (error.strerror or str(error)).strip().splitlines()[0].rstrip(".")
-    if NO_BUCKET in text:
-        return f"there is no bucket {place.path.partition('/')[0]!r}. Make it, or correct storage."
-    if any(name in text for name in NO_PERMISSION):
-        return (
-            f"the credentials may not do this: {text}. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or AWS_PROFILE, or the machine's role) "
-            "to credentials that may read, write and delete there."
+def local_path(text: str) -> Path:
+    """A path on this machine, from a command line. argparse.ArgumentTypeError where it is a URI."""
+    if _URI.match(text):
+        raise argparse.ArgumentTypeError(
+            f"{text} is a URI, and this is written to a disk of this machine. Name a local path, and copy it afterwards."
         )
-    if place.local is None:
-        return f"{text}. Check the address, the network and the credentials."
-    return f"{text}. Give a folder that can be written."
+    return Path(text)
+
+
+def _why(error: OSError) -> str:
+    """What is wrong with a storage, with its remedy."""
+    if isinstance(error, StorageError):
+        return error.why
+    return f"{(error.strerror or str(error)).strip().splitlines()[0].rstrip('.')}. Give a folder that can be written."
+
+
+def _copy(source: pafs.FileSystem, path: str, destination: pafs.FileSystem, target: str) -> None:
+    """Copy a file, or what is in a folder."""
+    pafs.copy_files(path, target, source_filesystem=source, destination_filesystem=destination, chunk_size=COPY_CHUNK)
 
 
 @lru_cache
@@ -215,4 +262,7 @@ def _filesystem(scheme: str, root: str, query: str) -> pafs.FileSystem:
     if scheme == "s3" and "allow_delayed_open" not in query:
         # A small file is then one request instead of the three of a multipart upload.
         query = "&".join(filter(None, (query, "allow_delayed_open=true")))
+    if scheme in ("gs", "gcs") and "retry_limit_seconds" not in query:
+        # Its own limit is 15 minutes, without a word.
+        query = "&".join(filter(None, (query, "retry_limit_seconds=10")))
     return pafs.FileSystem.from_uri(f"{scheme}://{root}/{'?' if query else ''}{query}")[0]

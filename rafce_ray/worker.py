@@ -42,6 +42,9 @@ def train_worker(plain_job: dict[str, Any]) -> dict[str, Any] | None:
     try:
         return fit(job, session)
     except RafceError as error:
+        if error.may_pass:
+            # Ray starts the group again, which goes on from the newest checkpoint.
+            raise
         return {"error": str(error), "exit_code": error.exit_code}
     finally:
         session.stop_watching()
@@ -121,6 +124,8 @@ def trial_worker(plain: dict[str, Any], study: str, metric: str) -> dict[str, An
         session = TrialSession(job, plain)
         result = fit(job, session)
     except RafceError as error:
+        if error.may_pass:
+            raise
         conclude(folder.trial(str(plain["trial"])), metric, "failed", str(error))
         return {"status": "failed"}
     finally:

@@ -24,6 +24,8 @@ S3_ENVIRONMENT = {
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
@@ -182,15 +184,14 @@ def write_bundle() -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def s3_endpoint() -> Iterator[str]:
-    """``host:port`` of an S3 server of this session's own (moto), empty, which takes the credentials that the environment now has."""
+    """``host:port`` of an S3 server of this session's own (moto behind a door), empty, which takes the credentials that the environment now has."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     before = {name: os.environ.get(name) for name in S3_ENVIRONMENT}
     os.environ |= S3_ENVIRONMENT
-    # The same interpreter: the script moto_server may not be on the PATH.
     server = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+        [sys.executable, str(BENCHMARKS / "s3_server.py"), str(port)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
@@ -210,6 +211,14 @@ def s3_endpoint() -> Iterator[str]:
         server.wait(20)
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+@pytest.fixture(scope="session")
+def s3_door(s3_endpoint: str):
+    """What the session's S3 server can be told: ``with s3_door.orders(faults=0.05): ...``."""
+    from s3_server import Door
+
+    return Door(s3_endpoint)
 
 
 @pytest.fixture(scope="session")

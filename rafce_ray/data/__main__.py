@@ -8,7 +8,6 @@ import shlex
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
-from pathlib import Path
 
 from rich.console import Console
 
@@ -18,7 +17,7 @@ from rafce_ray.data.audit import Audit, audit
 from rafce_ray.data.audit_report import render
 from rafce_ray.data.synthetic import synthesize
 from rafce_ray.errors import GateError, UsageError
-from rafce_ray.storage import locate
+from rafce_ray.storage import local_path, locate
 
 _OVERRIDE = re.compile(r"^\w+\.\w+=")
 
@@ -58,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
         help="draw faces in RAF-CE's layout",
         description="Draw faces with labels in RAF-CE's layout, proportions and noise, for trying things out.",
     )
-    verb.add_argument("--out", required=True, metavar="DIR", help="new folder")
+    verb.add_argument("--out", required=True, type=local_path, metavar="DIR", help="new folder")
     verb.add_argument("--num-images", type=int, default=4549, metavar="N", help="labelled faces (default %(default)s)")
     verb.add_argument(
         "--seed", type=int, default=0, metavar="S", help="the same seed draws the same faces (default %(default)s)"
@@ -124,7 +123,7 @@ def _synthesize(arguments: argparse.Namespace, _: list[str]) -> int:
             advance(done - drawn)
             drawn = done
 
-        summary = synthesize(Path(arguments.out), arguments.num_images, arguments.seed, progress=report)
+        summary = synthesize(arguments.out, arguments.num_images, arguments.seed, progress=report)
     splits = ", ".join(f"{count:,} {split}" for split, count in summary.per_split.items())
     say(
         f"Drew {summary.num_labelled:,} labelled faces ({splits}) and {summary.num_extras:,} without a label: "

@@ -25,6 +25,7 @@ from rafce_ray.data.duplicates import (
 from rafce_ray.data.records import SPLITS, Evidence, Finding, Labels, Level, Progress, Targets, evidence_of
 from rafce_ray.data.store_files import Undecodable, image_reader
 from rafce_ray.decode import DecodeError, decode_face
+from rafce_ray.object_store import StorageError
 
 BLANK_STD = 3.0
 """Standard deviation of grey values (0-255) below which an image shows nothing; faces have 20 and more."""
@@ -130,6 +131,8 @@ def _decode_all(
             return decode_face(read(relative), HASH_PX)
         except DecodeError as error:
             return Undecodable(relative, error.code, str(error))
+        except StorageError:
+            raise
         except OSError as error:
             return Undecodable(relative, "unreadable_file", str(error))
 

@@ -40,6 +40,7 @@ def read_labels(data: DataConfig) -> Labels:
         )
     root = locate(data.root)
     if not root.exists():
+        root.check_reachable()
         raise UsageError(
             f"data.root={data.root!r}: nothing is there. Give the folder of the label files, or a CSV or Parquet table."
         )

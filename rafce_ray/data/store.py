@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.fs as pafs
 
@@ -271,16 +270,7 @@ def _download(shared: Location, path: Path) -> None:
 def _publish(path: Path, shared: Location) -> None:
     """Upload a store; ``store.json`` goes last, for object stores cannot rename: without it there is no store."""
     say(f"Copying the store to {shared}")
+    if not isinstance(shared.filesystem, pafs.S3FileSystem):
+        shared.filesystem.create_dir(shared.path, recursive=True)
     for name in (IMAGES, LABELS, SOURCES, META):
-        source = str(path / name)
-        target = shared / name
-        if not isinstance(shared.filesystem, pafs.S3FileSystem):
-            shared.filesystem.create_dir(shared.path, recursive=True)
-        try:
-            pafs.copy_files(
-                source, target.path, source_filesystem=pafs.LocalFileSystem(), destination_filesystem=shared.filesystem
-            )
-        except (OSError, pa.ArrowInvalid) as error:
-            raise RafceError(
-                f"{target}: cannot be written ({error}). Check data.store_dir and its credentials."
-            ) from error
+        (shared / name).put(path / name)

@@ -25,6 +25,7 @@ import pyarrow.compute as pc
 from rafce_ray.data.records import Labels, Progress
 from rafce_ray.decode import DECODER_VERSION, DecodeError, decode_face
 from rafce_ray.errors import GateError, RafceError
+from rafce_ray.object_store import StorageError
 from rafce_ray.storage import Location
 
 FORMAT_VERSION = 1
@@ -200,6 +201,9 @@ def _write_images(path: Path, labels: Labels, px: int, advance: Callable[[int], 
             scratch[slot] = decode_face(read(relative), px).reshape(-1)
         except DecodeError as error:
             return Undecodable(relative, error.code, str(error))
+        except StorageError:
+            # The image may be sound: left out, it would be missing from every run.
+            raise
         except OSError as error:
             return Undecodable(relative, "unreadable_file", str(error))
         return None

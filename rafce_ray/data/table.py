@@ -97,7 +97,7 @@ def read(table: Location, images: str | None) -> Labels:
     read_table = pa.Table.from_batches(rows.batches, _READ_SCHEMA).combine_chunks()
     findings += _row_findings(rows, columns, table.name)
     labels, duplicates = _without_duplicates(read_table, table.name)
-    folder = Location(table.filesystem, table.path.rpartition("/")[0], table.uri.partition("?")[0].rpartition("/")[0])
+    folder = table.parent
     names = labels["name"].combine_chunks()
     matched = match_images(names, folder, images)
     columns_read = {name: labels[name] for name in labels.column_names if name != "line"}

@@ -177,12 +177,13 @@ def _main(argv: list[str]) -> int:
         say("")
         say(
             f"{_counts([diagnosis for trial in trials for diagnosis in trial.diagnoses])} in {len(trials)} trials"
-            f"{f', {len(running)} of which have not ended' if running else ''}; all of one trial: rafce doctor {study.trials.shown}/NAME"
+            f"{f', {len(running)} of which have not ended' if running else ''}; all of one trial: rafce doctor {(study.trials / 'NAME').command}"
         )
         if arguments.json:
             told = {trial.evidence.name: [one.to_json() for one in trial.diagnoses] for trial in trials}
             print_json({"study": str(study.location), "trials": told})
     else:
+        folder.location.check_reachable()
         raise UsageError(
             f"{folder.location} is neither a run (it has no config.yaml) nor a study (it has no trials). Give the folder that training "
             "printed, such as runs/NAME."

@@ -25,6 +25,7 @@ from rafce_ray.errors import GateError, UsageError
 from rafce_ray.inference.build import MAX_DIFFERENCE, check_inputs, missing_packages
 from rafce_ray.inference.engines import INPUT, OnnxRuntimeEngine, OpenVinoEngine, named_outputs
 from rafce_ray.inference.graph import export_program, output_names, to_onnx, to_openvino
+from rafce_ray.storage import local_path
 
 DESCRIPTION = "export.json"
 
@@ -152,7 +153,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--bundle", required=True, help="bundle folder, or the folder of a finished run; a path or URI")
     parser.add_argument("--format", required=True, choices=tuple(FORMATS), help="what to write")
-    parser.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="new folder to write")
+    parser.add_argument("--out", required=True, type=local_path, metavar="FOLDER", help="new folder to write")
     return parser
 
 

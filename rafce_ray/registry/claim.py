@@ -35,7 +35,11 @@ def sole_writer(registry: Location) -> Iterator[Callable[[], None]]:
     """
     own = registry / CLAIMS / f"{uuid.uuid4().hex}.json"
     give_up = time.monotonic() + PATIENCE_S
-    while not _is_alone(own):
+    while True:
+        # From before the claim: writing it may have taken long.
+        held_since = time.monotonic()
+        if _is_alone(own):
+            break
         own.delete()
         if time.monotonic() > give_up:
             raise RafceError(
@@ -44,7 +48,6 @@ def sole_writer(registry: Location) -> Iterator[Callable[[], None]]:
             )
         # Not cryptography: only to be out of step with the other one.
         time.sleep(random.uniform(*PAUSE_S))
-    held_since = time.monotonic()
 
     def check() -> None:
         if time.monotonic() - held_since > STALE_S / 2:
@@ -66,7 +69,8 @@ def _is_alone(own: Location) -> bool:
     own.write_bytes(b"{}")
     claims = [info for info in own.parent.list() if info.is_file and not info.base_name.startswith(".")]
     written = next((info.mtime_ns for info in claims if info.base_name == own.name), None)
-    alone = True
+    # Not there any more: another one took it for a dead program's.
+    alone = any(info.base_name == own.name for info in claims)
     for info in claims:
         if info.base_name == own.name:
             continue

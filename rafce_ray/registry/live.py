@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rafce_ray.console import pretty_json
 from rafce_ray.errors import GateError, RafceError
+from rafce_ray.object_store import StorageError
 from rafce_ray.registry.claim import sole_writer
 from rafce_ray.storage import Location
 
@@ -96,7 +97,8 @@ def replace_live(registry: Location, seen: LiveRecord | None, new: LiveRecord) -
         if now is not None:
             _remember(registry, now)
         check()
-        (registry / LIVE).write_bytes(_to_bytes(new))
+        # Tried again for long, it might overwrite the change of a program that came after the claim had ended.
+        (registry / LIVE).write_bytes(_to_bytes(new), patient=False)
         _remember(registry, new)
 
 
@@ -125,8 +127,10 @@ def _read(file: Location) -> LiveRecord | None:
         content = file.read_bytes()
     except FileNotFoundError:
         return None
+    except StorageError:
+        raise
     except OSError as error:
-        raise RafceError(f"{file.shown}: cannot be read ({error}). Check the storage and its credentials.") from None
+        raise RafceError(f"{file.shown}: cannot be read ({error}). Check the storage.") from None
     try:
         return LiveRecord.model_validate_json(content)
     except ValidationError as error:

@@ -15,6 +15,7 @@ from typing import Any
 from rafce_ray.bundle import MANIFEST, Bundle, BundleError, find_bundle, load_bundle
 from rafce_ray.config_errors import did_you_mean
 from rafce_ray.errors import RafceError, UsageError
+from rafce_ray.object_store import StorageError
 from rafce_ray.storage import Location
 
 VERSIONS = "versions"
@@ -49,15 +50,20 @@ def is_name(text: str) -> bool:
     return re.fullmatch(NAME_PATTERN, text) is not None
 
 
+def place_of_version(registry: Location, name: str) -> Location:
+    """Where the bundle of a version of this name lies, or would. UsageError where none could have this name."""
+    if not is_name(name):
+        raise UsageError(f"version {name!r}: {_NAMES}")
+    return registry / VERSIONS / name
+
+
 def version_folder(registry: Location, name: str) -> Location:
     """The bundle of a version.
 
     Raises:
         UsageError: there is no such version, or none could have this name.
     """
-    if not is_name(name):
-        raise UsageError(f"version {name!r}: {_NAMES}")
-    folder = registry / VERSIONS / name
+    folder = place_of_version(registry, name)
     if not (folder / MANIFEST).exists():
         known = version_names(registry)
         there = f"There are {', '.join(known)}." if known else "There is none yet: add one with rafce bundle add."
@@ -81,9 +87,11 @@ def list_versions(registry: Location) -> list[Version]:
 def read_version(registry: Location, name: str) -> Version:
     """A version by name, from its manifest alone. UsageError where there is none."""
     file = version_folder(registry, name) / MANIFEST
-    added = file.filesystem.get_file_info(file.path).mtime
+    added = file.info().mtime
     try:
         manifest = json.loads(file.read_bytes())
+    except StorageError:
+        raise
     except (OSError, ValueError) as error:
         return Version(name, added, {}, f"{MANIFEST} cannot be read ({error}).")
     if not isinstance(manifest, dict):
@@ -128,6 +136,8 @@ def add_version(registry: Location, source: str, name: str | None = None) -> tup
             folder.delete()
             try:
                 folder.upload(copy)
+            except StorageError:
+                raise
             except OSError as error:
                 raise RafceError(
                     f"{folder.shown}: cannot be written ({error}). Look what is there, and try again."

@@ -78,7 +78,9 @@ def _main(argv: list[str]) -> int:
     for remark in data.remarks:
         warn(remark)
     after = (
-        f"rafce report {arguments.run} --split test" if data.split == "validation" else f"rafce doctor {arguments.run}"
+        f"rafce report {folder.location.command} --split test"
+        if data.split == "validation"
+        else f"rafce doctor {folder.location.command}"
     )
     say(f"made {place} ({len(content) / 1000:,.0f} kB); open it in a browser. Next: {after}")
     if arguments.json:
@@ -97,7 +99,7 @@ def _report_study(study: StudyFolder, arguments: argparse.Namespace) -> None:
     if given:
         raise UsageError(
             f"{', '.join(given)}: means something for one run only, and {study.location} is a study. Leave it out, or give one of its trials, "
-            f"{study.trials.shown}/NAME."
+            f"{(study.trials / 'NAME').shown}."
         )
     place = _place(RunFolder(study.place), arguments.out)
     say(f"Reporting on the study {study.location}, to {place}.")
@@ -105,7 +107,11 @@ def _report_study(study: StudyFolder, arguments: argparse.Namespace) -> None:
     content = render_study(data).encode()
     place.write_bytes(content)
     winner = None if data.winner is None else data.winner.name
-    after = f"rafce trials {arguments.run}" if winner is None else f"rafce report {study.trials.shown}/{winner}"
+    after = (
+        f"rafce trials {study.location.command}"
+        if winner is None
+        else f"rafce report {(study.trials / winner).command}"
+    )
     say(f"made {place} ({len(content) / 1000:,.0f} kB); open it in a browser. Next: {after}")
     if arguments.json:
         print_json(

@@ -130,6 +130,7 @@ def check_run(folder: RunFolder) -> None:
         raise UsageError(
             f"{folder.location}: is a study of {len(names)} trials. Give one of them, for example {study.trial(names[0]).location}."
         )
+    folder.location.check_reachable()
     what = "is no run folder: there is no config.yaml in it" if folder.location.exists() else "nothing is there"
     raise UsageError(f"{folder.location}: {what}. Give the folder of a run, such as runs/NAME.")
 

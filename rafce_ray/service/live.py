@@ -54,7 +54,7 @@ class BundleFolder:
         """The bundle that is there now, by its manifest's content and its weights' size and time."""
         folder = find_bundle(self.place)
         manifest = (folder / MANIFEST).read_bytes()
-        weights = folder.filesystem.get_file_info((folder / WEIGHTS).path)
+        weights = (folder / WEIGHTS).info()
         stamp = hashlib.sha256(manifest + f"{folder.path} {weights.size} {weights.mtime_ns}".encode()).hexdigest()
         return Target(None, self.place, stamp)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from rafce_ray.bundle import MODEL_CARD, Bundle, BundleError, canary_of, find_bundle, load_bundle
 from rafce_ray.canary import check_canary, draw_images
@@ -12,7 +12,7 @@ from rafce_ray.hardware import choose_device
 from rafce_ray.inference.build import MAX_DIFFERENCE, build_engine
 from rafce_ray.predict import Predictor
 from rafce_ray.registry.live import read_live
-from rafce_ray.registry.versions import SHORT_SHA, read_version, version_folder
+from rafce_ray.registry.versions import SHORT_SHA, place_of_version, read_version, version_folder
 from rafce_ray.service.answers import ModelId
 from rafce_ray.service.config import ServiceConfig
 from rafce_ray.service.live import BundleFolder, Served, Source, Target
@@ -28,13 +28,15 @@ class Registry:
     place: str
 
     def look(self) -> Target:
-        """The live version. RafceError where none was ever promoted."""
-        live = read_live(locate(self.place))
+        """The live version, from the live record alone: versions are never altered. RafceError where none was ever promoted."""
+        registry = locate(self.place)
+        live = read_live(registry)
         if live is None:
             raise RafceError(
                 f"{self.place}: no version is live yet. Add one with rafce bundle add and make it live with rafce bundle promote."
             )
-        return replace(self.find(live.version), force=live.may_change_taxonomy)
+        folder = place_of_version(registry, live.version)
+        return Target(live.version, folder.uri, live.sha256, force=live.may_change_taxonomy)
 
     def find(self, version: str) -> Target:
         """A version by its name. UsageError where there is none."""

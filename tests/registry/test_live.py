@@ -121,9 +121,9 @@ from rafce_ray.registry import claim
 from rafce_ray.registry.live import LiveRecord, read_live, replace_live
 from rafce_ray.storage import locate
 claim.PAUSE_S = (0.001, 0.01)
-registry, name = locate(sys.argv[1]), sys.argv[2]
+registry, name, turns = locate(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 won = overtaken = 0
-while won < 8:
+while won < turns:
     seen = read_live(registry)
     number = 1 if seen is None else seen.number + 1
     before = () if seen is None else (seen.version, *seen.before)
@@ -138,17 +138,30 @@ print(overtaken)
 """
 
 
-def test_programs_that_change_it_at_once_make_one_history(tmp_path):
+def change_at_once(place: str, names: str, turns: int) -> None:
+    """Programs that each make ``turns`` changes at the same time; what they leave behind is one history."""
     writers = [
-        subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path), name], stdout=subprocess.PIPE) for name in "xyz"
+        subprocess.Popen([sys.executable, "-c", WRITER, place, name, str(turns)], stdout=subprocess.PIPE)
+        for name in names
     ]
     told = [writer.communicate(timeout=120)[0] for writer in writers]
-    assert [writer.returncode for writer in writers] == [0, 0, 0], told
-    history = read_history(locate(tmp_path))
-    assert [one.number for one in history] == list(range(1, 25))
-    assert {one.version for one in history} == {f"{name}{turn}" for name in "xyz" for turn in range(8)}
+    assert [writer.returncode for writer in writers] == [0] * len(names), told
+    history = read_history(locate(place))
+    assert [one.number for one in history] == list(range(1, len(names) * turns + 1))
+    assert {one.version for one in history} == {f"{name}{turn}" for name in names for turn in range(turns)}
     # Each was made from the one before it, so none was lost.
     for one, following in pairwise(history):
         assert following.before == (one.version, *one.before)
-    assert read_live(locate(tmp_path)) == history[-1]
+    assert read_live(locate(place)) == history[-1]
+
+
+def test_programs_that_change_it_at_once_make_one_history(tmp_path):
+    change_at_once(str(tmp_path), "xyz", 8)
     assert json.loads((tmp_path / "live.json").read_bytes())["number"] == 24
+
+
+@pytest.mark.slow
+def test_on_a_busy_object_store_too(s3_place, s3_door):
+    with s3_door.orders(faults=0.05, seed=2) as door:
+        change_at_once(s3_place("changed_at_once"), "xy", 4)
+        assert door.told()["faults"] > 5

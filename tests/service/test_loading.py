@@ -8,7 +8,7 @@ import pytest
 
 from rafce_ray.errors import RafceError, UsageError
 from rafce_ray.registry.live import LiveRecord, read_live, replace_live
-from rafce_ray.registry.versions import add_version
+from rafce_ray.registry.versions import add_version, read_version
 from rafce_ray.service.config import read_service_config
 from rafce_ray.service.live import BundleFolder
 from rafce_ray.service.loading import load_served, source_of
@@ -37,7 +37,7 @@ def make_live(
         number=number,
         action=action,
         version=version,
-        sha256="0" * 64,
+        sha256=str(read_version(registry, version).sha256),
         since=datetime.now(UTC),
         why="a test",
         by="a test",
