@@ -126,6 +126,7 @@ class ChangesCallback(ControllerCallback, WorkerGroupCallback):  # type: ignore[
 
     def __init__(self, job: Job) -> None:
         self._changes = WorkerChanges(RunFolder(job.run_dir), job.config.run)
+        self._machines: dict[int, str] = {}
 
     def after_controller_state_update(
         self, previous_state: TrainControllerState, current_state: TrainControllerState
@@ -146,7 +147,11 @@ class ChangesCallback(ControllerCallback, WorkerGroupCallback):  # type: ignore[
     def after_worker_group_start(self, worker_group: WorkerGroup) -> None:
         """The workers are there and have not begun, so that nobody else writes events."""
         with _told_if_possible():
-            self._changes.started(len(worker_group.get_workers()))
+            alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+            lost = [rank for rank, machine in self._machines.items() if machine not in alive]
+            workers = worker_group.get_workers()
+            self._machines = {rank: worker.metadata.node_id for rank, worker in enumerate(workers)}
+            self._changes.started(len(workers), lost)
 
 
 @contextmanager

@@ -40,23 +40,28 @@ class WorkerChanges:
         if self._waiting_told or now - self._waiting_since < WAITING_TOLD_AFTER_S:
             return
         self._waiting_told = True
-        least = self._run.least_workers
+        least, many = self._run.least_workers, self._run.least_workers > 1
         message = (
-            f"the cluster has had no room for {'at least ' if self._run.is_elastic else ''}{least} worker{'s' if least > 1 else ''} for "
-            f"{now - self._waiting_since:.0f} s: waiting until it has. To go on with fewer, stop this and give the command again with a lower "
-            "run.num_workers"
+            f"no worker could be started for {now - self._waiting_since:.0f} s: waiting until the cluster has room for "
+            f"{'at least ' if self._run.is_elastic else ''}{least} worker{'s' if many else ''}"
         )
+        if many:
+            message += ". To go on with fewer, stop this and give the command again with a lower run.num_workers"
         self._folder.add_event("waiting_for_room", message=message, num_workers=least)
 
-    def started(self, num_workers: int) -> None:
-        """So many workers are there and begin."""
+    def started(self, num_workers: int, lost: Sequence[int] = ()) -> None:
+        """So many workers are there and begin; the ranks ``lost`` of those before them were on machines that are no more."""
         before, cause = self._num_workers, self._cause
         self._num_workers, self._cause = num_workers, None
         self._waiting_since, self._waiting_told = None, False
         if before is None or before == num_workers:
             return
-        if cause is None:
-            cause = f"the cluster has room for {'more' if num_workers > before else 'fewer'}"
+        if num_workers > before:
+            cause = "the cluster has room for more"
+        elif lost:
+            cause = f"{_named(lost)} lost with {'its machine' if len(lost) == 1 else 'their machines'}"
+        elif cause is None:
+            cause = "the cluster has room for fewer"
         progress = self._folder.progress()
         at = f" in epoch {progress['epoch']}, after step {progress['step']} or later" if progress else ""
         self._folder.add_event(
@@ -75,20 +80,23 @@ def describe_failures(errors: Mapping[int, BaseException]) -> str:
 
     A worker that is gone makes the others fail too: then only those that are gone are named.
     """
-    dead = {
-        rank: str(error) for rank, error in sorted(errors.items()) if type(_root_of(error)).__name__ == "ActorDiedError"
-    }
-    lost = [rank for rank, text in dead.items() if "node has died" in text]
-    died = [rank for rank in dead if rank not in lost]
-    told = []
-    if lost:
-        told.append(f"{_named(lost)} lost with {'its machine' if len(lost) == 1 else 'their machines'}")
-    if died:
-        told.append(f"{_named(died)} died")
-    if not told:
-        rank = min(errors)
-        told.append(f"{_named([rank])} failed: {root_cause(errors[rank])}")
-    return ", ".join(told)
+    dead, silent, cut_off = [], [], []
+    for rank, error in sorted(errors.items()):
+        kind = type(_root_of(error)).__name__
+        if kind == "ActorDiedError":
+            dead.append(rank)
+        elif kind in ("ActorUnavailableError", "WorkerHealthCheckTimeoutError"):
+            silent.append(rank)
+        elif any(name in str(error) for name in ("gloo", "NCCL")):
+            cut_off.append(rank)
+    if dead or silent:
+        return ", ".join(
+            f"{_named(ranks)} {what}" for ranks, what in ((dead, "died"), (silent, "gave no answer")) if ranks
+        )
+    own = [rank for rank in sorted(errors) if rank not in cut_off]
+    if not own:
+        return f"{_named(cut_off)} lost the connection to another worker"
+    return f"{_named(own[:1])} failed: {root_cause(errors[own[0]])}"
 
 
 def _named(ranks: Sequence[int]) -> str:

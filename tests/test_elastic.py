@@ -17,7 +17,7 @@ from rafce_ray.run_folder import RunFolder
 
 pytestmark = pytest.mark.ray
 
-EPOCHS = 30
+EPOCHS = 24
 CHECKPOINT_EVERY_STEPS = 2
 
 A_NODE_COMES_AND_GOES = """
@@ -44,8 +44,9 @@ def wait_for(seen, what):
 def epochs_by(num_workers):
     return sum(record["num_workers"] == num_workers for record in folder.metrics())
 
-def look_at_the_nodes_now():
+def look_at_the_nodes_now(number):
     # Ray does so every 20 s.
+    wait_for(lambda: sum(node["Alive"] for node in ray.nodes()) == number, f"{number} machines were known")
     coordinator = ray.get_actor("AutoscalingCoordinator", namespace="AutoscalingCoordinator")
     ray.get(coordinator.get_reserved_resources.remote("nobody", recompute=True))
 
@@ -55,10 +56,10 @@ def is_inside_an_epoch():
 
 wait_for(lambda: epochs_by(2) > 1 and is_inside_an_epoch(), "two workers had trained two epochs")
 cluster.remove_node(second, allow_graceful=False)
-look_at_the_nodes_now()
+look_at_the_nodes_now(2)
 wait_for(lambda: epochs_by(1) > 1, "one worker had trained two epochs")
 cluster.add_node(num_cpus=1)
-look_at_the_nodes_now()
+look_at_the_nodes_now(3)
 training.join()
 cluster.shutdown()
 raise SystemExit(ended[0] if ended else 1)
@@ -82,7 +83,7 @@ def run(tiny_overrides, tmp_path_factory) -> tuple[RunFolder, str]:
         f"optim.patience={EPOCHS}",
     ]
     with tempfile.TemporaryDirectory(prefix="r", dir="/tmp", ignore_cleanup_errors=True) as place:
-        alone = {"RAY_TMPDIR": place, "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
+        alone = {"RAY_TMPDIR": place, "RAY_AUTH_MODE": "disabled", "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "3"}
         environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | alone
         done = subprocess.run(
             [sys.executable, "-c", A_NODE_COMES_AND_GOES, folder.place, *arguments],
@@ -103,14 +104,15 @@ def test_it_goes_on_with_what_is_left_and_grows_again(run):
     assert [number for number, _ in groupby(counts)] == [2, 1, 2]
     lost, grown = (event for event in events if event["event"] == "resized")
     assert (lost["before"], lost["num_workers"], grown["before"], grown["num_workers"]) == (2, 1, 1, 2)
-    assert "lost with its machine" in lost["cause"]
+    assert lost["cause"] in ("worker 0 lost with its machine", "worker 1 lost with its machine")
     assert grown["cause"] == "the cluster has room for more"
     by_epoch = [number for number, _ in groupby(record["num_workers"] for record in folder.metrics())]
     assert by_epoch == [2, 1, 2]
     assert "with 1 to 2 workers; results go to" in said.splitlines()[0]
     assert f"going on with 1 worker instead of 2 in epoch {lost['epoch']}" in said
     assert f"going on with 2 workers instead of 1 in epoch {grown['epoch']}" in said
-    assert "lost with its machine: starting the workers again (failure 1 of at most 3)" in said
+    assert f"or later: {lost['cause']}" in said
+    assert "starting the workers again (failure 1 of at most 3)" in said
 
 
 def test_nothing_is_lost_and_no_more_repeated_than_since_the_last_checkpoint(run):
