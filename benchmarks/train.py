@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -191,6 +192,7 @@ def run_classical(plan: Plan) -> None:
                 emotion_norm=(emotion >= 0).sum().float(),
                 au_norm=known,
                 votes_norm=torch.zeros((), device=plan.device),
+                rows=np.zeros(0, np.int64),
             )
             train_step(training, batch)
         if plan.device == "cuda":

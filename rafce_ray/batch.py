@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 from torch import Tensor
 
 
@@ -14,6 +15,7 @@ class Batch(NamedTuple):
     action_units (B, A) float, 1 / 0 / NaN unknown; votes (B, 6) float in the order of ``BASIC_EMOTIONS``, summing to 1, NaN
     unknown. The norms are scalars over the global batch of all workers: emotion_norm is the sum of the class weights of known
     emotions (their number without weights), au_norm the number of known AU elements, votes_norm the number of images with votes.
+    rows (B,) int64 says which rows of the dataset these images are.
     """
 
     images: Tensor
@@ -23,3 +25,4 @@ class Batch(NamedTuple):
     emotion_norm: Tensor
     au_norm: Tensor
     votes_norm: Tensor
+    rows: np.ndarray

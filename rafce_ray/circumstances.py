@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -46,23 +46,24 @@ def circumstances_of(folder: RunFolder) -> dict[str, str | None]:
     before_last_start = events[: starts[-1]] if starts else []
     started = [events[number] | events[number].get("hardware", {}) for number in starts]
 
-    def of_starts(key: str) -> str | None:
-        """Its value; where it changed from start to start, all of them."""
-        return " then ".join(dict.fromkeys(str(one[key]) for one in started if key in one)) or None
-
     return {
         "configuration": str(provenance["config_hash"]),
         "data fingerprint": str(provenance["data_fingerprint"]),
         "seed": str(provenance["seed"]),
         **software_circumstances(provenance["software"]),
-        "workers": str(provenance["config"]["run"]["num_workers"]),
-        "device": of_starts("device"),
-        "processor": of_starts("name"),
-        "threads": of_starts("threads"),
-        "precision": of_starts("precision"),
+        "workers": distinct(started, "num_workers") or str(provenance["config"]["run"]["num_workers"]),
+        "device": distinct(started, "device"),
+        "processor": distinct(started, "name"),
+        "threads": distinct(started, "threads"),
+        "precision": distinct(started, "precision"),
         # Epochs before an extension were trained under the learning rates of a shorter run.
         "trained": "extended after its end" if any(one["event"] in ENDS for one in before_last_start) else "in one go",
     }
+
+
+def distinct(records: Iterable[Mapping[str, Any]], key: str) -> str | None:
+    """What a key holds in records that have it; where that changes from record to record, every value once: ``2 then 4``."""
+    return " then ".join(dict.fromkeys(str(one[key]) for one in records if key in one)) or None
 
 
 def software_circumstances(software: Mapping[str, Any]) -> dict[str, str | None]:

@@ -37,6 +37,8 @@ BACKBONES = (
     "vit_b_16",
 )
 
+MOST_WORKERS = 1024
+
 MAXIMISED_METRICS = ("macro_f1", "macro_f1_supported", "accuracy", "uar", "component_accuracy", "au_f1_mean", "score")
 MINIMISED_METRICS = ("loss", "emotion_loss", "au_loss")
 
@@ -62,6 +64,18 @@ def _single_imbalance_correction(value: Any) -> Any:
         raise ValueError(
             f"{list(value)} names {len(value)} corrections: two at once over-correct (the seed did that). Choose one of "
             "none, class_weights, logit_adjustment, oversampling"
+        )
+    return value
+
+
+def _number_or_range_of_workers(value: Any) -> Any:
+    numbers = list(value) if isinstance(value, list | tuple) else [value]
+    expected = 2 if isinstance(value, list | tuple) else 1
+    in_range = all(type(number) is int and 1 <= number <= MOST_WORKERS for number in numbers)
+    if not in_range or len(numbers) != expected or numbers != sorted(numbers):
+        raise ValueError(
+            f"found {value!r}; write how many workers train, from 1 to {MOST_WORKERS}, or the least and the most of them where "
+            "machines come and go, for example [1, 4]"
         )
     return value
 
@@ -232,10 +246,22 @@ class RunConfig(_Section):
     )
     storage: str = Field("runs", description="Folder of all runs; a path or URI that every node can reach.")
     seed: int = Field(0, ge=0, lt=2**31, description="Seed of initial weights, epoch order, augmentation and dropout.")
-    num_workers: int = Field(1, ge=1, le=1024, description="Ray Train workers (data-parallel).")
-    use_gpu: bool | None = Field(None, description="One GPU per worker; null: where the cluster has one for each.")
+    num_workers: Annotated[int | tuple[int, int], BeforeValidator(_number_or_range_of_workers)] = Field(
+        1,
+        description="Ray Train workers (data-parallel): a number, or [least, most] where machines come and go. Training then goes on with "
+        "as many as there is room for; a change of their number goes on from the newest checkpoint.",
+    )
+    resize_interval_s: float = Field(
+        60.0,
+        gt=0,
+        description="Seconds between two looks whether there is room for more workers, where num_workers is a range.",
+    )
+    use_gpu: bool | None = Field(
+        None,
+        description="One GPU per worker; null: where the cluster has one for each (of a range: for each of the least).",
+    )
     cpus_per_worker: int | None = Field(
-        None, ge=1, description="CPU cores per worker; null: the cluster's cores shared out."
+        None, ge=1, description="CPU cores per worker; null: the cluster's cores shared out (of a range: to the most)."
     )
     checkpoint_every_steps: int = Field(
         0, ge=0, description="Also checkpoint inside an epoch every so many steps; 0: only at its end."
@@ -251,6 +277,28 @@ class RunConfig(_Section):
     )
     channels_last: bool = Field(True, description="Memory format of convolutions.")
     compile: bool = Field(False, description="torch.compile the network.")
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether the number of workers may change while the run trains."""
+        return isinstance(self.num_workers, tuple)
+
+    @property
+    def least_workers(self) -> int:
+        """The number of workers, or the least of a range."""
+        return self.num_workers[0] if isinstance(self.num_workers, tuple) else self.num_workers
+
+    @property
+    def most_workers(self) -> int:
+        """The number of workers, or the most of a range."""
+        return self.num_workers[1] if isinstance(self.num_workers, tuple) else self.num_workers
+
+    @property
+    def workers_shown(self) -> str:
+        """``1 worker``, ``4 workers`` or ``1 to 4 workers``."""
+        if self.is_elastic:
+            return f"{self.least_workers} to {self.most_workers} workers"
+        return f"{self.most_workers} worker{'s' if self.most_workers > 1 else ''}"
 
 
 class Config(_Section):
@@ -290,6 +338,11 @@ class Config(_Section):
         if self.calibration.max_error is not None and not self.calibration.enabled:
             raise ValueError(
                 "calibration.max_error needs calibrated confidences. Set calibration.enabled=true, or calibration.max_error=null."
+            )
+        if self.optim.batch_size < 2 * self.run.most_workers:
+            raise ValueError(
+                f"optim.batch_size={self.optim.batch_size} leaves fewer than 2 images a step for each of {self.run.most_workers} workers. "
+                "Lower run.num_workers or raise optim.batch_size."
             )
         if self.run.name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.run.name):
             raise ValueError(f"run.name={self.run.name!r} is no folder name: use letters, digits, '.', '_' and '-'.")
@@ -374,6 +427,7 @@ CARRIED_OUT_BY = frozenset(
         "name",
         "storage",
         "num_workers",
+        "resize_interval_s",
         "use_gpu",
         "cpus_per_worker",
         "checkpoint_every_steps",

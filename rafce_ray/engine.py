@@ -17,13 +17,15 @@ import torch
 from torch import nn
 
 from rafce_ray.checkpoint import (
+    checkpoint_name,
     clear_scratch,
     list_checkpoints,
     newest_valid,
     prune,
 )
-from rafce_ray.data.loader import step_seed
+from rafce_ray.data.loader import step_seed, tally
 from rafce_ray.doctor.rules import examine_live
+from rafce_ray.errors import RafceError
 from rafce_ray.finish import finish
 from rafce_ray.hardware import describe_hardware
 from rafce_ray.metrics import Counts, count_batch, summarise, with_score
@@ -104,6 +106,7 @@ def _announce(training: Training, remark: str | None) -> None:
         "started",
         message=f"{session.num_workers} worker(s) on {session.device.type}, {training.precision}; backbone weights: {weights.summary}",
         pid=os.getpid(),
+        num_workers=session.num_workers,
         precision=training.precision,
         hardware=describe_hardware(session.device),
     )
@@ -135,12 +138,17 @@ def _resume(training: Training) -> None:
 def train_epoch(training: Training, wrapped: nn.Module) -> dict[str, Any]:
     """One epoch, or what is left of it, with ``wrapped`` (the objective as the session wrapped it).
 
-    Returns its record: the losses as means over its steps, images/s over all workers, share of time spent waiting for data.
+    Returns its record: the losses as means over its steps, the images that it used, images/s over all workers, share of time spent
+    waiting for data.
+
+    Raises:
+        RafceError: the epoch did not use the images that it was to use, each as often as drawn.
     """
     config, progress, session, loader = training.config, training.progress, training.session, training.loader
     epoch, steps = progress.epoch, loader.steps_per_epoch
     au_weight = training.au_weight(epoch)
     sums = torch.tensor(progress.loss_sums, dtype=torch.float64, device=session.device)
+    used = torch.tensor(progress.images_used, dtype=torch.int64)
     parameters = [parameter for parameter in training.objective.parameters() if parameter.requires_grad]
     clock = _Clock(training)
     wrapped.train()
@@ -161,20 +169,24 @@ def train_epoch(training: Training, wrapped: nn.Module) -> dict[str, Any]:
         shared = (losses.total.detach() / session.num_workers, norm / session.num_workers)
         parts = (losses.emotion.detach(), losses.action_units.detach(), losses.votes.detach())
         sums += torch.stack([shared[0], *parts, shared[1]]).double()
+        used += tally(stored.rows)
         progress.step += 1
         session.alive()
-        clock.step_done(len(stored.images))
+        clock.step_done(loader.batch_sizes[progress.step - 1])
         every = config.run.checkpoint_every_steps
         if every and progress.step % every == 0 and progress.step < steps:
-            sums = _checkpoint_inside_epoch(training, sums, clock)
+            sums, used = _checkpoint_inside_epoch(training, sums, used, clock)
     session.share_buffers(training.evaluated_model)
     total, emotion, action_units, votes, norm = (session.sum(sums) / steps).tolist()
     train = {"loss": total, "emotion_loss": emotion, "au_loss": action_units, "grad_norm": norm}
     if config.loss.votes_weight > 0:
         train["votes_loss"] = votes
+    images = _images_used(training, session.sum(used))
     progress.elapsed_s += clock.elapsed_s()
     return {
         "epoch": epoch + 1,
+        "num_workers": session.num_workers,
+        "images": images,
         "lr": lr,
         "au_weight": au_weight,
         "train": train,
@@ -183,20 +195,36 @@ def train_epoch(training: Training, wrapped: nn.Module) -> dict[str, Any]:
     }
 
 
-def _checkpoint_inside_epoch(training: Training, sums: torch.Tensor, clock: _Clock) -> torch.Tensor:
-    """Save in mid-epoch. The loss sums of all workers move to rank 0, in a resumed run as in this one."""
+def _images_used(training: Training, used: torch.Tensor) -> dict[str, Any]:
+    """The number and checksum of the images of the epoch that has ended, ``used`` by all workers, whoever came and went."""
+    epoch = training.progress.epoch
+    drawn = tally(training.loader.order(epoch))
+    if not torch.equal(used, drawn):
+        checkpoint = training.folder.checkpoints / checkpoint_name(epoch, 0)
+        raise RafceError(
+            f"epoch {epoch + 1} used {int(used[0])} images where {int(drawn[0])} were drawn, or not each as often as drawn: its figures would "
+            f"not be what they say. To train it again from its start, delete every checkpoint newer than {checkpoint.name} in "
+            f"{training.folder.checkpoints} and give the command again."
+        )
+    return {"used": int(used[0]), "checksum": f"{int(used[1]) % 2**64:016x}"}
+
+
+def _checkpoint_inside_epoch(
+    training: Training, sums: torch.Tensor, used: torch.Tensor, clock: _Clock
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Save in mid-epoch. The sums and the tally of all workers move to rank 0, in a resumed run as in this one."""
     session = training.session
-    everywhere = session.sum(sums)
+    everywhere, used_everywhere = session.sum(sums), session.sum(used)
     if session.rank == 0:
-        training.progress.loss_sums = everywhere.tolist()
+        training.progress.loss_sums, training.progress.images_used = everywhere.tolist(), used_everywhere.tolist()
         before = training.progress.elapsed_s
         training.progress.elapsed_s = before + clock.elapsed_s()
         records = training.folder.metrics()
         training.save(records[-1]["validation"] if records else {}, None)
         training.progress.elapsed_s = before
         prune(training.folder.checkpoints, training.config.run.keep_checkpoints)
-        return everywhere.to(sums.device)
-    return torch.zeros_like(sums)
+        return everywhere.to(sums.device), used_everywhere
+    return torch.zeros_like(sums), torch.zeros_like(used)
 
 
 def _learning_rate(training: Training, step: int) -> float:
@@ -278,7 +306,8 @@ def _probe_gradients(training: Training) -> dict[str, float] | None:
 def _advance(training: Training, score: float) -> None:
     """Close an epoch: count it, and the epochs since the best one. An undefined score is no improvement."""
     progress = training.progress
-    progress.epoch, progress.step, progress.loss_sums = progress.epoch + 1, 0, [0.0] * NUM_LOSS_SUMS
+    progress.epoch, progress.step = progress.epoch + 1, 0
+    progress.loss_sums, progress.images_used = [0.0] * NUM_LOSS_SUMS, [0, 0]
     if math.isfinite(score) and (progress.best_score is None or score > progress.best_score):
         progress.best_score, progress.best_epoch, progress.epochs_without_improvement = score, progress.epoch, 0
     else:
@@ -321,7 +350,8 @@ class _Clock:
         self._data_s += time.perf_counter() - self._mark
 
     def step_done(self, num_images: int) -> None:
-        self._images += num_images * self._training.session.num_workers
+        """``num_images``: of the step, over all workers."""
+        self._images += num_images
         self._mark = time.perf_counter()
         if self._training.session.rank == 0 and self._mark - self._shown >= self._show_every_s:
             self._shown = self._mark

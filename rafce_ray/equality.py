@@ -7,8 +7,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-NOT_COMPARED = frozenset({"images_per_s", "data_wait", "elapsed_s", "run_dir", "bundle", "weights_sha256"})
-"""Timings and places; and the weights, of which no more than equality can be said."""
+NOT_COMPARED = frozenset(
+    {"images_per_s", "data_wait", "elapsed_s", "num_workers", "run_dir", "bundle", "weights_sha256"}
+)
+"""Timings, places and the number of workers, which is a circumstance; and the weights, of which no more than equality can be said."""
 
 MISSING = "missing"
 

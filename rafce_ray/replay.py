@@ -72,6 +72,9 @@ def plan_replay(original: RunFolder, overrides: Sequence[str] = ()) -> Plan:
     values = apply_overrides(trained.model_dump(mode="json"), overrides)
     if known["threads"] and known["threads"].isdigit():
         values["run"]["cpus_per_worker"] = int(known["threads"])
+    # A range of workers is trained again by as many as there were at most: their coming and going is not repeated.
+    num_workers = max(int(number) for number in re.findall(r"\d+", str(known["workers"])))
+    values["run"]["num_workers"] = num_workers
     if known["device"] in ("cpu", "cuda"):
         values["run"]["use_gpu"] = known["device"] == "cuda"
     if known["precision"] in ("fp32", "bf16"):
@@ -92,6 +95,7 @@ def plan_replay(original: RunFolder, overrides: Sequence[str] = ()) -> Plan:
         **software_circumstances(describe_software()),
         "device": here["device"],
         "processor": here["name"],
+        "workers": str(num_workers),
         "trained": "in one go",
     }
     return Plan(trained, config, differences(trained, original.config()), compare_circumstances(known, now), prepared)

@@ -23,14 +23,18 @@ from rafce_ray.run_folder import RunFolder
 from rafce_ray.session import Job
 from rafce_ray.storage import locate
 from rafce_ray.watch import RunWatch, duration
+from rafce_ray.worker_changes import root_cause
 
 if TYPE_CHECKING:
     import ray.train
-    from ray.train import UserCallback
     from ray.train.torch import TorchTrainer
+    from ray.train.v2.api.callback import RayTrainCallback
 
 HEALTH_CHECK_INTERVAL_S = 0.2
 """Each ``train.report`` waits for one poll of Ray's controller: 2 s by default, measured."""
+
+ELASTIC_START_TIMEOUT_S = 10
+"""Seconds that a group of workers waits for room which the cluster was thought to have; 60 by default."""
 
 
 def launch(config: Config, *, resume: bool = False) -> dict[str, Any]:
@@ -74,7 +78,7 @@ def _write_report(folder: RunFolder, prepared: Prepared) -> None:
 
 
 def build_trainer(
-    job: Job, num_cpus: float, num_gpus: float, *, max_failures: int, callbacks: Sequence[UserCallback] = ()
+    job: Job, num_cpus: float, num_gpus: float, *, max_failures: int, callbacks: Sequence[RayTrainCallback] = ()
 ) -> TorchTrainer:
     """Ray Train's trainer of a job on a cluster of so many CPUs and GPUs; ``max_failures``: starts of its workers again."""
     # Ray reads its environment when it is imported: ray_cluster has set it by now.
@@ -104,8 +108,10 @@ def build_trainer(
 def _fit(job: Job, num_cpus: float, num_gpus: float) -> dict[str, Any] | None:
     from ray.train import TrainingFailedError
 
+    from rafce_ray.worker import ChangesCallback
+
     run, folder = job.config.run, RunFolder(job.run_dir)
-    trainer = build_trainer(job, num_cpus, num_gpus, max_failures=run.max_failures)
+    trainer = build_trainer(job, num_cpus, num_gpus, max_failures=run.max_failures, callbacks=[ChangesCallback(job)])
     with (
         RunWatch(folder, job.config),
         interruptible(f"the same command goes on from the newest checkpoint in {folder.checkpoints}"),
@@ -114,7 +120,7 @@ def _fit(job: Job, num_cpus: float, num_gpus: float) -> dict[str, Any] | None:
             outcome: dict[str, Any] | None = trainer.fit().return_value
         except TrainingFailedError as error:
             raise RafceError(
-                f"training failed {run.max_failures + 1} time(s), the last time with: {_root_cause(error)}\n"
+                f"training failed {run.max_failures + 1} time(s), the last time with: {root_cause(error)}\n"
                 f"Its checkpoints are in {folder.checkpoints}; the same command goes on from the newest that holds."
             ) from error
     return outcome
@@ -153,6 +159,8 @@ def ray_cluster(config: Config, *, nested: bool = False) -> Iterator[tuple[float
         "TUNE_DISABLE_SIGINT_HANDLER": "1",
         # A trial's last word says how it ended and has no figures.
         "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+        # A range of workers is started where there is room by all that is known; where that is out of date, they are soon counted again.
+        **({"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(ELASTIC_START_TIMEOUT_S)} if config.run.is_elastic else {}),
     }.items():
         os.environ.setdefault(name, value)
     import ray
@@ -200,16 +208,18 @@ def _scaling(config: Config, num_cpus: float, num_gpus: float) -> ray.train.Scal
     from ray.train import ScalingConfig
 
     run = config.run
-    use_gpu = run.use_gpu if run.use_gpu is not None else num_gpus >= run.num_workers
-    cpus = run.cpus_per_worker or max(1, math.floor(num_cpus / run.num_workers))
-    wanted, wanted_gpus = cpus * run.num_workers, run.num_workers if use_gpu else 0
+    least = run.least_workers
+    use_gpu = run.use_gpu if run.use_gpu is not None else num_gpus >= least
+    cpus = run.cpus_per_worker or max(1, math.floor(num_cpus / run.most_workers))
+    wanted, wanted_gpus = cpus * least, least if use_gpu else 0
     if wanted > num_cpus or wanted_gpus > num_gpus:
         raise UsageError(
-            f"{run.num_workers} worker(s) x {cpus} CPU(s){' x 1 GPU' if use_gpu else ''} = {wanted} CPUs and {wanted_gpus} GPUs; the cluster "
+            f"{least} worker(s) x {cpus} CPU(s){' x 1 GPU' if use_gpu else ''} = {wanted} CPUs and {wanted_gpus} GPUs; the cluster "
             f"has {num_cpus:g} CPUs and {num_gpus:g} GPUs. Lower run.num_workers or run.cpus_per_worker, or set run.use_gpu=false."
         )
     return ScalingConfig(
         num_workers=run.num_workers,
+        elastic_resize_monitor_interval_s=run.resize_interval_s,
         use_gpu=use_gpu,
         resources_per_worker={"CPU": cpus} | ({"GPU": 1} if use_gpu else {}),
     )
@@ -283,16 +293,6 @@ def _error_of(outcome: dict[str, Any]) -> RafceError:
     return error
 
 
-def _root_cause(error: BaseException) -> str:
-    """The innermost worker error on one line: Ray wraps it several times and adds its traceback."""
-    failures = getattr(error, "worker_failures", None) or {}
-    inner: BaseException = next(iter(failures.values()), error)
-    while (cause := getattr(inner, "cause", None) or inner.__cause__) is not None:
-        inner = cause
-    lines = [line for line in str(inner).strip().splitlines() if line.strip()]
-    return f"{type(inner).__name__}: {lines[-1] if lines else 'no message'}"
-
-
 def _arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="rafce train",
@@ -322,7 +322,8 @@ def _main(argv: Sequence[str]) -> int:
         )
     config = named(config)
     say(
-        f"training {config.model.backbone} at {config.model.image_px} px on {config.data.root} for up to {config.optim.epochs} epochs; "
+        f"training {config.model.backbone} at {config.model.image_px} px on {config.data.root} for up to {config.optim.epochs} epochs with "
+        f"{config.run.workers_shown}; "
         f"results go to {(locate(config.run.storage) / str(config.run.name)).shown}"
     )
     result = launch(config, resume=arguments.resume)

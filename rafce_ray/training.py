@@ -18,7 +18,7 @@ from rafce_ray.checkpoint import Checkpoint, InvalidCheckpoint, local_bundle, re
 from rafce_ray.config import MINIMISED_METRICS, Config, LossConfig
 from rafce_ray.data.augment import build_augmentation
 from rafce_ray.data.dataset import Dataset, open_dataset
-from rafce_ray.data.loader import ImageSource, TrainLoader
+from rafce_ray.data.loader import ImageSource, TrainLoader, check_shares
 from rafce_ray.errors import GateError
 from rafce_ray.hardware import resolve_precision
 from rafce_ray.losses import MultiTaskLoss, Objective, build_loss, class_weights
@@ -40,7 +40,10 @@ NUM_LOSS_SUMS = 5
 
 @dataclass
 class Progress:
-    """How far a run has come: ``epoch`` whole epochs, ``step`` steps of the next; what early stopping needs."""
+    """How far a run has come: ``epoch`` whole epochs, ``step`` steps of the next; what early stopping needs.
+
+    ``loss_sums`` and ``images_used`` (a tally) are of all workers' steps of the epoch that is begun.
+    """
 
     epoch: int = 0
     step: int = 0
@@ -49,6 +52,7 @@ class Progress:
     epochs_without_improvement: int = 0
     elapsed_s: float = 0.0
     loss_sums: list[float] = field(default_factory=lambda: [0.0] * NUM_LOSS_SUMS)
+    images_used: list[int] = field(default_factory=lambda: [0, 0])
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,8 @@ class Training:
         self.optimizer = build_optimizer(
             self.objective, config.optim.optimizer, lr=config.optim.lr, weight_decay=config.optim.weight_decay
         )
+        # A run that may grow must not find out hours later that it cannot.
+        check_shares(len(self.splits.train), config.optim.batch_size, config.run.most_workers)
         self.loader = TrainLoader(
             self.dataset,
             self.splits.train,
@@ -205,7 +211,7 @@ class Training:
         self.progress = Progress(**state["progress"])
         if self.session.rank != 0:
             # Rank 0 holds the sums of all workers.
-            self.progress.loss_sums = [0.0] * NUM_LOSS_SUMS
+            self.progress.loss_sums, self.progress.images_used = [0.0] * NUM_LOSS_SUMS, [0, 0]
 
 
 def open_for_training(job: Job) -> Dataset:

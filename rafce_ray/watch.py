@@ -27,7 +27,15 @@ REMOTE_POLL_S = 5.0
 """Seconds between looks at an object store, where every look is a paid request for each run that trains."""
 
 SHOWN_EPOCHS = 15
-WARNING_EVENTS = ("warning", "finding", "invalid_checkpoint", "hung_worker", "diverged")
+WARNING_EVENTS = (
+    "warning",
+    "finding",
+    "invalid_checkpoint",
+    "hung_worker",
+    "workers_failed",
+    "waiting_for_room",
+    "diverged",
+)
 
 
 class Watch(ABC):

@@ -6,6 +6,8 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,6 +19,15 @@ import ray.tune
 import ray.util
 import torch
 import torch.distributed as dist
+from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
+from ray.train.v2._internal.execution.controller.state import (
+    InitializingState,
+    ReschedulingState,
+    RestartingState,
+    SchedulingState,
+    TrainControllerState,
+)
+from ray.train.v2._internal.execution.worker_group import WorkerGroup
 from torch import Tensor, nn
 
 from rafce_ray.engine import fit
@@ -26,6 +37,7 @@ from rafce_ray.session import Job, LocalSession
 from rafce_ray.study.adoption import Adoption, adopt, complete_adoption, is_on_record, write_offer
 from rafce_ray.study.trials import check_sampled, conclude, read_plan
 from rafce_ray.study_folder import StudyFolder
+from rafce_ray.worker_changes import WorkerChanges, describe_failures, root_cause
 
 HUNG_EXIT_CODE = 75
 STARTING = 4
@@ -107,6 +119,51 @@ class TrainSession:
     def stop_watching(self) -> None:
         """The loop has ended: silence no longer means that the worker hangs."""
         self._watchdog.stop()
+
+
+class ChangesCallback(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
+    """Tells :class:`WorkerChanges` what Ray Train's controller does with a run's workers.
+
+    Ray's public callback hears of errors only, neither of a group's size nor of a wait for room.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self._changes = WorkerChanges(RunFolder(job.run_dir), job.config.run)
+        self._machines: dict[int, str] = {}
+
+    def after_controller_state_update(
+        self, previous_state: TrainControllerState, current_state: TrainControllerState
+    ) -> None:
+        """The controller has taken a step."""
+        with _told_if_possible():
+            if isinstance(current_state, RestartingState) and current_state is not previous_state:
+                error = current_state.training_failed_error
+                if isinstance(error, ray.train.PreemptionError):
+                    self._changes.failed("a machine is taken away", counted=False)
+                elif isinstance(error, ray.train.WorkerGroupError):
+                    self._changes.failed(describe_failures(error.worker_failures))
+                else:
+                    self._changes.failed(root_cause(error), counted=False)
+            if isinstance(current_state, InitializingState | SchedulingState | RestartingState | ReschedulingState):
+                self._changes.waiting()
+
+    def after_worker_group_start(self, worker_group: WorkerGroup) -> None:
+        """The workers are there and have not begun, so that nobody else writes events."""
+        with _told_if_possible():
+            alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+            lost = [rank for rank, machine in self._machines.items() if machine not in alive]
+            workers = worker_group.get_workers()
+            self._machines = {rank: worker.metadata.node_id for rank, worker in enumerate(workers)}
+            self._changes.started(len(workers), lost)
+
+
+@contextmanager
+def _told_if_possible() -> Iterator[None]:
+    """Ray ends a run whose callback fails: a storage that cannot be written just now costs a message, which goes to Ray's log instead."""
+    try:
+        yield
+    except OSError as error:
+        print(f"a change of the workers could not be put on record: {error}", file=sys.stderr, flush=True)
 
 
 def trial_worker(plain: dict[str, Any], study: str, metric: str) -> dict[str, Any]:

@@ -78,11 +78,39 @@ def test_all_faults_are_reported_at_once_with_the_nearest_key():
         ("run.name=a/b", "no folder name"),
         ("loss.au_start_epoch=50", "never come in"),
         ("model.freeze_backbone=true", "learnt nothing"),
+        ("run.num_workers=0", r"run\.num_workers: found 0; write how many workers train"),
+        ("run.num_workers=1-4", r"found '1-4'; write .* for example \[1, 4\]"),
+        ("run.num_workers=true", "found True; write"),
+        ("run.num_workers=[4, 1]", r"found \[4, 1\]; write .* the least and the most"),
+        ("run.num_workers=[1]", r"found \[1\]; write"),
+        ("run.num_workers=[0, 4]", r"found \[0, 4\]; write"),
+        ("run.num_workers=[1, 2000]", "from 1 to 1024"),
+        ("run.num_workers=[1, 17]", r"optim\.batch_size=32 leaves fewer than 2 images a step for each of 17 workers"),
     ],
 )
 def test_each_fault_says_what_was_expected(override, part):
-    with pytest.raises(ConfigError, match=part.replace("[", r"\[")):
+    with pytest.raises(ConfigError, match=part):
         load_config(overrides=[override])
+
+
+@pytest.mark.parametrize(
+    ("given", "least", "most", "elastic", "shown"),
+    [
+        ("1", 1, 1, False, "1 worker"),
+        ("3", 3, 3, False, "3 workers"),
+        ("[1, 4]", 1, 4, True, "1 to 4 workers"),
+        ("[2,2]", 2, 2, True, "2 to 2 workers"),
+    ],
+)
+def test_workers_are_a_number_or_a_range(given, least, most, elastic, shown, tmp_path):
+    config = load_config(overrides=[f"run.num_workers={given}"])
+    run = config.run
+    assert (run.least_workers, run.most_workers, run.is_elastic, run.workers_shown) == (least, most, elastic, shown)
+    (tmp_path / "printed.yaml").write_text(to_yaml(config))
+    assert load_config(tmp_path / "printed.yaml") == config
+    assert build_config(config.model_dump()) == config
+    assert config_hash(config) == config_hash(load_config())
+    assert differences(config, load_config()) == {}
 
 
 def test_nothing_left_to_train_is_an_error():

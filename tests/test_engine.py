@@ -1,5 +1,6 @@
 """The epoch loop without Ray: what it learns, writes down, survives."""
 
+import json
 import math
 from dataclasses import replace
 from hashlib import sha256
@@ -7,17 +8,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import save_file
 from torchvision.models import mobilenet_v3_small
 
 from rafce_ray import training
 from rafce_ray.bundle import load_bundle
-from rafce_ray.checkpoint import list_checkpoints
+from rafce_ray.checkpoint import TRAINER_STATE, list_checkpoints
 from rafce_ray.config import load_config
 from rafce_ray.console import to_json
 from rafce_ray.data.dataset import open_dataset, prepare
+from rafce_ray.data.loader import tally
 from rafce_ray.engine import fit
-from rafce_ray.errors import GateError
+from rafce_ray.errors import GateError, RafceError
 from rafce_ray.run_folder import RunFolder
 from rafce_ray.session import Job, LocalSession
 
@@ -103,6 +106,38 @@ def test_an_interrupted_run_ends_with_the_same_weights_and_figures_bit_for_bit(
         for one in (resumed, undisturbed)
     ]
     assert to_json(plain[0]) == to_json(plain[1])
+
+
+def test_every_epoch_is_on_record_as_having_used_each_train_image_once(undisturbed, tiny_overrides):
+    config = load_config(overrides=tiny_overrides)
+    prepared = prepare(config.data)
+    train = open_dataset(prepared.store_uri, prepared.taxonomy, "mask", "mask").indices("train")
+    number, checksum = tally(train).tolist()
+    assert number == 95
+    for record in RunFolder(undisturbed["run_dir"]).metrics():
+        assert record["images"] == {"used": 95, "checksum": f"{checksum % 2**64:016x}"}
+        assert record["num_workers"] == 1
+
+
+def test_an_epoch_that_did_not_use_its_images_is_refused(tiny_overrides, tmp_path):
+    """A checkpoint that says of one image that it was used when another was."""
+    overrides = [*tiny_overrides, "run.checkpoint_every_steps=2", "optim.epochs=1", "optim.warmup_epochs=0"]
+    with pytest.raises(Interrupted):
+        run(overrides, tmp_path / "run", DyingSession(5))
+    newest = list_checkpoints(RunFolder(str(tmp_path / "run")).checkpoints)[0][-1]
+    assert (newest.epoch, newest.step) == (0, 4)
+    file = newest.location.local / TRAINER_STATE
+    state = torch.load(file, weights_only=True)
+    one, other = tally(np.array([3])), tally(np.array([4]))
+    state["progress"]["images_used"][1] += int(other[1] - one[1])
+    torch.save(state, file)
+    manifest = newest.location.local / "manifest.json"
+    record = json.loads(manifest.read_text())
+    record["sha256"][TRAINER_STATE] = sha256(file.read_bytes()).hexdigest()
+    manifest.write_text(json.dumps(record))
+    with pytest.raises(RafceError, match=r"epoch 1 used 95 images where 95 were drawn, or not each as often as drawn"):
+        run(overrides, tmp_path / "run")
+    assert RunFolder(str(tmp_path / "run")).metrics() == []
 
 
 @pytest.mark.slow

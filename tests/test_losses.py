@@ -46,6 +46,7 @@ def make_batch(
         emotion_norm=known.sum().float() if weights is None else weights[emotion[known]].sum(),
         au_norm=(~action_units.isnan()).sum().float(),
         votes_norm=(~votes.isnan().any(1)).sum().float(),
+        rows=np.arange(size),
     )
 
 
@@ -173,7 +174,7 @@ def test_two_ranks_equal_one_worker(task_weighting: str):
     whole = random_batch(weights=weights)
     # The first rank has 5 images, the second 7: what DDP does is the plain mean over ranks of gradients.
     ranks = [
-        Batch(*(field[rows] for field in whole[:4]), whole.emotion_norm, whole.au_norm, whole.votes_norm)
+        Batch(*(field[rows] for field in whole[:4]), *whole[4:7], whole.rows[rows])
         for rows in (slice(0, 5), slice(5, 12))
     ]
     one = Objective(LinearModel(), MultiTaskLoss(settings), num_workers=1)

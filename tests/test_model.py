@@ -57,6 +57,7 @@ def batch_of(size: int = 4, image_px: int = 64) -> Batch:
         emotion_norm=torch.tensor(float(size)),
         au_norm=torch.tensor(float(action_units.numel())),
         votes_norm=torch.tensor(0.0),
+        rows=np.arange(size),
     )
 
 

@@ -196,6 +196,19 @@ def test_circumstances_of_a_run_that_was_resumed_and_extended(tiny_overrides, tm
     assert again["trained"] == "extended after its end"
 
 
+def test_a_run_whose_workers_came_and_went_is_replayed_by_as_many_as_there_were_at_most(tiny_overrides, tmp_path):
+    folder = pretend_run(tmp_path / "run", tiny_overrides, "run.num_workers=[1, 4]")
+    (folder.location / "events.jsonl").delete()
+    for num_workers in (2, 1, 3, 2):
+        folder.add_event("started", precision="fp32", num_workers=num_workers)
+    assert circumstances_of(folder)["workers"] == "2 then 1 then 3"
+    plan = plan_replay(folder)
+    assert plan.config.run.num_workers == 3
+    assert [(one.original, one.replay, one.verdict) for one in plan.before if one.what == "workers"] == [
+        ("2 then 1 then 3", "3", "differs")
+    ]
+
+
 def test_circumstances_that_nobody_wrote_down_are_unknown(tiny_overrides, tmp_path):
     folder = pretend_run(tmp_path / "run", tiny_overrides)
     (folder.location / "events.jsonl").delete()

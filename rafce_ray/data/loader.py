@@ -43,11 +43,37 @@ def balancing_weights(emotion: np.ndarray) -> np.ndarray:
     return weights
 
 
+def num_steps(num_images: int, batch_size: int) -> int:
+    """Global batches of an epoch; their sizes differ by at most one image."""
+    return max(1, round(num_images / batch_size))
+
+
+def check_shares(num_images: int, batch_size: int, num_workers: int) -> None:
+    """UsageError where a step leaves a worker fewer than 2 images, of which batch statistics cannot be taken."""
+    if num_images // num_steps(num_images, batch_size) < 2 * num_workers:
+        raise UsageError(
+            f"{num_images} train images in batches of {batch_size} leave fewer than 2 a step for each of {num_workers} workers. "
+            "Lower run.num_workers or raise optim.batch_size."
+        )
+
+
+def tally(rows: np.ndarray) -> Tensor:
+    """(2,) int64: how many rows these are, and the sum of a hash of each, modulo 2^64.
+
+    Tallies add up over steps and workers, in any order; equal ones are of the same rows, each as often.
+    """
+    mixed = rows.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    mixed ^= mixed >> np.uint64(31)
+    return torch.tensor([len(rows), int(mixed.sum(dtype=np.uint64).view(np.int64))], dtype=torch.int64)
+
+
 class TrainLoader:
     """Batches of the train split for one of ``num_workers`` workers.
 
     An epoch uses every image exactly once (oversampling: as many draws), in ``steps_per_epoch`` global batches whose sizes
-    differ by at most one, so that no batch is ragged. Where the stored images fit on the device, they stay there.
+    differ by at most one (``batch_sizes``, by step), so that no batch is ragged. Where the stored images fit on the device, they stay there.
     """
 
     def __init__(
@@ -63,12 +89,10 @@ class TrainLoader:
         num_workers: int,
         device: torch.device,
     ) -> None:
-        if len(indices) < 2 * num_workers or batch_size < 2 * num_workers:
-            raise UsageError(
-                f"{len(indices)} train images in batches of {batch_size} leave fewer than 2 a step for each of {num_workers} workers. "
-                "Lower run.num_workers or raise optim.batch_size."
-            )
-        self.steps_per_epoch = max(1, round(len(indices) / batch_size))
+        check_shares(len(indices), batch_size, num_workers)
+        self.steps_per_epoch = num_steps(len(indices), batch_size)
+        smallest, larger = divmod(len(indices), self.steps_per_epoch)
+        self.batch_sizes = [smallest + (step < larger) for step in range(self.steps_per_epoch)]
         self._indices = indices
         self._seed, self._rank, self._num_workers, self._device = seed, rank, num_workers, device
         targets = dataset.targets
@@ -83,11 +107,14 @@ class TrainLoader:
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """This worker's batches of an epoch from ``first_step`` on."""
-        order = epoch_order(self._indices, self._seed, epoch, self._sampling_weights)
-        whole = np.array_split(order, self.steps_per_epoch)[first_step:]
+        whole = np.array_split(self.order(epoch), self.steps_per_epoch)[first_step:]
         mine = [batch[self._rank :: self._num_workers] for batch in whole]
         for batch, part, images in zip(whole, mine, self._images.gather_all(mine), strict=True):
             yield self._batch(batch, part, images)
+
+    def order(self, epoch: int) -> np.ndarray:
+        """Rows of the dataset in the order in which all workers together use them."""
+        return epoch_order(self._indices, self._seed, epoch, self._sampling_weights)
 
     def batch_of(self, indices: np.ndarray) -> Batch:
         """A batch of chosen train images that belongs to this worker alone."""
@@ -104,6 +131,7 @@ class TrainLoader:
             emotion_norm=self._scalar(self._emotion_weight[whole].sum()),
             au_norm=self._scalar(self._known_aus[whole].sum()),
             votes_norm=self._scalar(self._known_votes[whole].sum()),
+            rows=mine,
         )
 
     def _scalar(self, value: float) -> Tensor:

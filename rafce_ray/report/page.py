@@ -12,6 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from rafce_ray import __version__
+from rafce_ray.circumstances import distinct
 from rafce_ray.config import Config, flatten
 from rafce_ray.metrics import MIN_SUPPORT
 from rafce_ray.report import plots
@@ -38,7 +39,18 @@ from rafce_ray.taxonomy import ACTION_UNIT_NAMES, parse_action_unit_token
 
 NUM_CONFUSIONS = 8
 EVIDENCE_SHOWN = 5
-NOTABLE_EVENTS = ("resumed", "warning", "invalid_checkpoint", "hung_worker", "calibration", "finding", "diverged")
+NOTABLE_EVENTS = (
+    "resumed",
+    "warning",
+    "invalid_checkpoint",
+    "hung_worker",
+    "workers_failed",
+    "waiting_for_room",
+    "resized",
+    "calibration",
+    "finding",
+    "diverged",
+)
 
 STATUS = {
     "finished": "finished",
@@ -332,6 +344,8 @@ def _provenance(data: ReportData) -> Iterator[tuple[str, str]]:
             "hardware",
             f"{hardware.get('name')} ({hardware.get('device')}, {hardware.get('threads')} threads), {started[-1].get('precision')}",
         )
+        if workers := distinct(started, "num_workers"):
+            yield "workers", workers
         yield (
             "started",
             _time(started[0]["time"]) + (f", {len(started) - 1} more times after" if len(started) > 1 else ""),

@@ -56,7 +56,7 @@ def share_out(
     Raises:
         UsageError: one trial, or ``concurrent`` of them, can never run on this cluster, or ``run.use_gpu`` contradicts ``gpus_per_worker``.
     """
-    workers, cpus = run.num_workers, float(run.cpus_per_worker or 1)
+    workers, cpus = run.most_workers, float(run.cpus_per_worker or 1)
     total = Node(sum(node.cpus for node in nodes), sum(node.gpus for node in nodes))
     if gpus_per_worker is not None and run.use_gpu not in (None, gpus_per_worker > 0):
         raise UsageError(

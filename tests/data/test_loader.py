@@ -3,9 +3,19 @@ import pytest
 import torch
 
 from rafce_ray.data.dataset import Dataset
-from rafce_ray.data.loader import ImageSource, TrainLoader, balancing_weights, epoch_order, step_seed
+from rafce_ray.data.loader import (
+    ImageSource,
+    TrainLoader,
+    balancing_weights,
+    check_shares,
+    epoch_order,
+    step_seed,
+    tally,
+)
 from rafce_ray.data.records import Targets
 from rafce_ray.errors import UsageError
+from rafce_ray.losses import LossSettings, MultiTaskLoss, Objective
+from rafce_ray.model import Logits
 from rafce_ray.taxonomy import make_taxonomy
 
 
@@ -89,6 +99,70 @@ def test_starting_in_mid_epoch_gives_the_same_remaining_batches():
     assert seen(rest) == seen(whole[3:])
 
 
+class LogitTable(torch.nn.Module):
+    """Logits of its own for every numbered image."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.emotion = torch.nn.Parameter(torch.randn(count, 2, generator=generator, dtype=torch.float64))
+        self.action_units = torch.nn.Parameter(torch.randn(count, 2, generator=generator, dtype=torch.float64))
+
+    def forward(self, images: torch.Tensor) -> Logits:
+        numbers = images[:, 0, 0, 0].long()
+        return Logits(self.emotion[numbers], self.action_units[numbers])
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_workers_that_come_and_go_within_an_epoch_use_each_image_once_and_descend_the_same_loss(seed):
+    """1, 3, 2 and 4 workers, one after the other, each from the step that the ones before have come to."""
+    generator = np.random.default_rng(seed)
+    count, epoch = int(generator.integers(60, 200)), int(generator.integers(5))
+    data = dataset(generator.integers(-1, 2, count).tolist())
+    alone = list(loader(data, batch_size=16).batches(epoch))
+    sizes = [1, 3, 2, 4]
+    changes = [0, *sorted(generator.choice(np.arange(1, len(alone)), len(sizes) - 1, replace=False)), len(alone)]
+    used, tallied = [], torch.zeros(2, dtype=torch.int64)
+    for num_workers, first, last in zip(sizes, changes[:-1], changes[1:], strict=True):
+        workers = [loader(data, batch_size=16, rank=rank, num_workers=num_workers) for rank in range(num_workers)]
+        shares = zip(*(one.batches(epoch, first) for one in workers), strict=True)
+        for step, parts in zip(range(first, last), shares, strict=False):
+            used += seen(parts)
+            tallied += sum(tally(part.rows) for part in parts)
+            assert sorted(seen(parts)) == sorted(seen([alone[step]]))
+            assert min(len(part.images) for part in parts) >= 2
+            one, many = (
+                Objective(LogitTable(count), MultiTaskLoss(LossSettings(label_smoothing=0.1)), number)
+                for number in (1, num_workers)
+            )
+            whole = one(alone[step], 0.8)[0]
+            whole.total.backward()
+            losses = [many(part, 0.8)[0] for part in parts]
+            # What DistributedDataParallel does: the plain mean over workers.
+            torch.stack([loss.total for loss in losses]).mean().backward()
+            torch.testing.assert_close(sum(loss.total for loss in losses) / num_workers, whole.total)
+            torch.testing.assert_close(sum(loss.emotion for loss in losses), whole.emotion)
+            torch.testing.assert_close(sum(loss.action_units for loss in losses), whole.action_units)
+            for ours, theirs in zip(many.parameters(), one.parameters(), strict=True):
+                torch.testing.assert_close(ours.grad, theirs.grad)
+    assert sorted(used) == list(range(count))
+    assert torch.equal(tallied, tally(loader(data, batch_size=16).order(epoch)))
+
+
+def test_a_tally_knows_which_rows_and_how_often_but_not_in_what_order():
+    rows = np.arange(1000)
+    whole = tally(rows)
+    assert whole[0] == 1000
+    assert torch.equal(tally(rows[::-1].copy()), whole)
+    assert torch.equal(sum(tally(part) for part in np.array_split(rows, 7)), whole)
+    twice = rows.copy()
+    twice[3] = 4
+    swapped = rows.copy()
+    swapped[[3, 4]] = 2, 5  # as many, and the same sum
+    for other in (rows[1:], twice, swapped, np.append(rows, 0)):
+        assert not torch.equal(tally(other), whole)
+
+
 def test_labels_belong_to_their_images():
     data = dataset([i % 2 for i in range(40)])
     for batch in loader(data).batches(epoch=0):
@@ -149,6 +223,14 @@ def test_too_few_images_for_the_workers_is_said():
         loader(dataset([0, 1, 0]), num_workers=2)
     with pytest.raises(UsageError, match=r"optim\.batch_size"):
         loader(dataset([0, 1] * 20), num_workers=2, batch_size=3)
+
+
+def test_the_smallest_batch_is_shared_out_not_the_one_that_was_asked_for():
+    # 41 images in batches of 16 are three of 14, 14 and 13.
+    check_shares(41, 16, 6)
+    with pytest.raises(UsageError, match="fewer than 2 a step for each of 7 workers"):
+        check_shares(41, 16, 7)
+    check_shares(45, 16, 7)
 
 
 def test_image_source_follows_the_order_it_is_asked_for():
