@@ -50,7 +50,7 @@ SHARD_FILES = 100
 MEMORY_SHARD_FILES = 500
 LOOK_EVERY_S = 0.5
 MAX_GROWTH = 1.10
-PARTS = (("rafce_ray.predict", "driver"), ("ShardPredictor", "workers"), ("Map(", "workers"), ("", "Ray"))
+PARTS = (("rafce_ray.predict", "driver"), ("ShardPredictor", "workers"), ("", "Ray"))
 """Marks in a command line, the first that fits, and what such a process is."""
 
 

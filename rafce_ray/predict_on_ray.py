@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import logging
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -32,9 +33,6 @@ from rafce_ray.predict import Predictor, detector_of, in_words, outcomes, predic
 from rafce_ray.prediction_shards import Options, Shards, open_shards, read_plan
 from rafce_ray.storage import locate
 from rafce_ray.train import interruptible, ray_cluster
-
-TASK_RETRIES = 3
-"""How often a shard whose worker's process ended is begun again, before that ends the run."""
 
 STORE_READERS = 16
 """Threads of a worker that read from an object store, whose answers take long and cost no processor."""
@@ -251,7 +249,7 @@ def _predict_shards(job: Job, shards: Shards, missing: list[int], *, workers: in
 
 
 def _rows(job: Job, share: Share, missing: list[int]) -> Iterator[dict[str, Any]]:
-    """What the workers say of the shards, as they end."""
+    """What the workers say of the shards, as they end. Ray starts a worker that died again, and its shard with it."""
     import ray.data
     from ray.data.exceptions import ExecutionTimeoutError
     from ray.exceptions import RayError
@@ -268,15 +266,15 @@ def _rows(job: Job, share: Share, missing: list[int]) -> Iterator[dict[str, Any]
         ),
         num_cpus=share.cpus,
         num_gpus=share.gpus,
-        max_task_retries=TASK_RETRIES,
     )
     try:
         for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             yield from table.to_pylist()
     except ExecutionTimeoutError as error:
         raise RafceError(
-            f"no shard ended for {context.execution_no_progress_timeout_s / 60:g} minutes. See on the dashboard whether the cluster has room for the "
-            "workers. If a shard takes that long, set RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S higher; the same command then goes on."
+            f"no shard ended for {context.execution_no_progress_timeout_s / 60:g} minutes. Either the cluster has no room for the workers (see the "
+            f"dashboard), or they die at an image of the first shard that is missing in {job.out}, or a shard takes that long: then set "
+            "RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S higher. The same command goes on."
         ) from error
     except RayError as error:
         raise RafceError(
@@ -307,7 +305,9 @@ def _last_line(error: BaseException) -> str:
 
 
 def _few(paths: Sequence[str]) -> str:
-    return ", ".join(paths[:3]) + (f" and {len(paths) - 3:,} more" if len(paths) > 3 else "")
+    """Paths in words, without the credentials that a URI may hold."""
+    shown = [re.sub(r"://[^/@]*@", "://", path) for path in paths[:3]]
+    return ", ".join(shown) + (f" and {len(paths) - 3:,} more" if len(paths) > 3 else "")
 
 
 def _summary(totals: Counter[str], shards: Shards, bundle: Bundle) -> str:

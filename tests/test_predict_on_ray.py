@@ -6,11 +6,13 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
 import boto3
 import numpy as np
+import psutil
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
@@ -21,12 +23,12 @@ from rafce_ray.storage import locate
 
 pytestmark = pytest.mark.ray
 
-NUM_FILES = 1500
+NUM_FILES = 600
 
 
 @pytest.fixture
 def images(drawn_faces, tmp_path) -> Path:
-    """1,500 names for the drawn faces in two folders, and two files that cannot be read."""
+    """600 names for the drawn faces in two folders, and two files that cannot be read."""
     place, drawn = tmp_path / "images", sorted((drawn_faces / "aligned").iterdir())
     for number in range(NUM_FILES - 2):
         link = place / ("b" if number % 2 else "a") / f"{number:04d}.jpg"
@@ -53,12 +55,12 @@ def assert_same_rows(found: list[dict], expected: list[dict]) -> None:
             assert one == other, key
 
 
-def test_a_killed_run_goes_on_and_says_what_local_prediction_says(
+def test_a_run_whose_driver_and_worker_were_killed_says_what_local_prediction_says(
     images, write_bundle, tmp_path, ray_cluster_of_tests, capsys
 ):
     bundle, out = write_bundle(tmp_path / "bundle"), tmp_path / "out"
     common = ["--bundle", str(bundle), str(images), "--faces", "aligned"]
-    command = [*common, "--ray", "--out", str(out), "--shard-files", "10", "--workers", "2"]
+    command = [*common, "--ray", "--out", str(out), "--shard-files", "5", "--workers", "2"]
 
     # Local prediction needs no ray.
     without_ray = (
@@ -85,15 +87,17 @@ def test_a_killed_run_goes_on_and_says_what_local_prediction_says(
         driver.communicate()
         wait_until_unchanged(out / "predictions")
     finished = {path: path.stat().st_mtime_ns for path in out.glob("predictions/part-*")}
-    assert 0 < len(finished) < 150, "it was to be killed in the middle"
+    assert 0 < len(finished) < 120, "it was to be killed in the middle"
 
+    killed: list[int] = []
+    killer = threading.Thread(target=kill_a_worker, args=(out / "predictions", len(finished), killed))
+    killer.start()
     assert main(command) == 0
+    killer.join()
+    assert len(killed) == 1
     said = capsys.readouterr().err.splitlines()
-    assert said[1] == f"{NUM_FILES:,} image files in 150 shards of up to 10; {len(finished)} shards are there already"
-    assert (
-        "1,498 faces predicted in 1,498 of 1,500 files, 2 that could not be read (see error_code); 150 Parquet"
-        in said[-1]
-    )
+    assert said[1] == f"{NUM_FILES} image files in 120 shards of up to 5; {len(finished)} shards are there already"
+    assert "598 faces predicted in 598 of 600 files, 2 that could not be read (see error_code); 120 Parquet" in said[-1]
     assert {path: path.stat().st_mtime_ns for path in finished} == finished
     assert sorted(os.listdir(out)) == [".listing.parquet", "plan.json", "predictions", "summary.json"]
     assert all(not name.startswith(".") for name in os.listdir(out / "predictions"))
@@ -104,12 +108,25 @@ def test_a_killed_run_goes_on_and_says_what_local_prediction_says(
     assert [row["error_code"] for row in found if row["error_code"]] == ["unsupported_format", "empty"]
     summary = json.loads((out / "summary.json").read_text())
     assert {key: summary[key] for key in ("shards", "files", "predicted", "faces", "broken")} == {
-        "shards": 150,
-        "files": 1500,
-        "predicted": 1498,
-        "faces": 1498,
+        "shards": 120,
+        "files": 600,
+        "predicted": 598,
+        "faces": 598,
         "broken": 2,
     }
+
+
+def kill_a_worker(folder: Path, num_before: int, killed: list[int]) -> None:
+    """End a worker's process once a further shard is there."""
+    deadline = time.monotonic() + 240
+    while not killed and time.monotonic() < deadline:
+        time.sleep(0.01)
+        if len(list(folder.glob("part-*"))) > num_before:
+            workers = [
+                one for one in psutil.Process().children(recursive=True) if "ShardPredictor" in " ".join(one.cmdline())
+            ]
+            workers[0].kill()
+            killed.append(workers[0].pid)
 
 
 def wait_until_unchanged(folder: Path) -> None:
