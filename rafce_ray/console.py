@@ -7,8 +7,10 @@ import logging
 import math
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 from rich.console import Console
@@ -82,24 +84,29 @@ class _Rate(ProgressColumn):
 
 
 @contextmanager
-def progress_bar(description: str, total: int | None) -> Iterator[Callable[[int], None]]:
-    """A bar with count, rate and time left; yields ``advance(n)``. Where standard error is no terminal: one line at the end of each tenth."""
+def progress_bar(description: str, total: int | None, *, rate_over_s: float = 30.0) -> Iterator[Callable[[int], None]]:
+    """A bar with count, rate and time left; yields ``advance(n)``. Where standard error is no terminal: one line at the end of each tenth.
+
+    The bar's rate is that of the last ``rate_over_s`` seconds, in which ``advance`` should have been called several times.
+    """
     if not console.is_terminal:
         yield _plain_progress(description, total)
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=console, speed_estimate_period=rate_over_s) as progress:
         task = progress.add_task(description, total=total)
         yield lambda n: progress.advance(task, n)
 
 
 def _plain_progress(description: str, total: int | None) -> Callable[[int], None]:
-    done = 0
+    done, began = 0, time.monotonic()
 
     def advance(n: int) -> None:
         nonlocal done
         before, done = done, done + n
         if total and (before * 10 // total) != (done * 10 // total):
-            say(f"{description}: {done}/{total}")
+            rate = done / max(time.monotonic() - began, 1e-9)
+            left = timedelta(seconds=round((total - done) / rate))
+            say(f"{description}: {done}/{total}, {rate:,.1f}/s, {left} left")
 
     return advance

@@ -1,14 +1,16 @@
-"""``rafce predict``: emotions and action units of every face in image files; and the ``Predictor`` that everything shares."""
+"""``rafce predict``: emotions and action units of every face in image files; and the ``Predictor`` that everything shares.
+
+With ``--ray`` the files are predicted on a Ray cluster (``predict_on_ray``); nothing else here needs ray.
+"""
 
 from __future__ import annotations
 
 import argparse
 import os
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +22,11 @@ from rafce_ray.bundle import Bundle, load_bundle
 from rafce_ray.calibration import Outputs, Probabilities, calibrated
 from rafce_ray.consistency import basic_emotion_membership, consistency_of
 from rafce_ray.console import progress_bar, run_main, say
-from rafce_ray.decode import DEFAULT_LIMITS, DecodeError, decode_image, decode_sized_face
-from rafce_ray.faces import Face, FaceFinder, build_face_finder, given_face, may_be_aligned
+from rafce_ray.errors import UsageError
+from rafce_ray.faces import build_face_finder
 from rafce_ray.hardware import choose_device
 from rafce_ray.image_files import find_images
+from rafce_ray.image_loading import NO_FACE, LoadedFile, load_ahead, load_file
 from rafce_ray.inference.engines import Engine, TorchEngine
 from rafce_ray.prediction import (
     ActionUnitPrediction,
@@ -33,14 +36,12 @@ from rafce_ray.prediction import (
     EmotionScore,
     FacePrediction,
     FilePrediction,
-    FileProblem,
     Prediction,
 )
-from rafce_ray.prediction_output import check_out, open_output
+from rafce_ray.prediction_output import FORMATS, check_out, open_output
 from rafce_ray.taxonomy import ACTION_UNIT_NAMES, action_unit_code
 
-NO_FACE = "no_face"
-UNREADABLE = "unreadable"
+__all__ = ["LoadedFile", "Predictor", "detector_of", "in_words", "load_file", "main", "outcomes", "predict_files"]
 
 
 class Predictor:
@@ -113,49 +114,6 @@ class Predictor:
         return ConsistencyRemark(found.score, tuple(units[column].code for column in found.contradicting))
 
 
-@dataclass(frozen=True)
-class LoadedFile:
-    """What was found in one file, before prediction; ``problem`` where there is no face to predict."""
-
-    path: str
-    width: int | None
-    height: int | None
-    faces: tuple[Face, ...]
-    problem: FileProblem | None
-
-
-def load_file(path: Path, *, finder: FaceFinder | None, px: int) -> LoadedFile:
-    """Read and decode one file and cut out its faces at ``px`` a side; without a finder the image is one aligned face.
-
-    Never raises for what a file holds: a broken file gives a ``problem``.
-    """
-    width = height = None
-    try:
-        with path.open("rb") as stream:
-            content = stream.read(DEFAULT_LIMITS.max_bytes + 1)
-        if finder is None:
-            face = decode_sized_face(content, px)
-            return LoadedFile(
-                str(path), face.width, face.height, (given_face(face.pixels, face.width, face.height),), None
-            )
-        photograph = decode_image(content)
-    except OSError as error:
-        problem = FileProblem(
-            UNREADABLE,
-            f"the file cannot be read ({error.strerror or error}).",
-            "Check that it is there and may be read.",
-        )
-    except DecodeError as error:
-        problem = FileProblem(error.code, error.message, error.remedy)
-    else:
-        height, width = photograph.shape[:2]
-        faces = finder.find(photograph, px)
-        if faces:
-            return LoadedFile(str(path), width, height, tuple(faces), None)
-        problem = FileProblem(NO_FACE, "no face was found.", _no_face_remedy(width, height))
-    return LoadedFile(str(path), width, height, (), problem)
-
-
 def predict_files(
     predictor: Predictor, files: Iterable[LoadedFile], *, batch_size: int, top_k: int
 ) -> Iterator[FilePrediction]:
@@ -191,7 +149,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def _main(argv: list[str]) -> int:
     arguments = _parser().parse_intermixed_args(argv)
-    out = check_out(arguments.out)
+    if arguments.ray:
+        return _main_on_ray(arguments)
+    _refuse_cluster_options(arguments)
+    out = check_out(None if arguments.out is None else Path(arguments.out))
     num_files = sum(1 for _ in find_images(arguments.paths))
     finder = None if arguments.faces == "aligned" else build_face_finder(arguments.face_model)
     bundle = load_bundle(arguments.bundle)
@@ -204,48 +165,45 @@ def _main(argv: list[str]) -> int:
     with (
         progress_bar("predicting", num_files) as advance,
         open_output(out, bundle, arguments.top_k) as write,
-        ThreadPoolExecutor(_num_readers(), thread_name_prefix="images") as pool,
     ):
-        loaded = _ahead(pool, load, find_images(arguments.paths))
+        loaded = load_ahead(load, find_images(arguments.paths), min(8, _num_cores()))
         for result in predict_files(predictor, loaded, batch_size=arguments.batch_size, top_k=arguments.top_k):
             write(result)
-            counts.update(_outcomes(result))
+            counts.update(outcomes(result))
             advance(1)
     say(_summary(arguments, counts))
     return 0 if counts["predicted"] else 1
-
-
-def _ahead(pool: ThreadPoolExecutor, load: Callable[[Path], LoadedFile], paths: Iterable[Path]) -> Iterator[LoadedFile]:
-    """``load`` of every path in order, a few files ahead of whoever takes them."""
-    window: deque[Future[LoadedFile]] = deque()
-    for path in paths:
-        window.append(pool.submit(load, path))
-        if len(window) > 2 * _num_readers():
-            yield window.popleft().result()
-    while window:
-        yield window.popleft().result()
-
-
-def _num_readers() -> int:
-    return min(8, _num_cores())
 
 
 def _num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _outcomes(result: FilePrediction) -> dict[str, int]:
+def outcomes(result: FilePrediction) -> Counter[str]:
+    """What one file adds to the counts ``files``, ``predicted`` (files), ``faces``, ``no_face`` and ``broken`` (files)."""
     if result.problem is None:
-        return {"files": 1, "predicted": 1, "faces": len(result.faces)}
-    return {"files": 1, NO_FACE if result.problem.code == NO_FACE else "broken": 1}
+        return Counter(files=1, predicted=1, faces=len(result.faces))
+    return Counter({"files": 1, NO_FACE if result.problem.code == NO_FACE else "broken": 1})
+
+
+def in_words(counts: Counter[str], where: str = "error in their rows") -> str:
+    """The sums of :func:`outcomes` as a sentence's beginning; ``where``: what tells why a file could not be read."""
+    left_out = [
+        f"{counts[key]:,} {what}"
+        for key, what in ((NO_FACE, "without a face"), ("broken", f"that could not be read (see {where})"))
+        if counts[key]
+    ]
+    done = f"{counts['faces']:,} faces predicted in {counts['predicted']:,} of {counts['files']:,} files"
+    return done + "".join(", " + text for text in left_out)
+
+
+def detector_of(faces: str, face_model: Path | None) -> str:
+    """How faces are come by, in words."""
+    return f"found with {face_model or 'the bundled cascades'}" if faces == "detect" else "taken as aligned"
 
 
 def _plan(arguments: argparse.Namespace, bundle: Bundle, device: torch.device, num_files: int) -> str:
-    detector = (
-        f"found with {arguments.face_model or 'the bundled cascades'}"
-        if arguments.faces == "detect"
-        else "taken as aligned"
-    )
+    detector = detector_of(arguments.faces, arguments.face_model)
     return (
         f"Predicting {num_files:,} image files on {device}: faces {detector}; {bundle.architecture.backbone} of {bundle.path} "
         f"({bundle.taxonomy.num_emotions} emotions, {bundle.taxonomy.num_action_units} action units); "
@@ -254,37 +212,59 @@ def _plan(arguments: argparse.Namespace, bundle: Bundle, device: torch.device, n
 
 
 def _summary(arguments: argparse.Namespace, counts: Counter[str]) -> str:
-    left_out = [
-        f"{counts[key]:,} {what}"
-        for key, what in ((NO_FACE, "without a face"), ("broken", "that could not be read (see error in their rows)"))
-        if counts[key]
-    ]
-    done = f"{counts['faces']:,} faces predicted in {counts['predicted']:,} of {counts['files']:,} files"
     hint = f"rafce evaluate --bundle {arguments.bundle} measures this bundle on labelled faces."
     if not counts["predicted"]:
         hint = "see what is wrong, and the remedy, under error in each row."
     elif arguments.out is None:
         hint = "--out FILE.csv, .parquet or .jsonl keeps them in a file."
-    return f"{done}{''.join(', ' + text for text in left_out)}; written to {arguments.out or 'standard output'}. Next: {hint}"
+    return f"{in_words(counts)}; written to {arguments.out or 'standard output'}. Next: {hint}"
 
 
-def _no_face_remedy(width: int, height: int) -> str:
-    if may_be_aligned(width, height):
-        return "If this is an aligned face already, use --faces aligned."
-    return "Use a picture in which the face is larger and seen from the front, or give --face-model a YuNet file."
+def _main_on_ray(arguments: argparse.Namespace) -> int:
+    if arguments.out is None or Path(arguments.out).suffix.lower() in FORMATS:
+        found = "none was given" if arguments.out is None else f"found {arguments.out}"
+        raise UsageError(f"--ray: --out must name a folder or a URI for the Parquet files; {found}. Add --out FOLDER.")
+    if arguments.device not in ("auto", "cpu"):
+        raise UsageError(f"--device {arguments.device}: with --ray each worker gets its own GPU. Use auto or cpu.")
+    if find_spec("ray") is None:
+        raise UsageError("--ray: ray is not installed. Install it with pip install 'rafce_ray[ray]'.")
+    from rafce_ray.predict_on_ray import predict_on_ray
+
+    return predict_on_ray(
+        arguments.paths,
+        bundle=arguments.bundle,
+        out=arguments.out,
+        faces=arguments.faces,
+        face_model=arguments.face_model,
+        top_k=arguments.top_k,
+        batch_size=arguments.batch_size,
+        shard_files=arguments.shard_files,
+        workers=arguments.workers,
+        use_gpu=None if arguments.device == "auto" else False,
+    )
+
+
+def _refuse_cluster_options(arguments: argparse.Namespace) -> None:
+    for name in ("workers", "shard_files"):
+        if getattr(arguments, name) is not None:
+            raise UsageError(f"--{name.replace('_', '-')}: is for predicting on a cluster. Add --ray, or leave it out.")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="rafce predict",
         description="Find the faces in image files and read their emotions and action units: one JSON line a file to "
-        "standard output, or a row a face in a CSV or Parquet file.",
+        "standard output, or a row a face in a CSV or Parquet file. With --ray on a Ray cluster, into a folder of Parquet files.",
     )
     parser.add_argument(
         "paths", nargs="+", metavar="PATH", help="image files, folders (searched with all below them) or globs"
     )
     parser.add_argument("--bundle", required=True, help="bundle folder, or the folder of a finished run; a path or URI")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="new file to write: .jsonl, .csv or .parquet")
+    parser.add_argument(
+        "--out",
+        metavar="FILE",
+        help="new file to write: .jsonl, .csv or .parquet; with --ray a folder or URI, where the same command goes on",
+    )
     parser.add_argument(
         "--faces",
         choices=("detect", "aligned"),
@@ -297,6 +277,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--top-k", type=_positive, default=3, help="emotions listed per face (default 3)")
     parser.add_argument("--batch-size", type=_positive, default=64, help="faces per forward pass (default 64)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default auto)")
+    cluster = parser.add_argument_group(
+        "on a cluster",
+        "the one of RAY_ADDRESS, or a local one; paths may be URIs (s3://...), and local ones are read by every machine",
+    )
+    cluster.add_argument(
+        "--ray", action="store_true", help="predict on Ray, in shards that a killed run need not repeat"
+    )
+    cluster.add_argument(
+        "--workers", type=_positive, metavar="N", help="processes (default: one a GPU, else one a CPU)"
+    )
+    cluster.add_argument("--shard-files", type=_positive, metavar="N", help="images a Parquet file (default 2000)")
     return parser
 
 

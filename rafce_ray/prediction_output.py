@@ -60,7 +60,12 @@ def open_output(out: Path | None, bundle: Bundle, top_k: int) -> Iterator[Write]
             with beside.open("w", encoding="utf-8") as stream:
                 yield lambda result: _write_line(stream, result, model)
         else:
-            with _table_writer(beside, out.suffix.lower(), bundle.taxonomy, top_k, model) as write:
+            schema, path = flat_schema(bundle.taxonomy, top_k), str(beside)
+            is_csv = out.suffix.lower() == ".csv"
+            with (
+                pacsv.CSVWriter(path, schema) if is_csv else pq.ParquetWriter(path, schema) as writer,
+                table_rows(writer, schema, model) as write,
+            ):
                 yield write
         if out.exists():
             raise UsageError(
@@ -76,27 +81,29 @@ def _write_line(stream: Any, result: FilePrediction, model: str) -> None:
 
 
 @contextmanager
-def _table_writer(beside: Path, ending: str, taxonomy: Taxonomy, top_k: int, model: str) -> Iterator[Write]:
-    schema = flat_schema(taxonomy, top_k)
+def table_rows(writer: pacsv.CSVWriter | pq.ParquetWriter, schema: pa.Schema, model: str) -> Iterator[Write]:
+    """Yields ``write(result)``, which keeps some rows at a time; the last ones are written when the block ends without an error."""
     rows: list[dict[str, Any]] = []
-    with pacsv.CSVWriter(str(beside), schema) if ending == ".csv" else pq.ParquetWriter(str(beside), schema) as writer:
 
-        def flush() -> None:
-            writer.write_table(pa.Table.from_pylist(rows, schema=schema))
-            rows.clear()
+    def flush() -> None:
+        writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+        rows.clear()
 
-        def write(result: FilePrediction) -> None:
-            rows.extend(flat_rows(result, model))
-            if len(rows) >= ROWS_PER_GROUP:
-                flush()
-
-        yield write
-        if rows:
+    def write(result: FilePrediction) -> None:
+        rows.extend(flat_rows(result, model))
+        if len(rows) >= ROWS_PER_GROUP:
             flush()
 
+    yield write
+    if rows:
+        flush()
 
-def flat_schema(taxonomy: Taxonomy, top_k: int) -> pa.Schema:
-    """Columns of a row a face. ``face`` counts from 0; a file without faces has one row with ``error_code``; null is unknown."""
+
+def flat_schema(taxonomy: Taxonomy, top_k: int, *, distribution: bool = False) -> pa.Schema:
+    """Columns of a row a face. ``face`` counts from 0; a file without faces has one row with ``error_code``; null is unknown.
+
+    ``distribution``: also each emotion's probability under its own name, which rows have of faces predicted with all emotions as ``top``.
+    """
     fields = [
         ("path", pa.string()),
         ("width", pa.int32()),
@@ -111,6 +118,8 @@ def flat_schema(taxonomy: Taxonomy, top_k: int) -> pa.Schema:
         fields += [(name, pa.string()), (f"{name}_index", pa.int32()), (f"{name}_probability", pa.float32())]
     if taxonomy.num_emotions:
         fields += [("emotion_unsure", pa.bool_())]
+    if distribution:
+        fields += [(_distribution_column(label), pa.float32()) for label in taxonomy.emotions]
     fields += [(_basic_column(basic), pa.float32()) for basic in taxonomy.basic_emotions]
     for code in taxonomy.action_unit_codes:
         fields += [
@@ -125,7 +134,7 @@ def flat_schema(taxonomy: Taxonomy, top_k: int) -> pa.Schema:
 
 
 def flat_rows(result: FilePrediction, model: str) -> Iterator[dict[str, Any]]:
-    """The rows of one file by column name; columns left out are null."""
+    """The rows of one file by column name; columns left out are null, and some are not in every schema."""
     shared = {
         "path": result.path,
         "width": result.width,
@@ -146,6 +155,7 @@ def _face_columns(face: FacePrediction) -> dict[str, Any]:
     for rank, score in enumerate(emotion.top if emotion is not None else (), start=1):
         name = _emotion_column(rank)
         columns |= {name: score.label, f"{name}_index": score.index, f"{name}_probability": score.probability}
+        columns[_distribution_column(score.label)] = score.probability
     if emotion is not None:
         columns["emotion_unsure"] = emotion.unsure
         columns |= {_basic_column(score.label): score.probability for score in emotion.basic}
@@ -160,6 +170,10 @@ def _face_columns(face: FacePrediction) -> dict[str, Any]:
 
 def _emotion_column(rank: int) -> str:
     return "emotion" if rank == 1 else f"emotion_{rank}"
+
+
+def _distribution_column(label: str) -> str:
+    return f"distribution_{label}"
 
 
 def _basic_column(basic: str) -> str:

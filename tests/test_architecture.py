@@ -12,7 +12,7 @@ from rafce_ray.config import recipe_names
 
 REPOSITORY = Path(__file__).parents[1]
 PACKAGE = REPOSITORY / "rafce_ray"
-MAY_IMPORT_RAY = {"worker", "train", "tune", "serve"}
+MAY_IMPORT_RAY = {"worker", "train", "predict_on_ray", "tune", "serve"}
 
 
 def modules() -> list[str]:

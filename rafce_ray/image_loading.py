@@ -1,0 +1,91 @@
+"""From an image file to its faces: read, decoded, found and cut out, a few files ahead of whoever predicts them."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from rafce_ray.decode import DEFAULT_LIMITS, DecodeError, decode_image, decode_sized_face
+from rafce_ray.faces import Face, FaceFinder, given_face, may_be_aligned
+from rafce_ray.prediction import FileProblem
+
+NO_FACE = "no_face"
+UNREADABLE = "unreadable"
+
+MAX_BYTES = DEFAULT_LIMITS.max_bytes + 1
+"""Bytes of a file that are read: one more than may be decoded, which tells that there are too many."""
+
+Place = TypeVar("Place", Path, str)
+
+
+@dataclass(frozen=True)
+class LoadedFile:
+    """What was found in one file, before prediction; ``problem`` where there is no face to predict."""
+
+    path: str
+    width: int | None
+    height: int | None
+    faces: tuple[Face, ...]
+    problem: FileProblem | None
+
+
+def load_file(path: Path, *, finder: FaceFinder | None, px: int) -> LoadedFile:
+    """Read and decode one file and cut out its faces at ``px`` a side; without a finder the image is one aligned face.
+
+    Never raises for what a file holds: a broken file gives a ``problem``.
+    """
+    return load_image(str(path), _read, finder=finder, px=px)
+
+
+def load_image(path: str, read: Callable[[str], bytes], *, finder: FaceFinder | None, px: int) -> LoadedFile:
+    """:func:`load_file` for what ``read(path)`` gives; an OSError of it is a problem of this file."""
+    width = height = None
+    try:
+        content = read(path)
+        if finder is None:
+            face = decode_sized_face(content, px)
+            whole = given_face(face.pixels, face.width, face.height)
+            return LoadedFile(path, face.width, face.height, (whole,), None)
+        photograph = decode_image(content)
+    except OSError as error:
+        problem = FileProblem(
+            UNREADABLE,
+            f"the file cannot be read ({error.strerror or error}).",
+            "Check that it is there and may be read.",
+        )
+    except DecodeError as error:
+        problem = FileProblem(error.code, error.message, error.remedy)
+    else:
+        height, width = photograph.shape[:2]
+        faces = finder.find(photograph, px)
+        if faces:
+            return LoadedFile(path, width, height, tuple(faces), None)
+        problem = FileProblem(NO_FACE, "no face was found.", _no_face_remedy(width, height))
+    return LoadedFile(path, width, height, (), problem)
+
+
+def load_ahead(load: Callable[[Place], LoadedFile], paths: Iterable[Place], num_readers: int) -> Iterator[LoadedFile]:
+    """``load`` of every path in order, by so many threads, a few files ahead of whoever takes them."""
+    window: deque[Future[LoadedFile]] = deque()
+    with ThreadPoolExecutor(num_readers, thread_name_prefix="images") as pool:
+        for path in paths:
+            window.append(pool.submit(load, path))
+            if len(window) > 2 * num_readers:
+                yield window.popleft().result()
+        while window:
+            yield window.popleft().result()
+
+
+def _read(path: str) -> bytes:
+    with open(path, "rb") as stream:
+        return stream.read(MAX_BYTES)
+
+
+def _no_face_remedy(width: int, height: int) -> str:
+    if may_be_aligned(width, height):
+        return "If this is an aligned face already, use --faces aligned."
+    return "Use a picture in which the face is larger and seen from the front, or give --face-model a YuNet file."

@@ -1,0 +1,322 @@
+"""``rafce predict --ray``: many image files on a Ray cluster, through Ray Data: a shard of the listing by one worker into one Parquet file.
+
+Pixels and rows never pass through Ray: a worker is told the number of a shard, reads its names and images itself and writes its file.
+Whatever its size, a listing so costs a worker no more memory than a shard, and the driver a folder's names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import logging
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import cv2
+import torch
+
+from rafce_ray.bundle import MANIFEST, Bundle, find_bundle, load_bundle
+from rafce_ray.config import load_config
+from rafce_ray.console import progress_bar, say, warn
+from rafce_ray.errors import RafceError, UsageError
+from rafce_ray.faces import FaceFinder, build_face_finder
+from rafce_ray.image_files import Stores, list_images, read_image, stores_of
+from rafce_ray.image_loading import MAX_BYTES, load_ahead, load_image
+from rafce_ray.inference.engines import TorchEngine
+from rafce_ray.predict import Predictor, detector_of, in_words, outcomes, predict_files
+from rafce_ray.prediction_shards import Options, Shards, open_shards, read_plan
+from rafce_ray.storage import locate
+from rafce_ray.train import interruptible, ray_cluster
+
+STORE_READERS = 16
+"""Threads of a worker that read from an object store, whose answers take long and cost no processor."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker needs to know; every place is absolute or a URI. ``threads`` are its CPUs."""
+
+    bundle: str
+    out: str
+    stores: tuple[str, ...]
+    faces: str
+    face_model: str | None
+    batch_size: int
+    device: str = "cpu"
+    threads: int = 1
+
+
+class ShardPredictor:
+    """Predicts shards in a worker's process; bundle and detector are loaded by the first one."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Predict the shard ``row["shard"]``; gives its number and an ``error`` that the user must mend, empty where there is none.
+
+        That is returned: raised, Ray would wrap it in its own words.
+        """
+        shard = int(row["shard"])
+        try:
+            self._predict(shard)
+        except RafceError as error:
+            return {"shard": shard, "error": str(error), "exit_code": error.exit_code}
+        except OSError as error:
+            text = f"{self._job.out}: cannot be read or written ({error}). Mend that, and the same command goes on."
+            return {"shard": shard, "error": text, "exit_code": RafceError.exit_code}
+        return {"shard": shard, "error": "", "exit_code": 0}
+
+    def _predict(self, shard: int) -> None:
+        predictor, job, paths = self._predictor, self._job, self._shards.paths(shard)
+        _check_shared(paths[0])
+        px = predictor.bundle.preprocessing.stored_px
+        load = partial(load_image, read=self._read, finder=self._finder, px=px)
+        readers = STORE_READERS if self._stores else job.threads + 1
+        loaded = load_ahead(load, paths, readers)
+        # All emotions: the shard's file has the whole distribution.
+        top_k = max(1, predictor.bundle.taxonomy.num_emotions)
+        results = predict_files(predictor, loaded, batch_size=job.batch_size, top_k=top_k)
+        self._shards.write(shard, results, predictor.bundle, outcomes)
+
+    def _read(self, path: str) -> bytes:
+        return read_image(path, self._stores, MAX_BYTES)
+
+    @cached_property
+    def _predictor(self) -> Predictor:
+        job, wanted = self._job, self._shards.plan.options
+        if bundle_digest(job.bundle) != wanted.bundle_sha256:
+            raise RafceError(
+                f"{job.bundle}: is not the bundle of {job.out} where this worker runs. Give every machine the same bundle, on shared storage "
+                "or by a URI; the same command then goes on."
+            )
+        cv2.setNumThreads(job.threads)
+        bundle = load_bundle(job.bundle)
+        return Predictor(bundle, engine=TorchEngine(bundle, torch.device(job.device), max(1, job.threads - 1)))
+
+    @cached_property
+    def _finder(self) -> FaceFinder | None:
+        return None if self._job.faces == "aligned" else build_face_finder(self._job.face_model)
+
+    @cached_property
+    def _stores(self) -> Stores:
+        return stores_of(self._job.stores)
+
+    @cached_property
+    def _shards(self) -> Shards:
+        folder = locate(self._job.out)
+        plan = read_plan(folder)
+        if plan is None:
+            raise RafceError(
+                f"{folder}: is not there where this worker runs. Give --out a folder on storage that every machine shares, or a URI."
+            )
+        return Shards(folder, plan)
+
+
+def predict_on_ray(
+    paths: Sequence[str],
+    *,
+    bundle: str,
+    out: str,
+    faces: str,
+    face_model: Path | None,
+    top_k: int,
+    batch_size: int,
+    shard_files: int | None = None,
+    workers: int | None = None,
+    use_gpu: bool | None = None,
+) -> int:
+    """Predict the images at ``paths`` into the folder ``out``, or go on with it; exit code 1 if nothing at all could be predicted.
+
+    ``workers`` None: as many as the cluster has GPUs or, without any, CPUs. ``use_gpu`` None: where there are some.
+
+    Raises:
+        UsageError: the paths, the bundle or the folder cannot be meant.
+        RafceError: a worker failed; the same call goes on with the shards that are missing.
+    """
+    folder, loaded = locate(out), load_bundle(bundle)
+    say(
+        f"Predicting the images of {_few(paths)} on Ray: faces {detector_of(faces, face_model)}; {loaded.architecture.backbone} of "
+        f"{loaded.path} ({loaded.taxonomy.num_emotions} emotions, {loaded.taxonomy.num_action_units} action units); Parquet files to "
+        f"{folder.shown}."
+    )
+    face_model_sha256 = None
+    if faces == "detect":
+        build_face_finder(face_model)
+        face_model_sha256 = None if face_model is None else hashlib.sha256(face_model.read_bytes()).hexdigest()
+    stores_of(paths)
+    options = Options(bundle_digest(bundle), faces, face_model_sha256, top_k)
+    shards = open_shards(folder, options, shard_files, partial(list_images, paths))
+    finished = shards.finished()
+    missing = [shard for shard in range(shards.plan.num_shards) if shard not in finished]
+    plan = shards.plan
+    say(
+        f"{plan.num_files:,} image files in {plan.num_shards:,} shards of up to {plan.shard_files:,}"
+        + (f"; {len(finished):,} shards are there already" if finished else "")
+    )
+    if missing:
+        job = Job(
+            bundle=str(find_bundle(bundle)),
+            out=str(folder),
+            stores=tuple(path for path in paths if "://" in path),
+            faces=faces,
+            face_model=None if face_model is None else str(face_model.absolute()),
+            batch_size=batch_size,
+        )
+        _predict_shards(job, shards, missing, workers=workers, use_gpu=use_gpu)
+    totals = shards.close()
+    say(_summary(totals, shards, loaded))
+    return 0 if totals["predicted"] else 1
+
+
+def bundle_digest(place: str) -> str:
+    """sha256 of a bundle's manifest, which names that of its weights."""
+    return hashlib.sha256((find_bundle(place) / MANIFEST).read_bytes()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Share:
+    """``workers`` processes of ``cpus`` CPUs and ``gpus`` GPUs each, of which ``fitting`` fit on the cluster as it is."""
+
+    workers: int
+    cpus: int
+    gpus: int
+    fitting: int
+
+    @property
+    def shown(self) -> str:
+        """``2 workers, each with 1 CPU``."""
+        return f"{self.workers} worker(s), each with {self.cpus} CPU(s)" + (" and 1 GPU" if self.gpus else "")
+
+
+def share_out(
+    nodes: Sequence[tuple[float, float]], *, num_shards: int, workers: int | None, use_gpu: bool | None
+) -> Share:
+    """What each worker gets of a cluster, whose machines are pairs of CPUs and GPUs; no more workers than shards.
+
+    Raises:
+        UsageError: no worker fits, and their number was not given.
+    """
+    gpus = int(use_gpu is not False and any(gpu >= 1 for _, gpu in nodes))
+
+    def fitting(cpus: int) -> int:
+        return sum(int(min(cpu // cpus, gpu)) if gpus else int(cpu // cpus) for cpu, gpu in nodes)
+
+    if workers is None and not fitting(1):
+        raise UsageError(
+            f"no worker fits on the cluster: it has {sum(cpu for cpu, _ in nodes):g} CPUs on {len(nodes)} machine(s). Add machines or, if it grows "
+            "by itself, say to how many with --workers."
+        )
+    wanted = min(workers or fitting(1), num_shards)
+    largest = int(max((cpu for cpu, _ in nodes), default=1))
+    cpus = max((count for count in range(1, largest + 1) if fitting(count) >= wanted), default=1)
+    return Share(wanted, cpus, gpus, min(wanted, fitting(cpus)))
+
+
+def _predict_shards(job: Job, shards: Shards, missing: list[int], *, workers: int | None, use_gpu: bool | None) -> None:
+    """Predict the missing shards on the cluster. RafceError where that failed; what was finished stays."""
+    files = sum(shards.plan.files_of(shard) for shard in missing)
+    goes_on = f"the same command goes on with the shards that {shards.folder.shown} lacks"
+    with ray_cluster(load_config()):
+        import ray
+
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        share = share_out(
+            [(float(one.get("CPU", 0)), float(one.get("GPU", 0))) for one in nodes],
+            num_shards=len(missing),
+            workers=workers,
+            use_gpu=use_gpu,
+        )
+        say(share.shown)
+        if share.fitting < share.workers:
+            warn(f"{share.fitting} of {share.workers} workers fit on the cluster; the others start if it grows.")
+        free = float(ray.available_resources().get("CPU", 0))
+        if free < share.fitting * share.cpus:
+            warn(f"{free:g} CPUs of the cluster are free: workers wait until what else runs there ends.")
+        with progress_bar("predicting", files, rate_over_s=600.0) as advance, interruptible(goes_on):
+            for row in _rows(job, share, missing):
+                if row["error"]:
+                    error = RafceError(row["error"])
+                    error.exit_code = row["exit_code"]
+                    raise error
+                advance(shards.plan.files_of(row["shard"]))
+
+
+def _rows(job: Job, share: Share, missing: list[int]) -> Iterator[dict[str, Any]]:
+    """What the workers say of the shards, as they end. Ray starts a worker that died again, and its shard with it."""
+    import ray.data
+    from ray.data.exceptions import ExecutionTimeoutError
+    from ray.exceptions import RayError
+
+    _quieten()
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    dataset = ray.data.from_items([{"shard": shard} for shard in missing], override_num_blocks=len(missing)).map(
+        ShardPredictor,
+        fn_constructor_args=(dataclasses.replace(job, device="cuda" if share.gpus else "cpu", threads=share.cpus),),
+        # A second shard waiting at one worker would be missed by the others at the end.
+        compute=ray.data.ActorPoolStrategy(
+            min_size=max(1, share.fitting), max_size=share.workers, max_tasks_in_flight_per_actor=1
+        ),
+        num_cpus=share.cpus,
+        num_gpus=share.gpus,
+    )
+    try:
+        for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            yield from table.to_pylist()
+    except ExecutionTimeoutError as error:
+        raise RafceError(
+            f"no shard ended for {context.execution_no_progress_timeout_s / 60:g} minutes. Either the cluster has no room for the workers (see the "
+            f"dashboard), or they die at an image of the first shard that is missing in {job.out}, or a shard takes that long: then set "
+            "RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S higher. The same command goes on."
+        ) from error
+    except RayError as error:
+        raise RafceError(
+            f"a worker failed: {_last_line(error)}\nThe shards that were finished stay; the same command goes on with the others."
+        ) from error
+
+
+def _check_shared(path: str) -> None:
+    """RafceError where the folder of an image that the driver listed is not there: a row for each would blame the images."""
+    if "://" not in path and not os.path.isdir(os.path.dirname(path)):
+        raise RafceError(
+            f"{os.path.dirname(path)}: is not there where this worker runs. Keep the images on storage that every machine shares, or in an object "
+            "store; the same command then goes on."
+        )
+
+
+def _quieten() -> None:
+    """Ray Data's own words for people go to standard error and speak of its inside; its log file keeps them."""
+    for handler in logging.getLogger("ray.data").handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setLevel(logging.CRITICAL)
+
+
+def _last_line(error: BaseException) -> str:
+    """What went wrong in a worker, without the traceback that Ray puts before it."""
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__
+
+
+def _few(paths: Sequence[str]) -> str:
+    """Paths in words, without the credentials that a URI may hold."""
+    shown = [re.sub(r"://[^/@]*@", "://", path) for path in paths[:3]]
+    return ", ".join(shown) + (f" and {len(paths) - 3:,} more" if len(paths) > 3 else "")
+
+
+def _summary(totals: Counter[str], shards: Shards, bundle: Bundle) -> str:
+    column = "emotion" if bundle.taxonomy.num_emotions else "error_code"
+    look = (
+        f"table = dataset({shards.predictions.shown!r}).to_table(columns=[{column!r}]); "
+        f"print(table.group_by({column!r}).aggregate([([], 'count_all')]).to_pylist())"
+    )
+    return (
+        f"{in_words(totals, 'error_code')}; {shards.plan.num_shards:,} Parquet files in {shards.predictions.shown}. "
+        f'Next: python -c "from pyarrow.dataset import dataset; {look}"'
+    )

@@ -1,0 +1,280 @@
+"""Predictions of many files as a folder of Parquet files, each of one shard of the listing, so that a run can be taken up again.
+
+``plan.json`` pins what every shard comes from, ``.listing.parquet`` holds the names of the images, a row group a shard, and
+``predictions/part-00000.parquet`` the rows of shard 0; its footer says how many files and faces are in it. A shard is there whole or not
+at all, so what is there need not be predicted again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from itertools import islice, zip_longest
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rafce_ray.bundle import Bundle
+from rafce_ray.console import pretty_json
+from rafce_ray.errors import RafceError, UsageError
+from rafce_ray.prediction import FilePrediction
+from rafce_ray.prediction_output import flat_schema, table_rows
+from rafce_ray.storage import Location
+
+FORMAT_VERSION = 1
+PLAN_FILE = "plan.json"
+LISTING_FILE = ".listing.parquet"
+PREDICTIONS_FOLDER = "predictions"
+SUMMARY_FILE = "summary.json"
+
+DEFAULT_SHARD_FILES = 2000
+LISTING_SCHEMA = pa.schema([("path", pa.string())])
+PLAN_KEY, COUNTS_KEY = b"rafce_plan_sha256", b"rafce_counts"
+"""Keys of a shard's footer."""
+
+FOOTER_READERS = 16
+
+
+@dataclass(frozen=True)
+class Options:
+    """What every row depends on, beside the image.
+
+    ``bundle_sha256`` is that of the bundle's manifest, which names its weights' and has the calibration; ``face_model_sha256`` is None
+    for the bundled cascades and for aligned faces.
+    """
+
+    bundle_sha256: str
+    faces: str
+    face_model_sha256: str | None
+    top_k: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is predicted, and by what: ``num_files`` images of one listing in shards of ``shard_files``."""
+
+    options: Options
+    shard_files: int
+    num_files: int
+    listing_sha256: str
+
+    @property
+    def num_shards(self) -> int:
+        """How many shards the listing has; the last one may be smaller."""
+        return -(-self.num_files // self.shard_files)
+
+    def files_of(self, shard: int) -> int:
+        """Number of files of a shard."""
+        return min(self.shard_files, self.num_files - shard * self.shard_files)
+
+    def to_bytes(self) -> bytes:
+        """``plan.json``."""
+        return pretty_json({"format_version": FORMAT_VERSION, **asdict(self)})
+
+    @property
+    def sha256(self) -> str:
+        """What each shard's footer names."""
+        return hashlib.sha256(self.to_bytes()).hexdigest()
+
+
+class Shards:
+    """The folder of a plan, on a local disk or an object store."""
+
+    def __init__(self, folder: Location, plan: Plan) -> None:
+        self.folder = folder
+        self.plan = plan
+        self._listing: pq.ParquetFile | None = None
+
+    @property
+    def predictions(self) -> Location:
+        """The folder of the shards' files."""
+        return self.folder / PREDICTIONS_FOLDER
+
+    def paths(self, shard: int) -> list[str]:
+        """The names of a shard's images."""
+        if self._listing is None:
+            place = self.folder / LISTING_FILE
+            self._listing = pq.ParquetFile(place.filesystem.open_input_file(place.path))
+        names: list[str] = self._listing.read_row_group(shard)["path"].to_pylist()
+        return names
+
+    def write(
+        self,
+        shard: int,
+        results: Iterable[FilePrediction],
+        bundle: Bundle,
+        outcomes: Callable[[FilePrediction], Counter[str]],
+    ) -> None:
+        """Write a shard's rows, as a whole once the last result is there; its footer keeps the sums of ``outcomes``."""
+        schema = flat_schema(bundle.taxonomy, self.plan.options.top_k, distribution=True)
+        counts: Counter[str] = Counter()
+        content = pa.BufferOutputStream()
+        with pq.ParquetWriter(content, schema) as writer:
+            with table_rows(writer, schema, bundle.weights_sha256[:12]) as write:
+                for result in results:
+                    write(result)
+                    counts.update(outcomes(result))
+            writer.add_key_value_metadata({PLAN_KEY: self.plan.sha256, COUNTS_KEY: json.dumps(counts)})
+        (self.predictions / _file_name(shard)).write_bytes(content.getvalue().to_pybytes())
+
+    def finished(self) -> dict[int, Counter[str]]:
+        """The shards that are there, with their counts.
+
+        Raises:
+            RafceError: a file in the folder is not a whole shard of this plan.
+        """
+        expected = {_file_name(shard): shard for shard in range(self.plan.num_shards)}
+        names = [info.base_name for info in self.predictions.list() if not info.base_name.startswith(".")]
+        strange = [name for name in names if name not in expected]
+        if strange:
+            raise RafceError(
+                f"{self.predictions / strange[0]}: is none of the {len(expected)} shards of {PLAN_FILE}, and whoever reads the folder would "
+                "read it. Move it elsewhere, then give the same command again."
+            )
+        with ThreadPoolExecutor(FOOTER_READERS, thread_name_prefix="footers") as pool:
+            return dict(pool.map(self._counts, [expected[name] for name in names]))
+
+    def _counts(self, shard: int) -> tuple[int, Counter[str]]:
+        place = self.predictions / _file_name(shard)
+        remedy = "Remove it, and the same command predicts its images again."
+        try:
+            with place.filesystem.open_input_file(place.path) as file:
+                footer = pq.read_metadata(file).metadata or {}
+        except (pa.ArrowInvalid, OSError) as error:
+            raise RafceError(f"{place}: cannot be read ({str(error).splitlines()[0]}). {remedy}") from None
+        if footer.get(PLAN_KEY, b"").decode() != self.plan.sha256:
+            raise RafceError(f"{place}: was not made by the plan of {self.folder / PLAN_FILE}. {remedy}")
+        counts: Counter[str] = Counter(json.loads(footer[COUNTS_KEY]))
+        if counts["files"] != self.plan.files_of(shard):
+            raise RafceError(
+                f"{place}: holds {counts['files']:,} files; its shard has {self.plan.files_of(shard):,}. {remedy}"
+            )
+        return shard, counts
+
+    def close(self) -> Counter[str]:
+        """Write ``summary.json`` once every shard is there, and remove what killed workers left; returns the sums.
+
+        Raises:
+            RafceError: a shard is missing.
+        """
+        finished = self.finished()
+        missing = [shard for shard in range(self.plan.num_shards) if shard not in finished]
+        if missing:
+            raise RafceError(
+                f"{self.predictions}: {len(missing)} of {self.plan.num_shards} shards are missing, {_file_name(missing[0])} first. "
+                "The same command predicts them."
+            )
+        totals = sum(finished.values(), Counter())
+        for info in self.predictions.list():
+            if info.base_name.startswith(".part-") and info.base_name.endswith(".tmp"):
+                (self.predictions / info.base_name).delete()
+        summary = {"shards": self.plan.num_shards, **dict(sorted(totals.items())), "plan": asdict(self.plan)}
+        (self.folder / SUMMARY_FILE).write_bytes(pretty_json(summary))
+        return totals
+
+
+def open_shards(
+    folder: Location, options: Options, shard_files: int | None, list_files: Callable[[], Iterator[str]]
+) -> Shards:
+    """The shards of a folder: planned now from ``list_files()``, or those of its plan, if it is one of the same images and options.
+
+    ``shard_files``: None takes those of the plan or ``DEFAULT_SHARD_FILES``.
+
+    Raises:
+        UsageError: the folder holds something else, or a plan of other images or options; or it cannot be written.
+    """
+    folder.check_writable()
+    found = read_plan(folder)
+    if found is None:
+        return Shards(folder, _make_plan(folder, options, shard_files or DEFAULT_SHARD_FILES, list_files))
+    _refuse_other_options(folder, found, options, shard_files or found.shard_files)
+    shards = Shards(folder, found)
+    digest, num_files = hashlib.sha256(), 0
+    for path in list_files():
+        digest.update(_encoded(path))
+        num_files += 1
+    if digest.hexdigest() != found.listing_sha256:
+        _refuse_other_images(shards, num_files, list_files)
+    return shards
+
+
+def read_plan(folder: Location) -> Plan | None:
+    """The plan of a folder; None where there is none. RafceError where it cannot be read."""
+    place = folder / PLAN_FILE
+    try:
+        plain = json.loads(place.read_bytes())
+        version = plain.pop("format_version")
+        if version != FORMAT_VERSION:
+            raise RafceError(
+                f"{place}: is of version {version}; this program reads {FORMAT_VERSION}. Choose another --out, or predict with the version that "
+                "began it."
+            )
+        return Plan(Options(**plain.pop("options")), **plain)
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RafceError(f"{place}: is no plan of rafce predict ({error}). Choose another --out.") from None
+
+
+def _make_plan(folder: Location, options: Options, shard_files: int, list_files: Callable[[], Iterator[str]]) -> Plan:
+    """Write the listing, then the plan, which makes it valid."""
+    others = [info.base_name for info in folder.list() if not info.base_name.startswith(".")]
+    if others:
+        raise UsageError(
+            f"--out {folder.shown}: holds something else ({', '.join(others[:3])}{', ...' if len(others) > 3 else ''}), and nothing of it is "
+            "touched. Name a new folder."
+        )
+    place, digest, num_files = folder / LISTING_FILE, hashlib.sha256(), 0
+    files = list_files()
+    with (
+        place.filesystem.open_output_stream(place.path, compression=None) as stream,
+        pq.ParquetWriter(stream, LISTING_SCHEMA) as writer,
+    ):
+        while names := list(islice(files, shard_files)):
+            for name in names:
+                digest.update(_encoded(name))
+            num_files += len(names)
+            writer.write_table(pa.table({"path": names}, schema=LISTING_SCHEMA), row_group_size=shard_files)
+    plan = Plan(options, shard_files, num_files, digest.hexdigest())
+    (folder / PLAN_FILE).write_bytes(plan.to_bytes())
+    return plan
+
+
+def _refuse_other_options(folder: Location, plan: Plan, options: Options, shard_files: int) -> None:
+    there = {**asdict(plan.options), "shard_files": plan.shard_files}
+    here = {**asdict(options), "shard_files": shard_files}
+    changed = [f"  {key}: {there[key]} there, {here[key]} here" for key in there if there[key] != here[key]]
+    if changed:
+        raise UsageError(
+            f"--out {folder.shown}: holds predictions of another bundle or with other options, and rows of both would be mixed:\n"
+            + "\n".join(changed)
+            + "\nGive the same ones to go on, or another --out."
+        )
+
+
+def _refuse_other_images(shards: Shards, num_files: int, list_files: Callable[[], Iterator[str]]) -> None:
+    plan = shards.plan
+    listed = (name for shard in range(plan.num_shards) for name in shards.paths(shard))
+    first = next((pair for pair in zip_longest(listed, list_files()) if pair[0] != pair[1]), (None, None))
+    raise UsageError(
+        f"--out {shards.folder.shown}: was begun with other images: {plan.num_files:,} files there, {num_files:,} now; the first that differs "
+        f"is {first[0] or 'none'} there, {first[1] or 'none'} now. Give the same images to go on, or another --out for these."
+    )
+
+
+def _encoded(name: str) -> bytes:
+    """A name's part of the listing's digest. UsageError where it is no Unicode: no table can hold it."""
+    try:
+        return name.encode() + b"\0"
+    except UnicodeEncodeError:
+        raise UsageError(
+            f"{name!r}: the file's name is not UTF-8, and no Parquet file can hold it. Rename it, or leave its folder out."
+        ) from None
+
+
+def _file_name(shard: int) -> str:
+    return f"part-{shard:05d}.parquet"

@@ -1,0 +1,194 @@
+"""Prediction on a cluster: what local prediction says, whatever was killed on the way, and from and to an object store."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import boto3
+import numpy as np
+import psutil
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+import pytest
+
+from rafce_ray.image_files import list_images
+from rafce_ray.predict import main
+from rafce_ray.storage import locate
+
+pytestmark = pytest.mark.ray
+
+NUM_FILES = 600
+
+
+@pytest.fixture
+def images(drawn_faces, tmp_path) -> Path:
+    """600 names for the drawn faces in two folders, and two files that cannot be read."""
+    place, drawn = tmp_path / "images", sorted((drawn_faces / "aligned").iterdir())
+    for number in range(NUM_FILES - 2):
+        link = place / ("b" if number % 2 else "a") / f"{number:04d}.jpg"
+        link.parent.mkdir(parents=True, exist_ok=True)
+        os.link(drawn[number % len(drawn)], link)
+    (place / "b" / "empty.jpg").touch()
+    (place / "a" / "text.png").write_text("hello")
+    return place
+
+
+def rows_of(place: str | Path, **options) -> list[dict]:
+    return ds.dataset(place, **options).to_table().to_pylist()
+
+
+def assert_same_rows(found: list[dict], expected: list[dict]) -> None:
+    """Same files and faces in the same order; every number to 1e-6, everything else to the letter."""
+    assert [row["path"] for row in found] == [row["path"] for row in expected]
+    for key in expected[0]:
+        one, other = ([row[key] for row in rows] for rows in (found, expected))
+        if any(isinstance(value, float) for value in other):
+            numbers = [np.array([np.nan if value is None else value for value in values]) for values in (one, other)]
+            np.testing.assert_allclose(*numbers, rtol=0, atol=1e-6, err_msg=key)
+        else:
+            assert one == other, key
+
+
+def test_a_run_whose_driver_and_worker_were_killed_says_what_local_prediction_says(
+    images, write_bundle, tmp_path, ray_cluster_of_tests, capsys
+):
+    bundle, out = write_bundle(tmp_path / "bundle"), tmp_path / "out"
+    common = ["--bundle", str(bundle), str(images), "--faces", "aligned"]
+    command = [*common, "--ray", "--out", str(out), "--shard-files", "5", "--workers", "2"]
+
+    # Local prediction needs no ray.
+    without_ray = (
+        "import sys; sys.modules['ray'] = None; from rafce_ray.predict import main; sys.exit(main(sys.argv[1:]))"
+    )
+    local = [sys.executable, "-c", without_ray, *common, "--out", str(tmp_path / "local.parquet")]
+    subprocess.run(local, check=True, capture_output=True)
+
+    with tempfile.TemporaryDirectory(prefix="r", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | {"RAY_TMPDIR": folder}
+        driver = subprocess.Popen(
+            [sys.executable, "-m", "rafce_ray.predict", *command],
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+        deadline = time.monotonic() + 240
+        while not list(out.glob("predictions/part-*")):
+            assert driver.poll() is None, driver.stderr.read().decode()
+            assert time.monotonic() < deadline, "no shard within 240 s"
+            time.sleep(0.005)
+        os.killpg(driver.pid, signal.SIGKILL)
+        driver.communicate()
+        wait_until_unchanged(out / "predictions")
+    finished = {path: path.stat().st_mtime_ns for path in out.glob("predictions/part-*")}
+    assert 0 < len(finished) < 120, "it was to be killed in the middle"
+
+    killed: list[int] = []
+    killer = threading.Thread(target=kill_a_worker, args=(out / "predictions", len(finished), killed))
+    killer.start()
+    assert main(command) == 0
+    killer.join()
+    assert len(killed) == 1
+    said = capsys.readouterr().err.splitlines()
+    assert said[1] == f"{NUM_FILES} image files in 120 shards of up to 5; {len(finished)} shards are there already"
+    assert "598 faces predicted in 598 of 600 files, 2 that could not be read (see error_code); 120 Parquet" in said[-1]
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished
+    assert sorted(os.listdir(out)) == [".listing.parquet", "plan.json", "predictions", "summary.json"]
+    assert all(not name.startswith(".") for name in os.listdir(out / "predictions"))
+
+    expected, found = pq.read_table(tmp_path / "local.parquet").to_pylist(), rows_of(out / "predictions")
+    assert len(found) == NUM_FILES
+    assert_same_rows(found, expected)
+    assert [row["error_code"] for row in found if row["error_code"]] == ["unsupported_format", "empty"]
+    summary = json.loads((out / "summary.json").read_text())
+    assert {key: summary[key] for key in ("shards", "files", "predicted", "faces", "broken")} == {
+        "shards": 120,
+        "files": 600,
+        "predicted": 598,
+        "faces": 598,
+        "broken": 2,
+    }
+
+
+def kill_a_worker(folder: Path, num_before: int, killed: list[int]) -> None:
+    """End a worker's process once a further shard is there."""
+    deadline = time.monotonic() + 240
+    while not killed and time.monotonic() < deadline:
+        time.sleep(0.01)
+        if len(list(folder.glob("part-*"))) > num_before:
+            workers = [
+                one for one in psutil.Process().children(recursive=True) if "ShardPredictor" in " ".join(one.cmdline())
+            ]
+            workers[0].kill()
+            killed.append(workers[0].pid)
+
+
+def wait_until_unchanged(folder: Path) -> None:
+    """Workers live on for a moment after their driver."""
+    before, deadline = None, time.monotonic() + 60
+    while (now := sorted(os.listdir(folder))) != before:
+        assert time.monotonic() < deadline
+        before = now
+        time.sleep(2)
+
+
+def test_images_and_predictions_on_an_object_store(
+    s3_endpoint, s3_place, drawn_faces, write_bundle, tmp_path, ray_cluster_of_tests, capsys
+):
+    bundle, drawn = write_bundle(tmp_path / "bundle"), sorted((drawn_faces / "aligned").iterdir())[:12]
+    client = boto3.client("s3", endpoint_url=f"http://{s3_endpoint}")
+    client.create_bucket(Bucket="pictures")
+    for number, path in enumerate(drawn):
+        client.upload_file(str(path), "pictures", f"in/{'deep/er/' if number % 2 else ''}{path.name}")
+    client.put_object(Bucket="pictures", Key="in/notes.txt", Body=b"no image")
+
+    # The workers of the session's cluster do not have this test's environment.
+    def with_credentials(place: str) -> str:
+        return place.replace("s3://", "s3://testing:testing@") + "&region=us-east-1"
+
+    source, out = with_credentials(s3_place("in", "pictures")), with_credentials(s3_place("out"))
+    deep, flat = (sorted(path.name for path in drawn[start::2]) for start in (1, 0))
+    expected_names = [f"s3://pictures/in/{name}" for name in flat] + [
+        f"s3://pictures/in/deep/er/{name}" for name in deep
+    ]
+    assert list(list_images([source])) == expected_names
+    command = ["--bundle", str(bundle), "--faces", "aligned", "--ray", "--shard-files", "5", "--workers", "2"]
+    assert main([*command, source, "--out", out]) == 0
+    assert "12 faces predicted in 12 of 12 files" in capsys.readouterr().err.splitlines()[-1]
+    place = locate(out) / "predictions"
+    found = rows_of(place.path, filesystem=place.filesystem)
+    assert [row["path"] for row in found] == expected_names
+
+    assert (
+        main(
+            [str(path) for path in drawn]
+            + ["--bundle", str(bundle), "--faces", "aligned", "--out", str(tmp_path / "l.parquet")]
+        )
+        == 0
+    )
+    local = {Path(row["path"]).name: row for row in pq.read_table(tmp_path / "l.parquet").to_pylist()}
+    assert_same_rows(found, [local[Path(row["path"]).name] | {"path": row["path"]} for row in found])
+
+    # The same command again finds all there; another listing is refused.
+    assert main([*command, source, "--out", out]) == 0
+    assert "3 shards are there already" in capsys.readouterr().err
+    client.delete_object(Bucket="pictures", Key=f"in/{flat[0]}")
+    assert main([*command, source, "--out", out]) == 2
+    assert f"12 files there, 11 now; the first that differs is {expected_names[0]} there" in capsys.readouterr().err
+
+
+def test_a_store_that_cannot_be_listed_is_said(s3_place, write_bundle, tmp_path, capsys):
+    bundle = write_bundle(tmp_path / "bundle")
+    for place, message in (
+        (s3_place("none"), "no such file or folder"),
+        (s3_place("x", "missing"), "no such file or folder"),
+    ):
+        command = [place, "--bundle", str(bundle), "--ray", "--out", str(tmp_path / "out")]
+        assert main(command) == 2
+        assert message in capsys.readouterr().err
