@@ -20,6 +20,9 @@ from rafce_ray.errors import UsageError
 DOWNLOAD_CHUNK = 16 * 2**20
 """Bytes of a request when a folder is copied from an object store; pyarrow's own 1 MiB makes hundreds of requests of a model."""
 
+UPLOADED = "working_dir_files"
+"""Folder in which Ray unpacks the working directory of a submitted job, and from which it removes it after the job."""
+
 NO_BUCKET = "NO_SUCH_BUCKET"
 NO_PERMISSION = ("ACCESS_DENIED", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH", "INVALID_CLIENT_TOKEN_ID")
 """AWS's names of what only its user can mend, as they stand in pyarrow's messages."""
@@ -117,8 +120,13 @@ class Location:
         """Write a small file into this folder, read it and remove it.
 
         Raises:
-            UsageError: that cannot be done; which of the three, and why.
+            UsageError: that cannot be done; which of the three, and why; or the folder will not last.
         """
+        if self.local is not None and UPLOADED in self.local.parts:
+            raise UsageError(
+                f"{self.uri} lies in the copy of the working directory that Ray made for this job and removes after it: nothing would be "
+                "left. Set storage to a folder that all machines share, or to a URI such as s3://bucket/runs."
+            )
         probe = self / f".writable-{uuid.uuid4().hex[:8]}"
         try:
             probe.write_bytes(b"x")
