@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -32,35 +33,34 @@ def cluster() -> Iterator[tuple[Path, dict[str, str]]]:
     folder = Path(f"/tmp/j{os.getpid()}")
     port, dashboard = free_port(), free_port()
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-    environment |= {
-        "RAY_AUTH_MODE": "disabled",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "OMP_NUM_THREADS": "1",
-        "RAY_TMPDIR": str(folder),
-    }
+    environment |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
+    # Jobs are run by the machine's python, which is this one.
+    environment |= {"RAY_TMPDIR": str(folder), "PATH": f"{PROGRAMS}:{environment['PATH']}"}
+    environment |= {"RAY_ADDRESS": f"http://127.0.0.1:{dashboard}"}
+    # Processes of the cluster itself are told its address by their command line.
+    of_nodes = {key: value for key, value in environment.items() if key != "RAY_ADDRESS"}
     start = [PROGRAMS / "ray", "start", "--block", "--object-store-memory=100000000"]
     head = ["--head", "--num-cpus=0", f"--temp-dir={folder}", f"--port={port}", "--dashboard-host=127.0.0.1"]
     head += [f"--dashboard-port={dashboard}", f"--ray-client-server-port={free_port()}"]
-    nodes = []
-    for arguments in (head, [f"--address=127.0.0.1:{port}", "--num-cpus=2"]):
-        argv = [*start, *arguments, f"--dashboard-agent-listen-port={free_port()}"]
-        nodes.append(
-            subprocess.Popen(
-                argv, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-            )
-        )
-        # The worker asks for a head that answers.
-        wait_for(lambda: shows_nodes(environment, port, len(nodes)), "the cluster does not start")
-    yield folder, environment | {"RAY_ADDRESS": f"http://127.0.0.1:{dashboard}"}
-    for node in reversed(nodes):
-        node.terminate()
-    for node in nodes:
-        with suppress(subprocess.TimeoutExpired):
-            node.wait(30)
-        with suppress(ProcessLookupError):
-            os.killpg(node.pid, signal.SIGKILL)
-        node.wait()
-    shutil.rmtree(folder, ignore_errors=True)
+    nodes: list[subprocess.Popen[bytes]] = []
+    try:
+        for arguments in (head, [f"--address=127.0.0.1:{port}", "--num-cpus=2"]):
+            argv = [*start, *arguments, f"--dashboard-agent-listen-port={free_port()}"]
+            quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+            nodes.append(subprocess.Popen(argv, env=of_nodes, start_new_session=True, **quiet))
+            # The worker asks for a head that answers.
+            wait_for(lambda: num_nodes(environment) == len(nodes), "the cluster does not start")
+        yield folder, environment
+    finally:
+        for node in reversed(nodes):
+            node.terminate()
+        for node in nodes:
+            with suppress(subprocess.TimeoutExpired):
+                node.wait(30)
+            with suppress(ProcessLookupError):
+                os.killpg(node.pid, signal.SIGKILL)
+            node.wait()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def wait_for(condition: Callable[[], bool], what: str) -> None:
@@ -70,15 +70,18 @@ def wait_for(condition: Callable[[], bool], what: str) -> None:
         time.sleep(0.2)
 
 
-def shows_nodes(environment: dict[str, str], port: int, number: int) -> bool:
-    status = subprocess.run(
-        [PROGRAMS / "ray", "status", f"--address=127.0.0.1:{port}"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return status.returncode == 0 and status.stdout.count(" node_") >= number
+def ask(environment: dict[str, str], path: str) -> Any:
+    """What the dashboard answers; None while it does not."""
+    try:
+        with urllib.request.urlopen(environment["RAY_ADDRESS"] + path, timeout=10) as answer:
+            return json.load(answer)
+    except (OSError, ValueError):
+        return None
+
+
+def num_nodes(environment: dict[str, str]) -> int:
+    answer = ask(environment, "/nodes?view=summary")
+    return len(answer["data"]["summary"]) if answer else 0
 
 
 @pytest.fixture
@@ -140,7 +143,13 @@ def test_a_job_uploads_no_data_keeps_its_results_and_goes_on_when_it_is_submitte
     assert submitted.returncode == 0, submitted.stdout + submitted.stderr
 
     uploaded = folder / "session_latest" / "runtime_resources" / "working_dir_files"
-    wait_for(lambda: study.trial("trial_0000").result() is not None, "the first trial does not end")
+
+    def first_trial_ended() -> bool:
+        state = ask(environment, "/api/jobs/first") or {}
+        assert state.get("status") != "FAILED", ask(environment, "/api/jobs/first/logs")
+        return study.trial("trial_0000").result() is not None
+
+    wait_for(first_trial_ended, "the first trial does not end")
     (package,) = [path for path in uploaded.iterdir() if path.is_dir()]
     files = {path.relative_to(package).parts[0] for path in package.rglob("*") if path.is_file()}
     assert files == {"rafce_ray", "tune_configs"}

@@ -35,7 +35,8 @@ class Fault:
 
     def __str__(self) -> str:
         remedy = f" {self.remedy}" if self.remedy else ""
-        return f"{dotted(self.place)}: found {self.found}; expected {self.expected}.{remedy}"
+        end = "" if self.expected.endswith("?") else "."
+        return f"{dotted(self.place)}: found {self.found}; expected {self.expected}{end}{remedy}"
 
 
 @dataclass(frozen=True)
