@@ -32,6 +32,7 @@ check: install
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
+	$(RUN)/hadolint Dockerfile
 
 format: install
 	$(RUN)/ruff check --fix .

@@ -26,6 +26,9 @@ COPY_CHUNK = 16 * 2**20
 
 Answer = TypeVar("Answer")
 
+UPLOADED = "working_dir_files"
+"""Folder in which Ray unpacks the working directory of a submitted job, and from which it removes it after the job."""
+
 _URI = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]+://")
 
 
@@ -136,8 +139,13 @@ class Location:
         """Write a small file into this folder, read it and remove it.
 
         Raises:
-            UsageError: that cannot be done; which of the three, and why.
+            UsageError: that cannot be done; which of the three, and why; or the folder will not last.
         """
+        if self.local is not None and UPLOADED in self.local.parts:
+            raise UsageError(
+                f"{self.uri} lies in the copy of the working directory that Ray made for this job and removes after it: nothing would be "
+                "left. Set storage to a folder that all machines share, or to a URI such as s3://bucket/runs."
+            )
         probe = self / f".writable-{uuid.uuid4().hex[:8]}"
         try:
             probe.write_bytes(b"x", patient=False)

@@ -41,3 +41,12 @@ def test_folders_travel_whole(tmp_path):
 def test_an_unknown_scheme_is_a_usage_error():
     with pytest.raises(UsageError, match="ftp"):
         locate("ftp://host/x")
+
+
+def test_a_submitted_jobs_own_folder_is_refused_as_storage(tmp_path, monkeypatch):
+    job = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_0123"
+    job.mkdir(parents=True)
+    monkeypatch.chdir(job)
+    with pytest.raises(UsageError, match="removes after it: nothing would be left"):
+        locate("runs").check_writable()
+    locate(tmp_path / "runs").check_writable()

@@ -53,9 +53,20 @@ def fast_path(folder: Path, *, host: str | None = None, free_ports: bool = True)
     program = folder / "haproxy"
     program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m rafce_ray.serve.haproxy "$@"\n')
     program.chmod(0o700)
-    environment = {
+    environment = variables(folder)
+    if host is not None:
+        environment[HOST] = host
+    if free_ports:
+        names = ("HAPROXY_METRICS", "HAPROXY_STATS", "FALLBACK_PROXY_HTTP", "FALLBACK_PROXY_GRPC")
+        environment |= {f"RAY_SERVE_{name}_PORT": str(port) for name, port in zip(names, _free_ports(4), strict=True)}
+    return environment
+
+
+def variables(folder: Path) -> dict[str, str]:
+    """The variables for a folder that :func:`fast_path` made, on the machine that it is called on."""
+    return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
-        "RAY_SERVE_HAPROXY_BINARY_PATH": str(program),
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(folder / "haproxy"),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin"),
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics"),
@@ -92,12 +103,6 @@ def fast_path(folder: Path, *, host: str | None = None, free_ports: bool = True)
         "MALLOC_MMAP_THRESHOLD_": str(2**21),
         "MALLOC_ARENA_MAX": "2",
     }
-    if host is not None:
-        environment[HOST] = host
-    if free_ports:
-        names = ("HAPROXY_METRICS", "HAPROXY_STATS", "FALLBACK_PROXY_HTTP", "FALLBACK_PROXY_GRPC")
-        environment |= {f"RAY_SERVE_{name}_PORT": str(port) for name, port in zip(names, _free_ports(4), strict=True)}
-    return environment
 
 
 def _own_answers() -> dict[int, bytes]:
