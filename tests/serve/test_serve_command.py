@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import math
 import os
 import re
 import shutil
@@ -92,18 +93,30 @@ def scrape(served, said: Path) -> Callable[[], Series]:
     return ask_agent
 
 
-def total(series: Series, name: str, **labels: str) -> float:
-    return sum(
+def named(series: Series, name: str, **labels: str) -> list[float]:
+    """Values of the service's series of this name that have these labels among theirs."""
+    return [
         value
         for (other, found), value in series.items()
         if other == f"ray_rafce_serve_{name}" and labels.items() <= dict(found).items()
-    )
+    ]
+
+
+def total(series: Series, name: str, **labels: str) -> float:
+    return sum(named(series, name, **labels))
 
 
 def test_a_scrape_has_every_watched_metric_and_counts_what_was_sent(served, scrape, watched_names, photograph: Path):
     """The first test of this endpoint, so that nothing else is counted meanwhile."""
     port, _ = served
-    before, image = scrape(), photograph.read_bytes()
+    deadline = time.monotonic() + 60
+    while not named(before := scrape(), "drift_psi") and time.monotonic() < deadline:
+        time.sleep(0.5)
+    # What is not known yet is no number, and what has not happened yet is there as 0.
+    assert len(named(before, "drift_psi")) == 7
+    assert all(math.isnan(value) for value in named(before, "drift_psi"))
+    assert named(before, "requests_total", route="/v1/predict", status="500") == [0]
+    image = photograph.read_bytes()
     body, kind = form(*[image] * 14, options=[("faces", "aligned")])
     for _ in range(25):
         assert ask(port, "POST", "/v1/predict", body, Content_Type=kind)[0] == 200
