@@ -2,7 +2,7 @@
 
 ``model.safetensors`` holds the weights, ``canary.safetensors`` a few images with the answers that torch gave for them. ``bundle.json``
 holds the sha256 of both, the architecture, the taxonomy with names, the preprocessing, the calibration, the association of emotions and
-action units, metrics and provenance. ``MODEL_CARD.md`` tells people.
+action units, the reference that drift is told by, metrics and provenance. ``MODEL_CARD.md`` tells people.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from rafce_ray.calibration import Calibration
 from rafce_ray.canary import Canary, canary_from_tensors, canary_to_bytes, draw_canary
 from rafce_ray.consistency import Association
 from rafce_ray.console import finite
+from rafce_ray.drift import DriftReference
 from rafce_ray.model import Architecture, MultiTaskModel, build_model
 from rafce_ray.preprocess import Preprocessing
 from rafce_ray.storage import Location, locate
@@ -66,7 +67,8 @@ __all__ = [
 class Bundle:
     """A loaded bundle; ``model`` is in evaluation mode on the CPU, ``path`` is where the bundle was read from.
 
-    ``canary`` is None where the bundle was written without one: see :func:`canary_of`.
+    ``canary`` is None where the bundle was written without one: see :func:`canary_of`. ``drift_reference`` is None in bundles of earlier
+    versions and in those that nothing was measured of, such as a checkpoint's.
     """
 
     model: MultiTaskModel
@@ -80,6 +82,7 @@ class Bundle:
     weights_sha256: str
     path: str
     canary: Canary | None = None
+    drift_reference: DriftReference | None = None
 
 
 def save_bundle(
@@ -93,6 +96,7 @@ def save_bundle(
     metrics: Mapping[str, Any],
     provenance: Mapping[str, Any],
     association: Association | None = None,
+    drift_reference: DriftReference | None = None,
     model_card: str | None = None,
     with_canary: bool = True,
 ) -> str:
@@ -108,7 +112,7 @@ def save_bundle(
         raise BundleError(
             f"{folder}: exists already, and a bundle is never overwritten. Choose another place or remove it."
         )
-    _check_fit(str(folder), architecture, taxonomy, preprocessing, calibration, association)
+    _check_fit(str(folder), architecture, taxonomy, preprocessing, calibration, association, drift_reference)
     # safetensors wants plain memory layout; the values are unchanged.
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     contents = {WEIGHTS: safetensors.torch.save(tensors)}
@@ -124,6 +128,7 @@ def save_bundle(
         "preprocessing": asdict(preprocessing),
         "calibration": asdict(calibration),
         "association": None if association is None else asdict(association),
+        "drift_reference": None if drift_reference is None else asdict(drift_reference),
         "metrics": dict(metrics),
         "provenance": dict(provenance),
     }
@@ -215,7 +220,8 @@ def _load(folder: Path, name: str) -> Bundle:
     preprocessing = section(folder, manifest, "preprocessing", TypeAdapter(Preprocessing).validate_python)
     calibration = section(folder, manifest, "calibration", TypeAdapter(Calibration).validate_python)
     association = section(folder, manifest, "association", TypeAdapter(Association | None).validate_python)
-    _check_fit(str(folder / MANIFEST), architecture, taxonomy, preprocessing, calibration, association)
+    drift_reference = section(folder, manifest, "drift_reference", TypeAdapter(DriftReference | None).validate_python)
+    _check_fit(str(folder / MANIFEST), architecture, taxonomy, preprocessing, calibration, association, drift_reference)
     weights = _read_weights(folder, manifest)
     # Building draws initial weights, which must not move the caller's random numbers on.
     with torch.random.fork_rng(devices=[]):
@@ -234,6 +240,7 @@ def _load(folder: Path, name: str) -> Bundle:
         weights_sha256=manifest["weights"]["sha256"],
         path=name,
         canary=_read_canary(folder, manifest, preprocessing, taxonomy),
+        drift_reference=drift_reference,
     )
 
 
@@ -291,6 +298,7 @@ def _check_fit(
     preprocessing: Preprocessing,
     calibration: Calibration,
     association: Association | None,
+    drift_reference: DriftReference | None,
 ) -> None:
     """Whether the parts speak of the same numbers of outputs and pixels."""
     pairs = [
@@ -303,6 +311,11 @@ def _check_fit(
         pairs += [
             ("number of association.given_emotion", len(association.given_emotion), taxonomy.num_emotions),
             ("number of association.overall", len(association.overall), taxonomy.num_action_units),
+        ]
+    if drift_reference is not None:
+        pairs += [
+            ("number of drift_reference.emotions", len(drift_reference.emotions), taxonomy.num_emotions),
+            ("number of drift_reference.action_units", len(drift_reference.action_units), taxonomy.num_action_units),
         ]
     for what, found, expected in pairs:
         if found != expected:

@@ -13,8 +13,9 @@ from pydantic import ValidationError
 from rafce_ray.errors import RafceError
 from rafce_ray.taxonomy import ACTION_UNIT_NAMES, Taxonomy, action_unit_code, parse_action_unit_token
 
-FORMAT_VERSION = 3
-"""Version of the layout that this code writes. It also reads version 1, which had no association, and 2, which had no canary."""
+FORMAT_VERSION = 4
+"""Version of the layout that this code writes. It also reads version 1, which had no association, 2, which had no canary, and 3, which had no
+reference for drift."""
 
 MANIFEST = "bundle.json"
 WEIGHTS = "model.safetensors"
@@ -33,6 +34,7 @@ _KEYS = frozenset(
         "preprocessing",
         "calibration",
         "association",
+        "drift_reference",
         "metrics",
         "provenance",
     }
@@ -82,6 +84,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest.setdefault("association", None)
     if version in (1, 2):
         manifest.setdefault("canary", None)
+    if version in (1, 2, 3):
+        manifest.setdefault("drift_reference", None)
     if manifest.keys() != _KEYS:
         missing, unknown = sorted(_KEYS - manifest.keys()), sorted(manifest.keys() - _KEYS)
         raise BundleError(

@@ -10,11 +10,12 @@ import numpy as np
 
 from rafce_ray.bundle import load_bundle, save_bundle
 from rafce_ray.calibrate import cross_fitted, fit_calibration
-from rafce_ray.calibration import Calibration
+from rafce_ray.calibration import Calibration, calibrated
 from rafce_ray.checkpoint import Checkpoint, best_valid, local_bundle
 from rafce_ray.consistency import Association, estimate_association
 from rafce_ray.data.dataset import Dataset
-from rafce_ray.evaluate import evaluate_outputs, split_outputs
+from rafce_ray.drift import DriftReference, build_reference, light_of
+from rafce_ray.evaluate import EVALUATION_BATCH, evaluate_outputs, split_outputs
 from rafce_ray.metrics import with_score
 from rafce_ray.report.model_card import model_card
 from rafce_ray.split_outputs import SplitOutputs
@@ -75,6 +76,7 @@ def _write_bundle(training: Training, best: Checkpoint) -> tuple[str, dict[str, 
             preprocessing=bundle.preprocessing,
             calibration=calibration,
             association=_association(dataset, training.splits.train),
+            drift_reference=_drift_reference(training, outputs, calibration),
             metrics=metrics,
             provenance=provenance,
             model_card=card,
@@ -113,3 +115,16 @@ def _association(dataset: Dataset, train: np.ndarray) -> Association | None:
     if not (taxonomy.num_emotions and taxonomy.num_action_units):
         return None
     return estimate_association(targets.emotion[train], targets.action_units[train], taxonomy.num_emotions)
+
+
+def _drift_reference(training: Training, outputs: SplitOutputs, calibration: Calibration) -> DriftReference | None:
+    """What validation's faces look like and how they are answered; None, with a warning, where an answer is no finite number."""
+    dataset = training.dataset
+    indices = dataset.indices("validation")
+    batches = (indices[start : start + EVALUATION_BATCH] for start in range(0, len(indices), EVALUATION_BATCH))
+    lights = [light_of(face) for batch in batches for face in dataset.images.gather(batch)]
+    reference = build_reference(calibrated(outputs.outputs, calibration), calibration.au_thresholds, lights)
+    if reference is None:
+        message = "the model gives values that are not finite on validation: the bundle keeps no reference, and an endpoint cannot tell drift"
+        training.folder.add_event("drift", message=message)
+    return reference

@@ -139,7 +139,7 @@ def trained_run(made_once: Callable[..., Path], train: Callable[..., dict]) -> t
 
 @pytest.fixture(scope="session")
 def write_bundle() -> Callable[..., Path]:
-    """``write_bundle(path, seed=0, emotions=..., with_canary=True)``: a MobileNet at 32 px of random weights, stored at 40 px.
+    """``write_bundle(path, seed=0, emotions=..., drift_reference=None, with_canary=True)``: a MobileNet at 32 px of random weights, stored at 40 px.
 
     Its answers differ clearly from face to face. It tells AUs 1, 12 and 25.
     """
@@ -154,7 +154,9 @@ def write_bundle() -> Callable[..., Path]:
 
     known, units = ("happily surprised", "sadly angry", "happily sad", "calm"), (1, 12, 25)
 
-    def write(path: Path, *, seed: int = 0, emotions: tuple[str, ...] = known, with_canary: bool = True) -> Path:
+    def write(
+        path: Path, *, seed: int = 0, emotions: tuple[str, ...] = known, drift_reference=None, with_canary: bool = True
+    ) -> Path:
         torch.manual_seed(seed)
         architecture = Architecture(
             "mobilenet_v3_small", 32, len(emotions), len(units), components=(None,) * len(emotions)
@@ -172,6 +174,7 @@ def write_bundle() -> Callable[..., Path]:
             preprocessing=Preprocessing(40, 32),
             calibration=Calibration(2.0, (0.25, 0.5, 0.75), (1.1, 0.9, 1.0), (0.1, -0.1, 0.0), 0.3),
             association=Association(((0.9, 0.5, 0.05),) * len(emotions), (0.3, 0.5, 0.4)),
+            drift_reference=drift_reference,
             metrics={},
             provenance={},
             model_card="# Model card: a test",
@@ -180,6 +183,27 @@ def write_bundle() -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def even_reference() -> Callable[..., object]:
+    """``even_reference(num_emotions, num_action_units)``: of 1,200 images, spread evenly over all classes and bins; each AU in half of them."""
+    from rafce_ray.drift import Bins, DriftReference
+
+    def spread(num_bins: int) -> tuple[int, ...]:
+        return tuple((1200 + place) // num_bins for place in range(num_bins))
+
+    def make(num_emotions: int, num_action_units: int) -> DriftReference:
+        return DriftReference(
+            num_images=1200,
+            emotions=spread(num_emotions),
+            action_units=(600,) * num_action_units,
+            confidence=Bins(tuple(number / 10 for number in range(1, 10)), spread(10)),
+            brightness=Bins(tuple(25.0 * number for number in range(1, 10)), spread(10)),
+            contrast=Bins(tuple(10.0 * number for number in range(1, 10)), spread(10)),
+        )
+
+    return make
 
 
 @pytest.fixture(scope="session")

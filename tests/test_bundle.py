@@ -15,6 +15,7 @@ import torch
 from rafce_ray.bundle import BundleError, canary_of, load_bundle, read_weights, save_bundle
 from rafce_ray.calibration import Calibration
 from rafce_ray.canary import check_canary
+from rafce_ray.drift import Bins, DriftReference
 from rafce_ray.model import Architecture, build_model, freeze_backbone
 from rafce_ray.preprocess import Preprocessing, preprocess
 from rafce_ray.taxonomy import make_taxonomy
@@ -29,11 +30,20 @@ ARCHITECTURE = Architecture(
     components=((3, 0), None, (4, 5)),
     num_basic=6,
 )
+REFERENCE = DriftReference(
+    num_images=5,
+    emotions=(2, 0, 3),
+    action_units=(1, 5),
+    confidence=Bins((0.25, 1 / 3), (1, 1, 3)),
+    brightness=Bins((0.1 + 0.2,), (0, 5)),
+    contrast=Bins((33.3,), (4, 1)),
+)
 PARTS = {
     "architecture": ARCHITECTURE,
     "taxonomy": TAXONOMY,
     "preprocessing": Preprocessing(40, 32),
     "calibration": Calibration(1.5, (0.25, 0.75)),
+    "drift_reference": REFERENCE,
     "metrics": {"accuracy": 0.5, "component_accuracy": float("nan")},
     "provenance": {"seed": 3, "config": {"data": {"root": None}}},
 }
@@ -87,7 +97,7 @@ def test_what_is_saved_is_loaded(bundle, model):
     assert torch.equal(torch.get_rng_state(), before)
     assert loaded.path == str(bundle)
     assert loaded.weights_sha256 == sha256((bundle / "model.safetensors").read_bytes()).hexdigest()
-    for part in ("architecture", "taxonomy", "preprocessing", "calibration", "provenance"):
+    for part in ("architecture", "taxonomy", "preprocessing", "calibration", "drift_reference", "provenance"):
         assert getattr(loaded, part) == PARTS[part]
     assert loaded.metrics == {"accuracy": 0.5, "component_accuracy": None}
     assert not loaded.model.training
@@ -136,14 +146,15 @@ def test_without_a_canary(tmp_path, bundle, model):
     assert check_canary(computed.outputs, stored.canary, stored.calibration) <= 1e-6
 
 
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("version", [1, 2, 3])
 def test_older_versions_are_read(bundle, version):
-    (bundle / "canary.safetensors").unlink()
-    edit(bundle, lambda m: [m.update(format_version=version), m.pop("canary")])
-    if version == 1:
-        edit(bundle, lambda m: m.pop("association"))
+    later = ["drift_reference", "canary", "association"][: 4 - version]
+    edit(bundle, lambda m: [m.update(format_version=version), *map(m.pop, later)])
+    if version < 3:
+        (bundle / "canary.safetensors").unlink()
     loaded = load_bundle(bundle)
-    assert (loaded.taxonomy, loaded.canary, loaded.association) == (TAXONOMY, None, None)
+    assert (loaded.taxonomy, loaded.association, loaded.drift_reference) == (TAXONOMY, None, None)
+    assert (loaded.canary is None) == (version < 3)
 
 
 def test_a_canary_cut_short_altered_or_missing(bundle):
@@ -245,7 +256,7 @@ def test_no_bundle(tmp_path, bundle):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda m: m.update(format_version=4), "format_version is 4; this program reads 1 to 3"),
+        (lambda m: m.update(format_version=5), "format_version is 5; this program reads 1 to 4"),
         (lambda m: m.update(format_version="3"), "format_version is '3'"),
         (lambda m: m.pop("canary"), r"missing keys \['canary'\]"),
         (lambda m: m["canary"].pop("num_bytes"), "canary cannot be read: .*num_bytes"),
@@ -253,6 +264,10 @@ def test_no_bundle(tmp_path, bundle):
             lambda m: m["canary"].update(file="model.safetensors"),
             "canary.file is 'model.safetensors', expected 'canary",
         ),
+        (lambda m: m.pop("drift_reference"), r"missing keys \['drift_reference'\]"),
+        (lambda m: m["drift_reference"].update(num_images=6), "drift_reference cannot be read: .*counts of 6 images"),
+        (lambda m: m["drift_reference"].update(photo="..."), "drift_reference cannot be read: .*photo"),
+        (lambda m: m["drift_reference"]["action_units"].pop(), "drift_reference.action_units is 1, but 2"),
         (lambda m: m.pop("format_version"), "format_version is None"),
         (lambda m: m.pop("calibration"), r"missing keys \['calibration'\]"),
         (lambda m: m.update(extra=1), r"unknown keys \['extra'\]"),
@@ -343,7 +358,7 @@ def test_a_single_task(tmp_path, task):
     architecture = Architecture(
         "mobilenet_v3_small", 32, taxonomy.num_emotions, taxonomy.num_action_units, components=taxonomy.components
     )
-    parts = {"architecture": architecture, "taxonomy": taxonomy}
+    parts = {"architecture": architecture, "taxonomy": taxonomy, "drift_reference": None}
     parts["calibration"] = Calibration.uncalibrated(taxonomy.num_action_units)
     save_bundle(tmp_path / "bundle", model=build_model(architecture), **(PARTS | parts))
     loaded = load_bundle(tmp_path / "bundle")

@@ -202,7 +202,16 @@ def _tell(config: ServiceConfig, url: str) -> None:
     key = "" if config.keys_file is None else " -H 'Authorization: Bearer KEY'"
     say(f"ready: {url} (page: {url}/, documentation: {url}/docs). Try:")
     say(f"  curl{key} -H 'Content-Type: image/jpeg' --data-binary @photo.jpg {url}/v1/predict")
+    say(f"metrics for Prometheus: {', '.join(_metrics_urls())}")
     print(url, flush=True)
+
+
+def _metrics_urls() -> list[str]:
+    """Where the agent of each node of the cluster tells its metrics."""
+    import ray
+
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["MetricsExportPort"] > 0]
+    return [f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics" for node in nodes]
 
 
 def _is_loopback(host: str) -> bool:

@@ -19,6 +19,7 @@ from starlette.types import ASGIApp
 from rafce_ray.config import ConfigError
 from rafce_ray.config_errors import explain
 from rafce_ray.errors import RafceError
+from rafce_ray.serve.export import Export
 from rafce_ray.service import app
 from rafce_ray.service.config import ServiceConfig, read_service_config
 from rafce_ray.service.logs import log_as_json
@@ -65,6 +66,7 @@ class FaceService:
                 "set the variables of python -m rafce_ray.serve.fast_path before Ray starts"
             )
         self._service = app.Service(config)
+        self._export = Export(self._service.measured)
         self._configured = False
         # What was imported and loaded stays: looking through it again for garbage stops all requests for 0.3 s.
         gc.collect()
@@ -98,9 +100,9 @@ class FaceService:
 
     def __del__(self) -> None:
         """Serve calls this once, when the replica has answered what it had."""
-        service = getattr(self, "_service", None)
-        if service is not None:
-            service.close()
+        for part in ("_service", "_export"):
+            if hasattr(self, part):
+                getattr(self, part).close()
 
 
 def log_file() -> Path:

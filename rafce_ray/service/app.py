@@ -26,6 +26,7 @@ from rafce_ray.service.edge import Edge, within
 from rafce_ray.service.keys import Keys
 from rafce_ray.service.live import LiveModel, Served
 from rafce_ray.service.loading import load_served, source_of
+from rafce_ray.service.meter import Meter
 from rafce_ray.service.model_info import model_info
 from rafce_ray.service.open_inference import open_inference_routes
 from rafce_ray.service.predicting import Context, predict
@@ -56,8 +57,9 @@ class Service:
             face_model=None if config.face_model is None else Path(config.face_model),
             limits=limits.image_limits(),
         )
-        self.live = LiveModel(source_of(config), partial(load_served, config=config), config.watch_s)
-        self.batcher = Batcher(config.max_batch_faces)
+        self.meter = Meter()
+        self.live = LiveModel(source_of(config), partial(load_served, config=config), config.watch_s, self.meter)
+        self.batcher = Batcher(config.max_batch_faces, self.meter)
         self.readiness = Readiness(self.reader, self.batcher, limits.deadline_s)
 
     def switch(self, version: str) -> None:
@@ -85,6 +87,15 @@ class Service:
         self.check_health()
         await self.readiness.check(served)
 
+    def measured(self) -> Meter:
+        """What has been counted so far, with gauges as they are now; for one thread at a time."""
+        meter, served = self.meter, self.live.served
+        meter.tell_model(served.model.version, served.model.sha256, served.predictor.engine.name)
+        taxonomy = served.predictor.bundle.taxonomy
+        meter.expect_answers(taxonomy.emotions, taxonomy.action_unit_codes)
+        meter.tell_drift(served.drift.psi, served.drift.num_faces, served.drift.num_reference_images)
+        return meter
+
     def close(self) -> None:
         """Answer what is in work and end all threads."""
         self.live.close()
@@ -108,7 +119,8 @@ def build_app(service: Service) -> ASGIApp:
     )
     # A path with a slash too many is no other path's, and a redirect would be built from the client's Host header.
     app.router.redirect_slashes = False
-    return Edge(app, service.config.limits, loopback_only=service.config.loopback_only)
+    config = service.config
+    return Edge(app, config.limits, loopback_only=config.loopback_only, meter=service.meter)
 
 
 class _Predict:
@@ -126,7 +138,9 @@ class _Predict:
             limits, num_emotions = service.config.limits, served.predictor.bundle.taxonomy.num_emotions
             rules = BodyRules(limits.max_images, limits.max_image_bytes, num_emotions)
             request = await read_request(scope, receive, place, rules, service.pool)
-            context = Context(service.reader, service.batcher, served, scope["path"], scope[REQUEST_ID], since)
+            context = Context(
+                service.reader, service.batcher, service.meter, served, scope["path"], scope[REQUEST_ID], since
+            )
             content = await within(predict(request, context), receive, deadline)
         await Response(content, media_type=JSON)(scope, receive, send)
 

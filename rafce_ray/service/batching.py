@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from rafce_ray.calibration import Probabilities, calibrated
 from rafce_ray.errors import RafceError
 from rafce_ray.predict import Predictor
+from rafce_ray.service.meter import Meter
 
 
 class NotFiniteError(RafceError):
@@ -51,8 +52,9 @@ class Batcher:
     It holds as many requests as it is given: admission bounds them.
     """
 
-    def __init__(self, max_batch_faces: int) -> None:
+    def __init__(self, max_batch_faces: int, meter: Meter | None = None) -> None:
         self._max_batch_faces = max_batch_faces
+        self._meter = meter or Meter()
         self._queue: SimpleQueue[_Waiting | None] = SimpleQueue()
         self._running_since: float | None = None
         self._thread = threading.Thread(target=self._work, name="inference", daemon=True)
@@ -101,6 +103,7 @@ class Batcher:
                 break
             batch, following, closing = self._gather(first)
             if batch:
+                self._meter.batch_faces.observe(sum(len(waiting.faces) for waiting in batch))
                 self._running_since = time.monotonic()
                 outcomes = _run(batch)
                 self._running_since = None

@@ -1,7 +1,7 @@
 """Around the whole application: what no handler should have to think of.
 
 Headers and bodies are bounded while they come in, a refused client still gets to read its answer, every answer has a
-request id and security headers, every request one line in the log, and a failure tells a client nothing but its id.
+request id and security headers, every request is counted and has one line in the log, and a failure tells a client nothing but its id.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from rafce_ray.service.config import Limits
 from rafce_ray.service.keys import KEY_ID
 from rafce_ray.service.local_peers import check_local
-from rafce_ray.service.problems import REQUEST_ID, Problem, problem_response, unexpected
+from rafce_ray.service.meter import Meter
+from rafce_ray.service.problems import PROBLEM_CODE, REQUEST_ID, Problem, problem_response, unexpected
 
 T = TypeVar("T")
 
@@ -65,10 +66,11 @@ class Edge:
     everybody is a loopback peer, so there the proxy itself must listen on loopback only.
     """
 
-    def __init__(self, app: ASGIApp, limits: Limits, *, loopback_only: bool) -> None:
+    def __init__(self, app: ASGIApp, limits: Limits, *, loopback_only: bool, meter: Meter | None = None) -> None:
         self.app = app
         self.limits = limits
         self.loopback_only = loopback_only
+        self.meter = meter or Meter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request; the lifespan protocol is handed on, websockets are refused."""
@@ -115,7 +117,7 @@ class _Exchange:
                     raise  # Half an answer is out: the server has to cut the connection.
                 await self._refuse(unexpected())
         finally:
-            self._write_access_log()
+            self._account()
 
     async def receive(self) -> Message:
         """The next part of the body, counted and timed; the Problem that it is where it may not be."""
@@ -232,19 +234,24 @@ class _Exchange:
                 while not (self._body_complete or self._gone or self._num_received > LINGER_BYTES):
                     self._count(await self._receive())
 
-    def _write_access_log(self) -> None:
+    def _account(self) -> None:
+        """Count the request, and write its line in the log."""
+        scope = self._scope
+        route: str | None = getattr(scope.get("route"), "path", None)
+        status = 499 if self._gone and not self._answered else self._status
+        ms = 1000 * (time.perf_counter() - self._started)
+        self._edge.meter.count_request(route, status, ms, scope.get(PROBLEM_CODE))
         if not _access.isEnabledFor(logging.INFO):
             return
-        scope = self._scope
         fields = {
             "request_id": scope.get(REQUEST_ID),
             "key_id": scope.get(KEY_ID),
             "method": scope["method"] if scope["method"] in _METHODS else "other",
-            "route": getattr(scope.get("route"), "path", None),
-            "status": 499 if self._gone and not self._answered else self._status,
+            "route": route,
+            "status": status,
             "bytes_in": self._num_received,
             "bytes_out": self._num_sent,
-            "ms": round(1000 * (time.perf_counter() - self._started), 3),
+            "ms": round(ms, 3),
         }
         _access.info("request", extra={"fields": fields})
 

@@ -17,6 +17,8 @@ from rafce_ray.errors import GateError, RafceError, UsageError
 from rafce_ray.predict import Predictor
 from rafce_ray.registry.gates import taxonomy_gate
 from rafce_ray.service.answers import ModelId
+from rafce_ray.service.drift_watch import DriftWatch
+from rafce_ray.service.meter import Meter
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +70,7 @@ class BundleFolder:
 
 @dataclass(frozen=True)
 class Served:
-    """A model that answers requests: who it is, what predicts, its canary and card, and since when (UTC).
+    """A model that answers requests: who it is, what predicts, its canary and card, what watches its faces, and since when (UTC).
 
     ``remarks``: what there is to be said of its engine, such as why it is not the one that was asked for.
     """
@@ -79,6 +81,7 @@ class Served:
     canary: Canary
     card: str | None
     remarks: tuple[str, ...]
+    drift: DriftWatch
     since: datetime = field(default_factory=lambda: datetime.now(UTC))
 
 
@@ -98,11 +101,14 @@ class LiveModel:
     Whoever reads :attr:`served` keeps that model for as long as it needs it: a swap changes only what the next one reads.
     """
 
-    def __init__(self, source: Source, load: Callable[[Target], Served], watch_s: float) -> None:
+    def __init__(
+        self, source: Source, load: Callable[[Target], Served], watch_s: float, meter: Meter | None = None
+    ) -> None:
         """Load what is live now. RafceError where that cannot be served: there is nothing to fall back to."""
         self._source = source
         self._load = load
         self._watch_s = watch_s
+        self._meter = meter or Meter()
         self._swapping = threading.Lock()
         self._serving = self._tried = source.look()
         self._pinned = False
@@ -172,11 +178,13 @@ class LiveModel:
                 error if isinstance(error, RafceError) else RafceError(f"{target.place}: cannot be read ({error}).")
             ) from error
         before, self.served, self._serving, self.failed = self.served, served, target, None
+        self._meter.swaps.add()
         log.info("model %s serves instead of %s", served.model.version, before.model.version)
         return served
 
     def _refuse(self, version: str | None, place: str, error: Exception) -> None:
         if self.failed is None or self.failed.reason != str(error):
+            self._meter.refused_versions.add()
             log.error("a new model is refused and %s goes on: %s", self.served.model.version, error)
         self.failed = FailedSwap(version, place, str(error), datetime.now(UTC))
 

@@ -15,6 +15,7 @@ from rafce_ray.registry.live import read_live
 from rafce_ray.registry.versions import SHORT_SHA, place_of_version, read_version, version_folder
 from rafce_ray.service.answers import ModelId
 from rafce_ray.service.config import ServiceConfig
+from rafce_ray.service.drift_watch import DriftWatch
 from rafce_ray.service.live import BundleFolder, Served, Source, Target
 from rafce_ray.storage import locate
 
@@ -71,16 +72,19 @@ def load_served(target: Target, config: ServiceConfig) -> Served:
             "when it was saved. Get the bundle again, or train it again with this version."
         )
     _warm(predictor, config.max_batch_faces)
-    for remark in remarks:
+    version = target.version or bundle.weights_sha256[:SHORT_SHA]
+    drift = DriftWatch(bundle.drift_reference, bundle.taxonomy, version)
+    for remark in [*remarks, *([drift.remark] if drift.remark else [])]:
         log.warning("%s: %s", target.place, remark)
     card = find_bundle(target.place) / MODEL_CARD
     return Served(
-        model=ModelId(config.name, target.version or bundle.weights_sha256[:SHORT_SHA], bundle.weights_sha256),
+        model=ModelId(config.name, version, bundle.weights_sha256),
         place=target.place,
         predictor=predictor,
         canary=canary,
         card=card.read_bytes().decode(errors="replace") if card.exists() else None,
         remarks=tuple(remarks),
+        drift=drift,
     )
 
 

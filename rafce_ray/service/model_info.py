@@ -10,6 +10,7 @@ from pydantic import Field
 from rafce_ray.console import finite
 from rafce_ray.report.text import INTENDED_USE, PERCEIVED, PROHIBITED_USE
 from rafce_ray.service.config import ServiceConfig
+from rafce_ray.service.drift_watch import WINDOW_FACES, DriftWatch
 from rafce_ray.service.live import FailedSwap, Served
 from rafce_ray.service.schema import Model, Record
 from rafce_ray.taxonomy import ACTION_UNIT_NAMES, Taxonomy, action_unit_code
@@ -74,6 +75,25 @@ class RequestLimits(Record):
     deadline_s: float = Field(description="Seconds from a request's admission to its answer; then 504.")
 
 
+class DriftStatistic(Record):
+    """One distribution that is compared with that of validation."""
+
+    name: str = Field(description="emotion, confidence, brightness, contrast, or the code of an action unit.")
+    min_faces: int | None = Field(
+        description="Faces from which its PSI is known; null: never, the reference has too few images to tell it from chance."
+    )
+
+
+class Drift(Record):
+    """Whether it can be told that faces look, or are answered, otherwise than in validation; the figures are among the metrics."""
+
+    watched: bool
+    remark: str | None = Field(description="Why it is not known, or not of everything, and the remedy.")
+    reference_images: int = Field(ge=0, description="Images of validation that faces are compared with.")
+    window_faces: int = Field(ge=1, description="So many of the latest faces are compared, in each process by itself.")
+    statistics: tuple[DriftStatistic, ...]
+
+
 class ModelInfo(Record):
     """Answer of GET /v1/model: the model card as data."""
 
@@ -89,6 +109,7 @@ class ModelInfo(Record):
     unsure_below: float | None = Field(
         description="Probability under which an emotion is marked unsure; null: none is."
     )
+    drift: Drift
     architecture: str = Field(description="Name of the network.")
     metrics: dict[str, Any] = Field(description="Figures on the split that `split` names; null where undefined.")
     limits: RequestLimits
@@ -116,10 +137,22 @@ def model_info(config: ServiceConfig, served: Served, failed: FailedSwap | None)
         ),
         taxonomy=_taxonomy(bundle.taxonomy, bundle.calibration.au_thresholds),
         unsure_below=bundle.calibration.unsure_below,
+        drift=_drift(served.drift),
         architecture=bundle.architecture.backbone,
         metrics=finite(bundle.metrics),
         limits=RequestLimits(**limits),
         model_card=served.card,
+    )
+
+
+def _drift(watch: DriftWatch) -> Drift:
+    needed = watch.min_faces
+    return Drift(
+        watched=any(number is not None for number in needed.values()),
+        remark=watch.remark,
+        reference_images=watch.num_reference_images,
+        window_faces=WINDOW_FACES,
+        statistics=tuple(DriftStatistic(name=name, min_faces=number) for name, number in needed.items()),
     )
 
 

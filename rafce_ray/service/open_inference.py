@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from functools import partial, wraps
 from typing import TYPE_CHECKING, Any
@@ -19,12 +20,14 @@ from starlette.routing import Route
 
 from rafce_ray import __version__
 from rafce_ray.calibration import Probabilities
+from rafce_ray.drift import Light, light_of
 from rafce_ray.service.answers import to_json
 from rafce_ray.service.bodies import declared_bytes, read_body
 from rafce_ray.service.edge import within
 from rafce_ray.service.live import Served
-from rafce_ray.service.problems import Problem, shown
-from rafce_ray.service.tensors import InferRequest, encoded_images, parse_infer_request, pixels_of
+from rafce_ray.service.predicting import count_faces
+from rafce_ray.service.problems import PROBLEM_CODE, Problem, shown
+from rafce_ray.service.tensors import InferInput, InferRequest, encoded_images, parse_infer_request, pixels_of
 from rafce_ray.taxonomy import Taxonomy
 
 if TYPE_CHECKING:
@@ -57,6 +60,7 @@ def _endpoint(service: Service, handler: Handler) -> Callable[[Request], Awaitab
             content, status, headers = await handler(service, request), 200, {}
         except Problem as problem:
             content, status, headers = {"error": f"{problem.detail} {problem.hint}"}, problem.status, problem.headers
+            request.scope[PROBLEM_CODE] = problem.code
         return Response(to_json(content), status, headers, "application/json")
 
     return endpoint
@@ -107,7 +111,7 @@ async def _infer(service: Service, request: Request) -> dict[str, Any]:
 
 
 async def _inferred(service: Service, served: Served, body: bytes) -> dict[str, Any]:
-    loop, limits = asyncio.get_running_loop(), service.config.limits
+    loop, limits, began = asyncio.get_running_loop(), service.config.limits, time.monotonic()
     px = served.predictor.bundle.preprocessing.stored_px
     parse = partial(parse_infer_request, body, max_numbers=limits.max_images * px * px * 3)
     request = await loop.run_in_executor(service.pool, parse)
@@ -116,8 +120,12 @@ async def _inferred(service: Service, served: Served, body: bytes) -> dict[str, 
     for name in wanted:
         if name not in labels:
             raise Problem("bad_request", f"There is no output {shown(name)}; there are {', '.join(labels)}.")
-    faces = await _faces(service, request, px)
-    found = (await service.batcher.probabilities(served.predictor, faces)).probabilities
+    faces, lights = await _faces(service, request, px)
+    decoded = time.monotonic()
+    batched = await service.batcher.probabilities(served.predictor, faces)
+    found = batched.probabilities
+    count_faces(served.predictor.named(found, 1), lights, served, service.meter)
+    service.meter.count_times(1000 * (decoded - began), 1000 * batched.queue_s, 1000 * batched.inference_s)
     return {
         "model_name": served.model.name,
         "model_version": served.model.version,
@@ -126,19 +134,24 @@ async def _inferred(service: Service, served: Served, body: bytes) -> dict[str, 
     }
 
 
-async def _faces(service: Service, request: InferRequest, px: int) -> NDArray[np.uint8]:
+async def _faces(service: Service, request: InferRequest, px: int) -> tuple[NDArray[np.uint8], list[Light]]:
     loop, limits, given = asyncio.get_running_loop(), service.config.limits, request.inputs[0]
     if given.shape and given.shape[0] > limits.max_images:
         raise Problem(
             "too_many_images", f"The input has {given.shape[0]:,} images; at most {limits.max_images} are taken."
         )
     if given.name == IMAGES:
-        return await loop.run_in_executor(service.pool, pixels_of, given, px)
+        return await loop.run_in_executor(service.pool, _pixels, given, px)
     if given.name != IMAGE_BYTES:
         raise Problem("bad_request", f"There is no input {shown(given.name)}; give {IMAGES} or {IMAGE_BYTES}.")
     contents = await loop.run_in_executor(service.pool, encoded_images, given, limits.max_image_bytes)
     images = await asyncio.gather(*(service.reader.read(content, px, "aligned") for content in contents))
-    return np.stack([image.faces[0].pixels for image in images])
+    return np.stack([image.faces[0].pixels for image in images]), [image.lights[0] for image in images]
+
+
+def _pixels(given: InferInput, px: int) -> tuple[NDArray[np.uint8], list[Light]]:
+    pixels = pixels_of(given, px)
+    return pixels, [light_of(face) for face in pixels]
 
 
 def _output(name: str, found: Probabilities, labels: list[str]) -> dict[str, Any]:

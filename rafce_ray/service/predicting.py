@@ -11,13 +11,18 @@ from typing import Any
 import numpy as np
 
 from rafce_ray.calibration import Probabilities
+from rafce_ray.drift import Light
 from rafce_ray.faces import Pixels
+from rafce_ray.prediction import EmotionScore, Prediction
 from rafce_ray.service.answers import Timings, answer, distribution_of, error_result, face_answer, ok_result
-from rafce_ray.service.batching import Batched, Batcher
+from rafce_ray.service.batching import Batcher
 from rafce_ray.service.bodies import Item, Options, PredictRequest
 from rafce_ray.service.live import Served
+from rafce_ray.service.meter import Meter
 from rafce_ray.service.problems import Problem, problem_body
 from rafce_ray.service.reading import Reader, ReadImage
+
+_Answer = tuple[Prediction, tuple[EmotionScore, ...] | None]
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,7 @@ class Context:
 
     reader: Reader
     batcher: Batcher
+    meter: Meter
     served: Served
     path: str
     request_id: str
@@ -46,13 +52,17 @@ async def predict(request: PredictRequest, context: Context) -> bytes:
         raise _refusal(request, problems, context)
     crops = [face.pixels for image in images if isinstance(image, ReadImage) for face in image.faces]
     batched = await context.batcher.probabilities(context.served.predictor, _stacked(crops))
-    results = _results(request, images, batched, context)
+    answers = _answers(batched.probabilities, request.options, context)
+    results = _results(request, images, answers, context)
     timings = Timings(
         decode_ms=_ms(decoded - began),
         queue_ms=_ms(batched.queue_s),
         inference_ms=_ms(batched.inference_s),
         total_ms=_ms(time.monotonic() - context.since),
     )
+    lights = [light for image in images if isinstance(image, ReadImage) for light in image.lights]
+    count_faces([prediction for prediction, _ in answers], lights, context.served, context.meter)
+    context.meter.count_times(timings.decode_ms, timings.queue_ms, timings.inference_ms)
     return answer(context.served.model, context.request_id, results, timings)
 
 
@@ -79,19 +89,20 @@ async def _read(items: Sequence[Item], options: Options, context: Context) -> li
 
 
 async def _read_item(item: Item, options: Options, context: Context) -> ReadImage | Problem:
-    if isinstance(item.content, Problem):
-        return item.content
     try:
+        if isinstance(item.content, Problem):
+            raise item.content
         px = context.served.predictor.bundle.preprocessing.stored_px
         return await context.reader.read(item.content, px, options.faces)
     except Problem as problem:
+        context.meter.count_rejected_image(problem.code)
         return problem
 
 
 def _results(
-    request: PredictRequest, images: Sequence[ReadImage | Problem], batched: Batched, context: Context
+    request: PredictRequest, images: Sequence[ReadImage | Problem], answers: Sequence[_Answer], context: Context
 ) -> list[dict[str, Any]]:
-    faces = iter(_faces(batched.probabilities, request.options, context))
+    faces = iter(answers)
     results = []
     for item, image in zip(request.items, images, strict=True):
         if isinstance(image, Problem):
@@ -102,7 +113,7 @@ def _results(
     return results
 
 
-def _faces(found: Probabilities, options: Options, context: Context) -> list[tuple[Any, Any]]:
+def _answers(found: Probabilities, options: Options, context: Context) -> list[_Answer]:
     """Of every face what the model says and, where it was asked for, the distribution of its emotions."""
     predictor = context.served.predictor
     predictions = predictor.named(found, options.top_k)
@@ -112,6 +123,13 @@ def _faces(found: Probabilities, options: Options, context: Context) -> list[tup
     return [
         (prediction, distribution_of(row, taxonomy)) for prediction, row in zip(predictions, found.emotion, strict=True)
     ]
+
+
+def count_faces(predictions: Sequence[Prediction], lights: Sequence[Light], served: Served, meter: Meter) -> None:
+    """Count what was answered of each face, and let the model's drift be watched."""
+    for prediction, light in zip(predictions, lights, strict=True):
+        meter.count_face(prediction)
+        served.drift.add(prediction, light)
 
 
 def _stacked(crops: list[Pixels]) -> Pixels:

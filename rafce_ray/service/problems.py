@@ -19,6 +19,9 @@ MEDIA_TYPE = "application/problem+json"
 REQUEST_ID = "rafce.request_id"
 """Key of the ASGI scope under which the edge leaves the request's id."""
 
+PROBLEM_CODE = "rafce.problem_code"
+"""Key of the ASGI scope under which whoever answers with a problem leaves its code, for the edge to count."""
+
 
 @dataclass(frozen=True)
 class ProblemType:
@@ -287,6 +290,7 @@ def problem_body(problem: Problem, path: str, request_id: str) -> dict[str, Any]
 
 def problem_response(problem: Problem, scope: MutableMapping[str, Any]) -> Response:
     """The problem as a response to the request of an ASGI ``scope`` that passed the edge."""
+    scope[PROBLEM_CODE] = problem.code
     body = json.dumps(problem_body(problem, scope["path"], scope.get(REQUEST_ID, "")))
     return Response(body.encode(), problem.status, problem.headers, MEDIA_TYPE)
 

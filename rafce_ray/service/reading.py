@@ -12,6 +12,7 @@ from typing import Literal
 import cv2
 
 from rafce_ray.decode import DEFAULT_LIMITS, DecodeError, Limits, decode_image, decode_sized_face
+from rafce_ray.drift import Light, light_of
 from rafce_ray.faces import Face, FaceFinder, build_face_finder, given_face, may_be_aligned
 from rafce_ray.service.problems import Problem, problem_of_image
 
@@ -20,11 +21,12 @@ Faces = Literal["detect", "aligned"]
 
 @dataclass(frozen=True)
 class ReadImage:
-    """One image: px of the upright picture, its faces as crops, largest first, and how many more it had than are answered for."""
+    """One image: px of the upright picture, its faces as crops, largest first, with their light, and how many more it had than are answered for."""
 
     width: int
     height: int
     faces: tuple[Face, ...]
+    lights: tuple[Light, ...]
     faces_left_out: int
 
 
@@ -66,7 +68,7 @@ class Reader:
             if faces == "aligned":
                 face = decode_sized_face(content, px, limits=self._limits)
                 given = given_face(face.pixels, face.width, face.height)
-                return ReadImage(face.width, face.height, (given,), 0)
+                return ReadImage(face.width, face.height, (given,), (light_of(face.pixels),), 0)
             photograph = decode_image(content, limits=self._limits)
         except DecodeError as error:
             raise problem_of_image(error) from None
@@ -83,7 +85,8 @@ class Reader:
                 hint=_no_face_hint(width, height),
             )
         kept = tuple(found[: self._max_faces])
-        return ReadImage(width, height, kept, len(found) - len(kept))
+        lights = tuple(light_of(face.pixels) for face in kept)
+        return ReadImage(width, height, kept, lights, len(found) - len(kept))
 
 
 def _no_face_hint(width: int, height: int) -> str:

@@ -1,19 +1,25 @@
 """A bundle to serve and a picture to send."""
 
-from collections.abc import Callable
+import json
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
+import rafce_ray
 from rafce_ray.registry.command import main as bundle_command
 from rafce_ray.taxonomy import RAFCE_EMOTIONS
 
 
 @pytest.fixture(scope="session")
-def serve_bundle(write_bundle: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_bundle(tmp_path_factory.mktemp("bundles") / "bundle", emotions=tuple(RAFCE_EMOTIONS))
+def serve_bundle(write_bundle: Callable[..., Path], even_reference, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    emotions = tuple(RAFCE_EMOTIONS)
+    place = tmp_path_factory.mktemp("bundles") / "bundle"
+    return write_bundle(place, emotions=emotions, drift_reference=even_reference(len(emotions), 3))
 
 
 @pytest.fixture(scope="session")
@@ -46,3 +52,68 @@ def registry(write_bundle: Callable[..., Path], tmp_path_factory: pytest.TempPat
 def make_live() -> Callable[[Path, str], None]:
     """``make_live(registry, version)``: promotion as the command does it."""
     return promote
+
+
+MONITORING = Path(rafce_ray.__file__).parent / "monitoring"
+
+PROMQL_WORDS = frozenset(
+    (
+        "and",
+        "or",
+        "unless",
+        "by",
+        "without",
+        "on",
+        "ignoring",
+        "group_left",
+        "group_right",
+        "offset",
+        "bool",
+        "inf",
+        "nan",
+        "sum",
+        "avg",
+        "min",
+        "max",
+        "count",
+    )
+)
+
+
+def names_in(expression: str) -> set[str]:
+    """The metrics that a PromQL expression reads."""
+    for left_out in (r'"[^"]*"', r"\{[^}]*\}", r"\[[^]]*\]", r"\b(by|without|on|ignoring|group_left)\s*\([^)]*\)"):
+        expression = re.sub(left_out, " ", expression)
+    words = re.findall(r"(?<![\w.])([a-zA-Z_:][\w:]*)\s*(\(?)", expression)
+    return {word for word, call in words if not call and word.lower() not in PROMQL_WORDS}
+
+
+def expressions() -> Iterator[tuple[str, str]]:
+    """Where each PromQL expression of the dashboard and the alert rules stands, and the expression."""
+    for panel in json.loads((MONITORING / "grafana" / "serve.json").read_text())["panels"]:
+        for target in panel.get("targets", []):
+            yield panel["title"], target["expr"]
+    for group in yaml.safe_load((MONITORING / "alerts_serve.yaml").read_text())["groups"]:
+        for rule in group["rules"]:
+            yield rule["alert"], rule["expr"]
+
+
+@pytest.fixture(scope="session")
+def metric_names() -> Callable[[str], set[str]]:
+    """``metric_names(expression)``: the metrics that a PromQL expression reads."""
+    return names_in
+
+
+@pytest.fixture(scope="session")
+def watched_names() -> dict[str, list[str]]:
+    """Every metric that the dashboard and the alert rules read -> where."""
+    found: dict[str, list[str]] = {}
+    for place, expression in expressions():
+        for name in names_in(expression):
+            found.setdefault(name, []).append(place)
+    return found
+
+
+@pytest.fixture(scope="session")
+def monitoring_folder() -> Path:
+    return MONITORING

@@ -2,16 +2,22 @@
 
 import http.client
 import json
+import math
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from http_load import form
 from matplotlib import cbook
+from prometheus_client.parser import text_string_to_metric_families
 from serving import free_port
 
 from rafce_ray.bundle import load_bundle
@@ -37,8 +43,14 @@ def ask(port: int, method: str, path: str, body: bytes = b"", **headers: str) ->
 
 
 @pytest.fixture(scope="module")
-def served(serve_bundle, tmp_path_factory) -> Iterator[tuple[int, subprocess.Popen]]:
-    port, said = free_port(), tmp_path_factory.mktemp("serve") / "said"
+def said(tmp_path_factory) -> Path:
+    """What the command tells people."""
+    return tmp_path_factory.mktemp("serve") / "said"
+
+
+@pytest.fixture(scope="module")
+def served(serve_bundle, said) -> Iterator[tuple[int, subprocess.Popen]]:
+    port = free_port()
     argv = [
         sys.executable,
         "-m",
@@ -59,6 +71,97 @@ def served(serve_bundle, tmp_path_factory) -> Iterator[tuple[int, subprocess.Pop
         process.terminate()
         process.wait(60)
     process.stdout.close()
+
+
+Series = dict[tuple[str, frozenset], float]
+
+
+@pytest.fixture(scope="module")
+def scrape(served, said: Path) -> Callable[[], Series]:
+    """``scrape()``: the metrics of the node as Prometheus gets them, from the place that the command names."""
+    (url,) = re.findall(r"metrics for Prometheus: (http\S+)", said.read_text())
+
+    def ask_agent() -> Series:
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            families = list(text_string_to_metric_families(answer.read().decode()))
+        return {
+            (sample.name, frozenset(sample.labels.items())): sample.value
+            for family in families
+            for sample in family.samples
+        }
+
+    return ask_agent
+
+
+def named(series: Series, name: str, **labels: str) -> list[float]:
+    """Values of the service's series of this name that have these labels among theirs."""
+    return [
+        value
+        for (other, found), value in series.items()
+        if other == f"ray_rafce_serve_{name}" and labels.items() <= dict(found).items()
+    ]
+
+
+def total(series: Series, name: str, **labels: str) -> float:
+    return sum(named(series, name, **labels))
+
+
+def test_a_scrape_has_every_watched_metric_and_counts_what_was_sent(served, scrape, watched_names, photograph: Path):
+    """The first test of this endpoint, so that nothing else is counted meanwhile."""
+    port, _ = served
+    deadline = time.monotonic() + 60
+    while not named(before := scrape(), "drift_psi") and time.monotonic() < deadline:
+        time.sleep(0.5)
+    # What is not known yet is no number, and what has not happened yet is there as 0.
+    assert len(named(before, "drift_psi")) == 7
+    assert all(math.isnan(value) for value in named(before, "drift_psi"))
+    assert named(before, "requests_total", route="/v1/predict", status="500") == [0]
+    image = photograph.read_bytes()
+    body, kind = form(*[image] * 14, options=[("faces", "aligned")])
+    for _ in range(25):
+        assert ask(port, "POST", "/v1/predict", body, Content_Type=kind)[0] == 200
+    for _ in range(3):
+        assert ask(port, "POST", "/v1/predict", b"GIF89a", Content_Type="image/png")[0] == 415
+    expected = {
+        ("requests_total", ("route", "/v1/predict"), ("status", "200")): 25,
+        ("requests_total", ("route", "/v1/predict"), ("status", "415")): 3,
+        ("request_ms_count", ("route", "/v1/predict")): 28,
+        ("request_ms_bucket", ("route", "/v1/predict"), ("le", "+Inf")): 28,
+        ("rejected_total",): 3,
+        ("rejected_total", ("reason", "unsupported_format")): 3,
+        ("image_rejected_total", ("reason", "unsupported_format")): 3,
+        ("no_face_total",): 0,
+        ("decode_ms_count",): 25,
+        ("queue_ms_bucket", ("le", "+Inf")): 25,
+        ("infer_ms_count",): 25,
+        ("faces_total",): 350,
+        ("prediction_total",): 350,
+        ("confidence_count",): 350,
+        ("swaps_total",): 0,
+    }
+
+    def counted() -> dict[tuple, float]:
+        now = scrape()
+        return {
+            (name, *labels): total(now, name, **dict(labels)) - total(before, name, **dict(labels))
+            for name, *labels in expected
+        }
+
+    def missing() -> list[str]:
+        there = {name for name, _ in scrape()}
+        return [f"{name} of {places}" for name, places in watched_names.items() if name not in there]
+
+    # A replica publishes every 2 s, and the node hears of it every 10 s.
+    deadline = time.monotonic() + 60
+    while (counted() != expected or missing()) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert counted() == expected
+    assert missing() == []
+    now = scrape()
+    # A single face again and again is as far from an even reference as can be.
+    assert total(now, "drift_psi", statistic="emotion") > 1
+    assert total(now, "drift_reference_images") == 1200
+    assert total(now, "model_info") == 1
 
 
 def test_a_face_gets_the_answer_of_rafce_predict(served, serve_bundle, photograph: Path):

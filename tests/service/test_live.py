@@ -20,6 +20,7 @@ from rafce_ray.errors import GateError, RafceError, UsageError
 from rafce_ray.service.config import ServiceConfig, read_service_config
 from rafce_ray.service.live import BundleFolder, LiveModel, Served, Target
 from rafce_ray.service.loading import load_served
+from rafce_ray.service.meter import Meter
 
 
 @pytest.fixture(scope="module")
@@ -95,9 +96,14 @@ def config(place) -> ServiceConfig:
 
 
 @pytest.fixture
-def live(place, config) -> Iterator[LiveModel]:
+def meter() -> Meter:
+    return Meter()
+
+
+@pytest.fixture
+def live(place, config, meter) -> Iterator[LiveModel]:
     """A live model that looks only when it is told to."""
-    live = LiveModel(BundleFolder(str(place)), partial(load_served, config=config), watch_s=3600)
+    live = LiveModel(BundleFolder(str(place)), partial(load_served, config=config), watch_s=3600, meter=meter)
     yield live
     live.close()
 
@@ -111,7 +117,7 @@ def test_it_tells_who_answers(live, good):
     assert live.failed is None
 
 
-def test_a_new_bundle_takes_over_and_who_holds_the_old_one_keeps_it(live, place, good, faces):
+def test_a_new_bundle_takes_over_and_who_holds_the_old_one_keeps_it(live, meter, place, good, faces):
     before = live.served
     old = before.predictor.probabilities(faces(2))
     replaced(place, good[1])
@@ -121,6 +127,7 @@ def test_a_new_bundle_takes_over_and_who_holds_the_old_one_keeps_it(live, place,
     assert after.since >= before.since
     np.testing.assert_array_equal(before.predictor.probabilities(faces(2)).emotion, old.emotion)
     assert np.abs(after.predictor.probabilities(faces(2)).emotion - old.emotion).max() > 1e-3
+    assert (meter.swaps.values[()], meter.refused_versions.values[()]) == (1, 0)
 
 
 def test_nothing_is_loaded_where_nothing_changed(live):
@@ -138,7 +145,7 @@ def test_nothing_is_loaded_where_nothing_changed(live):
         (without_manifest, "no bundle"),
     ],
 )
-def test_a_bad_bundle_is_refused_and_the_old_one_goes_on(live, place, good, tmp_path, spoil, reason, faces):
+def test_a_bad_bundle_is_refused_and_the_old_one_goes_on(live, meter, place, good, tmp_path, spoil, reason, faces):
     before = live.served
     bad = shutil.copytree(good[1], tmp_path / "bad")
     spoil(bad)
@@ -147,6 +154,9 @@ def test_a_bad_bundle_is_refused_and_the_old_one_goes_on(live, place, good, tmp_
         live.refresh()
     assert live.served is before
     assert np.isfinite(live.served.predictor.probabilities(faces(1)).emotion).all()
+    # Where there is no bundle at all, there is none to refuse.
+    refused = int(spoil is not without_manifest)
+    assert (meter.swaps.values[()], meter.refused_versions.values[()]) == (0, refused)
     replaced(place, good[1])
     assert live.refresh() is not before
     assert live.failed is None

@@ -85,3 +85,15 @@ def test_a_run_folder_is_served_by_its_bundle(write_bundle, tmp_path: Path):
     write_bundle(tmp_path / "run" / "bundle")
     config = read_service_config({"bundle": str(tmp_path / "run"), "engine": "torch", "max_batch_faces": 1})
     assert load_served(source_of(config).look(), config).card == "# Model card: a test"
+
+
+def test_a_bundle_without_a_reference_is_served_and_the_log_says_that_drift_is_unknown(
+    bundle_path, write_bundle, even_reference, tmp_path, caplog
+):
+    config = read_service_config({"bundle": str(bundle_path), "engine": "torch", "max_batch_faces": 1})
+    place = write_bundle(tmp_path / "new", drift_reference=even_reference(4, 3))
+    assert load_served(BundleFolder(str(place)).look(), config).drift.num_reference_images == 1200
+    assert caplog.records == []
+    assert load_served(source_of(config).look(), config).drift.psi == {}
+    (told,) = caplog.records
+    assert (told.levelname, "Drift is unknown" in told.getMessage()) == ("WARNING", True)
