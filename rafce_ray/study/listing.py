@@ -29,7 +29,7 @@ from rafce_ray.study.rows import (
     read_listing,
 )
 from rafce_ray.study.trials import FIGURES
-from rafce_ray.study_folder import TRIALS, StudyFolder
+from rafce_ray.study_folder import StudyFolder
 
 COLUMNS = ("trial", "status", "epochs", "score", "macro_f1_supported", "au_f1_mean", "seconds")
 """Columns that are listed unless others are asked for, before the sampled keys."""
