@@ -53,8 +53,6 @@ class Publisher:
         with self._lock:
             self._values |= new
             _set(new)
-|= {(metric, tags): value for metric, tags, value in samples}
-            self._set_all()
 
     def stop(self) -> None:
         """Show nothing more."""

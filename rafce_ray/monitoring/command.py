@@ -88,9 +88,7 @@ def _tell_targets(targets: Sequence[str]) -> None:
 @contextmanager
 def _stopped_by_signals(stop: threading.Event) -> Iterator[None]:
     """SIGINT and SIGTERM set ``stop``."""
-    before = {
-        number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)
-    }
+    before = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
@@ -104,14 +102,23 @@ def _parser() -> argparse.ArgumentParser:
         description="Configure Prometheus and Grafana for a running Ray cluster, and start both where they are installed. Ctrl-C ends them.",
     )
     parser.add_argument(
-        "--ray-folder", type=Path, metavar="PATH", help="Ray's folder of temporary files (default: RAY_TMPDIR/ray, or /tmp/ray)"
+        "--ray-folder",
+        type=Path,
+        metavar="PATH",
+        help="Ray's folder of temporary files (default: RAY_TMPDIR/ray, or /tmp/ray)",
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("monitor"), metavar="FOLDER", help="where configuration and data go (default: monitor)"
+        "--out",
+        type=Path,
+        default=Path("monitor"),
+        metavar="FOLDER",
+        help="where configuration and data go (default: monitor)",
     )
     parser.add_argument("--prometheus-port", type=int, default=9090, metavar="N")
     parser.add_argument("--grafana-port", type=int, default=3000, metavar="N")
-    parser.add_argument("--grafana-home", type=Path, metavar="PATH", help="Grafana's own files, where it does not find them")
+    parser.add_argument(
+        "--grafana-home", type=Path, metavar="PATH", help="Grafana's own files, where it does not find them"
+    )
     parser.add_argument("--write-only", action="store_true", help="write the configuration and start nothing")
     return parser
 
@@ -123,7 +130,9 @@ def _main(argv: Sequence[str]) -> int:
     written = write_configuration(
         arguments.out, folder, prometheus_port=arguments.prometheus_port, grafana_port=arguments.grafana_port
     )
-    say(f"wrote {written.folder}: {written.prometheus.name}, alert rules, {written.grafana.name}, {len(written.titles)} dashboard(s)")
+    say(
+        f"wrote {written.folder}: {written.prometheus.name}, alert rules, {written.grafana.name}, {len(written.titles)} dashboard(s)"
+    )
     _tell_targets(targets)
     prometheus = find_prometheus(written, arguments.prometheus_port)
     grafana = find_grafana(written, arguments.grafana_port, arguments.grafana_home)
@@ -131,7 +140,9 @@ def _main(argv: Sequence[str]) -> int:
     if arguments.write_only:
         return 0
     if prometheus is None and grafana is None:
-        raise RafceError("nothing was started: neither program is here. With --write-only the configuration alone is enough.")
+        raise RafceError(
+            "nothing was started: neither program is here. With --write-only the configuration alone is enough."
+        )
     monitor(written, prometheus, grafana)
     return 0
 

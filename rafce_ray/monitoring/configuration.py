@@ -114,7 +114,7 @@ def _providers(folders: Mapping[str, Path]) -> dict[str, Any]:
 
 def _grafana_ini(grafana: Path, port: int) -> str:
     """Readable without a login, and only from this machine; Ray's dashboard shows panels of it in a frame."""
-    sections = {
+    sections: dict[str, dict[str, object]] = {
         "server": {"http_addr": "127.0.0.1", "http_port": port},
         "paths": {"data": grafana / "data", "logs": grafana / "log", "provisioning": grafana / "provisioning"},
         "auth.anonymous": {"enabled": "true", "org_role": "Viewer"},

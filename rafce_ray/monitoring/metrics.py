@@ -41,7 +41,9 @@ def _of_study(name: str, description: str, *tags: str) -> Metric:
 EPOCH = _of_run("epoch", "Epochs that are done.")
 MAX_EPOCHS = _of_run("max_epochs", "Epochs that the run trains at most (optim.epochs).")
 LOSS = _of_run("loss", "Mean loss of the epoch, nats; task total is the weighted sum.", "split", "task")
-METRIC = _of_run("metric", "A headline figure of the epoch, 0 to 1, in evaluation mode at threshold 0.5.", "split", "name")
+METRIC = _of_run(
+    "metric", "A headline figure of the epoch, 0 to 1, in evaluation mode at threshold 0.5.", "split", "name"
+)
 AU_F1 = _of_run("au_f1", "F1 of an action unit on validation at threshold 0.5; NaN without positives.", "au")
 GAP = _of_run("gap", "Train minus validation of a figure, both in evaluation mode on natural images.", "name")
 IMAGES_PER_S = _of_run("images_per_s", "Images trained a second in the epoch, all workers together.")
@@ -57,14 +59,18 @@ BEST_SCORE = _of_run("best_score", "Best monitored figure so far; negated where 
 BEST_EPOCH = _of_run("best_epoch", "Epoch of the best monitored figure.")
 CHECKPOINT_SECONDS = _of_run("checkpoint_seconds", "Time that writing the epoch's checkpoint took.")
 CHECKPOINT_BYTES = _of_run("checkpoint_bytes", "Size of the epoch's checkpoint.")
-LAST_STEP = _of_run("last_step_timestamp_seconds", "When the last step ended, Unix time; when the worker started, before the first.")
+LAST_STEP = _of_run(
+    "last_step_timestamp_seconds", "When the last step ended, Unix time; when the worker started, before the first."
+)
 COMMAND = _of_run("command_running", "1 while the command that started the run waits for it.")
 RESTARTS = _of_run("restarts_total", "Starts of the run after its first, by Ray or by the same command.")
 INVALID_CHECKPOINTS = _of_run("invalid_checkpoints_total", "Checkpoints that were found missing, cut short or altered.")
 
 TRIALS = _of_study("trials", "Trials by what became of them.", "role", "state")
 STUDY_BEST = _of_study("best_score", "Best figure of any trial so far, as it is: a loss is not negated.", "metric")
-LAST_REPORT = _of_study("last_report_timestamp_seconds", "When a trial last ended an epoch, Unix time; when the sweep started, before that.")
+LAST_REPORT = _of_study(
+    "last_report_timestamp_seconds", "When a trial last ended an epoch, Unix time; when the sweep started, before that."
+)
 TRIAL_RESTARTS = _of_study("trial_restarts_total", "Trials that failed and were started again.")
 TRIAL_SECONDS = _of_study("trial_seconds", "Time of training of the trials that ended.")
 

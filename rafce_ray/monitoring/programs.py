@@ -129,5 +129,7 @@ def _wait_until_ready(program: Program, process: subprocess.Popen[bytes]) -> Non
         if process.poll() is not None:
             raise RafceError(f"{program.name} ended with code {process.returncode}; {last_words(program)}")
         if time.monotonic() > deadline:
-            raise RafceError(f"{program.name} did not answer at {program.url} within {READY_S:.0f} s; {last_words(program)}")
+            raise RafceError(
+                f"{program.name} did not answer at {program.url} within {READY_S:.0f} s; {last_words(program)}"
+            )
         time.sleep(POLL_S)

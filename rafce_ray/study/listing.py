@@ -15,6 +15,7 @@ from rich.text import Text
 from rafce_ray.config_errors import did_you_mean
 from rafce_ray.console import print_json, run_main, say
 from rafce_ray.errors import UsageError
+from rafce_ray.run_folder import TRIALS
 from rafce_ray.study.progress import plain
 from rafce_ray.study.rows import (
     STATUSES,

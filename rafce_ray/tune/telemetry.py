@@ -65,9 +65,7 @@ class StudyTelemetry(tune.Callback):  # type: ignore[misc]
                     self._enter(name, "running" if trial.status == "RUNNING" else "waiting")
         self._show()
 
-    def on_trial_result(
-        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any
-    ) -> None:
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
         """A trial has done an epoch; its last word has no figures."""
         if "epoch" in result:
             self._last_report = time.time()

@@ -12,7 +12,9 @@ import rafce_ray.monitoring
 
 MONITORING = Path(rafce_ray.monitoring.__file__).parent
 
-KEYWORDS = frozenset("and or unless bool offset by without on ignoring group_left group_right inf nan start end".split())
+SET_OPERATORS = {"and", "or", "unless", "bool", "offset"}
+GROUPING = {"by", "without", "on", "ignoring", "group_left", "group_right"}
+KEYWORDS = SET_OPERATORS | GROUPING | {"inf", "nan", "start", "end"}
 NOT_NAMES = re.compile(
     r'"(?:\\.|[^"\\])*"'  # strings
     r"|\{[^{}]*\}"  # matchers

@@ -21,10 +21,13 @@ HISTOGRAM_ENDINGS = ("_bucket", "_sum", "_count")
     [
         ("up", {"up"}),
         ('max by (run, split) (a_loss{run=~"$run", task="b_loss"})', {"a_loss"}),
-        ('sum by (le) (rate(a_bucket{study=~"$study"}[5m])) / on (run) group_left (le) b_count', {"a_bucket", "b_count"}),
+        (
+            'sum by (le) (rate(a_bucket{study=~"$study"}[5m])) / on (run) group_left (le) b_count',
+            {"a_bucket", "b_count"},
+        ),
         ("time() - a_seconds > 900 and on(run) b:c unless d offset 30m", {"a_seconds", "b:c", "d"}),
         ("(a - (a offset 1h or 0 * a)) >= bool 1e3", {"a"}),
-        ("a{x=\"}\\\"b\"} + avg_over_time(c[1h:10s])", {"a", "c"}),
+        ('a{x="}\\"b"} + avg_over_time(c[1h:10s])', {"a", "c"}),
         ('label_replace(a, "to", "$1", "from", "(.*)")', {"a"}),
         ("histogram_quantile(0.9, sum without (pod) (a_bucket))", {"a_bucket"}),
     ],
@@ -68,7 +71,9 @@ def test_every_panel_says_what_it_shows_in_which_unit_and_what_to_do(dashboard):
         for target in panel["targets"]:
             # What a legend names must be left by the aggregation.
             labels = set(re.findall(r"\{\{(\w+)\}\}", target["legendFormat"]))
-            assert labels <= set(re.findall(r"\w+", " ".join(re.findall(r"by \(([^)]*)\)", target["expr"])))), panel["title"]
+            assert labels <= set(re.findall(r"\w+", " ".join(re.findall(r"by \(([^)]*)\)", target["expr"])))), panel[
+                "title"
+            ]
 
 
 def test_rows_have_titles_and_nothing_overlaps(dashboard):
@@ -89,7 +94,9 @@ def test_every_variable_that_is_used_is_there(dashboard):
 
 
 def test_every_alert_says_how_bad_what_and_what_to_do(rules):
-    assert {"RafceTrainStalled", "RafceTrainRestarted", "RafceTrainInvalidCheckpoint"} <= {one["alert"] for one in rules}
+    assert {"RafceTrainStalled", "RafceTrainRestarted", "RafceTrainInvalidCheckpoint"} <= {
+        one["alert"] for one in rules
+    }
     for rule in rules:
         assert rule["labels"]["severity"] in ("info", "warning", "critical")
         labels = set(re.findall(r"\$labels\.(\w+)", str(rule["annotations"])))

@@ -101,7 +101,11 @@ def test_names_are_prometheus_names_with_units_at_their_end():
 
 @pytest.mark.parametrize(
     ("place", "label", "study"),
-    [("runs/demo", "demo", None), ("runs/s/trials/trial_0007", "s/trial_0007", "s"), ("s3://b/s/trials/t?endpoint_override=localhost:1&scheme=http", "s/t", "s")],
+    [
+        ("runs/demo", "demo", None),
+        ("runs/s/trials/trial_0007", "s/trial_0007", "s"),
+        ("s3://b/s/trials/t?endpoint_override=localhost:1&scheme=http", "s/t", "s"),
+    ],
 )
 def test_a_run_is_named_with_its_study(place, label, study):
     assert (RunFolder(place).label, RunFolder(place).study) == (label, study)

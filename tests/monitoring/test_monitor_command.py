@@ -130,7 +130,10 @@ def test_a_program_is_there_for_the_block_and_gone_after_it(tmp_path):
 def test_a_program_that_does_not_come_up_is_an_error_with_its_last_words(tmp_path):
     binary = executable(tmp_path / "grafana", "#!/bin/sh\necho no such folder: /usr/share >&2\nexit 3\n")
     program = Program("Grafana", (str(binary),), free_port(), "api/health", tmp_path / "log")
-    with pytest.raises(RafceError, match=r"(?s)Grafana ended with code 3.*no such folder: /usr/share"), running(program):
+    with (
+        pytest.raises(RafceError, match=r"(?s)Grafana ended with code 3.*no such folder: /usr/share"),
+        running(program),
+    ):
         pytest.fail("it is not up")
 
 
@@ -162,7 +165,17 @@ def test_the_command_starts_what_is_there_and_ends_only_that(ray, tmp_path):
     executable(tmp_path / "bin" / "prometheus", PROGRAM.format(python=sys.executable))
     port = free_port()
     process = subprocess.Popen(
-        [sys.executable, "-m", "rafce_ray.cli", "monitor", "--ray-folder", str(ray), "--out", "out", f"--prometheus-port={port}"],
+        [
+            sys.executable,
+            "-m",
+            "rafce_ray.cli",
+            "monitor",
+            "--ray-folder",
+            str(ray),
+            "--out",
+            "out",
+            f"--prometheus-port={port}",
+        ],
         cwd=tmp_path,
         env=os.environ | {"PATH": str(tmp_path / "bin"), "PYTHONPATH": str(Path(command.__file__).parents[2])},
         stderr=subprocess.PIPE,
@@ -179,7 +192,8 @@ def test_the_command_starts_what_is_there_and_ends_only_that(ray, tmp_path):
                 break
     finally:
         process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 0
+    with process.stderr:
+        assert process.wait(30) == 0, process.stderr.read()
     assert not answers(f"http://127.0.0.1:{port}/-/ready")
 
 
