@@ -1,7 +1,8 @@
 """What training and tuning show: every metric's name, tags and meaning, and which figure of an epoch record or a study it is.
 
-Ray puts ``ray_`` before each name. NaN is unknown. Tags have few values each: a run's or a study's name, a task, a split, an AU. A
-run's series are shown while it trains, so that they are as many as what trains at a time.
+Ray puts ``ray_`` before each name. What is undefined is NaN, which Ray does not export: such a series is absent, never 0. Tags have few
+values each: a run's or a study's name, a task, a split, an AU. A run's series are shown while it trains, so that they are as many as what
+trains at a time.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ LOSS = _of_run("loss", "Mean loss of the epoch, nats; task total is the weighted
 METRIC = _of_run(
     "metric", "A headline figure of the epoch, 0 to 1, in evaluation mode at threshold 0.5.", "split", "name"
 )
-AU_F1 = _of_run("au_f1", "F1 of an action unit on validation at threshold 0.5; NaN without positives.", "au")
+AU_F1 = _of_run("au_f1", "F1 of an action unit on validation at threshold 0.5; absent without positives.", "au")
 GAP = _of_run("gap", "Train minus validation of a figure, both in evaluation mode on natural images.", "name")
 IMAGES_PER_S = _of_run("images_per_s", "Images trained a second in the epoch, all workers together.")
 DATA_WAIT = _of_run("data_wait_ratio", "Share of the epoch in which training waited for images, 0 to 1.")
