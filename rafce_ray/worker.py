@@ -184,7 +184,7 @@ class TrialSession(LocalSession):
         torch.set_num_threads(job.config.run.cpus_per_worker or 1)
         self._job, self._plain = job, plain
         self._watchdog = Watchdog(job, self.rank)
-        self._telemetry = RunTelemetry(job)
+        self._telemetry = RunTelemetry(job, is_paused_by_design="exchange_every" in plain)
 
     def alive(self) -> None:
         """A step is done."""
