@@ -29,6 +29,8 @@ from rafce_ray.monitoring.programs import (
 )
 
 POLL_S = 1.0
+PROMETHEUS_PORT, GRAFANA_PORT = 9090, 3000
+"""Where the metrics page of Ray's dashboard looks for both, unless its cluster was told otherwise."""
 
 
 def monitor(written: Written, prometheus: Program | None, grafana: Program | None) -> None:
@@ -58,6 +60,11 @@ def _tell_urls(written: Written, prometheus: Program | None, grafana: Program | 
     if grafana is not None:
         for path, title in written.titles.items():
             say(f"Grafana, {title}: {grafana.url}/{path}")
+    for program, port in ((prometheus, PROMETHEUS_PORT), (grafana, GRAFANA_PORT)):
+        if program is not None and program.port != port:
+            say(
+                f"for the metrics page of Ray's dashboard, start its cluster with RAY_{program.name.upper()}_HOST={program.url}"
+            )
     ports = [program.port for program in (prometheus, grafana) if program is not None]
     forwarded = " ".join(f"-L {port}:127.0.0.1:{port}" for port in ports)
     say(f"from another machine: ssh -N {forwarded} THIS-MACHINE. Ctrl-C ends both.")
@@ -114,8 +121,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="where configuration and data go (default: monitor)",
     )
-    parser.add_argument("--prometheus-port", type=int, default=9090, metavar="N")
-    parser.add_argument("--grafana-port", type=int, default=3000, metavar="N")
+    parser.add_argument("--prometheus-port", type=int, default=PROMETHEUS_PORT, metavar="N")
+    parser.add_argument("--grafana-port", type=int, default=GRAFANA_PORT, metavar="N")
     parser.add_argument(
         "--grafana-home", type=Path, metavar="PATH", help="Grafana's own files, where it does not find them"
     )
