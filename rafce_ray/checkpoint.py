@@ -43,6 +43,10 @@ class Checkpoint:
         """Folder name."""
         return checkpoint_name(self.epoch, self.step)
 
+    def num_bytes(self) -> int:
+        """Bytes of all its files."""
+        return sum(info.size or 0 for info in self.location.list(recursive=True))
+
 
 @dataclass(frozen=True)
 class InvalidCheckpoint:

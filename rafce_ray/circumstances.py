@@ -8,9 +8,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from rafce_ray.errors import UsageError
-from rafce_ray.run_folder import RunFolder
+from rafce_ray.run_folder import TRIALS, RunFolder
 from rafce_ray.storage import locate
-from rafce_ray.study_folder import TRIALS
 
 ENDS = ("finished", "stopped_early", "diverged")
 """Events with which a run ends."""

@@ -23,6 +23,7 @@ from rafce_ray.checkpoint import (
     newest_valid,
     prune,
 )
+from rafce_ray.console import finite
 from rafce_ray.data.loader import step_seed, tally
 from rafce_ray.doctor.rules import examine_live
 from rafce_ray.errors import RafceError
@@ -88,7 +89,9 @@ def fit(job: Job, session: Session) -> dict[str, Any] | None:
             # Metrics first: a kill in between repeats the epoch from the checkpoint before, and its record is replaced.
             earlier = [one for one in folder.metrics() if one["epoch"] < record["epoch"]]
             folder.write_metrics([*earlier, record])
-            training.save(record["validation"], score if math.isfinite(score) else None)
+            began = time.perf_counter()
+            checkpoint = training.save(record["validation"], score if math.isfinite(score) else None)
+            record["checkpoint"] = {"seconds": time.perf_counter() - began, "bytes": checkpoint.num_bytes()}
             prune(folder.checkpoints, config.run.keep_checkpoints)
             _tell_findings(training, [*earlier, record])
         session.report(_flat(record))
@@ -325,8 +328,9 @@ def _tell_findings(training: Training, records: list[dict[str, Any]]) -> None:
 
 
 def _flat(record: dict[str, Any]) -> dict[str, float | None]:
-    """The scalars of an epoch record as ``validation/macro_f1``: plain numbers, None where undefined, as Ray wants them."""
-    flat: dict[str, float | None] = {}
+    """The scalars of an epoch record as ``validation/macro_f1``, and ``validation/au_f1/AU12``: plain numbers, None where undefined."""
+    units = record["validation"]["per_au"]
+    flat: dict[str, float | None] = {f"validation/au_f1/{one['action_unit']}": finite(one["f1"]) for one in units}
     for key, value in record.items():
         scalars = {f"{key}/{name}": item for name, item in value.items()} if isinstance(value, dict) else {key: value}
         for name, item in scalars.items():

@@ -26,9 +26,8 @@ from rafce_ray.data.dataset import Prepared, prepare
 from rafce_ray.equality import Comparison, Records, compare_figures, shown
 from rafce_ray.errors import GateError, UsageError
 from rafce_ray.hardware import choose_device, describe_hardware, describe_software
-from rafce_ray.run_folder import RunFolder
+from rafce_ray.run_folder import TRIALS, RunFolder
 from rafce_ray.storage import Location, locate
-from rafce_ray.study_folder import TRIALS
 from rafce_ray.train import launch, ray_cluster
 
 TOLERANCES = {"cpu": 1e-6, "cuda": 1e-2}

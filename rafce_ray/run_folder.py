@@ -17,6 +17,9 @@ METRICS_FILE = "metrics.jsonl"
 EVENTS_FILE = "events.jsonl"
 PROGRESS_FILE = "progress.json"
 
+TRIALS = "trials"
+"""Folder of a study that holds its run folders."""
+
 
 @dataclass(frozen=True)
 class RunFolder:
@@ -28,6 +31,17 @@ class RunFolder:
     def location(self) -> Location:
         """Where the folder is."""
         return locate(self.place)
+
+    @cached_property
+    def study(self) -> str | None:
+        """Name of the study whose trial the run is; None for a run of its own."""
+        above = self.location.parent
+        return above.parent.name if above.name == TRIALS else None
+
+    @property
+    def label(self) -> str:
+        """The run's name where runs of many studies are seen together: ``NAME``, of a trial ``STUDY/NAME``."""
+        return self.location.name if self.study is None else f"{self.study}/{self.location.name}"
 
     @property
     def checkpoints(self) -> Location:
@@ -109,8 +123,14 @@ class RunFolder:
         return _read_lines(self.location / EVENTS_FILE)
 
     def add_event(self, kind: str, **details: Any) -> None:
-        """Append one event; ``message`` in ``details`` is what a person is told."""
-        line = to_json({"time": round(time.time(), 3), "run": self.location.name, "event": kind, **details}) + "\n"
+        """Append one event to the run's log; ``message`` in ``details`` is what a person is told.
+
+        The log is ``events.jsonl``, one JSON object a line, made to be gathered by a log collector: ``time`` (Unix, seconds), ``run`` (the
+        folder's name), of a trial ``study``, ``event`` (started, resumed, warning, finding, invalid_checkpoint, hung_worker, ...), and what
+        the event adds. Figures are in ``metrics.jsonl``, one line an epoch. A person reads the messages on the terminal as they come.
+        """
+        who = {"run": self.location.name} if self.study is None else {"run": self.location.name, "study": self.study}
+        line = to_json({"time": round(time.time(), 3), **who, "event": kind, **details}) + "\n"
         file = self.location / EVENTS_FILE
         local = file.local
         if local is None:

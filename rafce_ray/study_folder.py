@@ -9,11 +9,8 @@ from typing import Any
 
 from rafce_ray.console import pretty_json, to_json
 from rafce_ray.errors import UsageError
-from rafce_ray.run_folder import RunFolder
+from rafce_ray.run_folder import TRIALS, RunFolder
 from rafce_ray.storage import Location, locate
-
-TRIALS = "trials"
-"""Folder of a study that holds its run folders."""
 
 
 @dataclass(frozen=True)

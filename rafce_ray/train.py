@@ -19,6 +19,7 @@ from rafce_ray.console import print_json, progress_bar, run_main, say, warn
 from rafce_ray.data.dataset import Prepared, prepare
 from rafce_ray.errors import RafceError, UsageError
 from rafce_ray.hardware import describe_software
+from rafce_ray.monitoring.dashboard import dashboard_line
 from rafce_ray.run_folder import RunFolder
 from rafce_ray.session import Job
 from rafce_ray.storage import locate
@@ -95,7 +96,8 @@ def build_trainer(
         torch_config=TorchConfig(timeout_s=math.ceil(run.collective_timeout_s)),
         scaling_config=_scaling(job.config, num_cpus, num_gpus),
         run_config=RunConfig(
-            name=str(run.name),
+            # As the dashboard shows it, which has the trials of all studies in one list.
+            name=folder.label.replace("/", "-"),
             storage_path=storage.path,
             storage_filesystem=None if storage.local is not None else storage.filesystem,
             failure_config=FailureConfig(max_failures=max_failures),
@@ -108,11 +110,13 @@ def build_trainer(
 def _fit(job: Job, num_cpus: float, num_gpus: float) -> dict[str, Any] | None:
     from ray.train import TrainingFailedError
 
+    from rafce_ray.telemetry import command_shown
     from rafce_ray.worker import ChangesCallback
 
     run, folder = job.config.run, RunFolder(job.run_dir)
     trainer = build_trainer(job, num_cpus, num_gpus, max_failures=run.max_failures, callbacks=[ChangesCallback(job)])
     with (
+        command_shown(folder),
         RunWatch(folder, job.config),
         interruptible(f"the same command goes on from the newest checkpoint in {folder.checkpoints}"),
     ):
@@ -142,11 +146,12 @@ def interruptible(what_then: str) -> Iterator[None]:
 
 
 @contextmanager
-def ray_cluster(config: Config, *, nested: bool = False) -> Iterator[tuple[float, float]]:
+def ray_cluster(config: Config, *, nested: bool = False, page: str = "train") -> Iterator[tuple[float, float]]:
     """A Ray cluster for one command: the one of RAY_ADDRESS or this process, else a local one that ends with the block.
 
     ``nested``: trainers will run inside trials. Ray's cleaner of their placement groups asks the cluster's state and must find this
-    very cluster where several run on a machine. Yields the cluster's CPUs and GPUs.
+    very cluster where several run on a machine. ``page``: of Ray's dashboard, where the command's work is seen. Yields the cluster's CPUs
+    and GPUs.
     """
     for name, value in {
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": str(HEALTH_CHECK_INTERVAL_S),
@@ -176,7 +181,8 @@ def ray_cluster(config: Config, *, nested: bool = False) -> Iterator[tuple[float
                 logging_level="ERROR",
             )
         if context.dashboard_url:
-            say(f"dashboard: http://{context.dashboard_url}/#/train (if it asks for a token: ray get-auth-token)")
+            started_here = "RAY_ADDRESS" not in os.environ
+            say(dashboard_line(context.dashboard_url, page, os.environ, started_here=started_here))
     try:
         resources = ray.cluster_resources()
         yield float(resources.get("CPU", 0)), float(resources.get("GPU", 0))

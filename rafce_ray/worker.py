@@ -37,6 +37,7 @@ from rafce_ray.session import Job, LocalSession
 from rafce_ray.study.adoption import Adoption, adopt, complete_adoption, is_on_record, write_offer
 from rafce_ray.study.trials import check_sampled, conclude, read_plan
 from rafce_ray.study_folder import StudyFolder
+from rafce_ray.telemetry import RunTelemetry
 from rafce_ray.worker_changes import WorkerChanges, describe_failures, root_cause
 
 HUNG_EXIT_CODE = 75
@@ -75,6 +76,7 @@ class TrainSession:
         if self.rank == 0 and group is not None:
             # For whoever must free it when the trainer's controller is killed with its trial.
             RunFolder(job.run_dir).add_event("placed", placement_group=group.id.hex())
+        self._telemetry = RunTelemetry(job) if self.rank == 0 else None
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """DistributedDataParallel where there are several workers; on GPUs batch norms then share their statistics."""
@@ -111,14 +113,20 @@ class TrainSession:
     def alive(self) -> None:
         """A step is done."""
         self._watchdog.beat()
+        if self._telemetry is not None:
+            self._telemetry.step_done()
 
     def report(self, record: dict[str, Any]) -> None:
-        """Tell Ray Train; the checkpoint is already in the run folder (see docs/design.md for why Ray does not keep it)."""
+        """Tell Ray Train and whoever watches; the checkpoint is already in the run folder (see docs/design.md for why Ray does not keep it)."""
+        if self._telemetry is not None:
+            self._telemetry.epoch_done(record)
         ray.train.report(record)
 
     def stop_watching(self) -> None:
         """The loop has ended: silence no longer means that the worker hangs."""
         self._watchdog.stop()
+        if self._telemetry is not None:
+            self._telemetry.stop()
 
 
 class ChangesCallback(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
@@ -238,13 +246,16 @@ class TrialSession(LocalSession):
         torch.set_num_threads(job.config.run.cpus_per_worker or 1)
         self._job, self._plain = job, plain
         self._watchdog = Watchdog(job, self.rank)
+        self._telemetry = RunTelemetry(job, is_paused_by_design="exchange_every" in plain)
 
     def alive(self) -> None:
         """A step is done."""
         self._watchdog.beat()
+        self._telemetry.step_done()
 
     def report(self, record: dict[str, Any]) -> None:
-        """Tell Ray Tune, with what others may take over when it is time for that."""
+        """Tell Ray Tune and whoever watches, with what other trials may take over when it is time for that."""
+        self._telemetry.epoch_done(record)
         epoch, every = int(record["epoch"]), self._plain.get("exchange_every")
         if every is None or epoch % every or epoch >= self._job.config.optim.epochs:
             ray.tune.report(record)
@@ -256,6 +267,7 @@ class TrialSession(LocalSession):
     def stop_watching(self) -> None:
         """The loop has ended: silence no longer means that the trial hangs."""
         self._watchdog.stop()
+        self._telemetry.stop()
 
 
 class Watchdog:

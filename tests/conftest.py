@@ -265,6 +265,8 @@ def ray_cluster_of_tests():
             "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
             "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",
             "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "20",
+            # What processes measure is exported every second: a test need not wait for ten.
+            "RAY_metrics_report_interval_ms": "1000",
         }
         import ray
 

@@ -12,7 +12,7 @@ from rafce_ray.config import recipe_names
 
 REPOSITORY = Path(__file__).parents[1]
 PACKAGE = REPOSITORY / "rafce_ray"
-MAY_IMPORT_RAY = {"worker", "train", "predict_on_ray", "tune", "serve"}
+MAY_IMPORT_RAY = {"worker", "train", "predict_on_ray", "telemetry", "tune", "serve"}
 
 
 def modules() -> list[str]:
@@ -34,7 +34,7 @@ def test_only_the_adapters_import_ray():
 
 @pytest.mark.slow
 def test_the_core_and_its_benchmark_import_where_ray_is_not_installed():
-    core = [name for name in modules() if name.split(".")[1] not in ("worker", "tune", "serve")]
+    core = [name for name in modules() if name.split(".")[1] not in ("worker", "tune", "serve", "telemetry")]
     assert len(core) > 30
     program = "import sys, importlib\nsys.modules['ray'] = None\n" + "".join(
         f"importlib.import_module({name!r})\n" for name in core

@@ -13,10 +13,9 @@ from pydantic import TypeAdapter
 from rafce_ray.calibration import Calibration
 from rafce_ray.config import Config
 from rafce_ray.console import finite
-from rafce_ray.run_folder import RunFolder
+from rafce_ray.run_folder import TRIALS, RunFolder
 from rafce_ray.split_outputs import SplitOutputs
 from rafce_ray.storage import Location, locate
-from rafce_ray.study_folder import TRIALS
 from rafce_ray.taxonomy import Taxonomy, make_taxonomy, parse_action_unit_token
 
 

@@ -15,6 +15,7 @@ from rich.text import Text
 from rafce_ray.config_errors import did_you_mean
 from rafce_ray.console import print_json, run_main, say
 from rafce_ray.errors import UsageError
+from rafce_ray.run_folder import TRIALS
 from rafce_ray.study.progress import plain
 from rafce_ray.study.rows import (
     STATUSES,
@@ -29,7 +30,7 @@ from rafce_ray.study.rows import (
     read_listing,
 )
 from rafce_ray.study.trials import FIGURES
-from rafce_ray.study_folder import TRIALS, StudyFolder
+from rafce_ray.study_folder import StudyFolder
 
 COLUMNS = ("trial", "status", "epochs", "score", "macro_f1_supported", "au_f1_mean", "seconds")
 """Columns that are listed unless others are asked for, before the sampled keys."""

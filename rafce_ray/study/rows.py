@@ -10,9 +10,9 @@ from typing import Any
 
 from rafce_ray.config import MINIMISED_METRICS, config_hash, flatten, parse_yaml
 from rafce_ray.errors import UsageError
-from rafce_ray.run_folder import RunFolder
+from rafce_ray.run_folder import TRIALS, RunFolder
 from rafce_ray.study.trials import ENDED, FIGURES, best_record, read_trials
-from rafce_ray.study_folder import TRIALS, StudyFolder
+from rafce_ray.study_folder import StudyFolder
 
 DEFAULT_METRIC = "score"
 STATUSES = (*ENDED, "interrupted", "waiting")

@@ -79,7 +79,8 @@ def tune(study: StudyConfig, *, dry_run: bool = False, retry_failed: bool = Fals
 @contextmanager
 def shares_of(study: StudyConfig) -> Iterator[Shares]:
     """Connect to a cluster while the block lasts; what each trial gets of it. UsageError where a trial can never run on it."""
-    with ray_cluster(study.base_config(), nested=study.resources.workers > 1):
+    nested = study.resources.workers > 1
+    with ray_cluster(study.base_config(), nested=nested, page="train" if nested else "jobs"):
         # Ray reads its environment when it is imported: ray_cluster has set it by now.
         from rafce_ray.tune.trials import cluster_nodes
 

@@ -23,6 +23,7 @@ from rafce_ray.tune.nested import free_workers, nested_trial
 from rafce_ray.tune.population import Population, drop_all_offers
 from rafce_ray.tune.scheduler import Concluding, Control, Course, Unscheduled
 from rafce_ray.tune.shares import Node, Shares, share_out
+from rafce_ray.tune.telemetry import StudyTelemetry
 from rafce_ray.tune.witness import Witness
 from rafce_ray.watch import StudyWatch
 from rafce_ray.worker import trial_worker
@@ -129,6 +130,7 @@ def run_on_tune(supply: Supply, scheduler: Concluding, settings: Settings) -> No
         plans = list(iter(supply.next, None))
         population.gather(plans, shares.at_once, ahead=0 if limit else 1)
     free_all(study)
+    telemetry = StudyTelemetry(scheduler.course)
     tuner = tune.Tuner(
         tune.with_resources(
             tune.with_parameters(function, study=study.place, metric=scheduler.course.metric), shares.reserved
@@ -150,6 +152,7 @@ def run_on_tune(supply: Supply, scheduler: Concluding, settings: Settings) -> No
             failure_config=tune.FailureConfig(max_failures=settings.max_failures),
             callbacks=[
                 Witness(scheduler.course, shares, settings.start_timeout_s),
+                telemetry,
                 *([] if population is None else [Ends(supply)]),
                 *settings.callbacks,
             ],
@@ -159,6 +162,7 @@ def run_on_tune(supply: Supply, scheduler: Concluding, settings: Settings) -> No
     try:
         tuner.fit()
     finally:
+        telemetry.stop()
         free_all(study)
         if population is not None:
             drop_all_offers(storage)

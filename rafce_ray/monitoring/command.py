@@ -1,0 +1,159 @@
+"""``rafce monitor``: Prometheus and Grafana for a running cluster, configured, and started where they are installed.
+
+It writes their configuration into a folder: Ray's list of metrics ports, the alert rules, Ray's own dashboards and ours. Both programs listen
+on this machine alone. Give the command where the cluster's head runs, before or while something trains; it follows the newest cluster.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from rafce_ray.console import run_main, say, warn
+from rafce_ray.errors import RafceError
+from rafce_ray.monitoring.configuration import Written, ray_folder, read_targets, write_configuration
+from rafce_ray.monitoring.programs import (
+    HOW_TO_GET,
+    Program,
+    answers,
+    check_free,
+    find_grafana,
+    find_prometheus,
+    last_words,
+    running,
+)
+
+POLL_S = 1.0
+PROMETHEUS_PORT, GRAFANA_PORT = 9090, 3000
+"""Where the metrics page of Ray's dashboard looks for both, unless its cluster was told otherwise."""
+
+
+def monitor(written: Written, prometheus: Program | None, grafana: Program | None) -> None:
+    """Run what is there until SIGINT or SIGTERM, and end what was started.
+
+    Raises:
+        UsageError: a port is taken.
+        RafceError: a program does not come up, or ends by itself.
+    """
+    programs = [program for program in (prometheus, grafana) if program is not None]
+    for program in programs:
+        check_free(program, f"--{program.name.lower()}-port")
+    stop = threading.Event()
+    with _stopped_by_signals(stop), ExitStack() as stack:
+        started = [(program, stack.enter_context(running(program))) for program in programs]
+        _tell_urls(written, prometheus, grafana)
+        while not stop.wait(POLL_S):
+            for program, process in started:
+                if process.poll() is not None:
+                    raise RafceError(f"{program.name} ended with code {process.returncode}; {last_words(program)}")
+        say("ending what was started; what Prometheus gathered stays in its folder")
+
+
+def _tell_urls(written: Written, prometheus: Program | None, grafana: Program | None) -> None:
+    if prometheus is not None:
+        say(f"Prometheus: {prometheus.url} (alerts: {prometheus.url}/alerts, what it asks: {prometheus.url}/targets)")
+    if grafana is not None:
+        for path, title in written.titles.items():
+            say(f"Grafana, {title}: {grafana.url}/{path}")
+    for program, port in ((prometheus, PROMETHEUS_PORT), (grafana, GRAFANA_PORT)):
+        if program is not None and program.port != port:
+            say(
+                f"for the metrics page of Ray's dashboard, start its cluster with RAY_{program.name.upper()}_HOST={program.url}"
+            )
+    ports = [program.port for program in (prometheus, grafana) if program is not None]
+    forwarded = " ".join(f"-L {port}:127.0.0.1:{port}" for port in ports)
+    say(f"from another machine: ssh -N {forwarded} THIS-MACHINE. Ctrl-C ends both.")
+
+
+def _tell_missing(written: Written, prometheus: Program | None, grafana: Program | None) -> None:
+    starts = {
+        "Prometheus": f"prometheus --config.file={written.prometheus}",
+        "Grafana": f"grafana server --config={written.grafana}",
+    }
+    for name, program in (("Prometheus", prometheus), ("Grafana", grafana)):
+        if program is None:
+            warn(
+                f"{name} is not on the PATH. Get it: {HOW_TO_GET[name]}. Then give this command again, or start it yourself: {starts[name]}"
+            )
+
+
+def _tell_targets(targets: Sequence[str]) -> None:
+    there = sum(answers(f"http://{target}/metrics") for target in targets)
+    if there == 0:
+        warn(
+            f"none of the cluster's {len(targets)} metrics ports answers: it seems to have ended. Prometheus follows the next one by itself."
+        )
+    else:
+        say(f"{there} of the cluster's {len(targets)} metrics ports answer")
+
+
+@contextmanager
+def _stopped_by_signals(stop: threading.Event) -> Iterator[None]:
+    """SIGINT and SIGTERM set ``stop``."""
+    before = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="rafce monitor",
+        description="Configure Prometheus and Grafana for a running Ray cluster, and start both where they are installed. Ctrl-C ends them.",
+    )
+    parser.add_argument(
+        "--ray-folder",
+        type=Path,
+        metavar="PATH",
+        help="Ray's folder of temporary files (default: RAY_TMPDIR/ray, or /tmp/ray)",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("monitor"),
+        metavar="FOLDER",
+        help="where configuration and data go (default: monitor)",
+    )
+    parser.add_argument("--prometheus-port", type=int, default=PROMETHEUS_PORT, metavar="N")
+    parser.add_argument("--grafana-port", type=int, default=GRAFANA_PORT, metavar="N")
+    parser.add_argument(
+        "--grafana-home", type=Path, metavar="PATH", help="Grafana's own files, where it does not find them"
+    )
+    parser.add_argument("--write-only", action="store_true", help="write the configuration and start nothing")
+    return parser
+
+
+def _main(argv: Sequence[str]) -> int:
+    arguments = _parser().parse_args(argv)
+    folder = arguments.ray_folder or ray_folder(os.environ)
+    targets = read_targets(folder)
+    written = write_configuration(
+        arguments.out, folder, prometheus_port=arguments.prometheus_port, grafana_port=arguments.grafana_port
+    )
+    say(
+        f"wrote {written.folder}: {written.prometheus.name}, alert rules, {written.grafana.name}, {len(written.titles)} dashboard(s)"
+    )
+    _tell_targets(targets)
+    prometheus = find_prometheus(written, arguments.prometheus_port)
+    grafana = find_grafana(written, arguments.grafana_port, arguments.grafana_home)
+    _tell_missing(written, prometheus, grafana)
+    if arguments.write_only:
+        return 0
+    if prometheus is None and grafana is None:
+        raise RafceError(
+            "nothing was started: neither program is here. With --write-only the configuration alone is enough."
+        )
+    monitor(written, prometheus, grafana)
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """``rafce monitor``; returns the exit code."""
+    return run_main(_main, argv)
