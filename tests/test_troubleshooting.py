@@ -50,7 +50,7 @@ def test_every_finding_of_the_doctor_is_explained_and_no_other():
     codes = second_texts("doctor", "diagnose", "_change_weight")
     assert len(codes) > 15
     below = TROUBLESHOOTING.partition("\n## What the doctor finds\n")[2].partition("\n## ")[0]
-    assert set(re.findall(r"`([a-z_]+)`", below)) == codes
+    assert set(re.findall(r"`([a-z_0-9]+)`", below)) == codes
 
 
 def test_every_finding_of_the_audit_is_listed_and_no_other():
