@@ -139,10 +139,18 @@ def shell_words(command: str) -> list[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
 def test_links_lead_somewhere(page: Path):
-    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
-        place = (page.parent / target).resolve()
-        is_there = place.exists() or str(place.relative_to(REPOSITORY)) in NOT_YET
-        assert is_there, f"{page.relative_to(REPOSITORY)}: {target}"
+    for target, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", page.read_text()):
+        place = (page.parent / target).resolve() if target else page
+        link = f"{page.relative_to(REPOSITORY)}: {target}#{anchor}"
+        if str(place.relative_to(REPOSITORY)) not in NOT_YET:
+            assert place.exists(), link
+            assert not anchor or anchor in anchors(place), link
+
+
+def anchors(page: Path) -> set[str]:
+    """Of a page's headings, as they are made where the repository is shown."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 class Walk:
