@@ -42,6 +42,10 @@ MOST_WORKERS = 1024
 MAXIMISED_METRICS = ("macro_f1", "macro_f1_supported", "accuracy", "uar", "component_accuracy", "au_f1_mean", "score")
 MINIMISED_METRICS = ("loss", "emotion_loss", "au_loss")
 
+EMOTION_METRICS = ("macro_f1", "macro_f1_supported", "accuracy", "uar", "component_accuracy", "emotion_loss")
+AU_METRICS = ("au_f1_mean", "au_loss")
+"""Those of one task alone; ``score`` and ``loss`` are of whichever is trained."""
+
 
 class ConfigError(UsageError):
     """A configuration cannot be used; the message lists every fault at once, each with its remedy."""

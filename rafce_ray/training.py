@@ -15,7 +15,7 @@ from rafce_ray.batch import Batch
 from rafce_ray.bundle import read_weights, save_bundle
 from rafce_ray.calibration import Calibration
 from rafce_ray.checkpoint import Checkpoint, InvalidCheckpoint, local_bundle, read_trainer_state, save_checkpoint
-from rafce_ray.config import MINIMISED_METRICS, Config, LossConfig
+from rafce_ray.config import AU_METRICS, EMOTION_METRICS, MINIMISED_METRICS, Config, LossConfig
 from rafce_ray.data.augment import build_augmentation
 from rafce_ray.data.dataset import Dataset, open_dataset
 from rafce_ray.data.loader import ImageSource, TrainLoader, check_shares
@@ -275,22 +275,20 @@ def resolve_monitor(config: Config, dataset: Dataset) -> tuple[str, str | None]:
         GateError: the metric is undefined on this validation split.
     """
     monitor, remark = config.optim.monitor, None
-    emotion_metrics = ("macro_f1", "macro_f1_supported", "accuracy", "uar", "component_accuracy", "emotion_loss")
-    au_metrics = ("au_f1_mean", "au_loss")
     taxonomy = dataset.taxonomy
-    if taxonomy.num_emotions == 0 and monitor in emotion_metrics:
+    if taxonomy.num_emotions == 0 and monitor in EMOTION_METRICS:
         monitor = "au_f1_mean"
         remark = f"optim.monitor={config.optim.monitor} needs emotions, which this dataset does not have: monitoring au_f1_mean"
-    elif taxonomy.num_action_units == 0 and monitor in au_metrics:
+    elif taxonomy.num_action_units == 0 and monitor in AU_METRICS:
         monitor = "macro_f1"
         remark = f"optim.monitor={config.optim.monitor} needs action units, which this dataset does not have: monitoring macro_f1"
     validation = dataset.indices("validation")
     targets = dataset.targets
-    if monitor in emotion_metrics and not (targets.emotion[validation] >= 0).any():
+    if monitor in EMOTION_METRICS and not (targets.emotion[validation] >= 0).any():
         raise GateError(
             f"optim.monitor={monitor} is undefined: no validation image has an emotion label. Label some, or monitor au_f1_mean."
         )
-    if monitor in au_metrics and not (targets.action_units[validation] == 1).any():
+    if monitor in AU_METRICS and not (targets.action_units[validation] == 1).any():
         raise GateError(
             f"optim.monitor={monitor} is undefined: no validation image has a positive action unit. Label some, or monitor macro_f1."
         )

@@ -60,10 +60,10 @@ assert surroundings() == before, (before, surroundings())
     assert done.returncode == 0, done.stderr
 
 
-def test_the_readme_names_every_verb_and_recipe():
-    readme = (REPOSITORY / "README.md").read_text()
+def test_the_readme_names_every_verb_and_the_guide_every_recipe():
+    readme, guide = (REPOSITORY / "README.md").read_text(), (REPOSITORY / "docs" / "train.md").read_text()
     assert [verb for verb in VERBS if f"rafce {verb}" not in readme] == []
-    assert [recipe for recipe in recipe_names() if f"`{recipe}`" not in readme] == []
+    assert [recipe for recipe in recipe_names() if f"`{recipe}`" not in guide] == []
 
 
 def test_the_design_names_every_module():

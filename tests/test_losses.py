@@ -12,6 +12,7 @@ from rafce_ray.batch import Batch
 from rafce_ray.config import LossConfig
 from rafce_ray.errors import UsageError
 from rafce_ray.losses import (
+    AU_LOSSES,
     LossSettings,
     MultiTaskLoss,
     Objective,
@@ -139,7 +140,7 @@ def test_asymmetric_loss_without_focusing_and_margin_is_binary_cross_entropy(mon
     )
 
 
-@pytest.mark.parametrize("au_loss", ["bce", "asymmetric"])
+@pytest.mark.parametrize("au_loss", sorted(AU_LOSSES))
 def test_unknown_targets_have_exactly_no_gradient(au_loss: str):
     batch, logits = random_batch(), random_logits()
     settings = LossSettings(au_loss=au_loss, label_smoothing=0.1, votes_weight=0.0)

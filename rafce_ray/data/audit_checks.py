@@ -157,7 +157,7 @@ def _check_emotions(case: Case) -> list[Finding]:
 def _check_class_sizes(case: Case) -> list[Finding]:
     """Small classes: worth knowing; a warning where the class should be larger, or where nothing is known of it."""
     sizes = case.split_sizes()
-    few: dict[Level, list[Evidence]] = {"info": [], "warning": []}
+    few: dict[Level, list[tuple[str, Evidence]]] = {"info": [], "warning": []}
     for code, split in enumerate(SPLITS):
         if not sizes[split]:
             continue
@@ -169,13 +169,16 @@ def _check_class_sizes(case: Case) -> list[Finding]:
             if case.has_rafce_classes:
                 expected = reference.CLASS_COUNTS[split][label] * sizes[split] / reference.SPLIT_SIZES[split]
                 level = "warning" if reference.is_surprisingly_few(count, expected) else "info"
-            few[level].append(Evidence(f"{split}: {count} images of {case.taxonomy.emotions[label]}"))
+            name = case.taxonomy.emotions[label]
+            few[level].append((name, Evidence(f"{split}: {count} images of {name}")))
     findings = []
-    for level, evidence in few.items():
-        if evidence:
+    for level, found in few.items():
+        if found:
+            evidence = tuple(one for _, one in found)
             message = (
-                f"{len(evidence)} classes have under {MIN_CLASS_IMAGES} images in a split: their figures mean little"
+                f"{len({name for name, _ in found})} of {case.taxonomy.num_emotions} classes have under {MIN_CLASS_IMAGES} images "
+                "in a split: their figures mean little"
             )
             remedy = "Add images of these classes, or look at macro-F1 over supported classes."
-            findings.append(Finding(level, "classes_under_10", message, remedy, len(evidence), tuple(evidence)))
+            findings.append(Finding(level, "classes_under_10", message, remedy, len(evidence), evidence))
     return findings

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from rafce_ray.config import Config, ConfigError, build_config, flatten
+from rafce_ray.config import AU_METRICS, EMOTION_METRICS, Config, ConfigError, build_config, flatten
 from rafce_ray.config_errors import did_you_mean
 from rafce_ray.study.conditions import condition_values, in_order
 from rafce_ray.study.proposals import MAX_COMBINATIONS, new_combinations, random_proposals
@@ -63,9 +63,6 @@ CHANGEABLE = (
     "data.augmentation",
 )
 """Keys that may change in mid-training, so that population-based training may search them."""
-
-EMOTION_METRICS = ("macro_f1", "macro_f1_supported", "accuracy", "uar", "component_accuracy", "emotion_loss")
-AU_METRICS = ("au_f1_mean", "au_loss")
 
 CHOOSES_ACTION_UNITS = ("data.action_units", "data.min_train_positives")
 """Keys that decide which action units a trial tells, and so which ones a metric that takes AUs in is taken over."""

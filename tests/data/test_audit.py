@@ -142,6 +142,11 @@ def test_twenty_planted_faults_are_all_found(make_faces):
         assert len(evidence(found, code)) == 1
     assert all(finding.remedy for finding in found.findings if finding.level != "info")
     assert found.may_train
+    for finding in found.findings:
+        if finding.code == "classes_under_10":
+            # A class is counted once, in however many splits it is small.
+            names = {line.detail.partition(" images of ")[2] for line in finding.evidence}
+            assert finding.message.startswith(f"{len(names)} of 3 classes")
 
 
 def test_labels_that_the_reader_cannot_read_are_refused_with_file_and_line(make_faces):
