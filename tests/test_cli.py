@@ -1,8 +1,10 @@
+import re
+
 import pytest
 
 from rafce_ray import __version__
 from rafce_ray.cli import VERBS, main
-from rafce_ray.console import finite, run_main, to_json
+from rafce_ray.console import finite, progress_bar, run_main, to_json
 from rafce_ray.errors import GateError, UsageError
 
 
@@ -39,3 +41,13 @@ def test_errors_become_exit_codes_without_a_traceback(error, code, capsys):
 def test_json_knows_no_nan():
     assert finite({"a": [float("nan"), 1.0], "b": (float("inf"),)}) == {"a": [None, 1.0], "b": [None]}
     assert to_json({"f1": float("nan")}) == '{"f1": null}'
+
+
+def test_progress_without_a_terminal_is_a_line_a_tenth_with_rate_and_time_left(capsys):
+    with progress_bar("reading", 40) as advance:
+        for _ in range(20):
+            advance(2)
+    lines = capsys.readouterr().err.splitlines()
+    found = [re.fullmatch(r"reading: (\d+)/40, [\d,]+\.\d/s, (\d+):(\d\d):(\d\d) left", line) for line in lines]
+    assert [int(match[1]) for match in found] == list(range(4, 41, 4))
+    assert [int(part) for part in found[-1].groups()[1:]] == [0, 0, 0]
