@@ -40,12 +40,13 @@ def cluster() -> Iterator[tuple[Path, dict[str, str]]]:
     # Processes of the cluster itself are told its address by their command line.
     of_nodes = {key: value for key, value in environment.items() if key != "RAY_ADDRESS"}
     start = [PROGRAMS / "ray", "start", "--block", "--object-store-memory=100000000"]
-    head = ["--head", "--num-cpus=0", f"--temp-dir={folder}", f"--port={port}", "--dashboard-host=127.0.0.1"]
+    head = ["--head", "--num-cpus=0", f"--port={port}", "--dashboard-host=127.0.0.1"]
     head += [f"--dashboard-port={dashboard}", f"--ray-client-server-port={free_port()}"]
     nodes: list[subprocess.Popen[bytes]] = []
     try:
-        for arguments in (head, [f"--address=127.0.0.1:{port}", "--num-cpus=2"]):
-            argv = [*start, *arguments, f"--dashboard-agent-listen-port={free_port()}"]
+        # A folder each: machines do not share the one in which Ray unpacks what is uploaded.
+        for name, arguments in (("head", head), ("worker", [f"--address=127.0.0.1:{port}", "--num-cpus=2"])):
+            argv = [*start, *arguments, f"--temp-dir={folder / name}", f"--dashboard-agent-listen-port={free_port()}"]
             quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
             nodes.append(subprocess.Popen(argv, env=of_nodes, start_new_session=True, **quiet))
             # The worker asks for a head that answers.
@@ -142,16 +143,15 @@ def test_a_job_uploads_no_data_keeps_its_results_and_goes_on_when_it_is_submitte
     submitted = job(["submit", "--submission-id", "first", "--no-wait", *submit[1:], *tune], environment, checkout)
     assert submitted.returncode == 0, submitted.stdout + submitted.stderr
 
-    uploaded = folder / "session_latest" / "runtime_resources" / "working_dir_files"
-
     def first_trial_ended() -> bool:
         state = ask(environment, "/api/jobs/first") or {}
         assert state.get("status") != "FAILED", ask(environment, "/api/jobs/first/logs")
         return study.trial("trial_0000").result() is not None
 
     wait_for(first_trial_ended, "the first trial does not end")
-    (package,) = [path for path in uploaded.iterdir() if path.is_dir()]
-    files = {path.relative_to(package).parts[0] for path in package.rglob("*") if path.is_file()}
+    unpacked = [path for path in folder.glob("*/session_2*/runtime_resources/working_dir_files/*") if path.is_dir()]
+    assert {path.relative_to(folder).parts[0] for path in unpacked} == {"head", "worker"}
+    files = {path.relative_to(one).parts[0] for one in unpacked for path in one.rglob("*") if path.is_file()}
     assert files == {"rafce_ray", "tune_configs"}
 
     # Whatever ends a job: the machine, its memory, a person.
