@@ -126,7 +126,7 @@ def faces_needed(reference: Sequence[int]) -> int | None:
 
 
 def light_of(face: NDArray[np.uint8]) -> Light:
-    """Brightness and contrast of an (S, S, 3) uint8 RGB face: 10 microseconds, outside of Python's lock."""
+    """Brightness and contrast of an (S, S, 3) uint8 RGB face: about 15 microseconds, outside of Python's lock."""
     mean, deviation = cv2.meanStdDev(cv2.cvtColor(face, cv2.COLOR_RGB2GRAY))
     return Light(float(mean[0, 0]), float(deviation[0, 0]))
 
