@@ -157,7 +157,7 @@ class Meter:
         )
         self.drift_psi = Gauge(
             "rafce_serve_drift_psi",
-            "Population stability index of the latest faces against validation; NaN: unknown, /v1/model tells why.",
+            "Population stability index of the latest faces against validation; absent while unknown, and /v1/model tells why.",
             ("statistic",),
         )
         self.drift_faces = Gauge("rafce_serve_drift_faces", "Latest faces that are compared with validation.")
