@@ -108,7 +108,7 @@ def test_it_goes_on_with_what_is_left_and_grows_again(run):
     assert grown["cause"] == "the cluster has room for more"
     by_epoch = [number for number, _ in groupby(record["num_workers"] for record in folder.metrics())]
     assert by_epoch == [2, 1, 2]
-    assert "with 1 to 2 workers; results go to" in said.splitlines()[0]
+    assert "with 1 to 2 workers; results go to" in said
     assert f"going on with 1 worker instead of 2 in epoch {lost['epoch']}" in said
     assert f"going on with 2 workers instead of 1 in epoch {grown['epoch']}" in said
     assert f"or later: {lost['cause']}" in said
