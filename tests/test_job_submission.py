@@ -33,7 +33,12 @@ def cluster() -> Iterator[tuple[Path, dict[str, str]]]:
     folder = Path(f"/tmp/j{os.getpid()}")
     port, dashboard = free_port(), free_port()
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-    environment |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
+    environment |= {
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_raylet_start_wait_time_s": "120",
+        "OMP_NUM_THREADS": "1",
+    }
     # Jobs are run by the machine's python, which is this one.
     environment |= {"RAY_TMPDIR": str(folder), "PATH": f"{PROGRAMS}:{environment['PATH']}"}
     environment |= {"RAY_ADDRESS": f"http://127.0.0.1:{dashboard}"}
