@@ -267,6 +267,8 @@ def ray_cluster_of_tests():
             "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "20",
             # What processes measure is exported every second: a test need not wait for ten.
             "RAY_metrics_report_interval_ms": "1000",
+            # Its workers read from the session's S3 server, too.
+            **S3_ENVIRONMENT,
         }
         import ray
 

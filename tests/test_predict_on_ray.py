@@ -148,11 +148,7 @@ def test_images_and_predictions_on_an_object_store(
         client.upload_file(str(path), "pictures", f"in/{'deep/er/' if number % 2 else ''}{path.name}")
     client.put_object(Bucket="pictures", Key="in/notes.txt", Body=b"no image")
 
-    # The workers of the session's cluster do not have this test's environment.
-    def with_credentials(place: str) -> str:
-        return place.replace("s3://", "s3://testing:testing@") + "&region=us-east-1"
-
-    source, out = with_credentials(s3_place("in", "pictures")), with_credentials(s3_place("out"))
+    source, out = s3_place("in", "pictures"), s3_place("out")
     deep, flat = (sorted(path.name for path in drawn[start::2]) for start in (1, 0))
     expected_names = [f"s3://pictures/in/{name}" for name in flat] + [
         f"s3://pictures/in/deep/er/{name}" for name in deep
