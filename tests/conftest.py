@@ -4,6 +4,7 @@ import fcntl
 import gc
 import os
 import pickle
+import re
 import socket
 import subprocess
 import sys
@@ -21,6 +22,20 @@ S3_ENVIRONMENT = {
     # Without it, a machine that is none of Amazon's waits for the address at which theirs learn their role.
     "AWS_EC2_METADATA_DISABLED": "true",
 }
+
+# Of PromQL.
+SET_OPERATORS = {"and", "or", "unless", "bool", "offset"}
+GROUPING = {"by", "without", "on", "ignoring", "group_left", "group_right"}
+KEYWORDS = SET_OPERATORS | GROUPING | {"inf", "nan", "start", "end"}
+NOT_NAMES = re.compile(
+    r'"(?:\\.|[^"\\])*"'  # strings
+    r"|\{[^{}]*\}"  # matchers
+    r"|\[[^\]]*\]"  # ranges
+    r"|\b(?:by|without|on|ignoring|group_left|group_right)\s*\([^()]*\)"  # lists of labels
+    r"|\$\{?\w+(?::\w+)?\}?"  # Grafana's variables
+    r"|\b\d+(?:\.\d+)?(?:e[+-]?\d+|[a-z]+)*"  # numbers and durations
+)
+NAME = re.compile(r"[a-zA-Z_:][\w:]*(?!\w)(?!\s*\()")
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
@@ -252,6 +267,18 @@ def s3_place(s3_endpoint: str) -> Callable[[str], str]:
 
     boto3.client("s3", endpoint_url=f"http://{s3_endpoint}").create_bucket(Bucket="faces")
     return lambda path, bucket="faces": f"s3://{bucket}/{path}?endpoint_override={s3_endpoint}&scheme=http"
+
+
+def names_in(expression: str) -> set[str]:
+    # Strings first: one may hold a brace.
+    without_strings = re.sub(r'"(?:\\.|[^"\\])*"', '""', expression)
+    return {name for name in NAME.findall(NOT_NAMES.sub(" ", without_strings)) if name.lower() not in KEYWORDS}
+
+
+@pytest.fixture(scope="session")
+def metric_names() -> Callable[[str], set[str]]:
+    """``metric_names(expression)``: the metrics that a PromQL expression reads."""
+    return names_in
 
 
 @pytest.fixture(scope="session")

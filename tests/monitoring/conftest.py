@@ -1,8 +1,7 @@
-"""Which metrics a PromQL expression, a dashboard or a file of rules asks for."""
+"""The dashboard and the alert rules of training and tuning."""
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,31 +10,6 @@ import yaml
 import rafce_ray.monitoring
 
 MONITORING = Path(rafce_ray.monitoring.__file__).parent
-
-SET_OPERATORS = {"and", "or", "unless", "bool", "offset"}
-GROUPING = {"by", "without", "on", "ignoring", "group_left", "group_right"}
-KEYWORDS = SET_OPERATORS | GROUPING | {"inf", "nan", "start", "end"}
-NOT_NAMES = re.compile(
-    r'"(?:\\.|[^"\\])*"'  # strings
-    r"|\{[^{}]*\}"  # matchers
-    r"|\[[^\]]*\]"  # ranges
-    r"|\b(?:by|without|on|ignoring|group_left|group_right)\s*\([^()]*\)"  # lists of labels
-    r"|\$\{?\w+(?::\w+)?\}?"  # Grafana's variables
-    r"|\b\d+(?:\.\d+)?(?:e[+-]?\d+|[a-z]+)*"  # numbers and durations
-)
-NAME = re.compile(r"[a-zA-Z_:][\w:]*(?!\w)(?!\s*\()")
-
-
-def names_in(expression: str) -> set[str]:
-    # Strings first: one may hold a brace.
-    without_strings = re.sub(r'"(?:\\.|[^"\\])*"', '""', expression)
-    return {name for name in NAME.findall(NOT_NAMES.sub(" ", without_strings)) if name.lower() not in KEYWORDS}
-
-
-@pytest.fixture(scope="session")
-def metric_names() -> Callable[[str], set[str]]:
-    """``metric_names(expression)``: the metrics that a PromQL expression reads."""
-    return names_in
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 """A bundle to serve and a picture to send."""
 
 import json
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -56,37 +55,6 @@ def make_live() -> Callable[[Path, str], None]:
 
 MONITORING = Path(rafce_ray.__file__).parent / "monitoring"
 
-PROMQL_WORDS = frozenset(
-    (
-        "and",
-        "or",
-        "unless",
-        "by",
-        "without",
-        "on",
-        "ignoring",
-        "group_left",
-        "group_right",
-        "offset",
-        "bool",
-        "inf",
-        "nan",
-        "sum",
-        "avg",
-        "min",
-        "max",
-        "count",
-    )
-)
-
-
-def names_in(expression: str) -> set[str]:
-    """The metrics that a PromQL expression reads."""
-    for left_out in (r'"[^"]*"', r"\{[^}]*\}", r"\[[^]]*\]", r"\b(by|without|on|ignoring|group_left)\s*\([^)]*\)"):
-        expression = re.sub(left_out, " ", expression)
-    words = re.findall(r"(?<![\w.])([a-zA-Z_:][\w:]*)\s*(\(?)", expression)
-    return {word for word, call in words if not call and word.lower() not in PROMQL_WORDS}
-
 
 def expressions() -> Iterator[tuple[str, str]]:
     """Where each PromQL expression of the dashboard and the alert rules stands, and the expression."""
@@ -99,17 +67,11 @@ def expressions() -> Iterator[tuple[str, str]]:
 
 
 @pytest.fixture(scope="session")
-def metric_names() -> Callable[[str], set[str]]:
-    """``metric_names(expression)``: the metrics that a PromQL expression reads."""
-    return names_in
-
-
-@pytest.fixture(scope="session")
-def watched_names() -> dict[str, list[str]]:
+def watched_names(metric_names: Callable[[str], set[str]]) -> dict[str, list[str]]:
     """Every metric that the dashboard and the alert rules read -> where."""
     found: dict[str, list[str]] = {}
     for place, expression in expressions():
-        for name in names_in(expression):
+        for name in metric_names(expression):
             found.setdefault(name, []).append(place)
     return found
 
