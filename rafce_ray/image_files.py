@@ -4,23 +4,17 @@ from __future__ import annotations
 
 import glob
 import os
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pyarrow.fs as pafs
 
-from rafce_ray.errors import RafceError, UsageError
+from rafce_ray.errors import UsageError
+from rafce_ray.object_store import ask
 from rafce_ray.storage import Location, locate
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 """Endings, in any case, by which files in folders and globs count as images; a file that is named is always taken."""
-
-READ_ATTEMPTS = 6
-"""How often an object store is asked for an image, beside what its client tries by itself."""
-
-FIRST_PAUSE_S = 0.25
-"""Before the second attempt; twice as long before each further one."""
 
 Stores = Mapping[str, pafs.FileSystem]
 """Filesystems by ``scheme://bucket``."""
@@ -80,25 +74,18 @@ def read_image(path: str, stores: Stores, max_bytes: int) -> bytes:
 
     Raises:
         OSError: the file is not there or may not be read.
-        RafceError: its store could not be reached in ``READ_ATTEMPTS`` attempts: nothing is known of the file.
+        StorageError: its store refuses or does not recover: nothing is known of the file.
     """
     if "://" not in path:
         with open(path, "rb") as stream:
             return stream.read(max_bytes)
     filesystem, key = stores[_root(path)], path.partition("://")[2]
-    for attempt in range(READ_ATTEMPTS):
-        try:
-            with filesystem.open_input_file(key) as file:
-                return bytes(file.read(max_bytes))
-        except FileNotFoundError:
-            raise
-        except OSError as error:
-            reason = error
-            if attempt + 1 < READ_ATTEMPTS:
-                time.sleep(FIRST_PAUSE_S * 2**attempt)
-    raise RafceError(
-        f"{path}: the store cannot be read ({_first_line(reason)}). Check the network and the credentials; the same command then goes on."
-    )
+
+    def read() -> bytes:
+        with filesystem.open_input_file(key) as file:
+            return bytes(file.read(max_bytes))
+
+    return ask(path, read)
 
 
 def _list_store(place: str, location: Location) -> Iterator[str]:

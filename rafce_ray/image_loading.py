@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from rafce_ray.decode import DEFAULT_LIMITS, DecodeError, decode_image, decode_sized_face
 from rafce_ray.faces import Face, FaceFinder, given_face, may_be_aligned
+from rafce_ray.object_store import StorageError
 from rafce_ray.prediction import FileProblem
 
 NO_FACE = "no_face"
@@ -42,7 +43,7 @@ def load_file(path: Path, *, finder: FaceFinder | None, px: int) -> LoadedFile:
 
 
 def load_image(path: str, read: Callable[[str], bytes], *, finder: FaceFinder | None, px: int) -> LoadedFile:
-    """:func:`load_file` for what ``read(path)`` gives; an OSError of it is a problem of this file."""
+    """:func:`load_file` for what ``read(path)`` gives; an OSError of it is a problem of this file, but a StorageError, which is raised."""
     width = height = None
     try:
         content = read(path)
@@ -51,6 +52,8 @@ def load_image(path: str, read: Callable[[str], bytes], *, finder: FaceFinder | 
             whole = given_face(face.pixels, face.width, face.height)
             return LoadedFile(path, face.width, face.height, (whole,), None)
         photograph = decode_image(content)
+    except StorageError:
+        raise
     except OSError as error:
         problem = FileProblem(
             UNREADABLE,

@@ -6,7 +6,6 @@ import logging
 import os
 import pickle
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import boto3
 import pytest
+from serving import free_port
 
 from rafce_ray import object_store, storage
 from rafce_ray.checkpoint import Checkpoint, list_checkpoints, newest_valid
@@ -170,16 +170,10 @@ def test_what_is_written_to_a_disk_alone_says_so(command, capsys):
 # What follows asks a server.
 
 
-def unused_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
 @pytest.fixture
 def nowhere() -> str:
     """A URI of a server that does not answer."""
-    return f"s3://faces/runs?endpoint_override=127.0.0.1:{unused_port()}&scheme=http"
+    return f"s3://faces/runs?endpoint_override=127.0.0.1:{free_port()}&scheme=http"
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import json
 import os
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +11,12 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 
+from rafce_ray import object_store
 from rafce_ray.bundle import load_bundle
 from rafce_ray.errors import RafceError, UsageError
 from rafce_ray.faces import Box, Face
 from rafce_ray.image_files import find_images, list_images, read_image, stores_of
-from rafce_ray.image_loading import LoadedFile
+from rafce_ray.image_loading import LoadedFile, load_image
 from rafce_ray.predict import Predictor, main, outcomes, predict_files
 from rafce_ray.predict_on_ray import Job, ShardPredictor, Share, bundle_digest, share_out
 from rafce_ray.prediction import FileProblem
@@ -156,6 +158,33 @@ def test_images_are_named_the_same_on_every_machine(tmp_path, monkeypatch):
     assert [str(path.absolute()) for path in find_images(["."])] == expected
     assert stores_of([".", tmp_path.as_uri()]) == {}
     assert read_image(expected[0], {}, 3) == b"a.J"
+
+
+class Store:
+    """An object store that says no each time, counted."""
+
+    def __init__(self, message: str) -> None:
+        self.message, self.num_asked = message, 0
+
+    def open_input_file(self, key: str) -> None:
+        self.num_asked += 1
+        raise OSError(self.message)
+
+
+@pytest.mark.parametrize(
+    ("message", "num_asked"),
+    [
+        ("AWS Error SLOW_DOWN during GetObject operation", 1 + len(object_store.PAUSES_S)),
+        ("AWS Error ACCESS_DENIED during GetObject operation", 1),
+    ],
+)
+def test_a_store_that_fails_ends_the_run_instead_of_making_rows(message, num_asked, monkeypatch):
+    monkeypatch.setattr(object_store, "PAUSES_S", (0.0,) * len(object_store.PAUSES_S))
+    store = Store(message)
+    read = partial(read_image, stores={"s3://faces": store}, max_bytes=3)
+    with pytest.raises(RafceError, match=r"s3://faces/a\.png: .*"):
+        load_image("s3://faces/a.png", read, finder=None, px=32)
+    assert store.num_asked == num_asked
 
 
 @pytest.mark.parametrize(

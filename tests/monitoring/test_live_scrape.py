@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -19,6 +18,7 @@ from typing import NamedTuple
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from serving import free_port
 
 from rafce_ray.checkpoint import list_checkpoints
 from rafce_ray.config import load_config
@@ -239,9 +239,7 @@ def test_every_metric_of_the_dashboard_and_the_alerts_is_exported(run, study, sc
 
 @pytest.mark.skipif(shutil.which("prometheus") is None, reason="prometheus is not here: apt-get install prometheus")
 def test_prometheus_itself_follows_the_cluster_and_takes_the_alert_rules(scraper, rules, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     folder = Path(os.environ["RAY_TMPDIR"]) / "ray"
     scraper.wait_for((folder / DISCOVERY_FILE).exists)
     arguments = ["--ray-folder", str(folder), "--out", str(tmp_path), f"--prometheus-port={port}"]

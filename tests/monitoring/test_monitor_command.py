@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from serving import free_port
 
 from rafce_ray.errors import RafceError, UsageError
 from rafce_ray.monitoring import command
@@ -30,12 +30,6 @@ print("listening", *sys.argv[1:], flush=True)
 http.server.HTTPServer(("127.0.0.1", port), Ready).serve_forever()
 """
 """Answers as Prometheus does when it is asked whether it is ready."""
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def executable(path: Path, text: str) -> Path:
