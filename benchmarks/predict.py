@@ -176,18 +176,19 @@ def memory(folder: Path, bundle: Path, images: Path) -> dict[str, Any]:
     ]
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     began = time.monotonic()
-    with subprocess.Popen(
-        command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
-    ) as driver:
+    with (
+        tempfile.TemporaryFile("w+") as told,
+        subprocess.Popen(command, env=environment, stderr=told, start_new_session=True) as driver,
+    ):
         peaks: dict[str, float] = defaultdict(float)
         while driver.poll() is None:
             held = pss_mib(psutil.Process(driver.pid))
             for part, mib in [*held.items(), ("all", sum(held.values()))]:
                 peaks[part] = max(peaks[part], mib)
             time.sleep(LOOK_EVERY_S)
-        told = driver.stderr.read() if driver.stderr else ""
-    if driver.returncode:
-        raise SystemExit(f"the command failed:\n{told}")
+        if driver.returncode:
+            told.seek(0)
+            raise SystemExit(f"the command failed:\n{told.read()}")
     return {"peak_mib": {part: round(mib) for part, mib in peaks.items()}, "took_s": round(time.monotonic() - began, 1)}
 
 

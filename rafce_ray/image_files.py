@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import pyarrow.fs as pafs
@@ -40,10 +41,11 @@ def find_images(places: Sequence[str]) -> Iterator[Path]:
 def list_images(places: Sequence[str]) -> Iterator[str]:
     """As :func:`find_images`, by names that hold on every machine: absolute paths, and ``scheme://bucket/key`` on object stores.
 
-    A place may also be a URI of a file or a folder; a URI's query and credentials are no part of the names.
+    A place may also be a URI of a file or a folder; a URI's query is no part of the names.
 
     Raises:
-        UsageError: as :func:`find_images`; or a store cannot be listed.
+        UsageError: as :func:`find_images`.
+        StorageError: a store refuses or does not recover.
     """
     for place in places:
         location = locate(place) if "://" in place else None
@@ -90,27 +92,23 @@ def read_image(path: str, stores: Stores, max_bytes: int) -> bytes:
 
 def _list_store(place: str, location: Location) -> Iterator[str]:
     """A file, or the images below a folder in :func:`find_images`'s order, a folder's names at a time."""
-    try:
-        kind = location.filesystem.get_file_info(location.path).type
-        if kind == pafs.FileType.File:
-            yield _name(place, location.path)
-            return
-        if kind == pafs.FileType.NotFound:
-            raise UsageError(f"{place}: no such file or folder. Give image files, folders or globs of local paths.")
-        found = False
-        waiting = [location.path]
-        while waiting:
-            infos = location.filesystem.get_file_info(pafs.FileSelector(waiting.pop()))
-            folders = sorted(info.path for info in infos if info.type == pafs.FileType.Directory)
-            names = sorted(info.path for info in infos if info.type == pafs.FileType.File and _is_image(info.path))
-            del infos
-            waiting += reversed(folders)
-            found = found or bool(names)
-            yield from (_name(place, path) for path in names)
-    except OSError as error:
-        raise UsageError(
-            f"{place}: cannot be listed ({_first_line(error)}). Check the address, the network and the credentials."
-        ) from error
+    store = location.filesystem
+    kind = ask(location.uri, lambda: store.get_file_info(location.path)).type
+    if kind == pafs.FileType.File:
+        yield _name(place, location.path)
+        return
+    if kind == pafs.FileType.NotFound:
+        raise UsageError(f"{place}: no such file or folder. Give image files, folders or globs of local paths.")
+    found = False
+    waiting = [location.path]
+    while waiting:
+        infos = ask(location.uri, partial(store.get_file_info, pafs.FileSelector(waiting.pop())))
+        folders = sorted(info.path for info in infos if info.type == pafs.FileType.Directory)
+        names = sorted(info.path for info in infos if info.type == pafs.FileType.File and _is_image(info.path))
+        del infos
+        waiting += reversed(folders)
+        found = found or bool(names)
+        yield from (_name(place, path) for path in names)
     if not found:
         raise _no_images(place)
 
@@ -124,10 +122,6 @@ def _root(name: str) -> str:
     """``s3://bucket/a/b.jpg`` -> ``s3://bucket``."""
     scheme, _, path = name.partition("://")
     return f"{scheme}://{path.partition('/')[0]}"
-
-
-def _first_line(error: OSError) -> str:
-    return (error.strerror or str(error)).strip().splitlines()[0].rstrip(".")
 
 
 def _no_images(place: str) -> UsageError:

@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import logging
 import os
-import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -223,7 +222,7 @@ def _predict_shards(job: Job, shards: Shards, missing: list[int], *, workers: in
     """Predict the missing shards on the cluster. RafceError where that failed; what was finished stays."""
     files = sum(shards.plan.files_of(shard) for shard in missing)
     goes_on = f"the same command goes on with the shards that {shards.folder.shown} lacks"
-    with ray_cluster(load_config()):
+    with ray_cluster(load_config(), page="jobs"):
         import ray
 
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -305,9 +304,7 @@ def _last_line(error: BaseException) -> str:
 
 
 def _few(paths: Sequence[str]) -> str:
-    """Paths in words, without the credentials that a URI may hold."""
-    shown = [re.sub(r"://[^/@]*@", "://", path) for path in paths[:3]]
-    return ", ".join(shown) + (f" and {len(paths) - 3:,} more" if len(paths) > 3 else "")
+    return ", ".join(paths[:3]) + (f" and {len(paths) - 3:,} more" if len(paths) > 3 else "")
 
 
 def _summary(totals: Counter[str], shards: Shards, bundle: Bundle) -> str:

@@ -8,6 +8,7 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import boto3
@@ -122,11 +123,13 @@ def kill_a_worker(folder: Path, num_before: int, killed: list[int]) -> None:
     while not killed and time.monotonic() < deadline:
         time.sleep(0.01)
         if len(list(folder.glob("part-*"))) > num_before:
-            workers = [
-                one for one in psutil.Process().children(recursive=True) if "ShardPredictor" in " ".join(one.cmdline())
-            ]
-            workers[0].kill()
-            killed.append(workers[0].pid)
+            for one in psutil.Process().children(recursive=True):
+                # Processes come and go meanwhile, and a worker has the name only while it works.
+                with suppress(psutil.NoSuchProcess):
+                    if "ShardPredictor" in " ".join(one.cmdline()):
+                        one.kill()
+                        killed.append(one.pid)
+                        break
 
 
 def wait_until_unchanged(folder: Path) -> None:

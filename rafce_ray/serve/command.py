@@ -24,6 +24,7 @@ from typing import Any
 from rafce_ray.config import apply_overrides
 from rafce_ray.console import run_main, say
 from rafce_ray.errors import RafceError, UsageError
+from rafce_ray.monitoring.dashboard import dashboard_line
 from rafce_ray.serve.fast_path import fast_path
 from rafce_ray.service.app import num_cores
 from rafce_ray.service.config import ServiceConfig, read_service_config
@@ -42,8 +43,10 @@ OBJECT_STORE_BYTES = 100 * 2**20
 """Nothing is put there: a replica gets bytes and answers bytes."""
 
 
-def serve_until_stopped(config: ServiceConfig, host: str, port: int, replicas: int) -> None:
+def serve_until_stopped(config: ServiceConfig, host: str, port: int, replicas: int, *, dashboard: bool) -> None:
     """Serve on ``host:port`` until SIGINT or SIGTERM; returns when everything is shut down.
+
+    ``dashboard``: whether a cluster that starts here has one.
 
     Raises:
         UsageError: what is to be served is not there, or the port is taken.
@@ -57,7 +60,7 @@ def serve_until_stopped(config: ServiceConfig, host: str, port: int, replicas: i
     )
     stop = threading.Event()
     # Again within: Ray takes SIGTERM for itself when it starts.
-    with _stopped_by_signals(stop), _serving(host, port), _stopped_by_signals(stop):
+    with _stopped_by_signals(stop), _serving(host, port, dashboard), _stopped_by_signals(stop):
         _deploy(config, replicas, stop)
         _wait_until_ready(url, stop)
         if not stop.is_set():
@@ -106,7 +109,7 @@ def _stopped_by_signals(stop: threading.Event) -> Iterator[None]:
 
 
 @contextmanager
-def _serving(host: str, port: int) -> Iterator[None]:
+def _serving(host: str, port: int, dashboard: bool) -> Iterator[None]:
     """Ray and Serve with the fast path: a cluster of our own, or the one of RAY_ADDRESS; both end with the block."""
     folder = Path(tempfile.mkdtemp(prefix="rafce", dir="/tmp"))
     try:
@@ -124,10 +127,12 @@ def _serving(host: str, port: int) -> Iterator[None]:
         options: dict[str, Any] = (
             {"runtime_env": {"env_vars": environment}}
             if address
-            else {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+            else {"include_dashboard": dashboard, "object_store_memory": OBJECT_STORE_BYTES}
         )
         try:
-            ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **options)
+            context = ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **options)
+            if context.dashboard_url:
+                say(dashboard_line(context.dashboard_url, "serve", os.environ, started_here=not address))
             if address and serve.status().proxies:
                 raise UsageError(f"RAY_ADDRESS={address}: Serve runs there already. Deploy to it with serve deploy.")
             # HAProxy alone takes requests from elsewhere: what Ray opens behind it stays on this machine.
@@ -238,6 +243,12 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--replicas", type=int, default=1, metavar="N", help="processes that each hold the model")
     parser.add_argument("--engine", default="auto", help="auto, torch, openvino or onnxruntime")
+    parser.add_argument(
+        "--dashboard",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="Ray's dashboard, on this machine alone; without it, rafce monitor does not find the service",
+    )
     parser.add_argument("--keys", metavar="FILE", help="hashed keys (python -m rafce_ray.service.keys)")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for example limits.max_requests=128")
     return parser
@@ -267,7 +278,9 @@ def _main(argv: Sequence[str]) -> int:
         raise UsageError(
             f"--replicas {arguments.replicas} --port {arguments.port}: at least one replica, and a port from 1 to 65535."
         )
-    serve_until_stopped(config_of(arguments), arguments.host, arguments.port, arguments.replicas)
+    serve_until_stopped(
+        config_of(arguments), arguments.host, arguments.port, arguments.replicas, dashboard=arguments.dashboard
+    )
     return 0
 
 

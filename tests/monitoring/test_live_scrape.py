@@ -71,10 +71,10 @@ class Scraper:
     def values(self, name: str, /, **labels: str) -> set[float]:
         return {one.value for one in self.of(name, **labels)}
 
-    def wait_for(self, condition: Callable[[], object]) -> None:
+    def wait_for(self, condition: Callable[[], object], describe: Callable[[], object] = str) -> None:
         deadline = time.monotonic() + DEADLINE_S
         while not condition():
-            assert time.monotonic() < deadline, "it was never exported"
+            assert time.monotonic() < deadline, f"it was never exported {describe()}"
             time.sleep(SCRAPE_S)
 
     def _run(self) -> None:
@@ -238,7 +238,7 @@ def test_every_metric_of_the_dashboard_and_the_alerts_is_exported(run, study, sc
 
 
 @pytest.mark.skipif(shutil.which("prometheus") is None, reason="prometheus is not here: apt-get install prometheus")
-def test_prometheus_itself_follows_the_cluster_and_takes_the_alert_rules(scraper, rules, tmp_path):
+def test_prometheus_itself_follows_the_cluster_and_takes_the_alert_rules(study, scraper, rules, tmp_path):
     port = free_port()
     folder = Path(os.environ["RAY_TMPDIR"]) / "ray"
     scraper.wait_for((folder / DISCOVERY_FILE).exists)
@@ -253,15 +253,16 @@ def test_prometheus_itself_follows_the_cluster_and_takes_the_alert_rules(scraper
     def scraped() -> bool:
         assert process.poll() is None
         with suppress(OSError):
-            query = urllib.parse.urlencode({"query": "count(ray_node_cpu_count)"})
+            query = urllib.parse.urlencode({"query": "ray_rafce_tune_trial_restarts_total and on (instance) up == 1"})
             return bool(ask(f"query?{query}")["result"])
         return False
 
     try:
-        scraper.wait_for(scraped)
+        scraper.wait_for(scraped, lambda: ask("targets"))
         known = {rule["name"]: rule for group in ask("rules")["groups"] for rule in group["rules"]}
         assert known.keys() >= {rule["alert"] for rule in rules}
         assert {name for name, rule in known.items() if rule["health"] == "err"} == set()
     finally:
         process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 0
+        code = process.wait(30)
+    assert code == 0

@@ -28,7 +28,8 @@ README = Path(__file__).parents[2] / "README.md"
 
 
 def environment() -> dict[str, str]:
-    return {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | {"OMP_NUM_THREADS": "1"}
+    own = {"OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled"}
+    return {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | own
 
 
 def ask(port: int, method: str, path: str, body: bytes = b"", **headers: str) -> tuple[int, dict, dict[str, str]]:
@@ -105,8 +106,15 @@ def total(series: Series, name: str, **labels: str) -> float:
     return sum(named(series, name, **labels))
 
 
+def test_the_dashboard_shows_the_service_by_its_name(served, said: Path):
+    (address,) = re.findall(r"dashboard: (http://127\.0\.0\.1:\d+)/#/serve", said.read_text())
+    with urllib.request.urlopen(f"{address}/api/serve/applications/", timeout=30) as answer:
+        (application,) = json.loads(answer.read())["applications"].values()
+    assert (application["name"], application["status"]) == ("rafce", "RUNNING")
+
+
 def test_a_scrape_has_every_watched_metric_and_counts_what_was_sent(served, scrape, watched_names, photograph: Path):
-    """The first test of this endpoint, so that nothing else is counted meanwhile."""
+    """Before all that send something, so that nothing else is counted meanwhile."""
     port, _ = served
     deadline = time.monotonic() + 60
     while not named(before := scrape(), "requests_total") and time.monotonic() < deadline:
