@@ -1,4 +1,4 @@
-"""`serve deploy serve/production.yaml` on a cluster: keys, another version by user_config, and a typo that harms nobody."""
+"""`serve deploy serve/production.yaml` on a cluster: keys, replicas by load, another version by user_config, and a typo that harms nobody."""
 
 import asyncio
 import json
@@ -10,14 +10,14 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from http_load import Reply, open_loop, post
+from http_load import Reply, closed_loop, open_loop, post
 from serving import free_port
 
 from rafce_ray.serve.fast_path import fast_path
@@ -56,7 +56,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
 
 @pytest.fixture(scope="module")
 def deployed(cluster: dict[str, str], registry: Path, tmp_path_factory: pytest.TempPathFactory):
-    """The production file with places of this machine: its port, a key, and ``deploy(changes)``, which deploys it again."""
+    """The production file with places of this machine, two replicas: its port, a key, and ``deploy(changes)``, which deploys it again."""
     folder = tmp_path_factory.mktemp("deployed")
     key = new_key(folder / "keys.json", "test", frozenset(("predict",)))
     config = yaml.safe_load(FILE.read_text())
@@ -68,12 +68,14 @@ def deployed(cluster: dict[str, str], registry: Path, tmp_path_factory: pytest.T
         "engine": "torch",
     }
     (deployment,) = application["deployments"]
-    deployment["autoscaling_config"] |= {"min_replicas": 2, "max_replicas": 2}
+    as_written = deployment["autoscaling_config"] | {"min_replicas": 2, "max_replicas": 2}
+    arguments = application["args"]
     deployment["ray_actor_options"]["num_cpus"] = 1
 
-    def deploy(version: str = "", **args: str) -> None:
+    def deploy(version: str = "", autoscaling: Mapping[str, float] | None = None, **args: str) -> None:
         deployment["user_config"]["version"] = version
-        application["args"] |= args
+        deployment["autoscaling_config"] = as_written | (autoscaling or {})
+        application["args"] = arguments | args
         (folder / "production.yaml").write_text(yaml.safe_dump(config))
         run([PROGRAMS / "serve", "deploy", folder / "production.yaml"], cluster)
 
@@ -113,8 +115,7 @@ def test_the_production_file_serves_changes_its_version_and_survives_a_typo(depl
     port, key, deploy = deployed
     wait_for(lambda: status_of(port, "/readyz") == 200, "the file was deployed, but nothing is ready")
     image = photograph.read_bytes()
-    bearer = [("Authorization", f"Bearer {key}")]
-    with_key = [post("/v1/predict?faces=aligned", image, "image/png", bearer)]
+    with_key = [post("/v1/predict?faces=aligned", image, "image/png", bearer(key))]
     without = [post("/v1/predict?faces=aligned", image, "image/png")]
     assert {reply.status for reply in asyncio.run(open_loop(port, without, 5, 1))} == {401}
     assert versions(asyncio.run(open_loop(port, with_key, 5, 1))) == {"first"}
@@ -138,6 +139,35 @@ def test_the_production_file_serves_changes_its_version_and_survives_a_typo(depl
     wait_for(lambda: "DEPLOY_FAILED" in run([PROGRAMS / "serve", "status"], cluster), "the typo is accepted")
     assert "did you mean 'engine'" in " ".join(run([PROGRAMS / "serve", "status"], cluster).split())
     assert versions(asyncio.run(open_loop(port, with_key, 5, 1))) == {"second"}
+
+
+def test_replicas_come_with_load_and_go_without_it(deployed, cluster, photograph: Path):
+    port, key, deploy = deployed
+    request = [post("/v1/predict?faces=aligned", photograph.read_bytes(), "image/png", bearer(key))]
+    quick = {"upscale_delay_s": 1, "downscale_delay_s": 2, "look_back_period_s": 2, "metrics_interval_s": 0.5}
+    deploy("second", {"min_replicas": 1, "target_ongoing_requests": 4} | quick)
+
+    async def until(num_replicas: int, load: Callable[[], Awaitable[list[Reply]]]) -> list[Reply]:
+        replies, deadline = await load(), time.monotonic() + START_S
+        while await asyncio.to_thread(num_running, cluster) != num_replicas:
+            assert time.monotonic() < deadline, f"never {num_replicas}"
+            replies += await load()
+        return replies
+
+    light, heavy = (lambda: open_loop(port, request, 2, 2)), (lambda: closed_loop(port, request, 16, 10))
+    for num_replicas, load in ((1, light), (2, heavy), (1, light)):
+        replies = asyncio.run(until(num_replicas, load))
+        assert {reply.status for reply in replies} == {200}, num_replicas
+
+
+def num_running(cluster: dict[str, str]) -> int:
+    status = yaml.safe_load(run([PROGRAMS / "serve", "status"], cluster))
+    (application,) = status["applications"].values()
+    return application["deployments"]["rafce"]["replica_states"].get("RUNNING", 0)
+
+
+def bearer(key: str) -> list[tuple[str, str]]:
+    return [("Authorization", f"Bearer {key}")]
 
 
 def versions(replies: list[Reply]) -> set[str]:
