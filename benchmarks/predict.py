@@ -115,7 +115,7 @@ def throughput(folder: Path, bundle: Path, images: Path, windows: int) -> dict[s
     )
     limit.start()
     rates: dict[str, list[float]] = defaultdict(list)
-    with ray_cluster(load_config()):
+    with ray_cluster(load_config(), "benchmark"):
         for window in range(windows + 1):
             ours.send(True)
             found = {"limit": ours.recv()}

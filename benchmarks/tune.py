@@ -142,7 +142,7 @@ def stop_one(folder: Path, name: str, workers: int) -> int:
     plan = TrialPlan(name, 0, "sweep", {}, config_hash(config), float(workers), 0.0)
     plan.write(study, job)
     study.trial(name).start(config, {}, {})
-    with ray_cluster(config, nested=workers > 1) as (num_cpus, _):
+    with ray_cluster(config, "benchmark", nested=workers > 1) as (num_cpus, _):
         import ray
 
         from rafce_ray.tune.scheduler import Control, Course, Unscheduled

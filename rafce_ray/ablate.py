@@ -66,7 +66,7 @@ def ablate(
     with sole_driver(study):
         study.claim(plan)
         if any(study.trial(str(job.config.run.name)).result() is None for job in jobs):
-            with ray_cluster(jobs[0].config, page="jobs"):
+            with ray_cluster(jobs[0].config, f"rafce ablate {study.location.name}"):
                 # Ray reads its environment when it is imported: ray_cluster has set it by now.
                 from rafce_ray.tune.trials import run_trials
 

@@ -222,7 +222,7 @@ def _predict_shards(job: Job, shards: Shards, missing: list[int], *, workers: in
     """Predict the missing shards on the cluster. RafceError where that failed; what was finished stays."""
     files = sum(shards.plan.files_of(shard) for shard in missing)
     goes_on = f"the same command goes on with the shards that {shards.folder.shown} lacks"
-    with ray_cluster(load_config(), page="jobs"):
+    with ray_cluster(load_config(), f"rafce predict {job.out}"):
         import ray
 
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]

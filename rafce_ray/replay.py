@@ -134,7 +134,7 @@ def _place_beside(location: Location) -> tuple[str, str]:
 
 def train_again(plan: Plan) -> RunFolder:
     """Train the replay on as many threads as the original had, or as there are; returns its folder."""
-    with ray_cluster(plan.config) as (num_cpus, num_gpus):
+    with ray_cluster(plan.config, f"rafce replay {plan.config.run.name}") as (num_cpus, num_gpus):
         values = plan.config.model_dump()
         run = values["run"]
         most = max(1, math.floor(num_cpus / run["num_workers"]))

@@ -55,7 +55,7 @@ def launch(config: Config, *, resume: bool = False) -> dict[str, Any]:
     job = Job(config, prepared.store_uri, prepared.taxonomy, folder.place, provenance_of(config, prepared))
     if not folder.exists() or resume:
         folder.start(config, job.provenance, prepared.audit.to_json())
-    with ray_cluster(config) as num_cpus_and_gpus:
+    with ray_cluster(config, f"rafce train {config.run.name}") as num_cpus_and_gpus:
         outcome = _fit(job, *num_cpus_and_gpus)
     if outcome is None:
         raise RafceError(
@@ -146,12 +146,12 @@ def interruptible(what_then: str) -> Iterator[None]:
 
 
 @contextmanager
-def ray_cluster(config: Config, *, nested: bool = False, page: str = "train") -> Iterator[tuple[float, float]]:
+def ray_cluster(config: Config, name: str, *, nested: bool = False) -> Iterator[tuple[float, float]]:
     """A Ray cluster for one command: the one of RAY_ADDRESS or this process, else a local one that ends with the block.
 
-    ``nested``: trainers will run inside trials. Ray's cleaner of their placement groups asks the cluster's state and must find this
-    very cluster where several run on a machine. ``page``: of Ray's dashboard, where the command's work is seen. Yields the cluster's CPUs
-    and GPUs.
+    ``name``: of the command, as the Jobs page of Ray's dashboard shows it. ``nested``: trainers will run inside trials. Ray's cleaner of
+    their placement groups asks the cluster's state and must find this very cluster where several run on a machine. Yields the cluster's
+    CPUs and GPUs.
     """
     for name, value in {
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": str(HEALTH_CHECK_INTERVAL_S),
@@ -177,12 +177,13 @@ def ray_cluster(config: Config, *, nested: bool = False, page: str = "train") ->
             context = ray.init(
                 address=os.environ.get("RAY_ADDRESS", "local"),
                 runtime_env=runtime_env,
+                job_config=ray.job_config.JobConfig(metadata={"job_name": name}),
                 log_to_driver=False,
                 logging_level="ERROR",
             )
         if context.dashboard_url:
             started_here = "RAY_ADDRESS" not in os.environ
-            say(dashboard_line(context.dashboard_url, page, os.environ, started_here=started_here))
+            say(dashboard_line(context.dashboard_url, "jobs", os.environ, started_here=started_here))
     try:
         resources = ray.cluster_resources()
         yield float(resources.get("CPU", 0)), float(resources.get("GPU", 0))

@@ -302,7 +302,7 @@ def test_a_smaller_machine_is_said_and_used(tiny_overrides, tmp_path, monkeypatc
     started = []
 
     @contextmanager
-    def small_cluster(_config):
+    def small_cluster(*_):
         yield 2.0, 0.0
 
     monkeypatch.setattr(replay, "ray_cluster", small_cluster)

@@ -7,9 +7,11 @@ on this machine alone. Give the command where the cluster's head runs, before or
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 import threading
+import urllib.parse
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -22,6 +24,7 @@ from rafce_ray.monitoring.programs import (
     Program,
     answers,
     check_free,
+    fetch,
     find_grafana,
     find_prometheus,
     last_words,
@@ -29,6 +32,20 @@ from rafce_ray.monitoring.programs import (
 )
 
 POLL_S = 1.0
+CURVES = {
+    "training": (
+        'max by (run) (ray_rafce_train_metric{split="validation", name="score"})',
+        "max by (run, split, task) (ray_rafce_train_loss)",
+        "max by (study, metric) (ray_rafce_tune_best_score)",
+    ),
+    "serving": (
+        "sum by (status) (rate(ray_rafce_serve_requests_total[1m]))",
+        'histogram_quantile(0.99, sum by (le) (rate(ray_rafce_serve_request_ms_bucket{route="/v1/predict"}[1m])))',
+        "max by (statistic) (ray_rafce_serve_drift_psi)",
+    ),
+}
+"""What Prometheus's own page draws, for whom has no Grafana, by title."""
+
 PROMETHEUS_PORT, GRAFANA_PORT = 9090, 3000
 """Where the metrics page of Ray's dashboard looks for both, unless its cluster was told otherwise."""
 
@@ -47,7 +64,11 @@ def monitor(written: Written, prometheus: Program | None, grafana: Program | Non
     with _stopped_by_signals(stop), ExitStack() as stack:
         started = [(program, stack.enter_context(running(program))) for program in programs]
         _tell_urls(written, prometheus, grafana)
+        told = None
         while not stop.wait(POLL_S):
+            if prometheus is not None and (read := read_ports(prometheus)) not in (None, told):
+                told = read
+                _tell_ports(*read)
             for program, process in started:
                 if process.poll() is not None:
                     raise RafceError(f"{program.name} ended with code {process.returncode}; {last_words(program)}")
@@ -56,7 +77,11 @@ def monitor(written: Written, prometheus: Program | None, grafana: Program | Non
 
 def _tell_urls(written: Written, prometheus: Program | None, grafana: Program | None) -> None:
     if prometheus is not None:
-        say(f"Prometheus: {prometheus.url} (alerts: {prometheus.url}/alerts, what it asks: {prometheus.url}/targets)")
+        # Debian's package has the pages of Prometheus 1 alone.
+        pages = prometheus.url if answers(f"{prometheus.url}/alerts") else f"{prometheus.url}/classic"
+        say(f"Prometheus: {prometheus.url} (alerts: {pages}/alerts, what it asks: {pages}/targets)")
+        for title, expressions in CURVES.items():
+            say(f"  {title}: {graph_url(prometheus, expressions)}")
     if grafana is not None:
         for path, title in written.titles.items():
             say(f"Grafana, {title}: {grafana.url}/{path}")
@@ -68,6 +93,36 @@ def _tell_urls(written: Written, prometheus: Program | None, grafana: Program | 
     ports = [program.port for program in (prometheus, grafana) if program is not None]
     forwarded = " ".join(f"-L {port}:127.0.0.1:{port}" for port in ports)
     say(f"from another machine: ssh -N {forwarded} THIS-MACHINE. Ctrl-C ends both.")
+
+
+def graph_url(prometheus: Program, expressions: Sequence[str]) -> str:
+    """The page of Prometheus that draws these expressions, one below the other, over the last hour."""
+    asked = {
+        f"g{number}.{key}": value
+        for number, expression in enumerate(expressions)
+        for key, value in (("expr", expression), ("tab", "0"), ("range_input", "1h"))
+    }
+    return f"{prometheus.url}/graph?{urllib.parse.urlencode(asked, quote_via=urllib.parse.quote)}"
+
+
+def read_ports(prometheus: Program) -> tuple[int, tuple[str, ...]] | None:
+    """How many metrics ports Prometheus reads, and why it does not read the others; None while it does not know of each."""
+    try:
+        ports = json.loads(fetch(f"{prometheus.url}/api/v1/targets?state=active"))["data"]["activeTargets"]
+    except (OSError, ValueError):
+        return None
+    if any(port["health"] == "unknown" for port in ports):
+        return None
+    refused = tuple(port["lastError"] for port in ports if port["health"] != "up")
+    return len(ports) - len(refused), refused
+
+
+def _tell_ports(num_read: int, refused: Sequence[str]) -> None:
+    if refused or not num_read:
+        reason = f": {refused[0]}" if refused else ", because Ray's list of them is empty or not there"
+        warn(f"Prometheus reads {num_read} of {num_read + len(refused)} metrics ports{reason}")
+    else:
+        say(f"Prometheus reads all {num_read} metrics ports of the cluster")
 
 
 def _tell_missing(written: Written, prometheus: Program | None, grafana: Program | None) -> None:

@@ -92,10 +92,12 @@ def write_configuration(out: Path, ray: Path, *, prometheus_port: int, grafana_p
 
 
 def _prometheus(rules: Path, discovery: Path) -> dict[str, Any]:
+    # A link to a file of Ray's session, of whose changes Prometheus is not told.
+    nodes = {"files": [str(discovery)], "refresh_interval": SCRAPE_INTERVAL}
     return {
         "global": {"scrape_interval": SCRAPE_INTERVAL, "evaluation_interval": SCRAPE_INTERVAL},
         "rule_files": [str(rules / "*.yaml")],
-        "scrape_configs": [{"job_name": "ray", "file_sd_configs": [{"files": [str(discovery)]}]}],
+        "scrape_configs": [{"job_name": "ray", "file_sd_configs": [nodes]}],
     }
 
 

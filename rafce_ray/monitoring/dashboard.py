@@ -9,7 +9,7 @@ from collections.abc import Mapping
 def dashboard_line(address: str, page: str, environment: Mapping[str, str], *, started_here: bool) -> str:
     """Where the dashboard is and how to get past what guards it.
 
-    ``address``: host:port as Ray tells it. ``page``: which of its pages shows what is about to run. ``environment``: this process's after
+    ``address``: host:port as Ray tells it. ``page``: which of its pages (jobs, serve) shows what is about to run; training has none of its own. ``environment``: this process's after
     ``ray.init``, which sets RAY_AUTH_MODE. ``started_here``: False where the cluster is another machine's, whose loopback is not ours.
     """
     notes = []

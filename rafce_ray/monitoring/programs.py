@@ -114,13 +114,19 @@ def last_words(program: Program) -> str:
 
 def answers(url: str, timeout_s: float = 2.0) -> bool:
     """Whether a GET of ``url`` is answered with 200."""
-    # A proxy of the environment is for the world outside.
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(url, timeout=timeout_s) as response:
-            return bool(response.status == 200)
+        fetch(url, timeout_s)
     except OSError:
         return False
+    return True
+
+
+def fetch(url: str, timeout_s: float = 2.0) -> bytes:
+    """What a GET of ``url`` is answered with. OSError where it is not, or with an error's status."""
+    # A proxy of the environment is for the world outside.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(url, timeout=timeout_s) as response:
+        return bytes(response.read())
 
 
 def _wait_until_ready(program: Program, process: subprocess.Popen[bytes]) -> None:

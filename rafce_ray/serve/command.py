@@ -130,6 +130,7 @@ def _serving(host: str, port: int, dashboard: bool) -> Iterator[None]:
             else {"include_dashboard": dashboard, "object_store_memory": OBJECT_STORE_BYTES}
         )
         try:
+            options |= {"job_config": ray.job_config.JobConfig(metadata={"job_name": "rafce serve"})}
             context = ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **options)
             if context.dashboard_url:
                 say(dashboard_line(context.dashboard_url, "serve", os.environ, started_here=not address))

@@ -80,7 +80,7 @@ def tune(study: StudyConfig, *, dry_run: bool = False, retry_failed: bool = Fals
 def shares_of(study: StudyConfig) -> Iterator[Shares]:
     """Connect to a cluster while the block lasts; what each trial gets of it. UsageError where a trial can never run on it."""
     nested = study.resources.workers > 1
-    with ray_cluster(study.base_config(), nested=nested, page="train" if nested else "jobs"):
+    with ray_cluster(study.base_config(), f"rafce tune {study.name}", nested=nested):
         # Ray reads its environment when it is imported: ray_cluster has set it by now.
         from rafce_ray.tune.trials import cluster_nodes
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -244,7 +245,11 @@ def test_prometheus_itself_follows_the_cluster_and_takes_the_alert_rules(study, 
     scraper.wait_for((folder / DISCOVERY_FILE).exists)
     arguments = ["--ray-folder", str(folder), "--out", str(tmp_path), f"--prometheus-port={port}"]
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-    process = subprocess.Popen([sys.executable, "-m", "rafce_ray.cli", "monitor", *arguments], env=environment)
+    said = tmp_path / "said"
+    with said.open("w") as stderr:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "rafce_ray.cli", "monitor", *arguments], env=environment, stderr=stderr
+        )
 
     def ask(path: str) -> dict:
         with scraper._opener.open(f"http://127.0.0.1:{port}/api/v1/{path}", timeout=5) as answer:
@@ -258,7 +263,8 @@ def test_prometheus_itself_follows_the_cluster_and_takes_the_alert_rules(study, 
         return False
 
     try:
-        scraper.wait_for(scraped, lambda: ask("targets"))
+        scraper.wait_for(scraped, said.read_text)
+        scraper.wait_for(lambda: re.search(r"Prometheus reads all \d+ metrics ports", said.read_text()), said.read_text)
         known = {rule["name"]: rule for group in ask("rules")["groups"] for rule in group["rules"]}
         assert known.keys() >= {rule["alert"] for rule in rules}
         assert {name for name, rule in known.items() if rule["health"] == "err"} == set()

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.parse
 from pathlib import Path
 
 import pytest
@@ -22,14 +23,20 @@ from rafce_ray.monitoring.programs import Program, answers, check_free, find_gra
 PROGRAM = """#!{python}
 import sys, http.server
 port = int(next(one for one in sys.argv if one.startswith("--web.listen-address=")).rpartition(":")[2])
+pages = {{
+    "/-/ready": b"",
+    "/api/v1/targets?state=active": b'''{{"data": {{"activeTargets": [
+        {{"health": "up", "lastError": ""}}, {{"health": "down", "lastError": "connection refused"}}]}}}}''',
+}}
 class Ready(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
-        self.send_response(200 if self.path == "/-/ready" else 404)
+        self.send_response(200 if self.path in pages else 404)
         self.end_headers()
+        self.wfile.write(pages.get(self.path, b""))
 print("listening", *sys.argv[1:], flush=True)
 http.server.HTTPServer(("127.0.0.1", port), Ready).serve_forever()
 """
-"""Answers as Prometheus does when it is asked whether it is ready."""
+"""Answers as Debian's Prometheus does when it is asked whether it is ready, and which ports it reads."""
 
 
 def executable(path: Path, text: str) -> Path:
@@ -70,7 +77,7 @@ def test_the_configuration_is_valid_and_names_files_that_are_there(ray, tmp_path
     written = write_configuration(tmp_path / "out", ray, prometheus_port=9091, grafana_port=3001)
     prometheus = yaml.safe_load(written.prometheus.read_text())
     [scrape] = prometheus["scrape_configs"]
-    assert scrape["file_sd_configs"] == [{"files": [str(ray / DISCOVERY_FILE)]}]
+    assert scrape["file_sd_configs"] == [{"files": [str(ray / DISCOVERY_FILE)], "refresh_interval": "10s"}]
     [pattern] = prometheus["rule_files"]
     rules = sorted(Path(pattern).parent.glob(Path(pattern).name))
     assert "alerts.yaml" in [file.name for file in rules]
@@ -181,9 +188,15 @@ def test_the_command_starts_what_is_there_and_ends_only_that(ray, tmp_path):
             assert process.poll() is None, process.stderr.read()
             assert time.monotonic() < deadline
             time.sleep(0.05)
+        said = []
         for line in process.stderr:
-            if "Ctrl-C ends" in line:
+            said.append(line)
+            if "metrics ports:" in line:
                 break
+        assert "Prometheus reads 1 of 2 metrics ports: connection refused" in said[-1]
+        [curves] = [line for line in said if "  training:" in line]
+        assert urllib.parse.parse_qs(curves.partition("?")[2].strip())["g0.expr"] == [command.CURVES["training"][0]]
+        assert any(f"alerts: http://127.0.0.1:{port}/classic/alerts" in line for line in said)
     finally:
         process.send_signal(signal.SIGTERM)
     with process.stderr:
@@ -192,9 +205,9 @@ def test_the_command_starts_what_is_there_and_ends_only_that(ray, tmp_path):
 
 
 def test_the_dashboards_line_says_how_to_get_past_what_guards_it():
-    plain = dashboard_line("127.0.0.1:8265", "train", {"RAY_AUTH_MODE": "disabled"}, started_here=True)
-    assert plain == "dashboard: http://127.0.0.1:8265/#/train; curves in Grafana: rafce monitor"
+    plain = dashboard_line("127.0.0.1:8265", "jobs", {"RAY_AUTH_MODE": "disabled"}, started_here=True)
+    assert plain == "dashboard: http://127.0.0.1:8265/#/jobs; curves in Grafana: rafce monitor"
     guarded = dashboard_line("127.0.0.1:8265", "jobs", {"RAY_AUTH_MODE": "token"}, started_here=False)
     assert "#/jobs (it asks for a token: ray get-auth-token prints it; " in guarded
     assert "ssh -N -L 8265:127.0.0.1:8265 HEAD-NODE" in guarded
-    assert "ssh" not in dashboard_line("10.0.0.7:8265", "train", {}, started_here=False)
+    assert "ssh" not in dashboard_line("10.0.0.7:8265", "jobs", {}, started_here=False)

@@ -10,6 +10,7 @@ import yaml
 from PIL import Image
 
 import rafce_ray
+from rafce_ray.monitoring.command import CURVES
 from rafce_ray.registry.command import main as bundle_command
 from rafce_ray.taxonomy import RAFCE_EMOTIONS
 
@@ -57,7 +58,8 @@ MONITORING = Path(rafce_ray.__file__).parent / "monitoring"
 
 
 def expressions() -> Iterator[tuple[str, str]]:
-    """Where each PromQL expression of the dashboard and the alert rules stands, and the expression."""
+    """Where each PromQL expression of the dashboard, the alert rules and the curves without Grafana stands, and the expression."""
+    yield from (("curves", expression) for expression in CURVES["serving"])
     for panel in json.loads((MONITORING / "grafana" / "serve.json").read_text())["panels"]:
         for target in panel.get("targets", []):
             yield panel["title"], target["expr"]
