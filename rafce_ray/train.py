@@ -153,7 +153,7 @@ def ray_cluster(config: Config, name: str, *, nested: bool = False) -> Iterator[
     their placement groups asks the cluster's state and must find this very cluster where several run on a machine. Yields the cluster's
     CPUs and GPUs.
     """
-    for name, value in {
+    for variable, value in {
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": str(HEALTH_CHECK_INTERVAL_S),
         "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",
         "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(math.ceil(config.run.hang_timeout_s)),
@@ -167,7 +167,7 @@ def ray_cluster(config: Config, name: str, *, nested: bool = False) -> Iterator[
         # A range of workers is started where there is room by all that is known; where that is out of date, they are soon counted again.
         **({"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(ELASTIC_START_TIMEOUT_S)} if config.run.is_elastic else {}),
     }.items():
-        os.environ.setdefault(name, value)
+        os.environ.setdefault(variable, value)
     import ray
 
     own = not ray.is_initialized()

@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from hashlib import sha256
 from pathlib import Path
 
@@ -164,6 +166,7 @@ def test_a_killed_driver_goes_on_with_the_same_command_and_ends_with_the_same_we
     folder = RunFolder(str(Path(load_config(overrides=overrides).run.storage) / "killed-driver"))
     with (tmp_path / "first").open("w") as output:
         driver = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
+        assert names_on_the_dashboard(tmp_path / "first") == ["rafce train killed-driver"]
         signal_after_first_inner_checkpoint(folder, lambda: driver.pid)
         driver.wait()
     again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
@@ -171,6 +174,17 @@ def test_a_killed_driver_goes_on_with_the_same_command_and_ends_with_the_same_we
     result = json.loads(again.stdout.splitlines()[-1])
     assert last_weights(result) == last_weights(trained)
     assert "going on from checkpoint" in again.stderr
+
+
+def names_on_the_dashboard(said: Path) -> list[str]:
+    """Of the jobs on the cluster whose dashboard a command names."""
+    deadline = time.monotonic() + 120
+    while (found := re.search(r"dashboard: (http://127\.0\.0\.1:\d+)/#/jobs", said.read_text())) is None:
+        assert time.monotonic() < deadline, said.read_text()
+        time.sleep(0.1)
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(f"{found[1]}/api/jobs/", timeout=30) as answer:
+        return [job["metadata"]["job_name"] for job in json.loads(answer.read())]
 
 
 def test_a_finished_run_is_not_run_again_by_accident(trained, overrides):

@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import threading
+import time
 import urllib.parse
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -32,6 +33,9 @@ from rafce_ray.monitoring.programs import (
 )
 
 POLL_S = 1.0
+LIST_S = 30.0
+"""Seconds that Prometheus has to find out which ports there are."""
+
 CURVES = {
     "training": (
         'max by (run) (ray_rafce_train_metric{split="validation", name="score"})',
@@ -64,9 +68,10 @@ def monitor(written: Written, prometheus: Program | None, grafana: Program | Non
     with _stopped_by_signals(stop), ExitStack() as stack:
         started = [(program, stack.enter_context(running(program))) for program in programs]
         _tell_urls(written, prometheus, grafana)
-        told = None
+        told, listed_by = None, time.monotonic() + LIST_S
         while not stop.wait(POLL_S):
-            if prometheus is not None and (read := read_ports(prometheus)) not in (None, told):
+            read = None if prometheus is None else read_ports(prometheus)
+            if read not in (None, told) and (read != (0, ()) or time.monotonic() > listed_by):
                 told = read
                 _tell_ports(*read)
             for program, process in started:
