@@ -5,7 +5,7 @@ RUN := $(VENV)/bin
 DEMO := demo
 # One thread a process: tiny networks are slower on several, and two processes that both use all cores crawl.
 # Compiled tests are kept whatever the environment says: compiling them again takes as long as importing torch.
-FAST_TESTS := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(RUN)/python -m pytest -m "not ray and not slow" --numprocesses 2 --dist worksteal
+IN_TWO_PROCESSES := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(RUN)/python -m pytest --numprocesses 2 --dist worksteal
 
 .PHONY: install demo test test-fast check format
 
@@ -22,11 +22,11 @@ demo: install
 	RUN=$(RUN) DEMO=$(DEMO) sh demo.sh
 
 test: install
-	$(FAST_TESTS)
-	$(RUN)/python -m pytest -m "ray or slow"
+	$(IN_TWO_PROCESSES) -m "not ray"
+	$(RUN)/python -m pytest -m ray
 
 test-fast: install
-	$(FAST_TESTS)
+	$(IN_TWO_PROCESSES) -m "not ray and not slow"
 
 check: install
 	$(RUN)/ruff check .
