@@ -19,7 +19,7 @@ def dashboard_line(address: str, page: str, environment: Mapping[str, str], *, s
     if not started_here and _is_loopback(host):
         notes.append(f"where that is another machine's: ssh -N -L {port}:127.0.0.1:{port} HEAD-NODE")
     noted = f" ({'; '.join(notes)})" if notes else ""
-    return f"dashboard: http://{address}/#/{page}{noted}; curves in Grafana: rafce monitor"
+    return f"dashboard: http://{address}/#/{page}{noted}; curves: rafce monitor"
 
 
 def _is_loopback(host: str) -> bool:

@@ -206,7 +206,7 @@ def test_the_command_starts_what_is_there_and_ends_only_that(ray, tmp_path):
 
 def test_the_dashboards_line_says_how_to_get_past_what_guards_it():
     plain = dashboard_line("127.0.0.1:8265", "jobs", {"RAY_AUTH_MODE": "disabled"}, started_here=True)
-    assert plain == "dashboard: http://127.0.0.1:8265/#/jobs; curves in Grafana: rafce monitor"
+    assert plain == "dashboard: http://127.0.0.1:8265/#/jobs; curves: rafce monitor"
     guarded = dashboard_line("127.0.0.1:8265", "jobs", {"RAY_AUTH_MODE": "token"}, started_here=False)
     assert "#/jobs (it asks for a token: ray get-auth-token prints it; " in guarded
     assert "ssh -N -L 8265:127.0.0.1:8265 HEAD-NODE" in guarded
