@@ -174,7 +174,7 @@ def test_what_a_study_will_do_is_said_before_it_does_it(tmp_path, monkeypatch, c
 @pytest.fixture
 def dry(drawn_faces, store_dir, tmp_path, monkeypatch):
     """A study's file, and a cluster of 3 CPUs that is not started."""
-    monkeypatch.setattr(command, "ray_cluster", lambda config, **options: nullcontext((3.0, 0.0)))
+    monkeypatch.setattr(command, "ray_cluster", lambda config, name, **options: nullcontext((3.0, 0.0)))
     monkeypatch.setattr(trials, "cluster_nodes", lambda: [Node(3.0, 0.0)])
     base = {
         "data": {"root": str(drawn_faces), "store_dir": str(store_dir)},
