@@ -77,6 +77,10 @@ def finite(value: Any) -> Any:
     return value
 
 
+RATE_KNOWN_S = 1.0
+"""Seconds after which a progress without a bar tells its rate."""
+
+
 class _Rate(ProgressColumn):
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
@@ -105,8 +109,11 @@ def _plain_progress(description: str, total: int | None) -> Callable[[int], None
         nonlocal done
         before, done = done, done + n
         if total and (before * 10 // total) != (done * 10 // total):
-            rate = done / max(time.monotonic() - began, 1e-9)
+            took = time.monotonic() - began
+            rate = done / max(took, 1e-9)
             left = timedelta(seconds=round((total - done) / rate))
-            say(f"{description}: {done}/{total}, {rate:,.1f}/s, {left} left")
+            # The first items of several processes come at once: no rate, yet.
+            known = f", {rate:,.1f}/s, {left} left" if took >= RATE_KNOWN_S or done == total else ""
+            say(f"{description}: {done}/{total}{known}")
 
     return advance

@@ -278,7 +278,7 @@ def tell_findings(prepared: Prepared, config: Config) -> None:
     """Say what the audit of the labels found that a person should know before hours of training."""
     notable = [finding for finding in prepared.audit.findings if finding.level != "info"]
     for finding in notable:
-        warn(f"{finding.message} {finding.remedy}".strip())
+        warn(f"{finding.message.rstrip('.')}. {finding.remedy}".strip())
     if notable:
         say(f"for the evidence, and the images looked at: rafce data audit {shlex.quote(str(config.data.root))}")
 

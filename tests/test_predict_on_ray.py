@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
@@ -107,6 +109,8 @@ def test_a_run_whose_driver_and_worker_were_killed_says_what_local_prediction_sa
     assert len(found) == NUM_FILES
     assert_same_rows(found, expected)
     assert [row["error_code"] for row in found if row["error_code"]] == ["unsupported_format", "empty"]
+    sure = Counter(row["emotion"] for row in found if row["error_code"] is None and not row["emotion_unsure"])
+    assert counted_as_the_guide_says(out) == sure
     summary = json.loads((out / "summary.json").read_text())
     assert {key: summary[key] for key in ("shards", "files", "predicted", "faces", "broken")} == {
         "shards": 120,
@@ -115,6 +119,17 @@ def test_a_run_whose_driver_and_worker_were_killed_says_what_local_prediction_sa
         "faces": 598,
         "broken": 2,
     }
+
+
+def counted_as_the_guide_says(out: Path) -> dict[str, int]:
+    """What the lines of docs/predict.md make of the predictions."""
+    guide = (Path(__file__).parents[1] / "docs" / "predict.md").read_text()
+    *lines, last = (
+        re.search(r"```python\n(.*?)\n```", guide, re.DOTALL)[1].replace("PREDICTIONS", str(out)).splitlines()
+    )
+    scope: dict = {}
+    exec("\n".join(lines), scope)
+    return eval(last, scope).to_dict()
 
 
 def kill_a_worker(folder: Path, num_before: int, killed: list[int]) -> None:

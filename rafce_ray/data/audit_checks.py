@@ -157,7 +157,7 @@ def _check_emotions(case: Case) -> list[Finding]:
 def _check_class_sizes(case: Case) -> list[Finding]:
     """Small classes: worth knowing; a warning where the class should be larger, or where nothing is known of it."""
     sizes = case.split_sizes()
-    few: dict[Level, list[tuple[str, Evidence]]] = {"info": [], "warning": []}
+    few: dict[Level, list[tuple[str, str, Evidence]]] = {"info": [], "warning": []}
     for code, split in enumerate(SPLITS):
         if not sizes[split]:
             continue
@@ -170,14 +170,14 @@ def _check_class_sizes(case: Case) -> list[Finding]:
                 expected = reference.CLASS_COUNTS[split][label] * sizes[split] / reference.SPLIT_SIZES[split]
                 level = "warning" if reference.is_surprisingly_few(count, expected) else "info"
             name = case.taxonomy.emotions[label]
-            few[level].append((name, Evidence(f"{split}: {count} images of {name}")))
+            few[level].append((split, name, Evidence(f"{split}: {count} images of {name}")))
     findings = []
     for level, found in few.items():
         if found:
-            evidence = tuple(one for _, one in found)
+            evidence = tuple(one for _, _, one in found)
             message = (
-                f"{len({name for name, _ in found})} of {case.taxonomy.num_emotions} classes have under {MIN_CLASS_IMAGES} images "
-                "in a split: their figures mean little"
+                f"{len({name for _, name, _ in found})} of {case.taxonomy.num_emotions} classes have under {MIN_CLASS_IMAGES} images in "
+                f"{' or '.join(dict.fromkeys(split for split, _, _ in found))}: their figures mean little"
             )
             remedy = "Add images of these classes, or look at macro-F1 over supported classes."
             findings.append(Finding(level, "classes_under_10", message, remedy, len(evidence), evidence))

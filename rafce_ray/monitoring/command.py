@@ -97,7 +97,7 @@ def _tell_urls(written: Written, prometheus: Program | None, grafana: Program | 
             )
     ports = [program.port for program in (prometheus, grafana) if program is not None]
     forwarded = " ".join(f"-L {port}:127.0.0.1:{port}" for port in ports)
-    say(f"from another machine: ssh -N {forwarded} THIS-MACHINE. Ctrl-C ends both.")
+    say(f"from another machine: ssh -N {forwarded} THIS-MACHINE. Ctrl-C ends what was started.")
 
 
 def graph_url(prometheus: Program, expressions: Sequence[str]) -> str:

@@ -236,12 +236,17 @@ def _reachable(host: str) -> str:
 
 
 def _arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="rafce serve", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="rafce serve",
+        description="Serve a bundle as an HTTP endpoint on this machine, until Ctrl-C. python -m rafce_ray.serve is the same.",
+    )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--bundle", metavar="PATH", help="bundle folder that training or tuning printed, or a run's")
     source.add_argument("--registry", metavar="PATH", help="registry whose live version is served (rafce bundle)")
-    parser.add_argument("--host", default="127.0.0.1", help="where to listen; not this machine alone needs --keys")
-    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="where to listen (default: this machine alone); anywhere else needs --keys"
+    )
+    parser.add_argument("--port", type=int, default=8000, help="of the endpoint (default: 8000)")
     parser.add_argument("--replicas", type=int, default=1, metavar="N", help="processes that each hold the model")
     parser.add_argument("--engine", default="auto", help="auto, torch, openvino or onnxruntime")
     parser.add_argument(
