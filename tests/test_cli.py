@@ -1,5 +1,4 @@
 import itertools
-import re
 from types import SimpleNamespace
 
 import pytest
