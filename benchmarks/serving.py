@@ -154,9 +154,9 @@ PARTS = (
 
 
 def start_service(*arguments: str, environment: dict[str, str] | None = None) -> Server:
-    """``rafce serve`` with these arguments; returns when it is ready."""
+    """``rafce serve`` with these arguments, without Ray's dashboard; returns when it is ready."""
     port = free_port()
-    argv = [sys.executable, "-m", "rafce_ray.serve", "--port", str(port), *arguments]
+    argv = [sys.executable, "-m", "rafce_ray.serve", "--port", str(port), "--no-dashboard", *arguments]
     server = Server(_started(argv, environment, stdout=subprocess.PIPE), port)
     if not select.select([server.process.stdout], [], [], START_S)[0] or not server.process.stdout.readline():
         server.stop()
