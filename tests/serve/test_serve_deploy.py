@@ -163,9 +163,11 @@ def test_replicas_come_with_load_and_go_without_it(deployed, cluster, photograph
 
 
 def num_running(cluster: dict[str, str]) -> int:
+    """0 while the application is deployed anew, when its deployments are not told."""
     status = yaml.safe_load(run([PROGRAMS / "serve", "status"], cluster))
     (application,) = status["applications"].values()
-    return application["deployments"]["rafce"]["replica_states"].get("RUNNING", 0)
+    deployments = application["deployments"]
+    return deployments["rafce"]["replica_states"].get("RUNNING", 0) if deployments else 0
 
 
 def bearer(key: str) -> list[tuple[str, str]]:
