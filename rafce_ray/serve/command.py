@@ -15,7 +15,6 @@ import tempfile
 import threading
 import time
 import urllib.error
-import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +24,7 @@ from rafce_ray.config import apply_overrides
 from rafce_ray.console import run_main, say
 from rafce_ray.errors import RafceError, UsageError
 from rafce_ray.monitoring.dashboard import dashboard_line
+from rafce_ray.monitoring.programs import fetch
 from rafce_ray.serve.fast_path import fast_path
 from rafce_ray.service.app import num_cores
 from rafce_ray.service.config import ServiceConfig, read_service_config
@@ -190,12 +190,10 @@ def _cause(messages: Sequence[str]) -> str:
 def _wait_until_ready(url: str, stop: threading.Event) -> None:
     """Until the canary image was answered through the open port. RafceError where that takes more than READY_S."""
     deadline, last = time.monotonic() + READY_S, "nothing answers"
-    # A proxy of the environment is for the world outside.
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     while not stop.wait(POLL_S):
         try:
-            with opener.open(f"{url}/readyz", timeout=10):
-                return
+            fetch(f"{url}/readyz", timeout_s=10)
+            return
         except urllib.error.HTTPError as error:
             last = f"status {error.code}: {error.read(1000).decode(errors='replace')}"
         except OSError as error:
