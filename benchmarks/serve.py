@@ -7,6 +7,7 @@ Sides, all started before the first window and loaded in turn (the others are su
   litserve  LitServe with the same engine, batches and decoder; a multipart form
   fastapi   FastAPI and torch, one request at a time; a multipart form
   python    `rafce serve` behind Ray Serve's default proxy, which is written in Python; raw body
+  constant  Ray Serve on the path of `rafce serve`, with an application that reads the body and answers the same bytes to all
 Beside them, windows with one client (`single`), at half of the capacity that was measured before (`half`), and with eight images a request.
 
   python benchmarks/serve.py [--windows 5] [--seconds 8] [--engine openvino] [--out benchmarks/results/serve.json]
@@ -49,7 +50,7 @@ from rafce_ray.hardware import choose_device, describe_hardware
 ALIGNED = (("faces", "aligned"),)
 JPEG = "image/jpeg"
 WARM_S = 1.5
-OTHERS = ("litserve", "fastapi", "python")
+OTHERS = ("litserve", "fastapi", "python", "constant")
 GOALS_BESIDE = (("raw", "litserve", 1.25), ("form", "litserve", 1.1), ("raw", "fastapi", 5), ("raw", "python", 4))
 Load = Callable[[int, list[bytes]], Awaitable[list[Reply]]]
 
@@ -106,6 +107,7 @@ class Bench:
                 ),
                 raw,
             ),
+            "constant": (lambda: start_side("constant"), raw),
         }
         for name in arguments.beside:
             start, requests = others[name]
@@ -132,7 +134,7 @@ class Bench:
         server, requests = self.sides[side]
         server.resume()
         try:
-            asyncio.run(closed_loop(server.port, requests, CLIENTS, WARM_S))
+            warm(server, requests)
             self.windows[name].append(measured(server, lambda: load(server.port, requests)))
         finally:
             server.pause()
@@ -171,6 +173,14 @@ class Bench:
             "sides": sides,
             "ratios": {name: {"measured": round(value, 3), "goal": goal} for name, (value, goal) in ratios.items()},
         }
+
+
+def warm(server: Server, requests: list[bytes]) -> None:
+    """Ask until all is answered: HAProxy asks a replica that was suspended only when it has seen it answer. SystemExit after a minute."""
+    deadline = time.monotonic() + 60
+    while any(reply.status != 200 for reply in asyncio.run(closed_loop(server.port, requests, CLIENTS, WARM_S))):
+        if time.monotonic() > deadline:
+            raise SystemExit("a server that was suspended does not answer any more")
 
 
 def measured(server: Server, load: Callable[[], Awaitable[list[Reply]]]) -> dict[str, Any]:

@@ -1,12 +1,14 @@
-"""What ``serve.py`` compares with: the same bundle behind LitServe, behind FastAPI one request at a time, and without any HTTP.
+"""What ``serve.py`` compares with: the same bundle behind LitServe, behind FastAPI one request at a time, without any HTTP; and HTTP without it.
 
-Run by ``serve.py``: python benchmarks/serving_sides.py litserve|fastapi BUNDLE ENGINE PORT, or limit BUNDLE ENGINE FACES
+Run by ``serve.py``: python benchmarks/serving_sides.py litserve|fastapi BUNDLE ENGINE PORT, limit BUNDLE ENGINE FACES or constant PORT
 """
 
 from __future__ import annotations
 
+import os
 import statistics
 import sys
+import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -20,8 +22,11 @@ from fastapi import FastAPI, UploadFile
 from serving import BATCH, predictor_of
 
 from rafce_ray.decode import decode_face
+from rafce_ray.serve.fast_path import fast_path
 
 WAIT_S = 0.005
+ANSWER_BYTES = 3000
+"""About as long as the endpoint's answer for one face."""
 
 
 class FaceApi(litserve.LitAPI):
@@ -71,6 +76,38 @@ def serve_fastapi(bundle: str, engine: str, port: int) -> None:
     uvicorn.run(app, host="127.0.0.1", port=port, log_level="error", access_log=False)
 
 
+def serve_constant(port: int) -> None:
+    """Bytes that never change from Ray Serve, on the path that ``rafce serve`` takes: what any endpoint of Serve costs at least."""
+    answer = b"x" * ANSWER_BYTES
+
+    async def application(scope, receive, send) -> None:
+        if scope["type"] != "http":
+            return
+        while (await receive()).get("more_body", False):
+            pass
+        length = str(len(answer)).encode()
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", length)]})
+        await send({"type": "http.response.body", "body": answer})
+
+    with tempfile.TemporaryDirectory(prefix="rafce", dir="/tmp") as folder:
+        os.environ.update(fast_path(Path(folder), host="127.0.0.1"))
+        # Ray reads the environment when it is imported.
+        import ray
+        from ray import serve
+
+        ray.init("local", include_dashboard=False, log_to_driver=False)
+        serve.start(http_options={"host": "127.0.0.1", "port": port})
+
+        @serve.ingress(lambda: application)
+        class Constant:
+            pass
+
+        quiet = {"enable_access_log": False}
+        serve.run(
+            serve.deployment(Constant).options(max_ongoing_requests=512, logging_config=quiet).bind(), blocking=True
+        )
+
+
 def limit(bundle: str, engine: str, faces: str) -> None:
     """On a line ``BATCH SECONDS``: decode and predict batches for so long, then print images, CPU seconds and median forward seconds.
 
@@ -107,5 +144,7 @@ if __name__ == "__main__":
     side, *rest = sys.argv[1:]
     if side == "limit":
         limit(*rest)
+    elif side == "constant":
+        serve_constant(int(rest[0]))
     else:
         {"litserve": serve_litserve, "fastapi": serve_fastapi}[side](rest[0], rest[1], int(rest[2]))

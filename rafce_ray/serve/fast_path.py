@@ -96,6 +96,10 @@ def variables(folder: Path) -> dict[str, str]:
         "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1000",
         # At Ray's 0.1 s the controller's loop takes 4 % of a core; HAProxy finds by itself what has died.
         "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
+        # By default replicas and proxies hand on what they counted, and the log monitor lists its folder, ten times a second.
+        "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "2000",
+        "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0",
+        "LOG_NAME_UPDATE_INTERVAL_S": "5",
         # Ray's workers run at nice 15: whatever else computes on the machine would come before the requests.
         "RAY_worker_niceness": "0",
         "RAY_SERVE_LOG_TO_STDERR": "0",

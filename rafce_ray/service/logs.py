@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
+import time
 import traceback
 from datetime import UTC, datetime
 from logging.handlers import RotatingFileHandler
@@ -19,6 +21,9 @@ MAX_MESSAGE = 200
 MAX_FILE_BYTES = 2**26
 FILES_KEPT = 4
 """Earlier log files beside the one that is written."""
+
+FLUSH_S = 0.2
+"""Seconds after which a line is in its file at the latest."""
 
 
 class JsonLines(logging.Formatter):
@@ -43,12 +48,45 @@ class JsonLines(logging.Formatter):
         return orjson.dumps(line, default=str).decode()
 
 
-class _SizedFile(RotatingFileHandler):
-    """Looks at the open file's size alone: the standard library's asks the file system and formats each line twice."""
+class _BufferedFile(RotatingFileHandler):
+    """Writes a line at once while it is quiet; where lines come fast, those of ``FLUSH_S`` together, which a process that is killed loses.
 
-    def shouldRollover(self, record: logging.LogRecord) -> bool:
-        """Whether the file is full."""
-        return self.stream is not None and self.stream.tell() >= self.maxBytes
+    A system call lets other threads in, and the event loop would wait for them at every line. A warning is never kept waiting.
+    """
+
+    def __init__(self, file: Path) -> None:
+        super().__init__(file, maxBytes=MAX_FILE_BYTES, backupCount=FILES_KEPT, encoding="utf-8")
+        self._num_characters = file.stat().st_size
+        self._flushed = 0.0
+        self._closing = threading.Event()
+        threading.Thread(target=self._flush_now_and_then, name="log", daemon=True).start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Take a line; begin a new file where this one is full."""
+        try:
+            line = self.format(record) + self.terminator
+            if self._num_characters >= self.maxBytes:
+                self.doRollover()
+                self._num_characters = 0
+            self._num_characters += self.stream.write(line)
+            if record.levelno >= logging.WARNING or time.monotonic() > self._flushed + FLUSH_S:
+                self.flush()
+        except Exception:
+            self.handleError(record)
+
+    def flush(self) -> None:
+        """Write what waits."""
+        super().flush()
+        self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        """Write what waits, and end."""
+        self._closing.set()
+        super().close()
+
+    def _flush_now_and_then(self) -> None:
+        while not self._closing.wait(FLUSH_S):
+            self.flush()
 
 
 def log_as_json(stream: TextIO | None = None, file: Path | None = None) -> None:
@@ -60,11 +98,11 @@ def log_as_json(stream: TextIO | None = None, file: Path | None = None) -> None:
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr if stream is None else stream)]
     if file is not None:
         handlers[0].setLevel(logging.WARNING)
-        handlers.append(_SizedFile(file, maxBytes=MAX_FILE_BYTES, backupCount=FILES_KEPT, encoding="utf-8"))
+        handlers.append(_BufferedFile(file))
     for handler in handlers:
         handler.setFormatter(JsonLines())
-    for handler in logger.handlers:
+    before, logger.handlers = logger.handlers, handlers
+    for handler in before:
         handler.close()
-    logger.handlers = handlers
     logger.propagate = False
     logger.setLevel(logging.INFO)

@@ -2,6 +2,7 @@ import io
 import json
 import logging
 import sys
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -72,8 +73,35 @@ def test_a_full_file_is_kept_beside_and_no_line_is_lost(tmp_path, monkeypatch):
     log_as_json(io.StringIO(), tmp_path / "service.log")
     for number in range(20):
         logging.getLogger(LOGGER).info("request", extra={"fields": {"number": number}})
+    log_as_json(io.StringIO())
     kept = sorted(tmp_path.iterdir(), reverse=True)
     assert len(kept) > 1
     assert all(path.stat().st_size < 1200 for path in kept)
     numbers = [json.loads(line)["number"] for path in kept for line in path.read_text().splitlines()]
     assert numbers == list(range(20))
+
+
+@pytest.mark.usefixtures("stream")
+def test_lines_that_come_fast_are_written_together_and_none_waits_for_the_next(tmp_path, monkeypatch):
+    file = tmp_path / "service.log"
+
+    def events() -> list[str]:
+        return [json.loads(line)["event"] for line in file.read_text().splitlines()]
+
+    logger = logging.getLogger(LOGGER)
+    monkeypatch.setattr(logs, "FLUSH_S", 600)
+    log_as_json(io.StringIO(), file)
+    for event in ("alone", "fast", "faster"):
+        logger.info(event)
+    assert events() == ["alone"]
+    logger.warning("slow")
+    assert events() == ["alone", "fast", "faster", "slow"]
+
+    monkeypatch.setattr(logs, "FLUSH_S", 0.05)
+    log_as_json(io.StringIO(), file)
+    logger.info("alone")
+    logger.info("last")
+    deadline = time.monotonic() + 30
+    while events()[-1] != "last" and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert events()[-2:] == ["alone", "last"]
