@@ -115,6 +115,8 @@ class Bench:
             running.callback(self.sides[name][0].stop)
         self.eight = [post("/v1/predict", *form(*self.faces[at : at + 8], options=ALIGNED)) for at in range(0, 32, 8)]
         self.windows: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        for server, requests in self.sides.values():
+            warm(server, requests)
         for server, _ in self.sides.values():
             server.pause()
 

@@ -11,12 +11,10 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections import defaultdict
 from contextlib import suppress
 from dataclasses import dataclass
-from http import HTTPStatus
 from pathlib import Path
 
 import psutil
@@ -179,10 +177,6 @@ def start_side(side: str, *arguments: str) -> Server:
     while time.monotonic() < deadline and server.process.poll() is None:
         try:
             urllib.request.urlopen(f"http://127.0.0.1:{port}/docs", timeout=5)
-        except urllib.error.HTTPError as error:
-            if error.code != HTTPStatus.SERVICE_UNAVAILABLE:
-                return server
-            time.sleep(0.5)
         except OSError:
             time.sleep(0.5)
         else:

@@ -68,6 +68,7 @@ class _BufferedFile(RotatingFileHandler):
             if self._num_characters >= self.maxBytes:
                 self.doRollover()
                 self._num_characters = 0
+            assert self.stream is not None, "open until close()"
             self._num_characters += self.stream.write(line)
             if record.levelno >= logging.WARNING or time.monotonic() > self._flushed + FLUSH_S:
                 self.flush()
