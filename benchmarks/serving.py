@@ -116,7 +116,7 @@ class Server:
     def pause(self) -> None:
         """Let none of its processes run until :meth:`resume`: idle servers take a tenth of a core each.
 
-        But for HAProxy, which takes nothing while it is idle and ends itself when it finds that it has stood still.
+        But for HAProxy, which takes nothing while it is idle: suspended with all else, it was gone at times when they went on.
         """
         for process, part in self.parts():
             if part != "proxy":
