@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import threading
 import time
@@ -57,7 +58,8 @@ class _BufferedFile(RotatingFileHandler):
     def __init__(self, file: Path) -> None:
         super().__init__(file, maxBytes=MAX_FILE_BYTES, backupCount=FILES_KEPT, encoding="utf-8")
         self._num_characters = file.stat().st_size
-        self._flushed = 0.0
+        self._flushed = -math.inf
+        self._waiting = False
         self._closing = threading.Event()
         threading.Thread(target=self._flush_now_and_then, name="log", daemon=True).start()
 
@@ -70,6 +72,7 @@ class _BufferedFile(RotatingFileHandler):
                 self._num_characters = 0
             assert self.stream is not None, "open until close()"
             self._num_characters += self.stream.write(line)
+            self._waiting = True
             if record.levelno >= logging.WARNING or time.monotonic() > self._flushed + FLUSH_S:
                 self.flush()
         except Exception:
@@ -77,6 +80,8 @@ class _BufferedFile(RotatingFileHandler):
 
     def flush(self) -> None:
         """Write what waits."""
+        # Before: a line that comes meanwhile is one that waits.
+        self._waiting = False
         super().flush()
         self._flushed = time.monotonic()
 
@@ -87,7 +92,8 @@ class _BufferedFile(RotatingFileHandler):
 
     def _flush_now_and_then(self) -> None:
         while not self._closing.wait(FLUSH_S):
-            self.flush()
+            if self._waiting:
+                self.flush()
 
 
 def log_as_json(stream: TextIO | None = None, file: Path | None = None) -> None:

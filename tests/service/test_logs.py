@@ -97,11 +97,14 @@ def test_lines_that_come_fast_are_written_together_and_none_waits_for_the_next(t
     logger.warning("slow")
     assert events() == ["alone", "fast", "faster", "slow"]
 
-    monkeypatch.setattr(logs, "FLUSH_S", 0.05)
+    monkeypatch.setattr(logs, "FLUSH_S", 0.5)
     log_as_json(io.StringIO(), file)
+    logger.info("earlier")
+    time.sleep(1.6)
     logger.info("alone")
+    assert events()[-1] == "alone"
     logger.info("last")
     deadline = time.monotonic() + 30
     while events()[-1] != "last" and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert events()[-2:] == ["alone", "last"]
+    assert events()[-3:] == ["earlier", "alone", "last"]
