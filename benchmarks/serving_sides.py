@@ -5,10 +5,9 @@ Run by ``serve.py``: python benchmarks/serving_sides.py litserve|fastapi BUNDLE 
 
 from __future__ import annotations
 
-import os
+import signal
 import statistics
 import sys
-import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +21,7 @@ from fastapi import FastAPI, UploadFile
 from serving import BATCH, predictor_of
 
 from rafce_ray.decode import decode_face
-from rafce_ray.serve.fast_path import fast_path
+from rafce_ray.serve.command import ray_serve
 
 WAIT_S = 0.005
 ANSWER_BYTES = 3000
@@ -89,23 +88,17 @@ def serve_constant(port: int) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", length)]})
         await send({"type": "http.response.body", "body": answer})
 
-    with tempfile.TemporaryDirectory(prefix="rafce", dir="/tmp") as folder:
-        os.environ.update(fast_path(Path(folder), host="127.0.0.1"))
-        # Ray reads the environment when it is imported.
-        import ray
+    with ray_serve("127.0.0.1", port, dashboard=False):
+        # Ray reads the environment, which is there now, when it is imported.
         from ray import serve
-
-        ray.init("local", include_dashboard=False, log_to_driver=False)
-        serve.start(http_options={"host": "127.0.0.1", "port": port})
 
         @serve.ingress(lambda: application)
         class Constant:
             pass
 
         quiet = {"enable_access_log": False}
-        serve.run(
-            serve.deployment(Constant).options(max_ongoing_requests=512, logging_config=quiet).bind(), blocking=True
-        )
+        serve.run(serve.deployment(Constant).options(max_ongoing_requests=512, logging_config=quiet).bind())
+        signal.pause()
 
 
 def limit(bundle: str, engine: str, faces: str) -> None:

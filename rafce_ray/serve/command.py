@@ -60,7 +60,7 @@ def serve_until_stopped(config: ServiceConfig, host: str, port: int, replicas: i
     )
     stop = threading.Event()
     # Again within: Ray takes SIGTERM for itself when it starts.
-    with _stopped_by_signals(stop), _serving(host, port, dashboard), _stopped_by_signals(stop):
+    with _stopped_by_signals(stop), ray_serve(host, port, dashboard), _stopped_by_signals(stop):
         _deploy(config, replicas, stop)
         _wait_until_ready(url, stop)
         if not stop.is_set():
@@ -109,7 +109,7 @@ def _stopped_by_signals(stop: threading.Event) -> Iterator[None]:
 
 
 @contextmanager
-def _serving(host: str, port: int, dashboard: bool) -> Iterator[None]:
+def ray_serve(host: str, port: int, dashboard: bool) -> Iterator[None]:
     """Ray and Serve with the fast path: a cluster of our own, or the one of RAY_ADDRESS; both end with the block."""
     folder = Path(tempfile.mkdtemp(prefix="rafce", dir="/tmp"))
     try:
