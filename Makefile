@@ -3,11 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin
 DEMO := demo
-# One thread a process: tiny networks are slower on several, and two processes that both use all cores crawl.
-# Compiled tests are kept whatever the environment says: compiling them again takes as long as importing torch.
-IN_TWO_PROCESSES := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(RUN)/python -m pytest --numprocesses 2 --dist worksteal
+TIERS := $(RUN)/python tests/support/tiers.py
+# Set by CI: a test that is skipped for want of a program then counts as a failure.
+NOTHING_SKIPPED ?=
 
-.PHONY: install demo test test-fast check format
+.PHONY: install demo test test-fast test-all check format
 
 install: $(VENV)/installed
 
@@ -22,11 +22,13 @@ demo: install
 	RUN=$(RUN) DEMO=$(DEMO) sh demo.sh
 
 test: install
-	$(IN_TWO_PROCESSES) -m "not ray"
-	$(RUN)/python -m pytest -m ray
+	$(TIERS) $(if $(NOTHING_SKIPPED),--nothing-skipped)
 
 test-fast: install
-	$(IN_TWO_PROCESSES) -m "not ray and not slow"
+	$(TIERS) fast
+
+test-all: install
+	$(TIERS) fast slow avx2 avx512-bf16 ray long $(if $(NOTHING_SKIPPED),--nothing-skipped)
 
 check: install
 	$(RUN)/ruff check .

@@ -1,4 +1,4 @@
-"""Shared fixtures: drawn faces and a Ray cluster, each made once a session."""
+"""Shared fixtures: drawn faces and a Ray cluster, each made once a session. And what a test needs of the machine."""
 
 import fcntl
 import gc
@@ -14,6 +14,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from needs import NEEDS
+
+GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")
+# The same figures everywhere: only tests that are about a GPU see one.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 S3_ENVIRONMENT = {
     "AWS_ACCESS_KEY_ID": "testing",
@@ -37,9 +42,25 @@ NOT_NAMES = re.compile(
 )
 NAME = re.compile(r"[a-zA-Z_:][\w:]*(?!\w)(?!\s*\()")
 
-SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
-
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+DEADLINE_S = 240
+"""Only so that a test ends that waits for what does not happen."""
+
+
+RAY_FILES_BY_SECONDS = ("test_guides.py",)
+"""The files of the Ray tier that take longest, which start first, so that both processes end at about the same time."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests whose needs are not met, and put the longest files of the Ray tier first."""
+    is_met = {name: need.is_here() for name, need in NEEDS.items()}
+    for item in items:
+        for name in (name for mark in item.iter_markers("needs") for name in mark.args):
+            if not is_met[name]:
+                item.add_marker(pytest.mark.skip(reason=NEEDS[name].reason))
+    place = {name: number for number, name in enumerate(RAY_FILES_BY_SECONDS)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -48,6 +69,21 @@ def one_thread():
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def bf16_flag():
+    """``RAFCE_TEST_FAST_BF16``: whether PyTorch reports bf16 arithmetic, in the place of what this processor has. Without it, as it is."""
+    if "RAFCE_TEST_FAST_BF16" not in os.environ:
+        yield
+        return
+    import torch
+
+    flags = {"amx_bf16": False, "avx512_bf16": os.environ["RAFCE_TEST_FAST_BF16"] == "1"}
+    reported = {**torch.cpu.get_capabilities(), **flags}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cpu, "get_capabilities", lambda: dict(reported))
+        yield
 
 
 def pytest_collection_finish() -> None:
@@ -110,6 +146,8 @@ def tiny_overrides(drawn_faces: Path, store_dir: Path) -> list[str]:
         "optim.lr=1e-3",
         "optim.gap_images=32",
         "run.use_gpu=false",
+        # By itself a run chooses its precision by the processor, and these figures are compared with fp32's.
+        "run.precision=fp32",
     ]
 
 
@@ -282,16 +320,26 @@ def metric_names() -> Callable[[str], set[str]]:
 
 
 @pytest.fixture(scope="session")
-def ray_cluster_of_tests():
-    """One local Ray cluster with a dashboard for all tests that need one, under a short private folder."""
+def ray_cluster_of_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of one local Ray cluster with a dashboard for all tests that need one, under a short private folder.
+
+    Code in this process is connected to it. A test has a cluster of its own only where it breaks the cluster itself, or serves.
+    """
+    import matplotlib
+
     with tempfile.TemporaryDirectory(prefix="r", dir="/tmp", ignore_cleanup_errors=True) as folder:
         os.environ |= {
+            # Copies of decoded stores and the like go to a home that ends with the session.
+            "HOME": str(tmp_path_factory.mktemp("home")),
+            "MPLCONFIGDIR": matplotlib.get_cachedir(),
             "RAY_TMPDIR": folder,
             "RAY_AUTH_MODE": "disabled",
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
             "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",
-            "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "20",
+            "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "10",
+            # One process fewer a run: no machine here is taken away.
+            "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
             # What processes measure is exported every second: a test need not wait for ten.
             "RAY_metrics_report_interval_ms": "1000",
             # Its workers read from the session's S3 server, too.
@@ -302,5 +350,48 @@ def ray_cluster_of_tests():
         ray.init(
             address="local", num_cpus=4, log_to_driver=False, logging_level="ERROR", object_store_memory=200 * 2**20
         )
-        yield
+        yield ray.get_runtime_context().gcs_address
         ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def on_the_cluster(ray_cluster_of_tests: str) -> dict[str, str]:
+    """The environment of commands that join the session's cluster."""
+    return os.environ | {"RAY_ADDRESS": ray_cluster_of_tests, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def on_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The environment of a program that starts a cluster of its own, of which nothing is left in the folders of another one."""
+    with tempfile.TemporaryDirectory(prefix="o", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        kept = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+        own = {
+            "RAY_TMPDIR": folder,
+            "RAY_AUTH_MODE": "disabled",
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "OMP_NUM_THREADS": "1",
+        }
+        yield kept | own | {"HOME": str(tmp_path_factory.mktemp("home"))}
+
+
+@pytest.fixture(scope="module")
+def with_gpus(on_its_own: dict[str, str]) -> dict[str, str]:
+    """:func:`on_its_own` with the machine's GPUs, which are hidden from all other tests."""
+    without = {key: value for key, value in on_its_own.items() if key != "CUDA_VISIBLE_DEVICES"}
+    return without if GPUS is None else without | {"CUDA_VISIBLE_DEVICES": GPUS}
+
+
+@pytest.fixture(scope="session")
+def until() -> Callable[..., None]:
+    """``until(condition, describe, program=None)``: waits; fails with ``describe()`` where the program ends before, or after minutes."""
+
+    def wait(
+        condition: Callable[[], object], describe: Callable[[], object] = str, program: subprocess.Popen | None = None
+    ) -> None:
+        deadline = time.monotonic() + DEADLINE_S
+        while not condition():
+            assert program is None or program.poll() is None, f"it ended before: {describe()}"
+            assert time.monotonic() < deadline, f"it did not happen within {DEADLINE_S} s: {describe()}"
+            time.sleep(0.05)
+
+    return wait

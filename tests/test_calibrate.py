@@ -23,6 +23,8 @@ from rafce_ray.calibration import Calibration, Outputs, calibrated
 from rafce_ray.config import load_config
 from rafce_ray.reliability import reliability_figures
 
+pytestmark = pytest.mark.numeric
+
 NAN = math.nan
 
 

@@ -8,6 +8,8 @@ import pytest
 from rafce_ray.calibration import Calibration, Outputs
 from rafce_ray.canary import Canary, check_canary, draw_images, largest_difference
 
+pytestmark = pytest.mark.numeric
+
 PLAIN = Calibration(1.0, (0.5,))
 
 

@@ -2,10 +2,8 @@
 
 import json
 import math
-import os
 import subprocess
 import sys
-import tempfile
 from itertools import groupby
 
 import pytest
@@ -15,7 +13,7 @@ from rafce_ray.data.dataset import open_dataset, prepare
 from rafce_ray.data.loader import tally
 from rafce_ray.run_folder import RunFolder
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.long]
 
 EPOCHS = 24
 CHECKPOINT_EVERY_STEPS = 2
@@ -67,7 +65,7 @@ raise SystemExit(ended[0] if ended else 1)
 
 
 @pytest.fixture(scope="module")
-def run(tiny_overrides, tmp_path_factory) -> tuple[RunFolder, str]:
+def run(tiny_overrides, on_its_own, tmp_path_factory) -> tuple[RunFolder, str]:
     """The folder of a run on two machines, of which one dies and another one comes; and what its terminal showed."""
     storage = tmp_path_factory.mktemp("elastic")
     folder = RunFolder(str(storage / "run"))
@@ -82,17 +80,14 @@ def run(tiny_overrides, tmp_path_factory) -> tuple[RunFolder, str]:
         f"optim.epochs={EPOCHS}",
         f"optim.patience={EPOCHS}",
     ]
-    with tempfile.TemporaryDirectory(prefix="r", dir="/tmp", ignore_cleanup_errors=True) as place:
-        alone = {"RAY_TMPDIR": place, "RAY_AUTH_MODE": "disabled", "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "3"}
-        environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | alone
-        done = subprocess.run(
-            [sys.executable, "-c", A_NODE_COMES_AND_GOES, folder.place, *arguments],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=400,
-            check=False,
-        )
+    done = subprocess.run(
+        [sys.executable, "-c", A_NODE_COMES_AND_GOES, folder.place, *arguments],
+        env=on_its_own | {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "3"},
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     return folder, done.stderr
 

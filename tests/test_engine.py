@@ -24,6 +24,8 @@ from rafce_ray.errors import GateError, RafceError
 from rafce_ray.run_folder import RunFolder
 from rafce_ray.session import Job, LocalSession
 
+pytestmark = pytest.mark.numeric
+
 
 def make_job(overrides: list[str], run_dir: Path) -> Job:
     config = load_config(overrides=overrides)

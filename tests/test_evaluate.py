@@ -21,6 +21,8 @@ from rafce_ray.predict import Predictor
 from rafce_ray.preprocess import Preprocessing
 from rafce_ray.taxonomy import RAFCE_EMOTIONS, SEED18, make_taxonomy
 
+pytestmark = pytest.mark.numeric
+
 TAXONOMY = make_taxonomy(tuple(RAFCE_EMOTIONS), SEED18)
 
 

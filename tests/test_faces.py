@@ -1,19 +1,14 @@
 """Faces in photographs: found once each, aligned as the training images are, nothing seen where there is none."""
 
-from pathlib import Path
-
 import cv2
 import numpy as np
 import pytest
+from needs import PHOTOGRAPHS
 
 from rafce_ray.decode import decode_face, decode_image
 from rafce_ray.errors import UsageError
 from rafce_ray.faces import EYES_IN_CROP, Box, CascadeFinder, align_face, build_face_finder, given_face
 
-SHARED = Path(__file__).parents[1] / ".." / "shared" / "data"
-needs_photos = pytest.mark.skipif(
-    not (SHARED / "photos").is_dir(), reason="the photographs of ../shared/data are not here"
-)
 PHOTOS = {
     "cc0_lisa1.jpg": (300, 423),
     "cc0_lisa3.jpg": (311, 352),
@@ -31,7 +26,7 @@ def finder() -> CascadeFinder:
 
 
 def photo(name: str) -> np.ndarray:
-    return decode_image((SHARED / "photos" / name).read_bytes())
+    return decode_image((PHOTOGRAPHS / "photos" / name).read_bytes())
 
 
 def turned(picture: np.ndarray, degrees: float) -> np.ndarray:
@@ -40,7 +35,7 @@ def turned(picture: np.ndarray, degrees: float) -> np.ndarray:
     return cv2.warpAffine(picture, turn, (width, height), borderMode=cv2.BORDER_REFLECT)
 
 
-@needs_photos
+@pytest.mark.needs("photographs")
 @pytest.mark.parametrize("name", PHOTOS)
 def test_one_face_a_photograph(finder, name):
     picture = photo(name)
@@ -56,12 +51,12 @@ def test_one_face_a_photograph(finder, name):
     assert box.y + box.height <= len(picture)
 
 
-@needs_photos
+@pytest.mark.needs("photographs")
 @pytest.mark.parametrize(("name", "aligned"), [("ccby_neutral_004.jpg", "0007"), ("ccby_smiling_004.jpg", "0008")])
 @pytest.mark.parametrize("degrees", [0, 15, -25])
 def test_aligned_as_the_training_image_of_the_same_photograph(finder, name, aligned, degrees):
     (face,) = finder.find(turned(photo(name), degrees), 100)
-    wanted = decode_face((SHARED / "london_smiles" / "aligned" / f"{aligned}_aligned.jpg").read_bytes(), 100)
+    wanted = decode_face((PHOTOGRAPHS / "london_smiles" / "aligned" / f"{aligned}_aligned.jpg").read_bytes(), 100)
     grey = [cv2.cvtColor(one, cv2.COLOR_RGB2GRAY) for one in (wanted, face.pixels)]
     correlation, residual = cv2.findTransformECC(*grey, np.eye(2, 3, dtype=np.float32), cv2.MOTION_AFFINE)
     assert correlation > 0.97
@@ -70,7 +65,7 @@ def test_aligned_as_the_training_image_of_the_same_photograph(finder, name, alig
     assert np.degrees(np.arctan2(residual[1, 0], residual[0, 0])) == pytest.approx(0, abs=3)
 
 
-@needs_photos
+@pytest.mark.needs("photographs")
 def test_several_faces_largest_first(finder):
     names = ["cc0_zoom_60cm.jpg", "cc0_lisa1.jpg", "cc0_zoom_15cm.jpg"]
     faces = finder.find(np.hstack([photo(name) for name in names]), 64)
@@ -81,7 +76,7 @@ def test_several_faces_largest_first(finder):
     assert faces[0].pixels.shape == (64, 64, 3)
 
 
-@needs_photos
+@pytest.mark.needs("photographs")
 def test_the_box_is_in_pixels_of_the_photograph_however_large(finder):
     picture = photo("ccby_neutral_004.jpg")
     (small,) = finder.find(picture, 100)
@@ -91,7 +86,7 @@ def test_the_box_is_in_pixels_of_the_photograph_however_large(finder):
     assert np.abs(small.pixels.astype(int) - large.pixels).mean() < 8
 
 
-@needs_photos
+@pytest.mark.needs("photographs")
 def test_a_covered_face_is_no_face(finder):
     picture = photo("ccby_neutral_004.jpg")
     picture[150:600, 180:620] = picture[5, 5]

@@ -242,7 +242,7 @@ def walk_to(ray_cluster_of_tests, tmp_path_factory: pytest.TempPathFactory) -> I
 
 
 @pytest.mark.ray
-@pytest.mark.skipif(shutil.which("curl") is None, reason="the pages ask with curl, which is not installed")
+@pytest.mark.needs("curl")
 @pytest.mark.parametrize("page", GUIDES)
 def test_the_commands_of_a_page_do_what_it_says(page: str, walk_to: Callable[[str], None]):
     walk_to(page)

@@ -3,18 +3,17 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from processes import kill_all
 from serving import free_port
 
 from rafce_ray.study.trials import read_trials
@@ -24,7 +23,7 @@ REPOSITORY = Path(__file__).parents[1]
 PROGRAMS = Path(sys.executable).parent
 DEADLINE_S = 150
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.long]
 
 
 @pytest.fixture(scope="module")
@@ -59,13 +58,7 @@ def cluster() -> Iterator[tuple[Path, dict[str, str]]]:
         yield folder, environment
     finally:
         for node in reversed(nodes):
-            node.terminate()
-        for node in nodes:
-            with suppress(subprocess.TimeoutExpired):
-                node.wait(30)
-            with suppress(ProcessLookupError):
-                os.killpg(node.pid, signal.SIGKILL)
-            node.wait()
+            kill_all(node)
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -27,6 +27,8 @@ from rafce_ray.losses import (
 from rafce_ray.model import Logits
 from rafce_ray.taxonomy import RAFCE_EMOTIONS, SEED18, make_taxonomy
 
+pytestmark = pytest.mark.numeric
+
 RAFCE = make_taxonomy(tuple(RAFCE_EMOTIONS), SEED18)
 NAN = math.nan
 

@@ -27,6 +27,8 @@ from rafce_ray.optim import build_optimizer
 from rafce_ray.taxonomy import RAFCE_EMOTIONS, SEED18, Taxonomy, make_taxonomy
 from rafce_ray.trunk import build_trunk
 
+pytestmark = pytest.mark.numeric
+
 RAFCE = make_taxonomy(tuple(RAFCE_EMOTIONS), SEED18)
 NAN = math.nan
 

@@ -14,6 +14,8 @@ from rafce_ray.model import build_architecture, build_model
 from rafce_ray.optim import AveragedWeights, build_ema, build_optimizer, learning_rate
 from rafce_ray.taxonomy import make_taxonomy
 
+pytestmark = pytest.mark.numeric
+
 TAXONOMY = make_taxonomy(("happily surprised", "sadly angry"), (1, 12))
 
 

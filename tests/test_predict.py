@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from needs import PHOTOGRAPHS
 from PIL import Image
 
 from rafce_ray import prediction_output
@@ -25,10 +26,8 @@ from rafce_ray.predict import LoadedFile, Predictor, main, predict_files
 from rafce_ray.preprocess import Preprocessing, preprocess
 from rafce_ray.taxonomy import make_taxonomy
 
-SHARED = Path(__file__).parents[1] / ".." / "shared" / "data"
-needs_photos = pytest.mark.skipif(
-    not (SHARED / "photos").is_dir(), reason="the photographs of ../shared/data are not here"
-)
+pytestmark = pytest.mark.numeric
+
 PX = 40
 
 
@@ -309,15 +308,15 @@ def test_a_picture_without_a_face_says_so(capsys, bundle_path, tmp_path):
     assert "2 without a face" in said
 
 
-@needs_photos
+@pytest.mark.needs("photographs")
 def test_photographs_give_one_face_each_and_exif_turns_them(capsys, bundle_path, tmp_path):
-    code, rows, _ = run(capsys, "--bundle", bundle_path, SHARED / "photos")
+    code, rows, _ = run(capsys, "--bundle", bundle_path, PHOTOGRAPHS / "photos")
     assert code == 0
     assert [len(row["faces"]) for row in rows] == [1] * 6
     assert {row["faces"][0]["alignment"] for row in rows} == {"eyes"}
     exif = Image.Exif()
     exif[0x0112] = 6
-    with Image.open(SHARED / "photos" / "cc0_zoom_60cm.jpg") as picture:
+    with Image.open(PHOTOGRAPHS / "photos" / "cc0_zoom_60cm.jpg") as picture:
         picture.rotate(90, expand=True).save(tmp_path / "lying.png", exif=exif)
     _, (lying,), _ = run(capsys, "--bundle", bundle_path, tmp_path / "lying.png")
     upright = next(row for row in rows if row["path"].endswith("zoom_60cm.jpg"))
@@ -325,9 +324,9 @@ def test_photographs_give_one_face_each_and_exif_turns_them(capsys, bundle_path,
     assert lying["faces"] == upright["faces"]
 
 
-@needs_photos
+@pytest.mark.needs("photographs")
 def test_one_face_in_many_encodings(predictor, tmp_path):
-    content = (SHARED / "london_smiles" / "aligned" / "0008_aligned.jpg").read_bytes()
+    content = (PHOTOGRAPHS / "london_smiles" / "aligned" / "0008_aligned.jpg").read_bytes()
     expected = predictor.probabilities(decode_face(content, PX)[None])
     with Image.open(io.BytesIO(content)) as picture:
         variants = {

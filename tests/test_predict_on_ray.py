@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections import Counter
@@ -59,7 +58,7 @@ def assert_same_rows(found: list[dict], expected: list[dict]) -> None:
 
 
 def test_a_run_whose_driver_and_worker_were_killed_says_what_local_prediction_says(
-    images, write_bundle, tmp_path, ray_cluster_of_tests, capsys
+    images, write_bundle, tmp_path, on_the_cluster, until, capsys
 ):
     bundle, out = write_bundle(tmp_path / "bundle"), tmp_path / "out"
     common = ["--bundle", str(bundle), str(images), "--faces", "aligned"]
@@ -72,23 +71,18 @@ def test_a_run_whose_driver_and_worker_were_killed_says_what_local_prediction_sa
     local = [sys.executable, "-c", without_ray, *common, "--out", str(tmp_path / "local.parquet")]
     subprocess.run(local, check=True, capture_output=True)
 
-    with tempfile.TemporaryDirectory(prefix="r", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | {"RAY_TMPDIR": folder}
-        driver = subprocess.Popen(
-            [sys.executable, "-m", "rafce_ray.predict", *command],
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
-        )
-        deadline = time.monotonic() + 240
-        while not list(out.glob("predictions/part-*")):
-            assert driver.poll() is None, driver.stderr.read().decode()
-            assert time.monotonic() < deadline, "no shard within 240 s"
-            time.sleep(0.005)
-        os.killpg(driver.pid, signal.SIGKILL)
-        driver.communicate()
-        wait_until_unchanged(out / "predictions")
+    driver = subprocess.Popen(
+        [sys.executable, "-m", "rafce_ray.predict", *command],
+        env=on_the_cluster,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    until(lambda: list(out.glob("predictions/part-*")), driver.stderr.read, driver)
+    os.killpg(driver.pid, signal.SIGKILL)
+    driver.communicate()
+    # Its workers live on for a moment.
+    until(lambda: not workers())
     finished = {path: path.stat().st_mtime_ns for path in out.glob("predictions/part-*")}
     assert 0 < len(finished) < 120, "it was to be killed in the middle"
 
@@ -138,22 +132,22 @@ def kill_a_worker(folder: Path, num_before: int, killed: list[int]) -> None:
     while not killed and time.monotonic() < deadline:
         time.sleep(0.01)
         if len(list(folder.glob("part-*"))) > num_before:
-            for one in psutil.Process().children(recursive=True):
-                # Processes come and go meanwhile, and a worker has the name only while it works.
+            for one in workers():
                 with suppress(psutil.NoSuchProcess):
-                    if "ShardPredictor" in " ".join(one.cmdline()):
-                        one.kill()
-                        killed.append(one.pid)
-                        break
+                    one.kill()
+                    killed.append(one.pid)
+                    break
 
 
-def wait_until_unchanged(folder: Path) -> None:
-    """Workers live on for a moment after their driver."""
-    before, deadline = None, time.monotonic() + 60
-    while (now := sorted(os.listdir(folder))) != before:
-        assert time.monotonic() < deadline
-        before = now
-        time.sleep(2)
+def workers() -> list[psutil.Process]:
+    """Processes of this cluster that predict; a worker has the name only while it works."""
+    found = []
+    # Processes come and go meanwhile.
+    for one in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if "ShardPredictor" in " ".join(one.cmdline()):
+                found.append(one)
+    return found
 
 
 def test_images_and_predictions_on_an_object_store(

@@ -7,6 +7,8 @@ from torchvision.transforms import v2
 
 from rafce_ray.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, preprocess, resize_and_normalise, to_unit
 
+pytestmark = pytest.mark.numeric
+
 
 def images(num_images: int = 3, px: int = 20) -> torch.Tensor:
     return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (num_images, px, px, 3)).astype(np.uint8))

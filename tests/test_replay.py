@@ -21,6 +21,8 @@ from rafce_ray.replay import main, plan_replay, train_again
 from rafce_ray.run_folder import RunFolder
 from rafce_ray.study.trials import conclude
 
+pytestmark = pytest.mark.numeric
+
 EPOCH = {
     "epoch": 1,
     "lr": 0.001,

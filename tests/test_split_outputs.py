@@ -7,6 +7,8 @@ from rafce_ray.calibration import Outputs
 from rafce_ray.errors import RafceError
 from rafce_ray.split_outputs import SplitOutputs
 
+pytestmark = pytest.mark.numeric
+
 
 def make(num_images: int, num_emotions: int, num_aus: int) -> SplitOutputs:
     generator = np.random.default_rng(0)

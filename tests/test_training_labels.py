@@ -17,6 +17,8 @@ from rafce_ray.run_folder import RunFolder
 from rafce_ray.session import Job, LocalSession
 from rafce_ray.training import choose_splits, describe_targets, open_for_training
 
+pytestmark = pytest.mark.numeric
+
 ROWS = {
     "train": ["12", "4+12", "null", "4", "null", "null"],
     "test": ["12", "null", "null"],
@@ -112,7 +114,6 @@ def test_each_split_is_read_by_its_policy(policy, evaluation, known, few_faces, 
     np.testing.assert_array_equal(zeros.targets.action_units, expected)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("policy", "evaluation"), [("negative", "mask"), ("mask", "negative")])
 def test_a_bundle_is_measured_by_the_labels_that_chose_its_best_epoch(
     policy, evaluation, tiny_overrides, tmp_path, capsys

@@ -1,11 +1,9 @@
 """Trials on Ray Tune: what a study runs once it does not run again, and a trial is a run like any other."""
 
+import io
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
+from contextlib import redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -34,66 +32,54 @@ def overrides(tiny_overrides, tmp_path_factory) -> list[str]:
     ]
 
 
+@dataclass(frozen=True)
+class Finished:
+    """An ablation that ended, lost the result of one trial and was started again: what was told, and when each result was written, ns."""
+
+    study: StudyFolder
+    out: str
+    lost: str
+    before: dict[str, int]
+    after: dict[str, int]
+
+
 @pytest.fixture(scope="module")
-def killed_and_resumed(overrides) -> tuple[StudyFolder, dict[str, int], subprocess.CompletedProcess]:
-    """An ablation whose driver was killed after its first trial, and then run again: the study, when each result was first written, the second output."""
-    command = [
-        sys.executable,
-        "-m",
-        "rafce_ray.ablate",
-        *overrides,
-        "--arms",
-        ARMS,
-        "--seeds",
-        "1",
-        "--concurrent",
-        "2",
-        "--json",
-    ]
-    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-    study = StudyFolder(str(Path(load_config(overrides=overrides).run.storage) / "study"))
-    driver = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 300
-    while not finished(study):
-        assert time.monotonic() < deadline, "no trial ended within 300 s"
-        time.sleep(0.1)
-    driver.send_signal(signal.SIGKILL)
-    driver.wait()
-    # The killed driver's trials live on until Ray notices that it is gone.
-    time.sleep(10)
-    before = finished(study)
-    again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
-    return study, before, again
+def finished(overrides, ray_cluster_of_tests) -> Finished:
+    command = [*overrides, "--arms", ARMS, "--seeds", "1", "--concurrent", "2", "--json"]
+    study, lost = StudyFolder(str(Path(load_config(overrides=overrides).run.storage) / "study")), "seed_fixed-seed0"
+    assert ablate.main(command) == 0
+    before = results(study)
+    # A driver that is killed leaves trials without a result; that of a study is killed in tests/test_tune_studies.py.
+    (study.trial(lost).location / "result.json").delete()
+    with io.StringIO() as told:
+        with redirect_stdout(told):
+            assert ablate.main(command) == 0
+        return Finished(study, told.getvalue(), lost, before, results(study))
 
 
-def finished(study: StudyFolder) -> dict[str, int]:
+def results(study: StudyFolder) -> dict[str, int]:
     """When the result of each finished trial was written, ns."""
-    found = {}
-    for name in study.trial_names():
-        size, written = study.trial(name).stamp("result.json")
-        if size is not None:
-            found[name] = written
-    return found
+    found = {name: study.trial(name).stamp("result.json") for name in study.trial_names()}
+    return {name: written for name, (size, written) in found.items() if size is not None}
 
 
-def test_a_killed_ablation_goes_on_and_runs_no_finished_trial_again(killed_and_resumed):
-    study, before, again = killed_and_resumed
-    assert again.returncode == 0, again.stderr
-    assert again.stdout.startswith("# Ablation"), "standard output is for the result alone"
-    after = finished(study)
-    assert 1 <= len(before) < len(after) == 4
-    assert {name: after[name] for name in before} == before
+def test_an_ablation_goes_on_and_runs_no_finished_trial_again(finished):
+    study = finished.study
+    assert finished.out.startswith("# Ablation"), "standard output is for the result alone"
+    assert len(finished.before) == len(finished.after) == 4
+    again = {name for name, written in finished.after.items() if finished.before[name] != written}
+    assert again == {finished.lost}
     assert len(json.loads((study.location / "ablation.json").read_bytes())["arms"]) == 4
-    for name in after:
+    for name in finished.after:
         epochs = [record["epoch"] for record in study.trial(name).metrics()]
         assert epochs == list(range(1, len(epochs) + 1))
         assert not study.trial(name).checkpoints.exists(), "the checkpoints of a finished trial are not kept"
         assert study.trial(name).bundle.exists()
 
 
-def test_the_seeds_recipe_reaches_the_seeds_au_f1_and_reading_the_labels_is_what_changes(killed_and_resumed):
-    study, _, again = killed_and_resumed
-    arms = json.loads(again.stdout.splitlines()[-1])["arms"]
+def test_the_seeds_recipe_reaches_the_seeds_au_f1_and_reading_the_labels_is_what_changes(finished):
+    study = finished.study
+    arms = json.loads(finished.out.splitlines()[-1])["arms"]
     assert [f"{value:.4f}" for value in arms["seed_before"]["figures"]["au_f1"]["values"]] == ["0.0000"]
     assert arms["emotion-only"]["figures"]["au_f1"]["mean"] is None
     targets = study.trial("seed_before-seed0").targets()
@@ -103,13 +89,13 @@ def test_the_seeds_recipe_reaches_the_seeds_au_f1_and_reading_the_labels_is_what
     assert "| arm | against |" in (study.location / "ablation.md").read_bytes().decode()
 
 
-def test_a_trial_trains_what_its_folder_says_and_its_figures_are_those_of_a_plain_loop(killed_and_resumed, tmp_path):
+def test_a_trial_trains_what_its_folder_says_and_its_figures_are_those_of_a_plain_loop(finished, tmp_path):
     from rafce_ray.console import to_json
     from rafce_ray.data.dataset import prepare
     from rafce_ray.engine import fit
     from rafce_ray.session import Job, LocalSession
 
-    study, _, _ = killed_and_resumed
+    study = finished.study
     trial = study.trial("labels-read-seed0")
     config = trial.config()
     assert (config.run.seed, config.data.action_unit_targets, config.loss.au_weight) == (0, "labels", 0.5)
@@ -118,7 +104,7 @@ def test_a_trial_trains_what_its_folder_says_and_its_figures_are_those_of_a_plai
     assert json.loads(to_json(plain["metrics"])) == trial.result()["metrics"]
 
 
-def test_another_size_under_the_same_name_is_refused(killed_and_resumed, overrides):
+def test_another_size_under_the_same_name_is_refused(finished, overrides):
     with pytest.raises(UsageError, match=r"optim\.epochs 4 there, 5 here"):
         ablate.ablate(load_config(overrides=[*overrides, "optim.epochs=5"]), seeds=1, only=["labels-read"])
     with pytest.raises(UsageError, match=r"--minority: \['jolly'\] are no classes"):

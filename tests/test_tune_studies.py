@@ -1,26 +1,36 @@
-"""Whole studies by the command itself: interrupted, killed, stopped, crashed, on a cluster that loses a node."""
+"""Whole studies by the command itself: undisturbed on a disk; on an object store interrupted, killed, finished and promoted; with a crash."""
 
 import json
 import os
 import signal
 import subprocess
 import sys
-import time
+import threading
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import yaml
 
 from rafce_ray.bundle import load_bundle
+from rafce_ray.checkpoint import newest_valid
+from rafce_ray.cli import main as rafce
 from rafce_ray.config import load_config
+from rafce_ray.console import to_json
+from rafce_ray.predict import Predictor, load_file, predict_files
+from rafce_ray.registry.live import read_live
+from rafce_ray.registry.versions import version_folder
+from rafce_ray.storage import locate
 from rafce_ray.study.config import load_study
 from rafce_ray.study.rungs import read_rungs
 from rafce_ray.study.trials import read_trials
 from rafce_ray.study_folder import StudyFolder
+from rafce_ray.tune.command import main as tune_command
+from rafce_ray.tune.command import tune
 
 pytestmark = pytest.mark.ray
 
-DEADLINE_S = 300
+FAULTS = {"faults": 0.05, "seed": 5}
 
 
 @pytest.fixture(scope="module")
@@ -49,34 +59,6 @@ def study_file(tiny_overrides, tmp_path_factory) -> Path:
     return file
 
 
-def command(file: Path, *overrides: str) -> list[str]:
-    return [sys.executable, "-m", "rafce_ray.tune", "--config", str(file), "--json", *overrides]
-
-
-def environment() -> dict[str, str]:
-    return {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | {"OMP_NUM_THREADS": "1"}
-
-
-def run(file: Path, *overrides: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        command(file, *overrides), env=environment(), capture_output=True, text=True, timeout=500, check=False
-    )
-
-
-def start(file: Path, *overrides: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        command(file, *overrides), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-
-
-def wait_for(condition, driver: subprocess.Popen) -> None:
-    deadline = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert driver.poll() is None, driver.stderr.read()
-        assert time.monotonic() < deadline, "nothing happened"
-        time.sleep(0.05)
-
-
 def num_epochs(study: StudyFolder, name: str) -> int:
     return len(study.trial(name).metrics()) if study.trial(name).exists() else 0
 
@@ -87,11 +69,23 @@ def results(study: StudyFolder) -> dict[str, int]:
     return {name: written for name, (size, written) in found.items() if size is not None}
 
 
+def begun(study: StudyFolder, name: str) -> list[int]:
+    """Processes in which a trial was started."""
+    return [event["pid"] for event in study.trial(name).events() if event["event"] == "started"]
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
 @pytest.fixture(scope="module")
-def undisturbed(study_file) -> tuple[StudyFolder, dict]:
-    done = run(study_file)
-    assert done.returncode == 0, done.stderr
-    return StudyFolder(str(study_file.parent / "undisturbed" / "study")), json.loads(done.stdout)
+def undisturbed(study_file, ray_cluster_of_tests) -> tuple[StudyFolder, dict]:
+    result = json.loads(to_json(tune(load_study(study_file))))
+    return StudyFolder(str(study_file.parent / "undisturbed" / "study")), result
 
 
 def test_a_study_leaves_what_it_promises(undisturbed, study_file):
@@ -136,47 +130,92 @@ def test_only_the_best_trials_keep_their_models(undisturbed):
         assert len(checkpoints) == (1 if one.name in with_model else 0)
 
 
-def test_a_study_that_has_ended_trains_nothing_again(undisturbed, study_file):
+def test_a_study_that_has_ended_trains_nothing_again(undisturbed, study_file, capsys):
     study, result = undisturbed
     before = results(study)
-    again = run(study_file)
-    assert again.returncode == 0, again.stderr
+    assert tune_command(["--config", str(study_file), "--json"]) == 0
+    told = capsys.readouterr()
     assert results(study) == before
-    assert json.loads(again.stdout)["verdict"] == result["verdict"]
-    assert "all 4 trials have ended in an earlier start" in again.stderr
+    assert json.loads(told.out.splitlines()[-1])["verdict"] == result["verdict"]
+    assert "all 4 trials have ended in an earlier start" in told.err
 
 
-def test_interrupted_and_killed_it_goes_on_and_decides_as_the_undisturbed_study_did(undisturbed, study_file):
-    storage = f"storage={study_file.parent / 'disturbed'}"
-    study = StudyFolder(str(study_file.parent / "disturbed" / "study"))
+@dataclass(frozen=True)
+class Disturbed:
+    """A study with data, stores and results on S3, which answers one request in twenty with 503; interrupted, then killed, then finished."""
 
-    driver = start(study_file, storage)
-    wait_for(lambda: num_epochs(study, "trial_0000") >= 1, driver)
-    driver.send_signal(signal.SIGINT)
-    _, said = driver.communicate(timeout=200)
-    assert driver.returncode == 130, said
+    study: StudyFolder
+    interrupted: tuple[int, str]
+    after_interrupt: list[dict]
+    before: dict[str, int]
+    saved: list[dict]
+    rungs: list
+    faults: int
+    finished: subprocess.CompletedProcess
+
+
+@pytest.fixture(scope="module")
+def disturbed(study_file, on_the_cluster, drawn_faces, s3_place, s3_door, until) -> Disturbed:
+    faces = locate(s3_place("studies/faces"))
+    faces.upload(drawn_faces)
+    places = [f"base.data.root={faces}", f"base.data.store_dir={s3_place('studies/stores')}"]
+    storage = s3_place("studies/results")
+    command = [sys.executable, "-m", "rafce_ray.tune", "--config", str(study_file), "--json", *places]
+    command += [f"storage={storage}"]
+    study = StudyFolder(str(locate(storage) / "study"))
+
+    def start() -> subprocess.Popen:
+        return subprocess.Popen(
+            command, env=on_the_cluster, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+
+    with s3_door.orders(**FAULTS):
+        driver = start()
+        until(lambda: num_epochs(study, "trial_0000") >= 1, program=driver)
+        driver.send_signal(signal.SIGINT)
+        _, said = driver.communicate(timeout=200)
+        interrupted = (driver.returncode, said)
+        assert study.trial("trial_0000").result() is None
+        after_interrupt = study.trial("trial_0000").metrics()
+
+        driver = start()
+        until(lambda: num_epochs(study, "trial_0001") >= 2, program=driver)
+        driver.send_signal(signal.SIGKILL)
+        driver.wait()
+        driver.stderr.close()
+        # What the killed driver started lives on until Ray notices that it is gone.
+        pids = [pid for name in study.trial_names() for pid in begun(study, name)]
+        until(lambda: not any(map(is_alive, pids)))
+        # An epoch's figures are written before its checkpoint: the last epoch may not be saved yet.
+        newest, _ = newest_valid(study.trial("trial_0001").checkpoints)
+        saved = study.trial("trial_0001").metrics()[: newest.epoch]
+        before, rungs = results(study), read_rungs(study)
+
+        finished = subprocess.run(command, env=on_the_cluster, capture_output=True, text=True, timeout=300, check=False)
+        faults = s3_door.told()["faults"]
+    return Disturbed(study, interrupted, after_interrupt, before, saved, rungs, faults, finished)
+
+
+def test_an_interrupted_study_says_how_it_goes_on(disturbed):
+    code, said = disturbed.interrupted
+    assert code == 130, said
     assert "every trial finishes its epoch" in said
     assert "the same command goes on" in said
-    assert study.trial("trial_0000").result() is None
-    after_interrupt = study.trial("trial_0000").metrics()
+    assert "Traceback" not in said
 
-    driver = start(study_file, storage)
-    wait_for(lambda: num_epochs(study, "trial_0001") >= 2, driver)
-    driver.send_signal(signal.SIGKILL)
-    driver.wait()
-    driver.stderr.close()
-    # What the killed driver started lives on until Ray notices that it is gone.
-    time.sleep(10)
-    before, saved = results(study), study.trial("trial_0001").metrics()
-    assert "trial_0000" in before
 
-    done = run(study_file, storage)
+def test_interrupted_and_killed_it_goes_on_and_decides_as_the_undisturbed_study_did(disturbed, undisturbed):
+    study, done = disturbed.study, disturbed.finished
     assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
     assert "1 trials have ended, 1 go on" in done.stderr
+    assert disturbed.faults > 5
     after = results(study)
-    assert {name: after[name] for name in before} == before, "a trial that had ended was run again"
-    assert study.trial("trial_0000").metrics()[: len(after_interrupt)] == after_interrupt, "epochs were repeated"
-    assert study.trial("trial_0001").metrics()[: len(saved)] == saved, "epochs were repeated"
+    assert "trial_0000" in disturbed.before
+    assert {name: after[name] for name in disturbed.before} == disturbed.before, "a trial that had ended was run again"
+    for name, kept in (("trial_0000", disturbed.after_interrupt), ("trial_0001", disturbed.saved)):
+        assert study.trial(name).metrics()[: len(kept)] == kept, "epochs were repeated"
+    assert read_rungs(study)[: len(disturbed.rungs)] == disturbed.rungs, "decisions of the first starts stand"
 
     reference, _ = undisturbed
     assert read_rungs(study) == read_rungs(reference)
@@ -184,127 +223,75 @@ def test_interrupted_and_killed_it_goes_on_and_decides_as_the_undisturbed_study_
         assert (mine.name, mine.status, mine.curve) == (theirs.name, theirs.status, theirs.curve)
 
 
-def test_a_crashing_trial_does_not_stop_the_others_and_can_be_tried_again(study_file):
-    overrides = (
+def test_the_study_leaves_its_results_in_the_bucket(disturbed):
+    here, told = disturbed.study.location, json.loads(disturbed.finished.stdout.splitlines()[-1])
+    assert told["bundle"] == str(here / "best")
+    assert load_bundle(told["bundle"]).taxonomy.num_emotions == 14
+    assert b"</html>" in (here / "report.html").read_bytes()
+    assert {"study.json", "study.yaml", "trials.jsonl", "rungs.jsonl", "finalists.json", "best.yaml", "test.json"} <= {
+        info.base_name for info in here.list()
+    }
+    rows = [json.loads(line) for line in (here / "trials.jsonl").read_bytes().decode().splitlines()]
+    assert [row["trial"] for row in rows] == [f"trial_{number:04d}" for number in range(4)]
+    assert any(info.base_name.startswith("events.out.tfevents") for info in (here / "ray").list(recursive=True))
+    assert f"rafce evaluate --bundle '{told['bundle']}'" in disturbed.finished.stderr
+
+
+def test_its_best_bundle_is_promoted_where_the_store_is_busy(disturbed, s3_place, s3_door, drawn_faces):
+    best, place = str(disturbed.study.location / "best"), s3_place("studies/registry")
+    with s3_door.orders(**FAULTS):
+        assert rafce(["bundle", "promote", place, best, "--engine", "torch", "--as", "tiny"]) == 0
+    registry = locate(place)
+    assert read_live(registry).version == "tiny"
+    photo = sorted((drawn_faces / "aligned").iterdir())[0]
+    answers = []
+    for bundle in (load_bundle(best), load_bundle(str(version_folder(registry, "tiny")))):
+        loaded = load_file(photo, finder=None, px=bundle.preprocessing.stored_px)
+        (found,) = predict_files(Predictor(bundle), [loaded], batch_size=1, top_k=3)
+        answers.append(found.to_json())
+    assert answers[0] == answers[1]
+
+
+def test_a_crashing_trial_does_not_stop_the_others_and_can_be_tried_again(
+    study_file, ray_cluster_of_tests, until, capsys
+):
+    overrides = [
         f"storage={study_file.parent / 'crash'}",
         "base.run.max_failures=0",
         "scheduler.type=none",
         "finalists.k=0",
-    )
+    ]
+    command = ["--config", str(study_file), *overrides]
     study = StudyFolder(str(study_file.parent / "crash" / "study"))
-    driver = start(study_file, *overrides)
 
-    def begun() -> bool:
-        return any(event["event"] == "started" for event in study.trial("trial_0001").events())
+    def kill_the_second() -> None:
+        until(lambda: study.trial("trial_0001").exists() and begun(study, "trial_0001"))
+        os.kill(begun(study, "trial_0001")[0], signal.SIGKILL)
 
-    wait_for(lambda: study.trial("trial_0001").exists() and begun(), driver)
-    pid = next(event["pid"] for event in study.trial("trial_0001").events() if event["event"] == "started")
-    os.kill(pid, signal.SIGKILL)
-    _, said = driver.communicate(timeout=300)
-    assert driver.returncode == 0, said
+    killer = threading.Thread(target=kill_the_second)
+    killer.start()
+    assert tune_command(command) == 0
+    killer.join()
     trials = {one.name: one for one in read_trials(study, "emotion_loss")}
     assert trials["trial_0001"].status == "failed"
     assert "died" in trials["trial_0001"].reason
     assert [one.status for name, one in trials.items() if name != "trial_0001"] == ["finished"] * 3
-    assert "1 of 4 trials failed or diverged: trial_0001" in said
+    assert "1 of 4 trials failed or diverged: trial_0001" in capsys.readouterr().err
 
-    done = run(study_file, *overrides)
+    assert tune_command(command) == 0
     assert study.trial("trial_0001").result()["status"] == "failed", "a failed trial is not tried again unasked"
-    argv = [*command(study_file, *overrides), "--retry-failed"]
-    done = subprocess.run(argv, env=environment(), capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
+    assert tune_command([*command, "--retry-failed"]) == 0
     assert study.trial("trial_0001").result()["status"] == "finished"
 
 
-def test_a_dry_run_says_what_would_happen_and_writes_nothing(study_file):
+def test_a_dry_run_says_what_would_happen_and_writes_nothing(study_file, ray_cluster_of_tests, capsys):
     storage = study_file.parent / "dry"
-    argv = [*command(study_file, f"storage={storage}", "name=dry"), "--dry-run"]
-    done = subprocess.run(argv, env=environment(), capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "trials: 4" in done.stderr
-    assert "ASHA compares trials after epochs 1, 2" in done.stderr
-    assert "trial_0001: optim.lr 0.003" in done.stderr
+    dry = ["--config", str(study_file), f"storage={storage}", "name=dry", "--dry-run"]
+    assert tune_command(dry) == 0
+    said = capsys.readouterr().err
+    assert "trials: 4" in said
+    assert "ASHA compares trials after epochs 1, 2" in said
+    assert "trial_0001: optim.lr 0.003" in said
     assert not (storage / "dry").exists()
-    argv = [*command(study_file, f"storage={storage}", "name=dry", "resources.cpus_per_worker=512"), "--dry-run"]
-    refused = subprocess.run(argv, env=environment(), capture_output=True, text=True, timeout=120, check=False)
-    assert refused.returncode == 2
-    assert "a trial wants 1 worker(s) x 512 CPU; the cluster has" in refused.stderr
-
-
-NODE_DIES = """
-import sys, threading, time
-from ray.cluster_utils import Cluster
-from rafce_ray.study_folder import StudyFolder
-
-cluster = Cluster(initialize_head=True, connect=False, head_node_args={"num_cpus": 0, "include_dashboard": False})
-nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
-import os
-os.environ["RAY_ADDRESS"] = cluster.address
-study = StudyFolder(sys.argv[1])
-
-def kill_one_when_two_train():
-    # An epoch's figures are written before its checkpoint: with two epochs told, one is surely saved.
-    while sum(len(study.trial(name).metrics()) > 1 and study.trial(name).result() is None for name in study.trial_names()) < 2:
-        time.sleep(0.1)
-    cluster.remove_node(nodes[0], allow_graceful=False)
-    print("node removed", file=sys.stderr, flush=True)
-
-threading.Thread(target=kill_one_when_two_train, daemon=True).start()
-from rafce_ray.tune.command import main
-code = main(sys.argv[2:])
-cluster.shutdown()
-raise SystemExit(code)
-"""
-
-
-def test_a_study_finishes_when_a_node_of_its_cluster_dies(study_file, tmp_path):
-    study = StudyFolder(str(tmp_path / "study"))
-    arguments = ["--config", str(study_file), f"storage={tmp_path}", "resources.concurrent=2", "base.optim.epochs=24"]
-    arguments += ["scheduler.type=none", "finalists.k=0"]
-    done = subprocess.run(
-        [sys.executable, "-c", NODE_DIES, str(study.location), *arguments],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=550,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "node removed" in done.stderr
-    trials = read_trials(study, "emotion_loss")
-    assert [one.status for one in trials] == ["finished"] * 4
-    for one in trials:
-        assert [epoch for epoch, _ in one.curve] == list(range(1, 25))
-    moved = [event for one in trials for event in study.trial(one.name).events() if event["event"] == "resumed"]
-    assert moved, "no trial went on from its checkpoint"
-
-
-def test_a_study_out_of_time_ends_its_sweep_and_goes_on_with_more(study_file, tmp_path):
-    overrides = [f"storage={tmp_path}", "base.optim.epochs=8", "scheduler.type=none"]
-    short = run(study_file, *overrides, "time_budget_s=3")
-    assert short.returncode == 0, short.stderr
-    assert "the time budget of 3 s is spent" in short.stderr
-    study = StudyFolder(str(tmp_path / "study"))
-    trials = [one for one in read_trials(study, "emotion_loss") if one.plan.role == "sweep"]
-    assert 0 < sum(one.epochs for one in trials) < 32
-    left = [one for one in trials if one.status not in ("finished", "stopped_by_scheduler")]
-    assert left, "the trial that ran can go on"
-    again = run(study_file, *overrides, "time_budget_s=600")
-    assert again.returncode == 0, again.stderr
-    trials = [one for one in read_trials(study, "emotion_loss") if one.plan.role == "sweep"]
-    assert [one.status for one in trials] == ["finished"] * 4
-    for one in trials:
-        assert [epoch for epoch, _ in one.curve] == list(range(1, 9))
-
-
-def test_weights_that_cannot_be_there_are_refused_before_anything_starts(study_file, tmp_path):
-    done = run(
-        study_file,
-        f"storage={tmp_path}",
-        "search=random",
-        "num_trials=8",
-        "space={model.weights: {choice: [none, IMAGENET1K_V7]}}",
-    )
-    assert done.returncode == 2
-    assert "model.weights: found 'IMAGENET1K_V7'" in done.stderr
-    assert not (tmp_path / "study").exists()
+    assert tune_command([*dry, "resources.cpus_per_worker=512"]) == 2
+    assert "a trial wants 1 worker(s) x 512 CPU; the cluster has" in capsys.readouterr().err

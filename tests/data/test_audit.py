@@ -4,6 +4,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from needs import PHOTOGRAPHS
 
 from rafce_ray.config import DataConfig
 from rafce_ray.console import to_json
@@ -11,7 +12,7 @@ from rafce_ray.data import reference
 from rafce_ray.data.audit import Audit, audit, require_trainable
 from rafce_ray.errors import GateError
 
-LONDON = Path(__file__).parents[3] / "shared" / "data" / "london_smiles"
+LONDON = PHOTOGRAPHS / "london_smiles"
 CODES = {"train": 0, "test": 1, "validation": 2}
 
 
@@ -58,7 +59,7 @@ def test_clean_drawn_faces_give_nothing_above_information(drawn_faces):
     )
 
 
-@pytest.mark.skipif(not LONDON.exists(), reason="the shared photographs are not there")
+@pytest.mark.needs("photographs")
 def test_clean_photographs_give_nothing_above_information():
     found = audit(
         DataConfig(root=str(LONDON), emotions=("neutral", "smiling"), action_units=(12,), null_policy="negative")
@@ -66,7 +67,7 @@ def test_clean_photographs_give_nothing_above_information():
     assert found.findings == ()
 
 
-@pytest.mark.skipif(not LONDON.exists(), reason="the shared photographs are not there")
+@pytest.mark.needs("photographs")
 def test_null_read_as_unknown_is_pointed_out_where_no_absence_is_left():
     found = audit(DataConfig(root=str(LONDON), emotions=("neutral", "smiling"), action_units=(12,)), images=False)
     assert alarming(found) == [

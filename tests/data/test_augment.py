@@ -9,6 +9,8 @@ import torch
 from rafce_ray.data.augment import build_augmentation
 from rafce_ray.errors import UsageError
 
+pytestmark = pytest.mark.numeric
+
 
 @pytest.fixture
 def faces() -> torch.Tensor:

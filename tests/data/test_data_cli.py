@@ -1,11 +1,11 @@
 import json
-from pathlib import Path
 
 import pytest
+from needs import PHOTOGRAPHS
 
 from rafce_ray.data.__main__ import main
 
-LONDON = Path(__file__).parents[3] / "shared" / "data" / "london_smiles"
+LONDON = PHOTOGRAPHS / "london_smiles"
 HOW = ["data.emotions=[calm,glad]", "data.action_units=[4,12,25]"]
 
 
@@ -57,7 +57,7 @@ def test_synthesize_draws_says_where_and_can_be_audited(tmp_path, capsys):
     assert main(["synthesize", "--out", str(out), "--num-images", "20"]) == 2
 
 
-@pytest.mark.skipif(not LONDON.exists(), reason="the shared photographs are not there")
+@pytest.mark.needs("photographs")
 def test_photographs_audit_cleanly(capsys):
     how = ["data.emotions=[neutral,smiling]", "data.action_units=[AU12]", "data.null_policy=negative"]
     assert main(["audit", str(LONDON), *how, "--json", "-"]) == 0

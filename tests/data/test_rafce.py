@@ -2,6 +2,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from needs import PHOTOGRAPHS
 
 from rafce_ray.config import DataConfig
 from rafce_ray.data import rafce
@@ -9,7 +10,7 @@ from rafce_ray.data.labels import Labels, read_labels, resolve_targets, resolve_
 from rafce_ray.errors import UsageError
 from rafce_ray.taxonomy import Taxonomy, make_taxonomy
 
-LONDON = Path(__file__).parents[3] / "shared" / "data" / "london_smiles"
+LONDON = PHOTOGRAPHS / "london_smiles"
 
 
 def write(
@@ -193,7 +194,7 @@ def test_an_empty_file_leaves_everything_unknown(tmp_path):
     assert labels.table.to_pylist()[0]["split"] is None
 
 
-@pytest.mark.skipif(not LONDON.exists(), reason="the shared photographs are not there")
+@pytest.mark.needs("photographs")
 def test_london_smiles_reads_cleanly():
     data = DataConfig(root=str(LONDON), emotions=("neutral", "smiling"), action_units=(12,), null_policy="negative")
     labels = read_labels(data)

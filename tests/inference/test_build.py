@@ -14,6 +14,8 @@ from rafce_ray.inference.build import build_engine, check_inputs, missing_packag
 from rafce_ray.inference.engines import TorchEngine
 from rafce_ray.inference.graph import to_openvino
 
+pytestmark = pytest.mark.numeric
+
 CPU = torch.device("cpu")
 
 

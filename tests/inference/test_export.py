@@ -14,6 +14,8 @@ from rafce_ray.inference.engines import TorchEngine
 from rafce_ray.inference.export import export_bundle, main
 from rafce_ray.inference.graph import to_openvino
 
+pytestmark = pytest.mark.numeric
+
 
 def read_openvino(folder, images):
     import openvino

@@ -9,6 +9,8 @@ from rafce_ray.forward import raw_outputs
 from rafce_ray.inference.graph import Graph, output_names, resize_matrix
 from rafce_ray.preprocess import Preprocessing, resize_and_normalise, to_unit
 
+pytestmark = pytest.mark.numeric
+
 
 @pytest.mark.parametrize(("stored_px", "image_px"), [(100, 32), (32, 100), (41, 40)])
 def test_the_matrix_resizes_as_preprocessing_does(stored_px, image_px):

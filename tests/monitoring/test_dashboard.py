@@ -104,7 +104,7 @@ def test_every_alert_says_how_bad_what_and_what_to_do(rules):
         assert len(rule["annotations"]["description"].split()) > 10, rule["alert"]
 
 
-@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not here: apt-get install prometheus")
+@pytest.mark.needs("promtool")
 @pytest.mark.parametrize("file", sorted(path.name for path in MONITORING.glob("alerts*.yaml")))
 def test_prometheus_takes_the_rules(file):
     done = subprocess.run(
@@ -113,7 +113,7 @@ def test_prometheus_takes_the_rules(file):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not here: apt-get install prometheus")
+@pytest.mark.needs("promtool")
 def test_alerts_fire_when_they_should_and_only_then(tmp_path):
     """Prometheus itself evaluates the rules over made-up series (alerts_test.yaml)."""
     shutil.copy(MONITORING / "alerts.yaml", tmp_path)

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -33,6 +32,8 @@ from rafce_ray.train import launch
 pytestmark = pytest.mark.ray
 
 SCRAPE_S = 0.25
+EPOCHS, LONGER = 12, 36
+"""Of the run and the first trial, and of the second trial, which goes on while the first one's figures go."""
 DEADLINE_S = 120
 
 
@@ -100,7 +101,14 @@ def scraper(ray_cluster_of_tests) -> Iterator[Scraper]:
 
 @pytest.fixture(scope="module")
 def overrides(tiny_overrides) -> list[str]:
-    return [*tiny_overrides, "optim.epochs=6", "optim.warmup_epochs=0", "run.cpus_per_worker=1", "run.max_failures=2"]
+    return [
+        *tiny_overrides,
+        f"optim.epochs={EPOCHS}",
+        f"optim.patience={LONGER}",
+        "optim.warmup_epochs=0",
+        "run.cpus_per_worker=1",
+        "run.max_failures=2",
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -118,8 +126,9 @@ def study(scraper, overrides, tmp_path_factory) -> StudyFolder:
 
     study = StudyFolder(str(tmp_path_factory.mktemp("studies") / "sweep"))
     jobs = []
-    for name in ("first", "second"):
-        config = load_config(overrides=[*overrides, f"run.name={name}", f"run.storage={study.trials}"])
+    for name, epochs in (("first", EPOCHS), ("second", LONGER)):
+        of_trial = (f"optim.epochs={epochs}", f"run.name={name}", f"run.storage={study.trials}")
+        config = load_config(overrides=[*overrides, *of_trial])
         prepared = prepare(config.data)
         jobs.append(Job(config, prepared.store_uri, prepared.taxonomy, study.trial(name).place, {}))
         study.trial(name).start(config, {}, {})
@@ -163,10 +172,13 @@ def test_what_is_scraped_is_what_the_run_wrote_down(run, scraper):
         seen, wanted = scraper.values(name, run="shown", **labels), {figure(record) for record in records.values()}
         assert seen, name
         assert seen <= wanted, (name, labels)
-    # Within one scrape the loss is that of the epoch; an export between two settings is the one exception.
+    # Within one scrape the loss is that of the epoch, or of the next one where the export came between the two settings.
     losses = {one.scrape: one.value for one in scraper.of("train_loss", run="shown", split="train", task="total")}
-    pairs = [(losses[one.scrape], records[one.value]["train"]["loss"]) for one in epochs if one.scrape in losses]
-    assert sum(loss == wanted for loss, wanted in pairs) > 0.8 * len(pairs) > 4
+    pairs = [(losses[one.scrape], one.value) for one in epochs if one.scrape in losses]
+    assert any(loss == records[epoch]["train"]["loss"] for loss, epoch in pairs)
+    for loss, epoch in pairs:
+        near = {records[other]["train"]["loss"] for other in (epoch - 1, epoch, epoch + 1) if other in records}
+        assert loss in near, (epoch, loss)
 
 
 def test_an_action_unit_without_positives_is_absent_and_never_zero(run, scraper):
@@ -188,7 +200,7 @@ def test_checkpoints_steps_and_the_waiting_command_are_shown(run, scraper):
     size = pytest.approx(sum(path.stat().st_size for path in files), rel=1e-3)
     assert all(value == size for value in scraper.values("train_checkpoint_bytes", run="shown"))
     assert all(0 < value < 60 for value in scraper.values("train_checkpoint_seconds", run="shown"))
-    assert scraper.values("train_max_epochs", run="shown") == {6.0}
+    assert scraper.values("train_max_epochs", run="shown") == {float(EPOCHS)}
     steps = scraper.of("train_last_step_timestamp_seconds", run="shown")
     assert all(-1 < one.at - one.value < 60 for one in steps)
     assert len({one.value for one in steps}) > 2
@@ -228,8 +240,8 @@ def test_a_study_shows_its_trials_and_the_best_figure_of_them(study, scraper):
 def test_a_process_that_is_used_again_does_not_show_its_earlier_trial(study, scraper):
     first, second = (scraper.of("train_epoch", run=f"sweep/{name}") for name in ("first", "second"))
     assert {one.labels["WorkerId"] for one in second} <= {one.labels["WorkerId"] for one in first}, "not used again"
-    shared = {one.scrape for one in first} & {one.scrape for one in second}
-    assert len(shared) < len(second) / 2
+    # Ray exports once a second: the first one's figures may be there for a while. They must go before the process does.
+    assert max(one.scrape for one in first) < max(one.scrape for one in second)
 
 
 def test_every_metric_of_the_dashboard_and_the_alerts_is_exported(run, study, scraper, expressions, metric_names):
@@ -238,7 +250,7 @@ def test_every_metric_of_the_dashboard_and_the_alerts_is_exported(run, study, sc
     assert {name for name in used if not scraper.seen.get(name)} == set()
 
 
-@pytest.mark.skipif(shutil.which("prometheus") is None, reason="prometheus is not here: apt-get install prometheus")
+@pytest.mark.needs("prometheus")
 def test_prometheus_itself_follows_the_cluster_and_takes_the_alert_rules(study, scraper, rules, tmp_path):
     port = free_port()
     folder = Path(os.environ["RAY_TMPDIR"]) / "ray"

@@ -16,13 +16,6 @@ from rafce_ray.taxonomy import RAFCE_EMOTIONS
 
 
 @pytest.fixture(scope="session")
-def serve_bundle(write_bundle: Callable[..., Path], even_reference, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    emotions = tuple(RAFCE_EMOTIONS)
-    place = tmp_path_factory.mktemp("bundles") / "bundle"
-    return write_bundle(place, emotions=emotions, drift_reference=even_reference(len(emotions), 3))
-
-
-@pytest.fixture(scope="session")
 def photograph(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A smooth coloured picture, taken as an aligned face."""
     path = tmp_path_factory.mktemp("pictures") / "picture.png"
@@ -31,25 +24,43 @@ def photograph(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def promote(registry: Path, version: str) -> None:
+def promote(registry: Path | str, version: str) -> None:
     """Make a version live; what has no metrics passes no gate."""
     arguments = [str(registry), version, "--engine", "torch", "--force", "--why", "a test"]
     assert bundle_command(["promote", *arguments]) == 0
 
 
+@pytest.fixture(scope="session")
+def fill_registry(
+    write_bundle: Callable[..., Path], even_reference, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[Path | str], None]:
+    """``fill_registry(place)``: versions ``first``, which is live, and ``second`` with other weights, of RAF-CE's emotions."""
+    folder, emotions = tmp_path_factory.mktemp("versions"), tuple(RAFCE_EMOTIONS)
+    bundles = {
+        version: write_bundle(
+            folder / version, seed=seed, emotions=emotions, drift_reference=even_reference(len(emotions), 3)
+        )
+        for seed, version in enumerate(("first", "second"))
+    }
+
+    def fill(registry: Path | str) -> None:
+        for version, bundle in bundles.items():
+            assert bundle_command(["add", str(registry), str(bundle), "--as", version]) == 0
+        promote(registry, "first")
+
+    return fill
+
+
 @pytest.fixture(scope="module")
-def registry(write_bundle: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Versions ``first``, which is live, and ``second`` with other weights."""
-    folder = tmp_path_factory.mktemp("registry")
-    for seed, version in enumerate(("first", "second")):
-        bundle = write_bundle(folder / version, seed=seed)
-        assert bundle_command(["add", str(folder / "registry"), str(bundle), "--as", version]) == 0
-    promote(folder / "registry", "first")
-    return folder / "registry"
+def registry(fill_registry: Callable[[Path | str], None], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A registry of two versions on the disk."""
+    place = tmp_path_factory.mktemp("registry") / "registry"
+    fill_registry(place)
+    return place
 
 
 @pytest.fixture(scope="session")
-def make_live() -> Callable[[Path, str], None]:
+def make_live() -> Callable[[Path | str, str], None]:
     """``make_live(registry, version)``: promotion as the command does it."""
     return promote
 

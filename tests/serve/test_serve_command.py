@@ -1,35 +1,42 @@
-"""`rafce serve` as a user runs it: from the command to the answer of a photograph, to its end; and what it refuses."""
+"""`rafce serve` as a user runs it: two replicas that follow a registry on an object store which answers one request in twenty with 503.
 
+From the command to the answer of a photograph, past bad inputs, another model and a killed replica, to its end; and what it refuses.
+"""
+
+import asyncio
 import http.client
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
-from http_load import form
+import serve_faults
+from http_load import Reply, form, open_loop, post
 from matplotlib import cbook
 from prometheus_client.parser import text_string_to_metric_families
-from serving import free_port
+from serving import Server, free_port
 
-from rafce_ray.bundle import load_bundle
+from rafce_ray.bundle import Bundle, load_bundle
+from rafce_ray.decode import decode_face
 from rafce_ray.predict import Predictor, load_file, predict_files
+from rafce_ray.registry.versions import version_folder
+from rafce_ray.storage import locate
 
 pytestmark = pytest.mark.ray
 
 README = Path(__file__).parents[2] / "README.md"
-
-
-def environment() -> dict[str, str]:
-    own = {"OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled"}
-    return {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | own
+FAULTS = {"faults": 0.05, "seed": 5}
+RATE = 10
+NUM_FORMS, FACES_A_FORM = 60, 14
+"""So many faces that each of two replicas has what its drift needs, 200, however they are shared out."""
 
 
 def ask(port: int, method: str, path: str, body: bytes = b"", **headers: str) -> tuple[int, dict, dict[str, str]]:
@@ -49,35 +56,56 @@ def said(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def served(serve_bundle, said) -> Iterator[tuple[int, subprocess.Popen]]:
+def stats_port() -> int:
+    return free_port()
+
+
+@pytest.fixture(scope="module")
+def on_s3(fill_registry, s3_place) -> str:
+    """A registry of two versions on the object store."""
+    place = s3_place("serve/registry")
+    fill_registry(place)
+    return place
+
+
+@pytest.fixture(scope="module")
+def server(on_s3, said, stats_port, on_its_own, s3_door) -> Iterator[Server]:
     port = free_port()
-    argv = [
-        sys.executable,
-        "-m",
-        "rafce_ray.serve",
-        "--bundle",
-        str(serve_bundle),
-        "--port",
-        str(port),
-        "--engine",
-        "torch",
-    ]
-    with said.open("w") as stderr:
-        process = subprocess.Popen(argv, env=environment(), stdout=subprocess.PIPE, stderr=stderr, text=True)
-    line = process.stdout.readline()
-    assert line.strip() == f"http://127.0.0.1:{port}", said.read_text()
-    yield port, process
-    if process.poll() is None:
-        process.terminate()
-        process.wait(60)
-    process.stdout.close()
+    argv = [sys.executable, "-m", "rafce_ray.serve", "--registry", on_s3, "--port", str(port), "--replicas", "2"]
+    argv += ["--engine", "torch", "watch_s=0.5"]
+    environment = on_its_own | {"RAY_SERVE_HAPROXY_STATS_PORT": str(stats_port)}
+    with s3_door.orders(**FAULTS):
+        with said.open("w") as stderr:
+            process = subprocess.Popen(
+                argv, env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True, start_new_session=True
+            )
+        line = process.stdout.readline()
+        assert line.strip() == f"http://127.0.0.1:{port}", said.read_text()
+        found = Server(process, port)
+        yield found
+        if process.poll() is None:
+            found.stop()
+        else:
+            process.stdout.close()
+        assert s3_door.told()["faults"] > 3
+
+
+@pytest.fixture(scope="module")
+def bundles(on_s3) -> dict[str, Bundle]:
+    """By version."""
+    return {name: load_bundle(str(version_folder(locate(on_s3), name))) for name in ("first", "second")}
+
+
+@pytest.fixture(scope="module")
+def requests(photograph: Path) -> list[bytes]:
+    return [post("/v1/predict?faces=aligned", photograph.read_bytes(), "image/png")]
 
 
 Series = dict[tuple[str, frozenset], float]
 
 
 @pytest.fixture(scope="module")
-def scrape(served, said: Path) -> Callable[[], Series]:
+def scrape(server, said: Path) -> Callable[[], Series]:
     """``scrape()``: the metrics of the node as Prometheus gets them, from the place that the command names."""
     (url,) = re.findall(r"metrics for Prometheus: (http\S+)", said.read_text())
 
@@ -106,43 +134,43 @@ def total(series: Series, name: str, **labels: str) -> float:
     return sum(named(series, name, **labels))
 
 
-def test_the_dashboard_shows_the_service_by_its_name(served, said: Path):
+def test_the_dashboard_shows_the_service_by_its_name(server, said: Path):
     (address,) = re.findall(r"dashboard: (http://127\.0\.0\.1:\d+)/#/serve", said.read_text())
     with urllib.request.urlopen(f"{address}/api/serve/applications/", timeout=30) as answer:
         (application,) = json.loads(answer.read())["applications"].values()
     assert (application["name"], application["status"]) == ("rafce", "RUNNING")
 
 
-def test_a_scrape_has_every_watched_metric_and_counts_what_was_sent(served, scrape, watched_names, photograph: Path):
+def test_a_scrape_has_every_watched_metric_and_counts_what_was_sent(server, scrape, watched_names, photograph: Path):
     """Before all that send something, so that nothing else is counted meanwhile."""
-    port, _ = served
     deadline = time.monotonic() + 60
-    while not named(before := scrape(), "requests_total") and time.monotonic() < deadline:
+    while len(named(before := scrape(), "swaps_total")) < 2 and time.monotonic() < deadline:
         time.sleep(0.5)
     # What is not known yet is absent, since Ray exports no NaN, and what has not happened yet is there as 0.
     assert named(before, "drift_psi") == []
-    assert named(before, "requests_total", route="/v1/predict", status="500") == [0]
+    assert named(before, "requests_total", route="/v1/predict", status="500") == [0, 0]
     image = photograph.read_bytes()
-    body, kind = form(*[image] * 14, options=[("faces", "aligned")])
-    for _ in range(25):
-        assert ask(port, "POST", "/v1/predict", body, Content_Type=kind)[0] == 200
+    body, kind = form(*[image] * FACES_A_FORM, options=[("faces", "aligned")])
+    for _ in range(NUM_FORMS):
+        assert ask(server.port, "POST", "/v1/predict", body, Content_Type=kind)[0] == 200
     for _ in range(3):
-        assert ask(port, "POST", "/v1/predict", b"GIF89a", Content_Type="image/png")[0] == 415
+        assert ask(server.port, "POST", "/v1/predict", b"GIF89a", Content_Type="image/png")[0] == 415
+    num_faces = NUM_FORMS * FACES_A_FORM
     expected = {
-        ("requests_total", ("route", "/v1/predict"), ("status", "200")): 25,
+        ("requests_total", ("route", "/v1/predict"), ("status", "200")): NUM_FORMS,
         ("requests_total", ("route", "/v1/predict"), ("status", "415")): 3,
-        ("request_ms_count", ("route", "/v1/predict")): 28,
-        ("request_ms_bucket", ("route", "/v1/predict"), ("le", "+Inf")): 28,
+        ("request_ms_count", ("route", "/v1/predict")): NUM_FORMS + 3,
+        ("request_ms_bucket", ("route", "/v1/predict"), ("le", "+Inf")): NUM_FORMS + 3,
         ("rejected_total",): 3,
         ("rejected_total", ("reason", "unsupported_format")): 3,
         ("image_rejected_total", ("reason", "unsupported_format")): 3,
         ("no_face_total",): 0,
-        ("decode_ms_count",): 25,
-        ("queue_ms_bucket", ("le", "+Inf")): 25,
-        ("infer_ms_count",): 25,
-        ("faces_total",): 350,
-        ("prediction_total",): 350,
-        ("confidence_count",): 350,
+        ("decode_ms_count",): NUM_FORMS,
+        ("queue_ms_bucket", ("le", "+Inf")): NUM_FORMS,
+        ("infer_ms_count",): NUM_FORMS,
+        ("faces_total",): num_faces,
+        ("prediction_total",): num_faces,
+        ("confidence_count",): num_faces,
         ("swaps_total",): 0,
     }
 
@@ -166,17 +194,16 @@ def test_a_scrape_has_every_watched_metric_and_counts_what_was_sent(served, scra
     now = scrape()
     # A single face again and again is as far from an even reference as can be.
     assert total(now, "drift_psi", statistic="emotion") > 1
-    assert total(now, "drift_reference_images") == 1200
-    assert total(now, "model_info") == 1
+    assert set(named(now, "drift_reference_images")) == {1200}
+    assert named(now, "model_info") == [1, 1]
 
 
-def test_a_face_gets_the_answer_of_rafce_predict(served, serve_bundle, photograph: Path):
-    port, _ = served
+def test_a_face_gets_the_answer_of_rafce_predict(server, bundles, photograph: Path):
     status, answer, headers = ask(
-        port, "POST", "/v1/predict?faces=aligned", photograph.read_bytes(), Content_Type="image/png"
+        server.port, "POST", "/v1/predict?faces=aligned", photograph.read_bytes(), Content_Type="image/png"
     )
     assert status == 200, answer
-    bundle = load_bundle(serve_bundle)
+    bundle = bundles["first"]
     loaded = load_file(photograph, finder=None, px=bundle.preprocessing.stored_px)
     (expected,) = predict_files(Predictor(bundle), [loaded], batch_size=1, top_k=3)
     (face,) = answer["results"][0]["faces"]
@@ -187,47 +214,43 @@ def test_a_face_gets_the_answer_of_rafce_predict(served, serve_bundle, photograp
         assert found["probability"] == pytest.approx(other["probability"], abs=1e-6)
     for found, other in zip(face["action_units"], wanted["action_units"], strict=True):
         assert found["probability"] == pytest.approx(other["probability"], abs=1e-6)
-    assert answer["model"]["sha256"] == bundle.weights_sha256
+    assert answer["model"] | {"version": "first", "sha256": bundle.weights_sha256} == answer["model"]
     assert headers["cache-control"] == "no-store"
 
 
-def test_refusals_come_through_as_the_service_gives_them(served):
-    port, _ = served
+def test_refusals_come_through_as_the_service_gives_them(server):
     status, problem, headers = ask(
-        port, "POST", "/v1/predict", b"GIF89a", Content_Type="image/png", x_request_id="mine"
+        server.port, "POST", "/v1/predict", b"GIF89a", Content_Type="image/png", x_request_id="mine"
     )
     assert (status, problem["type"], problem["request_id"]) == (415, "/problems/unsupported_format", "mine")
     assert headers["content-type"] == "application/problem+json"
     assert headers["x-request-id"] == "mine"
-    status, problem, _ = ask(port, "GET", "/nowhere")
+    status, problem, _ = ask(server.port, "GET", "/nowhere")
     assert (status, problem["type"]) == (404, "/problems/not_found")
 
 
-def test_it_is_ready_and_says_what_it_is_for(served, serve_bundle):
-    port, _ = served
-    assert ask(port, "GET", "/readyz")[0] == 200
-    status, card, _ = ask(port, "GET", "/v1/model")
+def test_it_is_ready_and_says_what_it_is_for(server, bundles):
+    assert ask(server.port, "GET", "/readyz")[0] == 200
+    status, card, _ = ask(server.port, "GET", "/v1/model")
     assert status == 200
-    assert load_bundle(serve_bundle).weights_sha256 in json.dumps(card)
+    assert bundles["first"].weights_sha256 in json.dumps(card)
 
 
-def test_requests_are_taken_on_loopback_alone(served):
-    port, _ = served
+def test_requests_are_taken_on_loopback_alone(server):
     rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
-    listening = {row[1].split(":")[0] for row in rows if row[3] == "0A" and int(row[1].split(":")[1], 16) == port}
-    assert listening == {"0100007F"}
+    taken = [row[1].split(":") for row in rows if row[3] == "0A"]
+    assert {host for host, port in taken if int(port, 16) == server.port} == {"0100007F"}
 
 
-@pytest.mark.skipif(shutil.which("curl") is None, reason="README's examples are for curl, which is not installed")
-def test_the_curl_lines_of_the_readme_answer_as_written(served, tmp_path: Path):
+@pytest.mark.needs("curl")
+def test_the_curl_lines_of_the_readme_answer_as_written(server, tmp_path: Path):
     """But for the port, which another program may have."""
-    port, _ = served
     for name in ("photo.jpg", "a.jpg", "b.jpg"):
         (tmp_path / name).write_bytes(Path(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)).read_bytes())
     lines = [line for line in README.read_text().splitlines() if line.startswith("curl ")]
     answers = []
     for line in lines:
-        command = line.replace("127.0.0.1:8000", f"127.0.0.1:{port}")
+        command = line.replace("127.0.0.1:8000", f"127.0.0.1:{server.port}")
         done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=True)
         answers.append(json.loads(done.stdout))
     raw, form, as_json = answers
@@ -248,22 +271,90 @@ def test_the_curl_lines_of_the_readme_answer_as_written(served, tmp_path: Path):
         (["--host", "0.0.0.0"], "lets other machines ask, which needs keys"),
         (["engin=torch"], "did you mean 'engine'"),
         (["--keys", "/nowhere/keys.json"], "/nowhere/keys.json"),
+        (["--port", "TAKEN"], "--port TAKEN: another program listens there"),
     ],
 )
-def test_what_cannot_be_served_is_said_in_a_line(more, part, serve_bundle):
-    argv = [sys.executable, "-m", "rafce_ray.serve", "--bundle", str(serve_bundle), "--port", str(free_port()), *more]
-    done = subprocess.run(argv, env=environment(), capture_output=True, text=True, timeout=120, check=False)
+def test_what_cannot_be_served_is_said_in_a_line(more, part, server, on_s3, on_its_own):
+    more, part = [text.replace("TAKEN", str(server.port)) for text in more], part.replace("TAKEN", str(server.port))
+    argv = [sys.executable, "-m", "rafce_ray.serve", "--registry", on_s3, "--port", str(free_port()), *more]
+    done = subprocess.run(argv, env=on_its_own, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode in (1, 2)
     assert part in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr
 
 
-def test_a_taken_port_is_told_and_a_signal_ends_it(served, serve_bundle):
-    port, process = served
-    argv = [sys.executable, "-m", "rafce_ray.serve", "--bundle", str(serve_bundle), "--port", str(port)]
-    done = subprocess.run(argv, env=environment(), capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 2
-    assert f"--port {port}: another program listens there" in " ".join(done.stderr.split())
+# Where things go wrong beside valid requests.
+
+
+@pytest.fixture(scope="module")
+def expected(bundles, photograph: Path) -> dict[str, np.ndarray]:
+    """By version: the probabilities of the photograph's action units."""
+    found = {}
+    for version, bundle in bundles.items():
+        pixels = decode_face(photograph.read_bytes(), bundle.preprocessing.stored_px)
+        found[version] = Predictor(bundle).probabilities(pixels[None]).action_units[0]
+    assert np.abs(found["first"] - found["second"]).max() > 0.01
+    return found
+
+
+def versions_of(replies: Sequence[Reply], expected: dict[str, np.ndarray]) -> list[str]:
+    """The version that each answer names, after a look at whether its figures are that version's."""
+    found = []
+    for reply in replies:
+        answer = json.loads(reply.body)
+        version, (face,) = answer["model"]["version"], answer["results"][0]["faces"]
+        units = [unit["probability"] for unit in face["action_units"]]
+        assert units == pytest.approx(expected[version], abs=1e-4)
+        found.append(version)
+    return found
+
+
+def test_bad_inputs_get_their_documented_answers_and_harm_nobody(server, requests, expected):
+    corpus = serve_faults.read_corpus()
+    replicas = server.pids("replica")
+    (faults, _), valid = asyncio.run(
+        serve_faults.send_bad_beside_valid(server, corpus, list(corpus.bad_inputs(600)), requests, RATE)
+    )
+    assert faults == []
+    assert {reply.status for reply in valid} == {200}
+    assert set(versions_of(valid, expected)) == {"first"}
+    assert server.pids("replica") == replicas
+
+
+def test_another_version_becomes_live_without_a_lost_or_a_mixed_answer(server, on_s3, make_live, requests, expected):
+    async def under_load() -> list[Reply]:
+        switch = asyncio.create_task(asyncio.to_thread(make_live, on_s3, "second"))
+        replies, seen = [], 0
+        # Each of the two replicas looks for itself.
+        while seen < 3:
+            latest = await open_loop(server.port, requests, RATE, 2)
+            replies += latest
+            seen = seen + 1 if switch.done() and {"second"} == set(versions_of(latest, expected)) else 0
+        await switch
+        return replies
+
+    replies = asyncio.run(asyncio.wait_for(under_load(), 120))
+    assert {reply.status for reply in replies} == {200}
+    assert set(versions_of(replies, expected)) == {"first", "second"}
+
+
+def test_a_killed_replica_costs_its_requests_in_flight_at_most_and_comes_again(server, requests, stats_port):
+    victim = server.pids("replica")[0]
+
+    async def under_load() -> tuple[list[Reply], float]:
+        replies = await open_loop(server.port, requests, RATE, 2)
+        killed = time.monotonic()
+        os.kill(victim, signal.SIGKILL)
+        while not await asyncio.to_thread(serve_faults.has_two_again, server, victim, stats_port):
+            replies += await open_loop(server.port, requests, RATE, 1)
+        return replies + await open_loop(server.port, requests, RATE, 2), killed
+
+    replies, killed = asyncio.run(asyncio.wait_for(under_load(), 180))
+    failed = [reply for reply in replies if reply.status != 200]
+    assert all(reply.due <= killed <= reply.due + reply.seconds for reply in failed), (killed, failed)
+
+
+def test_a_signal_ends_it(server):
     # Ray takes this one for itself; Ctrl-C's it leaves alone.
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(120) == 0
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(120) == 0

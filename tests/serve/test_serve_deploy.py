@@ -4,20 +4,19 @@ import asyncio
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from http_load import Reply, closed_loop, open_loop, post
+from processes import kill_all
 from serving import free_port
 
 from rafce_ray.serve.fast_path import fast_path
@@ -45,12 +44,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
         argv, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
     yield environment
-    head.terminate()
-    with suppress(subprocess.TimeoutExpired):
-        head.wait(30)
-    with suppress(ProcessLookupError):
-        os.killpg(head.pid, signal.SIGKILL)
-    head.wait()
+    kill_all(head)
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -139,6 +133,7 @@ def test_the_production_file_serves_changes_its_version_and_survives_a_typo(depl
     assert versions(asyncio.run(open_loop(port, with_key, 5, 1))) == {"second"}
 
 
+@pytest.mark.long
 def test_replicas_come_with_load_and_go_without_it(deployed, cluster, photograph: Path):
     port, key, deploy = deployed
     request = [post("/v1/predict?faces=aligned", photograph.read_bytes(), "image/png", bearer(key))]

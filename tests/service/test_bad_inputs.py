@@ -3,7 +3,6 @@
 import asyncio
 import json
 import logging
-import time
 from collections.abc import Callable
 from itertools import islice
 from types import ModuleType
@@ -40,11 +39,8 @@ def _faults(corpus: ModuleType, app: ASGIApp, inputs: list) -> list[str]:
         async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
             for bad in inputs:
                 path = f"/v1/predict?{bad.query}" if bad.query else "/v1/predict"
-                since = time.monotonic()
                 response = await client.post(path, content=bad.body, headers=bad.all_headers())
                 found.append(corpus.fault(bad, response.status_code, response.content))
-                if time.monotonic() - since > 2:
-                    found.append(f"{bad.name}: {time.monotonic() - since:.1f} s")
         return [text for text in found if text is not None]
 
     return asyncio.run(send_all())
@@ -58,10 +54,10 @@ def test_every_hand_made_case_gets_its_documented_answer(faults, hand_made, capl
 
 
 def test_mutations_get_their_documented_answers(faults, corpus):
-    assert faults(list(islice(corpus.mutations(seed=1), 400))) == []
+    assert faults(list(islice(corpus.mutations(seed=1), 1000))) == []
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ten_thousand_mutations_get_their_documented_answers(faults, corpus):
     assert faults(list(corpus.bad_inputs(10_000, seed=2))) == []
 

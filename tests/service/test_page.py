@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from needs import CHROMIUM, NEEDS, PHOTOGRAPHS
 from PIL import Image
 from websockets.sync.client import ClientConnection, connect
 
@@ -20,8 +21,7 @@ from rafce_ray.service.app import Service
 from rafce_ray.service.config import read_service_config
 from rafce_ray.service.keys import new_key
 
-PHOTOS = Path(__file__).parents[3] / "shared" / "data" / "photos"
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+PHOTOS = PHOTOGRAPHS / "photos"
 FLAGS = (
     "--headless",
     "--no-sandbox",
@@ -38,7 +38,7 @@ CONTROLS = {"button", "link", "radio", "textbox", "checkbox", "combobox", "Discl
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed"),
+    pytest.mark.needs("chromium"),
 ]
 
 
@@ -140,7 +140,7 @@ def start_browser(folder: Path) -> Iterator[Browser]:
     picture.save(film, "JPEG")
     profile = folder / "profile"
     command = [
-        CHROMIUM,
+        next(filter(None, map(shutil.which, CHROMIUM))),
         *FLAGS,
         f"--user-data-dir={profile}",
         f"--use-file-for-fake-video-capture={film}",
@@ -177,7 +177,7 @@ def page(browser: Browser, client: httpx.Client) -> Browser:
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """``smiling`` and ``neutral`` as they are, ``turned`` by its EXIF orientation, ``two`` faces in one, a ``crowd`` of 24."""
     if not PHOTOS.is_dir():
-        pytest.skip(f"no photographs at {PHOTOS}")
+        pytest.skip(NEEDS["photographs"].reason)
     folder = tmp_path_factory.mktemp("photographs")
     found = {kind: PHOTOS / f"ccby_{kind}_004.jpg" for kind in ("smiling", "neutral")}
     smiling = Image.open(found["smiling"])

@@ -4,10 +4,10 @@ import asyncio
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
+from needs import PHOTOGRAPHS
 
 from rafce_ray.errors import UsageError
 from rafce_ray.faces import Box, Face, build_face_finder
@@ -16,8 +16,6 @@ from rafce_ray.service import reading
 from rafce_ray.service.problems import Problem
 from rafce_ray.service.reading import Reader
 
-PHOTOS = Path(__file__).parents[2] / ".." / "shared" / "data" / "photos"
-needs_photos = pytest.mark.skipif(not PHOTOS.is_dir(), reason="the photographs of ../shared/data are not here")
 PX = 40
 
 
@@ -60,9 +58,9 @@ def test_an_aligned_face_is_the_whole_picture(reader, encode):
     np.testing.assert_array_equal(found.faces[0].pixels, pixels)
 
 
-@needs_photos
+@pytest.mark.needs("photographs")
 def test_faces_of_photographs_are_those_of_rafce_predict(reader):
-    path = PHOTOS / "ccby_smiling_004.jpg"
+    path = PHOTOGRAPHS / "photos" / "ccby_smiling_004.jpg"
     expected = load_file(path, finder=build_face_finder(), px=PX)
     found = asyncio.run(reader.read(path.read_bytes(), PX, "detect"))
     assert (found.width, found.height) == (expected.width, expected.height)

@@ -3,10 +3,11 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
 from rafce_ray.errors import UsageError
 from rafce_ray.study.config import build_study
-from rafce_ray.tune.command import check_mlflow, check_weights_of
+from rafce_ray.tune.command import check_mlflow, check_weights_of, main
 
 
 def build(**values):
@@ -20,7 +21,6 @@ def build(**values):
 
 
 def test_an_mlflow_that_cannot_be_used_is_told_before_any_trial_trains(tmp_path: Path):
-    pytest.importorskip("mlflow")
     check_mlflow(build())
     address = f"unknown-store://{tmp_path}"
     with pytest.raises(UsageError, match=f"mlflow={address}: MLflow cannot be used there: .* Give the address"):
@@ -40,3 +40,12 @@ def test_weights_of_every_trial_are_looked_for(tmp_path: Path):
     }
     with pytest.raises(UsageError, match=r"found 'IMAGENET1K_V2'; expected .* for resnet18"):
         check_weights_of(build(space=space, search="grid", num_trials=None))
+
+
+def test_weights_that_cannot_be_there_are_refused_before_anything_starts(tmp_path: Path, drawn_faces: Path, capsys):
+    file = tmp_path / "study.yaml"
+    study = {"name": "study", "num_trials": 8, "space": {"model.weights": {"choice": ["none", "IMAGENET1K_V7"]}}}
+    file.write_text(yaml.safe_dump(study | {"base": {"recipe": "demo", "data": {"root": str(drawn_faces)}}}))
+    assert main(["--config", str(file), f"storage={tmp_path}"]) == 2
+    assert "model.weights: found 'IMAGENET1K_V7'" in capsys.readouterr().err
+    assert not (tmp_path / "study").exists()

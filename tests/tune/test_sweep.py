@@ -1,6 +1,7 @@
-"""Which trials a study hands out, in which order, after which kind of end; what stays on disk. Trials are written as training leaves them."""
+"""Which trials a study hands out, in which order, after which kind of end, until when; what stays on disk. Trials are written as training leaves them."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ from rafce_ray.study.proposals import Observed, planned_trials, propose
 from rafce_ray.study.space import Choice
 from rafce_ray.study.trials import read_plan, read_trials
 from rafce_ray.study_folder import StudyFolder
+from rafce_ray.tune import trials
+from rafce_ray.tune.command import read_elapsed, sweep
 from rafce_ray.tune.readings import Readings
 from rafce_ray.tune.scheduler import Control, Course, build_scheduler
 from rafce_ray.tune.shares import Shares
@@ -374,3 +377,44 @@ def test_data_that_may_not_be_trained_on_are_named_by_how_they_were_read(drawn_f
     study = build(drawn_faces, store_dir, space={"data.null_policy": {"choice": ["mask", "negative"]}}, num_trials=2)
     with pytest.raises(GateError, match=r'with \{"data\.null_policy": "negative"\}: no positives'):
         Readings(refuse).prepare_all(study)
+
+
+def test_a_study_out_of_time_ends_its_sweep_and_goes_on_with_more(bench, monkeypatch, capsys):
+    """The command's sweep; a fake in the place of Ray Tune trains what is handed out, and is slower than the budget from its second trial on."""
+    trained: list[tuple[str, int]] = []
+
+    def run_on_tune(supply, scheduler, settings):
+        control = scheduler.course.control
+        while control.stop is None and (plan := supply.next()) is not None:
+            before = len(bench.folder.trial(plan.name).metrics())
+            out_of_time = plan.name == "trial_0001" and before == 0
+            if out_of_time:
+                bench.train(plan.name, 0.5)
+                deadline = time.monotonic() + 60
+                while control.stop is None:
+                    assert time.monotonic() < deadline, "the budget does not end the sweep"
+                    time.sleep(0.01)
+            else:
+                bench.train(plan.name, *[0.5] * 4, status="finished")
+                supply.ended(plan.name)
+            trained.append((plan.name, before))
+
+    monkeypatch.setattr(trials, "run_on_tune", run_on_tune)
+
+    def start(budget_s: float) -> str:
+        study = bench.study.model_copy(update={"time_budget_s": budget_s})
+        sweep(study, bench.folder, SHARES, Readings(lambda data: bench.prepared))
+        return capsys.readouterr().err
+
+    assert "the time budget of 1 s is spent; with a higher one the same command goes on" in start(1.0)
+    assert trained == [("trial_0000", 0), ("trial_0001", 0)]
+    statuses = [one.status for one in read_trials(bench.folder, bench.study.metric)]
+    assert statuses == ["finished", "interrupted"]
+    assert read_elapsed(bench.folder) >= 1.0
+
+    assert "the time budget of 1 s is spent: no further trial of the sweep is started" in start(1.0)
+    assert len(trained) == 2
+
+    assert "going on: 1 trials have ended, 1 go on from their newest checkpoint" in start(600.0)
+    assert trained[2:] == [("trial_0001", 1), *((f"trial_{number:04d}", 0) for number in (2, 3, 4))]
+    assert [one.status for one in read_trials(bench.folder, bench.study.metric)] == ["finished"] * 5

@@ -1,18 +1,11 @@
-"""Studies on object storage: what a run and a study leave behind there, and a study whose driver was killed goes on."""
+"""Places, run folders, checkpoints and studies on an object store: what was written is read again."""
 
-import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
-from rafce_ray.bundle import load_bundle
 from rafce_ray.checkpoint import best_valid, list_checkpoints, newest_valid, prune, read_trainer_state, save_checkpoint
 from rafce_ray.config import load_config
 from rafce_ray.errors import UsageError
@@ -22,8 +15,6 @@ from rafce_ray.study.rungs import RungEntry, read_rungs, write_rungs
 from rafce_ray.study_folder import StudyFolder
 from rafce_ray.train import main as train
 from rafce_ray.tune.command import main as tune
-
-pytestmark = pytest.mark.ray
 
 
 def test_a_place_is_written_listed_copied_and_removed_as_on_a_disk(s3_place, tmp_path):
@@ -110,7 +101,15 @@ def test_a_study_is_claimed_and_its_rungs_outlive_their_writer(s3_place):
 
 def test_a_storage_that_cannot_be_used_is_said_before_anything_is_read_or_trained(s3_place, tmp_path, capsys):
     study = tmp_path / "study.yaml"
-    study.write_text(yaml.safe_dump(STUDY | {"base": {"data": {"root": str(tmp_path / "none")}}}))
+    study.write_text(
+        yaml.safe_dump(
+            {
+                "name": "tiny",
+                "space": {"optim.lr": {"choice": [0.0005]}},
+                "base": {"data": {"root": str(tmp_path / "none")}},
+            }
+        )
+    )
     missing = s3_place("runs", "missing")
     for command in (
         lambda: tune(["--config", str(study), f"storage={missing}"]),
@@ -124,79 +123,3 @@ def test_a_storage_that_cannot_be_used_is_said_before_anything_is_read_or_traine
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="Give a folder that can be written"):
         locate(tmp_path / "file" / "runs").check_writable()
-
-
-STUDY = {
-    "name": "tiny",
-    "space": {"optim.lr": {"choice": [0.0005, 0.001, 0.002]}},
-    "search": "random",
-    "num_trials": 3,
-    "metric": "score",
-    "scheduler": {"type": "asha", "grace_period": 1, "reduction_factor": 3},
-    "finalists": {"k": 1, "seeds": 1},
-}
-
-
-@pytest.fixture(scope="module")
-def killed_and_resumed(tiny_overrides, s3_place, tmp_path_factory):
-    """A study on S3 whose driver was killed after its first trial, and then run again."""
-    file = tmp_path_factory.mktemp("study") / "study.yaml"
-    file.write_text(yaml.safe_dump(STUDY))
-    storage = s3_place("runs")
-    base = [f"base.{text}" for text in tiny_overrides if not text.startswith("run.")]
-    command = [sys.executable, "-m", "rafce_ray.tune", "--config", str(file), *base, f"storage={storage}", "--json"]
-    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-    environment |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
-    study = StudyFolder(str(locate(storage) / "tiny"))
-    driver = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 300
-    while not finished(study):
-        assert driver.poll() is None, "the study ended before it could be killed"
-        assert time.monotonic() < deadline, "no trial ended within 300 s"
-        time.sleep(0.1)
-    driver.send_signal(signal.SIGKILL)
-    driver.wait()
-    # The killed driver's trials live on until Ray notices that it is gone.
-    time.sleep(10)
-    before = {name: (written, study.trial(name).metrics()) for name, written in finished(study).items()}
-    rungs = read_rungs(study)
-    again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
-    return study, before, rungs, again
-
-
-def finished(study: StudyFolder) -> dict[str, int]:
-    """When the result of each finished trial was written, ns."""
-    stamps = {name: study.trial(name).stamp("result.json") for name in study.trial_names()}
-    return {name: written for name, (size, written) in stamps.items() if size is not None}
-
-
-def test_a_killed_study_goes_on_and_runs_no_finished_trial_again(killed_and_resumed):
-    study, before, rungs, again = killed_and_resumed
-    assert again.returncode == 0, again.stderr
-    assert "Traceback" not in again.stderr
-    after = finished(study)
-    assert before
-    assert {name: (after[name], study.trial(name).metrics()) for name in before} == before
-    assert {"trial_0000", "trial_0001", "trial_0002", "final_0000_seed1"} <= set(after)
-    for name in after:
-        epochs = [record["epoch"] for record in study.trial(name).metrics()]
-        assert epochs == list(range(1, len(epochs) + 1)), "no epoch is missing, none is there twice"
-        assert study.trial(name).result()["status"] != "failed"
-    assert read_rungs(study)[: len(rungs)] == rungs, "decisions of the first start stand"
-
-
-def test_the_study_leaves_its_results_in_the_bucket(killed_and_resumed):
-    study, _, _, again = killed_and_resumed
-    told = json.loads(again.stdout.splitlines()[-1])
-    bundle = load_bundle(told["bundle"])
-    assert bundle.taxonomy.num_emotions == 14
-    assert told["bundle"] == str(study.location / "best")
-    here = study.location
-    assert b"</html>" in (here / "report.html").read_bytes()
-    assert {"study.json", "study.yaml", "trials.jsonl", "rungs.jsonl", "finalists.json", "best.yaml", "test.json"} <= {
-        info.base_name for info in here.list()
-    }
-    rows = [json.loads(line) for line in (here / "trials.jsonl").read_bytes().decode().splitlines()]
-    assert [row["trial"] for row in rows] == ["trial_0000", "trial_0001", "trial_0002"]
-    assert any(info.base_name.startswith("events.out.tfevents") for info in (here / "ray").list(recursive=True))
-    assert f"rafce evaluate --bundle '{told['bundle']}'" in again.stderr
