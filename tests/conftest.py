@@ -48,7 +48,16 @@ DEADLINE_S = 240
 """Only so that a test ends that waits for what does not happen."""
 
 
-RAY_FILES_BY_SECONDS = ("test_guides.py",)
+RAY_FILES_BY_SECONDS = (
+    "test_train.py",
+    "test_guides.py",
+    "test_tune_studies.py",
+    "test_serve_command.py",
+    "test_life_on_s3.py",
+    "test_live_scrape.py",
+    "test_replay.py",
+    "test_serve_deploy.py",
+)
 """The files of the Ray tier that take longest, which start first, so that both processes end at about the same time."""
 
 
@@ -340,6 +349,8 @@ def ray_cluster_of_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[s
             "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "10",
             # One process fewer a run: no machine here is taken away.
             "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+            # How long Ray waits for a silent worker to leave its group before it is killed; 30 s by default.
+            "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "2",
             # What processes measure is exported every second: a test need not wait for ten.
             "RAY_metrics_report_interval_ms": "1000",
             # Its workers read from the session's S3 server, too.

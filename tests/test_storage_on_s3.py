@@ -105,6 +105,7 @@ def test_a_storage_that_cannot_be_used_is_said_before_anything_is_read_or_traine
         yaml.safe_dump(
             {
                 "name": "tiny",
+                "num_trials": 1,
                 "space": {"optim.lr": {"choice": [0.0005]}},
                 "base": {"data": {"root": str(tmp_path / "none")}},
             }
