@@ -11,13 +11,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 from needs import NEEDS
 
-GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")
-# The same figures everywhere: only tests that are about a GPU see one.
+# The same figures everywhere: only tests that are about a GPU see one. This file is read by pytest and again by each of its processes.
+os.environ.setdefault("RAFCE_TEST_GPUS", os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 S3_ENVIRONMENT = {
@@ -47,7 +48,6 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 DEADLINE_S = 240
 """Only so that a test ends that waits for what does not happen."""
 
-
 RAY_FILES_BY_SECONDS = (
     "test_train.py",
     "test_guides.py",
@@ -63,10 +63,10 @@ RAY_FILES_BY_SECONDS = (
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip tests whose needs are not met, and put the longest files of the Ray tier first."""
-    is_met = {name: need.is_here() for name, need in NEEDS.items()}
+    is_met = cache(lambda name: NEEDS[name].is_here())
     for item in items:
         for name in (name for mark in item.iter_markers("needs") for name in mark.args):
-            if not is_met[name]:
+            if not is_met(name):
                 item.add_marker(pytest.mark.skip(reason=NEEDS[name].reason))
     place = {name: number for number, name in enumerate(RAY_FILES_BY_SECONDS)}
     items.sort(key=lambda item: place.get(item.path.name, len(place)))
@@ -389,7 +389,8 @@ def on_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, s
 def with_gpus(on_its_own: dict[str, str]) -> dict[str, str]:
     """:func:`on_its_own` with the machine's GPUs, which are hidden from all other tests."""
     without = {key: value for key, value in on_its_own.items() if key != "CUDA_VISIBLE_DEVICES"}
-    return without if GPUS is None else without | {"CUDA_VISIBLE_DEVICES": GPUS}
+    gpus = os.environ["RAFCE_TEST_GPUS"]
+    return without if gpus == "all" else without | {"CUDA_VISIBLE_DEVICES": gpus}
 
 
 @pytest.fixture(scope="session")
