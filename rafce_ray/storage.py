@@ -36,8 +36,7 @@ _URI = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]+://")
 class Location:
     """A file or folder on a filesystem; ``/`` joins, ``local`` is its path where it is local and None elsewhere.
 
-    On an object store every method raises :class:`rafce_ray.object_store.StorageError` where the store refuses or does not recover;
-    with ``patient=False`` one that is busy or does not answer is not waited for.
+    On an object store every method raises :class:`rafce_ray.object_store.StorageError` where the store refuses or does not recover.
     """
 
     filesystem: pafs.FileSystem
@@ -88,9 +87,9 @@ class Location:
         """The place as an argument of a shell command: as :attr:`shown`, quoted where need be (a URI's query has ``?`` and ``&``)."""
         return shlex.quote(self.shown)
 
-    def info(self, *, patient: bool = True) -> pafs.FileInfo:
+    def info(self) -> pafs.FileInfo:
         """Type, size and time of what is there; an object store tells times in whole seconds."""
-        return self._ask(lambda: self.filesystem.get_file_info(self.path), patient)
+        return self._ask(lambda: self.filesystem.get_file_info(self.path))
 
     def exists(self) -> bool:
         """Whether a file or folder is there."""
@@ -106,7 +105,7 @@ class Location:
         found: list[pafs.FileInfo] = self._ask(lambda: self.filesystem.get_file_info(selector))
         return sorted(found, key=lambda info: str(info.path))
 
-    def read_bytes(self, *, patient: bool = True) -> bytes:
+    def read_bytes(self) -> bytes:
         """The whole file. FileNotFoundError where it is missing."""
 
         def read() -> bytes:
@@ -114,10 +113,13 @@ class Location:
             with self.filesystem.open_input_file(self.path) as file:
                 return bytes(file.read())
 
-        return self._ask(read, patient)
+        return self._ask(read)
 
     def write_bytes(self, content: bytes, *, patient: bool = True) -> None:
-        """Write the whole file at once: a reader sees the old content or the new one, never a part."""
+        """Write the whole file at once: a reader sees the old content or the new one, never a part.
+
+        ``patient=False``: an object store that is busy or does not answer is not waited for.
+        """
 
         def put() -> None:
             with self.filesystem.open_output_stream(self.path, compression=None) as stream:
@@ -148,25 +150,25 @@ class Location:
             )
         probe = self / f".writable-{uuid.uuid4().hex[:8]}"
         try:
-            probe.write_bytes(b"x", patient=False)
-            probe.read_bytes(patient=False)
-            probe.delete(patient=False)
+            probe.write_bytes(b"x")
+            probe.read_bytes()
+            probe.delete()
         except OSError as error:
             raise UsageError(f"{self.uri} cannot be used as storage: {_why(error)}") from error
 
     def check_reachable(self) -> None:
         """Look whether something is there; UsageError with the reason where that cannot be told, or there is no such bucket."""
         try:
-            if self.info(patient=False).type != pafs.FileType.NotFound or self.local is not None:
+            if self.info().type != pafs.FileType.NotFound or self.local is not None:
                 return
             bucket = Location(self.filesystem, self.path.partition("/")[0], self.uri)
-            if bucket.info(patient=False).type != pafs.FileType.NotFound:
+            if bucket.info().type != pafs.FileType.NotFound:
                 return
         except OSError as error:
             raise UsageError(f"{self.uri} cannot be reached: {_why(error)}") from error
         raise UsageError(f"{self.uri} cannot be reached: {no_bucket(bucket.path)}")
 
-    def delete(self, *, patient: bool = True) -> None:
+    def delete(self) -> None:
         """Remove the file or folder, if it is there."""
 
         def remove() -> None:
@@ -176,7 +178,7 @@ class Location:
             elif info.type == pafs.FileType.File:
                 self.filesystem.delete_file(self.path)
 
-        self._ask(remove, patient)
+        self._ask(remove)
 
     def put(self, file: Path) -> None:
         """Put a local file here, however large; on an object store it appears whole or not at all."""

@@ -322,6 +322,18 @@ def test_files_travel_whole_where_one_request_in_four_is_answered_503(s3_door, s
     assert len(left) == len(contents) - 2
 
 
+@pytest.mark.slow
+def test_a_busy_store_is_taken_for_storage(s3_door, s3_place):
+    """pyarrow repeats most requests that are answered 503 by itself, but no reading of an object."""
+    place = locate(s3_place("busy-start"))
+    with s3_door.orders(faults=0.25, seed=3) as door:
+        for _ in range(8):
+            place.check_writable()
+        requests, faults = door.told()["requests"], door.told()["faults"]
+    assert faults > 5
+    assert requests["GetObject"] > 8, "none of the answers 503 met a reading"
+
+
 SAVES_TWO = """
 import sys, torch
 from rafce_ray.checkpoint import save_checkpoint

@@ -155,7 +155,7 @@ class Disturbed:
 
 
 @pytest.fixture(scope="module")
-def disturbed(study_file, on_the_cluster, drawn_faces, s3_place, s3_door, until) -> Disturbed:
+def disturbed(study_file, on_the_cluster, drawn_faces, s3_place, s3_door, until, tmp_path_factory) -> Disturbed:
     faces = locate(s3_place("studies/faces"))
     faces.upload(drawn_faces)
     places = [f"base.data.root={faces}", f"base.data.store_dir={s3_place('studies/stores')}"]
@@ -164,25 +164,23 @@ def disturbed(study_file, on_the_cluster, drawn_faces, s3_place, s3_door, until)
     command += [f"storage={storage}"]
     study = StudyFolder(str(locate(storage) / "study"))
 
-    def start() -> subprocess.Popen:
-        return subprocess.Popen(
-            command, env=on_the_cluster, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        )
+    def start(said: Path) -> subprocess.Popen:
+        with said.open("w") as stderr:
+            return subprocess.Popen(command, env=on_the_cluster, stdout=subprocess.DEVNULL, stderr=stderr)
 
     with s3_door.orders(**FAULTS):
-        driver = start()
-        until(lambda: num_epochs(study, "trial_0000") >= 1, program=driver)
+        first, second = (tmp_path_factory.mktemp("said") / name for name in ("first", "second"))
+        driver = start(first)
+        until(lambda: num_epochs(study, "trial_0000") >= 1, first.read_text, driver)
         driver.send_signal(signal.SIGINT)
-        _, said = driver.communicate(timeout=200)
-        interrupted = (driver.returncode, said)
+        interrupted = (driver.wait(200), first.read_text())
         assert study.trial("trial_0000").result() is None
         after_interrupt = study.trial("trial_0000").metrics()
 
-        driver = start()
-        until(lambda: num_epochs(study, "trial_0001") >= 2, program=driver)
+        driver = start(second)
+        until(lambda: num_epochs(study, "trial_0001") >= 2, second.read_text, driver)
         driver.send_signal(signal.SIGKILL)
         driver.wait()
-        driver.stderr.close()
         # What the killed driver started lives on until Ray notices that it is gone.
         pids = [pid for name in study.trial_names() for pid in begun(study, name)]
         until(lambda: not any(map(is_alive, pids)))
