@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from serving import free_port
 from rafce_ray import object_store, storage
 from rafce_ray.checkpoint import Checkpoint, list_checkpoints, newest_valid
 from rafce_ray.cli import main as rafce
-from rafce_ray.config import load_config
+from rafce_ray.config import DataConfig, load_config
 from rafce_ray.console import to_json
 from rafce_ray.data.dataset import prepare
 from rafce_ray.engine import fit
@@ -320,6 +321,17 @@ def test_files_travel_whole_where_one_request_in_four_is_answered_503(s3_door, s
     assert faults > 20
     assert {name: (tmp_path / "back" / name).read_bytes() for name in contents} == contents
     assert len(left) == len(contents) - 2
+
+
+def test_a_decoded_store_gets_last_the_file_that_makes_it_whole(s3_door, s3_place, drawn_faces, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with s3_door.orders() as door:
+        prepare(DataConfig(root=str(drawn_faces), store_dir=s3_place("whole")))
+        written = [
+            line for line in door.told()["log"] if re.match("(PutObject|CompleteMultipartUpload) faces/whole/", line)
+        ]
+    names = [line.rpartition("/")[2] for line in written]
+    assert (len(names), names[-1]) == (4, "store.json")
 
 
 @pytest.mark.slow
