@@ -62,17 +62,22 @@ class WorkerChanges:
             cause = f"{_named(lost)} lost with {'its machine' if len(lost) == 1 else 'their machines'}"
         elif cause is None:
             cause = "the cluster has room for fewer"
-        progress = self._folder.progress()
-        at = f" in epoch {progress['epoch']}, after step {progress['step']} or later" if progress else ""
+        epoch, step = self._reached()
         self._folder.add_event(
             "resized",
-            message=f"going on with {num_workers} worker{'s' if num_workers > 1 else ''} instead of {before}{at}: {cause}",
+            message=f"going on with {num_workers} worker{'s' if num_workers > 1 else ''} instead of {before} in epoch {epoch}, "
+            f"after step {step} or later: {cause}",
             num_workers=num_workers,
             before=before,
             cause=cause,
-            epoch=progress.get("epoch"),
-            step=progress.get("step"),
+            epoch=epoch,
+            step=step,
         )
+
+    def _reached(self) -> tuple[int, int]:
+        """The epoch, from 1, and the steps of it that are surely done: an epoch of less than a second shows no progress of its own."""
+        progress = self._folder.progress()
+        return max((len(self._folder.metrics()) + 1, 0), (progress.get("epoch", 1), progress.get("step", 0)))
 
 
 def describe_failures(errors: Mapping[int, BaseException]) -> str:

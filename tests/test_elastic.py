@@ -15,13 +15,15 @@ from rafce_ray.run_folder import RunFolder
 
 pytestmark = [pytest.mark.ray, pytest.mark.long]
 
-EPOCHS = 24
+EPOCHS = 60
+"""So many that the run still trains when the second machine has come again."""
 CHECKPOINT_EVERY_STEPS = 2
 
 A_NODE_COMES_AND_GOES = """
 import os, sys, threading, time
 import ray
 from ray.cluster_utils import Cluster
+from rafce_ray.checkpoint import list_checkpoints
 from rafce_ray.run_folder import RunFolder
 from rafce_ray.train import main
 
@@ -49,8 +51,8 @@ def look_at_the_nodes_now(number):
     ray.get(coordinator.get_reserved_resources.remote("nobody", recompute=True))
 
 def is_inside_an_epoch():
-    progress = folder.progress()
-    return progress.get("step", 0) > 2 and progress["epoch"] > len(folder.metrics())
+    found, _ = list_checkpoints(folder.checkpoints)
+    return bool(found) and found[-1].step > 0
 
 wait_for(lambda: epochs_by(2) > 1 and is_inside_an_epoch(), "two workers had trained two epochs")
 cluster.remove_node(second, allow_graceful=False)

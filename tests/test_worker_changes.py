@@ -41,6 +41,19 @@ def test_a_loss_and_a_growth_are_told_with_their_causes(folder):
     assert numbers == [(2, 1), (1, 4), (4, 3)]
 
 
+@pytest.mark.parametrize("progress", [None, {"epoch": 2, "step": 7, "steps": 9}])
+def test_epochs_that_were_too_short_to_show_progress_count_as_reached(progress, folder):
+    changes = WorkerChanges(folder, RunConfig(num_workers=(1, 4)))
+    changes.started(2)
+    folder.write_metrics([{"epoch": 1}, {"epoch": 2}])
+    if progress is not None:
+        folder.write_progress(progress)
+    changes.started(1, lost=[0])
+    (event,) = folder.events()
+    assert (event["epoch"], event["step"]) == (3, 0)
+    assert "instead of 2 in epoch 3, after step 0 or later: worker 0 lost" in event["message"]
+
+
 def test_workers_that_are_replaced_are_no_change_of_their_number(folder):
     changes = WorkerChanges(folder, RunConfig(num_workers=2))
     changes.started(2)
