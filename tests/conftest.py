@@ -17,9 +17,12 @@ from pathlib import Path
 import pytest
 from needs import NEEDS
 
-# The same figures everywhere: only tests that are about a GPU see one. This file is read by pytest and again by each of its processes.
+# Only tests of the GPU see one, so that all others have the same figures everywhere. Each of pytest's processes reads this file.
 os.environ.setdefault("RAFCE_TEST_GPUS", os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+AT_THE_START = dict(os.environ)
+"""The environment before any fixture has changed it."""
 
 S3_ENVIRONMENT = {
     "AWS_ACCESS_KEY_ID": "testing",
@@ -46,7 +49,7 @@ NAME = re.compile(r"[a-zA-Z_:][\w:]*(?!\w)(?!\s*\()")
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 DEADLINE_S = 240
-"""Only so that a test ends that waits for what does not happen."""
+"""Ends a test that waits for something that never happens."""
 
 RAY_FILES_BY_SECONDS = (
     "test_train.py",
@@ -66,6 +69,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     is_met = cache(lambda name: NEEDS[name].is_here())
     for item in items:
         for name in (name for mark in item.iter_markers("needs") for name in mark.args):
+            if name not in NEEDS:
+                raise pytest.UsageError(f"{item.nodeid}: needs({name!r}): expected one of {', '.join(NEEDS)}")
             if not is_met(name):
                 item.add_marker(pytest.mark.skip(reason=NEEDS[name].reason))
     place = {name: number for number, name in enumerate(RAY_FILES_BY_SECONDS)}
@@ -82,7 +87,7 @@ def one_thread():
 
 @pytest.fixture(scope="session", autouse=True)
 def bf16_flag():
-    """``RAFCE_TEST_FAST_BF16``: whether PyTorch reports bf16 arithmetic, in the place of what this processor has. Without it, as it is."""
+    """``RAFCE_TEST_FAST_BF16=0`` or ``1``: PyTorch reports bf16 arithmetic, or does not, whatever this processor has."""
     if "RAFCE_TEST_FAST_BF16" not in os.environ:
         yield
         return
@@ -336,8 +341,11 @@ def ray_cluster_of_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[s
     """
     import matplotlib
 
-    with tempfile.TemporaryDirectory(prefix="r", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        os.environ |= {
+    with (
+        tempfile.TemporaryDirectory(prefix="r", dir="/tmp", ignore_cleanup_errors=True) as folder,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        variables = {
             # Copies of decoded stores and the like go to a home that ends with the session.
             "HOME": str(tmp_path_factory.mktemp("home")),
             "MPLCONFIGDIR": matplotlib.get_cachedir(),
@@ -356,6 +364,8 @@ def ray_cluster_of_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[s
             # Its workers read from the session's S3 server, too.
             **S3_ENVIRONMENT,
         }
+        for name, value in variables.items():
+            patch.setenv(name, value)
         import ray
 
         ray.init(
@@ -373,16 +383,18 @@ def on_the_cluster(ray_cluster_of_tests: str) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def on_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """The environment of a program that starts a cluster of its own, of which nothing is left in the folders of another one."""
+    """The environment of a program that starts its own Ray cluster, in private folders."""
     with tempfile.TemporaryDirectory(prefix="o", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        kept = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+        kept = {key: value for key, value in AT_THE_START.items() if key != "RAY_ADDRESS"}
         own = {
+            "HOME": str(tmp_path_factory.mktemp("home")),
             "RAY_TMPDIR": folder,
             "RAY_AUTH_MODE": "disabled",
             "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_metrics_report_interval_ms": "1000",
             "OMP_NUM_THREADS": "1",
         }
-        yield kept | own | {"HOME": str(tmp_path_factory.mktemp("home"))}
+        yield kept | S3_ENVIRONMENT | own
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from hashlib import sha256
 from typing import Any
 
 import pytest
-from processes import kill_all
+from processes import kill_all, running
 
 from rafce_ray.checkpoint import list_checkpoints, newest_valid
 from rafce_ray.run_folder import RunFolder
@@ -56,8 +56,7 @@ def life(on_s3, on_its_own, on_the_cluster, s3_place, s3_door, until, tmp_path_f
     command += ["run.cpus_per_worker=1", f"run.checkpoint_every_steps={STEPS_BETWEEN}", "--json"]
     folder = RunFolder(s3_place("life/runs/tiny"))
     said = tmp_path_factory.mktemp("life") / "said"
-    with s3_door.orders(**FAULTS), said.open("w") as output:
-        process = subprocess.Popen(command, env=on_its_own, stdout=output, stderr=output, start_new_session=True)
+    with s3_door.orders(**FAULTS), running(command, on_its_own, said) as process:
         until(lambda: len(saved(s3_door.told())) >= 5, said.read_text, process)
         kill_all(process)
         first = s3_door.told()

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import threading
@@ -18,6 +17,7 @@ import psutil
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
+from processes import is_alive, kill_all, running
 
 from rafce_ray.image_files import list_images
 from rafce_ray.predict import main
@@ -71,18 +71,18 @@ def test_a_run_whose_driver_and_worker_were_killed_says_what_local_prediction_sa
     local = [sys.executable, "-c", without_ray, *common, "--out", str(tmp_path / "local.parquet")]
     subprocess.run(local, check=True, capture_output=True)
 
-    driver = subprocess.Popen(
-        [sys.executable, "-m", "rafce_ray.predict", *command],
-        env=on_the_cluster,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    )
-    until(lambda: list(out.glob("predictions/part-*")), driver.stderr.read, driver)
-    os.killpg(driver.pid, signal.SIGKILL)
-    driver.communicate()
-    # Its workers live on for a moment.
-    until(lambda: not workers())
+    seen: set[int] = set()
+
+    def has_a_shard() -> bool:
+        seen.update(one.pid for one in workers())
+        return len(seen) == 2 and any(out.glob("predictions/part-*"))
+
+    said = tmp_path / "said"
+    with running([sys.executable, "-m", "rafce_ray.predict", *command], on_the_cluster, said) as driver:
+        until(has_a_shard, said.read_text, driver)
+        kill_all(driver)
+    # Its workers, which are the cluster's, live on for a moment.
+    until(lambda: not any(map(is_alive, seen)))
     finished = {path: path.stat().st_mtime_ns for path in out.glob("predictions/part-*")}
     assert 0 < len(finished) < 120, "it was to be killed in the middle"
 

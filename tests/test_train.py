@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from needs import PHOTOGRAPHS
+from processes import running
 
 from rafce_ray.bundle import load_bundle
 from rafce_ray.checkpoint import list_checkpoints
@@ -137,7 +138,7 @@ from rafce_ray.config import load_config
 from rafce_ray.session import Job
 from rafce_ray.taxonomy import make_taxonomy
 from rafce_ray.worker import Watchdog
-job = Job(load_config(overrides=["run.hang_timeout_s=1"]), "", make_taxonomy((), (1,)), sys.argv[1], {})
+job = Job(load_config(overrides=["run.hang_timeout_s=4"]), "", make_taxonomy((), (1,)), sys.argv[1], {})
 watchdog = Watchdog(job, rank=3)
 for _ in range(4):
     time.sleep(0.5)
@@ -166,8 +167,7 @@ def test_a_killed_driver_goes_on_with_the_same_command_and_ends_with_the_same_we
         "--json",
     ]
     folder = RunFolder(str(Path(load_config(overrides=overrides).run.storage) / "killed-driver"))
-    with (tmp_path / "first").open("w") as output:
-        driver = subprocess.Popen(command, env=on_the_cluster, stdout=output, stderr=output)
+    with running(command, on_the_cluster, tmp_path / "first") as driver:
         assert "rafce train killed-driver" in names_on_the_dashboard(tmp_path / "first")
         signal_after_first_inner_checkpoint(folder, lambda: driver.pid)
         driver.wait()

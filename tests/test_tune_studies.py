@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from processes import is_alive, running
 
 from rafce_ray.bundle import load_bundle
 from rafce_ray.checkpoint import newest_valid
@@ -72,14 +73,6 @@ def results(study: StudyFolder) -> dict[str, int]:
 def begun(study: StudyFolder, name: str) -> list[int]:
     """Processes in which a trial was started."""
     return [event["pid"] for event in study.trial(name).events() if event["event"] == "started"]
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 @pytest.fixture(scope="module")
@@ -164,23 +157,19 @@ def disturbed(study_file, on_the_cluster, drawn_faces, s3_place, s3_door, until,
     command += [f"storage={storage}"]
     study = StudyFolder(str(locate(storage) / "study"))
 
-    def start(said: Path) -> subprocess.Popen:
-        with said.open("w") as stderr:
-            return subprocess.Popen(command, env=on_the_cluster, stdout=subprocess.DEVNULL, stderr=stderr)
-
     with s3_door.orders(**FAULTS):
         first, second = (tmp_path_factory.mktemp("said") / name for name in ("first", "second"))
-        driver = start(first)
-        until(lambda: num_epochs(study, "trial_0000") >= 1, first.read_text, driver)
-        driver.send_signal(signal.SIGINT)
-        interrupted = (driver.wait(200), first.read_text())
+        with running(command, on_the_cluster, first) as driver:
+            until(lambda: num_epochs(study, "trial_0000") >= 1, first.read_text, driver)
+            driver.send_signal(signal.SIGINT)
+            interrupted = (driver.wait(200), first.read_text())
         assert study.trial("trial_0000").result() is None
         after_interrupt = study.trial("trial_0000").metrics()
 
-        driver = start(second)
-        until(lambda: num_epochs(study, "trial_0001") >= 2, second.read_text, driver)
-        driver.send_signal(signal.SIGKILL)
-        driver.wait()
+        with running(command, on_the_cluster, second) as driver:
+            until(lambda: num_epochs(study, "trial_0001") >= 2, second.read_text, driver)
+            driver.send_signal(signal.SIGKILL)
+            driver.wait()
         # What the killed driver started lives on until Ray notices that it is gone.
         pids = [pid for name in study.trial_names() for pid in begun(study, name)]
         until(lambda: not any(map(is_alive, pids)))

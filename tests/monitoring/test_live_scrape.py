@@ -199,10 +199,11 @@ def test_checkpoints_steps_and_the_waiting_command_are_shown(run, scraper):
     # Its JSON files differ by some digits from epoch to epoch.
     size = pytest.approx(sum(path.stat().st_size for path in files), rel=1e-3)
     assert all(value == size for value in scraper.values("train_checkpoint_bytes", run="shown"))
-    assert all(0 < value < 60 for value in scraper.values("train_checkpoint_seconds", run="shown"))
+    assert all(value > 0 for value in scraper.values("train_checkpoint_seconds", run="shown"))
     assert scraper.values("train_max_epochs", run="shown") == {float(EPOCHS)}
     steps = scraper.of("train_last_step_timestamp_seconds", run="shown")
-    assert all(-1 < one.at - one.value < 60 for one in steps)
+    began = run.events()[0]["time"]
+    assert all(began <= one.value <= one.at for one in steps)
     assert len({one.value for one in steps}) > 2
     assert scraper.values("train_command_running", run="shown") == {1.0}
 

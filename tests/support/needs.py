@@ -1,10 +1,11 @@
-"""What some tests need and a machine may lack: one table, read by the tests, by the test runner and by CI.
+"""Programs, data and hardware that some tests need: one table, read by the tests, by the test runner and by CI.
 
 ``python tests/support/needs.py`` prints the Debian packages of the programs that are missing here.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -35,11 +36,16 @@ def _program(title: str, package: str, *names: str) -> Need:
 
 
 def has_gpu() -> bool:
-    """Whether the driver lists a GPU. torch is not asked: the tests hide GPUs from it."""
-    if shutil.which("nvidia-smi") is None:
+    """Whether the driver lists a GPU, and the user has not hidden it. torch is not asked: the tests hide GPUs from it."""
+    if os.environ.get("RAFCE_TEST_GPUS") in ("", "-1") or shutil.which("nvidia-smi") is None:
         return False
     done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
     return done.returncode == 0 and "GPU" in done.stdout
+
+
+def has_photographs() -> bool:
+    """Whether both sets are there that tests read."""
+    return all((PHOTOGRAPHS / name).is_dir() for name in ("photos", "london_smiles"))
 
 
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
@@ -50,7 +56,7 @@ NEEDS = {
     "promtool": _program("promtool", "prometheus", "promtool"),
     "curl": _program("curl", "curl", "curl"),
     "git": _program("git", "git", "git"),
-    "photographs": Need("a folder of photographs", PHOTOGRAPHS.is_dir, remedy="put it at ../shared/data"),
+    "photographs": Need("a folder of photographs", has_photographs, remedy="put it at ../shared/data"),
     "gpu": Need("a GPU", has_gpu, remedy="use a machine with an NVIDIA GPU and its driver"),
 }
 

@@ -1,15 +1,35 @@
-"""Ends programs with all that they have started."""
+"""Starts programs, and ends them with all that they have started."""
 
 import os
 import signal
 import subprocess
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import psutil
 
 
+@contextmanager
+def running(
+    argv: Sequence[str], environment: Mapping[str, str], said: Path, **options: object
+) -> Iterator[subprocess.Popen]:
+    """Run a program in a session of its own, its standard error in the file ``said``; it is killed if it still runs at the end."""
+    with said.open("w") as stderr:
+        process = subprocess.Popen(
+            argv, env=environment, stderr=stderr, start_new_session=True, **{"stdout": subprocess.DEVNULL, **options}
+        )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            kill_all(process)
+        if process.stdout is not None:
+            process.stdout.close()
+
+
 def kill_all(process: subprocess.Popen) -> None:
-    """As when the machine loses its power: the program, which leads a session of its own, and whatever it has started."""
+    """Kill a program, which leads a session of its own, and all that it has started."""
     started = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
@@ -19,3 +39,12 @@ def kill_all(process: subprocess.Popen) -> None:
             one.kill()
     process.wait()
     psutil.wait_procs(started, timeout=20)
+
+
+def is_alive(pid: int) -> bool:
+    """Whether there is such a process."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True

@@ -1,12 +1,11 @@
-"""Runs the tests tier by tier and prints one table: ``python tests/support/tiers.py [TIER ...]``; ``make test`` calls it.
+"""Runs the tests tier by tier and prints one table: ``python tests/support/tiers.py [TIER ...] [PYTEST OPTION ...]``.
 
-Exit code 1 if a test failed. With ``--nothing-skipped``, which CI sets, also if a test was skipped for another reason than a missing
-GPU or missing photographs.
+``make test`` calls it. Exit code 1 if a test failed. With ``--nothing-skipped``, which CI sets, also if a test was skipped for another
+reason than a missing GPU or missing photographs.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import subprocess
 import sys
@@ -15,6 +14,8 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
+from itertools import takewhile
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -22,6 +23,8 @@ from needs import MAY_BE_MISSING, NEEDS, missing_packages
 
 REPOSITORY = Path(__file__).parents[2]
 NUM_SLOWEST = 10
+NOTHING_SELECTED, INTERRUPTED = 5, 130
+"""pytest's exit code where it selected no test, and this program's after Ctrl-C."""
 
 IN_TWO_PROCESSES = ("--numprocesses=2", "--dist=worksteal")
 A_FILE_A_PROCESS = ("--numprocesses=2", "--dist=loadfile", "--no-loadscope-reorder")
@@ -32,11 +35,10 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 AVX2 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "RAFCE_TEST_FAST_BF16": "0"}
 AVX512_BF16 = {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16", "RAFCE_TEST_FAST_BF16": "1"}
-"""oneDNN's and PyTorch's own limits make this processor compute as a lesser one. The last variable is this suite's own (conftest.py)."""
+"""Limits of oneDNN and PyTorch: they use no newer instructions. The last variable is read by ``conftest.py``."""
 
 NOT_ON_AVX2 = ("--deselect=tests/inference/test_build.py::test_bf16_is_used_or_told",)
-"""OpenVINO goes by the processor itself when it is asked for bf16, and crashes where oneDNN then has no such kernels. Processors that
-really lack them pass."""
+"""OpenVINO ignores these limits, and crashes if oneDNN then has no bf16 kernels. The test passes on CPUs that really have AVX2 alone."""
 
 NUMERIC = "numeric and not slow and not ray"
 
@@ -52,10 +54,10 @@ class Tier:
 
 
 TIERS = {
-    "fast": Tier("no Ray, less than a second each", "not ray and not slow and not long"),
-    "slow": Tier("no Ray, some seconds each", "slow and not ray and not long"),
-    "avx2": Tier("numeric tests as with AVX2 alone", NUMERIC, (*IN_TWO_PROCESSES, *NOT_ON_AVX2), ONE_THREAD | AVX2),
-    "avx512-bf16": Tier("numeric tests as with AVX512-BF16 and no AMX", NUMERIC, variables=ONE_THREAD | AVX512_BF16),
+    "fast": Tier("without Ray, about a second each or less", "not ray and not slow and not long"),
+    "slow": Tier("without Ray, some seconds each", "slow and not ray and not long"),
+    "avx2": Tier("numeric tests with AVX2 alone", NUMERIC, (*IN_TWO_PROCESSES, *NOT_ON_AVX2), ONE_THREAD | AVX2),
+    "avx512-bf16": Tier("numeric tests with AVX512-BF16 and no AMX", NUMERIC, variables=ONE_THREAD | AVX512_BF16),
     "ray": Tier("on Ray", "ray and not long", A_FILE_A_PROCESS, {}),
     "long": Tier("minutes each", "long", (), {}),
 }
@@ -70,12 +72,7 @@ class Outcome:
     seconds: float
     tests: dict[str, float] = field(default_factory=dict)
     skipped: list[tuple[str, str]] = field(default_factory=list)
-    num_failed: int = 0
-
-    @property
-    def is_good(self) -> bool:
-        """Whether every test passed or was skipped, and one was there at all."""
-        return self.exit_code == 0
+    failed: set[str] = field(default_factory=set)
 
 
 def run(name: str, more: Sequence[str]) -> Outcome:
@@ -88,11 +85,24 @@ def run(name: str, more: Sequence[str]) -> Outcome:
         since = time.monotonic()
         # Compiled tests are kept whatever the environment says: compiling them again takes as long as importing torch.
         variables = os.environ | {"PYTHONDONTWRITEBYTECODE": ""} | tier.variables
-        code = subprocess.run(argv, cwd=REPOSITORY, env=variables, check=False).returncode
+        code = wait_for(subprocess.Popen(argv, cwd=REPOSITORY, env=variables))
         outcome = Outcome(code, time.monotonic() - since)
         if report.exists():
             read_report(report, outcome)
     return outcome
+
+
+def wait_for(pytest: subprocess.Popen[bytes]) -> int:
+    """The exit code. Ctrl-C reaches pytest too, which then ends what its tests have started; a second Ctrl-C kills it."""
+    try:
+        return pytest.wait()
+    except KeyboardInterrupt:
+        try:
+            pytest.wait()
+        except KeyboardInterrupt:
+            pytest.kill()
+            pytest.wait()
+        return INTERRUPTED
 
 
 def read_report(report: Path, outcome: Outcome) -> None:
@@ -100,20 +110,19 @@ def read_report(report: Path, outcome: Outcome) -> None:
     for case in ElementTree.parse(report).iter("testcase"):
         name = f"{case.get('classname')}::{case.get('name')}"
         outcome.tests[name] = outcome.tests.get(name, 0.0) + float(case.get("time", 0))
-        if (skipped := case.find("skipped")) is not None:
+        skipped = case.find("skipped")
+        if skipped is not None and skipped.get("type") != "pytest.xfail":
             outcome.skipped.append((name, skipped.get("message", "")))
-        outcome.num_failed += any(case.find(kind) is not None for kind in ("failure", "error"))
+        if any(case.find(kind) is not None for kind in ("failure", "error")):
+            outcome.failed.add(name)
 
 
 def table(outcomes: dict[str, Outcome]) -> str:
     """Tiers with their tests and seconds, and the slowest tests of all."""
+    rows = [(name, len(one.tests), len(one.failed), len(one.skipped), one.seconds) for name, one in outcomes.items()]
+    rows.append(("together", *(sum(column) for column in zip(*(row[1:] for row in rows), strict=True))))
     lines = [f"{'tier':<13}{'tests':>7}{'failed':>8}{'skipped':>9}{'seconds':>9}"]
-    for name, one in outcomes.items():
-        lines.append(f"{name:<13}{len(one.tests):>7}{one.num_failed:>8}{len(one.skipped):>9}{one.seconds:>9.0f}")
-    lines.append(f"{'together':<13}{sum(len(one.tests) for one in outcomes.values()):>7}"
-                 f"{sum(one.num_failed for one in outcomes.values()):>8}"
-                 f"{sum(len(one.skipped) for one in outcomes.values()):>9}"
-                 f"{sum(one.seconds for one in outcomes.values()):>9.0f}")  # fmt: skip
+    lines += [f"{name:<13}{tests:>7}{failed:>8}{skipped:>9}{s:>9.0f}" for name, tests, failed, skipped, s in rows]
     lines += ["", f"the {NUM_SLOWEST} slowest, in seconds with what they set up"]
     every = [(seconds, tier, test) for tier, one in outcomes.items() for test, seconds in one.tests.items()]
     lines += [f"{seconds:>7.1f}  {tier}: {test}" for seconds, tier, test in sorted(every, reverse=True)[:NUM_SLOWEST]]
@@ -132,16 +141,47 @@ def forbidden_skips(outcomes: dict[str, Outcome]) -> list[str]:
     return [test for one in outcomes.values() for test, reason in one.skipped if reason not in allowed]
 
 
+def faults_of(outcomes: dict[str, Outcome], *, selected: bool, nothing_skipped: bool) -> list[str]:
+    """Why the run is red, a line each; empty: it is green. ``selected``: only a part of the tests was asked for."""
+    found = []
+    for name, one in outcomes.items():
+        found += [f"{name}: {test}" for test in sorted(one.failed)]
+        if one.exit_code == INTERRUPTED:
+            found.append(f"{name}: interrupted")
+        elif one.exit_code == NOTHING_SELECTED:
+            found += (
+                []
+                if selected and any(other.tests for other in outcomes.values())
+                else [f"{name}: no test was selected"]
+            )
+        elif one.exit_code and not one.failed:
+            found.append(f"{name}: pytest ended with code {one.exit_code}")
+    if nothing_skipped:
+        found += [f"{test}: must not be skipped here" for test in forbidden_skips(outcomes)]
+    return found
+
+
 def main(argv: Sequence[str]) -> int:
     """Run the tiers named, or those of every change."""
-    parser = argparse.ArgumentParser(description="Run the tests tier by tier and print one table.")
-    parser.add_argument("tiers", nargs="*", metavar="TIER", help=f"of {', '.join(TIERS)}; default: all but long")
-    parser.add_argument("--nothing-skipped", action="store_true", help="fail if a test was skipped that CI could run")
-    arguments, more = parser.parse_known_args(argv)
-    names = arguments.tiers or EVERY_CHANGE
+    if not argv[1:] and argv[:1] in (["-h"], ["--help"]):
+        print(f"{__doc__}\nTiers: {', '.join(TIERS)}; without one, all but long.")
+        return 0
+    if find_spec("pytest") is None:
+        print("pytest is not installed for this Python. Run: make install && . .venv/bin/activate", file=sys.stderr)
+        return 2
+    nothing_skipped = "--nothing-skipped" in argv
+    words = [word for word in argv if word != "--nothing-skipped"]
+    # A file or a test is pytest's, as every option and what follows it.
+    names = list(takewhile(lambda word: not word.startswith("-") and not {"/", ".", ":"} & set(word), words))
+    more = words[len(names) :]
     if unknown := [name for name in names if name not in TIERS]:
-        parser.error(f"no such tier: {', '.join(unknown)}; there are {', '.join(TIERS)}")
-    outcomes = {name: run(name, more) for name in names}
+        print(f"no such tier: {', '.join(unknown)}; there are {', '.join(TIERS)}", file=sys.stderr)
+        return 2
+    outcomes: dict[str, Outcome] = {}
+    for name in dict.fromkeys(names or EVERY_CHANGE):
+        outcomes[name] = run(name, more)
+        if outcomes[name].exit_code == INTERRUPTED:
+            break
 
     print(f"\n{table(outcomes)}\n")
     if lines := not_tested(outcomes):
@@ -149,17 +189,17 @@ def main(argv: Sequence[str]) -> int:
         if packages := missing_packages():
             print(f"To test these parts too: apt-get install {' '.join(packages)}")
         print()
-    forbidden = forbidden_skips(outcomes) if arguments.nothing_skipped else []
-    if forbidden:
-        print("These tests must not be skipped here:", *forbidden, "", sep="\n")
-    num_failed = sum(one.num_failed for one in outcomes.values())
-    num_skipped = sum(len(one.skipped) for one in outcomes.values())
+    faults = faults_of(outcomes, selected=bool(more), nothing_skipped=nothing_skipped)
+    if faults:
+        print("failed:", *faults, "", sep="\n")
+    num_failed, num_skipped = (sum(len(one) for one in lists) for lists in zip(
+        *((one.failed, one.skipped) for one in outcomes.values()), strict=True
+    ))  # fmt: skip
     num_passed = sum(len(one.tests) for one in outcomes.values()) - num_failed - num_skipped
-    broken = [name for name, one in outcomes.items() if not one.is_good]
-    if broken:
-        print(f"failed: {', '.join(broken)}")
     print(f"{num_passed} passed, {num_failed} failed, {num_skipped} skipped")
-    return 1 if broken or forbidden else 0
+    if any(one.exit_code == INTERRUPTED for one in outcomes.values()):
+        return INTERRUPTED
+    return 1 if faults else 0
 
 
 if __name__ == "__main__":

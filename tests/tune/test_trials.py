@@ -1,9 +1,9 @@
 """Trials on a real cluster: what a stopped one leaves behind, and what it gives back."""
 
-import os
 import time
 
 import pytest
+from processes import is_alive
 
 from rafce_ray.config import config_hash, load_config
 from rafce_ray.data.dataset import prepare
@@ -57,11 +57,3 @@ def test_a_stopped_trial_gives_back_what_it_held(workers, tiny_overrides, tmp_pa
     assert trial.epochs == 2 if workers == 1 else 2 <= trial.epochs < 200
     assert not folder.bundle.exists()
     assert len(folder.checkpoints.list()) >= 1
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
