@@ -28,7 +28,7 @@ test-fast: install
 	$(TIERS) fast
 
 test-all: install
-	$(TIERS) fast slow avx2 avx512-bf16 ray long $(if $(NOTHING_SKIPPED),--nothing-skipped)
+	$(TIERS) all $(if $(NOTHING_SKIPPED),--nothing-skipped)
 
 check: install
 	$(RUN)/ruff check .

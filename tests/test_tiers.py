@@ -113,6 +113,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, list]]:
     ("words", "run"),
     [
         ((), [(name, []) for name in EVERY_CHANGE]),
+        (("all", "--nothing-skipped"), [(name, []) for name in TIERS]),
         (("fast", "fast", "--nothing-skipped"), [("fast", [])]),
         (("fast", "-k", "slow"), [("fast", ["-k", "slow"])]),
         (("tests/test_tiers.py",), [(name, ["tests/test_tiers.py"]) for name in EVERY_CHANGE]),

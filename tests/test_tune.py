@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from studies import results
 
 from rafce_ray import ablate
 from rafce_ray.config import load_config
@@ -55,12 +56,6 @@ def finished(overrides, ray_cluster_of_tests) -> Finished:
         with redirect_stdout(told):
             assert ablate.main(command) == 0
         return Finished(study, told.getvalue(), lost, before, results(study))
-
-
-def results(study: StudyFolder) -> dict[str, int]:
-    """When the result of each finished trial was written, ns."""
-    found = {name: study.trial(name).stamp("result.json") for name in study.trial_names()}
-    return {name: written for name, (size, written) in found.items() if size is not None}
 
 
 def test_an_ablation_goes_on_and_runs_no_finished_trial_again(finished):

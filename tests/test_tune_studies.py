@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from processes import is_alive, running
+from studies import results
 
 from rafce_ray.bundle import load_bundle
 from rafce_ray.checkpoint import newest_valid
@@ -62,12 +63,6 @@ def study_file(tiny_overrides, tmp_path_factory) -> Path:
 
 def num_epochs(study: StudyFolder, name: str) -> int:
     return len(study.trial(name).metrics()) if study.trial(name).exists() else 0
-
-
-def results(study: StudyFolder) -> dict[str, int]:
-    """When the result of each ended trial was written, ns."""
-    found = {name: study.trial(name).stamp("result.json") for name in study.trial_names()}
-    return {name: written for name, (size, written) in found.items() if size is not None}
 
 
 def begun(study: StudyFolder, name: str) -> list[int]:

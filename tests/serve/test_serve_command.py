@@ -275,7 +275,7 @@ def test_what_cannot_be_served_is_said_in_a_line(more, part, code, server, on_s3
     assert "Traceback" not in done.stderr
 
 
-# Where things go wrong beside valid requests.
+# Faults while valid requests are sent.
 
 
 @pytest.fixture(scope="module")

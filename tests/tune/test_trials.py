@@ -1,7 +1,5 @@
 """Trials on a real cluster: what a stopped one leaves behind, and what it gives back."""
 
-import time
-
 import pytest
 from processes import is_alive
 
@@ -13,12 +11,9 @@ from rafce_ray.study_folder import StudyFolder
 
 pytestmark = pytest.mark.ray
 
-FREE_AGAIN_S = 120
-"""Only so that a leak ends the test; how long it takes is measured in benchmarks/tune.py."""
-
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_stopped_trial_gives_back_what_it_held(workers, tiny_overrides, tmp_path, ray_cluster_of_tests):
+def test_a_stopped_trial_gives_back_what_it_held(workers, tiny_overrides, tmp_path, ray_cluster_of_tests, until):
     import ray
 
     from rafce_ray.tune.scheduler import Control, Course, Unscheduled
@@ -45,11 +40,11 @@ def test_a_stopped_trial_gives_back_what_it_held(workers, tiny_overrides, tmp_pa
     scheduler = StopsAfterTwo(Course(study, "macro_f1", 200, Control()))
     run_on_tune(Listed([plan]), scheduler, Settings(shares, max_failures=0, limit=1))
 
-    deadline = time.monotonic() + FREE_AGAIN_S
     pids = [event["pid"] for event in folder.events() if event["event"] == "started"]
-    while ray.available_resources().get("CPU", 0) < total or any(is_alive(pid) for pid in pids):
-        assert time.monotonic() < deadline, (ray.available_resources(), pids)
-        time.sleep(0.1)
+    until(
+        lambda: ray.available_resources().get("CPU", 0) >= total and not any(map(is_alive, pids)),
+        lambda: (ray.available_resources(), pids),
+    )
     trial = read_trial(folder, "macro_f1")
     assert (trial.status, trial.reason) == ("stopped_by_scheduler", "two epochs are enough")
     assert len(pids) == 1
