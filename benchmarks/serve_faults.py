@@ -293,10 +293,19 @@ def has_two_again(server: Server, victim: int, stats: int) -> bool:
 
 def num_up(stats: int) -> int:
     """Replicas that HAProxy's own checks find up."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{stats}/stats;csv", timeout=5) as answer:
-        rows = list(csv.DictReader(answer.read().decode().removeprefix("# ").splitlines()))
-    servers = [row for row in rows if row["svname"] not in ("FRONTEND", "BACKEND") and row["bck"] == "0"]
+    servers = [row for row in _statistics(stats) if row["svname"] not in ("FRONTEND", "BACKEND") and row["bck"] == "0"]
     return sum(row["status"] == "UP" for row in servers)
+
+
+def num_in_work(stats: int) -> int:
+    """Requests that replicas have or will get, as HAProxy counts them."""
+    backends = [row for row in _statistics(stats) if row["svname"] == "BACKEND" and row["pxname"].startswith("http-")]
+    return sum(int(row["scur"]) + int(row["qcur"]) for row in backends)
+
+
+def _statistics(stats: int) -> list[dict[str, str]]:
+    with urllib.request.urlopen(f"http://127.0.0.1:{stats}/stats;csv", timeout=5) as answer:
+        return list(csv.DictReader(answer.read().decode().removeprefix("# ").splitlines()))
 
 
 def overload(material: Material, arguments: argparse.Namespace) -> dict[str, Any]:

@@ -156,9 +156,9 @@ PARTS = (
 """Marks in a command line, the first that fits, and what such a process is."""
 
 
-def start_service(*arguments: str, environment: dict[str, str] | None = None) -> Server:
-    """``rafce serve`` with these arguments, without Ray's dashboard; returns when it is ready."""
-    port = free_port()
+def start_service(*arguments: str, environment: dict[str, str] | None = None, port: int | None = None) -> Server:
+    """``rafce serve`` with these arguments, without Ray's dashboard; returns when it is ready. By default on a free port."""
+    port = port or free_port()
     argv = [sys.executable, "-m", "rafce_ray.serve", "--port", str(port), "--no-dashboard", *arguments]
     server = Server(_started(argv, environment, stdout=subprocess.PIPE), port)
     if not select.select([server.process.stdout], [], [], START_S)[0] or not server.process.stdout.readline():

@@ -25,6 +25,7 @@ from rafce_ray.console import run_main, say
 from rafce_ray.errors import RafceError, UsageError
 from rafce_ray.monitoring.dashboard import dashboard_line
 from rafce_ray.monitoring.programs import fetch
+from rafce_ray.serve.drain import DRAIN_S, drain, outcome
 from rafce_ray.serve.fast_path import fast_path
 from rafce_ray.service.app import num_cores
 from rafce_ray.service.config import ServiceConfig, read_service_config
@@ -60,13 +61,14 @@ def serve_until_stopped(config: ServiceConfig, host: str, port: int, replicas: i
     )
     stop = threading.Event()
     # Again within: Ray takes SIGTERM for itself when it starts.
-    with _stopped_by_signals(stop), ray_serve(host, port, dashboard), _stopped_by_signals(stop):
+    with _stopped_by_signals(stop), ray_serve(host, port, dashboard) as folder, _stopped_by_signals(stop):
         _deploy(config, replicas, stop)
         _wait_until_ready(url, stop)
         if not stop.is_set():
             _tell(config, url)
             stop.wait()
-        say("shutting down")
+        say("shutting down: no new requests are accepted, those in work are answered")
+        say(outcome(drain(folder), DRAIN_S))
 
 
 def _what(config: ServiceConfig) -> str:
@@ -109,8 +111,11 @@ def _stopped_by_signals(stop: threading.Event) -> Iterator[None]:
 
 
 @contextmanager
-def ray_serve(host: str, port: int, dashboard: bool) -> Iterator[None]:
-    """Ray and Serve with the fast path: a cluster of our own, or the one of RAY_ADDRESS; both end with the block."""
+def ray_serve(host: str, port: int, dashboard: bool) -> Iterator[Path]:
+    """Ray and Serve with the fast path: a cluster of our own, or the one of RAY_ADDRESS; Serve ends with the block.
+
+    Gives HAProxy's folder.
+    """
     folder = Path(tempfile.mkdtemp(prefix="rafce", dir="/tmp"))
     try:
         environment = fast_path(folder, host=host)
@@ -145,9 +150,11 @@ def ray_serve(host: str, port: int, dashboard: bool) -> Iterator[None]:
             first_line, *_ = str(error).strip().splitlines() or [type(error).__name__]
             raise RafceError(f"Ray Serve could not be started: {first_line}") from None
         try:
-            yield
+            yield folder
         finally:
-            serve.shutdown()
+            # A cluster of our own ends whole, and 5 s sooner.
+            if address:
+                serve.shutdown()
             ray.shutdown()
     finally:
         shutil.rmtree(folder, ignore_errors=True)

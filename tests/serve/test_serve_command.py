@@ -9,6 +9,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -21,7 +22,7 @@ import pytest
 import serve_faults
 from http_load import Reply, form, open_loop, post
 from matplotlib import cbook
-from processes import running
+from processes import is_alive, running
 from prometheus_client.parser import text_string_to_metric_families
 from serving import Server, free_port, start_service
 
@@ -48,6 +49,14 @@ def ask(port: int, method: str, path: str, body: bytes = b"", **headers: str) ->
         return response.status, json.loads(response.read()), {k.lower(): v for k, v in response.getheaders()}
     finally:
         connection.close()
+
+
+def listens(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=5).close()
+    except ConnectionRefusedError:
+        return False
+    return True
 
 
 @pytest.fixture(scope="module")
@@ -351,10 +360,30 @@ def test_a_killed_replica_costs_its_requests_in_flight_at_most_and_comes_again(s
     assert all(reply.due <= killed <= reply.due + reply.seconds for reply in failed), (killed, failed)
 
 
-def test_a_signal_ends_it(server):
-    # Ray takes this one for itself; Ctrl-C's it leaves alone.
+def test_a_signal_ends_it_once_the_photographs_in_work_are_answered(server, said, stats_port, until):
+    """SIGTERM is what Kubernetes, systemd and Docker send; Ray takes it for itself, too."""
+    photograph = Path(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)).read_bytes()
+    request = post("/v1/predict", photograph, "image/jpeg")
+    in_work = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(8)]
+    for connection in in_work:
+        connection.sendall(request[:-1])
+    until(lambda: serve_faults.num_in_work(stats_port) == len(in_work))
+    processes = [process.pid for process, _ in server.parts()]
     server.process.send_signal(signal.SIGTERM)
+    until(lambda: "shutting down" in said.read_text())
+    until(lambda: not listens(server.port))
+    for connection in in_work:
+        connection.sendall(request[-1:])
+    answers = []
+    for connection in in_work:
+        response = http.client.HTTPResponse(connection)
+        response.begin()
+        answers.append((response.status, len(json.loads(response.read())["results"])))
+        connection.close()
+    assert answers == [(200, 1)] * len(in_work)
     assert server.process.wait(120) == 0
+    assert "every request in work was answered" in said.read_text()
+    until(lambda: not any(map(is_alive, processes)))
 
 
 def test_a_bundle_is_served_without_a_registry(write_bundle, on_its_own, photograph: Path, tmp_path: Path):
