@@ -8,23 +8,36 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from types import NoneType, UnionType
+from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
-from rafce_ray.config_errors import did_you_mean, explain
+from rafce_ray.config_errors import did_you_mean, explain, shown
 from rafce_ray.errors import UsageError
 from rafce_ray.storage import locate
 from rafce_ray.taxonomy import parse_action_unit_token
 
 RECIPES = Path(__file__).parent / "recipes"
 
-# libyaml's, where PyYAML was built with it: the same values and text in a tenth of the time.
-_QUICK_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-_QUICK_DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+MOST_VALUES = 100_000
+"""Values that a YAML document may hold; aliases of aliases can stand for billions."""
+
+LONGEST_NAME = 255
+"""Bytes of a file's or folder's name that file systems take at most."""
 
 BACKBONES = (
     "resnet18",
@@ -87,11 +100,46 @@ def _number_or_range_of_workers(value: Any) -> Any:
 ActionUnitList = Annotated[tuple[int, ...], BeforeValidator(_action_unit_numbers)]
 
 
-class _Section(BaseModel):
+def kinds_of(annotation: Any) -> Iterator[Any]:
+    """The types among which a field's annotation lets a value choose; a literal's values have their types."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        yield from kinds_of(arguments[0])
+    elif origin in (Union, UnionType):
+        for one in arguments:
+            yield from kinds_of(one)
+    else:
+        yield Literal if origin is Literal else annotation
+
+
+@cache
+def _kinds(section: type[BaseModel], name: str) -> frozenset[Any]:
+    return frozenset(kinds_of(section.model_fields[name].annotation))
+
+
+class Section(BaseModel):
+    """A section of any configuration: frozen, without unknown keys, and without values that stand for others."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _means_what_it_says(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse what pydantic would take for something else, such as true for 1, and what no file system takes."""
+        kinds = _kinds(cls, str(info.field_name))
+        if isinstance(value, bool) and kinds & {int, float} and kinds <= {int, float, NoneType}:
+            raise ValueError(f"found {shown(value)}; expected a {'whole ' if float not in kinds else ''}number")
+        if isinstance(value, int) and abs(value) >= 2**63 and kinds & {int, float}:
+            raise ValueError(f"found {shown(value)}; expected a number below 2**63")
+        if kinds <= {str, NoneType} and str in kinds:
+            if isinstance(value, bool | int | float):
+                raise ValueError(f"found {shown(value)}; expected text. Write it in quotes where it is text")
+            if value == "" or (isinstance(value, str) and re.search("[\0\ud800-\udfff]", value)):
+                raise ValueError(f"found {shown(value)}; expected text in UTF-8, not empty and without zero bytes")
+        return value
 
-class DataConfig(_Section):
+
+class DataConfig(Section):
     """Where the labelled faces are and how their labels are read."""
 
     root: str | None = Field(None, description="Folder in RAF-CE's layout, or a CSV or Parquet table; a path or URI.")
@@ -132,6 +180,16 @@ class DataConfig(_Section):
         "light", description="Whole-batch random augmentation in training."
     )
 
+    @field_validator("emotions", "action_units")
+    @classmethod
+    def _are_listed_once(cls, value: Any) -> Any:
+        if isinstance(value, tuple):
+            for one in value:
+                if value.count(one) > 1:
+                    name = f"AU{one}" if isinstance(one, int) else shown(one)
+                    raise ValueError(f"{name} is listed {value.count(one)} times. List it once.")
+        return value
+
     @property
     def reading(self) -> str:
         """All that decides what is read and decoded; the rest says what training makes of it."""
@@ -143,7 +201,7 @@ class DataConfig(_Section):
         return self.null_policy if self.evaluation_null_policy == "same" else self.evaluation_null_policy
 
 
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """The network: a torchvision trunk, an emotion head and an action-unit head."""
 
     backbone: Literal[BACKBONES] = Field("resnet50", description="Trunk, by torchvision's name.")  # type: ignore[valid-type]
@@ -161,7 +219,7 @@ class ModelConfig(_Section):
     freeze_backbone: bool = Field(False, description="Train the heads only; the trunk stays as loaded.")
 
 
-class LossConfig(_Section):
+class LossConfig(Section):
     """Losses of both tasks and their balance."""
 
     au_weight: float = Field(1.0, ge=0, le=100, description="Weight of the AU loss beside the emotion loss.")
@@ -194,7 +252,7 @@ class LossConfig(_Section):
     )
 
 
-class OptimConfig(_Section):
+class OptimConfig(Section):
     """Optimisation, schedule and early stopping."""
 
     epochs: int = Field(50, ge=1, le=10_000, description="Epochs at most.")
@@ -227,7 +285,7 @@ class OptimConfig(_Section):
     )
 
 
-class CalibrationConfig(_Section):
+class CalibrationConfig(Section):
     """What is fitted on the validation split after training."""
 
     enabled: bool = Field(
@@ -242,7 +300,7 @@ class CalibrationConfig(_Section):
     )
 
 
-class RunConfig(_Section):
+class RunConfig(Section):
     """Where and how a run is carried out; of these only seed and precision change its numbers."""
 
     name: str | None = Field(
@@ -305,7 +363,7 @@ class RunConfig(_Section):
         return f"{self.most_workers} worker{'s' if self.most_workers > 1 else ''}"
 
 
-class Config(_Section):
+class Config(Section):
     """A run's whole configuration. The defaults are the seed's fixed recipe."""
 
     data: DataConfig = DataConfig()
@@ -348,9 +406,18 @@ class Config(_Section):
                 f"optim.batch_size={self.optim.batch_size} leaves fewer than 2 images a step for each of {self.run.most_workers} workers. "
                 "Lower run.num_workers or raise optim.batch_size."
             )
-        if self.run.name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.run.name):
-            raise ValueError(f"run.name={self.run.name!r} is no folder name: use letters, digits, '.', '_' and '-'.")
+        if self.run.name is not None and (fault := name_fault(self.run.name)) is not None:
+            raise ValueError(f"run.name: {fault}")
         return self
+
+
+def name_fault(name: str, *, longest: int = LONGEST_NAME) -> str | None:
+    """Why a folder cannot have this name; None where it can. ``longest``: its characters at most."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        return f"{shown(name)} is no folder name: use letters, digits, '.', '_' and '-', and begin with a letter or a digit."
+    if len(name) > longest:
+        return f"{shown(name)} has {len(name)} characters; expected {longest} at most, as its folder is named so. Choose a shorter name."
+    return None
 
 
 def recipe_names() -> list[str]:
@@ -386,18 +453,55 @@ def build_config(values: Mapping[str, Any]) -> Config:
         ) from None
 
 
-def apply_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """``values`` with each ``section.key=value`` set; values are read as YAML scalars or lists."""
+def apply_overrides(
+    values: Mapping[str, Any], overrides: Sequence[str], model: type[BaseModel] = Config
+) -> dict[str, Any]:
+    """``values`` with each ``section.key=value`` set.
+
+    The value of a key of ``model`` that holds text is that text as it stands; in quotes it is YAML's quoted text, and nothing or ``null``
+    is null where the key may be null. All other values are read as YAML.
+    """
     merged = dict(values)
     for override in overrides:
         dotted, mark, text = override.partition("=")
-        if not mark or not dotted.strip():
-            raise ConfigError(f"{override!r} is no override: write section.key=value, for example optim.lr=1e-3.")
-        nested: Any = read_scalar(override, text)
-        for part in reversed(dotted.strip().split(".")):
-            nested = {part: nested}
-        merged = merge(merged, nested)
+        dotted = dotted.strip()
+        if not mark or not all(dotted.split(".")):
+            raise ConfigError(f"{shown(override)} is no override: write section.key=value, for example optim.lr=1e-3.")
+        merged = merge(merged, nested({dotted: _read_value(override, text, _kinds_at(model, dotted))}))
     return merged
+
+
+def _kinds_at(model: type[BaseModel], dotted: str) -> frozenset[Any]:
+    """The types that a dotted key's value may have; none for a key that the model does not know."""
+    *sections, name = dotted.split(".")
+    for section in sections:
+        field = model.model_fields.get(section)
+        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+            return frozenset()
+        model = field.annotation
+    return _kinds(model, name) if name in model.model_fields else frozenset()
+
+
+def _read_value(override: str, text: str, kinds: frozenset[Any]) -> Any:
+    if str not in kinds or not kinds <= {str, NoneType}:
+        return read_scalar(override, text)
+    if NoneType in kinds and text.strip() in ("", "null"):
+        return None
+    if re.fullmatch(r"'([^']|'')*'|\"([^\"\\]|\\.)*\"", text):
+        return read_scalar(override, text)
+    return text
+
+
+def nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    """``optim.lr: 1`` as ``optim: {lr: 1}``, at every depth; but the keys in a study's ``space`` are dotted, and stay so."""
+    plain: dict[str, Any] = {}
+    for key, value in values.items():
+        first, mark, rest = key.partition(".")
+        inner = {rest: value} if mark else value
+        if first != "space" and isinstance(inner, Mapping):
+            inner = nested(inner)
+        plain = merge(plain, {first: inner})
+    return plain
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -458,42 +562,173 @@ def config_hash(config: Config) -> str:
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def parse_yaml(text: str | bytes) -> Any:
-    """The plain values of a YAML document. What is no YAML is read again by Python's reader, which shows the line.
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """Reads YAML 1.2: in PyYAML's 1.1 ``010`` is 8, ``12:30`` is 750, ``no`` is false, ``1e-3`` is text, and a date is no text.
+
+    By libyaml where PyYAML was built with it, in a tenth of the time.
+    """
+
+    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
+
+    def construct_whole_number(self, node: yaml.ScalarNode) -> int:
+        """``12``, ``-010`` (which is -10), ``0o17`` or ``0x1f``."""
+        text = str(self.construct_scalar(node))
+        base = {"0o": 8, "0x": 16}.get(text[:2], 10)
+        return int(text if base == 10 else text[2:], base)
+
+
+class _Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[misc]
+    """Writes text in quotes wherever readers of YAML 1.1 or of 1.2 would not read it as text."""
+
+
+_TAG = "tag:yaml.org,2002:"
+_CORE_SCHEMA = (
+    ("null", "~|null|Null|NULL|", "~nN\0"),
+    ("bool", "true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", "[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", "-+.0123456789"),
+    ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+."),
+    ("merge", "<<", "<"),
+)
+"""What is no text in YAML 1.2, with its first characters; and the merge key, which 1.2 left out and people use."""
+
+for _name, _pattern, _first in _CORE_SCHEMA:
+    for _one in (_Loader, _Dumper):
+        _one.add_implicit_resolver(
+            _TAG + _name, re.compile(f"^(?:{_pattern})$"), ["" if c == "\0" else c for c in _first]
+        )
+_Loader.add_constructor(f"{_TAG}int", _Loader.construct_whole_number)
+
+
+def parse_yaml(text: str | bytes, where: str = "the text") -> Any:
+    """The plain values of a YAML document. ``where``: what it is, for messages; keys are text.
 
     Raises:
-        yaml.YAMLError: it is no YAML.
-        UnicodeDecodeError: it is not UTF-8.
+        ConfigError: in one line with the number of the line: it is no YAML, not UTF-8, or has a key twice.
     """
-    text = text.decode() if isinstance(text, bytes) else text
     try:
-        return yaml.load(text, _QUICK_LOADER)
-    except yaml.YAMLError:
-        return yaml.safe_load(text)
+        loader = _Loader(text.decode("utf-8-sig") if isinstance(text, bytes) else text)
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise ConfigError(f"{where}: line {line} is not UTF-8. Save it as UTF-8.") from None
+    except (yaml.YAMLError, UnicodeEncodeError) as error:
+        raise ConfigError(f"{where}: is not YAML: {' '.join(str(error).split())}.") from None
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _read_keys(node)
+        return loader.construct_document(node)
+    except _RepeatedKey as error:
+        raise ConfigError(f"{where}: {error.problem}") from None
+    except yaml.MarkedYAMLError as error:
+        raise ConfigError(f"{where}{_in_one_line(error)}") from None
+    except RecursionError:
+        raise ConfigError(f"{where}: is nested too deeply.") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"{where}: is not YAML: {' '.join(str(error).split())}.") from None
+    finally:
+        loader.dispose()
+
+
+class _RepeatedKey(yaml.MarkedYAMLError):
+    """A document sets a key twice; the problem says on which lines."""
+
+
+def _in_one_line(error: yaml.MarkedYAMLError) -> str:
+    mark = error.problem_mark or error.context_mark
+    place = "" if mark is None else f", line {mark.line + 1}, column {mark.column + 1}"
+    begun = ""
+    if error.context_mark is not None and mark is not None and error.context_mark.line != mark.line:
+        begun = f" that begins on line {error.context_mark.line + 1}"
+    problem = f"{error.context}{begun}, {error.problem}" if error.context else str(error.problem)
+    remedy = ""
+    if "cannot start any token" in problem:
+        remedy = " Indent with spaces, not with tabs; put text that begins with a special character in quotes."
+    return f"{place}: is not YAML: {problem}.{remedy}"
+
+
+def _read_keys(root: yaml.Node) -> None:
+    """Make every key of a document text.
+
+    Raises:
+        yaml.MarkedYAMLError: a key is set twice, nested or dotted (PyYAML would keep the last), or an alias holds itself.
+    """
+    lines: dict[str, int] = {}
+    """Of every key with a value of its own, by its dotted place."""
+    sections: dict[str, int] = {}
+    num_values = 0
+
+    def set_once(place: str, known: Mapping[str, int], line: int) -> None:
+        if (first := known.get(place)) is not None:
+            on = f"lines {first} and {line}" if first != line else f"line {line}"
+            raise _RepeatedKey(problem=f"{shown(place)} is set twice, on {on}. Set it once.")
+
+    def walk(node: yaml.Node, place: str, around: tuple[yaml.Node, ...]) -> None:
+        nonlocal num_values
+        num_values += 1
+        if num_values > MOST_VALUES or any(node is one for one in around):
+            raise yaml.MarkedYAMLError(
+                problem=f"more than {MOST_VALUES:,} values, or an alias within itself", problem_mark=node.start_mark
+            )
+        around = (*around, node)
+        if isinstance(node, yaml.SequenceNode):
+            for index, item in enumerate(node.value):
+                walk(item, f"{place}[{index}]", around)
+        elif isinstance(node, yaml.MappingNode):
+            node.value = [(as_text(key), value) for key, value in node.value]
+            here: dict[str, int] = {}
+            for key, value in node.value:
+                inner, line = f"{place}.{key.value}" if place else str(key.value), key.start_mark.line + 1
+                set_once(inner, here, line)
+                here[inner] = line
+                if not place.startswith("space."):
+                    # The keys of a study's space are dotted, and each holds a value of its own: a domain.
+                    of_space = inner.startswith("space.")
+                    is_section = isinstance(value, yaml.MappingNode) and not of_space
+                    above = ["space"] if of_space else [inner[: dot.start()] for dot in re.finditer(r"\.", inner)]
+                    for section in [*above, inner] if is_section else above:
+                        set_once(section, lines, line)
+                        sections.setdefault(section, line)
+                    if not is_section:
+                        set_once(inner, lines, line)
+                        set_once(inner, sections, line)
+                        lines[inner] = line
+                walk(value, inner, around)
+
+    def as_text(key: yaml.Node) -> yaml.ScalarNode:
+        if not isinstance(key, yaml.ScalarNode):
+            raise yaml.MarkedYAMLError(problem="a key that is no text", problem_mark=key.start_mark)
+        if key.tag == f"{_TAG}merge":
+            return key
+        return yaml.ScalarNode(f"{_TAG}str", key.value, key.start_mark, key.end_mark)
+
+    walk(root, "", ())
 
 
 def write_yaml(values: Mapping[str, Any], **style: Any) -> str:
     """Plain values as YAML, in their order; ``style``: as of ``yaml.dump``."""
-    return str(yaml.dump(values, Dumper=_QUICK_DUMPER, sort_keys=False, **style))
+    return str(yaml.dump(values, Dumper=_Dumper, sort_keys=False, **style))
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping of a YAML file, by path or URI; ``1e-3`` is a number. ConfigError where it cannot be read or holds something else."""
+    """The mapping of a YAML file, by path or URI, its dotted keys as sections. ConfigError where it cannot be read or holds something else."""
     try:
-        content = parse_yaml(locate(path).read_bytes())
+        text = locate(path).read_bytes()
     except OSError as error:
         raise ConfigError(
             f"{path}: cannot be read ({_first_line(error)}). Give the path of a YAML file to --config."
         ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: is not YAML: {error}") from None
+    content = parse_yaml(text, str(path))
     if content is None:
-        return {}
+        raise ConfigError(
+            f"{path}: sets nothing: it is empty, or all of it is comments. Write sections such as 'optim:'."
+        )
     if not isinstance(content, dict):
         raise ConfigError(
             f"{path}: holds a {type(content).__name__}; expected sections such as 'optim:' with keys below them."
         )
-    return {str(key): _numbers_read(value) for key, value in content.items()}
+    return nested(content)
 
 
 def _first_line(error: OSError) -> str:
@@ -501,19 +736,5 @@ def _first_line(error: OSError) -> str:
 
 
 def read_scalar(override: str, text: str) -> Any:
-    """The value that an override's text means in YAML; ``1e-3`` is a number. ConfigError names the whole override."""
-    try:
-        return _numbers_read(parse_yaml(text))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{override!r}: the value is not YAML: {error}") from None
-
-
-def _numbers_read(value: Any) -> Any:
-    """YAML 1.1 reads ``1e-3`` as text: read it as the number that everybody means."""
-    if isinstance(value, dict):
-        return {str(key): _numbers_read(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_numbers_read(item) for item in value]
-    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
-        return float(value)
-    return value
+    """The value that an override's text means in YAML. ConfigError names the whole override."""
+    return parse_yaml(text, shown(override))

@@ -3,9 +3,23 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ValidationError
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
+_BRIEF = reprlib.Repr()
+_BRIEF.maxlevel, _BRIEF.maxlist, _BRIEF.maxdict, _BRIEF.maxtuple = 4, 20, 20, 20
+_BRIEF.maxstring, _BRIEF.maxlong, _BRIEF.maxother = 120, 60, 120
+
+
+def shown(value: Any) -> str:
+    """A value for a message: on one line, and what is long is cut in the middle."""
+    return _BRIEF.repr(value)
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> Iterator[str]:
@@ -18,18 +32,21 @@ def explain(error: ValidationError, model: type[BaseModel]) -> Iterator[str]:
             known = list(_dotted_keys(model))
             wanted = ".".join(location)
             yield f"{wanted}: unknown key{did_you_mean(wanted, known)}"
-        elif fault["type"] == "value_error" or not key:
-            prefix = f"{key}: " if key else ""
-            yield prefix + str(fault["msg"]).removeprefix("Value error, ")
+        elif not key:
+            yield _message(fault)
         elif key not in reported:
-            found = fault["input"]
+            parts = key.split(".")
+            alternatives = [one for one in error.errors() if [str(part) for part in one["loc"]][: len(parts)] == parts]
+            # Our own messages say what was found, and mean the alternative that was tried.
+            own = [one for one in alternatives if one["type"] == "value_error"]
+            expected = "; or ".join(dict.fromkeys(_message(one) for one in own or alternatives))
             meaning = f" ({field})" if field else ""
-            alternatives = [
-                f["msg"] for f in error.errors() if [str(p) for p in f["loc"]][: len(key.split("."))] == key.split(".")
-            ]
-            expected = "; or ".join(dict.fromkeys(message.removeprefix("Value error, ") for message in alternatives))
-            yield f"{key}: found {found!r}; {expected}{meaning}"
+            yield f"{key}: {expected}" if own else f"{key}: found {shown(fault['input'])}; {expected}{meaning}"
         reported.add(key)
+
+
+def _message(fault: ErrorDetails) -> str:
+    return fault["msg"].removeprefix("Value error, ")
 
 
 def _known_part(location: list[str], model: type[BaseModel]) -> tuple[str, str | None]:

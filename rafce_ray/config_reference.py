@@ -40,6 +40,11 @@ HEAD = """# Configuration
 Every key that can be set, with its type, default and range. `python -m rafce_ray.config_reference > docs/config.md` writes this page from the
 code, and a test holds it against the code. An unknown key, a wrong type or a value out of range is an error that names the key, what was found,
 what was expected and the nearest known key; all faults are told at once.
+
+On the command line, a key whose type is text takes the text after `=` as it stands, also `~`, `#`, `[` and `: `. `null` or nothing after `=` is null
+where the key may be null; `'key="null"'`, in quotes, is the text.
+All other values, and YAML and JSON files, are read as YAML 1.2: `010` is 10, `1e-3` is a number, and `no`, `12:30` and `2026-11-25` are text.
+In a file, `optim.lr: 1e-3` is the same as `optim: {lr: 1e-3}`. A key that is set twice is an error that names both lines.
 """
 
 PARTS: tuple[tuple[str, type[BaseModel], str], ...] = (

@@ -86,7 +86,8 @@ class RunFolder:
 
     def config(self) -> Config:
         """The stored configuration."""
-        return build_config(parse_yaml((self.location / "config.yaml").read_bytes()))
+        file = self.location / "config.yaml"
+        return build_config(parse_yaml(file.read_bytes(), str(file)))
 
     def provenance(self) -> dict[str, Any]:
         """Where the run came from: data fingerprint, configuration, versions, commit, seed."""

@@ -129,7 +129,8 @@ def is_study(study: StudyFolder) -> bool:
 
 def metric_of(study: StudyFolder) -> str:
     """The metric by which the study compares its trials."""
-    settings = parse_yaml((study.location / STUDY_SETTINGS).read_bytes()) or {}
+    file = study.location / STUDY_SETTINGS
+    settings = parse_yaml(file.read_bytes(), str(file)) or {}
     return str(settings.get("metric", DEFAULT_METRIC))
 
 

@@ -280,7 +280,7 @@ def config_of(arguments: argparse.Namespace) -> ServiceConfig:
             values[key] = locate(value).uri
     if arguments.keys is not None:
         values["keys_file"] = str(Path(arguments.keys).absolute())
-    return read_service_config(apply_overrides(values, arguments.overrides))
+    return read_service_config(apply_overrides(values, arguments.overrides, ServiceConfig))
 
 
 def _main(argv: Sequence[str]) -> int:

@@ -5,20 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from rafce_ray import decode
-from rafce_ray.config import ConfigError
+from rafce_ray.config import ConfigError, Section
 from rafce_ray.config_errors import explain
 
 MIB = 2**20
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class Limits(_Section):
+class Limits(Section):
     """How much one client, and all of them together, may ask for at most."""
 
     max_body_bytes: int = Field(32 * MIB, ge=1024, description="Bytes of one request's body.")
@@ -53,7 +49,7 @@ class Limits(_Section):
         )
 
 
-class ServiceConfig(_Section):
+class ServiceConfig(Section):
     """One service: exactly one of ``bundle`` and ``registry``, an engine, limits, and who may ask."""
 
     bundle: str | None = Field(None, description="Folder of the bundle that is served; a path or URI.")

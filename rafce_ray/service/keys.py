@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from rafce_ray.config import parse_yaml
 from rafce_ray.console import pretty_json, run_main, say
 from rafce_ray.errors import UsageError
 from rafce_ray.service.problems import Problem
@@ -161,16 +162,19 @@ def read_keys(file: Path) -> tuple[Key, ...]:
     """The keys of a file.
 
     Raises:
-        UsageError: it cannot be read, is not what it should be, holds no key, or an id or key twice.
+        UsageError: it cannot be read, is not what it should be, sets a name twice, holds no key, or an id or key twice.
     """
     try:
-        keys = KeyFile.model_validate_json(file.read_bytes(), strict=False).keys
+        content = file.read_bytes()
+        keys = KeyFile.model_validate_json(content, strict=False).keys
     except OSError as error:
         raise UsageError(f"{file}: the keys file cannot be read ({error.strerror}). {_MAKE_ONE}") from None
     except ValidationError as error:
         fault = error.errors()[0]
         place = ".".join(str(part) for part in fault["loc"]) or "the file"
         raise UsageError(f"{file}: {place}: {fault['msg']}. {_MAKE_ONE}") from None
+    # Of a name that an object has twice, readers of JSON keep the last, in silence.
+    parse_yaml(content, str(file))
     if not keys:
         raise UsageError(f"{file}: holds no key. {_MAKE_ONE}")
     for name in ("id", "sha256"):

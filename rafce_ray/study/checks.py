@@ -197,6 +197,17 @@ def normalised(base: Config, space: Space) -> dict[str, Domain]:
     }
 
 
+def repeated_options(space: Space) -> list[str]:
+    """A fault for each domain of a normalised space that lists a value twice, as AU12 and as 12."""
+    return [
+        f"space.{key}: {one!r} is listed twice, in two spellings. List it once"
+        for key, domain in space.items()
+        if isinstance(domain, Choice)
+        for index, one in enumerate(domain.options)
+        if any(same(one, earlier) for earlier in domain.options[:index])
+    ]
+
+
 def study_faults(study: StudyConfig) -> list[str]:
     """What in a study does not go together."""
     return [

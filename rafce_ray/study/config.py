@@ -5,41 +5,50 @@ Precedence: defaults, then the YAML file, then ``key=value`` overrides. The base
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, InstanceOf, ValidationError, field_serializer, field_validator
+from pydantic import Field, InstanceOf, ValidationError, field_serializer, field_validator
 
 from rafce_ray.config import (
+    LONGEST_NAME,
     MAXIMISED_METRICS,
     MINIMISED_METRICS,
     RECIPES,
     Config,
     ConfigError,
+    Section,
     apply_overrides,
     build_config,
     flatten,
     merge,
+    name_fault,
     read_scalar,
     read_yaml,
     recipe_names,
     write_yaml,
 )
 from rafce_ray.config_errors import did_you_mean, explain
-from rafce_ray.study.checks import combination_faults, domain_faults, normalised, parse_space, split_base, study_faults
+from rafce_ray.study.checks import (
+    combination_faults,
+    domain_faults,
+    normalised,
+    parse_space,
+    repeated_options,
+    split_base,
+    study_faults,
+)
 from rafce_ray.study.space import Domain
 
 SECTIONS = tuple(Config.model_fields)
 
+LONGEST_STUDY_NAME = LONGEST_NAME - len("-final_0000_seed2147483648")
+"""Ray names the folder of a trial's workers after both."""
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-
-class BaseRun(_Section):
+class BaseRun(Section):
     """The configuration that trials differ from: trial 0 trains it as it is."""
 
     recipe: str | None = Field(None, description="Named recipe that the sections are laid over; null: the defaults.")
@@ -51,7 +60,7 @@ class BaseRun(_Section):
     run: dict[str, Any] = Field({}, description="A run's section run; name, storage and workers are the study's.")
 
 
-class SchedulerConfig(_Section):
+class SchedulerConfig(Section):
     """When a trial ends before its epochs are spent; time is a trial's epoch."""
 
     type: Literal["asha", "median", "pbt", "none"] = Field(
@@ -82,7 +91,7 @@ SCHEDULER_KEYS = {
 """Keys that each type of scheduler reads."""
 
 
-class ResourcesConfig(_Section):
+class ResourcesConfig(Section):
     """What one trial gets, and how many run at a time."""
 
     workers: int = Field(1, ge=1, le=1024, description="Ray Train workers per trial.")
@@ -95,14 +104,14 @@ class ResourcesConfig(_Section):
     concurrent: int | None = Field(None, ge=1, description="Trials at a time; null: as many as fit.")
 
 
-class FinalistsConfig(_Section):
+class FinalistsConfig(Section):
     """The best configurations trained again, since the winner of a noisy sweep is often luck."""
 
     k: int = Field(3, ge=0, description="Configurations trained again; 0: none.")
     seeds: int = Field(3, ge=1, description="Seeds of each.")
 
 
-class _Study(_Section):
+class _Study(Section):
     """All of a study but its base."""
 
     name: str = Field(description="The study's folder under storage.")
@@ -141,8 +150,8 @@ class _Study(_Section):
     @field_validator("name")
     @classmethod
     def _is_folder_name(cls, name: str) -> str:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-            raise ValueError(f"{name!r} is no folder name: use letters, digits, '.', '_' and '-'.")
+        if (fault := name_fault(name, longest=LONGEST_STUDY_NAME)) is not None:
+            raise ValueError(fault)
         return name
 
     @field_serializer("space")
@@ -235,7 +244,7 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
             ordinary.append(override)
             continue
         values["space"] = _with_domain(values.get("space"), key, read_scalar(override, text), override)
-    return build_study(apply_overrides(values, ordinary))
+    return build_study(apply_overrides(values, ordinary, _Checked))
 
 
 def _with_domain(space: Any, key: str, domain: Any, override: str) -> dict[str, Any]:
@@ -275,6 +284,7 @@ def build_study(values: Mapping[str, Any]) -> StudyConfig:
     faults += domain_faults(config, space, unread)
     if not faults:
         space = normalised(config, space)
+        faults += repeated_options(space)
     study = StudyConfig.model_validate(named | {"space": space, "base": own})
     faults += study_faults(study) or ([] if faults else combination_faults(study))
     if faults:

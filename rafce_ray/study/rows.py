@@ -50,7 +50,9 @@ def read_listing(study: StudyFolder) -> Listing:
     if not study.exists():
         raise UsageError(f"{study.location} is no study: {_what_is_there(study)}")
     file = study.location / "study.yaml"
-    metric = str(parse_yaml(file.read_bytes()).get("metric", DEFAULT_METRIC)) if file.exists() else DEFAULT_METRIC
+    metric = (
+        str(parse_yaml(file.read_bytes(), str(file)).get("metric", DEFAULT_METRIC)) if file.exists() else DEFAULT_METRIC
+    )
     trials = read_trials(study, metric)
     planned = {one.name for one in trials}
     others = [_run_row(study.trial(name), metric) for name in study.trial_names() if name not in planned]

@@ -1,7 +1,7 @@
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from rafce_ray.config import ConfigError
+from rafce_ray.config import ConfigError, apply_overrides
 from rafce_ray.service.config import Limits, ServiceConfig, read_service_config
 
 BUNDLE = {"bundle": "runs/best"}
@@ -43,12 +43,24 @@ def test_it_cannot_be_changed():
         ({**BUNDLE, "limits": {"deadline_s": 0}}, "limits.deadline_s: found 0;"),
         ({**BUNDLE, "limits": {"deadline_s": float("inf")}}, "finite"),
         ({**BUNDLE, "limits": {"max_bytes": 2**20}}, "limits.max_bytes: found 1,048,576"),
+        ({**BUNDLE, "threads": True}, "threads: found True; expected a whole number"),
+        ({**BUNDLE, "watch_s": True}, "watch_s: found True; expected a number"),
+        ({**BUNDLE, "threads": 2**70}, "threads: found 1180591620717411303424; expected a number below 2**63"),
+        ({"bundle": ""}, "bundle: found ''; expected text"),
     ],
 )
 def test_what_cannot_be_meant_is_told(values, said):
     with pytest.raises(ConfigError) as caught:
         read_service_config(values)
     assert said in str(caught.value)
+
+
+def test_overrides_take_text_as_it_stands():
+    given = apply_overrides(BUNDLE, ["bundle=runs/best #2", "name=010", "limits.max_images=010"], ServiceConfig)
+    config = read_service_config(given)
+    assert (config.bundle, config.name, config.limits.max_images) == ("runs/best #2", "010", 10)
+    given = apply_overrides({**BUNDLE, "keys_file": "a"}, ["keys_file=null", "threads=null"], ServiceConfig)
+    assert read_service_config(given).keys_file is None
 
 
 def test_every_fault_is_told_at_once():

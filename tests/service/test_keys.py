@@ -155,6 +155,16 @@ def test_an_unusable_file_is_told(tmp_path, content, said):
     assert "keys new NAME" in str(caught.value)
 
 
+def test_a_name_that_is_set_twice_is_told_with_its_lines(tmp_path):
+    file = tmp_path / "keys.json"
+    file.write_text(
+        '{"keys": [{"id": "a", "sha256": "' + "0" * 64 + '",\n\t"scopes": ["predict"],\n\t"scopes": ["admin"]}]}'
+    )
+    with pytest.raises(UsageError) as caught:
+        read_keys(file)
+    assert str(caught.value) == f"{file}: 'keys[0].scopes' is set twice, on lines 2 and 3. Set it once."
+
+
 def test_a_missing_file_and_double_ids_are_told(tmp_path):
     with pytest.raises(UsageError, match="cannot be read"):
         read_keys(tmp_path / "none.json")

@@ -429,6 +429,71 @@ def test_pbt_takes_only_what_may_change_in_mid_training():
     ]
 
 
+def test_overrides_take_text_as_it_stands(file):
+    study = load_study(file, ["base.data.root=faces #2", "name=010", "storage=a: b", "base.recipe=demo"])
+    assert study.base_config().data.root == "faces #2"
+    assert (study.name, study.storage, study.base.recipe) == ("010", "a: b", "demo")
+    assert load_study(file, ["base.recipe=null", "mlflow=null"]).base.recipe is None
+
+
+def test_dotted_keys_of_a_file_are_sections(tmp_path):
+    file = tmp_path / "study.yaml"
+    file.write_text(
+        "name: s\nnum_trials: 4\nscheduler.type: none\nbase.data.root: faces\nbase: {recipe: demo, optim.epochs: 5}\n"
+        "space: {model.dropout: {uniform: [0.1, 0.5]}}\nspace.optim.lr: {loguniform: [1e-4, 1e-2]}\n"
+    )
+    study = load_study(file)
+    base = study.base_config()
+    assert (study.scheduler.type, base.data.root, base.optim.epochs) == ("none", "faces", 5)
+    assert list(study.space) == ["model.dropout", "optim.lr"]
+    assert str(study.space["optim.lr"]) == "{loguniform: [0.0001, 0.01]}"
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        (
+            "space: {optim.lr: {grid: [1]}}\nspace: {model.dropout: {grid: [0.1]}}\n",
+            "'space' is set twice, on lines 1 and 2",
+        ),
+        (
+            "space: {optim.lr: {grid: [1]}}\nspace.optim.lr: {grid: [2]}\n",
+            "'space.optim.lr' is set twice, on lines 1 and 2",
+        ),
+        (
+            "space: {optim.lr: {grid: [1]}}\nspace.optim.lr: {choice: [2]}\n",
+            "'space.optim.lr' is set twice, on lines 1 and 2",
+        ),
+        ("base: {optim.lr: 1, optim: {lr: 2}}\n", "'base.optim.lr' is set twice, on line 1"),
+    ],
+)
+def test_a_key_that_is_set_twice_is_refused_with_its_lines(text, line, tmp_path):
+    file = tmp_path / "study.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_study(file)
+    assert str(caught.value) == f"{file}: {line}. Set it once."
+
+
+def test_an_option_in_two_spellings_is_listed_twice():
+    (line,) = faults(searched("data.action_units", {"choice": [["AU12", 6], [12, 6], "seed18"]}, metric="macro_f1"))
+    assert line == "space.data.action_units: [12, 6] is listed twice, in two spellings. List it once"
+    (line,) = faults(searched("data.action_units", {"choice": [[12, "AU12"], "seed18"]}, metric="macro_f1"))
+    assert "data.action_units: AU12 is listed 2 times. List it once." in line
+
+
+def test_a_studys_name_leaves_room_for_its_trials():
+    longest = "x" * (255 - len("-final_9999_seed2147483647"))
+    assert build_study(plain(name=longest)).name == longest
+    (line,) = faults(plain(name="x" * 300))
+    assert f"has 300 characters; expected {len(longest)} at most" in line
+
+
+def test_true_is_no_number():
+    lines = faults(plain(keep=True, seed=False, time_budget_s=True, base={"optim": {"epochs": True}}))
+    assert [line.partition(": found ")[0] for line in lines] == ["seed", "time_budget_s", "keep", "base.optim.epochs"]
+
+
 def test_a_grid_that_nobody_meant_is_refused():
     space = {key: {"quniform": [0.0, 0.5, 0.01]} for key in ("model.dropout", "loss.label_smoothing", "loss.au_weight")}
     (line,) = faults(plain(space=space, search="grid"))
@@ -446,7 +511,7 @@ def test_what_cannot_be_read_is_a_usage_error(tmp_path, file):
         load_study(tmp_path / "missing.yaml")
     with pytest.raises(ConfigError, match="is no override"):
         load_study(file, ["space.optim.lr"])
-    with pytest.raises(ConfigError, match="the value is not YAML"):
+    with pytest.raises(ConfigError, match="is not YAML: while parsing a flow sequence"):
         load_study(file, ["space.optim.lr={uniform: [1"])
     file.write_text("name: a\nspace: all\n")
     with pytest.raises(ConfigError, match="space: found 'all'"):
