@@ -101,6 +101,14 @@ class RunFolder:
         """Mark the run as ended."""
         (self.location / "result.json").write_bytes(pretty_json(result))
 
+    def has_trained(self) -> bool:
+        """Whether a step was made here; else nothing is lost when another run takes the folder."""
+        return bool(self.metrics() or self.progress() or self.checkpoints.list()) or self.result() is not None
+
+    def forget(self) -> None:
+        """Free the name of a run that has not trained; its log of events stays."""
+        (self.location / "config.yaml").delete()
+
     def reopen(self) -> None:
         """Take a finished run's result and bundle away, so that it may go on; its checkpoints and metrics stay."""
         (self.location / "result.json").delete()

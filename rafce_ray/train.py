@@ -250,6 +250,10 @@ def _claim(folder: RunFolder, config: Config, prepared: Prepared, *, resume: boo
                 f"--resume: there is no run in {folder.location}. Leave --resume out to start one, or set run.name."
             )
         return
+    if not folder.has_trained():
+        # It failed before its first step, as without its weights. Now another configuration may have the fault mended.
+        folder.forget()
+        return
     result = folder.result()
     if result is not None and not resume:
         raise UsageError(
@@ -263,6 +267,12 @@ def _claim(folder: RunFolder, config: Config, prepared: Prepared, *, resume: boo
         lines = "\n".join(f"  {key}: {before!r} there, {now!r} here" for key, (before, now) in sorted(changed.items()))
         raise UsageError(
             f"{folder.location} holds a run with another configuration:\n{lines}\nChoose another run.name, or give the same values."
+        )
+    trained = max((int(record["epoch"]) for record in folder.metrics()), default=0)
+    if config.optim.epochs < trained:
+        raise UsageError(
+            f"{folder.location} has trained {trained} epochs, more than optim.epochs={config.optim.epochs}: nothing was changed. To go on, "
+            f"give optim.epochs={trained + 1} or more."
         )
     provenance = folder.provenance()
     if provenance["data_fingerprint"] != prepared.fingerprint:

@@ -18,7 +18,7 @@ from processes import running
 from rafce_ray.bundle import load_bundle
 from rafce_ray.checkpoint import list_checkpoints
 from rafce_ray.config import load_config
-from rafce_ray.errors import GateError, UsageError
+from rafce_ray.errors import GateError, RafceError, UsageError
 from rafce_ray.monitoring.programs import fetch
 from rafce_ray.run_folder import RunFolder
 from rafce_ray.train import launch
@@ -202,12 +202,29 @@ def test_a_finished_run_goes_on_with_more_epochs_when_asked(overrides, ray_clust
     assert (first["epochs"], again["epochs"]) == (1, 2)
     assert [record["epoch"] for record in RunFolder(again["run_dir"]).metrics()] == [1, 2]
     assert load_bundle(again["bundle"]).weights_sha256 == again["weights_sha256"]
+    before = {path: path.read_bytes() for path in Path(again["run_dir"]).rglob("*") if path.is_file()}
+    with pytest.raises(
+        UsageError, match=r"has trained 2 epochs, more than optim\.epochs=1.* give optim\.epochs=3 or more"
+    ):
+        launch(load_config(overrides=once), resume=True)
+    assert {path: path.read_bytes() for path in Path(again["run_dir"]).rglob("*") if path.is_file()} == before
+
+
+def test_the_name_of_a_run_that_failed_before_its_first_step_is_free(overrides, tmp_path, ray_cluster_of_tests):
+    once = [*overrides, "run.name=mended", "optim.epochs=1", "optim.warmup_epochs=0", "run.max_failures=0"]
+    with pytest.raises(RafceError, match=r"missing\.pt"):
+        launch(load_config(overrides=[*once, f"model.weights={tmp_path / 'missing.pt'}"]))
+    folder = RunFolder(str(Path(load_config(overrides=once).run.storage) / "mended"))
+    assert folder.config().model.weights.endswith("missing.pt")
+    assert launch(load_config(overrides=once))["status"] == "finished"
+    assert folder.config().model.weights == "none"
 
 
 def test_another_configuration_under_the_name_of_an_interrupted_run_is_refused(trained, overrides, tmp_path):
     config = load_config(overrides=[*overrides, "run.name=interrupted"])
     folder = RunFolder(str(Path(config.run.storage) / "interrupted"))
     folder.start(config, RunFolder(trained["run_dir"]).provenance(), {})
+    folder.write_progress({"epoch": 1, "step": 1})
     with pytest.raises(UsageError, match=r"optim\.lr: 0\.001 there, 0\.01 here"):
         launch(load_config(overrides=[*overrides, "run.name=interrupted", "optim.lr=1e-2"]))
 
