@@ -24,7 +24,7 @@ from rafce_ray.checkpoint import (
     prune,
 )
 from rafce_ray.console import finite
-from rafce_ray.data.loader import step_seed, tally
+from rafce_ray.data.loader import batch_remark, step_seed, tally
 from rafce_ray.doctor.rules import examine_live
 from rafce_ray.errors import RafceError
 from rafce_ray.finish import finish
@@ -113,8 +113,10 @@ def _announce(training: Training, remark: str | None) -> None:
         precision=training.precision,
         hardware=describe_hardware(session.device),
     )
-    for message in (*weights.warnings, *([remark] if remark else [])):
-        training.folder.add_event("warning", message=message)
+    batches = batch_remark(len(training.splits.train), training.config.optim.batch_size)
+    for message in (*weights.warnings, remark, batches):
+        if message is not None:
+            training.folder.add_event("warning", message=message)
 
 
 def _resume(training: Training) -> None:

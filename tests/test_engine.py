@@ -66,6 +66,14 @@ def undisturbed(trained_run):
     return trained_run[1]
 
 
+def test_a_batch_of_more_images_than_there_are_is_told_before_the_first_step(tiny_overrides, tmp_path):
+    with pytest.raises(Interrupted):
+        run([*tiny_overrides, "optim.batch_size=512"], tmp_path / "run", DyingSession(1))
+    (event,) = [one for one in RunFolder(str(tmp_path / "run")).events() if one["event"] == "warning"]
+    assert event["message"].startswith("optim.batch_size=512 is more than the ")
+    assert event["message"].endswith(" train images: every epoch is one step with all of them.")
+
+
 def test_a_run_leaves_what_it_promises(undisturbed):
     folder = RunFolder(undisturbed["run_dir"])
     records = folder.metrics()

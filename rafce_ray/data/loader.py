@@ -48,6 +48,13 @@ def num_steps(num_images: int, batch_size: int) -> int:
     return max(1, round(num_images / batch_size))
 
 
+def batch_remark(num_images: int, batch_size: int) -> str | None:
+    """What a person should know where a batch would take more images than there are."""
+    if batch_size <= num_images:
+        return None
+    return f"optim.batch_size={batch_size} is more than the {num_images} train images: every epoch is one step with all of them."
+
+
 def check_shares(num_images: int, batch_size: int, num_workers: int) -> None:
     """UsageError where a step leaves a worker fewer than 2 images, of which batch statistics cannot be taken."""
     if num_images // num_steps(num_images, batch_size) < 2 * num_workers:

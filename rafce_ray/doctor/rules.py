@@ -19,7 +19,7 @@ from rafce_ray.doctor.figures import (
     improvement_within_noise,
 )
 from rafce_ray.doctor.learning_rate import diverged, learning_rate_too_high, learning_rate_too_low
-from rafce_ray.doctor.training import overfitting, train_longer, underfitting, validation_falling
+from rafce_ray.doctor.training import batch_of_all_images, overfitting, train_longer, underfitting, validation_falling
 
 Rule = Callable[[Evidence], list[Diagnosis]]
 
@@ -35,6 +35,7 @@ LIVE_RULES: tuple[Rule, ...] = (
 
 RULES: tuple[Rule, ...] = (
     *LIVE_RULES,
+    batch_of_all_images,
     learning_rate_too_low,
     underfitting,
     at_majority_floor,

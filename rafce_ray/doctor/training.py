@@ -7,6 +7,7 @@ import math
 import numpy as np
 
 from rafce_ray.config import Config
+from rafce_ray.data.loader import batch_remark, num_steps
 from rafce_ray.doctor.diagnosis import Cause, Diagnosis, Verdict, diagnose, resume_command
 from rafce_ray.doctor.evidence import Evidence, figure
 from rafce_ray.doctor.steps import (
@@ -35,6 +36,9 @@ NOISE = 2.0
 
 LEARNT_SHARE = 0.25
 """Share of the way from the commonest class to perfection that a run which has learnt goes on train images."""
+
+STEPS_AN_EPOCH = 4
+"""Steps an epoch at least that a smaller batch size is chosen for."""
 
 SMALL_GAP = 0.10
 """Gap below which a low train accuracy is no price of strong regularisation on a small train split, but underfitting."""
@@ -219,6 +223,22 @@ def underfitting(evidence: Evidence) -> list[Diagnosis]:
         ),
     ]
     return [diagnose(evidence, "underfitting", "warning", seen, causes=causes, advice=step.text, patch=step.patch)]
+
+
+def batch_of_all_images(evidence: Evidence) -> list[Diagnosis]:
+    """A batch would take more images than the train split has, so that an epoch is a single step."""
+    batch_size = evidence.config.optim.batch_size
+    num_images = ((evidence.targets or {}).get("train") or {}).get("num_images")
+    if num_images is None or (seen := batch_remark(num_images, batch_size)) is None:
+        return []
+    smaller = max(2 * evidence.config.run.most_workers, 2 ** int(math.log2(max(2, num_images / STEPS_AN_EPOCH))))
+    steps = num_steps(num_images, smaller)
+    if steps < 2:
+        advice = "Label more train images: these are too few for more than one step an epoch."
+        return [diagnose(evidence, "batch_of_all_images", "warning", seen, advice=advice)]
+    advice = f"Lower optim.batch_size to {smaller}, for {steps} steps an epoch."
+    patch = {"optim.batch_size": smaller}
+    return [diagnose(evidence, "batch_of_all_images", "warning", seen, advice=advice, patch=patch)]
 
 
 def train_longer(evidence: Evidence) -> list[Diagnosis]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rafce_ray.config import CARRIED_OUT_BY, flatten
 from rafce_ray.console import print_json, progress_bar, run_main, say, to_json, warn
-from rafce_ray.data.dataset import prepare
+from rafce_ray.data.dataset import open_dataset, prepare
 from rafce_ray.errors import RafceError, UsageError
 from rafce_ray.pretrained import check_weights
 from rafce_ray.storage import locate
@@ -24,7 +24,8 @@ from rafce_ray.study.proposals import planned_trials, propose
 from rafce_ray.study.trials import Trial, read_trials
 from rafce_ray.study_folder import StudyFolder
 from rafce_ray.train import ray_cluster, tell_findings
-from rafce_ray.tune.plan import first_line, tell_plan, tell_trials
+from rafce_ray.training import choose_splits
+from rafce_ray.tune.plan import first_line, tell_batches, tell_plan, tell_trials
 from rafce_ray.tune.readings import Readings
 from rafce_ray.tune.shares import Shares, share_out
 
@@ -98,6 +99,9 @@ def tell(study: StudyConfig, folder: StudyFolder, shares: Shares, prepared: Prep
     trials = [one for one in read_trials(folder, study.metric) if one.plan.role == "sweep"]
     ended = sum(one.status not in ("waiting", "interrupted") for one in trials)
     tell_plan(study, folder, shares, prepared.taxonomy, ended=ended)
+    base = study.base_config()
+    dataset = open_dataset(prepared.store, prepared.taxonomy, base.data.null_policy)
+    tell_batches(study, len(choose_splits(dataset, base).train))
 
 
 def claim_of(study: StudyConfig, prepared: Prepared) -> dict[str, Any]:

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Sequence
 from contextlib import suppress
-from itertools import product
+from itertools import chain, product
 from typing import Any
 
 import torch
 
 from rafce_ray.config import Config, ConfigError
-from rafce_ray.console import say
+from rafce_ray.console import say, warn
+from rafce_ray.data.loader import batch_remark, num_steps
 from rafce_ray.errors import UsageError
 from rafce_ray.model import build_architecture, build_model
 from rafce_ray.storage import Location
+from rafce_ray.study.checks import foreseen
 from rafce_ray.study.config import StudyConfig
 from rafce_ray.study.proposals import planned_trials, propose
+from rafce_ray.study.space import identity
 from rafce_ray.study_folder import StudyFolder
 from rafce_ray.taxonomy import Taxonomy
 from rafce_ray.tune.shares import Shares
@@ -71,6 +75,43 @@ def tell_plan(study: StudyConfig, folder: StudyFolder, shares: Shares, taxonomy:
     else:
         say(f"epochs: at most {epochs}{retrained}")
     tell_disk(study, folder.location, shares, taxonomy)
+
+
+def tell_batches(study: StudyConfig, num_images: int) -> None:
+    """Warn of batch sizes that come to the same, as an epoch has whole steps, and of trials that are the same thereby.
+
+    ``num_images``: of the base's train split.
+    """
+    key = "optim.batch_size"
+    searched = study.space[key].ends() if key in study.space else ()
+    sizes: dict[int, list[int]] = {}
+    for size in sorted({study.base_values[key], *(int(one) for one in searched)}):
+        sizes.setdefault(num_steps(num_images, size), []).append(size)
+    for steps, alike in sizes.items():
+        if len(alike) > 1:
+            warn(
+                f"{key} {_listed(alike)} come to the same on {num_images} train images: {steps} step{'s' if steps > 1 else ''} an epoch."
+            )
+        elif (remark := batch_remark(num_images, alike[0])) is not None:
+            warn(remark)
+    if not searched or study.search == "optuna":
+        return
+    trials: dict[Any, list[str]] = {}
+    for number, values in zip(range(planned_trials(study)), chain([{}], foreseen(study)), strict=False):
+        trained = study.base_values | values
+        steps = num_steps(num_images, int(trained.pop(key)))
+        trials.setdefault((steps, identity(trained)), []).append(f"trial_{number:04d}")
+    for names in trials.values():
+        if len(names) > 1:
+            warn(f"{_listed(names)} train the same, and will get the same figures. Search one of their batch sizes.")
+
+
+def _listed(parts: Sequence[object]) -> str:
+    """``16, 48 and 64``; of many, the first."""
+    texts = [str(part) for part in parts]
+    if len(texts) > SHOWN_TRIALS:
+        return f"{', '.join(texts[:SHOWN_TRIALS])} and {len(texts) - SHOWN_TRIALS} more"
+    return f"{', '.join(texts[:-1])} and {texts[-1]}"
 
 
 def asha_rungs(grace_period: int, reduction_factor: float, epochs: int) -> list[float]:

@@ -657,6 +657,36 @@ def test_what_holds_an_underfitting_run_back_is_loosened_one_by_one(overrides, p
     assert diagnosis.patch == patch
 
 
+def of_train_images(number: int) -> dict[str, Any]:
+    known = targets()
+    return {**known, "train": {**known["train"], "num_images": number}}
+
+
+@pytest.mark.parametrize(
+    ("num_images", "overrides", "smaller"),
+    [
+        (40, ["optim.batch_size=41"], 8),
+        (40, ["optim.batch_size=64", "run.num_workers=8"], 16),
+        (63, ["optim.batch_size=64"], 8),
+        (7, ["optim.batch_size=32"], 2),
+    ],
+)
+def test_a_batch_of_all_images_is_lowered(num_images, overrides, smaller):
+    diagnosis = found(evidence(flat(3), *overrides, targets=of_train_images(num_images)), "batch_of_all_images")
+    assert diagnosis is not None
+    assert f"is more than the {num_images} train images" in diagnosis.seen
+    assert diagnosis.patch == {"optim.batch_size": smaller}
+
+
+def test_a_batch_that_leaves_several_steps_is_no_finding():
+    assert found(evidence(flat(3), "optim.batch_size=40", targets=of_train_images(40)), "batch_of_all_images") is None
+    assert found(evidence(flat(3), "optim.batch_size=64", targets=None), "batch_of_all_images") is None
+    few = found(evidence(flat(3), "run.num_workers=4", targets=of_train_images(10)), "batch_of_all_images")
+    assert few is not None
+    assert few.patch == {}
+    assert few.advice.startswith("Label more train images")
+
+
 @pytest.mark.parametrize(("epochs", "longer"), [(6, 12), (20, 40), (21, 32)])
 def test_a_best_epoch_at_the_end_is_trained_longer_by_resuming(epochs, longer):
     records = flat(epochs)

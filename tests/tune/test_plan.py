@@ -18,6 +18,7 @@ from rafce_ray.tune.plan import (
     largest_model_bytes,
     model_bytes,
     shown_bytes,
+    tell_batches,
     tell_disk,
     tell_plan,
     tell_trials,
@@ -48,6 +49,40 @@ def build(**values) -> StudyConfig:
         "num_trials": 12,
     }
     return build_study(plain | values)
+
+
+def told_of_batches(capsys, num_images, domain=None, **values) -> list[str]:
+    space = {} if domain is None else {"optim.batch_size": domain}
+    others = values.pop("space", {"model.dropout": {"choice": [0.4, 0.5]}})
+    tell_batches(build(space=space | others, **values), num_images)
+    return capsys.readouterr().err.replace("warning: ", "").splitlines()
+
+
+def test_batch_sizes_that_come_to_the_same_are_told_with_their_trials(capsys):
+    lines = told_of_batches(capsys, 40, {"grid": [8, 48, 64, 512]}, search="grid", num_trials=None)
+    assert lines[0] == "optim.batch_size 32, 48, 64 and 512 come to the same on 40 train images: 1 step an epoch."
+    # In the order of the grid: dropout 0.4 and 0.5 (the base's) with 8, 48, 64 and 512 images.
+    assert lines[1:] == [
+        "trial_0000, trial_0004, trial_0006 and trial_0008 train the same, and will get the same figures. Search one of their batch sizes.",
+        "trial_0003, trial_0005 and trial_0007 train the same, and will get the same figures. Search one of their batch sizes.",
+    ]
+
+
+def test_of_draws_that_nothing_repeats_only_the_batch_sizes_are_told(capsys):
+    drawn = {"space": {"optim.lr": {"loguniform": [1e-4, 1e-2]}}}
+    (line,) = told_of_batches(capsys, 40, {"choice": [48, 64]}, **drawn)
+    assert line == "optim.batch_size 32, 48 and 64 come to the same on 40 train images: 1 step an epoch."
+    (line,) = told_of_batches(
+        capsys, 40, {"randint": [8, 512]}, base={"optim": {"epochs": 20, "batch_size": 16}}, **drawn
+    )
+    assert line.startswith("optim.batch_size=512 is more than the 40 train images: every epoch is one step")
+    assert told_of_batches(capsys, 3000, {"choice": [16, 48, 64]}, **drawn) == []
+
+
+def test_a_base_whose_batch_is_larger_than_the_train_split_is_told(capsys):
+    (line,) = told_of_batches(capsys, 20)
+    assert line == "optim.batch_size=32 is more than the 20 train images: every epoch is one step with all of them."
+    assert told_of_batches(capsys, 32) == []
 
 
 @pytest.mark.parametrize(
