@@ -458,8 +458,8 @@ def apply_overrides(
 ) -> dict[str, Any]:
     """``values`` with each ``section.key=value`` set.
 
-    The value of a key of ``model`` that holds text is that text as it stands; in quotes it is YAML's quoted text, and nothing or ``null``
-    is null where the key may be null. All other values are read as YAML.
+    The value of a key of ``model`` that holds text, or one of some words, is the text as it stands; in quotes it is YAML's quoted text,
+    and nothing or ``null`` is null where the key may be null. All other values are read as YAML, lists among them.
     """
     merged = dict(values)
     for override in overrides:
@@ -483,7 +483,8 @@ def _kinds_at(model: type[BaseModel], dotted: str) -> frozenset[Any]:
 
 
 def _read_value(override: str, text: str, kinds: frozenset[Any]) -> Any:
-    if str not in kinds or not kinds <= {str, NoneType}:
+    lists = {kind for kind in kinds if get_origin(kind) is tuple}
+    if not kinds or kinds - lists - {str, Literal, NoneType} or (str not in kinds and text.lstrip().startswith("[")):
         return read_scalar(override, text)
     if NoneType in kinds and text.strip() in ("", "null"):
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
@@ -17,10 +18,22 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from rafce_ray.errors import RafceError
+from rafce_ray.errors import RafceError, UsageError
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 """Standard error: everything a program says to a person goes here; standard output carries results only."""
+
+
+_OF_A_PLACE = (
+    errno.EACCES,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.ENOTDIR,
+    errno.EPERM,
+    errno.EROFS,
+)
+"""What the system says of a place that a person named, or that lies below one, and that cannot be used as it is."""
 
 
 def say(text: str) -> None:
@@ -41,6 +54,16 @@ def run_main(main: Callable[[list[str]], int], argv: list[str] | None) -> int:
     except RafceError as error:
         console.print(Text.assemble(("error: ", "bold red"), str(error)))
         return error.exit_code
+    except OSError as error:
+        if error.errno not in _OF_A_PLACE:
+            raise
+        place = f"{error.filename}: " if error.filename is not None else ""
+        # Pyarrow's own words name the place.
+        reason = (error.strerror or str(error)).strip().splitlines()[0].rstrip(".")
+        console.print(
+            Text.assemble(("error: ", "bold red"), f"{place}{reason}. Give another place, or one that may be used.")
+        )
+        return UsageError.exit_code
     except KeyboardInterrupt:
         say("stopped.")
         return 130

@@ -8,6 +8,7 @@ convolution), whose keys and shapes are torchvision's.
 from __future__ import annotations
 
 import math
+import os
 import pickle
 import urllib.error
 from collections import OrderedDict
@@ -187,11 +188,12 @@ def _caffe_names(unexpected: tuple[str, ...]) -> str:
 
 
 def _is_file(weights: str) -> bool:
-    return "/" in weights or "\\" in weights or weights.lower().endswith(WEIGHTS_SUFFIXES) or Path(weights).is_file()
+    return "/" in weights or "\\" in weights or weights.lower().endswith(WEIGHTS_SUFFIXES) or os.path.isfile(weights)
 
 
 def _existing(path: Path) -> Path:
-    if not path.is_file():
+    # Not pathlib's, which raises for a name that is too long.
+    if not os.path.isfile(path):
         raise UsageError(
             f"model.weights: there is no file {path}. Give a path that every worker can read, a torchvision name, or none."
         )

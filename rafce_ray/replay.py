@@ -20,7 +20,7 @@ from rafce_ray.circumstances import (
     open_finished,
     software_circumstances,
 )
-from rafce_ray.config import Config, apply_overrides, build_config, config_hash, differences
+from rafce_ray.config import LONGEST_NAME, Config, apply_overrides, build_config, config_hash, differences
 from rafce_ray.console import console, print_json, progress_bar, run_main, say, to_json, warn
 from rafce_ray.data.dataset import Prepared, prepare
 from rafce_ray.equality import Comparison, Records, compare_figures, shown
@@ -127,7 +127,8 @@ def _place_beside(location: Location) -> tuple[str, str]:
     storage = location.parent
     if storage.name == TRIALS:
         storage = storage.parent / "replays"
-    base = re.sub(r"[^A-Za-z0-9._-]+", "-", location.name).lstrip("._-") + "-replay"
+    # With room for a number.
+    base = re.sub(r"[^A-Za-z0-9._-]+", "-", location.name).lstrip("._-")[: LONGEST_NAME - 16] + "-replay"
     names = (base if number == 1 else f"{base}-{number}" for number in count(1))
     return str(storage), next(name for name in names if RunFolder(str(storage / name)).result() is None)
 

@@ -14,7 +14,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from rafce_ray.config import Config, build_config, config_hash, differences, load_config, recipe_names, to_yaml
+from rafce_ray.config import (
+    LONGEST_NAME,
+    Config,
+    build_config,
+    config_hash,
+    differences,
+    load_config,
+    recipe_names,
+    to_yaml,
+)
 from rafce_ray.console import print_json, progress_bar, run_main, say, warn
 from rafce_ray.data.dataset import Prepared, prepare
 from rafce_ray.errors import RafceError, UsageError
@@ -238,7 +247,8 @@ def named(config: Config, prefix: str = "") -> Config:
         return config
     data = re.sub(r"[^A-Za-z0-9]+", "-", locate(str(config.data.root)).name).strip("-") or "data"
     values = config.model_dump()
-    values["run"]["name"] = f"{prefix}{data}-{config.model.backbone}-{config_hash(config)}"
+    rest = f"-{config.model.backbone}-{config_hash(config)}"
+    values["run"]["name"] = f"{prefix}{data}"[: LONGEST_NAME - len(rest)] + rest
     return build_config(values)
 
 

@@ -1,4 +1,5 @@
 import itertools
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -37,6 +38,38 @@ def test_errors_become_exit_codes_without_a_traceback(error, code, capsys):
 
     assert run_main(body, []) == code
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_place_that_cannot_be_used_is_told_in_a_line(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+
+    def body(places: list[str]) -> int:
+        return len(Path(places[0]).read_text())
+
+    for place, reason in (("x" * 300, "name too long"), ("", "Is a directory"), ("file/x", "Not a directory")):
+        assert run_main(body, [str(tmp_path / place)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"error: {tmp_path / place}: ")
+        assert reason in line
+    with pytest.raises(FileNotFoundError):
+        run_main(body, [str(tmp_path / "missing")])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["doctor"],
+        ["trials"],
+        ["report"],
+        ["data", "audit"],
+        ["data", "synthesize", "--num-images", "20", "--out"],
+        ["evaluate", "--bundle"],
+        ["tune", "--config"],
+    ],
+)
+def test_a_name_that_no_file_can_have_is_told_in_a_line(arguments, capsys):
+    assert main([*arguments, "x" * 300]) == 2
+    assert "name too long" in capsys.readouterr().err.splitlines()[-1].lower()
 
 
 def test_json_knows_no_nan():

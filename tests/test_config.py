@@ -224,6 +224,13 @@ def test_a_run_may_have_a_name_that_yaml_reads_as_something_else(name, tmp_path)
     assert load_config(tmp_path / "printed.yaml") == config
 
 
+def test_words_and_lists_of_words_are_taken_as_they_stand():
+    config = load_config(overrides=["data.layout=auto", "data.emotions=[no, 'a: b', c]", "data.action_units=none"])
+    assert (config.data.emotions, config.data.action_units) == (("no", "a: b", "c"), "none")
+    assert said("data.layout=auto # looks").startswith("data.layout: found 'auto # looks'; Input should be 'auto'")
+    assert said("data.emotions=*").startswith("data.emotions: found '*'")
+
+
 def test_nothing_and_null_take_a_text_back_and_quotes_make_null_a_text():
     config = load_config(overrides=["run.name=a", "run.name=", "data.root=b", "data.root=null"])
     assert (config.run.name, config.data.root) == (None, None)

@@ -206,6 +206,8 @@ def test_a_file_without_tensors_is_refused(content: object, tmp_path: Path):
 def test_a_missing_file_and_an_unknown_name_are_usage_errors(tmp_path: Path):
     with pytest.raises(UsageError, match="there is no file"):
         load_backbone_weights(fresh_model(), str(tmp_path / "weights.pt"))
+    with pytest.raises(UsageError, match="there is no file"):
+        load_backbone_weights(fresh_model(), f"{'x' * 300}.pt")
     with pytest.raises(UsageError, match="IMAGENET1K_V1"):
         load_backbone_weights(fresh_model(), "IMAGENET")
 

@@ -20,6 +20,7 @@ from rafce_ray.hardware import describe_software
 from rafce_ray.replay import main, plan_replay, train_again
 from rafce_ray.run_folder import RunFolder
 from rafce_ray.study.trials import conclude
+from rafce_ray.train import named
 
 pytestmark = pytest.mark.numeric
 
@@ -228,6 +229,15 @@ def test_a_replay_has_the_configuration_that_trained_and_a_place_beside(tiny_ove
     assert (run.cpus_per_worker, run.use_gpu, run.precision, run.num_workers) == (3, False, "fp32", 1)
     same = plan.config.model_copy(update={"run": plan.trained.run})
     assert same == plan.trained
+
+
+def test_the_names_of_a_replay_and_of_a_run_without_one_are_as_long_as_file_systems_take_them(tiny_overrides, tmp_path):
+    folder = pretend_run(tmp_path / ("x" * 255), tiny_overrides)
+    assert len(plan_replay(folder).config.run.name) <= 255
+    config = load_config(overrides=[f"data.root={'x' * 250}"])
+    name = named(config).run.name
+    assert len(name) == 255
+    assert name.endswith(f"x-resnet50-{config_hash(config)}")
 
 
 def test_names_that_are_taken_are_counted_up_and_an_interrupted_replay_goes_on(tiny_overrides, tmp_path):

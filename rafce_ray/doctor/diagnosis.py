@@ -130,4 +130,4 @@ def as_yaml(value: Any) -> str:
     """A configuration value as ``section.key=`` takes it: YAML on one line that is read back as the same value."""
     if isinstance(value, str) and re.fullmatch(r"[\w./~:-]+", value) and parse_yaml(value) == value:
         return value
-    return json.dumps(value)
+    return json.dumps(value, ensure_ascii=False)

@@ -946,3 +946,10 @@ def test_values_on_the_command_line_are_read_back_as_they_are(value):
     read = apply_overrides({}, [f"a.b={as_yaml(value)}"])["a"]["b"]
     assert read == value
     assert type(read) is type(value)
+
+
+@pytest.mark.parametrize(
+    "text", ["faces #2", "~/faces", "it's", 'a "b"', "a\\b", "null", "none", "010", "é 😀", "[x]", "'q'", '"q"']
+)
+def test_text_on_the_command_line_is_read_back_as_it_is(text):
+    assert load_config(overrides=[f"data.root={as_yaml(text)}"]).data.root == text
