@@ -10,8 +10,9 @@ from rafce_ray.ablation.output import markdown, plot
 from rafce_ray.ablation.results import Ablation, read_ablation, trial_name
 from rafce_ray.config import CARRIED_OUT_BY, Config, build_config, flatten, load_config, recipe_names
 from rafce_ray.config_errors import did_you_mean
-from rafce_ray.console import print_json, progress_bar, run_main, say, to_json
+from rafce_ray.console import print_json, progress_bar, run_main, say, to_json, warn
 from rafce_ray.data.dataset import Prepared, prepare
+from rafce_ray.data.loader import batch_remark
 from rafce_ray.errors import UsageError
 from rafce_ray.session import Job
 from rafce_ray.storage import locate
@@ -48,7 +49,9 @@ def ablate(
     prepared = _prepare_all(base, arms)
     first = prepared[arms[0].name]
     tell_findings(first, base)
-    minority = _check_minority(minority, first)
+    if (remark := batch_remark(first.audit.splits[0].num_images, base.optim.batch_size)) is not None:
+        warn(remark)
+    minority = check_minority(minority, first)
     study = StudyFolder(str(locate(base.run.storage) / str(base.run.name)))
     not_of_the_study = ablated_keys(every_arm) | CARRIED_OUT_BY
     plan = {
@@ -105,7 +108,8 @@ def _prepare_all(base: Config, arms: list[Arm]) -> dict[str, Prepared]:
     return prepared
 
 
-def _check_minority(minority: Sequence[str] | None, prepared: Prepared) -> list[str]:
+def check_minority(minority: Sequence[str] | None, prepared: Prepared) -> list[str]:
+    """The classes whose F1 is shown, from names or numbers; None: the seed's four, or the four rarest. UsageError for an unknown one."""
     emotions = prepared.taxonomy.emotions
     if minority is None:
         if all(name in emotions for name in SEED_MINORITY):
@@ -116,7 +120,8 @@ def _check_minority(minority: Sequence[str] | None, prepared: Prepared) -> list[
     unknown = [name for name in chosen if name not in emotions]
     if unknown:
         raise UsageError(f"--minority: {unknown} are no classes; expected some of {list(emotions)}, or their numbers.")
-    return chosen
+    # A class that is named twice, as by its name and its number, is shown once.
+    return list(dict.fromkeys(chosen))
 
 
 def _job(study: StudyFolder, base: Config, arm: Arm, seed: int, prepared: Prepared) -> Job:

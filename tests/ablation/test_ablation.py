@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 from scipy.stats import t as student_t
 
-from rafce_ray.ablate import choose_arms, main
+from rafce_ray.ablate import check_minority, choose_arms, main
 from rafce_ray.ablation import results as ablation
 from rafce_ray.ablation.arms import EIGHT_CHANGES, GROUPS, ablation_arms
 from rafce_ray.ablation.output import markdown, plot
 from rafce_ray.ablation.results import Ablation, Contrast, Measured
 from rafce_ray.config import differences, load_config
+from rafce_ray.data.dataset import prepare
 from rafce_ray.errors import UsageError
 from rafce_ray.seed_statistics import OverSeeds, Spread
 
@@ -133,3 +134,9 @@ def test_the_table_marks_real_differences_and_answers_the_seeds_claims(arms):
     assert "sad (4)" in text
     svg = plot(found).decode()
     assert "seed_before, every AU target 0" in svg
+
+
+def test_a_class_that_is_named_twice_is_shown_once(tiny_overrides):
+    prepared = prepare(load_config(overrides=tiny_overrides).data)
+    first, second, *_ = prepared.taxonomy.emotions
+    assert check_minority([first, "0", second], prepared) == [first, second]
