@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import io
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -120,6 +122,58 @@ def open_text(raw: bytes, location: Location, newline: str | None = None) -> io.
     if raw[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\x00" in raw[:4096]:
         raise UsageError(f"{location}: is not UTF-8 text (found UTF-16 or binary content). Save it as UTF-8.")
     return io.TextIOWrapper(io.BytesIO(raw), encoding="utf-8-sig", errors="replace", newline=newline)
+
+
+@dataclass(frozen=True)
+class CsvRow:
+    """Cells of one row, its first and its last line.
+
+    ``unsure``: it runs over several lines that may be rows which an open quote swallowed. ``lone_quotes`` are then those of the two
+    lines that hold a single double quote.
+    """
+
+    cells: list[str]
+    first: int
+    last: int
+    unsure: bool = False
+    lone_quotes: tuple[int, ...] = ()
+
+
+def csv_rows(text: io.TextIOBase, delimiter: str) -> Iterator[CsvRow]:
+    """Rows that are not empty. A double quote that opens a cell and is not closed takes in every line to the next one, or to the end."""
+    # The default of 131,072 characters would end at a lone quote with an error that names no place.
+    csv.field_size_limit(2**31 - 1)
+    taken: list[str] = []
+
+    def lines() -> Iterator[str]:
+        for line in text:
+            taken.append(line)
+            yield line
+
+    reader = csv.reader(lines(), delimiter=delimiter)
+    width = 0
+    for cells in reader:
+        width = width or len(cells)
+        first = reader.line_num - len(taken) + 1
+        row = CsvRow(cells, first, reader.line_num)
+        if len(taken) > 1:
+            ends = ((first, taken[0]), (reader.line_num, taken[-1]))
+            lone = tuple(number for number, line in ends if line.count('"') == 1)
+            row = replace(row, unsure=_looks_swallowed(taken, width, delimiter), lone_quotes=lone)
+        taken.clear()
+        if cells:
+            yield row
+
+
+def _looks_swallowed(lines: list[str], width: int, delimiter: str) -> bool:
+    """Whether one of a row's lines has as many cells as a row, or the row breaks the rules of quoting."""
+    if any(line.count(delimiter) == width - 1 for line in lines):
+        return True
+    try:
+        list(csv.reader(lines, delimiter=delimiter, strict=True))
+    except csv.Error:
+        return True
+    return False
 
 
 def text_findings(raw: bytes, file: str) -> list[Finding]:

@@ -126,6 +126,11 @@ class EvidenceList:
         return Finding(level, code, message, remedy, self._count, tuple(self._kept))
 
 
+def counted(number: int, noun: str) -> str:
+    """``1 row``, ``2 rows``."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def evidence_of(items: Iterable[Evidence]) -> tuple[Evidence, ...]:
     """The first ``MAX_EVIDENCE`` items."""
     return tuple(islice(items, MAX_EVIDENCE))

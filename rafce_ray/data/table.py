@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import math
 import re
@@ -15,10 +14,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rafce_ray.data.label_file import duplicate_findings, open_text, text_findings, unreadable_finding
+from rafce_ray.data.label_file import CsvRow, csv_rows, duplicate_findings, open_text, text_findings, unreadable_finding
 from rafce_ray.data.listing import image_columns, match_images
 from rafce_ray.data.names import duplicate_groups
-from rafce_ray.data.records import LABEL_SCHEMA, SPLIT_NAMES, Evidence, EvidenceList, Finding, Labels
+from rafce_ray.data.records import LABEL_SCHEMA, SPLIT_NAMES, Evidence, EvidenceList, Finding, Labels, counted
 from rafce_ray.errors import UsageError
 from rafce_ray.storage import Location
 from rafce_ray.taxonomy import action_unit_code, parse_action_unit_token
@@ -32,6 +31,7 @@ _CELLS = {"1": 1, "1.0": 1, "true": 1, "0": 0, "0.0": 0, "false": 0, "": None, "
 _AU_COLUMN = re.compile(r"^A[UD]_?[LRTB]{0,2}\d{1,2}$", re.IGNORECASE)
 _WHOLE_NUMBER = re.compile(r"^\d+\.0+$")
 _CHUNK = 4096
+_PLACES_IN_REMEDY = 10
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,12 @@ class _Columns:
     action_units: dict[int, int]
     ignored: tuple[str, ...]
 
+    @property
+    def read(self) -> set[int]:
+        """Positions of all that are read."""
+        given = (self.name, self.split, self.emotion, *self.action_units.values())
+        return {position for position in given if position is not None}
+
 
 @dataclass
 class _Rows:
@@ -52,6 +58,9 @@ class _Rows:
     batches: list[pa.RecordBatch] = field(default_factory=list)
     pending: list[tuple[Any, ...]] = field(default_factory=list)
     malformed: EvidenceList = field(default_factory=EvidenceList)
+    swallowed: EvidenceList = field(default_factory=EvidenceList)
+    swallowing: list[CsvRow] = field(default_factory=list)
+    line_breaks: EvidenceList = field(default_factory=EvidenceList)
     unreadable: EvidenceList = field(default_factory=EvidenceList)
     unknown_splits: EvidenceList = field(default_factory=EvidenceList)
     without_split: EvidenceList = field(default_factory=EvidenceList)
@@ -93,9 +102,9 @@ def read(table: Location, images: str | None) -> Labels:
         findings += text_findings(raw, table.name)
         header, records = _read_csv(raw, table)
     columns = _find_columns(header, table)
-    rows = _read_rows(records, columns, len(header), table.name)
+    rows = _read_rows(records, columns, header, table.name)
     read_table = pa.Table.from_batches(rows.batches, _READ_SCHEMA).combine_chunks()
-    findings += _row_findings(rows, columns, table.name)
+    findings += [*_line_break_findings(rows, table), *_row_findings(rows, columns, table.name)]
     labels, duplicates = _without_duplicates(read_table, table.name)
     folder = table.parent
     names = labels["name"].combine_chunks()
@@ -123,17 +132,22 @@ def read(table: Location, images: str | None) -> Labels:
     )
 
 
-def _read_csv(raw: bytes, table: Location) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
+def _read_csv(raw: bytes, table: Location) -> tuple[list[str], Iterator[CsvRow]]:
     first = open_text(raw, table).readline()
     delimiter = max((",", ";", "\t"), key=first.count)
-    reader = csv.reader(open_text(raw, table, newline=""), delimiter=delimiter)
-    header = next(reader, None)
-    if not header:
+    rows = csv_rows(open_text(raw, table, newline=""), delimiter)
+    header = next(rows, None)
+    if header is None:
         raise UsageError(f"{table}: is empty. Expected a header line such as 'name,split,emotion,AU1,AU2'.")
-    return header, ((reader.line_num, row) for row in reader if row)
+    if header.last > header.first:
+        raise UsageError(
+            f"{table}:{header.first}: a double quote opens in the header, which thereby runs to line {header.last}. Remove the quote; write "
+            "every title on one line."
+        )
+    return header.cells, rows
 
 
-def _read_parquet(raw: bytes, table: Location) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
+def _read_parquet(raw: bytes, table: Location) -> tuple[list[str], Iterator[CsvRow]]:
     try:
         file = pq.ParquetFile(pa.BufferReader(raw))
     except pa.ArrowInvalid as error:
@@ -141,12 +155,12 @@ def _read_parquet(raw: bytes, table: Location) -> tuple[list[str], Iterator[tupl
     return list(file.schema_arrow.names), _parquet_rows(file)
 
 
-def _parquet_rows(file: pq.ParquetFile) -> Iterator[tuple[int, list[str]]]:
+def _parquet_rows(file: pq.ParquetFile) -> Iterator[CsvRow]:
     line = 0
     for batch in file.iter_batches(batch_size=_CHUNK):
         for row in zip(*(column.to_pylist() for column in batch.columns), strict=True):
             line += 1
-            yield line, [_cell_text(cell) for cell in row]
+            yield CsvRow([_cell_text(cell) for cell in row], line, line)
 
 
 def _cell_text(cell: Any) -> str:
@@ -178,9 +192,12 @@ def _find_columns(header: list[str], table: Location) -> _Columns:
     return _Columns(positions["name"], positions.get("split"), positions.get("emotion"), action_units, tuple(ignored))
 
 
-def _read_rows(records: Iterator[tuple[int, list[str]]], columns: _Columns, width: int, file: str) -> _Rows:
-    rows = _Rows()
-    for line, cells in records:
+def _read_rows(records: Iterator[CsvRow], columns: _Columns, header: list[str], file: str) -> _Rows:
+    rows, width = _Rows(), len(header)
+    for row in records:
+        line, cells = row.first, row.cells
+        if row.last > row.first and not _keep_line_break(row, columns, header, file, rows):
+            continue
         name = cells[columns.name].strip() if len(cells) > columns.name else ""
         if len(cells) != width or not name or "\N{REPLACEMENT CHARACTER}" in name:
             found = ", ".join(cells)[:60]
@@ -198,6 +215,42 @@ def _read_rows(records: Iterator[tuple[int, list[str]]], columns: _Columns, widt
             _flush(rows)
     _flush(rows)
     return rows
+
+
+def _keep_line_break(row: CsvRow, columns: _Columns, header: list[str], file: str, rows: _Rows) -> bool:
+    """Whether a row of several lines is one row: a cell that is not read may hold a line break, labels and names do not."""
+    broken = [position for position, cell in enumerate(row.cells) if "\n" in cell or "\r" in cell]
+    title = header[broken[0]].strip() if broken and broken[0] < len(header) else "?"
+    if row.unsure or len(row.cells) != len(header) or columns.read & set(broken):
+        place = f"a double quote opens in column {title!r}; lines {row.first} to {row.last} are read as one row"
+        rows.swallowed.add(place, file, row.first)
+        rows.swallowing.append(row)
+        return False
+    rows.line_breaks.add(f"the cell of column {title!r} runs to line {row.last}", file, row.first)
+    return True
+
+
+def _line_break_findings(rows: _Rows, table: Location) -> list[Finding]:
+    findings = []
+    if rows.line_breaks:
+        message = (
+            f"{table.name}: a column that is not read holds line breaks in {counted(len(rows.line_breaks), 'row')}"
+        )
+        findings.append(rows.line_breaks.finding("info", "line_breaks", message))
+    if rows.swallowed:
+        num_lines = sum(row.last - row.first + 1 for row in rows.swallowing)
+        message = (
+            f"{table.name}: a double quote opens and is not closed on its line in {counted(len(rows.swallowed), 'place')}: "
+            f"{counted(num_lines, 'line')} cannot be told apart, and their rows are not used"
+        )
+        remedy = "Remove the quote, or close it on its line; a quote within a quoted cell is written twice."
+        # The quote that closes may be a second lone one.
+        lone = dict.fromkeys(line for row in rows.swallowing[:_PLACES_IN_REMEDY] for line in row.lone_quotes)
+        if lone and table.local is not None:
+            edits = ";".join(f'{line}s/"//' for line in lone)
+            remedy += f" For example: sed -i.bak '{edits}' {table.command}"
+        findings.append(rows.swallowed.finding("refusal", "open_quotes", message, remedy))
+    return findings
 
 
 def _flush(rows: _Rows) -> None:

@@ -1,9 +1,12 @@
+import subprocess
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from rafce_ray.config import DataConfig
+from rafce_ray.data.audit import audit
 from rafce_ray.data.labels import read_labels, resolve_targets, resolve_taxonomy
 from rafce_ray.errors import UsageError
 from rafce_ray.taxonomy import RAFCE_EMOTIONS
@@ -149,4 +152,75 @@ def test_two_tables_ask_for_a_choice(tmp_path):
 def test_an_empty_parquet_or_broken_one(tmp_path):
     (tmp_path / "labels.parquet").write_bytes(b"not parquet")
     with pytest.raises(UsageError, match="no Parquet file"):
+        read(tmp_path)
+
+
+def lone_quotes(root, *lines, rows=60):
+    """A table of ``rows`` rows, with a double quote before the emotion on some of its lines."""
+    text = ["name,split,emotion,AU1,note"]
+    text += [f"{i:05d}.jpg,train,{'joy' if i % 2 else 'calm'},1,x" for i in range(1, rows + 1)]
+    for line in lines:
+        text[line - 1] = text[line - 1].replace("train,", 'train,"')
+    (root / "labels.csv").write_text("\n".join(text) + "\n")
+    return root
+
+
+def run_remedy(text):
+    """Paste what a remedy gives as an example."""
+    subprocess.run(text.partition("For example: ")[2], shell=True, check=True)
+
+
+@pytest.mark.parametrize(
+    ("lines", "rows", "place", "num_lines"),
+    [
+        ((11, 21), 60, "lines 11 to 21", "11 lines"),
+        ((10,), 60, "lines 10 to 61", "52 lines"),
+        ((2,), 9000, "lines 2 to 9001", "9000 lines"),
+    ],
+)
+def test_a_lone_quote_is_refused_with_its_place_and_what_it_swallows(tmp_path, lines, rows, place, num_lines):
+    lone_quotes(tmp_path, *lines, rows=rows)
+    found = audit(DataConfig(root=str(tmp_path), action_units=(1,)), images=False)
+    [refusal] = [finding for finding in found.findings if finding.code == "open_quotes"]
+    assert refusal.level == "refusal"
+    assert num_lines in refusal.message
+    assert [str(item) for item in refusal.evidence] == [
+        f"labels.csv:{lines[0]}: a double quote opens in column 'emotion'; {place} are read as one row"
+    ]
+    assert found.num_rows == rows - int(num_lines.split()[0])
+    run_remedy(refusal.remedy)
+    assert read(tmp_path).table.num_rows == rows
+    assert read(tmp_path).findings == read(lone_quotes(tmp_path, rows=rows)).findings
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        'a.jpg,"n,train,x\nb.jpg,"n,train,y\n',  # the quote closes within a cell
+        'a.jpg,"n,train,x\nb.jpg,n",train,y\n',  # it closes as a quote does
+        'a.jpg,n,train,"x\nb.jpg,n,train,y"\n',
+        'a.jpg,n,"train\n",x\nb.jpg,n,train,y\n',  # a label with a line break
+        'a.jpg,n,train,x\nb.jpg,n,train,y,"\n',
+    ],
+)
+def test_no_two_rows_become_one(tmp_path, rows):
+    (tmp_path / "labels.csv").write_text("name,note,split,emotion\n" + rows + "c.jpg,n,train,x\n")
+    labels = read(tmp_path)
+    assert [finding.level for finding in labels.findings if finding.code == "open_quotes"] == ["refusal"]
+    kept = dict(zip(labels.table["name"].to_pylist(), labels.table["emotion"].to_pylist(), strict=True))
+    assert kept.items() <= {"a.jpg": "x", "b.jpg": "y", "c.jpg": "x"}.items()
+
+
+def test_a_note_may_run_over_lines_and_the_line_of_a_row_is_its_first(tmp_path):
+    rows = 'a.jpg,"dark, but\nfine",train,x\nb.jpg,n,nowhere,y\n'
+    (tmp_path / "labels.csv").write_text("name,note,split,emotion\n" + rows)
+    labels = read(tmp_path)
+    assert labels.table["emotion"].to_pylist() == ["x", "y"]
+    assert found(labels, "line_breaks") == ["labels.csv:2: the cell of column 'note' runs to line 3"]
+    assert found(labels, "unknown_partitions") == ["labels.csv:4: b.jpg: 'nowhere'"]
+
+
+def test_a_quote_that_opens_in_the_header_is_refused(tmp_path):
+    (tmp_path / "labels.csv").write_text('name,split,"emotion\na.jpg,train,x\nb.jpg,train,y\n')
+    with pytest.raises(UsageError, match=r"labels\.csv:1: a double quote opens in the header, .* to line 3"):
         read(tmp_path)
