@@ -16,6 +16,7 @@ from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origi
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -97,6 +98,17 @@ def _number_or_range_of_workers(value: Any) -> Any:
     return value
 
 
+def _text_encoding(value: str) -> str:
+    """``auto``, or one of Python's codecs that turn bytes into text (others turn bytes into bytes)."""
+    try:
+        "".encode(value if value != "auto" else "utf-8")
+    except LookupError:
+        raise ValueError(
+            f"{value!r} is no text encoding: write auto, utf-8, utf-16, cp1252 (Windows), latin-1, mac-roman or another one of Python's"
+        ) from None
+    return value
+
+
 ActionUnitList = Annotated[tuple[int, ...], BeforeValidator(_action_unit_numbers)]
 
 
@@ -146,6 +158,10 @@ class DataConfig(Section):
     layout: Literal["auto", "rafce", "table"] = Field("auto", description="How labels are laid out; auto looks.")
     images: str | None = Field(
         None, description="Image folder; by default aligned/, aligned/aligned/ or the root itself."
+    )
+    encoding: Annotated[str, AfterValidator(_text_encoding)] = Field(
+        "auto",
+        description="Encoding of the label files, such as cp1252 or latin-1. auto: UTF-8, or what a byte order mark says.",
     )
     emotions: Literal["auto", "none"] | tuple[str, ...] = Field(
         "auto",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import hashlib
 import io
@@ -17,6 +18,11 @@ from rafce_ray.data.names import duplicate_groups
 from rafce_ray.data.records import Evidence, EvidenceList, Finding
 from rafce_ray.errors import UsageError
 from rafce_ray.storage import Location
+
+AUTO = "auto"
+"""The encoding that a file's byte order mark tells, UTF-8 without one."""
+
+ENCODING_KEY = "data.encoding"
 
 _CHUNK = 2048
 
@@ -60,13 +66,13 @@ def no_label_file() -> LabelFile:
     return LabelFile("", nothing, pa.chunked_array([nothing]), np.zeros(0, np.int32), np.zeros(0, bool), (), "")
 
 
-def read_label_file(location: Location) -> LabelFile | None:
-    """A label file read whole; None where there is none. UsageError where it is not UTF-8 text."""
+def read_label_file(location: Location, encoding: str = AUTO) -> LabelFile | None:
+    """A label file read whole; None where there is none. UsageError where it is not text in ``encoding``."""
     if not location.exists():
         return None
     raw = location.read_bytes()
-    sha256, findings = hashlib.sha256(raw).hexdigest(), text_findings(raw, location.name)
-    text = open_text(raw, location)
+    sha256, findings = hashlib.sha256(raw).hexdigest(), text_findings(raw, location.name, encoding)
+    text = open_text(raw, location, encoding=encoding)
     del raw
     names: list[pa.Array] = []
     values: list[pa.Array] = []
@@ -75,7 +81,7 @@ def read_label_file(location: Location) -> LabelFile | None:
     chunk: list[tuple[str, str, int]] = []
     for number, line in enumerate(text, start=1):
         fields = line.split(None, 1)
-        if len(fields) == 2 and "\N{REPLACEMENT CHARACTER}" not in line:
+        if len(fields) == 2:
             chunk.append((fields[0], fields[1].rstrip(), number))
         elif fields:
             malformed.add(f"{line.strip()[:80]!r}: expected a file name, a blank and a label", location.name, number)
@@ -85,7 +91,7 @@ def read_label_file(location: Location) -> LabelFile | None:
     text.close()
     if malformed:
         message = f"{location.name}: {len(malformed)} lines are not 'name label' and are not used"
-        remedy = "Write each line as NAME LABEL, in UTF-8."
+        remedy = "Write each line as NAME LABEL."
         findings.append(malformed.finding("warning", "malformed_lines", message, remedy))
     every_name, every_line = pa.concat_arrays(names), np.concatenate(lines)
     every_value = pa.chunked_array(values, pa.string())
@@ -113,15 +119,64 @@ def _flush(
     chunk.clear()
 
 
-def open_text(raw: bytes, location: Location, newline: str | None = None) -> io.TextIOWrapper:
-    """A label file's lines, without a byte order mark; bytes that are not UTF-8 become replacement characters.
+def open_text(
+    raw: bytes, location: Location, newline: str | None = None, encoding: str = AUTO, key: str | None = ENCODING_KEY
+) -> io.TextIOWrapper:
+    """A text file's lines, without a byte order mark.
+
+    ``encoding``: a codec's name, or ``auto``: UTF-8, or what a byte order mark says. ``key``: the option that a remedy names, if any.
 
     Raises:
-        UsageError: the file is UTF-16, or binary.
+        UsageError: the bytes are not text in this encoding; the message names the line and the bytes.
     """
-    if raw[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\x00" in raw[:4096]:
-        raise UsageError(f"{location}: is not UTF-8 text (found UTF-16 or binary content). Save it as UTF-8.")
-    return io.TextIOWrapper(io.BytesIO(raw), encoding="utf-8-sig", errors="replace", newline=newline)
+    codec = _codec_of(raw) if encoding == AUTO else "utf-8-sig" if encoding.lower() in ("utf-8", "utf8") else encoding
+    if b"\x00" in raw[:4096] and codec == "utf-8-sig":
+        guess = "utf-16-be" if raw[:1] == b"\x00" else "utf-16-le"
+        other = f", or add {key}={guess} if it is UTF-16 without a byte order mark" if key else ""
+        raise UsageError(f"{location}: is not text in UTF-8: it holds NUL bytes. Save it as UTF-8{other}.")
+    try:
+        raw.decode(codec)
+    except UnicodeDecodeError as error:
+        raise UsageError(_undecodable(raw, location, error, encoding, key)) from None
+    return io.TextIOWrapper(io.BytesIO(raw), encoding=codec, newline=newline)
+
+
+def _codec_of(raw: bytes) -> str:
+    for mark, codec in (
+        (b"\xff\xfe\x00\x00", "utf-32"),
+        (b"\x00\x00\xfe\xff", "utf-32"),
+        (b"\xff\xfe", "utf-16"),
+        (b"\xfe\xff", "utf-16"),
+    ):
+        if raw.startswith(mark):
+            return codec
+    return "utf-8-sig"
+
+
+def _undecodable(raw: bytes, location: Location, error: UnicodeDecodeError, encoding: str, key: str | None) -> str:
+    """Where bytes are that are not in the encoding, and what they read as in the encoding of older Windows programs."""
+    # Codecs count from after a byte order mark.
+    start = raw.find(error.object[error.start : error.end], error.start)
+    line = raw.count(b"\n", 0, start) + 1
+    text = raw[max(raw.rfind(b"\n", 0, start) + 1, start - 40) : start + 40].partition(b"\n")[0].strip()
+    found = f"byte {raw[start]:02x} in {text!r}"
+    name = "UTF-8" if encoding == AUTO else encoding
+    if not key or encoding != AUTO:
+        remedy = f" Give another {key}, or save it as UTF-8." if key else " Save it as UTF-8."
+        return f"{location}:{line}: is not {name} text: {found}.{remedy}"
+    legacy = next(codec for codec in ("cp1252", "latin-1") if _decodes(raw, codec))
+    return (
+        f"{location}:{line}: is not UTF-8 text: {found}. In {legacy} it reads {text.decode(legacy)!r}. "
+        f"If that is right, add {key}={legacy}; otherwise name its encoding there, or save the file as UTF-8."
+    )
+
+
+def _decodes(raw: bytes, codec: str) -> bool:
+    try:
+        raw.decode(codec)
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -137,6 +192,13 @@ class CsvRow:
     last: int
     unsure: bool = False
     lone_quotes: tuple[int, ...] = ()
+
+    @property
+    def fault(self) -> str:
+        """What an unsure row shows, without its place."""
+        return (
+            f"opens a double quote that its line does not close: lines {self.first} to {self.last} are read as one row"
+        )
 
 
 def csv_rows(text: io.TextIOBase, delimiter: str) -> Iterator[CsvRow]:
@@ -156,7 +218,8 @@ def csv_rows(text: io.TextIOBase, delimiter: str) -> Iterator[CsvRow]:
         width = width or len(cells)
         first = reader.line_num - len(taken) + 1
         row = CsvRow(cells, first, reader.line_num)
-        if len(taken) > 1:
+        # On the last line an open quote ends with the file, and its cell with the line's end.
+        if len(taken) > 1 or (cells and cells[-1].endswith("\n")):
             ends = ((first, taken[0]), (reader.line_num, taken[-1]))
             lone = tuple(number for number, line in ends if line.count('"') == 1)
             row = replace(row, unsure=_looks_swallowed(taken, width, delimiter), lone_quotes=lone)
@@ -176,18 +239,27 @@ def _looks_swallowed(lines: list[str], width: int, delimiter: str) -> bool:
     return False
 
 
-def text_findings(raw: bytes, file: str) -> list[Finding]:
+def text_findings(raw: bytes, file: str, encoding: str = AUTO) -> list[Finding]:
     """What is unusual about a text file's bytes but read all the same."""
+    findings = []
+    codec = _codec_of(raw)
     notes = []
     if raw.startswith(b"\xef\xbb\xbf"):
         notes.append("a byte order mark")
+    if encoding == AUTO and codec != "utf-8-sig":
+        notes.append(f"{codec.upper()} text")
     if b"\r" in raw:
         notes.append("carriage returns")
-    if not notes:
-        return []
-    found = " and ".join(notes)
-    message = f"{file}: {found} read and left out"
-    return [Finding("info", "text_format", message, "", 1, (Evidence(found, file),))]
+    if notes:
+        found = " and ".join(notes)
+        findings.append(Finding("info", "text_format", f"{file}: {found} read", "", 1, (Evidence(found, file),)))
+    if encoding != AUTO and codecs.lookup(encoding).name != "utf-8" and not raw.isascii() and _decodes(raw, codec):
+        message = (
+            f"{file}: {ENCODING_KEY} is {encoding}, but the bytes are valid {codec.removesuffix('-sig').upper()} text"
+        )
+        remedy = f"Look at the names of the classes: if they hold strange characters, leave out {ENCODING_KEY}."
+        findings.append(Finding("warning", "encoding_looks_wrong", message, remedy))
+    return findings
 
 
 def _judge_duplicates(

@@ -51,9 +51,9 @@ def read_labels(data: DataConfig) -> Labels:
             f"{root}: holds RAF-CE's label files and {found.name}. Choose: data.layout=rafce or data.layout=table."
         )
     if data.layout != "rafce" and found is not None:
-        return table.read(found, data.images)
+        return table.read(found, data.images, data.encoding)
     if data.layout != "table" and in_rafce_layout:
-        return rafce.read(root, data.images)
+        return rafce.read(root, data.images, data.encoding)
     expected = {
         "rafce": f"{rafce.EMOTION_FILE} or {rafce.ACTION_UNIT_FILE}",
         "table": " or ".join(table.TABLE_NAMES),

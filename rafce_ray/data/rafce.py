@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from rafce_ray.data.label_file import LabelFile, no_label_file, read_label_file, unreadable_finding
+from rafce_ray.data.label_file import AUTO, LabelFile, no_label_file, read_label_file, unreadable_finding
 from rafce_ray.data.listing import image_columns, match_images
 from rafce_ray.data.memory import release_memory
 from rafce_ray.data.records import (
@@ -48,14 +48,14 @@ def is_rafce(root: Location) -> bool:
     return any((root / name).exists() for name in (EMOTION_FILE, ACTION_UNIT_FILE, PARTITION_FILE))
 
 
-def read(root: Location, images: str | None) -> Labels:
+def read(root: Location, images: str | None, encoding: str = AUTO) -> Labels:
     """Labels of a folder in RAF-CE's layout, rows in the order of the emotion file, then of the action-unit file.
 
     Raises:
         UsageError: there is neither an emotion nor an action-unit file, or a file is not text.
     """
-    emotions = read_label_file(root / EMOTION_FILE)
-    action_units = read_label_file(root / ACTION_UNIT_FILE)
+    emotions = read_label_file(root / EMOTION_FILE, encoding)
+    action_units = read_label_file(root / ACTION_UNIT_FILE, encoding)
     labelled = [file for file in (emotions, action_units) if file is not None]
     if not labelled:
         raise UsageError(
@@ -72,11 +72,11 @@ def read(root: Location, images: str | None) -> Labels:
         *coded.findings,
     ]
     # One file after the other: only what is kept of each stays in memory.
-    partition = read_label_file(root / PARTITION_FILE)
+    partition = read_label_file(root / PARTITION_FILE, encoding)
     columns["split"], split_findings = _splits(names, partition)
     findings += _file_findings(names, partition, "rows_without_split", "they are in no split and are not used")
     release_memory()
-    votes = read_label_file(root / VOTES_FILE)
+    votes = read_label_file(root / VOTES_FILE, encoding)
     columns["votes"], votes_findings = _votes(names, votes)
     findings += votes.findings if votes else ()
     findings += [

@@ -14,7 +14,15 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rafce_ray.data.label_file import CsvRow, csv_rows, duplicate_findings, open_text, text_findings, unreadable_finding
+from rafce_ray.data.label_file import (
+    AUTO,
+    CsvRow,
+    csv_rows,
+    duplicate_findings,
+    open_text,
+    text_findings,
+    unreadable_finding,
+)
 from rafce_ray.data.listing import image_columns, match_images
 from rafce_ray.data.names import duplicate_groups
 from rafce_ray.data.records import LABEL_SCHEMA, SPLIT_NAMES, Evidence, EvidenceList, Finding, Labels, counted
@@ -88,7 +96,7 @@ def find_table(root: Location) -> Location | None:
     return found[0] if found else None
 
 
-def read(table: Location, images: str | None) -> Labels:
+def read(table: Location, images: str | None, encoding: str = AUTO) -> Labels:
     """Labels of a CSV, TSV or Parquet table; images lie beside it, in ``images/``, ``aligned/`` or ``images``.
 
     Raises:
@@ -99,8 +107,8 @@ def read(table: Location, images: str | None) -> Labels:
     if table.name.lower().endswith(".parquet"):
         header, records = _read_parquet(raw, table)
     else:
-        findings += text_findings(raw, table.name)
-        header, records = _read_csv(raw, table)
+        findings += text_findings(raw, table.name, encoding)
+        header, records = _read_csv(raw, table, encoding)
     columns = _find_columns(header, table)
     rows = _read_rows(records, columns, header, table.name)
     read_table = pa.Table.from_batches(rows.batches, _READ_SCHEMA).combine_chunks()
@@ -132,17 +140,16 @@ def read(table: Location, images: str | None) -> Labels:
     )
 
 
-def _read_csv(raw: bytes, table: Location) -> tuple[list[str], Iterator[CsvRow]]:
-    first = open_text(raw, table).readline()
+def _read_csv(raw: bytes, table: Location, encoding: str) -> tuple[list[str], Iterator[CsvRow]]:
+    first = open_text(raw, table, encoding=encoding).readline()
     delimiter = max((",", ";", "\t"), key=first.count)
-    rows = csv_rows(open_text(raw, table, newline=""), delimiter)
+    rows = csv_rows(open_text(raw, table, "", encoding), delimiter)
     header = next(rows, None)
     if header is None:
         raise UsageError(f"{table}: is empty. Expected a header line such as 'name,split,emotion,AU1,AU2'.")
     if header.last > header.first:
         raise UsageError(
-            f"{table}:{header.first}: a double quote opens in the header, which thereby runs to line {header.last}. Remove the quote; write "
-            "every title on one line."
+            f"{table}:{header.first}: the header {header.fault}. Remove the quote; write every title on one line."
         )
     return header.cells, rows
 
@@ -196,10 +203,10 @@ def _read_rows(records: Iterator[CsvRow], columns: _Columns, header: list[str], 
     rows, width = _Rows(), len(header)
     for row in records:
         line, cells = row.first, row.cells
-        if row.last > row.first and not _keep_line_break(row, columns, header, file, rows):
+        if (row.unsure or row.last > row.first) and not _keep_line_break(row, columns, header, file, rows):
             continue
         name = cells[columns.name].strip() if len(cells) > columns.name else ""
-        if len(cells) != width or not name or "\N{REPLACEMENT CHARACTER}" in name:
+        if len(cells) != width or not name:
             found = ", ".join(cells)[:60]
             rows.malformed.add(f"{len(cells)} cells ({found}): expected {width} with a name", file, line)
             continue
@@ -222,8 +229,7 @@ def _keep_line_break(row: CsvRow, columns: _Columns, header: list[str], file: st
     broken = [position for position, cell in enumerate(row.cells) if "\n" in cell or "\r" in cell]
     title = header[broken[0]].strip() if broken and broken[0] < len(header) else "?"
     if row.unsure or len(row.cells) != len(header) or columns.read & set(broken):
-        place = f"a double quote opens in column {title!r}; lines {row.first} to {row.last} are read as one row"
-        rows.swallowed.add(place, file, row.first)
+        rows.swallowed.add(f"column {title!r} {row.fault}", file, row.first)
         rows.swallowing.append(row)
         return False
     rows.line_breaks.add(f"the cell of column {title!r} runs to line {row.last}", file, row.first)

@@ -6,11 +6,10 @@ value is unknown.
 
 from __future__ import annotations
 
-import csv
-import io
 from collections import Counter
 from dataclasses import dataclass
 
+from rafce_ray.data.label_file import csv_rows, open_text
 from rafce_ray.errors import UsageError
 from rafce_ray.storage import locate
 
@@ -52,21 +51,18 @@ def read_slices(place: str) -> SliceFile:
 
 
 def _rows(place: str) -> list[tuple[int, list[str]]]:
-    """Rows that are not blank, each with the line on which it ends."""
+    """Rows that are not blank, each with its first line."""
+    file = locate(place)
     try:
-        text = locate(place).read_bytes().decode("utf-8-sig")
+        text = open_text(file.read_bytes(), file, "", key=None)
     except OSError as error:
         raise UsageError(f"{place}: cannot be read ({error.strerror or error}). Give the path of a CSV file.") from None
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{place}: is not UTF-8 text (byte {error.start}). Save it as UTF-8.") from None
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     rows = []
-    try:
-        for cells in reader:
-            if any(cell.strip() for cell in cells):
-                rows.append((reader.line_num, cells))
-    except csv.Error as error:
-        raise UsageError(f"{place}:{reader.line_num}: is not CSV ({error}). Separate values by commas.") from None
+    for row in csv_rows(text, ","):
+        if row.unsure:
+            raise UsageError(f"{place}:{row.first}: the row {row.fault}. Remove the quote, or close it on its line.")
+        if any(cell.strip() for cell in row.cells):
+            rows.append((row.first, row.cells))
     return rows
 
 

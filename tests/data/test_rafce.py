@@ -183,9 +183,15 @@ def test_a_folder_without_label_files_is_refused_with_what_was_expected(tmp_path
         read(tmp_path)
 
 
-def test_utf16_is_refused_with_the_remedy(tmp_path):
-    with pytest.raises(UsageError, match="Save it as UTF-8"):
-        read(write(tmp_path, "a.jpg 0".encode("utf-16")))
+def test_the_encoding_is_that_of_a_byte_order_mark_or_as_told(tmp_path):
+    root = write(tmp_path, "a.jpg 3".encode("utf-16"), b"fr\xf6h.jpg 12", "fr\xf6h.jpg 0")
+    with pytest.raises(UsageError, match=r"RAFCE_AUlabel\.txt:1: is not UTF-8 text: .*add data\.encoding=cp1252"):
+        read(root)
+    (root / "RAFCE_AUlabel.txt").write_text("a.jpg 12")
+    assert column(read(root), "emotion") == {"a.jpg": "3"}
+    write(root, b"fr\xf6h.jpg 3", b"fr\xf6h.jpg 12")
+    (root / "RAFCE_partition.txt").write_bytes(b"fr\xf6h.jpg 0")
+    assert column(read(root, encoding="latin-1"), "split") == {"fr\xf6h.jpg": "train"}
 
 
 def test_an_empty_file_leaves_everything_unknown(tmp_path):

@@ -1,3 +1,4 @@
+import re
 import subprocess
 
 import numpy as np
@@ -5,9 +6,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rafce_ray.config import DataConfig
+from rafce_ray.config import DataConfig, load_config
 from rafce_ray.data.audit import audit
 from rafce_ray.data.labels import read_labels, resolve_targets, resolve_taxonomy
+from rafce_ray.data.store import store_key
 from rafce_ray.errors import UsageError
 from rafce_ray.taxonomy import RAFCE_EMOTIONS
 
@@ -175,6 +177,7 @@ def run_remedy(text):
     [
         ((11, 21), 60, "lines 11 to 21", "11 lines"),
         ((10,), 60, "lines 10 to 61", "52 lines"),
+        ((61,), 60, "lines 61 to 61", "1 line"),
         ((2,), 9000, "lines 2 to 9001", "9000 lines"),
     ],
 )
@@ -185,7 +188,7 @@ def test_a_lone_quote_is_refused_with_its_place_and_what_it_swallows(tmp_path, l
     assert refusal.level == "refusal"
     assert num_lines in refusal.message
     assert [str(item) for item in refusal.evidence] == [
-        f"labels.csv:{lines[0]}: a double quote opens in column 'emotion'; {place} are read as one row"
+        f"labels.csv:{lines[0]}: column 'emotion' opens a double quote that its line does not close: {place} are read as one row"
     ]
     assert found.num_rows == rows - int(num_lines.split()[0])
     run_remedy(refusal.remedy)
@@ -222,5 +225,44 @@ def test_a_note_may_run_over_lines_and_the_line_of_a_row_is_its_first(tmp_path):
 
 def test_a_quote_that_opens_in_the_header_is_refused(tmp_path):
     (tmp_path / "labels.csv").write_text('name,split,"emotion\na.jpg,train,x\nb.jpg,train,y\n')
-    with pytest.raises(UsageError, match=r"labels\.csv:1: a double quote opens in the header, .* to line 3"):
+    with pytest.raises(UsageError, match=r"labels\.csv:1: the header opens a double quote .* lines 1 to 3"):
         read(tmp_path)
+
+
+LATIN = "name,split,emotion,AU1\na.jpg,train,m\xfcde,1\nb.jpg,train,fr\xf6hlich,0\n"
+
+
+def test_what_is_not_utf8_is_refused_with_line_and_bytes_and_read_when_told_its_encoding(tmp_path):
+    (tmp_path / "labels.csv").write_bytes(LATIN.encode("latin-1"))
+    with pytest.raises(
+        UsageError, match=r"labels\.csv:2: is not UTF-8 text: byte fc in .*'a\.jpg,train,m\xfcde,1'"
+    ) as refused:
+        read(tmp_path)
+    option = re.search(r"add (data\.encoding=[\w-]+);", str(refused.value))[1]
+    data = load_config(overrides=[f"data.root={tmp_path}", option]).data
+    labels = read_labels(data)
+    assert labels.table["emotion"].to_pylist() == ["m\xfcde", "fr\xf6hlich"]
+    assert labels.findings == ()
+    assert store_key(labels, data) != store_key(labels, DataConfig(root=str(tmp_path)))
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "utf-8-sig", "utf-8"])
+def test_spreadsheets_unicode_text_is_read(tmp_path, encoding):
+    (tmp_path / "labels.tsv").write_bytes(LATIN.replace(",", "\t").replace("\n", "\r\n").encode(encoding))
+    assert read(tmp_path).table["emotion"].to_pylist() == ["m\xfcde", "fr\xf6hlich"]
+
+
+def test_utf16_without_a_mark_is_refused_with_the_key_that_reads_it(tmp_path):
+    (tmp_path / "labels.csv").write_bytes(LATIN.encode("utf-16-le"))
+    with pytest.raises(UsageError, match=r"data\.encoding=utf-16-le"):
+        read(tmp_path)
+    assert read(tmp_path, encoding="utf-16-le").table["emotion"].to_pylist() == ["m\xfcde", "fr\xf6hlich"]
+
+
+def test_an_encoding_that_does_not_fit_is_pointed_out(tmp_path):
+    (tmp_path / "labels.csv").write_bytes(LATIN.encode())
+    assert "encoding_looks_wrong" in {finding.code for finding in read(tmp_path, encoding="cp1252").findings}
+    with pytest.raises(UsageError, match=r"labels\.csv:2: is not ascii text: byte c3"):
+        read(tmp_path, encoding="ascii")
+    with pytest.raises(ValueError, match="'zlib' is no text encoding"):
+        DataConfig(encoding="zlib")

@@ -207,7 +207,8 @@ def test_a_file_of_other_images_is_refused(tmp_path):
         ("name,g\na,1\nb,1\na,2\n", "slices.csv:4: column 'name': 'a' is on line 2 already"),
         ("name,column,value\na,,1\n", "slices.csv:2: column 'column' is blank"),
         ("name,column,value\na,g,1\na,g,2\n", "slices.csv:3: column 'column': 'g' of 'a' is on line 2 already"),
-        ('name,g\na,"1\n', r"slices.csv:\d: is not CSV"),
+        ('name,g\na,"1\nb,1\n', r"slices.csv:2: the row opens a double quote .* lines 2 to 3"),
+        ('name,g\na,"1\n', r"slices.csv:2: the row opens a double quote"),
     ],
 )
 def test_malformed_files_are_refused_with_line_and_column(text, message, tmp_path):
@@ -217,7 +218,7 @@ def test_malformed_files_are_refused_with_line_and_column(text, message, tmp_pat
 
 def test_what_is_not_text_or_not_there_is_refused(tmp_path):
     (tmp_path / "latin.csv").write_bytes("name,g\na.jpg,caf\xe9\n".encode("latin-1"))
-    with pytest.raises(UsageError, match=r"latin.csv: is not UTF-8 text \(byte 16\)"):
+    with pytest.raises(UsageError, match=r"latin.csv:2: is not UTF-8 text: byte e9 in .*\. Save it as UTF-8"):
         read_slices(str(tmp_path / "latin.csv"))
     with pytest.raises(UsageError, match=r"nothing.csv: cannot be read"):
         read_slices(str(tmp_path / "nothing.csv"))
