@@ -6,7 +6,9 @@ What a dataset is labelled with is configuration (:class:`Taxonomy`); the lists 
 from __future__ import annotations
 
 import re
+import unicodedata
 from dataclasses import dataclass
+from functools import lru_cache
 
 BASIC_EMOTIONS = ("surprised", "fearful", "disgusted", "happy", "sad", "angry")
 """The six basic emotions in the order of RAF-CE's ``distribution.txt``."""
@@ -79,6 +81,12 @@ ACTION_UNIT_NAMES: dict[int, str] = {
 }
 """FACS names (Ekman, Friesen and Hager 2002) by action-unit number."""
 
+UNKNOWN_WORDS = frozenset(("nan", "na", "n/a", "#n/a", "<na>", "null", "nil", "?", "-", "-1"))
+"""Words, as of :func:`label_key`, by which tables say that a label is unknown."""
+
+PERHAPS_UNKNOWN_WORDS = frozenset(("none", "unknown", "undefined", "missing"))
+"""Words that say in one table that a label is unknown, and name a class in another."""
+
 _TOKEN = re.compile(r"^(?:AU|AD)?([LRTB]{0,2})(\d{1,2})([A-E]|[LR])?$", re.IGNORECASE)
 _SEPARATORS = re.compile(r"[+,\s]+")
 
@@ -106,9 +114,21 @@ def action_unit_code(number: int) -> str:
     return f"AU{number}"
 
 
+@lru_cache(maxsize=10_000)
+def label_key(text: str) -> str:
+    """What the spellings of one label have in common.
+
+    Letter case, Unicode form, invisible characters, blanks, hyphens between words, quotes around it and a number's leading zeros make
+    no difference: ``"Happily-Surprised "`` and ``happily surprised``, ``01`` and ``1``.
+    """
+    visible = "".join(char for char in unicodedata.normalize("NFKC", text) if unicodedata.category(char) != "Cf")
+    plain = unicodedata.normalize("NFKC", visible.casefold()).strip().strip("\"'`").strip()
+    return re.sub(r"^0+(?=\d+$)", "", re.sub(r"(?<=\w)[\s_-]+(?=\w)", " ", plain))
+
+
 def emotion_components(name: str) -> tuple[str, str] | None:
     """The two basic emotions of a compound one by its name; None for a name that is not one of RAF-CE's."""
-    return RAFCE_EMOTIONS.get(name.strip().lower())
+    return RAFCE_EMOTIONS.get(label_key(name))
 
 
 @dataclass(frozen=True)

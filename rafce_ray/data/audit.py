@@ -163,16 +163,30 @@ def require_trainable(audit: Audit) -> None:
     Raises:
         GateError: it may not; the message holds each reason with its first places and its remedy.
     """
-    if audit.may_train:
+    _refuse(audit.root, "this data may not be trained on", audit.refusals)
+
+
+def require_readable(labels: Labels) -> None:
+    """Let labels pass that were read without doubt which row is whose: what is evaluated must be so, too.
+
+    Raises:
+        GateError: they were not; the message is as of :func:`require_trainable`.
+    """
+    refusals = tuple(finding for finding in labels.findings if finding.level == "refusal")
+    _refuse(str(labels.root), "these labels cannot be used", refusals)
+
+
+def _refuse(root: str, what: str, refusals: tuple[Finding, ...]) -> None:
+    if not refusals:
         return
-    lines = [f"{audit.root}: this data may not be trained on."]
-    for finding in audit.refusals:
+    lines = [f"{root}: {what}."]
+    for finding in refusals:
         lines.append(f"* {finding.message}")
         lines += [f"    {evidence}" for evidence in finding.evidence[:_EVIDENCE_IN_MESSAGE]]
         if finding.count > _EVIDENCE_IN_MESSAGE < len(finding.evidence):
             lines.append(f"    ... {finding.count} in all")
         lines.append(f"  {finding.remedy}")
-    lines.append(f"The whole list: rafce data audit {audit.root}")
+    lines.append(f"The whole list: rafce data audit {root}")
     raise GateError("\n".join(lines))
 
 

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import shlex
+import unicodedata
+
 import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from rafce_ray.config import DataConfig
 from rafce_ray.data import reference
 from rafce_ray.data.audit_action_units import action_unit_findings
 from rafce_ray.data.audit_case import MAX_UNREADABLE_SHARE, Case, count_action_units, value_counts
-from rafce_ray.data.records import SPLITS, Evidence, Finding, Labels, Level, Targets
-from rafce_ray.taxonomy import Taxonomy
+from rafce_ray.data.labels import in_label_order
+from rafce_ray.data.records import SPLITS, Evidence, Finding, Labels, Level, Targets, counted
+from rafce_ray.taxonomy import PERHAPS_UNKNOWN_WORDS, RAFCE_EMOTIONS, UNKNOWN_WORDS, Taxonomy, label_key
 
 MIN_CLASS_IMAGES = 10
 """A class with fewer images in a split is pointed out."""
@@ -29,6 +36,8 @@ def label_findings(labels: Labels, taxonomy: Taxonomy, targets: Targets, data: D
         _check_known_sizes,
         _check_files,
         _check_emotions,
+        _check_spellings,
+        _check_number_of_classes,
         _check_class_sizes,
         action_unit_findings,
     )
@@ -119,9 +128,12 @@ def _check_emotions(case: Case) -> list[Finding]:
     if not taxonomy.emotions:
         return []
     written = labels.table["emotion"]
-    num_written = len(written) - written.null_count
-    unknown = np.asarray(pc.is_valid(written)) & (case.targets.emotion < 0)
-    findings = []
+    words = UNKNOWN_WORDS | PERHAPS_UNKNOWN_WORDS
+    says_unknown = pa.array([text for text, _ in value_counts(written) if label_key(text) in words], pa.string())
+    is_unknown = (case.targets.emotion < 0) & np.asarray(pc.is_in(written, says_unknown))
+    num_written = len(written) - written.null_count - int(is_unknown.sum())
+    unknown = np.asarray(pc.is_valid(written)) & (case.targets.emotion < 0) & ~is_unknown
+    findings = _unknown_findings(case, is_unknown)
     if unknown.any():
         count = int(unknown.sum())
         share = count / num_written
@@ -152,6 +164,103 @@ def _check_emotions(case: Case) -> list[Finding]:
         message = f"class numbers run from 1 to {max(codes)}: they look as if they started at 1, not at 0"
         findings.append(Finding("error", "classes_look_one_based", message, "Subtract 1 from every class number."))
     return findings
+
+
+def _unknown_findings(case: Case, is_unknown: npt.NDArray[np.bool_]) -> list[Finding]:
+    """Words that stand for no label; which of them may as well be a class is asked where the classes are not told."""
+    counts = value_counts(case.labels.table["emotion"].filter(pa.array(is_unknown)))
+    may_be_class = [(text, count) for text, count in counts if label_key(text) in PERHAPS_UNKNOWN_WORDS]
+    if case.data.emotions != "auto" or case.taxonomy.emotions == tuple(RAFCE_EMOTIONS):
+        may_be_class = []
+    sure = [pair for pair in counts if pair not in may_be_class]
+    findings = []
+    if may_be_class:
+        classes = _class_names(case)
+        with_them = in_label_order([*classes, *(text for text, _ in may_be_class)])
+        message = f"{_counts(may_be_class)}: that may be a class, or say that the emotion is unknown"
+        remedy = f"If it is unknown: {_emotions_option(classes)}. If it is a class: {_emotions_option(with_them)}."
+        findings.append(_words_finding(case, may_be_class, "refusal", "class_or_unknown", message, remedy))
+    if sure:
+        remedy = "If that is a class, list it in data.emotions."
+        findings.append(
+            _words_finding(case, sure, "info", "emotions_unknown", f"{_counts(sure)}: read as unknown", remedy)
+        )
+    return findings
+
+
+def _words_finding(
+    case: Case, words: list[tuple[str, int]], level: Level, code: str, message: str, remedy: str
+) -> Finding:
+    mask = np.asarray(pc.is_in(case.labels.table["emotion"], pa.array([text for text, _ in words])))
+    evidence = case.rows(mask, case.labels.emotion_file, "emotion_line", "emotion")
+    return Finding(level, code, message, remedy, int(mask.sum()), evidence)
+
+
+def _counts(words: list[tuple[str, int]]) -> str:
+    total = sum(count for _, count in words)
+    listed = repr(words[0][0]) if len(words) == 1 else ", ".join(f"{text!r} ({count})" for text, count in words)
+    return f"{counted(total, 'emotion label')} {'says' if total == 1 else 'say'} {listed}"
+
+
+def _emotions_option(names: list[str]) -> str:
+    """The option that lists classes, to be pasted."""
+    return shlex.quote(f"data.emotions={json.dumps(names, ensure_ascii=False)}")
+
+
+def _spellings(case: Case) -> dict[str, list[tuple[str, int]]]:
+    """Spellings of each class with their counts, the most frequent first, by :func:`label_key`."""
+    groups: dict[str, list[tuple[str, int]]] = {}
+    for text, count in value_counts(case.labels.table["emotion"]):
+        if label_key(text) not in UNKNOWN_WORDS | PERHAPS_UNKNOWN_WORDS:
+            groups.setdefault(label_key(text), []).append((text, count))
+    return groups
+
+
+def _class_names(case: Case) -> list[str]:
+    """The classes of the labels as they would be listed, each in its most frequent spelling."""
+    return in_label_order(spellings[0][0] for spellings in _spellings(case).values())
+
+
+def _shown(text: str) -> str:
+    """In quotes, with what cannot be seen in an editor (combining marks, no-break spaces) as its code."""
+    return f"'{text}'" if text.isascii() or text == unicodedata.normalize("NFKC", text) else ascii(text)
+
+
+def _check_spellings(case: Case) -> list[Finding]:
+    """Class names that differ only as spellings do: classes of their own where nothing says that they are one."""
+    if case.data.emotions != "auto" or not case.taxonomy.emotions or case.taxonomy.emotions == tuple(RAFCE_EMOTIONS):
+        return []
+    several = [spellings for spellings in _spellings(case).values() if len(spellings) > 1]
+    if not several:
+        return []
+    table = case.labels.table
+    evidence = []
+    for spellings in several:
+        first = pc.index(table["emotion"], spellings[-1][0]).as_py()
+        told = ", ".join(f"{_shown(text)} ({counted(count, 'row')})" for text, count in spellings)
+        evidence.append(Evidence(told, case.labels.emotion_file, table["emotion_line"][first].as_py()))
+    names = "; ".join(item.detail for item in evidence[:3])
+    message = f"classes with more than one spelling: {names}" + ("; ..." if len(several) > 3 else "")
+    remedy = (
+        f"To train each as one class: {_emotions_option(_class_names(case))}. "
+        f"To keep them apart: {_emotions_option(list(case.taxonomy.emotions))}."
+    )
+    return [Finding("refusal", "spellings_of_classes", message, remedy, len(several), tuple(evidence))]
+
+
+def _check_number_of_classes(case: Case) -> list[Finding]:
+    """A single class cannot be told from others."""
+    known = case.targets.emotion[case.usable & (case.targets.emotion >= 0)]
+    if len(np.unique(known)) != 1:
+        return []
+    name = case.taxonomy.emotions[int(known[0])]
+    message = f"all {len(known)} train images with a known emotion say {name!r}: there is nothing to learn"
+    remedy = "Add images of other classes to the train split"
+    if case.train_positives.any():
+        remedy += "; to train the action units alone: data.emotions=none"
+    counts = value_counts(case.labels.table["emotion"])[:10]
+    evidence = tuple(Evidence(f"{counted(count, 'row')} of all splits: {text!r}") for text, count in counts)
+    return [Finding("refusal", "one_class", message, f"{remedy}.", 1, evidence)]
 
 
 def _check_class_sizes(case: Case) -> list[Finding]:

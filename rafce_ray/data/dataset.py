@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from rafce_ray.config import DataConfig
 from rafce_ray.console import say, warn
-from rafce_ray.data.audit import Audit, audit_labels, require_trainable
+from rafce_ray.data.audit import Audit, audit_labels, require_readable, require_trainable
 from rafce_ray.data.labels import read_labels, resolve_targets, resolve_taxonomy
 from rafce_ray.data.memory import release_memory, system_allocator
 from rafce_ray.data.records import SPLITS, Progress, Targets
@@ -90,7 +90,7 @@ def open_dataset(
 def prepare(data: DataConfig, *, progress: Progress | None = None, for_training: bool = True) -> Prepared:
     """Read the labels, check that they may be trained on, and make sure that there is a store.
 
-    ``for_training=False`` leaves the check out: a dataset without a train split can still be evaluated on.
+    ``for_training=False`` only checks that they were read without doubt: a dataset without a train split can still be evaluated on.
 
     Raises:
         UsageError: the dataset cannot be read as configured.
@@ -103,6 +103,8 @@ def prepare(data: DataConfig, *, progress: Progress | None = None, for_training:
         audit = audit_labels(labels, taxonomy, data)
         if for_training:
             require_trainable(audit)
+        else:
+            require_readable(labels)
         release_memory()
         handle = ensure_store(labels, data, progress=progress)
     if handle.built:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -12,7 +14,15 @@ from rafce_ray.data import rafce, table
 from rafce_ray.data.records import NUM_VOTES, SPLITS, Evidence, Finding, Labels, Targets
 from rafce_ray.errors import UsageError
 from rafce_ray.storage import locate
-from rafce_ray.taxonomy import RAFCE_EMOTIONS, SEED18, Taxonomy, make_taxonomy
+from rafce_ray.taxonomy import (
+    PERHAPS_UNKNOWN_WORDS,
+    RAFCE_EMOTIONS,
+    SEED18,
+    UNKNOWN_WORDS,
+    Taxonomy,
+    label_key,
+    make_taxonomy,
+)
 
 __all__ = [
     "SPLITS",
@@ -80,11 +90,16 @@ def _emotions(labels: Labels, data: DataConfig) -> tuple[str, ...]:
     if labels.layout == "rafce":
         return tuple(RAFCE_EMOTIONS)
     names = [name for name in pc.unique(labels.table["emotion"]).to_pylist() if name is not None]
-    if names and all(name.strip().lower() in RAFCE_EMOTIONS for name in names):
+    names = [name for name in names if label_key(name) not in UNKNOWN_WORDS | PERHAPS_UNKNOWN_WORDS]
+    if names and all(label_key(name) in RAFCE_EMOTIONS for name in names):
         return tuple(RAFCE_EMOTIONS)
-    if all(name.isdigit() for name in names):
-        return tuple(sorted(names, key=int))
-    return tuple(sorted(names))
+    return tuple(in_label_order(names))
+
+
+def in_label_order(names: Iterable[str]) -> list[str]:
+    """Class names sorted; by number where all are numbers."""
+    names = sorted(names)
+    return sorted(names, key=int) if all(name.isdecimal() for name in names) else names
 
 
 def _action_units(labels: Labels, data: DataConfig) -> tuple[int, ...]:
@@ -129,11 +144,13 @@ def resolve_targets(
 
 
 def emotion_index(text: str, taxonomy: Taxonomy) -> int:
-    """The class that an emotion label means, by name first and by number second; -1 where it means none."""
-    names = [name.strip().lower() for name in taxonomy.emotions]
-    if text.strip().lower() in names:
-        return names.index(text.strip().lower())
-    if text.isdecimal() and int(text) < len(names) and not all(name.isdecimal() for name in names):
+    """The class that an emotion label means: by name, by another spelling of one name, or by number; -1 where it means none."""
+    if text in taxonomy.emotions:
+        return taxonomy.emotions.index(text)
+    keys = [label_key(name) for name in taxonomy.emotions]
+    if label_key(text) in keys:
+        return keys.index(label_key(text)) if keys.count(label_key(text)) == 1 else -1
+    if text.isdecimal() and int(text) < len(keys) and not all(name.isdecimal() for name in taxonomy.emotions):
         return int(text)
     return -1
 

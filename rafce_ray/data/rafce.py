@@ -30,7 +30,7 @@ from rafce_ray.data.records import (
 )
 from rafce_ray.errors import UsageError
 from rafce_ray.storage import Location
-from rafce_ray.taxonomy import parse_action_unit_token, split_action_unit_tokens
+from rafce_ray.taxonomy import label_key, parse_action_unit_token, split_action_unit_tokens
 
 EMOTION_FILE = "RAFCE_emolabel.txt"
 ACTION_UNIT_FILE = "RAFCE_AUlabel.txt"
@@ -206,7 +206,7 @@ def _splits(names: pa.Array, file: LabelFile | None) -> tuple[pa.Array, list[Fin
         remedy = f"Add {PARTITION_FILE} with lines such as '0001.jpg 0' (0 train, 1 test, 2 validation)."
         return pa.nulls(len(names), pa.string()), [Finding("error", "no_partition_file", message, remedy)]
     distinct = file.values.combine_chunks().dictionary_encode()
-    known = [PARTITIONS.get(text) or SPLIT_NAMES.get(text.lower()) for text in distinct.dictionary.to_pylist()]
+    known = [PARTITIONS.get(text) or SPLIT_NAMES.get(label_key(text)) for text in distinct.dictionary.to_pylist()]
     codes = np.asarray(distinct.indices)
     unknown = EvidenceList()
     for i in np.flatnonzero(np.array([split is None for split in known], bool)[codes]).tolist():

@@ -28,16 +28,17 @@ from rafce_ray.data.names import duplicate_groups
 from rafce_ray.data.records import LABEL_SCHEMA, SPLIT_NAMES, Evidence, EvidenceList, Finding, Labels, counted
 from rafce_ray.errors import UsageError
 from rafce_ray.storage import Location
-from rafce_ray.taxonomy import action_unit_code, parse_action_unit_token
+from rafce_ray.taxonomy import UNKNOWN_WORDS, action_unit_code, label_key, parse_action_unit_token
 
 TABLE_NAMES = ("labels.csv", "labels.parquet", "labels.tsv")
 """Files that a folder is searched for."""
 
 TABLE_EXTENSIONS = ("csv", "tsv", "parquet")
 
-_CELLS = {"1": 1, "1.0": 1, "true": 1, "0": 0, "0.0": 0, "false": 0, "": None, "nan": None, "na": None}
+_CELLS = {"1": 1, "1.0": 1, "true": 1, "0": 0, "0.0": 0, "false": 0, "": None, "unknown": None, "-1.0": None}
+_CELLS |= dict.fromkeys(UNKNOWN_WORDS)
 _AU_COLUMN = re.compile(r"^A[UD]_?[LRTB]{0,2}\d{1,2}$", re.IGNORECASE)
-_WHOLE_NUMBER = re.compile(r"^\d+\.0+$")
+_WHOLE_NUMBER = re.compile(r"^-?\d+\.0+$")
 _CHUNK = 4096
 _PLACES_IN_REMEDY = 10
 
@@ -268,8 +269,8 @@ def _flush(rows: _Rows) -> None:
 
 def _read_split(cells: list[str], columns: _Columns, at: Evidence, rows: _Rows) -> str | None:
     text = cells[columns.split].strip() if columns.split is not None else ""
-    split = SPLIT_NAMES.get(text.lower())
-    if split is None and text:
+    split = SPLIT_NAMES.get(label_key(text))
+    if split is None and text and label_key(text) not in UNKNOWN_WORDS:
         rows.unknown_splits.add(f"{at.detail}: {text!r}", at.file, at.line)
     elif split is None and columns.split is not None:
         rows.without_split.add(at.detail, at.file, at.line)

@@ -1,4 +1,5 @@
 import re
+import shlex
 import subprocess
 
 import numpy as np
@@ -8,9 +9,10 @@ import pytest
 
 from rafce_ray.config import DataConfig, load_config
 from rafce_ray.data.audit import audit
+from rafce_ray.data.dataset import prepare
 from rafce_ray.data.labels import read_labels, resolve_targets, resolve_taxonomy
 from rafce_ray.data.store import store_key
-from rafce_ray.errors import UsageError
+from rafce_ray.errors import GateError, UsageError
 from rafce_ray.taxonomy import RAFCE_EMOTIONS
 
 TABLE = """name,split,emotion,AU1,AU12,age
@@ -266,3 +268,131 @@ def test_an_encoding_that_does_not_fit_is_pointed_out(tmp_path):
         read(tmp_path, encoding="ascii")
     with pytest.raises(ValueError, match="'zlib' is no text encoding"):
         DataConfig(encoding="zlib")
+
+
+def labelled(root, emotions, header="name,split,emotion,AU1"):
+    """A table with these emotions over and over, ten rows each in train, and an image for every row."""
+    (root / "images").mkdir(exist_ok=True)
+    rows = [header]
+    for number, emotion in enumerate(list(emotions) * 10):
+        (root / "images" / f"{number}.jpg").write_bytes(b"")
+        rows.append(f"{number}.jpg,train,{emotion},{number % 2}")
+    (root / "labels.csv").write_text("\n".join(rows) + "\n")
+    return root
+
+
+def audited(root, *options):
+    data = load_config(overrides=[f"data.root={root}", "data.action_units=[1]", *options]).data
+    return audit(data, images=False)
+
+
+def finding_of(found, code):
+    [finding] = [finding for finding in found.findings if finding.code == code]
+    return finding
+
+
+def options_in(text):
+    """The options that a remedy names, as a shell reads them."""
+    return [shlex.split(option)[0] for option in re.findall(r"'data\.emotions=[^']*'", text)]
+
+
+@pytest.mark.parametrize("word", ["nan", "NaN", "NA", "n/a", "#N/A", "null", "-1", "-1.0", "?", ""])
+def test_words_for_unknown_are_no_class(tmp_path, word):
+    found = audited(labelled(tmp_path, ["calm", "joy", word]))
+    assert found.taxonomy.emotions == ("calm", "joy")
+    assert found.splits[0].num_emotion_unknown == 10
+    assert found.may_train
+    if word:
+        finding = finding_of(found, "emotions_unknown")
+        assert (finding.level, finding.count) == ("info", 10)
+
+
+@pytest.mark.parametrize("word", ["None", "none", "unknown", "Missing"])
+def test_what_may_be_a_class_or_unknown_is_asked(tmp_path, word):
+    found = audited(labelled(tmp_path, ["calm", "joy", word]))
+    refusal = finding_of(found, "class_or_unknown")
+    assert (refusal.level, refusal.count) == ("refusal", 10)
+    assert str(refusal.evidence[0]) == f"labels.csv:4: 2.jpg: {word!r}"
+    unknown, a_class = options_in(refusal.remedy)
+    found = audited(tmp_path, unknown)
+    assert (found.may_train, found.splits[0].classes, found.splits[0].num_emotion_unknown) == (True, (10, 10), 10)
+    found = audited(tmp_path, a_class)
+    assert (found.may_train, found.splits[0].classes) == (True, (10, 10, 10))
+
+
+def test_a_class_that_is_listed_is_one_whatever_its_name(tmp_path):
+    found = audited(labelled(tmp_path, ["nan", "-1"]), 'data.emotions=["nan", "-1"]')
+    assert found.splits[0].classes == (10, 10)
+
+
+def test_among_rafces_names_none_is_unknown(tmp_path):
+    found = audited(labelled(tmp_path, ["happily sad", "sadly angry", "none"]))
+    assert found.taxonomy.emotions == tuple(RAFCE_EMOTIONS)
+    assert finding_of(found, "emotions_unknown").count == 10
+    assert found.may_train
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("calm", "Calm"),
+        ("caf\xe9", "cafe\u0301"),
+        ("very calm", "very\xa0calm"),
+        ("very calm", "very_calm"),
+        ("calm", "calm\u200b"),
+        ("1", "01"),
+    ],
+)
+def test_spellings_of_one_class_are_asked_about_once(tmp_path, one, other):
+    found = audited(labelled(tmp_path, [one, one, other, "3"]))
+    refusal = finding_of(found, "spellings_of_classes")
+    assert refusal.level == "refusal"
+    assert "(20 rows)" in refusal.message
+    assert "(10 rows)" in refusal.message
+    assert (refusal.evidence[0].file, refusal.evidence[0].line) == ("labels.csv", 4)
+    merged, apart = options_in(refusal.remedy)
+    assert sorted(audited(tmp_path, merged).splits[0].classes) == [10, 30]
+    assert sorted(audited(tmp_path, apart).splits[0].classes) == [10, 10, 20]
+    assert audited(tmp_path, merged).may_train
+    assert audited(tmp_path, apart).may_train
+
+
+def test_blanks_around_a_class_and_spellings_of_a_split_make_no_difference(tmp_path):
+    rows = "a.jpg,TRAIN,calm \nb.jpg,\xa0train, calm\nc.jpg,Train\u200b,joy\nd.jpg,nan,joy\n"
+    (tmp_path / "labels.csv").write_text("name,split,emotion\n" + rows)
+    labels = read(tmp_path)
+    assert labels.table["emotion"].to_pylist() == ["calm", "calm", "joy", "joy"]
+    assert labels.table["split"].to_pylist() == ["train", "train", "train", None]
+    assert found(labels, "rows_without_split") == ["labels.csv:5: d.jpg"]
+
+
+def test_unknown_elements_of_action_units_are_unknown_in_every_word_for_it(tmp_path):
+    (tmp_path / "labels.csv").write_text(
+        "name,split,AU1\n"
+        + "".join(f"{i}.jpg,train,{word}\n" for i, word in enumerate(["-1", "n/a", "NULL", "unknown", "?"]))
+    )
+    labels = read(tmp_path)
+    assert set(labels.table["au_state"].to_pylist()) == {"missing"}
+    assert labels.findings == ()
+
+
+@pytest.mark.parametrize("emotions", [["calm"], ["calm", "nan"]])
+def test_a_single_class_is_refused(tmp_path, emotions):
+    labelled(tmp_path, emotions)
+    refusal = finding_of(audited(tmp_path), "one_class")
+    assert refusal.level == "refusal"
+    assert "all 10 train images with a known emotion say 'calm'" in refusal.message
+    assert "data.emotions=none" in refusal.remedy
+    assert audited(tmp_path, "data.emotions=none").may_train
+
+
+def test_a_single_class_in_train_is_refused_whatever_the_other_splits_hold(tmp_path):
+    table = labelled(tmp_path, ["calm", "joy"]) / "labels.csv"
+    table.write_text(table.read_text().replace("train,joy", "test,joy"))
+    assert finding_of(audited(tmp_path), "one_class").level == "refusal"
+
+
+def test_what_was_read_in_doubt_is_not_evaluated_on_either(tmp_path):
+    lone_quotes(tmp_path, 11)
+    with pytest.raises(GateError, match=r"these labels cannot be used[\s\S]*labels\.csv:11"):
+        prepare(DataConfig(root=str(tmp_path), store_dir=str(tmp_path / "stores")), for_training=False)
