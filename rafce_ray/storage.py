@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import re
 import shlex
@@ -211,7 +212,12 @@ class Location:
             raise
 
     def _ask(self, request: Callable[[], Answer], patient: bool = True) -> Answer:
-        return request() if self.local is not None else ask(self.uri, request, patient=patient)
+        if self.local is None:
+            return ask(self.uri, request, patient=patient)
+        try:
+            return request()
+        except OSError as error:
+            raise _plain_error(error, self.path) from error
 
 
 def locate(place: str | Path) -> Location:
@@ -252,6 +258,13 @@ def local_path(text: str) -> Path:
             f"{text} is a URI, and this is written to a disk of this machine. Name a local path, and copy it afterwards."
         )
     return Path(text)
+
+
+def _plain_error(error: OSError, path: str) -> OSError:
+    """The operating system's own error with its reason and its path, in the place of pyarrow's words for it."""
+    if error.errno is None and str(error).endswith("is a directory"):
+        return IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+    return error if error.errno is None else OSError(error.errno, os.strerror(error.errno), error.filename or path)
 
 
 def _why(error: OSError) -> str:

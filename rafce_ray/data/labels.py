@@ -12,8 +12,8 @@ import pyarrow.compute as pc
 from rafce_ray.config import DataConfig
 from rafce_ray.data import rafce, table
 from rafce_ray.data.records import NUM_VOTES, SPLITS, Evidence, Finding, Labels, Targets
-from rafce_ray.errors import UsageError
-from rafce_ray.storage import locate
+from rafce_ray.errors import RafceError, UsageError
+from rafce_ray.storage import Location, locate
 from rafce_ray.taxonomy import (
     PERHAPS_UNKNOWN_WORDS,
     RAFCE_EMOTIONS,
@@ -48,7 +48,18 @@ def read_labels(data: DataConfig) -> Labels:
         raise UsageError(
             "data.root is not set: no dataset is named. Give data.root=FOLDER (RAF-CE's layout) or data.root=TABLE.csv."
         )
-    root = locate(data.root)
+    try:
+        return _read_labels(locate(data.root), data)
+    except RafceError:
+        raise
+    except OSError as error:
+        raise UsageError(
+            f"{error.filename or data.root}: cannot be read ({error.strerror or error}). Give a file or folder that can be, as data.root or "
+            "data.images."
+        ) from error
+
+
+def _read_labels(root: Location, data: DataConfig) -> Labels:
     if not root.exists():
         root.check_reachable()
         raise UsageError(
