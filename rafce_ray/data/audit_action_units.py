@@ -34,7 +34,7 @@ def _check_targets(case: Case) -> list[Finding]:
         message = f"no action unit of the vocabulary {data.action_units!r} has {wanted}"
         remedy = "Set data.action_units to a list, to auto with a lower data.min_train_positives, or to none."
         return [Finding("refusal", "no_action_unit_positives", message, remedy)]
-    if case.train_positives.any():
+    if case.train_positives.any() or case.all_images_missing:
         return []
     states = dict(value_counts(labels.table["au_state"]))
     evidence = [

@@ -35,6 +35,12 @@ class Case:
         """Whether layout and classes are RAF-CE's, so that its published counts say what is natural."""
         return self.labels.layout == "rafce" and self.taxonomy.emotions == tuple(RAFCE_EMOTIONS)
 
+    @property
+    def all_images_missing(self) -> bool:
+        """Whether no row has an image: that is refused, and what follows from it need not be told besides."""
+        paths = self.labels.table["image_path"]
+        return len(paths) > 0 and paths.null_count == len(paths)
+
     def split_sizes(self) -> dict[str, int]:
         """Labelled rows per split."""
         return {split: int((self.targets.split == code).sum()) for code, split in enumerate(SPLITS)}

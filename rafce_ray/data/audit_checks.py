@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import unicodedata
+from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +19,7 @@ from rafce_ray.data import reference
 from rafce_ray.data.audit_action_units import action_unit_findings
 from rafce_ray.data.audit_case import MAX_UNREADABLE_SHARE, Case, count_action_units, value_counts
 from rafce_ray.data.labels import in_label_order
-from rafce_ray.data.records import SPLITS, Evidence, Finding, Labels, Level, Targets, counted
+from rafce_ray.data.records import SPLITS, Evidence, Finding, Labels, Level, NearImage, Targets, counted
 from rafce_ray.taxonomy import PERHAPS_UNKNOWN_WORDS, RAFCE_EMOTIONS, UNKNOWN_WORDS, Taxonomy, label_key
 
 MIN_CLASS_IMAGES = 10
@@ -116,11 +119,33 @@ def _check_files(case: Case) -> list[Finding]:
         line_column = "emotion_line" if labels.has_emotions else "au_line"
         evidence = case.rows(missing, labels.emotion_file or labels.au_file, line_column, None)
         remedy = "Add the images, or name their folder with data.images=FOLDER."
+        near = labels.near_images
+        if near:
+            kinds = Counter(image.difference for image in near.values())
+            alike = ", ".join(f"{number} {difference}" for difference, number in kinds.items())
+            message += f"; files of nearly these names lie there: {alike}"
+            evidence = tuple(
+                replace(item, detail=f"{item.detail}: {near[item.detail].path} is there")
+                if item.detail in near
+                else item
+                for item in sorted(evidence, key=lambda item: item.detail not in near)
+            )
+            remedy = _near_remedy(near)
         findings.append(Finding(level, "missing_images", message, remedy, num_missing, evidence))
     if labels.num_extra_images:
         message = f"{labels.num_extra_images} images have no label row and are not used"
         findings.append(Finding("info", "extra_images", message, "", labels.num_extra_images))
     return findings
+
+
+def _near_remedy(near: dict[str, NearImage]) -> str:
+    """The option that names the images' folder, where that is all that differs; else to write the names as the files have them."""
+    folders = {os.path.split(image.path)[0] for image in near.values()}
+    if {image.difference for image in near.values()} == {"in another folder"} and len(folders) == 1:
+        [folder] = folders
+        if folder and not any("/" in name or "\\" in name for name in near):
+            return f"Name their folder: {shlex.quote(f'data.images={folder}')}"
+    return "Write the names as the files are named, relative to the folder of images; or rename the files."
 
 
 def _check_emotions(case: Case) -> list[Finding]:
@@ -149,7 +174,7 @@ def _check_emotions(case: Case) -> list[Finding]:
         remedy = f"Known are {names}, or their numbers from 0. Set data.emotions=[...] if the dataset has others."
         evidence = case.rows(unknown, labels.emotion_file, "emotion_line", "emotion")
         findings.append(Finding(level, "unknown_classes", message, remedy, count, evidence))
-    if not (case.targets.emotion[case.usable] >= 0).any():
+    if not (case.targets.emotion[case.usable] >= 0).any() and not case.all_images_missing:
         message = "there are emotion labels, but no train image has a known one"
         remedy = "Check data.emotions and the split column; data.emotions=none leaves the task out."
         evidence = tuple(Evidence(f"{count} rows say {text!r}") for text, count in value_counts(written)[:10])

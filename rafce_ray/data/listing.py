@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.fs as pafs
 
 from rafce_ray.data.names import duplicate_groups
-from rafce_ray.data.records import Evidence, EvidenceList, Finding, evidence_of
+from rafce_ray.data.records import Evidence, EvidenceList, Finding, NearImage, counted, evidence_of
 from rafce_ray.errors import UsageError
 from rafce_ray.storage import Location, locate
 
@@ -25,14 +27,19 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "bmp", "webp", "tif", "tiff", "gif")
 _EXTENSION = r"(?i)\.(" + "|".join(IMAGE_EXTENSIONS) + r")$"
 _SUFFIX = r"(?i)(_aligned)?\.(" + "|".join(IMAGE_EXTENSIONS) + r")$|_aligned$"
 _CHUNK = 2048
+_MAX_LOOKED_AT = 100_000
 
 
 @dataclass(frozen=True)
 class Listing:
-    """Image files of one folder: ``path`` relative to it, ``image_bytes`` and ``image_mtime_ns`` as arrow columns."""
+    """Image files of one folder: ``path`` relative to it, ``image_bytes`` and ``image_mtime_ns`` as arrow columns.
+
+    ``unreadable``: files and folders in it of which nothing is known, with the reason.
+    """
 
     folder: Location
     table: pa.Table
+    unreadable: EvidenceList
 
 
 @dataclass(frozen=True)
@@ -43,17 +50,22 @@ class Matched:
     index: npt.NDArray[np.int64]
     num_extras: int
     findings: tuple[Finding, ...]
+    near: dict[str, NearImage] = field(default_factory=dict)
 
 
 _SCHEMA = pa.schema([("path", pa.string()), ("image_bytes", pa.int64()), ("image_mtime_ns", pa.int64())])
 
 
-def list_images(folder: Location, *, recursive: bool) -> Listing:
-    """Image files of a folder, sorted by path; none where the folder does not exist."""
-    local = folder.local
-    entries = _scan(local, recursive) if local is not None else _list_remote(folder, recursive)
+def list_images(folder: Location, *, recursive: bool, limit: int | None = None) -> Listing:
+    """Image files of a folder, sorted by path; none where the folder does not exist. ``limit``: look at so many files at most.
+
+    Raises:
+        OSError: the folder itself cannot be read.
+    """
+    local, unreadable = folder.local, EvidenceList()
+    entries = _scan(local, recursive, unreadable) if local is not None else _list_remote(folder, recursive)
     batches, chunk = [], []
-    for entry in entries:
+    for entry in islice(entries, limit):
         if entry[0].rpartition(".")[2].lower() in IMAGE_EXTENSIONS:
             chunk.append(entry)
         # Python objects are turned into columns every so often: 100,000 of them would show in the peak memory.
@@ -61,22 +73,24 @@ def list_images(folder: Location, *, recursive: bool) -> Listing:
             batches.append(_to_batch(chunk))
             chunk = []
     table = pa.Table.from_batches([*batches, _to_batch(chunk)], _SCHEMA)
-    return Listing(folder, table.sort_by("path").combine_chunks())
+    return Listing(folder, table.sort_by("path").combine_chunks(), unreadable)
 
 
 def match_images(names: pa.Array, root: Location, images: str | None) -> Matched:
     """Find every name's image: the very file name first, else one that differs by ``_aligned`` or its extension.
 
-    Looks in ``images`` if given, else in ``aligned/``, ``aligned/aligned/``, ``images/`` and the root, and takes the
-    folder that holds most of the names.
+    Backslashes are read as slashes, and composed letters as decomposed ones, where a file fits then only. Looks in ``images`` if
+    given, else in ``aligned/``, ``aligned/aligned/``, ``images/`` and the root, and takes the folder that holds most of the names.
 
     Raises:
         UsageError: ``images`` is no folder.
+        OSError: a folder cannot be read.
     """
-    recursive = bool(pc.any(pc.match_substring(names, "/")).as_py())
+    recursive = bool(pc.any(pc.match_substring_regex(names, r"[/\\]")).as_py())
     best: Matched | None = None
     elsewhere: list[Evidence] = []
-    for folder in _candidates(root, images):
+    candidates = _candidates(root, images)
+    for folder in candidates:
         listing = list_images(folder, recursive=recursive)
         if listing.table.num_rows == 0:
             continue
@@ -89,19 +103,24 @@ def match_images(names: pa.Array, root: Location, images: str | None) -> Matched
         if loser is not None and (loser.index >= 0).any():
             elsewhere.append(Evidence(f"{int((loser.index >= 0).sum())} also in {loser.listing.folder}"))
     if best is None:
-        empty = Listing(root / "aligned" if images is None else _candidates(root, images)[0], _SCHEMA.empty_table())
-        return Matched(empty, np.full(len(names), -1, np.int64), 0, ())
-    if not elsewhere:
-        return best
-    several = Finding(
-        "info",
-        "images_in_several_folders",
-        f"images of the labelled names lie in more than one folder; {best.listing.folder} is used",
-        "Name the folder to use: data.images=FOLDER.",
-        len(elsewhere),
-        evidence_of(elsewhere),
-    )
-    return Matched(best.listing, best.index, best.num_extras, (*best.findings, several))
+        listing = list_images(candidates[-1], recursive=False)
+        best = Matched(listing, np.full(len(names), -1, np.int64), 0, ())
+    findings = [*best.findings, *_unreadable_findings(best.listing)]
+    if elsewhere:
+        message = f"images of the labelled names lie in more than one folder; {best.listing.folder} is used"
+        remedy = "Name the folder to use: data.images=FOLDER."
+        several = Finding("info", "images_in_several_folders", message, remedy, len(elsewhere), evidence_of(elsewhere))
+        findings.append(several)
+    missing = names.filter(pa.array(best.index < 0))
+    return replace(best, findings=tuple(findings), near=_near_images(missing, best, candidates[-1]))
+
+
+def _unreadable_findings(listing: Listing) -> list[Finding]:
+    if not listing.unreadable:
+        return []
+    message = f"{listing.folder}: files or folders in it that cannot be read are not used: {len(listing.unreadable)}"
+    remedy = "Remove them, or give access to them (chmod)."
+    return [listing.unreadable.finding("warning", "unreadable_images", message, remedy)]
 
 
 def image_columns(listing: pa.Table, index: npt.NDArray[np.int64]) -> dict[str, pa.Array]:
@@ -126,16 +145,36 @@ def _candidates(root: Location, images: str | None) -> list[Location]:
     return [given]
 
 
-def _scan(folder: Path, recursive: bool, prefix: str = "") -> Iterator[tuple[str, int, int]]:
+def _scan(
+    folder: Path,
+    recursive: bool,
+    unreadable: EvidenceList,
+    prefix: str = "",
+    above: frozenset[tuple[int, int]] = frozenset(),
+) -> Iterator[tuple[str, int, int]]:
+    """Path, bytes and time of every file; ``above``: the folders on the way here, by device and inode."""
     if not folder.is_dir():
         return
+    status = folder.stat()
+    here = above | {(status.st_dev, status.st_ino)}
     with os.scandir(folder) as entries:
         for entry in entries:
-            if entry.is_file():
-                status = entry.stat()
-                yield prefix + entry.name, status.st_size, status.st_mtime_ns
-            elif recursive and entry.is_dir() and not entry.name.startswith("."):
-                yield from _scan(Path(entry.path), recursive, f"{prefix}{entry.name}/")
+            relative = prefix + entry.name
+            try:
+                relative.encode()
+                if entry.is_file():
+                    status = entry.stat()
+                    yield relative, status.st_size, status.st_mtime_ns
+                elif recursive and entry.is_dir() and not entry.name.startswith("."):
+                    status = entry.stat()
+                    if (status.st_dev, status.st_ino) in here:
+                        unreadable.add("links to a folder that holds it", relative)
+                    else:
+                        yield from _scan(Path(entry.path), recursive, unreadable, f"{relative}/", here)
+            except UnicodeEncodeError:
+                unreadable.add("its name is not UTF-8", ascii(relative)[1:-1])
+            except OSError as error:
+                unreadable.add(error.strerror or str(error), relative)
 
 
 def _list_remote(folder: Location, recursive: bool) -> Iterator[tuple[str, int, int]]:
@@ -159,9 +198,81 @@ def _match(names: pa.Array, listing: Listing) -> Matched:
         index = _match_repeated(names, paths, keys)
     else:
         index = np.asarray(pc.fill_null(pc.index_in(_keys(names), value_set=keys), -1)).astype(np.int64)
+    index, findings = _match_plain(names, paths, index)
     used = np.zeros(len(paths), bool)
     used[index[index >= 0]] = True
-    return Matched(listing, index, int((~used).sum()), _ambiguous(repeated, paths, used))
+    return Matched(listing, index, int((~used).sum()), (*_ambiguous(repeated, paths, used), *findings))
+
+
+def _match_plain(
+    names: pa.Array, paths: pa.Array, index: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.int64], list[Finding]]:
+    """``index`` with the file of names that have one in another writing of the same text only, and what to say of them."""
+    missing = np.flatnonzero(index < 0)
+    if not len(missing):
+        return index, []
+    wanted = names.take(pa.array(missing))
+    row = np.asarray(pc.fill_null(pc.index_in(_keys(_plain(wanted)), value_set=_keys(_plain(paths))), -1))
+    index = index.copy()
+    index[missing] = row
+    found = np.flatnonzero(row >= 0).tolist()
+    if not found:
+        return index, []
+    evidence = evidence_of(Evidence(f"{wanted[i].as_py()}: {paths[int(row[i])].as_py()}") for i in found)
+    message = f"{counted(len(found), 'name')} with backslashes, or letters in another Unicode form: read as the files are named"
+    return index, [Finding("info", "names_read_as_files", message, "", len(found), evidence)]
+
+
+def _plain(names: pa.Array) -> pa.Array:
+    """With slashes between folders, and letters composed (macOS writes the names of files in parts)."""
+    slashes = pc.replace_substring_regex(pc.replace_substring(names, "\\", "/"), r"^(\./)+", "")
+    return pc.utf8_normalize(slashes, "NFC")
+
+
+_IN_FOLDER = "in another folder"
+_ABSOLUTE = re.compile(r"[/\\]|[A-Za-z]:")
+_DIFFERENCES: tuple[tuple[str, Callable[[pa.Array], pa.Array]], ...] = (
+    ("with another ending", lambda keys: pc.replace_substring_regex(keys, r"\.\w{1,5}$", "")),
+    ("in another letter case", pc.utf8_lower),
+    ("with other leading zeros", lambda keys: pc.replace_substring_regex(keys, r"(^|\D)0+(\d)", r"\1\2")),
+    (_IN_FOLDER, lambda keys: pc.replace_substring_regex(keys, r"^.*/", "")),
+)
+"""How a file's name may differ from the one that labels give it, and what makes both the same."""
+
+
+def _near_images(missing: pa.Array, best: Matched, folder: Location) -> dict[str, NearImage]:
+    """For names without an image: a file that may be meant. Where no name has one, all folders below are looked through."""
+    if not len(missing):
+        return {}
+    near = _unlisted(missing, best.listing.folder)
+    listing = best.listing
+    if not (best.index >= 0).any():
+        listing = list_images(folder, recursive=True, limit=_MAX_LOOKED_AT)
+    paths = listing.table["path"].combine_chunks()
+    names, keys = (_keys(_plain(array)) for array in (missing, paths))
+    together = (names, keys)
+    for difference, alike in _DIFFERENCES:
+        together = (alike(together[0]), alike(together[1]))
+        for wanted, among in ((alike(names), alike(keys)), together):
+            row = np.asarray(pc.fill_null(pc.index_in(wanted, value_set=among), -1))
+            for i in np.flatnonzero(row >= 0).tolist():
+                name = missing[i].as_py()
+                is_end = difference == _IN_FOLDER and _ABSOLUTE.match(name)
+                how = "at the end of an absolute path" if is_end else difference
+                near.setdefault(name, NearImage(how, str(paths[int(row[i])].as_py())))
+    return near
+
+
+def _unlisted(missing: pa.Array, folder: Location) -> dict[str, NearImage]:
+    """Names under which something lies that is not taken as an image; the first thousand are looked for."""
+    local, found = folder.local, {}
+    for name in missing[:1000].to_pylist() if local is not None else ():
+        path = os.path.join(str(local), name)
+        if os.path.isfile(path):
+            found[name] = NearImage("without the ending of an image", name)
+        elif os.path.islink(path):
+            found[name] = NearImage("as a link to a file that is missing", name)
+    return found
 
 
 def _match_repeated(names: pa.Array, paths: pa.Array, keys: pa.Array) -> npt.NDArray[np.int64]:

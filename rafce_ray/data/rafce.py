@@ -103,6 +103,7 @@ def read(root: Location, images: str | None, encoding: str = AUTO) -> Labels:
         findings=(*findings, *matched.findings),
         token_counts=coded.tokens,
         digests=digests,
+        near_images=matched.near,
     )
 
 

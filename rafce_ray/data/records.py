@@ -137,12 +137,20 @@ def evidence_of(items: Iterable[Evidence]) -> tuple[Evidence, ...]:
 
 
 @dataclass(frozen=True)
+class NearImage:
+    """A file that may be meant by a name that has no image: how it differs (``in another letter case``), and its path."""
+
+    difference: str
+    path: str
+
+
+@dataclass(frozen=True)
 class Labels:
     """A dataset's labels as they were read, with everything that was odd about them.
 
     ``table`` has :data:`LABEL_SCHEMA`. ``au_columns`` are the action units that a table has columns for; None where a
     label lists what is present and every action unit was coded. ``token_counts`` counts action-unit tokens as written.
-    ``digests`` are sha256 sums of the label files by name.
+    ``digests`` are sha256 sums of the label files by name. ``near_images`` are files that may be meant by names without an image.
     """
 
     table: pa.Table
@@ -156,6 +164,7 @@ class Labels:
     findings: tuple[Finding, ...]
     token_counts: dict[str, int] = field(default_factory=dict)
     digests: dict[str, str] = field(default_factory=dict)
+    near_images: dict[str, NearImage] = field(default_factory=dict)
 
     @property
     def has_emotions(self) -> bool:

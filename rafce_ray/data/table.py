@@ -138,6 +138,7 @@ def read(table: Location, images: str | None, encoding: str = AUTO) -> Labels:
         findings=(*findings, *duplicates, *matched.findings),
         token_counts=_token_counts(labels),
         digests={table.name: hashlib.sha256(raw).hexdigest()},
+        near_images=matched.near,
     )
 
 
@@ -160,21 +161,28 @@ def _read_parquet(raw: bytes, table: Location) -> tuple[list[str], Iterator[CsvR
         file = pq.ParquetFile(pa.BufferReader(raw))
     except pa.ArrowInvalid as error:
         raise UsageError(f"{table}: is no Parquet file: {error}. Write it anew, or give a CSV table.") from error
-    return list(file.schema_arrow.names), _parquet_rows(file)
+    return list(file.schema_arrow.names), _parquet_rows(file, table)
 
 
-def _parquet_rows(file: pq.ParquetFile) -> Iterator[CsvRow]:
+def _parquet_rows(file: pq.ParquetFile, table: Location) -> Iterator[CsvRow]:
     line = 0
-    for batch in file.iter_batches(batch_size=_CHUNK):
-        for row in zip(*(column.to_pylist() for column in batch.columns), strict=True):
-            line += 1
-            yield CsvRow([_cell_text(cell) for cell in row], line, line)
+    try:
+        for batch in file.iter_batches(batch_size=_CHUNK):
+            for row in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+                line += 1
+                yield CsvRow([_cell_text(cell) for cell in row], line, line)
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"{table}: after row {line}: text that is not UTF-8 ({error.object!r}). Write it again."
+        ) from error
+    except (pa.ArrowException, OSError) as error:
+        raise UsageError(f"{table}: after row {line}: damaged ({error}). Write it again.") from error
 
 
 def _cell_text(cell: Any) -> str:
     if cell is None or (isinstance(cell, float) and math.isnan(cell)):
         return ""
-    return str(cell)
+    return cell.decode() if isinstance(cell, bytes) else str(cell)
 
 
 def _find_columns(header: list[str], table: Location) -> _Columns:

@@ -1,3 +1,5 @@
+import errno
+import os
 import re
 import shlex
 import subprocess
@@ -396,3 +398,126 @@ def test_what_was_read_in_doubt_is_not_evaluated_on_either(tmp_path):
     lone_quotes(tmp_path, 11)
     with pytest.raises(GateError, match=r"these labels cannot be used[\s\S]*labels\.csv:11"):
         prepare(DataConfig(root=str(tmp_path), store_dir=str(tmp_path / "stores")), for_training=False)
+
+
+def test_parquet_of_bytes_is_read_as_utf8(tmp_path):
+    columns = {"name": [b"a.jpg"], "split": [b"train"], "emotion": [b"m\xc3\xbcde"]}
+    pq.write_table(pa.table(columns), tmp_path / "labels.parquet")
+    assert read(tmp_path).table["emotion"].to_pylist() == ["m\xfcde"]
+    pq.write_table(pa.table(columns | {"emotion": [b"m\xfcde"]}), tmp_path / "labels.parquet")
+    with pytest.raises(UsageError, match=r"labels\.parquet: after row \d: text that is not UTF-8"):
+        read(tmp_path)
+
+
+def named(root, *names, emotions=("x", "y")):
+    """A table with these names of images."""
+    rows = [f"{name},train,{emotions[i % 2]}" for i, name in enumerate(names)]
+    (root / "labels.csv").write_text("\n".join(["name,split,emotion", *rows]) + "\n", encoding="utf-8")
+    return root
+
+
+def image(file):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(b"")
+
+
+def paths(root, **data):
+    return read(root, **data).table["image_path"].to_pylist()
+
+
+def test_backslashes_are_read_as_slashes_where_a_file_fits(tmp_path):
+    for name in ("images/1.jpg", "images/2.jpg", "images/sub/3.jpg"):
+        image(tmp_path / name)
+    named(tmp_path, "images\\1.jpg", ".\\images\\2.jpg", "images\\sub\\3.jpg", "images\\4.jpg")
+    assert paths(tmp_path) == ["images/1.jpg", "images/2.jpg", "images/sub/3.jpg", None]
+    assert found(read(tmp_path), "names_read_as_files")[0] == "images\\1.jpg: images/1.jpg"
+    image(tmp_path / "a\\b.jpg")
+    assert paths(named(tmp_path, "a\\b.jpg")) == ["a\\b.jpg"]
+
+
+@pytest.mark.parametrize(("written", "stored"), [("caf\xe9", "cafe\u0301"), ("cafe\u0301", "caf\xe9")])
+def test_composed_and_decomposed_letters_are_the_same_name(tmp_path, written, stored):
+    image(tmp_path / f"{stored}.jpg")
+    assert paths(named(tmp_path, f"{written}.jpg")) == [f"{stored}.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "difference"),
+    [
+        ("IMG_1.jpg", "images/img_1.jpg", "in another letter case"),
+        ("7.jpg", "images/0007.jpg", "with other leading zeros"),
+        ("img_007.jpg", "images/img_7.jpg", "with other leading zeros"),
+        ("7.jfif2", "images/7.jpg", "with another ending"),
+        ("/data/faces/7.jpg", "images/7.jpg", "at the end of an absolute path"),
+        ("C:\\faces\\7.jpg", "images/7.jpg", "at the end of an absolute path"),
+        ("images/images/7.jpg", "images/7.jpg", "in another folder"),
+        ("FACES/7.JPG", "images/0007.jpg", "in another folder"),
+    ],
+)
+def test_a_missing_image_names_the_file_that_may_be_meant(tmp_path, name, file, difference):
+    image(tmp_path / "images/other.jpg")
+    image(tmp_path / file)
+    has_folder = "/" in name or "\\" in name
+    named(tmp_path, "images/other.jpg" if has_folder else "other.jpg", name)
+    missing = finding_of(audited(tmp_path), "missing_images")
+    assert f"; files of nearly these names lie there: 1 {difference}" in missing.message
+    assert str(missing.evidence[0]).endswith(
+        f"labels.csv:3: {name}: {file if has_folder else file.split('/')[1]} is there"
+    )
+
+
+def test_images_in_a_folder_that_nobody_named_are_found_by_the_remedy(tmp_path):
+    for i in range(3):
+        image(tmp_path / "my faces" / f"{i}.jpg")
+    found = audited(named(tmp_path, "0.jpg", "1.jpg", "2.jpg"))
+    missing = finding_of(found, "missing_images")
+    assert "3 in another folder" in missing.message
+    assert [finding.code for finding in found.refusals] == ["missing_images"]
+    [option] = [text for text in shlex.split(missing.remedy) if text.startswith("data.images=")]
+    assert audited(tmp_path, option).num_missing_images == 0
+
+
+def test_a_name_that_lies_there_and_is_no_image_says_why(tmp_path):
+    image(tmp_path / "images/1.jpg")
+    (tmp_path / "images/2.jpg").symlink_to("away.jpg")
+    image(tmp_path / "images/3.pic")
+    missing = finding_of(audited(named(tmp_path, "1.jpg", "2.jpg", "3.pic")), "missing_images")
+    assert "1 as a link to a file that is missing, 1 without the ending of an image" in missing.message
+
+
+def test_links_in_a_circle_and_names_that_are_no_text_are_left_out_and_said(tmp_path):
+    image(tmp_path / "images/1.jpg")
+    (tmp_path / "images/loop.jpg").symlink_to("loop.jpg")
+    (tmp_path / "images/up").symlink_to("../images")
+    image(tmp_path / os.fsdecode(b"images/caf\xe9.jpg"))
+    labels = read(named(tmp_path, "images/1.jpg", "images/2.jpg"))
+    assert labels.table["image_path"].to_pylist() == ["images/1.jpg", None]
+    assert sorted(found(labels, "unreadable_images")) == [
+        "images/caf\\udce9.jpg: its name is not UTF-8",
+        "images/loop.jpg: Too many levels of symbolic links",
+        "images/up: links to a folder that holds it",
+    ]
+
+
+def test_what_cannot_be_read_is_one_line_with_path_and_reason(tmp_path):
+    (tmp_path / "labels.csv").mkdir()
+    with pytest.raises(UsageError, match=r"labels\.csv: cannot be read \(Is a directory\)"):
+        read(tmp_path)
+    with pytest.raises(UsageError, match=r"xxx: cannot be read \(File name too long\)"):
+        read(tmp_path / ("x" * 300))
+
+
+def test_a_closed_folder_is_one_line_with_path_and_reason(tmp_path, monkeypatch):
+    """The operating system's answer is put in, for root may read everything."""
+    named(tmp_path, "1.jpg")
+    image(tmp_path / "images/1.jpg")
+    scan = os.scandir
+
+    def closed(folder):
+        if os.path.basename(folder) == "images":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+        return scan(folder)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    with pytest.raises(UsageError, match=r"/images: cannot be read \(Permission denied\)"):
+        read(tmp_path)
