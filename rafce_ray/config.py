@@ -166,6 +166,7 @@ class DataConfig(Section):
     emotions: Literal["auto", "none"] | tuple[str, ...] = Field(
         "auto",
         description="Class names in label order. auto: RAF-CE's fourteen, or the distinct values of a table that uses others. "
+        "A listed class takes labels in any spelling of it (letter case, blanks); a word for unknown is a class where it is listed. "
         "none: do not train emotions.",
     )
     action_units: Literal["seed18", "auto", "none"] | ActionUnitList = Field(
