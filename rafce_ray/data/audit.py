@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -157,23 +158,23 @@ def audit_labels(
     )
 
 
-def require_trainable(audit: Audit) -> None:
-    """Let a dataset pass that may be trained on.
+def require_trainable(audit: Audit, place: str | None = None) -> None:
+    """Let a dataset pass that may be trained on; ``place``: what ``data.root`` says, for the command that lists everything.
 
     Raises:
         GateError: it may not; the message holds each reason with its first places and its remedy.
     """
-    _refuse(audit.root, "this data may not be trained on", audit.refusals)
+    _refuse(place or audit.root, "this data may not be trained on", audit.refusals)
 
 
-def require_readable(labels: Labels) -> None:
+def require_readable(labels: Labels, place: str) -> None:
     """Let labels pass that were read without doubt which row is whose: what is evaluated must be so, too.
 
     Raises:
         GateError: they were not; the message is as of :func:`require_trainable`.
     """
     refusals = tuple(finding for finding in labels.findings if finding.level == "refusal")
-    _refuse(str(labels.root), "these labels cannot be used", refusals)
+    _refuse(place, "these labels cannot be used", refusals)
 
 
 def _refuse(root: str, what: str, refusals: tuple[Finding, ...]) -> None:
@@ -186,7 +187,7 @@ def _refuse(root: str, what: str, refusals: tuple[Finding, ...]) -> None:
         if finding.count > _EVIDENCE_IN_MESSAGE < len(finding.evidence):
             lines.append(f"    ... {finding.count} in all")
         lines.append(f"  {finding.remedy}")
-    lines.append(f"The whole list: rafce data audit {root}")
+    lines.append(f"The whole list: rafce data audit {shlex.quote(root)}")
     raise GateError("\n".join(lines))
 
 

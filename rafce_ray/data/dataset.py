@@ -102,9 +102,9 @@ def prepare(data: DataConfig, *, progress: Progress | None = None, for_training:
         taxonomy = resolve_taxonomy(labels, data)
         audit = audit_labels(labels, taxonomy, data)
         if for_training:
-            require_trainable(audit)
+            require_trainable(audit, data.root)
         else:
-            require_readable(labels)
+            require_readable(labels, str(data.root))
         release_memory()
         handle = ensure_store(labels, data, progress=progress)
     if handle.built:

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from rafce_ray.cli import main
 from rafce_ray.config import DataConfig, load_config
 from rafce_ray.data.audit import audit
 from rafce_ray.data.dataset import prepare
@@ -394,10 +395,15 @@ def test_a_single_class_in_train_is_refused_whatever_the_other_splits_hold(tmp_p
     assert finding_of(audited(tmp_path), "one_class").level == "refusal"
 
 
-def test_what_was_read_in_doubt_is_not_evaluated_on_either(tmp_path):
-    lone_quotes(tmp_path, 11)
-    with pytest.raises(GateError, match=r"these labels cannot be used[\s\S]*labels\.csv:11"):
-        prepare(DataConfig(root=str(tmp_path), store_dir=str(tmp_path / "stores")), for_training=False)
+@pytest.mark.parametrize("for_training", [True, False])
+def test_what_was_read_in_doubt_is_neither_trained_nor_evaluated_on(tmp_path, for_training):
+    (tmp_path / "my people").mkdir()
+    table = (lone_quotes(tmp_path / "my people", 11) / "labels.csv").rename(tmp_path / "my people" / "people.csv")
+    with pytest.raises(GateError, match=r"people\.csv:11") as refused:
+        prepare(DataConfig(root=str(table), store_dir=str(tmp_path / "stores")), for_training=for_training)
+    command = str(refused.value).partition("The whole list: ")[2]
+    assert shlex.split(command) == ["rafce", "data", "audit", str(table)]
+    assert main(shlex.split(command)[1:]) == GateError.exit_code
 
 
 def test_parquet_of_bytes_is_read_as_utf8(tmp_path):
