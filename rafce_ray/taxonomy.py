@@ -88,7 +88,7 @@ PERHAPS_UNKNOWN_WORDS = frozenset(("none", "unknown", "undefined", "missing"))
 """Words that say in one table that a label is unknown, and name a class in another."""
 
 _TOKEN = re.compile(r"^(?:AU|AD)?([LRTB]{0,2})(\d{1,2})([A-E]|[LR])?$", re.IGNORECASE)
-_SEPARATORS = re.compile(r"[+,\s]+")
+_SEPARATORS = re.compile(r"[+,;|\s]+")
 
 
 def parse_action_unit_token(token: str) -> int | None:
@@ -105,7 +105,7 @@ def parse_action_unit_token(token: str) -> int | None:
 
 
 def split_action_unit_tokens(text: str) -> list[str]:
-    """The tokens of an action-unit label such as ``1+4+L12``; separators are ``+``, ``,`` and blanks."""
+    """The tokens of an action-unit label such as ``1+4+L12``; separators are ``+``, ``,``, ``;``, ``|`` and blanks."""
     return [token for token in _SEPARATORS.split(text.strip()) if token]
 
 

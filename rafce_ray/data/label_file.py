@@ -18,6 +18,7 @@ from rafce_ray.data.names import duplicate_groups
 from rafce_ray.data.records import Evidence, EvidenceList, Finding
 from rafce_ray.errors import UsageError
 from rafce_ray.storage import Location
+from rafce_ray.taxonomy import parse_action_unit_token, split_action_unit_tokens
 
 AUTO = "auto"
 """The encoding that a file's byte order mark tells, UTF-8 without one."""
@@ -290,6 +291,29 @@ def duplicate_findings(identical: EvidenceList, conflicting: EvidenceList, file:
             conflicting.finding("error", "conflicting_rows", message, "Keep the line that is right for each name.")
         )
     return findings
+
+
+@dataclass(frozen=True)
+class ActionUnitLabel:
+    """One label that lists action units, read: ``state`` as in ``records.LABEL_SCHEMA``."""
+
+    state: str
+    positive: tuple[int, ...] = ()
+    tokens: tuple[str, ...] = ()
+    fault: str | None = None
+
+
+def read_action_unit_label(text: str) -> ActionUnitLabel:
+    """The action units that ``1+4+L12`` lists; of ``null`` and of a label with an unreadable token, none."""
+    if text.strip().lower() == "null":
+        return ActionUnitLabel("null")
+    tokens = tuple(split_action_unit_tokens(text))
+    numbers = [parse_action_unit_token(token) for token in tokens]
+    unreadable = [token for token, number in zip(tokens, numbers, strict=True) if number is None]
+    if unreadable or not tokens:
+        fault = f"unreadable {', '.join(map(repr, unreadable))} in {text[:80]!r}"
+        return ActionUnitLabel("unreadable", (), tokens, fault)
+    return ActionUnitLabel("full", tuple(sorted({number for number in numbers if number is not None})), tokens)
 
 
 def unreadable_finding(file: str, evidence: EvidenceList) -> Finding:

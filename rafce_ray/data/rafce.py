@@ -14,7 +14,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from rafce_ray.data.label_file import AUTO, LabelFile, no_label_file, read_label_file, unreadable_finding
+from rafce_ray.data.label_file import (
+    AUTO,
+    ActionUnitLabel,
+    LabelFile,
+    no_label_file,
+    read_action_unit_label,
+    read_label_file,
+    unreadable_finding,
+)
 from rafce_ray.data.listing import image_columns, match_images
 from rafce_ray.data.memory import release_memory
 from rafce_ray.data.records import (
@@ -30,7 +38,7 @@ from rafce_ray.data.records import (
 )
 from rafce_ray.errors import UsageError
 from rafce_ray.storage import Location
-from rafce_ray.taxonomy import label_key, parse_action_unit_token, split_action_unit_tokens
+from rafce_ray.taxonomy import label_key
 
 EMOTION_FILE = "RAFCE_emolabel.txt"
 ACTION_UNIT_FILE = "RAFCE_AUlabel.txt"
@@ -143,28 +151,6 @@ def _emotion_columns(names: pa.Array, file: LabelFile) -> dict[str, pa.Array]:
 
 
 @dataclass(frozen=True)
-class _ReadLabel:
-    """One distinct action-unit label, read."""
-
-    state: str
-    positive: tuple[int, ...] = ()
-    tokens: tuple[str, ...] = ()
-    fault: str | None = None
-
-
-def _read_label(text: str) -> _ReadLabel:
-    if text.strip().lower() == "null":
-        return _ReadLabel("null")
-    tokens = tuple(split_action_unit_tokens(text))
-    numbers = [parse_action_unit_token(token) for token in tokens]
-    unreadable = [token for token, number in zip(tokens, numbers, strict=True) if number is None]
-    if unreadable or not tokens:
-        fault = f"unreadable {', '.join(map(repr, unreadable))} in {text[:80]!r}"
-        return _ReadLabel("unreadable", (), tokens, fault)
-    return _ReadLabel("full", tuple(sorted({number for number in numbers if number is not None})), tokens)
-
-
-@dataclass(frozen=True)
 class _ActionUnits:
     """The action-unit columns, how often each token was written, and what was odd."""
 
@@ -176,8 +162,8 @@ class _ActionUnits:
 def _action_units(names: pa.Array, file: LabelFile) -> _ActionUnits:
     # There are far fewer distinct labels than rows: each is read once.
     distinct = file.values.combine_chunks().dictionary_encode()
-    labels = [_read_label(text) for text in distinct.dictionary.to_pylist()]
-    labels += [_ReadLabel("unreadable"), _ReadLabel("missing")]
+    labels = [read_action_unit_label(text) for text in distinct.dictionary.to_pylist()]
+    labels += [ActionUnitLabel("unreadable"), ActionUnitLabel("missing")]
     row = file.locate(names)
     code = np.append(np.asarray(distinct.indices), len(labels) - 1)[row]
     code[file.conflicting_at(row)] = len(labels) - 2
