@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
@@ -62,16 +61,13 @@ class StoreHandle:
 
 
 def store_key(labels: Labels, data: DataConfig) -> str:
-    """Twenty hex digits that change with the label files, any image's name, length or time, the size or decoder."""
-    recipe: dict[str, Any] = {
+    """Twenty hex digits that change with the label files, labels as read, any image's name, length or time, the size or decoder."""
+    recipe = {
         "format": FORMAT_VERSION,
         "decoder": DECODER_VERSION,
         "px": data.stored_px,
         "labels": sorted(labels.digests.items()),
     }
-    # Stores of before this key are still found.
-    if data.encoding != "auto":
-        recipe["encoding"] = data.encoding
     digest = hashlib.blake2b(json.dumps(recipe).encode(), digest_size=10)
     for start in range(0, labels.table.num_rows, _CHUNK):
         rows = labels.table.slice(start, _CHUNK)
@@ -79,6 +75,9 @@ def store_key(labels: Labels, data: DataConfig) -> str:
             digest.update("\n".join(pc.fill_null(rows[name], "").to_pylist()).encode())
         for name in ("image_bytes", "image_mtime_ns"):
             digest.update(np.asarray(pc.fill_null(rows[name], -1)).tobytes())
+        # The same files may be read in another way, by another version too: the store keeps what was read.
+        labelled = rows.select(["split", "emotion", "au_state", "au_positive", "au_negative"]).to_pydict()
+        digest.update(json.dumps(labelled).encode())
     return digest.hexdigest()
 
 
