@@ -180,6 +180,13 @@ class DataConfig(Section):
     evaluation_null_policy: Literal["same", "mask", "negative"] = Field(
         "same", description="How null is read in validation and test; same: as null_policy."
     )
+    au_threshold: float | None = Field(
+        None,
+        gt=0,
+        le=5,
+        description="AU columns of a table hold intensities (0 to 5, or A to E): an AU is present from this value on, usually 2 (DISFA), "
+        "or 1 to count traces; 0.5 for probabilities. null: they hold 1, 0 or blank.",
+    )
     action_unit_targets: Literal["labels", "all_zero"] = Field(
         "labels",
         description="labels: what the AU labels say. all_zero: every AU target in training is 0, as the seed's parser made them; "
@@ -568,6 +575,10 @@ CARRIED_OUT_BY = frozenset(
 """Keys that say how a run is carried out, not what it computes: they may change when an interrupted run goes on."""
 
 
+LATER_KEYS = {"data.au_threshold": None, "data.encoding": "auto"}
+"""Keys that were added after runs had been named by their configuration: at their default these runs keep their names."""
+
+
 def differences(one: Config, other: Config) -> dict[str, tuple[Any, Any]]:
     """Dotted keys in which two configurations differ in what they compute, with both values."""
     left, right = flatten(one), flatten(other)
@@ -577,6 +588,9 @@ def differences(one: Config, other: Config) -> dict[str, tuple[Any, Any]]:
 def config_hash(config: Config) -> str:
     """Eight hex digits that change with anything that changes what a run computes."""
     plain = {key: value for key, value in flatten(config).items() if key not in CARRIED_OUT_BY}
+    for key, default in LATER_KEYS.items():
+        if plain[key] == default:
+            del plain[key]
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:8]
 
 

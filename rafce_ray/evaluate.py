@@ -171,6 +171,9 @@ def open_for_bundle(bundle: Bundle, data: DataConfig) -> Dataset:
         RafceError: the dataset has emotions that the bundle does not know, or nothing that it predicts.
     """
     prepared = prepare(data, progress=progress_bar, for_training=False)
+    for finding in prepared.audit.findings:
+        if finding.code == "unread_action_units" and finding.level != "info":
+            warn(f"{finding.message}. {finding.remedy}")
     known = {_key(name): index for index, name in enumerate(bundle.taxonomy.emotions)}
     theirs = prepared.taxonomy.emotions if known else ()
     unknown = [name for name in theirs if _key(name) not in known]

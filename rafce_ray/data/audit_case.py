@@ -13,9 +13,6 @@ from rafce_ray.config import DataConfig
 from rafce_ray.data.records import SPLITS, Evidence, Labels, Targets, evidence_of
 from rafce_ray.taxonomy import RAFCE_EMOTIONS, Taxonomy
 
-MAX_UNREADABLE_SHARE = 0.01
-"""Share of the labelled, non-null rows that may be unreadable before the dataset is refused."""
-
 
 @dataclass(frozen=True)
 class Case:

@@ -17,9 +17,19 @@ import pyarrow.compute as pc
 from rafce_ray.config import DataConfig
 from rafce_ray.data import reference
 from rafce_ray.data.audit_action_units import action_unit_findings
-from rafce_ray.data.audit_case import MAX_UNREADABLE_SHARE, Case, count_action_units, value_counts
+from rafce_ray.data.audit_case import Case, count_action_units, value_counts
 from rafce_ray.data.labels import in_label_order
-from rafce_ray.data.records import SPLITS, Evidence, Finding, Labels, Level, NearImage, Targets, counted
+from rafce_ray.data.records import (
+    MAX_UNREADABLE_SHARE,
+    SPLITS,
+    Evidence,
+    Finding,
+    Labels,
+    Level,
+    NearImage,
+    Targets,
+    counted,
+)
 from rafce_ray.taxonomy import PERHAPS_UNKNOWN_WORDS, RAFCE_EMOTIONS, UNKNOWN_WORDS, Taxonomy, label_key
 
 MIN_CLASS_IMAGES = 10

@@ -72,7 +72,7 @@ def _read_labels(root: Location, data: DataConfig) -> Labels:
             f"{root}: holds RAF-CE's label files and {found.name}. Choose: data.layout=rafce or data.layout=table."
         )
     if data.layout != "rafce" and found is not None:
-        return table.read(found, data.images, data.encoding)
+        return table.read(found, data)
     if data.layout != "table" and in_rafce_layout:
         return rafce.read(root, data.images, data.encoding)
     expected = {

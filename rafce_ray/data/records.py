@@ -26,14 +26,19 @@ SPLIT_NAMES = {
     "dev": "validation",
     "test": "test",
     "testing": "test",
+    "publictest": "validation",
+    "privatetest": "test",
 }
-"""Spellings of a split that are read, in lower case."""
+"""Spellings of a split that are read, in lower case; the last two are FER2013's."""
 
 NUM_VOTES = 6
 """Shares in a row of ``distribution.txt``: one a basic emotion, in the order of ``taxonomy.BASIC_EMOTIONS``."""
 
 MAX_EVIDENCE = 1000
 """Evidence kept per finding; its count tells of the rest."""
+
+MAX_UNREADABLE_SHARE = 0.01
+"""Share of the labelled, non-null rows that may be unreadable before the dataset is refused."""
 
 LABEL_SCHEMA = pa.schema(
     [

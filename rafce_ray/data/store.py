@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
@@ -62,12 +63,14 @@ class StoreHandle:
 
 def store_key(labels: Labels, data: DataConfig) -> str:
     """Twenty hex digits that change with the label files, labels as read, any image's name, length or time, the size or decoder."""
-    recipe = {
+    recipe: dict[str, Any] = {
         "format": FORMAT_VERSION,
         "decoder": DECODER_VERSION,
         "px": data.stored_px,
         "labels": sorted(labels.digests.items()),
     }
+    if data.encoding != "auto":
+        recipe["encoding"] = data.encoding
     digest = hashlib.blake2b(json.dumps(recipe).encode(), digest_size=10)
     for start in range(0, labels.table.num_rows, _CHUNK):
         rows = labels.table.slice(start, _CHUNK)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import re
+import shlex
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,21 +17,32 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from rafce_ray.config import DataConfig
+from rafce_ray.data.columns import Columns, find_columns
 from rafce_ray.data.label_file import (
-    AUTO,
     CsvRow,
     csv_rows,
     duplicate_findings,
     open_text,
+    read_action_unit_label,
     text_findings,
     unreadable_finding,
 )
 from rafce_ray.data.listing import image_columns, match_images
 from rafce_ray.data.names import duplicate_groups
-from rafce_ray.data.records import LABEL_SCHEMA, SPLIT_NAMES, Evidence, EvidenceList, Finding, Labels, counted
+from rafce_ray.data.records import (
+    LABEL_SCHEMA,
+    MAX_UNREADABLE_SHARE,
+    SPLIT_NAMES,
+    Evidence,
+    EvidenceList,
+    Finding,
+    Labels,
+    counted,
+)
 from rafce_ray.errors import UsageError
 from rafce_ray.storage import Location
-from rafce_ray.taxonomy import UNKNOWN_WORDS, action_unit_code, label_key, parse_action_unit_token
+from rafce_ray.taxonomy import UNKNOWN_WORDS, action_unit_code, label_key
 
 TABLE_NAMES = ("labels.csv", "labels.parquet", "labels.tsv")
 """Files that a folder is searched for."""
@@ -37,27 +51,26 @@ TABLE_EXTENSIONS = ("csv", "tsv", "parquet")
 
 _CELLS = {"1": 1, "1.0": 1, "true": 1, "0": 0, "0.0": 0, "false": 0, "": None, "unknown": None, "-1.0": None}
 _CELLS |= dict.fromkeys(UNKNOWN_WORDS)
-_AU_COLUMN = re.compile(r"^A[UD]_?[LRTB]{0,2}\d{1,2}$", re.IGNORECASE)
+_LETTERS = {letter: float(value) for value, letter in enumerate("abcde", start=1)}
+"""FACS intensities: A is a trace, E the maximum."""
+
+_MAX_INTENSITY = 5.0
+_UNKNOWN_LISTS = frozenset(["", "null", "none", "0", *UNKNOWN_WORDS])
+"""Cells of a list of action units that say nothing, or that there is none: data.null_policy decides."""
+
 _WHOLE_NUMBER = re.compile(r"^-?\d+\.0+$")
 _CHUNK = 4096
 _PLACES_IN_REMEDY = 10
 
 
-@dataclass(frozen=True)
-class _Columns:
-    """Positions of the columns that are read; ``action_units`` maps a number to its position."""
+@dataclass
+class _Intensities:
+    """Cells of one action unit that are numbers from 0 to 5, other than 0 and 1 unless they are looked for."""
 
-    name: int
-    split: int | None
-    emotion: int | None
-    action_units: dict[int, int]
-    ignored: tuple[str, ...]
-
-    @property
-    def read(self) -> set[int]:
-        """Positions of all that are read."""
-        given = (self.name, self.split, self.emotion, *self.action_units.values())
-        return {position for position in given if position is not None}
+    count: int = 0
+    largest: float = 0.0
+    example: str = ""
+    line: int = 0
 
 
 @dataclass
@@ -73,6 +86,8 @@ class _Rows:
     unreadable: EvidenceList = field(default_factory=EvidenceList)
     unknown_splits: EvidenceList = field(default_factory=EvidenceList)
     without_split: EvidenceList = field(default_factory=EvidenceList)
+    intensities: defaultdict[int, _Intensities] = field(default_factory=lambda: defaultdict(_Intensities))
+    ones: Counter[int] = field(default_factory=Counter)
 
 
 _READ_SCHEMA = pa.schema(
@@ -97,29 +112,30 @@ def find_table(root: Location) -> Location | None:
     return found[0] if found else None
 
 
-def read(table: Location, images: str | None, encoding: str = AUTO) -> Labels:
-    """Labels of a CSV, TSV or Parquet table; images lie beside it, in ``images/``, ``aligned/`` or ``images``.
+def read(table: Location, data: DataConfig) -> Labels:
+    """Labels of a CSV, TSV or Parquet table; images lie beside it, in ``images/``, ``aligned/`` or ``data.images``.
 
     Raises:
-        UsageError: a needed column is missing or doubled, or the file cannot be read.
+        UsageError: a needed column is missing or doubled, columns hold intensities and no threshold is set, or the file cannot be read.
     """
     raw = table.read_bytes()
     findings: list[Finding] = []
     if table.name.lower().endswith(".parquet"):
         header, records = _read_parquet(raw, table)
     else:
-        findings += text_findings(raw, table.name, encoding)
-        header, records = _read_csv(raw, table, encoding)
-    columns = _find_columns(header, table)
-    rows = _read_rows(records, columns, header, table.name)
+        findings += text_findings(raw, table.name, data.encoding)
+        header, records = _read_csv(raw, table, data.encoding)
+    columns = find_columns(header, str(table), table.name, data)
+    rows = _read_rows(records, columns, header, table.name, data.au_threshold)
     read_table = pa.Table.from_batches(rows.batches, _READ_SCHEMA).combine_chunks()
+    findings += [*columns.findings, *_intensity_findings(rows, columns, table, data)]
     findings += [*_line_break_findings(rows, table), *_row_findings(rows, columns, table.name)]
     labels, duplicates = _without_duplicates(read_table, table.name)
     folder = table.parent
     names = labels["name"].combine_chunks()
-    matched = match_images(names, folder, images)
+    matched = match_images(names, folder, data.images)
     columns_read = {name: labels[name] for name in labels.column_names if name != "line"}
-    has_au = bool(columns.action_units)
+    has_au = columns.has_action_units
     columns_read |= {
         "emotion_line": labels["line"] if columns.emotion is not None else pa.nulls(len(names), pa.int32()),
         "au_line": labels["line"] if has_au else pa.nulls(len(names), pa.int32()),
@@ -133,11 +149,11 @@ def read(table: Location, images: str | None, encoding: str = AUTO) -> Labels:
         image_root=matched.listing.folder,
         emotion_file=table.name if columns.emotion is not None else None,
         au_file=table.name if has_au else None,
-        au_columns=tuple(sorted(columns.action_units)) if has_au else None,
+        au_columns=tuple(sorted(columns.action_units)) if columns.action_units else None,
         num_extra_images=matched.num_extras,
         findings=(*findings, *duplicates, *matched.findings),
         token_counts=_token_counts(labels),
-        digests={table.name: hashlib.sha256(raw).hexdigest()},
+        digests={table.name: hashlib.sha256(raw).hexdigest(), **_reading_digest(columns, table.name, data)},
         near_images=matched.near,
     )
 
@@ -185,30 +201,17 @@ def _cell_text(cell: Any) -> str:
     return cell.decode() if isinstance(cell, bytes) else str(cell)
 
 
-def _find_columns(header: list[str], table: Location) -> _Columns:
-    positions: dict[str, int] = {}
-    action_units: dict[int, int] = {}
-    ignored = []
-    for position, title in enumerate(header):
-        key = title.strip().lower()
-        number = parse_action_unit_token(key.replace("_", "")) if _AU_COLUMN.match(key) else None
-        doubled = number in action_units if number is not None else key in positions
-        if doubled and (number is not None or key in ("name", "split", "emotion")):
-            raise UsageError(f"{table}:1: two columns are named {title.strip()!r} or mean the same. Keep one.")
-        if number is not None:
-            action_units[number] = position
-        elif key in ("name", "split", "emotion"):
-            positions[key] = position
-        else:
-            ignored.append(title.strip())
-    if "name" not in positions:
-        raise UsageError(f"{table}:1: no column 'name' among {header}. It holds the image file names.")
-    if "emotion" not in positions and not action_units:
-        raise UsageError(f"{table}:1: neither a column 'emotion' nor AU columns such as 'AU12' among {header}.")
-    return _Columns(positions["name"], positions.get("split"), positions.get("emotion"), action_units, tuple(ignored))
+def _reading_digest(columns: Columns, file: str, data: DataConfig) -> dict[str, str]:
+    """What the same file may be read as in another way: tables that are read by their plain titles have nothing of it."""
+    reading = columns.read_as | ({} if data.au_threshold is None else {"au_threshold": str(data.au_threshold)})
+    if not reading:
+        return {}
+    return {f"{file} (how it is read)": hashlib.sha256(json.dumps(reading, sort_keys=True).encode()).hexdigest()}
 
 
-def _read_rows(records: Iterator[CsvRow], columns: _Columns, header: list[str], file: str) -> _Rows:
+def _read_rows(
+    records: Iterator[CsvRow], columns: Columns, header: list[str], file: str, au_threshold: float | None
+) -> _Rows:
     rows, width = _Rows(), len(header)
     for row in records:
         line, cells = row.first, row.cells
@@ -223,7 +226,7 @@ def _read_rows(records: Iterator[CsvRow], columns: _Columns, header: list[str], 
         emotion = cells[columns.emotion].strip() if columns.emotion is not None else ""
         if _WHOLE_NUMBER.match(emotion):
             emotion = emotion.partition(".")[0]
-        state, positive, negative, fault = _read_action_units(cells, columns)
+        state, positive, negative, fault = _read_action_units(cells, columns, line, au_threshold, rows)
         if fault is not None:
             rows.unreadable.add(f"{name}: {fault}", file, line)
         rows.pending.append((name, split, emotion or None, state, positive, negative, line))
@@ -233,7 +236,7 @@ def _read_rows(records: Iterator[CsvRow], columns: _Columns, header: list[str], 
     return rows
 
 
-def _keep_line_break(row: CsvRow, columns: _Columns, header: list[str], file: str, rows: _Rows) -> bool:
+def _keep_line_break(row: CsvRow, columns: Columns, header: list[str], file: str, rows: _Rows) -> bool:
     """Whether a row of several lines is one row: a cell that is not read may hold a line break, labels and names do not."""
     broken = [position for position, cell in enumerate(row.cells) if "\n" in cell or "\r" in cell]
     title = header[broken[0]].strip() if broken and broken[0] < len(header) else "?"
@@ -275,7 +278,7 @@ def _flush(rows: _Rows) -> None:
     rows.pending.clear()
 
 
-def _read_split(cells: list[str], columns: _Columns, at: Evidence, rows: _Rows) -> str | None:
+def _read_split(cells: list[str], columns: Columns, at: Evidence, rows: _Rows) -> str | None:
     text = cells[columns.split].strip() if columns.split is not None else ""
     split = SPLIT_NAMES.get(label_key(text))
     if split is None and text and label_key(text) not in UNKNOWN_WORDS:
@@ -285,28 +288,102 @@ def _read_split(cells: list[str], columns: _Columns, at: Evidence, rows: _Rows) 
     return split
 
 
-def _read_action_units(cells: list[str], columns: _Columns) -> tuple[str, list[int], list[int], str | None]:
+def _read_action_units(
+    cells: list[str], columns: Columns, line: int, au_threshold: float | None, rows: _Rows
+) -> tuple[str, Sequence[int], Sequence[int], str | None]:
+    if columns.action_unit_list is not None:
+        return _read_action_unit_list(cells[columns.action_unit_list])
     positive: list[int] = []
     negative: list[int] = []
+    fault = None
     for number, position in columns.action_units.items():
         cell = cells[position].strip()
         value = _CELLS.get(cell, -1)
         if value == -1:
             value = _CELLS.get(cell.lower(), -1)
+        if number not in columns.presence and (value == -1 or au_threshold is not None):
+            intensity = _intensity(cell)
+            if intensity is not None:
+                _count_intensity(rows.intensities[number], cell, intensity, line)
+                value = value if au_threshold is None else int(intensity >= au_threshold)
         if value == -1:
-            return "unreadable", [], [], f"unreadable {cell[:40]!r} for {action_unit_code(number)}"
-        if value is not None:
+            fault = fault or f"unreadable {cell[:40]!r} for {action_unit_code(number)}"
+        elif value is not None:
+            rows.ones[number] += value
             (positive if value else negative).append(number)
+    if fault is not None:
+        return "unreadable", [], [], fault
     return ("partial" if positive or negative else "missing"), positive, negative, None
 
 
-def _row_findings(rows: _Rows, columns: _Columns, file: str) -> list[Finding]:
-    findings = []
-    if columns.ignored:
-        message = (
-            f"{file}: {len(columns.ignored)} columns are not labels and are not read: {', '.join(columns.ignored)}"
+def _read_action_unit_list(cell: str) -> tuple[str, Sequence[int], Sequence[int], str | None]:
+    """A cell such as ``1 + 12``, ``AU 1, AU 12`` or ``['AU1', 'AU12']``: every action unit not in it was coded absent."""
+    text = re.sub(r"[\[\](){}'\"]", " ", cell).strip()
+    if text.lower() in _UNKNOWN_LISTS:
+        return "null", [], [], None
+    label = read_action_unit_label(re.sub(r"(?i)\b(A[UD])[ _-]+(?=[LRTB]{0,2}\d)", r"\1", text))
+    return label.state, label.positive, [], label.fault
+
+
+def _intensity(cell: str) -> float | None:
+    """The intensity from 0 to 5 that a cell holds; None where it holds something else, such as 9 (not codable)."""
+    try:
+        value = _LETTERS.get(cell.lower()) or float(cell.replace(",", "."))
+    except ValueError:
+        return None
+    return value if 0 <= value <= _MAX_INTENSITY else None
+
+
+def _count_intensity(found: _Intensities, cell: str, value: float, line: int) -> None:
+    if found.count == 0:
+        found.example, found.line = cell, line
+    found.count += 1
+    found.largest = max(found.largest, value)
+
+
+def _intensity_findings(rows: _Rows, columns: Columns, table: Location, data: DataConfig) -> list[Finding]:
+    """What is read as intensities; UsageError where data.au_threshold is not set for them, or set for none."""
+    if data.action_units == "none":
+        return []
+    root = shlex.quote(str(data.root))
+    if data.au_threshold is None:
+        # A lone number between zeros and ones is a slip, told as an unreadable cell: a scale has many of them.
+        found = {
+            number: one
+            for number, one in rows.intensities.items()
+            if one.count > MAX_UNREADABLE_SHARE * (one.count + rows.ones[number])
+        }
+        if not found:
+            return []
+        titles = ", ".join(repr(columns.header[columns.action_units[number]]) for number in sorted(found))
+        first = min(found.values(), key=lambda one: one.line)
+        if max(one.largest for one in found.values()) <= 1:
+            what, usual = "probabilities", "data.au_threshold=0.5 is usual"
+            threshold = "0.5"
+        else:
+            what, usual = "intensities", "data.au_threshold=2 is usual for 0 to 5 (DISFA), 1 counts traces, too"
+            threshold = "2"
+        raise UsageError(
+            f"{table}:{first.line}: {titles}: found {first.example!r}; AU columns hold 1, 0 or blank. These look like {what}: set the value "
+            f"from which on an AU is present ({usual}). Look at what it gives: rafce data audit {root} data.au_threshold={threshold}"
         )
-        findings.append(Finding("info", "ignored_columns", message, "", len(columns.ignored)))
+    if not rows.intensities:
+        return []
+    if max(one.largest for one in rows.intensities.values()) <= 1 < data.au_threshold:
+        raise UsageError(
+            f"{table}: no AU column has a value above 1, so at data.au_threshold={data.au_threshold:g} none would ever be present. Leave the "
+            f"threshold out where columns hold 1 and 0: rafce data audit {root} data.au_threshold=null"
+        )
+    evidence = tuple(
+        Evidence(f"{action_unit_code(number)}: {rows.ones[number]} of {one.count} rows", table.name)
+        for number, one in sorted(rows.intensities.items())
+    )
+    message = f"{table.name}: {len(evidence)} AU columns hold intensities: present from data.au_threshold={data.au_threshold:g} on"
+    return [Finding("info", "intensities", message, "", len(evidence), evidence)]
+
+
+def _row_findings(rows: _Rows, columns: Columns, file: str) -> list[Finding]:
+    findings = []
     if rows.malformed:
         message = f"{file}: {len(rows.malformed)} rows do not fit the header or have no name, and are not used"
         remedy = "Give every row as many cells as the header."

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from rafce_ray.data.audit_case import MAX_UNREADABLE_SHARE
 from rafce_ray.data.rafce import ACTION_UNIT_FILE
-from rafce_ray.doctor.diagnosis import Cause, Diagnosis, audit_command, diagnose
+from rafce_ray.data.records import MAX_UNREADABLE_SHARE
+from rafce_ray.doctor.diagnosis import Cause, Diagnosis, Level, audit_command, diagnose
 from rafce_ray.doctor.evidence import Evidence, figure
 
 EPOCHS_TO_LEARN_AUS = 5
@@ -83,6 +83,18 @@ def au_f1_zero(evidence: Evidence) -> list[Diagnosis]:
             command=remedy.command,
         )
     ]
+
+
+def action_units_not_read(evidence: Evidence) -> list[Diagnosis]:
+    """Columns of the label table looked like AUs and were not read: the run knows nothing of them."""
+    found = next(
+        (one for one in (evidence.audit or {}).get("findings", ()) if one["code"] == "unread_action_units"), None
+    )
+    if found is None or found["level"] == "info":
+        return []
+    level: Level = "serious" if found["level"] == "error" else "warning"
+    seen, command = f"{found['message']}.", audit_command(evidence)
+    return [diagnose(evidence, "action_units_not_read", level, seen, advice=found["remedy"], command=command)]
 
 
 def data_remedy(evidence: Evidence) -> Remedy:

@@ -30,6 +30,7 @@ ONLY_FOR_ACTION_UNITS = (
     "data.min_train_positives",
     "data.null_policy",
     "data.evaluation_null_policy",
+    "data.au_threshold",
     "model.au_attention",
     "loss.au_weight",
     "loss.au_loss",

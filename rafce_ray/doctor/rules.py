@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from rafce_ray.config import Config
-from rafce_ray.doctor.action_units import au_f1_zero
+from rafce_ray.doctor.action_units import action_units_not_read, au_f1_zero
 from rafce_ray.doctor.balance import task_balance
 from rafce_ray.doctor.baseline import against_baseline
 from rafce_ray.doctor.calibration import miscalibrated
@@ -35,6 +35,7 @@ LIVE_RULES: tuple[Rule, ...] = (
 
 RULES: tuple[Rule, ...] = (
     *LIVE_RULES,
+    action_units_not_read,
     batch_of_all_images,
     learning_rate_too_low,
     underfitting,

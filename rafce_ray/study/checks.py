@@ -28,6 +28,7 @@ NOT_SEARCHED = {
     "data.layout": f"{_SAME_FACES}; set base.data.layout",
     "data.store_dir": "it changes no figure; set base.data.store_dir",
     "data.evaluation_null_policy": f"{_SAME_LABELS}; set base.data.evaluation_null_policy",
+    "data.au_threshold": f"{_SAME_LABELS}; set base.data.au_threshold",
     "data.emotions": "scores over different classes cannot be compared; set base.data.emotions",
     "optim.epochs": "trials are compared epoch by epoch; set base.optim.epochs",
     "optim.monitor": "the study's metric chooses the best epoch; set metric",

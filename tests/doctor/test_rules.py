@@ -164,6 +164,25 @@ def test_a_run_that_is_well_is_told_nothing():
     assert examine(evidence([])) == []
 
 
+# Action units that were not read
+
+
+@pytest.mark.parametrize(("found_by_audit", "level"), [("error", "serious"), ("warning", "warning"), ("info", None)])
+def test_columns_that_look_like_action_units_and_were_not_read_are_told(found_by_audit, level):
+    finding = {
+        "code": "unread_action_units",
+        "level": found_by_audit,
+        "message": "'au_1' is not read",
+        "remedy": "Rename it.",
+    }
+    given = evidence(flat(8, best=3), audit=audit(2561) | {"findings": [finding]}, status="finished")
+    diagnosis = found(given, "action_units_not_read")
+    assert (diagnosis.level if diagnosis else None) == level
+    if diagnosis:
+        assert (diagnosis.seen, diagnosis.advice) == ("'au_1' is not read.", "Rename it.")
+        assert diagnosis.command.startswith("rafce data audit ")
+
+
 # AU-F1 at 0
 
 

@@ -308,7 +308,8 @@ def test_every_other_key_of_a_run_may_be_searched():
     values = flatten(load_config())
     refused = {key for key in values if key.startswith("run.")}
     refused |= {
-        f"data.{key}" for key in ("root", "images", "layout", "store_dir", "emotions", "evaluation_null_policy")
+        f"data.{key}"
+        for key in ("root", "images", "layout", "store_dir", "emotions", "evaluation_null_policy", "au_threshold")
     }
     refused |= {"optim.epochs", "optim.monitor", "optim.score_au_share"}
     for key in set(values) - refused:
