@@ -154,8 +154,12 @@ class Section(BaseModel):
 class DataConfig(Section):
     """Where the labelled faces are and how their labels are read."""
 
-    root: str | None = Field(None, description="Folder in RAF-CE's layout, or a CSV or Parquet table; a path or URI.")
-    layout: Literal["auto", "rafce", "table"] = Field("auto", description="How labels are laid out; auto looks.")
+    root: str | None = Field(
+        None, description="Folder in RAF-CE's layout or of class folders, or a CSV or Parquet table; a path or URI."
+    )
+    layout: Literal["auto", "rafce", "table", "folders"] = Field(
+        "auto", description="How labels are laid out (folders: train/smiling/0001.jpg); auto looks."
+    )
     images: str | None = Field(
         None, description="Image folder; by default aligned/, aligned/aligned/ or the root itself."
     )

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rafce_ray.config import DataConfig
-from rafce_ray.data import rafce, table
+from rafce_ray.data import class_folders, rafce, table
 from rafce_ray.data.records import NUM_VOTES, SPLITS, Evidence, Finding, Labels, Targets
 from rafce_ray.errors import RafceError, UsageError
 from rafce_ray.storage import Location, locate
@@ -71,14 +71,19 @@ def _read_labels(root: Location, data: DataConfig) -> Labels:
         raise UsageError(
             f"{root}: holds RAF-CE's label files and {found.name}. Choose: data.layout=rafce or data.layout=table."
         )
-    if data.layout != "rafce" and found is not None:
+    if data.layout in ("auto", "table") and found is not None:
         return table.read(found, data)
-    if data.layout != "table" and in_rafce_layout:
+    if data.layout in ("auto", "rafce") and in_rafce_layout:
         return rafce.read(root, data.images, data.encoding)
+    in_folders = class_folders.read(root, data) if data.layout in ("auto", "folders") else None
+    if in_folders is not None:
+        return in_folders
     expected = {
         "rafce": f"{rafce.EMOTION_FILE} or {rafce.ACTION_UNIT_FILE}",
         "table": " or ".join(table.TABLE_NAMES),
-        "auto": f"{rafce.EMOTION_FILE}, {rafce.ACTION_UNIT_FILE}, or a table {' or '.join(table.TABLE_NAMES)}",
+        "folders": "class folders such as train/smiling/",
+        "auto": f"{rafce.EMOTION_FILE}, {rafce.ACTION_UNIT_FILE}, a table {' or '.join(table.TABLE_NAMES)}, or class folders such as "
+        "train/smiling/",
     }
     raise UsageError(
         f"{root}: no labels found; expected {expected[data.layout]}. Point data.root at the folder that holds them."

@@ -159,7 +159,7 @@ class Labels:
     """
 
     table: pa.Table
-    layout: Literal["rafce", "table"]
+    layout: Literal["rafce", "table", "folders"]
     root: Location
     image_root: Location
     emotion_file: str | None
