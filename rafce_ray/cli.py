@@ -8,7 +8,7 @@ import sys
 from rafce_ray import __version__
 
 VERBS = {
-    "data": ("rafce_ray.data.__main__", "audit labelled faces, draw demo faces"),
+    "data": ("rafce_ray.data.__main__", "audit labelled faces, split them, draw demo faces"),
     "train": ("rafce_ray.train", "train a model on Ray Train"),
     "tune": ("rafce_ray.tune.command", "search configurations on Ray Tune, and believe the result"),
     "evaluate": ("rafce_ray.evaluate", "measure a bundle on a split"),

@@ -1,4 +1,4 @@
-"""``rafce data``: audit labelled faces, or draw demo faces."""
+"""``rafce data``: audit labelled faces, split them, or draw demo faces."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from contextlib import ExitStack
 from rich.console import Console
 
 from rafce_ray.config import load_config
-from rafce_ray.console import console, progress_bar, run_main, say, to_json
+from rafce_ray.console import console, progress_bar, run_main, say, to_json, warn
 from rafce_ray.data.audit import Audit, audit
 from rafce_ray.data.audit_report import render
+from rafce_ray.data.records import SPLITS, counted
+from rafce_ray.data.split import FRACTIONS, write_split
 from rafce_ray.data.synthetic import synthesize
 from rafce_ray.errors import GateError, UsageError
 from rafce_ray.storage import local_path, locate
@@ -31,14 +33,16 @@ def _run(argv: list[str]) -> int:
     parser = _parser()
     # Overrides may stand anywhere: argparse would not take them after an option.
     arguments, rest = parser.parse_known_args(argv)
-    if rest and (arguments.action is not _audit or not all(_OVERRIDE.match(text) for text in rest)):
+    if rest and (arguments.action not in (_audit, _split) or not all(_OVERRIDE.match(text) for text in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     exit_code: int = arguments.action(arguments, rest)
     return exit_code
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="rafce data", description="Audit labelled faces, or draw demo faces.")
+    parser = argparse.ArgumentParser(
+        prog="rafce data", description="Audit labelled faces, split them, or draw demo faces."
+    )
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     verb = verbs.add_parser(
         "audit",
@@ -52,6 +56,25 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--recipe", metavar="NAME", help="take the data section of this recipe")
     verb.add_argument("--labels-only", action="store_true", help="do not open the images")
     verb.set_defaults(action=_audit)
+    verb = verbs.add_parser(
+        "split",
+        usage="%(prog)s ROOT [--by COLUMN] [--fractions TRAIN,VALIDATION,TEST] [--seed S] [data.key=value ...]",
+        help="divide a dataset without splits into train, validation and test",
+        description="Write a copy of the labels with a column 'split' next to the original: stratified by emotion, each person in one split.",
+    )
+    verb.add_argument("root", help="folder or table without splits, as for audit")
+    verb.add_argument("--by", metavar="COLUMN", help="images with the same value stay together, such as a person's")
+    verb.add_argument(
+        "--fractions",
+        type=_fractions,
+        default=FRACTIONS,
+        metavar="TRAIN,VALIDATION,TEST",
+        help=f"share of each split (default {','.join(f'{one:g}' for one in FRACTIONS)})",
+    )
+    verb.add_argument(
+        "--seed", type=int, default=0, metavar="S", help="the same seed splits alike (default %(default)s)"
+    )
+    verb.set_defaults(action=_split)
     verb = verbs.add_parser(
         "synthesize",
         help="draw faces in RAF-CE's layout",
@@ -107,6 +130,43 @@ def _conclude(found: Audit, arguments: argparse.Namespace, given: list[str]) -> 
         return
     again = shlex.join([f"data.root={arguments.root}", *given])
     say(f"May be trained on. Findings: {counts}.{written} Next: rafce train {again}")
+
+
+def _fractions(text: str) -> tuple[float, float, float]:
+    try:
+        train, validation, test = (float(one) for one in text.split(","))
+    except ValueError:
+        train = validation = test = -1.0
+    if min(train, validation) <= 0 or test < 0 or abs(train + validation + test - 1) > 1e-6:
+        raise argparse.ArgumentTypeError(f"{text!r}: write three shares that add up to 1, such as 0.7,0.15,0.15")
+    return train, validation, test
+
+
+def _split(arguments: argparse.Namespace, given: list[str]) -> int:
+    data = load_config(None, [*given, f"data.root={_yaml_text(arguments.root)}"]).data
+    made = write_split(data, by=arguments.by, fractions=arguments.fractions, seed=arguments.seed)
+    # The copy is a table of UTF-8 text, whatever was read.
+    kept = [one for one in given if one.partition("=")[0].strip() not in ("data.encoding", "data.layout")]
+    found = audit(load_config(None, [*kept, f"data.root={_yaml_text(made.root.shown)}"]).data, images=False)
+    render(found, Console(highlight=False, soft_wrap=True))
+    parts = [
+        f"{split} {counted(made.num_images[split], 'image')}"
+        + ("" if made.num_groups is None else f" with {counted(made.num_groups[split], 'value')} of {arguments.by!r}")
+        for split in SPLITS
+    ]
+    say(f"Wrote {made.written.shown}: {', '.join(parts)}. The labels that were there are as they were.")
+    if made.num_alone:
+        warn(f"{counted(made.num_alone, 'image')} with a blank {arguments.by!r} were split one by one")
+    if arguments.by is None:
+        told = "the same person may be in train and in test: figures are then too good."
+        if made.person is not None:
+            again = shlex.join(["rafce", "data", "split", arguments.root, "--by", made.person, *given])
+            told += f" Column {made.person!r} says who is seen: rm {made.written.command} && {again}"
+        elif made.columns:
+            told += " Where a column says who is seen, split with --by COLUMN."
+        warn(told)
+    say(f"Next: {shlex.join(['rafce', 'data', 'audit', made.root.shown, *kept])}")
+    return 0
 
 
 def _synthesize(arguments: argparse.Namespace, _: list[str]) -> int:

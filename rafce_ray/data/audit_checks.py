@@ -7,6 +7,7 @@ import os
 import shlex
 import unicodedata
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -35,6 +36,9 @@ from rafce_ray.taxonomy import PERHAPS_UNKNOWN_WORDS, RAFCE_EMOTIONS, UNKNOWN_WO
 MIN_CLASS_IMAGES = 10
 """A class with fewer images in a split is pointed out."""
 
+WITHOUT_SPLITS = ("no_split_column", "no_split_folders", "no_partition_file")
+"""Refusals of a dataset of which no image is in a split."""
+
 _MAX_MISSING_SHARE = 0.05
 
 
@@ -43,7 +47,7 @@ def label_findings(labels: Labels, taxonomy: Taxonomy, targets: Targets, data: D
     has_image = np.asarray(pc.is_valid(labels.table["image_path"]))
     usable = (targets.split == SPLITS.index("train")) & has_image
     case = Case(labels, taxonomy, targets, data, usable, *count_action_units(targets.action_units, usable))
-    checks = (
+    checks: tuple[Callable[[Case], list[Finding]], ...] = (
         _check_tasks,
         _check_splits,
         _check_known_sizes,
@@ -54,6 +58,9 @@ def label_findings(labels: Labels, taxonomy: Taxonomy, targets: Targets, data: D
         _check_class_sizes,
         action_unit_findings,
     )
+    if any(finding.code in WITHOUT_SPLITS for finding in labels.findings):
+        # What no split has is of no use to know while there is none.
+        checks = (_check_tasks, _check_files)
     return [finding for check in checks for finding in check(case)]
 
 

@@ -44,7 +44,7 @@ class Columns:
     """Positions of the columns that are read, and what there is to say of the titles.
 
     ``action_units`` maps a number to its position, ``action_unit_list`` is a column such as ``1+4+12``. ``presence`` are action units
-    whose title says 1 or 0: they are no intensities. ``read_as``: what is read, by titles other than its own.
+    whose title says 1 or 0: they are no intensities. ``person`` tells who is seen: it is no label, and splits go by it. ``read_as``: what is read, by titles other than its own.
     """
 
     header: tuple[str, ...]
@@ -54,6 +54,7 @@ class Columns:
     action_units: dict[int, int]
     presence: frozenset[int]
     action_unit_list: int | None
+    person: int | None
     read_as: dict[str, str]
     findings: tuple[Finding, ...]
 
@@ -74,11 +75,6 @@ def title_key(title: str) -> str:
     text = unicodedata.normalize("NFKC", title).replace("\N{ZERO WIDTH NO-BREAK SPACE}", "")
     text = re.sub(r"(?<=[a-z])(?=[A-Z][a-z])", "_", text)
     return re.sub(r"[\W_]+", "_", text).strip("_").lower()
-
-
-def find_person(header: Sequence[str]) -> str | None:
-    """The title of the column that says who is seen; None where no title says so."""
-    return next((title.strip() for title in header if _PERSON.fullmatch(title_key(title))), None)
 
 
 def find_columns(header: Sequence[str], place: str, file: str, data: DataConfig) -> Columns:
@@ -152,6 +148,7 @@ def find_columns(header: Sequence[str], place: str, file: str, data: DataConfig)
         action_units=units.read,
         presence=units.presence,
         action_unit_list=action_unit_list,
+        person=next((position for position in others if _PERSON.fullmatch(keys[position])), None),
         read_as=read_as,
         findings=tuple(findings),
     )

@@ -81,7 +81,7 @@ def read(root: Location, images: str | None, encoding: str = AUTO) -> Labels:
     ]
     # One file after the other: only what is kept of each stays in memory.
     partition = read_label_file(root / PARTITION_FILE, encoding)
-    columns["split"], split_findings = _splits(names, partition)
+    columns["split"], split_findings = _splits(names, partition, root)
     findings += _file_findings(names, partition, "rows_without_split", "they are in no split and are not used")
     release_memory()
     votes = read_label_file(root / VOTES_FILE, encoding)
@@ -187,11 +187,14 @@ def _action_units(names: pa.Array, file: LabelFile) -> _ActionUnits:
     return _ActionUnits(columns, dict(tokens), [unreadable_finding(file.file, faults)] if faults else [])
 
 
-def _splits(names: pa.Array, file: LabelFile | None) -> tuple[pa.Array, list[Finding]]:
+def _splits(names: pa.Array, file: LabelFile | None, root: Location) -> tuple[pa.Array, list[Finding]]:
     if file is None:
         message = f"{PARTITION_FILE} is missing: no image is in a split"
-        remedy = f"Add {PARTITION_FILE} with lines such as '0001.jpg 0' (0 train, 1 test, 2 validation)."
-        return pa.nulls(len(names), pa.string()), [Finding("error", "no_partition_file", message, remedy)]
+        remedy = (
+            f"Add {PARTITION_FILE} with lines such as '0001.jpg 0' (0 train, 1 test, 2 validation), or draw one: "
+            f"rafce data split {root.command}"
+        )
+        return pa.nulls(len(names), pa.string()), [Finding("refusal", "no_partition_file", message, remedy)]
     distinct = file.values.combine_chunks().dictionary_encode()
     known = [PARTITIONS.get(text) or SPLIT_NAMES.get(label_key(text)) for text in distinct.dictionary.to_pylist()]
     codes = np.asarray(distinct.indices)

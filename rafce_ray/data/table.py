@@ -39,6 +39,7 @@ from rafce_ray.data.records import (
     Finding,
     Labels,
     counted,
+    evidence_of,
 )
 from rafce_ray.errors import UsageError
 from rafce_ray.storage import Location
@@ -88,6 +89,7 @@ class _Rows:
     without_split: EvidenceList = field(default_factory=EvidenceList)
     intensities: defaultdict[int, _Intensities] = field(default_factory=lambda: defaultdict(_Intensities))
     ones: Counter[int] = field(default_factory=Counter)
+    splits_of: defaultdict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
 
 
 _READ_SCHEMA = pa.schema(
@@ -126,10 +128,11 @@ def read(table: Location, data: DataConfig) -> Labels:
         findings += text_findings(raw, table.name, data.encoding)
         header, records = _read_csv(raw, table, data.encoding)
     columns = find_columns(header, str(table), table.name, data)
+    given = shlex.quote(str(data.root)) + ("" if data.encoding == "auto" else f" data.encoding={data.encoding}")
     rows = _read_rows(records, columns, header, table.name, data.au_threshold)
     read_table = pa.Table.from_batches(rows.batches, _READ_SCHEMA).combine_chunks()
     findings += [*columns.findings, *_intensity_findings(rows, columns, table, data)]
-    findings += [*_line_break_findings(rows, table), *_row_findings(rows, columns, table.name)]
+    findings += [*_line_break_findings(rows, table), *_row_findings(rows, columns, table.name, given)]
     labels, duplicates = _without_duplicates(read_table, table.name)
     folder = table.parent
     names = labels["name"].combine_chunks()
@@ -158,10 +161,41 @@ def read(table: Location, data: DataConfig) -> Labels:
     )
 
 
-def _read_csv(raw: bytes, table: Location, encoding: str) -> tuple[list[str], Iterator[CsvRow]]:
+@dataclass(frozen=True)
+class Cells:
+    """A table as its cells are written; ``parquet`` is the table where it is no text."""
+
+    columns: Columns
+    rows: list[list[str]]
+    delimiter: str
+    parquet: pa.Table | None
+
+    def named_rows(self) -> Iterator[tuple[str, list[str]]]:
+        """Rows that fit the header, with their image's name."""
+        width = len(self.columns.header)
+        return ((row[self.columns.name].strip(), row) for row in self.rows if len(row) == width)
+
+
+def read_cells(table: Location, data: DataConfig) -> Cells:
+    """All cells of a table, for a copy of it. UsageError as of :func:`read`."""
+    raw = table.read_bytes()
+    if table.name.lower().endswith(".parquet"):
+        header, records = _read_parquet(raw, table)
+        delimiter, parquet = "", pq.read_table(pa.BufferReader(raw))
+    else:
+        header, records = _read_csv(raw, table, data.encoding)
+        delimiter, parquet = _delimiter(raw, table, data.encoding), None
+    columns = find_columns(header, str(table), table.name, data)
+    return Cells(columns, [row.cells for row in records], delimiter, parquet)
+
+
+def _delimiter(raw: bytes, table: Location, encoding: str) -> str:
     first = open_text(raw, table, encoding=encoding).readline()
-    delimiter = max((",", ";", "\t"), key=first.count)
-    rows = csv_rows(open_text(raw, table, "", encoding), delimiter)
+    return max((",", ";", "\t"), key=first.count)
+
+
+def _read_csv(raw: bytes, table: Location, encoding: str) -> tuple[list[str], Iterator[CsvRow]]:
+    rows = csv_rows(open_text(raw, table, "", encoding), _delimiter(raw, table, encoding))
     header = next(rows, None)
     if header is None:
         raise UsageError(f"{table}: is empty. Expected a header line such as 'name,split,emotion,AU1,AU2'.")
@@ -223,6 +257,8 @@ def _read_rows(
             rows.malformed.add(f"{len(cells)} cells ({found}): expected {width} with a name", file, line)
             continue
         split = _read_split(cells, columns, Evidence(name, file, line), rows)
+        if columns.person is not None and split is not None and cells[columns.person].strip():
+            rows.splits_of[cells[columns.person].strip()].add(split)
         emotion = cells[columns.emotion].strip() if columns.emotion is not None else ""
         if _WHOLE_NUMBER.match(emotion):
             emotion = emotion.partition(".")[0]
@@ -382,7 +418,7 @@ def _intensity_findings(rows: _Rows, columns: Columns, table: Location, data: Da
     return [Finding("info", "intensities", message, "", len(evidence), evidence)]
 
 
-def _row_findings(rows: _Rows, columns: Columns, file: str) -> list[Finding]:
+def _row_findings(rows: _Rows, columns: Columns, file: str, root: str) -> list[Finding]:
     findings = []
     if rows.malformed:
         message = f"{file}: {len(rows.malformed)} rows do not fit the header or have no name, and are not used"
@@ -391,8 +427,16 @@ def _row_findings(rows: _Rows, columns: Columns, file: str) -> list[Finding]:
     if rows.unreadable:
         findings.append(unreadable_finding(file, rows.unreadable))
     if columns.split is None:
-        remedy = "Add one with train, validation and test."
-        findings.append(Finding("error", "no_split_column", f"{file}: no column 'split'", remedy))
+        by = "" if columns.person is None else f" --by {shlex.quote(columns.header[columns.person])}"
+        remedy = f"Write a copy with one: rafce data split {root}{by}"
+        findings.append(Finding("refusal", "no_split_column", f"{file}: no column 'split'", remedy))
+    across = sorted((person, splits) for person, splits in rows.splits_of.items() if len(splits) > 1)
+    if across and columns.person is not None:
+        title = columns.header[columns.person]
+        seen = evidence_of(Evidence(f"{person}: {', '.join(sorted(splits))}", file) for person, splits in across)
+        message = f"{file}: {counted(len(across), 'value')} of column {title!r} in more than one split: who is tested was trained on"
+        remedy = f"Write a copy that keeps each in one: rafce data split {root} --by {shlex.quote(title)}"
+        findings.append(Finding("warning", "persons_across_splits", message, remedy, len(across), seen))
     if rows.unknown_splits:
         message = f"{file}: {len(rows.unknown_splits)} rows name an unknown split and are in none"
         remedy = "Use train, validation (or val, valid, dev) and test; numbers are read only in RAF-CE's layout."

@@ -187,6 +187,8 @@ def test_no_images_no_train_split_and_nothing_to_train_are_refused(make_faces):
     root = make_faces(20)
     assert [f.code for f in audited(root, images=False, emotions="none", action_units=(12,)).refusals] == []
     (root / "RAFCE_partition.txt").unlink()
+    assert [f.code for f in audited(root, images=False).refusals] == ["no_partition_file"]
+    (root / "RAFCE_partition.txt").write_text("".join(f"{i:04d}.jpg 1\n" for i in range(1, 21)))
     assert "no_train_images" in [f.code for f in audited(root, images=False).refusals]
     for image in (root / "aligned").iterdir():
         image.unlink()

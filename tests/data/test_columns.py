@@ -244,9 +244,9 @@ def test_intensities_are_refused_until_a_threshold_is_set(tmp_path):
 def test_intensities_as_letters_decimals_and_what_is_none(tmp_path):
     rows = ["a;train;B;2,5", "b;train;A;1.9", "c;train;;9", "d;train;0;-1", "e;train;E;5"]
     write(tmp_path, "name;split;AU1;AU12", *rows)
-    # 9 (not codable, as BP4D has it) and -1 are no intensities: nothing of such a row is used.
+    # 9 (not codable, as BP4D has it) is no intensity: nothing of such a row is used. -1 is unknown.
     unknown = [nan, nan]
-    np.testing.assert_array_equal(targets(tmp_path, au_threshold=2), [[1, 1], [0, 0], unknown, unknown, [1, 1]])
+    np.testing.assert_array_equal(targets(tmp_path, au_threshold=2), [[1, 1], [0, 0], unknown, [0, nan], [1, 1]])
 
 
 def test_probabilities_ask_for_a_threshold_of_one_half(tmp_path):

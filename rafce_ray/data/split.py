@@ -1,0 +1,233 @@
+"""Splits for a dataset that has none: stratified, and by person where a column says who is seen."""
+
+from __future__ import annotations
+
+import csv
+import io
+import shlex
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rafce_ray.config import DataConfig
+from rafce_ray.data import rafce, table
+from rafce_ray.data.audit_checks import WITHOUT_SPLITS
+from rafce_ray.data.columns import title_key
+from rafce_ray.data.labels import read_labels
+from rafce_ray.data.records import SPLITS, Labels
+from rafce_ray.errors import GateError, UsageError
+from rafce_ray.storage import Location, locate
+
+FRACTIONS = (0.7, 0.15, 0.15)
+"""Shares of train, validation and test."""
+
+_DRAWS, _STRATIFIED_DRAWS = 200, 20
+"""Random splits, by group and by class, of which the one is taken whose classes, action units and size are nearest to what is asked for."""
+
+
+@dataclass(frozen=True)
+class NewSplit:
+    """The file that was written, the root by which it is read, and what is in each split.
+
+    ``num_groups``: distinct values of the column ``by``, None without one; images without a value are ``num_alone``, each a group of its
+    own. ``columns``: titles of the table, ``person`` the one that says who is seen, None where none says so.
+    """
+
+    written: Location
+    root: Location
+    num_images: dict[str, int]
+    num_groups: dict[str, int] | None
+    num_alone: int
+    columns: tuple[str, ...]
+    person: str | None
+
+
+def write_split(
+    data: DataConfig, *, by: str | None = None, fractions: tuple[float, float, float] = FRACTIONS, seed: int = 0
+) -> NewSplit:
+    """Write a copy of a dataset's labels with a split for every image, next to the original, which stays as it is.
+
+    A table ``labels.csv`` gives ``labels.split.csv``, class folders a table of that name, and RAF-CE's files the partition file that
+    they lack. ``by``: images with the same value in this column go to the same split.
+
+    Raises:
+        UsageError: what would be written is there already, there is no such column, or it has fewer values than there are splits.
+        GateError: the labels cannot be read soundly.
+    """
+    labels = read_labels(data)
+    faults = [one for one in labels.findings if one.level == "refusal" and one.code not in WITHOUT_SPLITS]
+    if faults:
+        raise GateError("\n".join(f"{one.message}. {one.remedy}".strip() for one in faults))
+    source = table.find_table(locate(str(data.root))) if labels.layout == "table" else None
+    written = _target(labels, source)
+    if written.exists():
+        aside = shlex.quote(f"{written.shown}.old")
+        raise UsageError(
+            f"{written}: is there already, and nothing is overwritten. Move it away: mv {written.command} {aside}"
+        )
+    cells = None if source is None else table.read_cells(source, data)
+    names = labels.table["name"].to_pylist()
+    of_name = {} if by is None else _column(cells, by, labels)
+    groups = None if by is None else np.array([of_name.get(name, "") for name in names])
+    codes = assign(*_labelled(labels.table), groups, fractions, seed)
+    split_of = {name: SPLITS[code] for name, code in zip(names, codes.tolist(), strict=True)}
+    if cells is not None:
+        written.write_bytes(_copied(cells, split_of))
+    elif labels.layout == "rafce":
+        code_of = {split: code for code, split in rafce.PARTITIONS.items()}
+        written.write_bytes("".join(f"{name} {code_of[split]}\n" for name, split in split_of.items()).encode())
+    else:
+        rows = zip(names, split_of.values(), labels.table["emotion"].to_pylist(), strict=True)
+        written.write_bytes(_csv(["name", "split", "emotion"], rows, ","))
+    num_groups = None
+    if groups is not None:
+        num_groups = {split: len(set(groups[codes == code]) - {""}) for code, split in enumerate(SPLITS)}
+    person = None if cells is None or cells.columns.person is None else cells.columns.header[cells.columns.person]
+    return NewSplit(
+        written=written,
+        root=labels.root if labels.layout == "rafce" else written,
+        num_images={split: int((codes == code).sum()) for code, split in enumerate(SPLITS)},
+        num_groups=num_groups,
+        num_alone=0 if groups is None else int((groups == "").sum()),
+        columns=() if cells is None else cells.columns.header,
+        person=person,
+    )
+
+
+def assign(
+    emotions: npt.NDArray[np.int64],
+    action_units: npt.NDArray[np.bool_],
+    groups: npt.NDArray[np.str_] | None = None,
+    fractions: tuple[float, float, float] = FRACTIONS,
+    seed: int = 0,
+) -> npt.NDArray[np.int8]:
+    """(N,) index into ``SPLITS`` of each image: classes and action units in proportion, every group in one split.
+
+    ``emotions`` (N,) are classes, ``action_units`` (N, A) those that are present; ``groups`` (N,) names of groups, of which ``""`` is
+    none. The same arguments give the same splits.
+
+    Raises:
+        UsageError: there are fewer images or groups than splits.
+    """
+    wanted = sum(fraction > 0 for fraction in fractions)
+    units = np.arange(len(emotions))
+    if groups is not None:
+        units = np.unique(groups, return_inverse=True)[1].astype(np.int64)
+        units[groups == ""] = len(groups) + np.arange(np.count_nonzero(groups == ""))
+    num_units = len(np.unique(units))
+    if num_units < wanted:
+        what = "images" if groups is None else "groups"
+        raise UsageError(f"{num_units} {what} cannot be divided among {wanted} splits: each needs one at least.")
+    classes = np.unique(emotions, return_inverse=True)[1]
+    traits = np.column_stack([np.eye(classes.max() + 1, dtype=bool)[classes], action_units])
+    splits = np.zeros(len(emotions), np.int8)
+    rest, left = np.arange(len(emotions)), 1.0
+    # The last split first: each takes its share of what is left, and train keeps the rest.
+    for code in (2, 1):
+        if fractions[code] > 0:
+            among = None if groups is None else units[rest]
+            chosen = _draw(classes[rest], traits[rest], among, fractions[code] / left, seed)
+            splits[rest[chosen]] = code
+            rest, left = np.delete(rest, chosen), left - fractions[code]
+    return splits
+
+
+def _draw(
+    classes: npt.NDArray[np.int64],
+    traits: npt.NDArray[np.bool_],
+    groups: npt.NDArray[np.int64] | None,
+    share: float,
+    seed: int,
+) -> npt.NDArray[np.int64]:
+    """Positions of about a ``share`` of the images: of many draws the one that has the nearest share of every trait (N, T)."""
+    # scikit-learn takes a second to import, which no other verb of data need wait for.
+    from sklearn.model_selection import GroupShuffleSplit, ShuffleSplit, StratifiedShuffleSplit
+
+    num_units = len(classes) if groups is None else len(np.unique(groups))
+    size = min(max(round(share * num_units), 1), num_units - 1)
+    in_all = np.maximum(traits.sum(axis=0), 1)
+
+    def distance(chosen: npt.NDArray[np.int64]) -> float:
+        shares = traits[chosen].sum(axis=0) / in_all
+        return float(np.abs(shares - share)[traits.any(axis=0)].mean() + abs(len(chosen) / len(classes) - share))
+
+    if groups is not None:
+        draws = GroupShuffleSplit(_DRAWS, test_size=size, random_state=seed)
+    else:
+        # Stratification needs two images of a class: single ones count for the largest.
+        _, classes, counts = np.unique(classes, return_inverse=True, return_counts=True)
+        classes = np.where(counts[classes] < 2, counts.argmax(), classes)
+        enough = min(size, num_units - size) >= len(np.unique(classes))
+        draws = (StratifiedShuffleSplit if enough else ShuffleSplit)(
+            _STRATIFIED_DRAWS, test_size=size, random_state=seed
+        )
+    nearest: npt.NDArray[np.int64] = min((chosen for _, chosen in draws.split(traits, classes, groups)), key=distance)
+    return nearest
+
+
+def _labelled(labels_table: pa.Table) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+    """(N,) class of each image, an unknown one for itself, and (N, A) the action units that are present."""
+    emotions = np.array([emotion or "" for emotion in labels_table["emotion"].to_pylist()])
+    lists = labels_table["au_positive"].to_pylist()
+    numbers = sorted({number for one in lists for number in one})
+    present = np.zeros((len(lists), len(numbers)), bool)
+    for row, one in enumerate(lists):
+        present[row, np.searchsorted(numbers, one)] = True
+    return np.unique(emotions, return_inverse=True)[1].astype(np.int64), present
+
+
+def _target(labels: Labels, source: Location | None) -> Location:
+    if labels.layout == "rafce":
+        return labels.root / rafce.PARTITION_FILE
+    name = "labels.csv" if source is None else source.name
+    stem, _, ending = name.rpartition(".")
+    return labels.root / f"{stem}.split.{ending}"
+
+
+def _column(cells: table.Cells | None, title: str, labels: Labels) -> dict[str, str]:
+    """The cell of a column for each image name."""
+    if cells is None:
+        raise UsageError(f"--by {title}: {labels.root} has no table, and so no columns. Leave --by out.")
+    wanted = [position for position, one in enumerate(cells.columns.header) if one == title]
+    wanted = wanted or [
+        position for position, one in enumerate(cells.columns.header) if title_key(one) == title_key(title)
+    ]
+    if len(wanted) != 1:
+        found = "no" if not wanted else "more than one"
+        raise UsageError(f"--by {title}: {found} column of this title among {', '.join(cells.columns.header)}.")
+    return {name: row[wanted[0]].strip() for name, row in cells.named_rows()}
+
+
+def _copied(cells: table.Cells, split_of: Mapping[str, str]) -> bytes:
+    """The table with its split column written, or with one more column."""
+    name, split = cells.columns.name, cells.columns.split
+    splits = [split_of.get(row[name].strip(), "") if name < len(row) else "" for row in cells.rows]
+    if cells.parquet is not None:
+        column = pa.array([one or None for one in splits], pa.string())
+        if split is None:
+            changed = cells.parquet.append_column("split", column)
+        else:
+            changed = cells.parquet.set_column(split, cells.parquet.column_names[split], column)
+        sink = io.BytesIO()
+        pq.write_table(changed, sink)
+        return sink.getvalue()
+    header = [*cells.columns.header, "split"] if split is None else list(cells.columns.header)
+    rows = []
+    for row, one in zip(cells.rows, splits, strict=True):
+        if split is None:
+            rows.append([*row, one])
+        else:
+            rows.append([*row[:split], one, *row[split + 1 :]] if split < len(row) else row)
+    return _csv(header, rows, cells.delimiter)
+
+
+def _csv(header: Iterable[str], rows: Iterable[Iterable[str]], delimiter: str) -> bytes:
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, delimiter=delimiter, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    return text.getvalue().encode()
