@@ -22,7 +22,8 @@ _IMAGE_FOLDERS = frozenset(["images", "aligned"])
 def read(root: Location, data: DataConfig) -> Labels | None:
     """Labels of a folder of class folders, with or without folders of splits above them; None where there are none.
 
-    Every image below a class folder has its label, at any depth. Without folders of splits at least two classes must be there.
+    Every image below a class folder has its label, at any depth. Without folders of splits at least two classes must be there, with
+    most of the images.
 
     Raises:
         UsageError: ``data.images`` is set, which has no meaning here.
@@ -37,7 +38,7 @@ def read(root: Location, data: DataConfig) -> Labels | None:
     rows = np.flatnonzero(np.array(usable, bool)).astype(np.int64)
     emotions = [parts[row][depth] for row in rows.tolist()]
     classes = set(emotions)
-    if not has_splits and (len(classes) < 2 or classes <= _IMAGE_FOLDERS):
+    if not has_splits and (len(classes) < 2 or classes <= _IMAGE_FOLDERS or 2 * len(rows) < len(parts)):
         return None
     if data.images is not None:
         raise UsageError(
@@ -75,7 +76,10 @@ def _may_hold_classes(root: Location) -> bool:
     """A look at the first level alone: whatever folder is given by mistake is not searched as a whole."""
     if not root.is_dir():
         return False
-    folders = [root / one.base_name for one in root.list() if one.type == pafs.FileType.Directory]
+    if root.local is not None:
+        folders = [root / one.name for one in sorted(root.local.iterdir()) if one.is_dir() and one.name[0] != "."]
+    else:
+        folders = [root / one.base_name for one in root.list() if one.type == pafs.FileType.Directory]
     if any(folder.name.lower() in SPLIT_NAMES for folder in folders):
         return True
     with_images = (folder for folder in folders if list_images(folder, recursive=False).table.num_rows)

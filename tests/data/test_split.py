@@ -80,7 +80,14 @@ def test_images_outside_of_class_folders_are_told(tmp_path):
 
 @pytest.mark.parametrize(
     "names",
-    [["images/1.jpg", "2.jpg"], ["images/1.jpg", "aligned/1.jpg"], ["glad/1.jpg"], ["train/1.jpg"], ["a/b/c.jpg"]],
+    [
+        ["images/1.jpg", "2.jpg"],
+        ["images/1.jpg", "aligned/1.jpg"],
+        ["glad/1.jpg"],
+        ["train/1.jpg"],
+        ["1.jpg", "2.jpg", "3.jpg", "x/4.jpg", "y/5.jpg"],
+        ["a/b/c.jpg"],
+    ],
 )
 def test_folders_that_are_no_classes_are_not_taken_for_them(tmp_path, names):
     touch(tmp_path, *names)
