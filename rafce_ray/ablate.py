@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from rafce_ray.ablation.arms import Arm, ablated_keys, ablation_arms
 from rafce_ray.ablation.output import markdown, plot
 from rafce_ray.ablation.results import Ablation, read_ablation, trial_name
+from rafce_ray.claim import claimed
 from rafce_ray.config import CARRIED_OUT_BY, Config, build_config, flatten, load_config, recipe_names
 from rafce_ray.config_errors import did_you_mean
 from rafce_ray.console import print_json, progress_bar, run_main, say, to_json, warn
@@ -16,7 +17,6 @@ from rafce_ray.data.loader import batch_remark
 from rafce_ray.errors import UsageError
 from rafce_ray.session import Job
 from rafce_ray.storage import locate
-from rafce_ray.study.driver import sole_driver
 from rafce_ray.study_folder import StudyFolder
 from rafce_ray.train import named, provenance_of, ray_cluster, tell_findings
 
@@ -39,7 +39,7 @@ def ablate(
     not used.
 
     Raises:
-        UsageError: an unknown arm or class, or the study's folder holds another study.
+        UsageError: an unknown arm or class, or the study's folder is another program's or holds something else.
         GateError: the data may not be trained on.
     """
     base = named(base, prefix="ablation-")
@@ -61,13 +61,13 @@ def ablate(
         "may_grow": {"arms": {arm.name: arm.changes for arm in arms}},
     }
     numbers = range(base.run.seed, base.run.seed + seeds)
-    jobs = [_job(study, base, arm, seed, prepared[arm.name]) for seed in numbers for arm in arms]
     say(
-        f"ablation of {base.data.root}: {len(arms)} arms x {seeds} seeds = {len(jobs)} trials of up to {base.optim.epochs} epochs of "
+        f"ablation of {base.data.root}: {len(arms)} arms x {seeds} seeds = {len(arms) * seeds} trials of up to {base.optim.epochs} epochs of "
         f"{base.model.backbone} at {base.model.image_px} px; results go to {study.location}"
     )
-    with sole_driver(study):
+    with claimed(study.location, "study", key="run.name"):
         study.claim(plan)
+        jobs = [_job(study, base, arm, seed, prepared[arm.name]) for seed in numbers for arm in arms]
         if any(study.trial(str(job.config.run.name)).result() is None for job in jobs):
             with ray_cluster(jobs[0].config, f"rafce ablate {study.location.name}"):
                 # Ray reads its environment when it is imported: ray_cluster has set it by now.

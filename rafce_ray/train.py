@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from rafce_ray.claim import check_unclaimed, claimed
 from rafce_ray.config import (
     LONGEST_NAME,
     Config,
@@ -52,14 +53,22 @@ def launch(config: Config, *, resume: bool = False) -> dict[str, Any]:
 
     Raises:
         GateError: the data may not be trained on.
-        UsageError: the storage cannot be written, or the run's name is taken by a finished run, or by one with another configuration.
+        UsageError: the storage cannot be written, another program works on the run, or its name is taken by a finished run, by one with
+            another configuration, or by something else.
         RafceError: training failed; its checkpoints stay and the same call goes on from them.
     """
     locate(config.run.storage).check_writable()
-    prepared = prepare(config.data, progress=progress_bar)
-    tell_findings(prepared, config)
     config = named(config)
     folder = RunFolder(str(locate(config.run.storage) / str(config.run.name)))
+    if folder.study is not None:
+        check_unclaimed(folder.location.parent.parent)
+    with claimed(folder.location, "run", key="run.name"):
+        return _launch(folder, config, resume=resume)
+
+
+def _launch(folder: RunFolder, config: Config, *, resume: bool) -> dict[str, Any]:
+    prepared = prepare(config.data, progress=progress_bar)
+    tell_findings(prepared, config)
     _claim(folder, config, prepared, resume=resume)
     job = Job(config, prepared.store_uri, prepared.taxonomy, folder.place, provenance_of(config, prepared))
     if not folder.exists() or resume:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from rafce_ray.claim import check_kind, claimed, repeated
 from rafce_ray.config import CARRIED_OUT_BY, flatten
 from rafce_ray.console import print_json, progress_bar, run_main, say, to_json, warn
 from rafce_ray.data.dataset import open_dataset, prepare
@@ -19,7 +20,6 @@ from rafce_ray.pretrained import check_weights
 from rafce_ray.storage import locate
 from rafce_ray.study.checks import foreseen
 from rafce_ray.study.config import StudyConfig, load_study, to_yaml
-from rafce_ray.study.driver import repeated, sole_driver
 from rafce_ray.study.proposals import planned_trials, propose
 from rafce_ray.study.trials import Trial, read_trials
 from rafce_ray.study_folder import StudyFolder
@@ -39,7 +39,7 @@ def tune(study: StudyConfig, *, dry_run: bool = False, retry_failed: bool = Fals
     """Run what is missing of a study, judge it, and return its results; None after a dry run.
 
     Raises:
-        UsageError: the folder cannot be written or holds another study, or a trial can never run on this cluster or fit its disk.
+        UsageError: the folder cannot be written, is another program's or holds something else, or a trial can never run on this cluster or fit its disk.
         GateError: the data may not be trained on.
         KeyboardInterrupt: after Ctrl-C; the same call goes on.
         RafceError: no trial gave a score.
@@ -47,6 +47,7 @@ def tune(study: StudyConfig, *, dry_run: bool = False, retry_failed: bool = Fals
     folder = StudyFolder(str(locate(study.storage) / study.name))
     if dry_run:
         folder.location.check_reachable()
+        check_kind(folder.location, "study", key="name")
     else:
         locate(study.storage).check_writable()
     # What is not installed is told before the data are read.
@@ -56,15 +57,15 @@ def tune(study: StudyConfig, *, dry_run: bool = False, retry_failed: bool = Fals
     readings = Readings(partial(prepare, progress=progress_bar))
     prepared = readings.prepare_all(study)
     tell_findings(prepared, study.base_config())
-    claimed = claim_of(study, prepared)
+    plan = claim_of(study, prepared)
     if dry_run:
-        folder.check(claimed)
+        folder.check(plan)
         with shares_of(study) as shares:
             tell(study, folder, shares, prepared)
         tell_trials(study)
         return None
-    with sole_driver(folder):
-        folder.claim(claimed)
+    with claimed(folder.location, "study", key="name"):
+        folder.claim(plan)
         (folder.location / "study.yaml").write_bytes(to_yaml(study).encode())
         if retry_failed:
             reopen_failed(folder, study.metric)

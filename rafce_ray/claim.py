@@ -1,0 +1,252 @@
+"""One program at a time works in a folder, and a folder holds one kind of thing: a run or a study.
+
+Each program writes a claim of its own and only then looks for others: of two that start together, at least one sees the other and steps
+back. So it works on every filesystem that lists what was written before, object stores among them, which offer nothing better through
+pyarrow.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cache
+from itertools import count
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow.fs as pafs
+
+from rafce_ray.console import to_json, warn
+from rafce_ray.errors import UsageError
+from rafce_ray.run_folder import TRIALS
+from rafce_ray.storage import Location
+
+Kind = Literal["run", "study"]
+
+MARKS: dict[Kind, tuple[str, ...]] = {
+    "study": ("study.json", TRIALS),
+    "run": ("config.yaml", "provenance.json", "audit.json", "checkpoints"),
+}
+"""Files and folders that tell a run from a study; the first is the one that makes it one, the others are what a kill may leave."""
+
+BEAT_EVERY_S = 10.0
+SILENT_S = 60.0
+"""Seconds without a sign of life after which a program on another machine counts as ended."""
+
+TRIES = 20
+PAUSE_S = (0.02, 0.2)
+"""Least and most seconds before trying again; drawn, so that two that met do not meet for ever."""
+
+_CLAIM = re.compile(r"\.claim-[0-9a-f]{32}\.json")
+
+
+@contextmanager
+def claimed(folder: Location, kind: Kind, *, key: str) -> Iterator[None]:
+    """Hold the folder while the block lasts. ``key``: of the configuration, which names it.
+
+    A program on this machine that was killed no longer holds it; one on another machine after a minute without a sign of life.
+
+    Raises:
+        UsageError: another program works in it, or it holds something else.
+    """
+    check_kind(folder, kind, key=key)
+    own = folder / f".claim-{uuid.uuid4().hex}.json"
+    me = {"host": socket.gethostname(), "machine": _machine(), "pid": os.getpid(), "started": _start_of(os.getpid())}
+
+    def write(*, holds: bool) -> None:
+        own.write_bytes(to_json({**me, "holds": holds}).encode())
+
+    def beat() -> None:
+        if own.exists():
+            write(holds=True)
+        elif not lost.is_set():
+            lost.set()
+            warn(f"{folder.shown}: this program's claim of the folder is gone: another one may be working in it by now.")
+
+    lost = threading.Event()
+    try:
+        _take(own, write)
+        # Another program may have begun something here in the meantime.
+        check_kind(folder, kind, key=key)
+        with repeated(beat, BEAT_EVERY_S):
+            yield
+    finally:
+        # A claim that cannot be removed ends by itself.
+        with suppress(OSError):
+            own.delete()
+        if folder.local is not None:
+            # Of a command that was refused nothing is left.
+            with suppress(OSError):
+                folder.local.rmdir()
+
+
+def check_kind(folder: Location, kind: Kind, *, key: str) -> None:
+    """UsageError where the folder holds anything but a thing of this kind, or nothing."""
+    there = folder.info().type
+    if there == pafs.FileType.NotFound:
+        return
+    names = {info.base_name for info in folder.list()} if there == pafs.FileType.Directory else {folder.name}
+    visible = sorted(name for name in names if not name.startswith("."))
+    found = next((one for one, marks in MARKS.items() if names & set(marks)), None)
+    if not visible or found == kind:
+        return
+    named = ", ".join(visible[:3]) + (", ..." if len(visible) > 3 else "")
+    what = f"a {found}" if found is not None else f"something else ({named})"
+    raise UsageError(
+        f"{folder.shown} holds {what}, and a {kind} needs a folder of its own: nothing was changed. Choose another name, such as "
+        f"{key}={_free_name(folder)}"
+    )
+
+
+def check_unclaimed(folder: Location) -> None:
+    """UsageError where a program that may be alive holds the folder."""
+    written = {info.base_name: info.mtime_ns for info in folder.list() if _CLAIM.fullmatch(info.base_name)}
+    others = [_read(folder / name, time.time_ns(), mtime_ns) for name, mtime_ns in written.items()]
+    holder = next((one for one in others if one is not None and one.seconds_left is not None), None)
+    if holder is not None:
+        raise UsageError(holder.refusal(folder))
+
+
+@contextmanager
+def repeated(action: Callable[[], None], every_s: float) -> Iterator[None]:
+    """Call ``action`` every so many seconds in a thread while the block lasts.
+
+    A store that cannot be reached for a while (OSError) does not end it: the next call makes it good.
+    """
+    done = threading.Event()
+
+    def repeat() -> None:
+        while not done.wait(every_s):
+            with suppress(OSError):
+                action()
+
+    thread = threading.Thread(target=repeat, name=action.__name__, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+@dataclass(frozen=True)
+class _Claim:
+    """Another program's claim. ``seconds_left``: after which it no longer holds; infinite while its process lives here, None now."""
+
+    record: dict[str, Any]
+    seconds_left: float | None
+
+    @property
+    def holds(self) -> bool:
+        """Whether its program has begun to work; else it is looking for others, too."""
+        return bool(self.record["holds"])
+
+    def refusal(self, folder: Location) -> str:
+        """Why its folder cannot be had, and what to do."""
+        pid, host = self.record["pid"], self.record["host"]
+        assert self.seconds_left is not None
+        if self.seconds_left == float("inf"):
+            return (
+                f"{folder.shown}: process {pid} on this machine works in this folder now. Let it end, or stop it with: kill -INT {pid}\n"
+                "The same command then goes on."
+            )
+        return (
+            f"{folder.shown}: process {pid} on {host} works in this folder now; its last sign of life is {SILENT_S - self.seconds_left:.0f} s "
+            f"old. Let it end, or stop it there with Ctrl-C; the same command then goes on. If there is no such process any more, give the "
+            f"same command again in {self.seconds_left:.0f} s."
+        )
+
+
+def _take(own: Location, write: Callable[..., None]) -> None:
+    """Write the claim and hold it once it is the only one; UsageError where another program holds the folder."""
+    for tries_left in reversed(range(TRIES)):
+        write(holds=False)
+        others = _others(own)
+        if not others:
+            write(holds=True)
+            return
+        own.delete()
+        holder = next((one for one in others if one.holds), None)
+        if holder is not None or not tries_left:
+            raise UsageError((holder or others[0]).refusal(own.parent))
+        # Not cryptography: only to be out of step with the other one.
+        time.sleep(random.uniform(*PAUSE_S))
+
+
+def _others(own: Location) -> list[_Claim]:
+    """Claims of programs that may be alive; those of dead ones are removed."""
+    written = {info.base_name: info.mtime_ns for info in own.parent.list() if _CLAIM.fullmatch(info.base_name)}
+    # Both times are the storage's: clocks of machines differ.
+    now_ns = written.pop(own.name, None) or time.time_ns()
+    alive = []
+    for name, mtime_ns in written.items():
+        file = own.parent / name
+        claim = _read(file, now_ns, mtime_ns)
+        if claim is None or claim.seconds_left is None:
+            file.delete()
+        else:
+            alive.append(claim)
+    return alive
+
+
+def _read(file: Location, now_ns: int, mtime_ns: int | None) -> _Claim | None:
+    """A claim; None where it is gone, or was cut short by a machine that died: claims are written whole."""
+    try:
+        record = json.loads(file.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+    if not isinstance(record, dict) or not {"host", "machine", "pid", "started", "holds"} <= record.keys():
+        return None
+    left = SILENT_S - (now_ns - (mtime_ns or now_ns)) / 1e9
+    if record["machine"] == _machine():
+        lives = _lives(int(record["pid"]), record["started"])
+        if lives is not None:
+            return _Claim(record, float("inf") if lives else None)
+    return _Claim(record, max(1.0, left) if left > 0 else None)
+
+
+@cache
+def _machine() -> str:
+    """What the processes that this one can see have in common: two containers may have the same host name and the same numbers."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return socket.gethostname()
+
+
+def _start_of(pid: int) -> str | None:
+    """When a process started, in the kernel's clock ticks; None where that cannot be known; empty where it has ended."""
+    try:
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    # A process that was killed stays in the table until its parent has asked for its exit code.
+    return "" if state in ("Z", "X") else fields[18]
+
+
+def _lives(pid: int, started: str | None) -> bool | None:
+    """Whether a process of this machine lives; None where that cannot be known, as of another user's that /proc does not show."""
+    found = _start_of(pid)
+    if found is not None and started is not None:
+        return found == started
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return None
+
+
+def _free_name(folder: Location) -> str:
+    return next(name for number in count(2) if not (folder.parent / (name := f"{folder.name}-{number}")).exists())
