@@ -15,6 +15,7 @@ from rafce_ray.console import print_json, progress_bar, run_main, say, to_json, 
 from rafce_ray.data.dataset import Prepared, prepare
 from rafce_ray.data.loader import batch_remark
 from rafce_ray.errors import UsageError
+from rafce_ray.ray_environment import check_ray
 from rafce_ray.session import Job
 from rafce_ray.storage import locate
 from rafce_ray.study_folder import StudyFolder
@@ -43,6 +44,7 @@ def ablate(
         GateError: the data may not be trained on.
     """
     base = named(base, prefix="ablation-")
+    check_ray()
     locate(base.run.storage).check_writable()
     every_arm = ablation_arms(base)
     arms = choose_arms(every_arm, only)

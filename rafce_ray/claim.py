@@ -70,7 +70,9 @@ def claimed(folder: Location, kind: Kind, *, key: str) -> Iterator[None]:
             write(holds=True)
         elif not lost.is_set():
             lost.set()
-            warn(f"{folder.shown}: this program's claim of the folder is gone: another one may be working in it by now.")
+            warn(
+                f"{folder.shown}: this program's claim of the folder is gone: another one may be working in it by now."
+            )
 
     lost = threading.Event()
     try:

@@ -30,6 +30,7 @@ from rafce_ray.image_loading import MAX_BYTES, load_ahead, load_image
 from rafce_ray.inference.engines import TorchEngine
 from rafce_ray.predict import Predictor, detector_of, in_words, outcomes, predict_files
 from rafce_ray.prediction_shards import Options, Shards, open_shards, read_plan
+from rafce_ray.ray_environment import check_ray
 from rafce_ray.storage import locate
 from rafce_ray.train import interruptible, ray_cluster
 
@@ -139,6 +140,7 @@ def predict_on_ray(
         UsageError: the paths, the bundle or the folder cannot be meant.
         RafceError: a worker failed; the same call goes on with the shards that are missing.
     """
+    check_ray()
     folder, loaded = locate(out), load_bundle(bundle)
     say(
         f"Predicting the images of {_few(paths)} on Ray: faces {detector_of(faces, face_model)}; {loaded.architecture.backbone} of "

@@ -26,6 +26,7 @@ from rafce_ray.data.dataset import Prepared, prepare
 from rafce_ray.equality import Comparison, Records, compare_figures, shown
 from rafce_ray.errors import GateError, UsageError
 from rafce_ray.hardware import choose_device, describe_hardware, describe_software
+from rafce_ray.ray_environment import check_ray
 from rafce_ray.run_folder import TRIALS, RunFolder
 from rafce_ray.storage import Location, locate
 from rafce_ray.train import launch, ray_cluster
@@ -176,6 +177,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _main(argv: list[str]) -> int:
     arguments = _parser().parse_intermixed_args(argv)
+    check_ray()
     original = open_finished(arguments.run)
     plan = plan_replay(original, arguments.overrides)
     run = plan.config.run

@@ -30,6 +30,7 @@ from rafce_ray.data.dataset import Prepared, prepare
 from rafce_ray.errors import RafceError, UsageError
 from rafce_ray.hardware import describe_software
 from rafce_ray.monitoring.dashboard import dashboard_line
+from rafce_ray.ray_environment import check_ray, not_started, ray_address
 from rafce_ray.run_folder import RunFolder
 from rafce_ray.session import Job
 from rafce_ray.storage import locate
@@ -57,6 +58,7 @@ def launch(config: Config, *, resume: bool = False) -> dict[str, Any]:
             another configuration, or by something else.
         RafceError: training failed; its checkpoints stay and the same call goes on from them.
     """
+    check_ray()
     locate(config.run.storage).check_writable()
     config = named(config)
     folder = RunFolder(str(locate(config.run.storage) / str(config.run.name)))
@@ -170,6 +172,10 @@ def ray_cluster(config: Config, name: str, *, nested: bool = False) -> Iterator[
     ``name``: of the command, as the Jobs page of Ray's dashboard shows it. ``nested``: trainers will run inside trials. Ray's cleaner of
     their placement groups asks the cluster's state and must find this very cluster where several run on a machine. Yields the cluster's
     CPUs and GPUs.
+
+    Raises:
+        UsageError: RAY_ADDRESS or RAY_TMPDIR cannot be used, with the reason.
+        RafceError: Ray could not be started or joined.
     """
     for variable, value in {
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": str(HEALTH_CHECK_INTERVAL_S),
@@ -190,18 +196,22 @@ def ray_cluster(config: Config, name: str, *, nested: bool = False) -> Iterator[
 
     own = not ray.is_initialized()
     if own:
-        say("starting Ray" if "RAY_ADDRESS" not in os.environ else f"connecting to Ray at {os.environ['RAY_ADDRESS']}")
-        with _address_known(nested and "RAY_ADDRESS" not in os.environ) as runtime_env:
-            context = ray.init(
-                address=os.environ.get("RAY_ADDRESS", "local"),
-                runtime_env=runtime_env,
-                job_config=ray.job_config.JobConfig(metadata={"job_name": name}),
-                log_to_driver=False,
-                logging_level="ERROR",
-            )
+        check_ray()
+        address = ray_address()
+        say("starting Ray" if address is None else f"connecting to Ray at {address}")
+        with _address_known(nested and address is None) as runtime_env:
+            try:
+                context = ray.init(
+                    address=address or "local",
+                    runtime_env=runtime_env,
+                    job_config=ray.job_config.JobConfig(metadata={"job_name": name}),
+                    log_to_driver=False,
+                    logging_level="ERROR",
+                )
+            except (OSError, RuntimeError, ValueError) as error:
+                raise not_started(error) from error
         if context.dashboard_url:
-            started_here = "RAY_ADDRESS" not in os.environ
-            say(dashboard_line(context.dashboard_url, "jobs", os.environ, started_here=started_here))
+            say(dashboard_line(context.dashboard_url, "jobs", os.environ, started_here=address is None))
     try:
         resources = ray.cluster_resources()
         yield float(resources.get("CPU", 0)), float(resources.get("GPU", 0))

@@ -25,6 +25,7 @@ from rafce_ray.console import run_main, say
 from rafce_ray.errors import RafceError, UsageError
 from rafce_ray.monitoring.dashboard import dashboard_line
 from rafce_ray.monitoring.programs import fetch
+from rafce_ray.ray_environment import check_ray, ray_address
 from rafce_ray.serve.drain import DRAIN_S, drain, outcome
 from rafce_ray.serve.fast_path import fast_path
 from rafce_ray.service.app import num_cores
@@ -55,6 +56,7 @@ def serve_until_stopped(config: ServiceConfig, host: str, port: int, replicas: i
     """
     what = _what(config)
     check_port(host, port)
+    check_ray()
     url = f"http://{_reachable(host)}:{port}"
     say(
         f"serving {what} at {url} with {replicas} replica{'s' if replicas > 1 else ''}: starting Ray takes about 20 s; Ctrl-C ends it"
@@ -127,7 +129,7 @@ def ray_serve(host: str, port: int, dashboard: bool) -> Iterator[Path]:
         from ray import serve
 
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
-        address = os.environ.get("RAY_ADDRESS")
+        address = ray_address()
         # Processes of our own cluster inherit this one's environment.
         options: dict[str, Any] = (
             {"runtime_env": {"env_vars": environment}}

@@ -17,6 +17,7 @@ from rafce_ray.console import print_json, progress_bar, run_main, say, to_json, 
 from rafce_ray.data.dataset import open_dataset, prepare
 from rafce_ray.errors import RafceError, UsageError
 from rafce_ray.pretrained import check_weights
+from rafce_ray.ray_environment import check_ray
 from rafce_ray.storage import locate
 from rafce_ray.study.checks import foreseen
 from rafce_ray.study.config import StudyConfig, load_study, to_yaml
@@ -44,6 +45,7 @@ def tune(study: StudyConfig, *, dry_run: bool = False, retry_failed: bool = Fals
         KeyboardInterrupt: after Ctrl-C; the same call goes on.
         RafceError: no trial gave a score.
     """
+    check_ray()
     folder = StudyFolder(str(locate(study.storage) / study.name))
     if dry_run:
         folder.location.check_reachable()
