@@ -11,6 +11,10 @@ class RafceError(Exception):
     may_pass = False
 
 
+class DamagedFile(RafceError):
+    """A file that a run or a study left cannot be read; the message has its path, the reason and how to go on without it."""
+
+
 class UsageError(RafceError, ValueError):
     """A command line, configuration or argument cannot be meant as it stands; programs exit with 2."""
 

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from rafce_ray.config import Config, build_config, parse_yaml, to_yaml
-from rafce_ray.console import pretty_json, to_json
+from rafce_ray.config import Config, ConfigError, build_config, parse_yaml, to_yaml
+from rafce_ray.console import pretty_json, to_json, warn
+from rafce_ray.errors import DamagedFile, RafceError
+from rafce_ray.object_store import StorageError
 from rafce_ray.split_outputs import SplitOutputs
 from rafce_ray.storage import Location, locate
 
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FILE = "events.jsonl"
 PROGRESS_FILE = "progress.json"
+
+STARTED_AGAIN = "The command that trained the run then writes it again and goes on from the newest checkpoint."
 
 TRIALS = "trials"
 """Folder of a study that holds its run folders."""
@@ -82,20 +85,45 @@ class RunFolder:
     def outputs(self, split: str) -> SplitOutputs | None:
         """The finished model's raw outputs on a split; None where they were not kept."""
         file = self.location / f"outputs_{split}.parquet"
-        return SplitOutputs.from_parquet(file.read_bytes()) if file.exists() else None
+        try:
+            return SplitOutputs.from_parquet(file.read_bytes())
+        except FileNotFoundError:
+            return None
+        except StorageError:
+            raise
+        except RafceError as error:
+            raise file.damaged(str(error).rstrip("."), "What needs it then says so.") from None
 
     def config(self) -> Config:
-        """The stored configuration."""
+        """The stored configuration. DamagedFile where it cannot be read, or a section is missing."""
         file = self.location / "config.yaml"
-        return build_config(parse_yaml(file.read_bytes(), str(file)))
+        content = file.read_bytes()
+        try:
+            values = parse_yaml(content, file.name)
+            if missing := [name for name in Config.model_fields if name not in (values or {})]:
+                raise ValueError(f"section {missing[0]!r} is missing")
+            return build_config(values)
+        except (ConfigError, ValueError, TypeError) as error:
+            raise file.damaged(" ".join(str(error).split()).rstrip("."), STARTED_AGAIN) from None
 
     def provenance(self) -> dict[str, Any]:
-        """Where the run came from: data fingerprint, configuration, versions, commit, seed."""
-        return dict(json.loads((self.location / "provenance.json").read_bytes()))
+        """Where the run came from: data fingerprint, configuration, versions, commit, seed. DamagedFile where that cannot be read."""
+        file = self.location / "provenance.json"
+        try:
+            return file.read_record("")
+        except DamagedFile as error:
+            both = f"{file.command} {(self.location / 'config.yaml').command}"
+            raise DamagedFile(
+                f"{str(error).partition(' Remove it: ')[0]} Remove both: rm {both}\n{STARTED_AGAIN}"
+            ) from None
 
     def result(self) -> dict[str, Any] | None:
-        """The finished run's result; None while it has none."""
-        return self._read("result.json")
+        """The finished run's result; None while it has none. DamagedFile where it cannot be read."""
+        file = self.location / "result.json"
+        try:
+            return file.read_record("The command that trained it then ends it again.", keys=("status",))
+        except FileNotFoundError:
+            return None
 
     def write_result(self, result: dict[str, Any]) -> None:
         """Mark the run as ended."""
@@ -115,8 +143,8 @@ class RunFolder:
         self.bundle.delete()
 
     def metrics(self) -> list[dict[str, Any]]:
-        """One record an epoch, in order."""
-        return _read_lines(self.location / METRICS_FILE)
+        """One record an epoch, in order. DamagedFile where a line cannot be read."""
+        return (self.location / METRICS_FILE).read_records("Of that epoch nothing is known then; all others stay.")
 
     def stamp(self, file: str) -> tuple[int | None, int | None]:
         """Size and time of one of the run's files: unchanged, there is nothing new to read in it."""
@@ -128,8 +156,8 @@ class RunFolder:
         (self.location / METRICS_FILE).write_bytes("".join(to_json(record) + "\n" for record in records).encode())
 
     def events(self) -> list[dict[str, Any]]:
-        """What happened, in order: started, resumed, invalid checkpoints, warnings, finished."""
-        return _read_lines(self.location / EVENTS_FILE)
+        """What happened, in order: started, resumed, invalid checkpoints, warnings, finished. DamagedFile where a line cannot be read."""
+        return (self.location / EVENTS_FILE).read_records("All other events stay.")
 
     def add_event(self, kind: str, **details: Any) -> None:
         """Append one event to the run's log; ``message`` in ``details`` is what a person is told.
@@ -158,26 +186,18 @@ class RunFolder:
         (self.location / PROGRESS_FILE).write_bytes(to_json(progress).encode())
 
     def progress(self) -> dict[str, Any]:
-        """The last progress written; empty before the first."""
-        return self._read(PROGRESS_FILE) or {}
+        """The last progress written; empty before the first, and where it cannot be read: the next step writes it again."""
+        try:
+            return (self.location / PROGRESS_FILE).read_record("", keys=("epoch", "step", "steps", "images_per_s"))
+        except (FileNotFoundError, DamagedFile):
+            return {}
 
     def _read(self, name: str) -> dict[str, Any] | None:
+        """A file on which nothing depends; None, with a warning, where it cannot be read."""
         try:
-            return dict(json.loads((self.location / name).read_bytes()))
+            return (self.location / name).read_record("It is left out; without it, this warning ends.")
         except FileNotFoundError:
             return None
-
-
-def _read_lines(file: Location) -> list[dict[str, Any]]:
-    """The JSON lines of a file; a last line cut short by a kill is left out."""
-    try:
-        lines = file.read_bytes().decode().splitlines()
-    except FileNotFoundError:
-        return []
-    records = []
-    for line in lines:
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
+        except DamagedFile as error:
+            warn(str(error))
+            return None

@@ -47,9 +47,7 @@ class SplitOutputs:
                 outputs=Outputs(_matrix(table["emotion_logits"]), _matrix(table["action_unit_logits"])),
             )
         except (pa.ArrowException, OSError, KeyError) as error:
-            raise RafceError(
-                f"the raw outputs of a split cannot be read ({error}). Copy the run folder again from its source."
-            ) from error
+            raise RafceError(f"the raw outputs of a split cannot be read ({error})") from error
 
 
 def _lists(values: NDArray[np.float32]) -> pa.FixedSizeListArray | pa.ListArray:

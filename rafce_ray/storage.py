@@ -4,28 +4,32 @@ from __future__ import annotations
 
 import argparse
 import errno
+import json
 import os
 import re
 import shlex
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from rafce_ray.errors import UsageError
+from rafce_ray.errors import DamagedFile, UsageError
 from rafce_ray.object_store import StorageError, ask, explain, no_bucket
 
 COPY_CHUNK = 16 * 2**20
 """Bytes of a request when files are copied; pyarrow's own 1 MiB makes hundreds of requests of a model."""
 
 Answer = TypeVar("Answer")
+
+Records = list[dict[str, Any]]
 
 UPLOADED = "working_dir_files"
 """Folder in which Ray unpacks the working directory of a submitted job, and from which it removes it after the job."""
@@ -115,6 +119,49 @@ class Location:
                 return bytes(file.read())
 
         return self._ask(read)
+
+    def read_record(self, remedy: str, *, keys: Collection[str] = ()) -> dict[str, Any]:
+        """The JSON object in the file, which has at least these ``keys``.
+
+        Raises:
+            FileNotFoundError: the file is missing.
+            DamagedFile: it holds something else; ``remedy``: what happens once it is removed.
+        """
+        content = self.read_bytes()
+        try:
+            record = _parse(content)
+            if missing := [key for key in keys if key not in record]:
+                raise ValueError(f"{missing[0]!r} is missing")
+        except ValueError as error:
+            raise self.damaged(error, remedy) from None
+        return record
+
+    def read_records(self, remedy: str) -> Records:
+        """The JSON objects in the file, one a line; empty where it is missing. A last line that a kill cut short is left out.
+
+        Raises:
+            DamagedFile: another line holds something else; ``remedy``: what happens once it is removed.
+        """
+        try:
+            *lines, last = self.read_bytes().split(b"\n")
+        except FileNotFoundError:
+            return []
+        records = []
+        for number, line in enumerate(lines, start=1):
+            try:
+                records.append(_parse(line))
+            except ValueError as error:
+                local = self.local
+                how = f"Remove that line: {'' if local is None else 'sed -i '}{number}d {self.command}\n{remedy}"
+                raise DamagedFile(f"{self.shown}: line {number} is cut short or altered: {error}. {how}") from None
+        with suppress(ValueError):
+            records.append(_parse(last))
+        return records
+
+    def damaged(self, reason: object, remedy: str) -> DamagedFile:
+        """That the file cannot be read, and that ``remedy`` happens once it is removed."""
+        removal = self.command if self.local is None else f"rm {self.command}"
+        return DamagedFile(f"{self.shown}: is cut short or altered: {reason}. Remove it: {removal}\n{remedy}")
 
     def write_bytes(self, content: bytes, *, patient: bool = True) -> None:
         """Write the whole file at once: a reader sees the old content or the new one, never a part.
@@ -272,6 +319,20 @@ def _why(error: OSError) -> str:
     if isinstance(error, StorageError):
         return error.why
     return f"{(error.strerror or str(error)).strip().splitlines()[0].rstrip('.')}. Give a folder that can be written."
+
+
+def _parse(content: bytes) -> dict[str, Any]:
+    """A JSON object; ValueError, with the reason, for anything else."""
+    try:
+        record = json.loads(content)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"byte {error.start + 1} is not UTF-8") from None
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}"
+        raise ValueError("it is empty" if not content.strip() else f"no JSON at {where}") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"it holds a {type(record).__name__}, expected an object")
+    return record
 
 
 def _copy(source: pafs.FileSystem, path: str, destination: pafs.FileSystem, target: str) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from rafce_ray.config import ConfigError, parse_yaml
 from rafce_ray.console import pretty_json, to_json
 from rafce_ray.errors import UsageError
 from rafce_ray.run_folder import TRIALS, RunFolder
@@ -63,8 +64,24 @@ class StudyFolder:
         return {**now, "may_grow": grown}
 
     def plan(self) -> dict[str, Any]:
-        """What the study is."""
-        return dict(json.loads((self.location / "study.json").read_bytes()))
+        """What the study is. DamagedFile where that cannot be read."""
+        return (self.location / "study.json").read_record(
+            "The study's command then writes it again and goes on with the trials that are there.", keys=("may_grow",)
+        )
+
+    def settings(self) -> dict[str, Any] | None:
+        """``study.yaml``, as it was resolved; None where there is none, as in an ablation. DamagedFile where it cannot be read."""
+        file = self.location / "study.yaml"
+        try:
+            values = parse_yaml(file.read_bytes(), file.name)
+            if not isinstance(values, dict):
+                raise ValueError(f"it holds a {type(values).__name__}, expected keys")
+            return values
+        except FileNotFoundError:
+            return None
+        except (ConfigError, ValueError) as error:
+            reason = " ".join(str(error).split()).rstrip(".")
+            raise file.damaged(reason, "The study's command then writes it again.") from None
 
     def trial(self, name: str) -> RunFolder:
         """The run folder of a trial."""

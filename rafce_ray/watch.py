@@ -16,6 +16,7 @@ from rich.text import Text
 
 from rafce_ray.config import Config
 from rafce_ray.console import console, say, warn
+from rafce_ray.errors import DamagedFile
 from rafce_ray.run_folder import EVENTS_FILE, METRICS_FILE, RunFolder
 from rafce_ray.storage import Location
 from rafce_ray.study_folder import StudyFolder
@@ -70,7 +71,7 @@ class Watch(ABC):
         try:
             self._show()
             self._unreachable = False
-        except OSError as error:
+        except (OSError, DamagedFile) as error:
             # A store that cannot be reached for a while must not end what is watched.
             if not self._unreachable:
                 warn(f"the folder cannot be read now ({error}); this view goes on when it can.")

@@ -17,12 +17,12 @@ from rich.table import Table
 from rich.text import Text
 
 from rafce_ray.config import MINIMISED_METRICS, write_yaml
-from rafce_ray.console import console, print_json, progress_bar, run_main, say
+from rafce_ray.console import console, print_json, progress_bar, run_main, say, warn
 from rafce_ray.doctor.baseline import emotion_only_runs, siblings, with_baseline
 from rafce_ray.doctor.diagnosis import LEVELS, Cause, Diagnosis, Level
 from rafce_ray.doctor.evidence import Evidence, figure
 from rafce_ray.doctor.rules import examine, examine_live
-from rafce_ray.errors import UsageError
+from rafce_ray.errors import DamagedFile, UsageError
 from rafce_ray.run_folder import RunFolder
 from rafce_ray.study_folder import StudyFolder
 
@@ -52,16 +52,23 @@ class Trial:
 
 
 def examine_study(study: StudyFolder, baseline: Evidence | None = None) -> list[Trial]:
-    """All findings of every trial that was started, compared with ``baseline`` or with the study's own emotion-only trials."""
+    """All findings of every trial that was started, compared with ``baseline`` or with the study's own emotion-only trials.
+
+    A trial whose files cannot be read is left out with a warning.
+    """
     folders = [study.trial(name) for name in study.trial_names()]
     candidates = [] if baseline is not None else emotion_only_runs(folders)
     trials = []
     with progress_bar("examining trials", len(folders)) as advance:
         for folder in folders:
-            evidence = Evidence.of_run(folder, baseline)
+            advance(1)
+            try:
+                evidence = Evidence.of_run(folder, baseline)
+            except DamagedFile as error:
+                warn(f"trial {folder.location.name} is left out. {error}")
+                continue
             evidence = evidence if baseline is not None else with_baseline(evidence, candidates)
             trials.append(Trial(evidence, examine(evidence)))
-            advance(1)
     return trials
 
 

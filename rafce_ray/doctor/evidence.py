@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +11,8 @@ from pydantic import TypeAdapter
 
 from rafce_ray.calibration import Calibration
 from rafce_ray.config import Config
-from rafce_ray.console import finite
+from rafce_ray.console import finite, warn
+from rafce_ray.errors import DamagedFile
 from rafce_ray.run_folder import TRIALS, RunFolder
 from rafce_ray.split_outputs import SplitOutputs
 from rafce_ray.storage import Location, locate
@@ -45,8 +45,7 @@ class Evidence:
     @classmethod
     def of_run(cls, folder: RunFolder, baseline: Evidence | None = None) -> Evidence:
         """All that a run folder tells."""
-        location, config = folder.location, folder.config()
-        bundle = folder.bundle / "bundle.json"
+        location, config, result = folder.location, folder.config(), folder.result()
         provenance = location / "provenance.json"
         name = location.name
         around = location.parent
@@ -57,9 +56,10 @@ class Evidence:
             events=folder.events(),
             audit=folder.audit(),
             targets=folder.targets(),
-            result=folder.result(),
-            outputs=folder.outputs("validation"),
-            calibration=_calibration(json.loads(bundle.read_bytes())) if bundle.exists() else None,
+            result=result,
+            # A run that was killed before its result has no figures that go with them.
+            outputs=None if result is None else folder.outputs("validation"),
+            calibration=None if result is None else _calibration(folder),
             provenance=folder.provenance() if provenance.exists() else None,
             baseline=baseline,
             name=name,
@@ -186,7 +186,17 @@ def _positives(split: Mapping[str, Any]) -> int:
     return sum(int(entry["positives"]) for entry in split["action_units"].values())
 
 
-def _calibration(manifest: dict[str, Any]) -> Calibration:
+def _calibration(folder: RunFolder) -> Calibration | None:
+    """What the run's bundle was calibrated with; None without a bundle, and, with a warning, where its manifest cannot be read."""
+    try:
+        manifest = (folder.bundle / "bundle.json").read_record(
+            "Then rules about calibration are left out.", keys=("calibration",)
+        )
+    except FileNotFoundError:
+        return None
+    except DamagedFile as error:
+        warn(str(error))
+        return None
     return TypeAdapter(Calibration).validate_python(manifest["calibration"])
 
 

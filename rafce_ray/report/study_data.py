@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from rafce_ray.config import Config, differences, flatten, parse_yaml
+from rafce_ray.console import warn
 from rafce_ray.doctor.command import examine_study
 from rafce_ray.doctor.diagnosis import LEVELS, Diagnosis, Level
-from rafce_ray.errors import UsageError
+from rafce_ray.errors import DamagedFile, UsageError
 from rafce_ray.report.study_plots import Emphasis, Field, emphasise
 from rafce_ray.study.on_test import OnTest
 from rafce_ray.study.rows import DEFAULT_METRIC
@@ -129,9 +129,7 @@ def is_study(study: StudyFolder) -> bool:
 
 def metric_of(study: StudyFolder) -> str:
     """The metric by which the study compares its trials."""
-    file = study.location / STUDY_SETTINGS
-    settings = parse_yaml(file.read_bytes(), str(file)) or {}
-    return str(settings.get("metric", DEFAULT_METRIC))
+    return str((study.settings() or {}).get("metric", DEFAULT_METRIC))
 
 
 def gather_study(study: StudyFolder, metric: str) -> StudyData:
@@ -167,8 +165,14 @@ def gather_study(study: StudyFolder, metric: str) -> StudyData:
 
 
 def _record(study: StudyFolder, name: str) -> dict[str, Any] | None:
-    file = study.location / name
-    return dict(json.loads(file.read_bytes())) if file.exists() else None
+    """A file of the study; None, with a warning, where it cannot be read: the rest of the page does without."""
+    try:
+        return (study.location / name).read_record("The study's command then writes it again.")
+    except FileNotFoundError:
+        return None
+    except DamagedFile as error:
+        warn(str(error))
+        return None
 
 
 def _findings(study: StudyFolder, ranked: Sequence[str]) -> list[Finding]:

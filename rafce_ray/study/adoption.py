@@ -74,8 +74,7 @@ def write_offer(folder: RunFolder, epoch: int, values: Values, into: Path) -> bo
 def read_schedule(folder: RunFolder) -> list[dict[str, Any]]:
     """With which values the weights of a trial were trained: ``values`` hold after ``epoch`` epochs, in ``trial``, which took the weights
     over ``from`` another trial. Empty where they never changed."""
-    file = folder.location / SCHEDULE_FILE
-    return [json.loads(line) for line in file.read_bytes().decode().splitlines()] if file.exists() else []
+    return (folder.location / SCHEDULE_FILE).read_records("What is left is the schedule that is known.")
 
 
 def is_on_record(folder: RunFolder, adoption_id: str) -> bool:
@@ -130,7 +129,7 @@ def complete_adoption(study: StudyFolder, name: str) -> None:
         prepared.parent.delete()
         return
     # Each step may be repeated, and none uses up what it reads: a kill between any two is mended by doing all of them again.
-    pending = json.loads(file.read_bytes())
+    pending = file.read_record("The trial then goes on from its own newest checkpoint.")
     with _local(prepared) as offer:
         folder.checkpoints.delete()
         for checkpoint in pending["checkpoints"]:

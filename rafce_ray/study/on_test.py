@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -229,7 +228,10 @@ def _file_of(winner: str) -> str:
 
 
 def _read(file: Location) -> OnTest | None:
-    return OnTest.from_json(json.loads(file.read_bytes())) if file.exists() else None
+    try:
+        return OnTest.from_json(file.read_record("The study's command then measures on test again."))
+    except FileNotFoundError:
+        return None
 
 
 def _write(file: Location, record: OnTest) -> None:

@@ -8,10 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rafce_ray.config import MINIMISED_METRICS, config_hash, flatten, parse_yaml
-from rafce_ray.errors import UsageError
+from rafce_ray.config import MINIMISED_METRICS, config_hash, flatten
+from rafce_ray.console import warn
+from rafce_ray.errors import DamagedFile, UsageError
 from rafce_ray.run_folder import TRIALS, RunFolder
-from rafce_ray.study.trials import ENDED, FIGURES, best_record, read_trials
+from rafce_ray.study.trials import ENDED, FIGURES, TRIAL_FILE, best_record, read_trials
 from rafce_ray.study_folder import StudyFolder
 
 DEFAULT_METRIC = "score"
@@ -49,13 +50,10 @@ def read_listing(study: StudyFolder) -> Listing:
     """
     if not study.exists():
         raise UsageError(f"{study.location} is no study: {_what_is_there(study)}")
-    file = study.location / "study.yaml"
-    metric = (
-        str(parse_yaml(file.read_bytes(), str(file)).get("metric", DEFAULT_METRIC)) if file.exists() else DEFAULT_METRIC
-    )
+    metric = str((study.settings() or {}).get("metric", DEFAULT_METRIC))
     trials = read_trials(study, metric)
     planned = {one.name for one in trials}
-    others = [_run_row(study.trial(name), metric) for name in study.trial_names() if name not in planned]
+    others = _run_rows(study, metric, [name for name in study.trial_names() if name not in planned])
     sampled = tuple(dict.fromkeys(key for one in trials for key in one.plan.values))
     rows = [dict(one.row) for one in trials]
     for one, row in zip(trials, rows, strict=True):
@@ -82,6 +80,20 @@ def _what_is_there(study: StudyFolder) -> str:
     if inside:
         return f"it has no study.json. It holds studies; name one of {len(inside)}, such as {(location / inside[0]).shown}."
     return "it has no study.json. Name a folder that rafce tune or rafce ablate made."
+
+
+def _run_rows(study: StudyFolder, metric: str, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows of run folders without a plan; of those that have one, reading has failed and was told."""
+    rows = []
+    for name in names:
+        folder = study.trial(name)
+        if (folder.location / TRIAL_FILE).exists():
+            continue
+        try:
+            rows.append(_run_row(folder, metric))
+        except DamagedFile as error:
+            warn(f"{name} is left out. {error}")
+    return rows
 
 
 def _run_row(folder: RunFolder, metric: str) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
@@ -29,12 +28,12 @@ class RungEntry:
 
 
 def read_rungs(study: StudyFolder) -> list[RungEntry]:
-    """All decisions so far; none where nothing was decided."""
+    """All decisions so far; none where nothing was decided. DamagedFile where one cannot be read."""
+    file, remedy = study.location / RUNGS_FILE, "The study's command then makes that decision again; all others stay."
     try:
-        content = (study.location / RUNGS_FILE).read_bytes()
-    except FileNotFoundError:
-        return []
-    return [RungEntry(**json.loads(line)) for line in content.decode().splitlines()]
+        return [RungEntry(**record) for record in file.read_records(remedy)]
+    except TypeError as error:
+        raise file.damaged(error, "The study's command then makes all decisions again.") from None
 
 
 def write_rungs(study: StudyFolder, entries: Sequence[RungEntry]) -> None:

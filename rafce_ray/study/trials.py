@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -11,8 +10,8 @@ from typing import Any, Literal
 
 from rafce_ray.checkpoint import list_checkpoints
 from rafce_ray.config import MINIMISED_METRICS, config_hash, flatten
-from rafce_ray.console import pretty_json, to_json
-from rafce_ray.errors import RafceError
+from rafce_ray.console import pretty_json, to_json, warn
+from rafce_ray.errors import DamagedFile, RafceError
 from rafce_ray.metrics import HEADLINES
 from rafce_ray.run_folder import RunFolder
 from rafce_ray.session import Job
@@ -59,13 +58,19 @@ class TrialPlan:
 
 
 def read_plan(folder: RunFolder) -> tuple[TrialPlan, Job] | None:
-    """A trial's plan and job; None where the folder has none (a run of its own)."""
+    """A trial's plan and job; None where the folder has none (a run of its own). DamagedFile where it cannot be read."""
+    file = folder.location / TRIAL_FILE
+    remedy = (
+        f"With it, remove the trial's folder, {folder.location.shown}: the study's command then trains the trial again."
+    )
     try:
-        record = dict(json.loads((folder.location / TRIAL_FILE).read_bytes()))
+        record = file.read_record(remedy, keys=("job",))
+        job = Job.from_plain(record.pop("job"))
+        return TrialPlan(**record), job
     except FileNotFoundError:
         return None
-    job = Job.from_plain(record.pop("job"))
-    return TrialPlan(**record), job
+    except (KeyError, TypeError, ValueError) as error:
+        raise file.damaged(error, remedy) from None
 
 
 def check_sampled(plan: TrialPlan, job: Job) -> None:
@@ -154,9 +159,19 @@ def read_trial(folder: RunFolder, metric: str) -> Trial | None:
     )
 
 
-def read_trials(study: StudyFolder, metric: str) -> list[Trial]:
-    """All trials of a sweep and its finalists, by number and name; a trial that neither ended nor runs is ``interrupted``."""
-    found = [read_trial(study.trial(name), metric) for name in study.trial_names()]
+def read_trials(study: StudyFolder, metric: str, *, all_of_them: bool = False) -> list[Trial]:
+    """All trials of a sweep and its finalists, by number and name; a trial that neither ended nor runs is ``interrupted``.
+
+    A trial whose files cannot be read is left out with a warning; ``all_of_them``: DamagedFile instead.
+    """
+    found = []
+    for name in study.trial_names():
+        try:
+            found.append(read_trial(study.trial(name), metric))
+        except DamagedFile as error:
+            if all_of_them:
+                raise
+            warn(f"trial {name} is left out. {error}")
     return sorted((one for one in found if one is not None), key=lambda one: (one.plan.role, one.plan.number, one.name))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -175,8 +174,11 @@ def sweep(study: StudyConfig, folder: StudyFolder, shares: Shares, readings: Rea
 
 def read_elapsed(folder: StudyFolder) -> float:
     """Seconds that earlier starts spent on the sweep."""
-    file = folder.location / ELAPSED_FILE
-    return float(json.loads(file.read_bytes())["sweep_s"]) if file.exists() else 0.0
+    remedy = "The study's time budget then counts from now."
+    try:
+        return float((folder.location / ELAPSED_FILE).read_record(remedy, keys=("sweep_s",))["sweep_s"])
+    except FileNotFoundError:
+        return 0.0
 
 
 @contextmanager

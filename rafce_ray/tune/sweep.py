@@ -39,7 +39,9 @@ class Sweep:
         self, study: StudyConfig, folder: StudyFolder, shares: Shares, readings: Readings, scheduler: Concluding
     ) -> None:
         self._study, self._folder, self._shares, self._readings = study, folder, shares, readings
-        self._known = {trial.name: trial for trial in read_trials(folder, study.metric) if trial.plan.role == "sweep"}
+        # One that is left out would be trained again, and with others' values where the search learns from it.
+        found = read_trials(folder, study.metric, all_of_them=True)
+        self._known = {trial.name: trial for trial in found if trial.plan.role == "sweep"}
         self._pruned: set[str] = set()
         self._scheduler = scheduler
         left = [trial.name for trial in self._known.values() if not self._has_ended(trial, scheduler)]
