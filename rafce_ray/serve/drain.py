@@ -42,7 +42,8 @@ def drain(folder: Path, *, timeout_s: float = DRAIN_S, idle_s: float = IDLE_S) -
     end = time.monotonic() + timeout_s
     idle_since = time.monotonic()
     while admins:
-        connections, requests = (sum(counts) for counts in zip(*map(_in_work, admins), strict=True))
+        counts = [_in_work(admin) for admin in admins]
+        connections, requests = sum(each for each, _ in counts), sum(each for _, each in counts)
         now = time.monotonic()
         if requests:
             idle_since = now
