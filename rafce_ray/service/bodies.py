@@ -32,6 +32,17 @@ from rafce_ray.service.problems import Problem, nearest, shown
 __all__ = ["BodyRules", "Item", "Options", "PredictRequest", "declared_bytes", "read_body", "read_request"]
 
 RAW = (b"image/jpeg", b"image/png", b"image/webp", b"application/octet-stream")
+ALIASES = (
+    b"image/jpg",
+    b"image/pjpeg",
+    b"image/jfif",
+    b"image/x-jpeg",
+    b"image/x-png",
+    b"image/x-webp",
+    b"binary/octet-stream",
+)
+"""Names that old browsers, phones and object stores give to the media types of ``RAW``."""
+
 JSON = b"application/json"
 MULTIPART = b"multipart/form-data"
 
@@ -49,17 +60,17 @@ async def read_request(
     Raises:
         Problem: the request is malformed, too large, too slow or its client has gone.
     """
-    content_type = _header(scope, b"content-type")
-    if content_type in RAW:
+    media_type, parameters = media_type_of(_header(scope, b"content-type"))
+    if media_type in RAW or media_type in ALIASES:
         options = options_of_query(scope["query_string"], rules)
         declared = declared_bytes(scope)
         if declared > rules.max_image_bytes:
-            raise too_many_bytes(declared, rules)
+            raise too_many_bytes(declared, rules.max_image_bytes)
         content = sized(await read_body(receive, place), rules)
         if isinstance(content, Problem):
             raise content
         return PredictRequest("raw", (Item("0", content),), options)
-    kind, parse = _parser(content_type, rules)
+    kind, parse = _parser(media_type, parameters, rules)
     if scope["query_string"]:
         where = "the key options" if kind == "json" else "form parts of their own"
         raise Problem(
@@ -99,8 +110,14 @@ def declared_bytes(scope: MutableMapping[str, Any]) -> int:
     return int(length) if length.isdigit() else 0
 
 
-def _parser(content_type: bytes, rules: BodyRules) -> tuple[Literal["json", "multipart"], _Parse]:
-    media_type, parameters = parse_options_header(content_type)
+def media_type_of(content_type: bytes) -> tuple[bytes, dict[bytes, bytes]]:
+    """The media type of a Content-Type header in lower case, and its parameters by lower-case name."""
+    return (content_type, {}) if content_type in RAW else parse_options_header(content_type)
+
+
+def _parser(
+    media_type: bytes, parameters: dict[bytes, bytes], rules: BodyRules
+) -> tuple[Literal["json", "multipart"], _Parse]:
     if media_type == JSON:
         if parameters.get(b"charset", b"utf-8").lower() not in (b"utf-8", b"utf8", b"us-ascii"):
             raise Problem("unsupported_media_type", "JSON is read as UTF-8 only.", hint="Send charset=utf-8 or none.")

@@ -6,6 +6,8 @@ parser took 0.25 s a MiB for bodies that are full of almost-boundaries, and Star
 
 from __future__ import annotations
 
+import re
+
 from python_multipart.multipart import parse_options_header
 
 from rafce_ray.service.predict_request import OPTION_NAMES, BodyRules, Item, Options, options_of_texts, sized
@@ -17,6 +19,11 @@ MAX_BOUNDARY_BYTES = 70
 
 MAX_PART_HEADER_BYTES = 4096
 MAX_OPTION_BYTES = 64
+
+_AS_IT_IS = (b"7bit", b"8bit", b"binary")
+_BLANKS = b" \t"
+_FOLD = re.compile(rb"\r\n[ \t]+")
+"""A header may go on in the next line, which then starts with a blank (RFC 822)."""
 
 
 def parse_multipart_body(body: bytes, boundary: bytes, rules: BodyRules) -> tuple[tuple[Item, ...], Options]:
@@ -45,35 +52,46 @@ def parse_multipart_body(body: bytes, boundary: bytes, rules: BodyRules) -> tupl
 
 
 def _parts(body: bytes, boundary: bytes, max_parts: int) -> list[bytes]:
-    """What stands between the boundaries."""
+    """What stands between the boundaries; what comes before the first and after the last of them is nothing (RFC 2046)."""
     if not 0 < len(boundary) <= MAX_BOUNDARY_BYTES:
         raise Problem(
             "malformed_multipart", f"The boundary has {len(boundary)} bytes; it needs 1 to {MAX_BOUNDARY_BYTES}."
         )
     delimiter = b"\r\n--" + boundary
-    if not body.startswith(delimiter[2:]):
-        raise Problem("malformed_multipart", "The body does not start with the boundary that Content-Type names.")
-    *parts, end = body[len(delimiter) - 2 :].split(delimiter, max_parts + 1)
-    if not all(part.startswith(b"\r\n") for part in parts):
-        raise Problem("malformed_multipart", "A boundary is followed by something else than a new line.")
-    if len(parts) > max_parts:
-        raise _too_many(max_parts - len(OPTION_NAMES))
-    if not end.startswith(b"--"):
-        raise Problem("malformed_multipart", "The closing boundary is missing: the body is cut short.")
-    return parts
+    start = 0 if body.startswith(delimiter[2:]) else body.find(delimiter) + 2
+    if start == 1:
+        raise Problem("malformed_multipart", "No line of the body is the boundary that Content-Type names.")
+    parts: list[bytes] = []
+    for part in body[start + len(delimiter) - 2 :].split(delimiter, max_parts + 1):
+        if part.startswith(b"--"):
+            return parts
+        if len(parts) == max_parts:
+            raise _too_many(max_parts - len(OPTION_NAMES))
+        part = part.lstrip(_BLANKS)
+        if not part.startswith(b"\r\n"):
+            what = "LF alone" if part.startswith(b"\n") else "something else"
+            raise Problem("malformed_multipart", f"A boundary is followed by {what} instead of a new line (CR LF).")
+        parts.append(part)
+    raise Problem("malformed_multipart", "The closing boundary is missing: the body is cut short.")
 
 
 def _name_and_content(part: bytes) -> tuple[str, bytes]:
     end = part.find(b"\r\n\r\n", 0, MAX_PART_HEADER_BYTES)
     if end < 0:
         raise Problem("malformed_multipart", f"A part's headers do not end within {MAX_PART_HEADER_BYTES:,} bytes.")
-    for line in part[2:end].split(b"\r\n"):
+    name = None
+    for line in _FOLD.sub(b" ", part[2:end]).split(b"\r\n"):
         field, _, value = line.partition(b":")
-        if field.strip().lower() == b"content-disposition":
-            kind, parameters = parse_options_header(value.strip())
-            if kind == b"form-data" and b"name" in parameters:
-                return parameters[b"name"].decode("utf-8", "replace"), part[end + 4 :]
-    raise Problem("malformed_multipart", "A part has no Content-Disposition: form-data with a name.")
+        kind, parameters = parse_options_header(value.strip())
+        match field.strip().lower():
+            case b"content-disposition" if name is None and kind == b"form-data":
+                name = parameters.get(b"name")
+            case b"content-transfer-encoding" if kind not in _AS_IT_IS:
+                detail = f"A part is encoded for mail: Content-Transfer-Encoding is {shown(kind.decode('latin-1'))}."
+                raise Problem("malformed_multipart", detail, hint="Send the file's bytes as they are, without it.")
+    if name is None:
+        raise Problem("malformed_multipart", "A part has no Content-Disposition: form-data with a name.")
+    return name.decode("utf-8", "replace"), part[end + 4 :]
 
 
 def _option_text(name: str, content: bytes) -> str:

@@ -51,12 +51,11 @@ class BodyRules:
 
 def sized(content: bytes, rules: BodyRules) -> bytes | Problem:
     """The content of an image, or the problem that it has too many bytes."""
-    return content if len(content) <= rules.max_image_bytes else too_many_bytes(len(content), rules)
+    return content if len(content) <= rules.max_image_bytes else too_many_bytes(len(content), rules.max_image_bytes)
 
 
-def too_many_bytes(num_bytes: int, rules: BodyRules) -> Problem:
+def too_many_bytes(num_bytes: int, limit: int) -> Problem:
     """The problem of an image with too many bytes."""
-    limit = rules.max_image_bytes
     return Problem("too_many_bytes", f"The file has {num_bytes:,} bytes; at most {limit:,} are decoded.")
 
 

@@ -93,8 +93,8 @@ PROBLEM_TYPES: Mapping[str, ProblemType] = _types(
         400,
         "bad_base64",
         "Bad base64",
-        "An image's data is not base64 of the standard alphabet (RFC 4648, section 4) with its padding.",
-        "Encode the file's bytes as one line: base64 -w0 photo.jpg",
+        "An image's data is not base64 (RFC 4648).",
+        "Encode the file's bytes: base64 photo.jpg",
     ),
     (
         400,

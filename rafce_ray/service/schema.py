@@ -158,7 +158,7 @@ class Image(Record):
     """One picture of a JSON request."""
 
     id: str | None = Field(default=None, description="Echoed in its result; by default its position from 0.")
-    data: str = Field(description="The file, base64, with or without a data URI's prefix.")
+    data: str = Field(description="The file, base64, with or without padding, line breaks and a data URI's prefix.")
 
 
 class Options(Record):

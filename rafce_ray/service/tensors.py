@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import binascii
 import math
-from base64 import b64decode
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -13,6 +11,7 @@ from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
 from rafce_ray.config_errors import explain
+from rafce_ray.service.json_bodies import decode_base64
 from rafce_ray.service.problems import Problem
 from rafce_ray.service.schema import Probability, Record
 
@@ -147,10 +146,5 @@ def encoded_images(given: InferInput, max_image_bytes: int) -> list[bytes]:
     for text in given.data:
         if not isinstance(text, str):
             raise Problem("wrong_type", "The data of image_bytes holds something else than base64.")
-        if len(text) > 4 * math.ceil(max_image_bytes / 3):
-            raise Problem("too_many_bytes", f"A file has more than {max_image_bytes:,} bytes.")
-        try:
-            files.append(b64decode(text, validate=True))
-        except (binascii.Error, ValueError):
-            raise Problem("bad_base64", "The data of image_bytes is not base64.") from None
+        files.append(decode_base64(text, max_image_bytes))
     return files

@@ -71,7 +71,22 @@ def form(**fields: object) -> tuple[bytes, str]:
     return request.read(), request.headers["content-type"]
 
 
-@pytest.mark.parametrize("kind", ["image/jpeg", "image/png", "image/webp", "application/octet-stream"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "image/jpeg",
+        "image/png",
+        "image/webp",
+        "application/octet-stream",
+        "IMAGE/JPEG",
+        " image/jpeg ; charset=binary",
+        'image/jpeg; name="a;b.jpg"',
+        "image/jpg",
+        "Image/PJPEG",
+        "image/x-png",
+        "binary/octet-stream",
+    ],
+)
 @pytest.mark.parametrize("chunk", [7, 1000])
 def test_a_raw_body_is_one_image(kind, chunk):
     request = read(IMAGE, kind, chunk=chunk)
@@ -110,6 +125,60 @@ def test_a_form_has_images_in_order_whatever_their_bytes():
         (str(n), content) for n, content in enumerate(contents)
     ]
     assert request.options == Options("aligned", 2, True)
+
+
+FORM = {
+    "as it is": lambda body: body,
+    "preamble": lambda body: b"This is a form.\r\n--no\r\n" + body,
+    "empty preamble": lambda body: b"\r\n" + body,
+    "epilogue": lambda body: body + b"Farewell.\r\n--b\r\n\r\nx",
+    "no new line after the last boundary": lambda body: body.rstrip(),
+    "blanks after boundaries": lambda body: body.replace(b"--b\r\n", b"--b \t\r\n").rstrip() + b" \t\r\n",
+    "header names and values in capitals": lambda body: body.replace(
+        b"Content-Disposition: form-data; name", b"CONTENT-DISPOSITION:Form-Data;NAME"
+    ),
+    "file name in RFC 5987's form": lambda body: body.replace(b'filename="x"', b"filename*=UTF-8''na%20me%22.jpg"),
+    "file name of a path": lambda body: body.replace(b'filename="x"', b'filename="C:\\a;\\"b.jpg"'),
+    "folded header": lambda body: body.replace(b"form-data; ", b"form-data;\r\n\t "),
+    "name without quotes": lambda body: body.replace(b'"files"', b"files"),
+    "other headers": lambda body: body.replace(
+        b"Content-Disp", b"X: y\r\nContent-Transfer-Encoding: Binary\r\nContent-Disp"
+    ),
+}
+
+
+@pytest.mark.parametrize("change", FORM.values(), ids=FORM)
+@pytest.mark.parametrize(
+    "kind", ["multipart/form-data; boundary=b", 'Multipart/Form-Data; charset=utf-8; Boundary="b"']
+)
+def test_a_form_may_have_all_that_the_standard_allows(change, kind):
+    contents = [IMAGE, b"", b"\r\n\r\n --b."]
+    parts = [b'--b\r\nContent-Disposition: form-data; name="files"; filename="x"\r\n\r\n' + one for one in contents]
+    body = change(b"\r\n".join(parts) + b"\r\n--b--\r\n")
+    assert [item.content for item in read(body, kind).items] == contents
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (
+            b'--c\r\nContent-Disposition: form-data; name="files"\r\n\r\nx\r\n--c--',
+            "No line of the body is the boundary",
+        ),
+        (b'--b\nContent-Disposition: form-data; name="files"\n\nx\n--b--', "LF alone"),
+        (b"--bx\r\n\r\nx\r\n--b--", "followed by something else"),
+        (b'--b\r\nContent-Disposition: form-data; name="files"\r\n\r\nx\r\n--b', "followed by something else"),
+        (b'--b\r\nContent-Disposition: form-data; name="files"\r\n\r\nx\r\n', "cut short"),
+        (
+            b'--b\r\nContent-Transfer-Encoding: base64\r\nContent-Disposition: form-data; name="files"\r\n\r\nx\r\n--b--',
+            "Content-Transfer-Encoding is 'base64'",
+        ),
+    ],
+)
+def test_a_form_that_cannot_be_read_is_refused_with_the_reason(body, said):
+    problem = refused(body, "multipart/form-data; boundary=b")
+    assert problem.code == "malformed_multipart"
+    assert said in problem.detail
 
 
 def test_a_bad_image_does_not_fail_its_neighbours():
@@ -199,7 +268,7 @@ def test_the_nearest_known_name_is_told():
     body, content_type = form(files=[b"x"])
     problem = refused(body.replace(b'name="files"', b'name="file"'), content_type)
     assert problem.hint.startswith("Did you mean 'files'? Images are parts named files;")
-    assert refused(IMAGE, "image/jpg").hint.startswith("Did you mean 'image/jpeg'?")
+    assert refused(IMAGE, "image/jpgg").hint.startswith("Did you mean 'image/jpeg'?")
     assert refused(IMAGE, "application/x-www-form-urlencoded").hint.startswith("Use one of image/jpeg,")
 
 
@@ -234,20 +303,53 @@ def test_depth_and_members_bound_json_before_it_is_parsed():
         parse_json(b"[" * 10**5 + b"]" * 10**5, max_marks=10**6)
 
 
-def test_base64_is_read_as_the_standard_library_does_at_any_length():
+FORMS_OF_BASE64 = {
+    "standard": base64.b64encode,
+    "line breaks": base64.encodebytes,
+    "CR LF": lambda content: base64.encodebytes(content).replace(b"\n", b"\r\n"),
+    "last new line": lambda content: base64.b64encode(content) + b"\n",
+    "no padding": lambda content: base64.b64encode(content).rstrip(b"="),
+    "URL alphabet": base64.urlsafe_b64encode,
+    "URL alphabet without padding": lambda content: base64.urlsafe_b64encode(content).rstrip(b"="),
+    "data URI": lambda content: b"data:image/jpeg;base64," + base64.b64encode(content),
+    "data URI with all of it": lambda content: b"\nDATA:image/png;a=b;BASE64,\r\n" + base64.encodebytes(content),
+}
+
+
+@pytest.mark.parametrize("encode", FORMS_OF_BASE64.values(), ids=FORMS_OF_BASE64)
+def test_every_usual_form_of_base64_is_read_at_any_length(encode):
     chance = random.Random(0)
     for size in (*range(8), 3 * 2**16 - 1, 3 * 2**16, 3 * 2**16 + 1, 2**19 + 5):
         content = chance.randbytes(size)
-        assert decode_base64(text(content)) == content
+        assert decode_base64(encode(content).decode(), size) == content
+        if size:
+            with pytest.raises(Problem, match="too_many_bytes"):
+                decode_base64(encode(content).decode(), size - 1)
 
 
-@pytest.mark.parametrize("bad", ["a", "ab", "abc", "a===", "====", "ab=c", "a\nbc", " abc", "ab-_", "äöüß", "YQ==YQ=="])
-def test_other_base64_is_refused(bad):
-    with pytest.raises(Problem, match="bad_base64"):
-        decode_base64(bad)
+@pytest.mark.parametrize(
+    ("bad", "said"),
+    [
+        ("a", "cut short"),
+        ("\nabcd\ne\n", "has 5 characters without blanks and padding, which no base64 has: it is cut short"),
+        ("a===", "cut short"),
+        ("====", "too much padding"),
+        ("YWE==", "too much padding"),
+        ("ab=c", "padding (=) at character 2,"),
+        ("YQ==YQ==", "padding (=) at character 2,"),
+        ("ab-_+", "mixes two alphabets"),
+        ("äöüß", r"has '\xe4' at character 0."),
+        ("http://a/b", "has ':' at character 4."),
+        ("%2Babc", "has '%' at character 0."),
+    ],
+)
+def test_other_base64_is_refused_with_the_reason(bad, said):
+    with pytest.raises(Problem, match="bad_base64") as caught:
+        decode_base64(bad, 100)
+    assert said in caught.value.detail
     # The same at a later piece of a long text.
     with pytest.raises(Problem, match="bad_base64"):
-        decode_base64("A" * 2**18 + bad)
+        decode_base64("A" * 2**18 + bad, 10**6)
 
 
 def test_a_client_that_goes_away_is_noticed():
