@@ -30,7 +30,7 @@ from rafce_ray.service.meter import Meter
 from rafce_ray.service.model_info import model_info
 from rafce_ray.service.open_inference import open_inference_routes
 from rafce_ray.service.predicting import Context, predict
-from rafce_ray.service.problems import EXCEPTION_HANDLERS, REQUEST_ID, Problem
+from rafce_ray.service.problems import EXCEPTION_HANDLERS, REQUEST_ID, Problem, deadline_passed
 from rafce_ray.service.readiness import Readiness
 from rafce_ray.service.reading import Reader
 
@@ -119,8 +119,7 @@ def build_app(service: Service) -> ASGIApp:
     )
     # A path with a slash too many is no other path's, and a redirect would be built from the client's Host header.
     app.router.redirect_slashes = False
-    config = service.config
-    return Edge(app, config.limits, loopback_only=config.loopback_only, meter=service.meter)
+    return Edge(app, service.config.limits, service.config.callers(), meter=service.meter)
 
 
 class _Predict:
@@ -141,7 +140,9 @@ class _Predict:
             context = Context(
                 service.reader, service.batcher, service.meter, served, scope["path"], scope[REQUEST_ID], since
             )
-            content = await within(predict(request, context), receive, deadline)
+            content = await within(
+                predict(request, context), receive, deadline, deadline_passed(limits.deadline_s, len(request.items))
+            )
         await Response(content, media_type=JSON)(scope, receive, send)
 
 

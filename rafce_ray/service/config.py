@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
 from rafce_ray import decode
 from rafce_ray.config import ConfigError, Section
 from rafce_ray.config_errors import explain
+from rafce_ray.service.local_peers import ANY, Callers, host_name, origin_of
 
 MIB = 2**20
+
+HostName = Annotated[str, AfterValidator(host_name)]
+Origin = Annotated[str, AfterValidator(origin_of)]
+
+
+def _listed(value: Any) -> Any:
+    """A single text is a list of one."""
+    return [value] if isinstance(value, str) else value
 
 
 class Limits(Section):
@@ -75,6 +84,16 @@ class ServiceConfig(Section):
         None, description="JSON file of hashed keys (python -m rafce_ray.service.keys); none: no key is asked for."
     )
     loopback_only: bool = Field(True, description="Refuse every peer but this machine itself. false needs keys_file.")
+    allowed_hosts: Annotated[tuple[HostName, ...], BeforeValidator(_listed)] = Field(
+        (),
+        description="Names in the Host header that are answered besides this machine's, such as a proxy's; *.example: all below it. "
+        "Empty: any where there are keys, else none. Needs keys_file.",
+    )
+    allow_origins: Annotated[tuple[Origin, ...], BeforeValidator(_listed)] = Field(
+        (),
+        description="Sites whose pages may ask from a browser and read the answers (CORS), such as https://app.example. "
+        "*: any, which needs keys_file.",
+    )
     limits: Limits = Field(default_factory=Limits, description="How much may be asked for.")
 
     @model_validator(mode="after")
@@ -91,7 +110,17 @@ class ServiceConfig(Section):
                 "loopback_only: found false without keys_file; others than this machine are served with keys only. Make one "
                 "with python -m rafce_ray.service.keys new NAME --file keys.json and set keys_file: keys.json."
             )
+        if self.keys_file is None and (self.allowed_hosts or ANY in self.allow_origins):
+            key, found = ("allowed_hosts", self.allowed_hosts) if self.allowed_hosts else ("allow_origins", (ANY,))
+            raise ValueError(
+                f"{key}: found {', '.join(found)} without keys_file, so that anyone's page could ask. Make a key with "
+                "python -m rafce_ray.service.keys new NAME --file keys.json and set keys_file: keys.json."
+            )
         return self
+
+    def callers(self) -> Callers:
+        """Who may ask."""
+        return Callers(self.loopback_only, self.keys_file is not None, self.allowed_hosts, self.allow_origins)
 
 
 def read_service_config(values: Mapping[str, Any]) -> ServiceConfig:

@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rafce_ray.service.config import Limits
 from rafce_ray.service.keys import KEY_ID
-from rafce_ray.service.local_peers import check_local
+from rafce_ray.service.local_peers import Callers, Headers
 from rafce_ray.service.meter import Meter
 from rafce_ray.service.problems import PROBLEM_CODE, REQUEST_ID, Problem, problem_response, unexpected
 
@@ -49,7 +49,15 @@ SECURITY_HEADERS: Final = (
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 _AT_MOST_ONCE = frozenset(
-    (b"authorization", b"content-encoding", b"content-length", b"content-type", b"host", b"transfer-encoding")
+    (
+        b"authorization",
+        b"content-encoding",
+        b"content-length",
+        b"content-type",
+        b"host",
+        b"origin",
+        b"transfer-encoding",
+    )
 )
 _METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT"))
 
@@ -58,18 +66,17 @@ _log = logging.getLogger(__name__)
 
 
 class Edge:
-    """Pure ASGI middleware, outermost: ``Edge(Starlette(exception_handlers=EXCEPTION_HANDLERS, ...), limits, ...)``.
+    """Pure ASGI middleware, outermost: ``Edge(Starlette(exception_handlers=EXCEPTION_HANDLERS, ...), limits, callers)``.
 
     The application finds the request's id in ``scope[problems.REQUEST_ID]``; a Problem that comes from its ``receive``
-    (body too large, too slow, incomplete) it lets pass. With ``loopback_only`` the peer must be a loopback address and
-    the Host header localhost, 127.0.0.0/8 or [::1]. The peer is the connection's: behind a proxy on the same machine
-    everybody is a loopback peer, so there the proxy itself must listen on loopback only.
+    (body too large, too slow, incomplete) it lets pass. The peer that ``callers`` are asked about is the connection's: behind a
+    proxy on the same machine everybody is a loopback peer, so there the service needs keys.
     """
 
-    def __init__(self, app: ASGIApp, limits: Limits, *, loopback_only: bool, meter: Meter | None = None) -> None:
+    def __init__(self, app: ASGIApp, limits: Limits, callers: Callers, *, meter: Meter | None = None) -> None:
         self.app = app
         self.limits = limits
-        self.loopback_only = loopback_only
+        self.callers = callers
         self.meter = meter or Meter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -92,6 +99,7 @@ class _Exchange:
         self._send = send
         self._started = time.perf_counter()
         self._body_deadline = asyncio.get_running_loop().time() + edge.limits.body_timeout_s
+        self._cors: Headers = ()
         self._declared: int | None = None
         self._expects_body = False
         self._awaits_continue = False
@@ -146,6 +154,7 @@ class _Exchange:
             headers = list(message.get("headers", ()))
             names = {name for name, _ in headers}
             headers += [header for header in SECURITY_HEADERS if header[0] not in names]
+            headers += self._cors
             headers.append((b"x-request-id", self._scope[REQUEST_ID].encode()))
             self._closes = await self._has_unread_body()
             if self._closes:
@@ -170,6 +179,7 @@ class _Exchange:
                 twice = name
             found[name] = value
         scope[REQUEST_ID] = _request_id(found.get(b"x-request-id", b""))
+        self._cors = tuple(self._edge.callers.cors(scope, found))
         self._awaits_continue = b"expect" in found
         length = found.get(b"content-length")
         self._expects_body = b"transfer-encoding" in found or length not in (None, b"0")
@@ -185,8 +195,7 @@ class _Exchange:
                 "uri_too_long",
                 f"Path and query have {num_bytes:,} bytes; at most {limits.max_header_bytes:,} are read.",
             )
-        if self._edge.loopback_only:
-            check_local(scope, found)
+        self._edge.callers.check(scope, found)
         if twice is not None:
             raise Problem("bad_headers", f"The header {twice.decode('latin-1')} is there more than once.")
         self._check_body_headers(found)
@@ -256,13 +265,13 @@ class _Exchange:
         _access.info("request", extra={"fields": fields})
 
 
-async def within(work: Awaitable[T], receive: Receive, deadline: float) -> T:
+async def within(work: Awaitable[T], receive: Receive, deadline: float, late: Problem) -> T:
     """The result of ``work``, which is cancelled when the client goes away or at ``deadline`` (``loop.time()`` seconds).
 
     For after the body has been read: it is what notices that nobody waits for the answer any more.
 
     Raises:
-        Problem: ``client_gone`` or ``deadline`` (504).
+        Problem: ``client_gone`` or ``late``.
     """
     client_gone = asyncio.create_task(_client_gone(receive))
     try:
@@ -281,7 +290,7 @@ async def within(work: Awaitable[T], receive: Receive, deadline: float) -> T:
             raise
         if client_gone.done():
             raise Problem("client_gone", "The client closed the connection.") from None
-        raise Problem("deadline", "The answer was not ready in time.") from None
+        raise late from None
     finally:
         client_gone.cancel()
 

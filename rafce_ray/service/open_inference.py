@@ -26,7 +26,7 @@ from rafce_ray.service.bodies import declared_bytes, read_body
 from rafce_ray.service.edge import within
 from rafce_ray.service.live import Served
 from rafce_ray.service.predicting import count_faces
-from rafce_ray.service.problems import PROBLEM_CODE, Problem, shown
+from rafce_ray.service.problems import PROBLEM_CODE, Problem, deadline_passed, shown
 from rafce_ray.service.tensors import InferInput, InferRequest, encoded_images, parse_infer_request, pixels_of
 from rafce_ray.taxonomy import Taxonomy
 
@@ -102,12 +102,13 @@ async def _metadata(service: Service, request: Request) -> dict[str, Any]:
 
 async def _infer(service: Service, request: Request) -> dict[str, Any]:
     scope, receive = request.scope, request.receive
-    deadline = asyncio.get_running_loop().time() + service.config.limits.deadline_s
+    seconds = service.config.limits.deadline_s
+    deadline = asyncio.get_running_loop().time() + seconds
     service.keys.authorize(scope, "predict")
     served = _asked_for(service, request)
     with service.admission.place(declared_bytes(scope)) as place:
         body = await read_body(receive, place)
-        return await within(_inferred(service, served, body), receive, deadline)
+        return await within(_inferred(service, served, body), receive, deadline, deadline_passed(seconds))
 
 
 async def _inferred(service: Service, served: Served, body: bytes) -> dict[str, Any]:

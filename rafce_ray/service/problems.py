@@ -10,6 +10,7 @@ from typing import Any
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Route
 
 from rafce_ray.config_errors import did_you_mean
 from rafce_ray.decode import DecodeError
@@ -130,7 +131,7 @@ PROBLEM_TYPES: Mapping[str, ProblemType] = _types(
         "cross_site",
         "Another site's request",
         "A page of another site or a foreign host name asked a service that is for its own machine only.",
-        "Open the service by http://127.0.0.1:PORT or http://localhost:PORT.",
+        "Open the service by http://127.0.0.1:PORT or http://localhost:PORT; behind a proxy, start it with --keys keys.json.",
     ),
     (404, "not_found", "Not found", "There is nothing at this path.", "See /docs for what there is."),
     (
@@ -229,7 +230,7 @@ PROBLEM_TYPES: Mapping[str, ProblemType] = _types(
         "deadline",
         "Deadline passed",
         "The answer was not ready in time.",
-        "Try again, with fewer images a request.",
+        "Try again, with smaller or fewer pictures. Whoever runs the service can raise limits.deadline_s or --replicas.",
     ),
 )
 """Every code that the service answers, by code. Those of an image are :class:`rafce_ray.decode.DecodeError`'s."""
@@ -295,6 +296,16 @@ def problem_response(problem: Problem, scope: MutableMapping[str, Any]) -> Respo
     return Response(body.encode(), problem.status, problem.headers, MEDIA_TYPE)
 
 
+def deadline_passed(seconds: float, num_images: int | None = None) -> Problem:
+    """The problem of an answer that was not ready; ``num_images``: of the request, where it is known."""
+    send = {None: "smaller or fewer pictures", 1: "a smaller picture"}.get(num_images, "fewer pictures a request")
+    hint = (
+        f"Send {send}, or try again when the service is less busy. Whoever runs it can give it more time or processes: "
+        f"rafce serve ... limits.deadline_s={2 * seconds:g} --replicas 2"
+    )
+    return Problem("deadline", f"The answer was not ready within {seconds:g} s.", hint=hint)
+
+
 def sentence(text: str) -> str:
     """``text`` with a capital first letter."""
     return text[:1].upper() + text[1:]
@@ -317,15 +328,24 @@ async def _answer_problem(request: Request, error: Exception) -> Response:
 
 
 async def _answer_http_exception(request: Request, error: Exception) -> Response:
-    """Starlette's own refusals: no such path, no such method."""
+    """Starlette's own refusals, no such path or method, and the answer to OPTIONS, which no route takes itself."""
     assert isinstance(error, HTTPException)
+    headers = dict(error.headers or {})
+    if "Allow" in headers:
+        headers["Allow"] = ", ".join(sorted({*headers["Allow"].split(", "), "OPTIONS"}))
+        if request.method == "OPTIONS":
+            return Response(status_code=204, headers=headers)
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "bad_request")
     method, path = request.method, request.scope["path"]
     detail = {
         "not_found": f"There is nothing at {shown(path)}.",
         "method_not_allowed": f"{shown(path)} takes no {method}.",
     }
-    return problem_response(Problem(code, detail.get(code, error.detail), headers=error.headers), request.scope)
+    hint = None
+    if code == "not_found":
+        near = nearest(path, [route.path for route in request.app.routes if isinstance(route, Route)])
+        hint = f"{near}{PROBLEM_TYPES[code].hint}"
+    return problem_response(Problem(code, detail.get(code, error.detail), hint=hint, headers=headers), request.scope)
 
 
 async def _answer_unexpected(request: Request, error: Exception) -> Response:

@@ -4,6 +4,7 @@ import asyncio
 import base64
 import html
 import json
+import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -15,9 +16,11 @@ import pytest
 from openapi_spec_validator import validate
 
 from rafce_ray.calibration import Outputs
+from rafce_ray.config import apply_overrides
 from rafce_ray.service import app as app_module
 from rafce_ray.service.app import Service
 from rafce_ray.service.config import read_service_config
+from rafce_ray.service.keys import new_key
 from rafce_ray.service.live import FailedSwap
 from rafce_ray.service.model_info import ModelInfo
 from rafce_ray.service.openapi import openapi_document
@@ -137,6 +140,7 @@ def test_images_that_are_all_bad_refuse_the_request_and_each_says_why(client, fa
         ("GET", "/v1/predict", "method_not_allowed"),
         ("HEAD", "/v1/predict", None),
         ("PUT", "/v1/predict", "method_not_allowed"),
+        ("OPTIONS", "/v1/nothing", "not_found"),
         ("POST", "/healthz", "method_not_allowed"),
         ("POST", "/v1/predict/", "not_found"),
         ("GET", "/v1/predictions", "not_found"),
@@ -154,12 +158,59 @@ def test_wrong_methods_and_paths_are_problems(client, method, path, code):
         assert response.headers["allow"]
 
 
+def test_the_nearest_path_is_told(client):
+    for path, known in [("/v1/predict/", "/v1/predict"), ("/predict", "/v1/predict"), ("/V1/model", "/v1/model")]:
+        assert client.post(path).json()["hint"].startswith(f"Did you mean {known!r}? See /docs")
+
+
 @pytest.mark.parametrize("path", ["/healthz", "/readyz", "/v1/model", "/docs", "/openapi.json", "/docs.css"])
 def test_head_is_get_without_a_body(client, path):
     get, head = client.get(path), client.head(path)
     assert (get.status_code, head.status_code) == (200, 200)
     assert head.content == b""
     assert head.headers["content-type"] == get.headers["content-type"]
+
+
+def test_every_path_answers_options_and_a_wrong_method(client):
+    paths = client.get("/openapi.json").json()["paths"]
+    others = [
+        "/",
+        "/docs",
+        "/page.js",
+        "/problems/no_face",
+        "/v2",
+        "/v2/health/live",
+        "/v2/models/rafce/versions/1/infer",
+    ]
+    for path in (*paths, *others):
+        path = path.replace("{model}", "rafce")
+        options, wrong = client.options(path), client.request("PATCH", path)
+        assert (options.status_code, options.content, problem(wrong)) == (204, b"", "method_not_allowed")
+        allowed = options.headers["allow"].split(", ")
+        assert "OPTIONS" in allowed
+        assert ("HEAD" in allowed) == ("GET" in allowed)
+        assert wrong.headers["allow"] == options.headers["allow"]
+
+
+def test_behind_a_proxy_that_keeps_host_and_origin_a_key_is_enough(client, bundle_path, serving, face, tmp_path):
+    proxied = {"host": "faces.example", "origin": "https://faces.example"}
+    # Without keys it could be a name that a page of another site gave to this machine (DNS rebinding).
+    assert problem(client.post("/v1/predict?faces=aligned", content=face, headers=PNG | proxied)) == "cross_site"
+    key = new_key(tmp_path / "keys.json", "test", frozenset(("predict",)))
+    config = {"bundle": str(bundle_path), "engine": "torch", "keys_file": str(tmp_path / "keys.json")}
+    service = Service(read_service_config(config | {"allow_origins": ["https://app.example"]}))
+    with serving(service) as client:
+        assert client.get("/", headers=proxied).status_code == 200
+        for scheme in ("Bearer", "bearer", "BEARER "):
+            headers = PNG | proxied | {"authorization": f"{scheme} {key}"}
+            assert client.post("/v1/predict?faces=aligned", content=face, headers=headers).status_code == 200
+        # Before a page may send its key, the browser asks without one.
+        headers = {"origin": "https://app.example", "access-control-request-method": "POST"}
+        found = client.options("/v1/predict", headers=headers)
+        assert (found.status_code, found.headers["access-control-allow-origin"]) == (204, "https://app.example")
+        found = client.post("/v1/predict", content=face, headers=PNG | {"origin": "https://app.example"})
+        assert (problem(found), found.headers["access-control-allow-origin"]) == ("key_needed", "https://app.example")
+    service.close()
 
 
 def test_faces_of_many_clients_at_once_keep_apart(client, predictor, faces, encode):
@@ -191,6 +242,20 @@ def test_who_waits_too_long_is_told_and_no_header_helps(bundle_path, serving, fa
         response = client.post("/v1/predict?faces=aligned", content=face, headers=headers)
         assert (problem(response), response.status_code) == ("deadline", 504)
         assert response.headers["x-request-id"] == "mine"
+        alone = response.json()
+        form = {"files": [("files", ("a.png", face))] * 2, "data": {"faces": "aligned"}}
+        together = client.post("/v1/predict", **form).json()
+        tensor = {"name": "image_bytes", "datatype": "BYTES", "shape": [1], "data": [base64.b64encode(face).decode()]}
+        inferred = client.post("/v2/models/rafce/infer", json={"inputs": [tensor]})
+        assert inferred.status_code == 504
+        hints = [alone["hint"], together["hint"], inferred.json()["error"]]
+        for hint, remedy in zip(hints, ("a smaller picture", "fewer pictures", "smaller or fewer"), strict=True):
+            assert f"Send {remedy}" in hint
+            assert alone["detail"] == "The answer was not ready within 0.2 s."
+            # The remedy is an argument that the command takes.
+            (longer,) = re.findall(r"limits\.deadline_s=\S+", hint)
+            values = apply_overrides(service.config.model_dump(), [longer])
+            assert read_service_config(values).limits.deadline_s == 0.4
         # Its place is free again, though the batch still runs.
         assert service.admission.num_requests == 0
         slow.go.set()

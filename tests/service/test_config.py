@@ -5,6 +5,7 @@ from rafce_ray.config import ConfigError, apply_overrides
 from rafce_ray.service.config import Limits, ServiceConfig, read_service_config
 
 BUNDLE = {"bundle": "runs/best"}
+KEYS = {**BUNDLE, "keys_file": "keys.json"}
 
 
 def test_a_bundle_is_all_that_is_needed():
@@ -41,6 +42,17 @@ def test_it_cannot_be_changed():
         ({**BUNDLE, "name": "a/b"}, "name: found 'a/b'"),
         ({**BUNDLE, "loopback_only": False}, "loopback_only: found false without keys_file"),
         ({**BUNDLE, "limits": {"deadline_s": 0}}, "limits.deadline_s: found 0;"),
+        ({**BUNDLE, "allowed_hosts": ["a.example"]}, "allowed_hosts: found a.example without keys_file"),
+        ({**BUNDLE, "allow_origins": ["*"]}, "allow_origins: found * without keys_file"),
+        (
+            {**KEYS, "allowed_hosts": ["https://a.example"]},
+            "allowed_hosts: found 'https://a.example'; give the name alone",
+        ),
+        ({**KEYS, "allowed_hosts": "a.example:443"}, "allowed_hosts: found 'a.example:443'; give the name alone"),
+        ({**KEYS, "allow_origins": ["a.example"]}, "allow_origins: found 'a.example'; give scheme, name and port"),
+        ({**KEYS, "allow_origins": ["https://a.example/page"]}, "allow_origins: found 'https://a.example/page'; give"),
+        ({**KEYS, "allow_origins": ["null"]}, "allow_origins: found 'null'; give"),
+        ({**KEYS, "allow_origin": ["https://a.example"]}, "did you mean 'allow_origins'?"),
         ({**BUNDLE, "limits": {"deadline_s": float("inf")}}, "finite"),
         ({**BUNDLE, "limits": {"max_bytes": 2**20}}, "limits.max_bytes: found 1,048,576"),
         ({**BUNDLE, "threads": True}, "threads: found True; expected a whole number"),
@@ -72,6 +84,16 @@ def test_every_fault_is_told_at_once():
 def test_strangers_are_served_with_keys():
     config = read_service_config({**BUNDLE, "loopback_only": False, "keys_file": "keys.json"})
     assert not config.loopback_only
+
+
+def test_names_and_origins_are_read_as_people_write_them():
+    values = apply_overrides(
+        KEYS, ["allowed_hosts=[Faces.Example,'*.b.example']", "allow_origins=HTTPS://App.Example:443/"]
+    )
+    config = read_service_config(values)
+    assert config.allowed_hosts == ("faces.example", "*.b.example")
+    assert config.allow_origins == ("https://app.example",)
+    assert read_service_config({**BUNDLE, "allow_origins": ["http://localhost:3000"]}).allow_origins
 
 
 def test_the_decoder_gets_the_limits_of_one_image():

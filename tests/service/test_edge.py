@@ -21,16 +21,18 @@ from rafce_ray.service.bodies import declared_bytes, read_body
 from rafce_ray.service.config import Limits
 from rafce_ray.service.edge import Edge, within
 from rafce_ray.service.keys import KEY_ID
+from rafce_ray.service.local_peers import Callers
 from rafce_ray.service.logs import LOGGER, JsonLines
-from rafce_ray.service.problems import EXCEPTION_HANDLERS, REQUEST_ID, Problem
+from rafce_ray.service.problems import EXCEPTION_HANDLERS, REQUEST_ID, Problem, deadline_passed
 
 LIMITS = Limits(max_body_bytes=20_000, max_header_bytes=2048, body_timeout_s=0.3, max_bytes=50_000)
+LATE = deadline_passed(5)
 
 
 class Application:
     """An application that reads, fails, waits and refuses, behind an edge."""
 
-    def __init__(self, limits: Limits = LIMITS, *, loopback_only: bool = False) -> None:
+    def __init__(self, limits: Limits = LIMITS, *, callers: Callers | None = None) -> None:
         self.admission = Admission(limits.max_requests, limits.max_bytes)
         self.num_read = 0
         self.waiting = 0
@@ -46,7 +48,7 @@ class Application:
             ],
             exception_handlers=dict(EXCEPTION_HANDLERS),
         )
-        self.edge = Edge(app, limits, loopback_only=loopback_only)
+        self.edge = Edge(app, limits, callers or Callers(loopback_only=False))
 
     async def _read(self, request: Request) -> Response:
         with self.admission.place(declared_bytes(request.scope)) as place:
@@ -64,7 +66,7 @@ class Application:
             self.waiting += 1
             try:
                 deadline = asyncio.get_running_loop().time() + 5
-                await within(asyncio.sleep(30), request.receive, deadline)
+                await within(asyncio.sleep(30), request.receive, deadline, LATE)
             finally:
                 self.waiting -= 1
         return Response()
@@ -155,6 +157,7 @@ def test_another_id_is_replaced(wanted):
         ([(f"x-{number}", "") for number in range(101)], 431, "headers_too_large"),
         ([("content-type", "image/png"), ("content-type", "image/jpeg")], 400, "bad_headers"),
         ([("authorization", "Bearer a"), ("authorization", "Bearer b")], 400, "bad_headers"),
+        ([("origin", "http://localhost"), ("origin", "https://attacker.example")], 400, "bad_headers"),
         ([("content-length", "5"), ("content-length", "5")], 400, "bad_headers"),
         ([("content-length", "5"), ("transfer-encoding", "chunked")], 400, "bad_headers"),
         ([("content-length", "-5")], 400, "bad_headers"),
@@ -220,9 +223,117 @@ def test_a_lying_content_length_is_refused(declared):
 )
 def test_where_told_only_this_machine_is_answered(peer, headers, expected):
     client = None if peer is None else (peer, 5)
-    response = ask(Application(loopback_only=True).edge, "POST", "/read/a", client=client, headers=headers)
+    response = ask(Application(callers=Callers()).edge, "POST", "/read/a", client=client, headers=headers)
     assert (None if response.status_code == 200 else code(response)) == expected
     assert ask(Application().edge, "POST", "/read/a", client=client, headers=headers).status_code == 200
+
+
+PROXIED = {"host": "faces.example", "origin": "https://faces.example"}
+
+
+@pytest.mark.parametrize(
+    ("hosts", "headers", "expected"),
+    [
+        ((), PROXIED, None),
+        ((), {"origin": "https://elsewhere.example"}, None),
+        (("faces.example",), PROXIED, None),
+        (("faces.example",), {"host": "FACES.example.:8443"}, None),
+        (("faces.example",), {"host": "localhost:8000"}, None),
+        (("faces.example",), {"host": "192.168.0.7:8000"}, None),
+        (("faces.example",), {"host": "[2001:db8::1]:8000"}, None),
+        (("faces.example",), {"host": "attacker.example"}, "cross_site"),
+        (("faces.example",), {"host": "faces.example.attacker.example"}, "cross_site"),
+        (("faces.example",), {"host": "below.faces.example"}, "cross_site"),
+        (("*.faces.example",), {"host": "below.faces.example"}, None),
+        (("*.faces.example",), {"host": "attackerfaces.example"}, "cross_site"),
+    ],
+)
+def test_with_keys_a_proxys_host_and_origin_are_answered(hosts, headers, expected):
+    callers = Callers(keys=True, hosts=hosts)
+    response = ask(Application(callers=callers).edge, "POST", "/read/a", headers=headers)
+    assert (None if response.status_code == 200 else code(response)) == expected
+    if expected is not None:
+        assert f"allowed_hosts=[{headers['host']}]" in response.json()["hint"]
+    # A peer elsewhere comes past the proxy.
+    response = ask(Application(callers=callers).edge, "POST", "/read/a", headers=headers, client=("10.0.0.1", 5))
+    assert code(response) == "not_loopback"
+
+
+def preflight(callers: Callers, origin: str, path: str = "/read/a", **more: str) -> httpx.Response:
+    headers = {"origin": origin, "access-control-request-method": "POST"} | more
+    return ask(Application(callers=callers).edge, "OPTIONS", path, headers=headers)
+
+
+APP = "https://app.example"
+
+
+def test_a_page_of_an_allowed_origin_may_ask_and_read():
+    callers = Callers(keys=True, origins=(APP, "http://localhost:3000"))
+    found = preflight(callers, APP, **{"access-control-request-headers": "authorization,content-type"})
+    assert (found.status_code, found.content, found.headers["allow"]) == (204, b"", "OPTIONS, POST")
+    assert found.headers["access-control-allow-origin"] == APP
+    assert "POST" in found.headers["access-control-allow-methods"].split(", ")
+    assert {"authorization", "content-type"} <= set(found.headers["access-control-allow-headers"].split(", "))
+    assert int(found.headers["access-control-max-age"]) > 0
+    assert "access-control-allow-private-network" not in found.headers
+    found = preflight(callers, APP, **{"access-control-request-private-network": "true"})
+    assert found.headers["access-control-allow-private-network"] == "true"
+    for method, path, status in [("POST", "/read/a", 200), ("POST", "/refuse", 429), ("GET", "/bug", 500)]:
+        response = ask(Application(callers=callers).edge, method, path, headers={"origin": APP})
+        assert response.status_code == status
+        assert response.headers["access-control-allow-origin"] == APP
+        assert {"retry-after", "x-request-id"} == set(response.headers["access-control-expose-headers"].split(", "))
+    for headers in ([("origin", APP), ("x-long", "x" * 2048)], [("origin", APP), ("content-encoding", "gzip")]):
+        response = ask(Application(callers=callers).edge, "POST", "/read/a", headers=headers)
+        assert response.status_code in (415, 431)
+        assert response.headers["access-control-allow-origin"] == APP
+
+
+def test_a_page_of_another_origin_may_not_read():
+    callers = Callers(keys=True, origins=(APP,))
+    for origin in ("https://attacker.example", "http://app.example", f"{APP}:8443", f"{APP}.attacker.example", "null"):
+        for response in (
+            preflight(callers, origin),
+            ask(Application(callers=callers).edge, "POST", "/read/a", headers={"origin": origin}),
+        ):
+            assert [name for name in response.headers if name.startswith("access-control-")] == []
+            # A cache may not give it to the page that may.
+            assert response.headers["vary"] == "origin"
+    assert "vary" not in preflight(Callers(keys=True), APP).headers
+
+
+def test_any_origin_may_read_where_keys_protect_and_never_with_cookies():
+    callers = Callers(keys=True, origins=("*",))
+    for response in (
+        preflight(callers, APP),
+        ask(Application(callers=callers).edge, "POST", "/read/a", headers={"origin": APP}),
+    ):
+        assert response.headers["access-control-allow-origin"] == "*"
+        assert "access-control-allow-credentials" not in response.headers
+
+
+def test_without_keys_an_allowed_origin_may_ask_and_other_names_may_not():
+    callers = Callers(origins=(APP,))
+    assert preflight(callers, APP).headers["access-control-allow-origin"] == APP
+    assert code(preflight(callers, "https://attacker.example")) == "cross_site"
+    response = preflight(callers, APP, host="attacker.example")
+    assert code(response) == "cross_site"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "allow"),
+    [
+        ("OPTIONS", "/read/a", 204, "OPTIONS, POST"),
+        ("OPTIONS", "/page", 204, "GET, HEAD, OPTIONS"),
+        ("HEAD", "/page", 200, None),
+        ("HEAD", "/read/a", 405, "OPTIONS, POST"),
+        ("DELETE", "/page", 405, "GET, HEAD, OPTIONS"),
+        ("OPTIONS", "/nowhere", 404, None),
+    ],
+)
+def test_options_tell_what_a_path_takes(method, path, status, allow):
+    response = ask(Application().edge, method, path)
+    assert (response.status_code, response.headers.get("allow")) == (status, allow)
 
 
 def test_a_failure_tells_the_client_its_id_and_the_log_where_it_was():
@@ -280,7 +391,7 @@ def test_websockets_are_refused_and_the_lifespan_is_handed_on():
         async def send(message):
             sent.append(message)
 
-        edge = Edge(app, LIMITS, loopback_only=False)
+        edge = Edge(app, LIMITS, Callers())
         await edge({"type": "websocket"}, None, send)
         await edge({"type": "lifespan"}, None, send)
         return sent
@@ -312,13 +423,13 @@ def test_work_ends_at_its_deadline_and_when_the_client_goes():
 
     async def run() -> None:
         now = asyncio.get_running_loop().time()
-        assert await within(work(0), connected, now + 60) == "done"
+        assert await within(work(0), connected, now + 60, LATE) == "done"
         with pytest.raises(Problem, match="deadline"):
-            await within(work(50), connected, now + 0.01)
+            await within(work(50), connected, now + 0.01, LATE)
         with pytest.raises(Problem, match="client_gone"):
-            await within(work(51), gone, now + 60)
+            await within(work(51), gone, now + 60, LATE)
         with pytest.raises(TimeoutError, match="own"):
-            await within(fail(), connected, now + 60)
+            await within(fail(), connected, now + 60, LATE)
 
     asyncio.run(run())
     assert cancelled == [50, 51]
