@@ -1,6 +1,7 @@
 """What people and programs read of the service: ``/docs``, ``/openapi.json``, the page of each problem, and the page at ``/``.
 
-All of it is made once, at the start; nothing in it comes from a request, and no page loads anything from elsewhere.
+All of it is made once, at the start; nothing in it comes from a request, and no page loads anything from elsewhere. Addresses
+are relative, so that they hold below a prefix that a proxy puts before the service.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def document_routes(config: ServiceConfig) -> list[Route]:
         lstrip_blocks=True,
     )
     docs = environment.get_template("docs.html.j2").render(
-        document=document, problems=PROBLEM_TYPES.values(), type_of=type_of, pretty=_pretty
+        root="./", document=document, problems=PROBLEM_TYPES.values(), type_of=type_of, pretty=_pretty
     )
     style = files("rafce_ray.service").joinpath("templates", "docs.css").read_text("utf-8")
     problem = environment.get_template("problem.html.j2")
@@ -50,7 +51,10 @@ def document_routes(config: ServiceConfig) -> list[Route]:
         _fixed("/openapi.json", to_json(document), "application/json"),
         _fixed("/docs", docs.encode(), "text/html"),
         _fixed("/docs.css", style.encode(), "text/css"),
-        *(_fixed(kind.uri, problem.render(kind=kind).encode(), "text/html") for kind in PROBLEM_TYPES.values()),
+        *(
+            _fixed(kind.uri, problem.render(root="../", kind=kind).encode(), "text/html")
+            for kind in PROBLEM_TYPES.values()
+        ),
         *_page_routes(),
     ]
 

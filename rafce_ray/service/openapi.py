@@ -58,6 +58,8 @@ def openapi_document(config: ServiceConfig) -> Document:
             "description": PERCEIVED,
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
         },
+        # Relative to the document's own address, which a proxy may have put below a prefix.
+        "servers": [{"url": "."}],
         "paths": _paths(config),
         "components": {"schemas": definitions["$defs"]},
     }

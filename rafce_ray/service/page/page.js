@@ -1,4 +1,8 @@
-/** The page at `/`: a photograph in, what the service says of its faces out. Nothing is stored, here or there. */
+/**
+ * The page at `/`: a photograph in, what the service says of its faces out. Nothing is stored, here or there.
+ *
+ * All addresses are relative to the page's, which a proxy may have put below a prefix.
+ */
 
 import { faceAnswer, faceChoice, faceSummary } from "./answer.js";
 import { closeCamera, openCamera, takeStill } from "./camera.js";
@@ -92,7 +96,7 @@ async function predict(signal) {
   const headers = { "Content-Type": FORMATS.includes(picture.type) ? picture.type : "application/octet-stream" };
   if (part("key").value) headers.Authorization = `Bearer ${part("key").value}`;
   const query = new URLSearchParams({ faces, return_distribution: true });
-  const response = await fetch(`/v1/predict?${query}`, { method: "POST", headers, body: picture, signal });
+  const response = await fetch(`v1/predict?${query}`, { method: "POST", headers, body: picture, signal });
   const isJson = response.headers.get("Content-Type")?.includes("json");
   if (response.ok && isJson) return { answer: await response.json() };
   const unknown = { title: `Status ${response.status}`, detail: "The answer is none of this service's.", hint: UNREACHABLE.hint };
@@ -173,7 +177,7 @@ function showProblem(problem, retryAfter = null) {
     ...remedies(problem),
   ];
   if (problem.type) {
-    const about = element("a", { href: problem.type }, "About this problem");
+    const about = element("a", { href: `.${problem.type}` }, "About this problem");
     const request = problem.request_id ? [" · request ", element("code", {}, problem.request_id)] : [];
     parts.push(element("p", { class: "small muted" }, about, ...request));
   }
@@ -199,7 +203,7 @@ function remedies(problem) {
 
 async function loadModel() {
   try {
-    const response = await fetch("/v1/model");
+    const response = await fetch("v1/model");
     if (!response.ok) throw new Error(`status ${response.status}`);
     info = await response.json();
     part("model").replaceChildren(modelCard(info));
