@@ -1,30 +1,127 @@
 """Bytes to RGB pixels: the only image decoder of the project, safe for bytes from strangers.
 
 Checks run from cheap to costly: length, magic bytes against an allow-list, header, dimensions, and only then pixels.
-Policies: JPEG, PNG and WebP only; of an animation the first frame (of an APNG its static image); EXIF orientation 1-8
-is applied, and one that cannot be read counts as upright; transparency is composited on white; 16-bit grey is scaled
-to 8 bit; CMYK is inverted where Adobe's marker says so. A file cut short is refused, never filled up.
+Policies: strangers may send JPEG, PNG and WebP; files may also be BMP, TIFF and GIF. Of an animation the first frame is
+read (of an APNG its static image), of a TIFF of several pages the first one. EXIF orientation 1-8 is applied, and one
+that cannot be read counts as upright; no other metadata is read, so none can cost the picture. Transparency is
+composited on white; grey of 12 or 16 bits is scaled to 8 bit; CMYK is inverted where Adobe's marker says so. A file cut
+short is refused, never filled up.
 """
 
 from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable
+import shlex
+import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import PurePath
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageChops
+from PIL.BmpImagePlugin import BmpImageFile
+from PIL.GifImagePlugin import GifImageFile
 from PIL.ImageFile import ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import (
+    BITSPERSAMPLE,
+    PHOTOMETRIC_INTERPRETATION,
+    PLANAR_CONFIGURATION,
+    TILELENGTH,
+    TILEWIDTH,
+    TiffImageFile,
+)
+from PIL.TiffTags import TAGS_V2_GROUPS
 from PIL.WebPImagePlugin import WebPImageFile
 
 from rafce_ray.errors import RafceError
 
-DECODER_VERSION = 1
+DECODER_VERSION = 2
 """Changes whenever the same bytes may give other pixels: decoded stores are keyed by it."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format of pictures or videos: its name, the endings of its files, and how a file of it becomes one that is read.
+
+    ``convert`` is empty where the format is read; else a shell command, in which SOURCE stands for the file and TARGET for
+    the new one, whose name ends in ``suffix``. ``tool`` is the package that the command comes from.
+    """
+
+    name: str
+    endings: tuple[str, ...]
+    convert: str = ""
+    tool: str = ""
+    suffix: str = ".png"
+
+    @property
+    def is_video(self) -> bool:
+        """Whether it is a video's format, and no picture's."""
+        return self.name.endswith(" video")
+
+    def remedy(self, name: str) -> str:
+        """What to do with the file ``name``, with a command that can be pasted."""
+        source = f"./{name}" if name.startswith("-") else name
+        target = str(PurePath(source).with_suffix("")) + self.suffix
+        command = self.convert.replace("SOURCE", shlex.quote(source)).replace("TARGET", shlex.quote(target))
+        return f"Convert it with {self.tool}: {command}"
+
+    def remedy_for_folder(self, folder: str, ending: str) -> str:
+        """:meth:`remedy` for all files of a folder with an ending, which is one of the format's in any case."""
+        command = self.convert.replace("SOURCE", '"$f"').replace("TARGET", '"${f%.*}"' + self.suffix)
+        files = f"{shlex.quote(folder)}/*{ending}"
+        return f"Convert them with {self.tool}: for f in {files}; do {command}; done"
+
+
+_PILLOW = (
+    "python -c 'import sys; from PIL import Image, ImageOps; "
+    "ImageOps.exif_transpose(Image.open(sys.argv[1])).save(sys.argv[2])' SOURCE TARGET"
+)
+_MAGICK = ("magick SOURCE TARGET", "ImageMagick")
+_FFMPEG = ("ffmpeg -i SOURCE -vf fps=1 TARGET", "FFmpeg, one picture a second", "_%05d.png")
+
+FORMATS = {
+    one.name: one
+    for one in (
+        Format("JPEG", (".jpg", ".jpeg", ".jpe", ".jfif")),
+        Format("PNG", (".png", ".apng")),
+        Format("WebP", (".webp",)),
+        Format("BMP", (".bmp", ".dib")),
+        Format("TIFF", (".tif", ".tiff")),
+        Format("GIF", (".gif",)),
+        Format("HEIC", (".heic", ".heif", ".hif"), "heif-convert SOURCE TARGET", "libheif-examples"),
+        Format("AVIF", (".avif",), _PILLOW, "Pillow"),
+        Format("JPEG 2000", (".jp2", ".j2k", ".jpx"), _PILLOW, "Pillow"),
+        Format("JPEG XL", (".jxl",), "djxl SOURCE TARGET", "libjxl-tools"),
+        Format("Photoshop", (".psd",), _PILLOW, "Pillow"),
+        Format(
+            "camera raw", (".dng", ".nef", ".cr2", ".cr3", ".arw", ".orf", ".rw2", ".raf", ".pef", ".srw"), *_MAGICK
+        ),
+        Format("MP4 video", (".mp4", ".m4v"), *_FFMPEG),
+        Format("QuickTime video", (".mov", ".qt"), *_FFMPEG),
+        Format("AVI video", (".avi",), *_FFMPEG),
+        Format("Matroska video", (".mkv", ".webm"), *_FFMPEG),
+    )
+}
+"""Formats that are recognized, by name. Every list of image files in the project comes from this table."""
+
+STRANGERS_FORMATS = ("JPEG", "PNG", "WebP")
+"""What the endpoint reads: fewer parsers for strangers to attack."""
+
+READ_FORMATS = tuple(one.name for one in FORMATS.values() if not one.convert)
+READ_ENDINGS = tuple(ending for name in READ_FORMATS for ending in FORMATS[name].endings)
+"""Endings of files that are read, in lower case."""
+
+UNREAD_PICTURE_ENDINGS = tuple(
+    ending for one in FORMATS.values() if one.convert and not one.is_video for ending in one.endings
+)
+"""Endings of pictures that are refused, each with a command that converts it."""
+
+HEAD_BYTES = 64
+"""Bytes of a file that :func:`format_of` looks at."""
 
 BACKGROUND = (255, 255, 255)
 """What shows through transparent pixels: white, as in most viewers."""
@@ -48,20 +145,33 @@ _JPEG_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd7\xff])", re.DOTALL)
 _START_OF_SCAN, _END_OF_IMAGE = b"\xda", b"\xd9"
 
 _METADATA_WITH_ORIENTATION = ("exif", "xmp", "Raw profile type exif", "XML:com.adobe.xmp")
+_PNG_KEYS_WITH_ORIENTATION = (b"exif", b"Raw profile type exif", b"XML:com.adobe.xmp")
+_MAX_PNG_TEXT = 1024 * 1024
+"""Bytes that a text of a PNG may have, expanded; Pillow raises an error above."""
+
+_BMP_HEADER_BYTES = (12, 40, 52, 56, 64, 108, 124)
+_TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_SUBFILE_TYPE, _DNG_VERSION = 254, 50706
+_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a stranger's image may be at most; sides and pixels are those of its header, before anything is decoded."""
+    """What an image may be at most, and in which formats; sides and pixels are those of its header, before anything is decoded."""
 
     max_bytes: int = 32 * 1024 * 1024
     min_side_px: int = 16
     max_side_px: int = 8192
     max_pixels: int = 25_000_000
     max_jpeg_scans: int = 64
+    formats: tuple[str, ...] = STRANGERS_FORMATS
 
 
 DEFAULT_LIMITS = Limits()
+"""For strangers' bytes."""
+
+FILE_LIMITS = Limits(formats=READ_FORMATS)
+"""For a user's own files."""
 
 
 @dataclass(frozen=True)
@@ -99,19 +209,65 @@ class DecodeError(RafceError):
         return DecodeError, (self.code, self.message, self.remedy)
 
 
-def decode_image(content: bytes, *, limits: Limits = DEFAULT_LIMITS) -> NDArray[np.uint8]:
-    """The upright picture in full resolution.
+def format_of(head: bytes) -> Format | None:
+    """The format that the first ``HEAD_BYTES`` bytes of a file announce; None where it is none of ``FORMATS``."""
+    name = _name_of_format(head)
+    return None if name is None else FORMATS[name]
+
+
+def format_of_ending(ending: str) -> Format | None:
+    """The format whose files have this ending, such as ``.jpg``, in any case; None where it is none of ``FORMATS``."""
+    return next((form for form in FORMATS.values() if ending.lower() in form.endings), None)
+
+
+def _name_of_format(head: bytes) -> str | None:
+    if head[:3] == b"\xff\xd8\xff":
+        return "JPEG"
+    if head[:8] == b"\x89PNG\r\n\x1a\n":
+        return "PNG"
+    if head[:4] == b"RIFF":
+        return {b"WEBP": "WebP", b"AVI ": "AVI video"}.get(head[8:12])
+    if head[:2] == b"BM" and int.from_bytes(head[14:18], "little") in _BMP_HEADER_BYTES:
+        return "BMP"
+    if head[:4] in _TIFF_STARTS:
+        return "camera raw" if head[8:10] == b"CR" else "TIFF"
+    if head[:6] in (b"GIF87a", b"GIF89a"):
+        return "GIF"
+    if head[4:8] == b"ftyp":
+        return _name_of_iso_media(head[8:12], head[16:HEAD_BYTES])
+    starts = {
+        b"\0\0\0\x0cjP  ": "JPEG 2000",
+        b"\xff\x4f\xff\x51": "JPEG 2000",
+        b"\0\0\0\x0cJXL ": "JPEG XL",
+        b"\xff\x0a": "JPEG XL",
+        b"8BPS": "Photoshop",
+        b"\x1aE\xdf\xa3": "Matroska video",
+        b"FUJIFILMCCD-RAW": "camera raw",
+    }
+    return next((name for start, name in starts.items() if head.startswith(start)), None)
+
+
+def _name_of_iso_media(brand: bytes, compatible: bytes) -> str:
+    if brand in (b"avif", b"avis") or (brand in _HEIF_BRANDS and b"avif" in compatible):
+        return "AVIF"
+    if brand in _HEIF_BRANDS:
+        return "HEIC"
+    return {b"qt  ": "QuickTime video", b"crx ": "camera raw"}.get(brand, "MP4 video")
+
+
+def decode_image(content: bytes, *, limits: Limits = DEFAULT_LIMITS, name: str = "FILE") -> NDArray[np.uint8]:
+    """The upright picture in full resolution; ``name`` is what a command in a remedy calls the file.
 
     Returns:
         (H, W, 3) uint8, RGB, 0-255.
 
     Raises:
-        DecodeError: the bytes are too many, no JPEG, PNG or WebP, out of bounds in size, damaged or cut short.
+        DecodeError: the bytes are too many, of none of ``limits.formats``, out of bounds in size, damaged or cut short.
     """
-    return np.array(_open_upright(content, limits, draft_px=None).image)
+    return np.array(_open_upright(content, limits, None, name).image)
 
 
-def decode_face(content: bytes, px: int, *, limits: Limits = DEFAULT_LIMITS) -> NDArray[np.uint8]:
+def decode_face(content: bytes, px: int, *, limits: Limits = DEFAULT_LIMITS, name: str = "FILE") -> NDArray[np.uint8]:
     """An aligned face as the store keeps it: the largest centred square, resized with an antialiasing triangle filter.
 
     A square image loses nothing; of any other the ends of its longer side are cut, since squeezing would change the
@@ -123,13 +279,13 @@ def decode_face(content: bytes, px: int, *, limits: Limits = DEFAULT_LIMITS) -> 
     Raises:
         DecodeError: as :func:`decode_image`.
     """
-    return decode_sized_face(content, px, limits=limits).pixels
+    return decode_sized_face(content, px, limits=limits, name=name).pixels
 
 
-def decode_sized_face(content: bytes, px: int, *, limits: Limits = DEFAULT_LIMITS) -> SizedFace:
+def decode_sized_face(content: bytes, px: int, *, limits: Limits = DEFAULT_LIMITS, name: str = "FILE") -> SizedFace:
     """:func:`decode_face`, with the size that the upright picture had."""
     # A JPEG decoder can shrink by 2, 4 or 8 as it decodes; twice the wanted side leaves the filter enough to average.
-    picture = _open_upright(content, limits, draft_px=2 * px)
+    picture = _open_upright(content, limits, 2 * px, name)
     width, height = picture.image.size
     image, side = picture.image, min(width, height)
     if (width, height) != (px, px):
@@ -141,43 +297,60 @@ def decode_sized_face(content: bytes, px: int, *, limits: Limits = DEFAULT_LIMIT
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any mode that Pillow can hold as 8-bit RGB, by the policies of this module.
 
-    Grey of more than 8 bits: 0..65535 becomes 0..255; ``I`` and ``F`` images, which do not say their range, are
-    stretched from their own minimum to their maximum.
+    Grey of 16 bits: 0..65535 becomes 0..255, and of a TIFF of 12 bits 0..4095; ``I`` and ``F`` images, which do not say
+    their range, are stretched from their own minimum to their maximum.
     """
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
-    if image.mode.startswith("I;16"):
-        return _grey16_to_rgb(image)
-    if image.mode in ("I", "F"):
-        return _stretch_to_rgb(image)
+    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+        rgb = _grey16_to_rgb(image) if image.mode.startswith("I;16") else _stretch_to_rgb(image)
+        # Pillow turns a TIFF whose zero is white for 8 bits, but not for more.
+        return ImageChops.invert(rgb) if _tiff_tag(image, PHOTOMETRIC_INTERPRETATION) == 0 else rgb
     if image.mode == "CMYK":
         # Pillow inverts every CMYK JPEG, as Adobe's need it; without Adobe's marker the values are meant as they are.
         if isinstance(image, JpegImageFile) and "adobe" not in image.info:
             image = ImageChops.invert(image)
         return image.convert("RGB")
+    if image.mode == "La":
+        image = image.convert("LA")
     if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
         rgba = image.convert("RGBA")
+        alpha = rgba.getchannel("A")
+        if isinstance(image, BmpImageFile) and alpha.getextrema() == (0, 0):
+            # Many programs leave the fourth byte of a BMP's pixel 0 and mean an opaque picture.
+            return image.convert("RGB")
         opaque = Image.new("RGB", image.size, BACKGROUND)
-        opaque.paste(rgba, mask=rgba.getchannel("A"))
+        opaque.paste(rgba, mask=alpha)
         return opaque
     return image.convert("RGB")
 
 
-def _open_upright(content: bytes, limits: Limits, draft_px: int | None) -> _Upright:
-    plugin = _plugin_for(content, limits)
+def _tiff_tag(image: Image.Image, tag: int) -> object:
+    return image.tag_v2.get(tag) if isinstance(image, TiffImageFile) else None
+
+
+def _open_upright(content: bytes, limits: Limits, draft_px: int | None, name: str) -> _Upright:
+    form = _checked_format(content, limits, name)
+    again = f"Save the picture again as {_either(limits.formats)}."
+    if form == "TIFF":
+        again = "Save the picture again with 8 or 16 bits a colour, uncompressed or with LZW."
     try:
         # The plugin that the magic bytes name is called directly: no other parser ever sees a stranger's bytes, and
         # Pillow's process-wide decompression-bomb warning is not needed: the header is checked here, below its bound.
-        image = plugin(io.BytesIO(content))
+        image = _PLUGINS[form](io.BytesIO(_READERS[form](content) if form in _READERS else content))
     except Exception as error:
-        raise DecodeError(
-            "bad_header",
-            f"the header cannot be read ({_reason(error)}).",
-            "Save the picture again as JPEG, PNG or WebP.",
-        ) from error
+        raise DecodeError("bad_header", f"the header cannot be read ({_reason(error)}).", again) from error
     width, height = image.size
     _check_dimensions((width, height), limits)
+    if isinstance(image, TiffImageFile):
+        _check_tiff(image, limits, name)
     try:
+        if isinstance(image, TiffImageFile):
+            # Pillow turns a TIFF as it loads it, and reads all that the EXIF points to on the way. Without those
+            # pointers a damaged one cannot cost the picture.
+            exif = image.getexif()
+            for tag in TAGS_V2_GROUPS:
+                exif.pop(tag, None)
         if draft_px is not None:
             image.draft(None, (draft_px, draft_px))
         image.load()
@@ -196,34 +369,157 @@ def _open_upright(content: bytes, limits: Limits, draft_px: int | None) -> _Upri
     return _Upright(rgb, width, height)
 
 
-def _plugin_for(content: bytes, limits: Limits) -> Callable[[io.BytesIO], ImageFile]:
-    """The one parser that the magic bytes call for, after the checks that need no parser."""
+def _checked_format(content: bytes, limits: Limits, name: str) -> str:
+    """The format that the magic bytes call for, after the checks that need no parser."""
     if not content:
-        raise DecodeError("empty", "the file is empty.", "Send a JPEG, PNG or WebP picture.")
+        raise DecodeError("empty", "the file is empty.", f"Send a {_either(limits.formats)} picture.")
     if len(content) > limits.max_bytes:
         raise DecodeError(
             "too_many_bytes",
             f"the file has {len(content):,} bytes; at most {limits.max_bytes:,} are read.",
             "Make the picture smaller or compress it more.",
         )
-    if content[:3] == b"\xff\xd8\xff":
-        # Each scan of a progressive JPEG goes over the whole picture: thousands of empty ones would take minutes.
-        if _num_scans(content, limits.max_jpeg_scans + 1) > limits.max_jpeg_scans:
-            raise DecodeError(
-                "too_many_scans",
-                f"the JPEG has more than {limits.max_jpeg_scans} scans.",
-                "Save the picture again as an ordinary JPEG.",
-            )
-        return JpegImageFile
-    if content[:8] == b"\x89PNG\r\n\x1a\n":
-        return PngImageFile
-    if content[:4] == b"RIFF" and content[8:12] == b"WEBP":
-        return WebPImageFile
-    raise DecodeError(
-        "unsupported_format",
-        f"the file starts with the bytes {content[:8].hex(' ')}, which is no JPEG, PNG or WebP.",
-        "Save the picture as JPEG, PNG or WebP.",
-    )
+    form = format_of(content[:HEAD_BYTES])
+    if form is None:
+        raise DecodeError(
+            "unsupported_format",
+            f"the file starts with the bytes {content[:8].hex(' ')}, which is no {_either(limits.formats)}.",
+            f"Save the picture as {_either(limits.formats)}.",
+        )
+    if form.name not in limits.formats:
+        raise DecodeError(
+            "unsupported_format",
+            f"{form.name} is not read.",
+            form.remedy(name) if limits.formats == READ_FORMATS else f"Save the picture as {_either(limits.formats)}.",
+        )
+    # Each scan of a progressive JPEG goes over the whole picture: thousands of empty ones would take minutes.
+    if form.name == "JPEG" and _num_scans(content, limits.max_jpeg_scans + 1) > limits.max_jpeg_scans:
+        raise DecodeError(
+            "too_many_scans",
+            f"the JPEG has more than {limits.max_jpeg_scans} scans.",
+            "Save the picture again as an ordinary JPEG.",
+        )
+    return form.name
+
+
+def _check_tiff(image: TiffImageFile, limits: Limits, name: str) -> None:
+    """What a TIFF may hold beside its dimensions: its first page is the picture, and its tiles are no bombs."""
+    if image.tag_v2.get(_SUBFILE_TYPE, 0) & 1 or _DNG_VERSION in image.tag_v2:
+        raise DecodeError(
+            "unsupported_format",
+            "the first page of the TIFF is a preview only, as in camera raw files, which are not read.",
+            FORMATS["camera raw"].remedy(name),
+        )
+    tile = image.tag_v2.get(TILEWIDTH, 0), image.tag_v2.get(TILELENGTH, 0)
+    if tile[0] * tile[1] > limits.max_pixels:
+        raise DecodeError(
+            "too_large",
+            f"the TIFF has tiles of {tile[0]:,} x {tile[1]:,} px; at most {limits.max_pixels / 1e6:g} megapixels are decoded.",
+            "Save the picture without tiles.",
+        )
+    bits = image.tag_v2.get(BITSPERSAMPLE, (1,))
+    if image.tag_v2.get(PLANAR_CONFIGURATION, 1) == 2 and len(bits) > 1 and max(bits) > 8:
+        raise DecodeError(
+            "unsupported_format",
+            f"the TIFF has {max(bits)} bits a colour in separate planes, which are not read.",
+            "Save the picture with interleaved colours (planar configuration 1), or with 8 bits.",
+        )
+
+
+def _pixels_of_jpeg(content: bytes) -> bytes:
+    """A JPEG without comments, profiles and other metadata but what may tell colours or the orientation.
+
+    Pillow gives up a picture for some that are cut short.
+    """
+    kept, place = [content[:2]], 2
+    while content[place : place + 1] == b"\xff":
+        kind = content[place + 1 : place + 2]
+        if kind == b"\xff":
+            place += 1
+            continue
+        length = int.from_bytes(content[place + 2 : place + 4])
+        if not _JPEG_MARKER.match(content, place) or kind in (_START_OF_SCAN, _END_OF_IMAGE) or length < 2:
+            break
+        if not _is_metadata_of_jpeg(kind, content[place + 4 : place + 2 + length]):
+            kept.append(content[place : place + 2 + length])
+        place += 2 + length
+    return b"".join((*kept, content[place:]))
+
+
+def _is_metadata_of_jpeg(kind: bytes, data: bytes) -> bool:
+    if kind == b"\xe0":
+        return not data.startswith(b"JFIF\0") or len(data) < 14
+    if kind == b"\xe1":
+        return not data.startswith((b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"))
+    if kind == b"\xee":
+        return not data.startswith(b"Adobe") or len(data) < 12
+    return b"\xe0" <= kind <= b"\xef" or kind == b"\xfe"
+
+
+def _pixels_of_png(content: bytes) -> bytes:
+    """A PNG with nothing but pixels, their transparency and what may tell the orientation.
+
+    Pillow reads every text and profile, and gives up a picture for one that is damaged or expands to much.
+    """
+    kept, told = [content[:8]], set()
+    for start, stop, kind in _png_chunks(content):
+        is_needed = not kind[0] & 0x20 or kind == b"tRNS"
+        if not is_needed and (key := _orientation_key(content[start:stop], kind)) not in told:
+            told.add(key)
+            is_needed = key is not None
+        if is_needed:
+            kept.append(content[start:stop])
+    return b"".join(kept)
+
+
+def _png_chunks(content: bytes) -> Iterator[tuple[int, int, bytes]]:
+    """Start, end and type of every chunk up to the last; what is no whole chunk counts as pixels, up to the end."""
+    start = 8
+    while start < len(content):
+        kind = content[start + 4 : start + 8]
+        stop = start + 12 + int.from_bytes(content[start : start + 4])
+        if stop > len(content) or not kind.isalpha():
+            yield start, len(content), b"IDAT"
+            return
+        yield start, stop, kind
+        if kind == b"IEND":
+            return
+        start = stop
+
+
+def _orientation_key(chunk: bytes, kind: bytes) -> bytes | None:
+    """The name of the metadata in a PNG's chunk, if an orientation may be in it and Pillow can read it."""
+    if kind not in (b"eXIf", b"tEXt", b"zTXt", b"iTXt") or zlib.crc32(chunk[4:-4]) != int.from_bytes(chunk[-4:]):
+        return None
+    key, _, text = chunk[8:-4].partition(b"\0")
+    if kind == b"eXIf":
+        return kind
+    if key not in _PNG_KEYS_WITH_ORIENTATION or len(text) > _MAX_PNG_TEXT:
+        return None
+    if kind == b"tEXt" or (kind == b"iTXt" and text[:1] == b"\0"):
+        return key
+    if kind == b"iTXt":
+        # A flag and the method, then language and translated key, each with a zero behind it.
+        text = text[1:2] + text[2:].split(b"\0", 2)[-1]
+    expander = zlib.decompressobj()
+    try:
+        expander.decompress(text[1:], _MAX_PNG_TEXT)
+    except zlib.error:
+        return None
+    return key if text[:1] == b"\0" and not expander.unconsumed_tail else None
+
+
+_READERS: dict[str, Callable[[bytes], bytes]] = {"JPEG": _pixels_of_jpeg, "PNG": _pixels_of_png}
+"""What a parser is given of a file, where that is not the whole file."""
+
+_PLUGINS: dict[str, Callable[[io.BytesIO], ImageFile]] = {
+    "JPEG": JpegImageFile,
+    "PNG": PngImageFile,
+    "WebP": WebPImageFile,
+    "BMP": BmpImageFile,
+    "TIFF": TiffImageFile,
+    "GIF": GifImageFile,
+}
 
 
 def _num_scans(content: bytes, enough: int) -> int:
@@ -259,8 +555,8 @@ def _check_dimensions(size: tuple[int, int], limits: Limits) -> None:
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF orientation 1-8; 1 where there is none or it cannot be read."""
-    if not any(key in image.info for key in _METADATA_WITH_ORIENTATION):
+    """EXIF orientation 1-8 that is still to be applied; 1 where there is none or it cannot be read."""
+    if isinstance(image, TiffImageFile) or not any(key in image.info for key in _METADATA_WITH_ORIENTATION):
         return 1
     try:
         return int(image.getexif().get(_ORIENTATION_TAG, 1))
@@ -270,7 +566,8 @@ def _orientation(image: Image.Image) -> int:
 
 def _grey16_to_rgb(image: Image.Image) -> Image.Image:
     values = np.asarray(image).astype(np.uint32)
-    grey = ((values * 255 + 32767) // 65535).astype(np.uint8)
+    top = 4095 if _tiff_tag(image, BITSPERSAMPLE) == (12,) else 65535
+    grey = ((values * 255 + top // 2) // top).astype(np.uint8)
     rgb = np.repeat(grey[..., None], 3, axis=2)
     key = image.info.get("transparency")
     if isinstance(key, int):
@@ -285,6 +582,11 @@ def _stretch_to_rgb(image: Image.Image) -> Image.Image:
     low, high = float(values.min()), float(values.max())
     unit = (values - low) / (high - low) if high > low else np.zeros_like(values)
     return Image.fromarray(np.rint(unit * 255).astype(np.uint8)).convert("RGB")
+
+
+def _either(names: tuple[str, ...]) -> str:
+    """``JPEG, PNG or WebP``."""
+    return " or ".join((", ".join(names[:-1]), names[-1]))
 
 
 def _reason(error: Exception) -> str:

@@ -4,13 +4,27 @@ import contextlib
 import io
 import pickle
 import struct
+import subprocess
+import sys
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 
-from rafce_ray.decode import DecodeError, Limits, decode_face, decode_image, decode_sized_face, to_rgb
+from rafce_ray.decode import (
+    FILE_LIMITS,
+    FORMATS,
+    READ_FORMATS,
+    DecodeError,
+    Limits,
+    decode_face,
+    decode_image,
+    decode_sized_face,
+    format_of,
+    to_rgb,
+)
 
 RAMP = np.linspace(0, 255, 48).astype(np.uint8)
 COLOURS = np.stack([np.tile(RAMP, (32, 1)), np.tile(RAMP[::-1], (32, 1)), np.tile(RAMP[:32, None], (1, 48))], axis=2)
@@ -136,6 +150,234 @@ def test_wide_grey_is_stretched_not_saturated(values, dtype):
     np.testing.assert_array_equal(found, three(np.tile(expected, (32, 1))))
 
 
+WIDE = GREY.astype(np.uint16) * 257
+
+
+def tiff_with(content: bytes, tag: int, value: int) -> bytes:
+    """A little-endian TIFF with the number of one tag changed in place."""
+    first = int.from_bytes(content[4:8], "little") + 2
+    at = next(at for at in range(first, len(content), 12) if content[at : at + 2] == struct.pack("<H", tag))
+    return content[: at + 8] + struct.pack("<I", value) + content[at + 12 :]
+
+
+def tiff_of_12_bits() -> bytes:
+    """(32, 48) with 0 and 4095 in turn: Pillow writes none, so the pixels of an 8-bit one are packed by hand."""
+    content = encode(np.zeros((32, 72), np.uint8), "TIFF")
+    strip = bytes((0x00, 0x0F, 0xFF)) * (32 * 24)
+    content = content[: -len(strip)] + strip
+    for tag, value in ((256, 48), (258, 12)):
+        content = tiff_with(content, tag, value)
+    return content
+
+
+def bmp_of_32_bits(alpha: int) -> bytes:
+    """COLOURS with masks for four channels, as Windows' version 4 header has them."""
+    pixels = np.dstack([COLOURS[::-1, :, ::-1], np.full_like(GREY, alpha)]).tobytes()
+    masks = struct.pack("<IIII", 0xFF0000, 0xFF00, 0xFF, 0xFF000000)
+    header = struct.pack("<IiiHHIIiiII", 108, 48, 32, 1, 32, 3, len(pixels), 0, 0, 0, 0) + masks + bytes(52)
+    return b"BM" + struct.pack("<IHHI", 14 + 108 + len(pixels), 0, 0, 14 + 108) + header + pixels
+
+
+@pytest.mark.parametrize(
+    ("content", "expected", "tolerance"),
+    [
+        (encode(COLOURS, "BMP"), COLOURS, 0),
+        (encode(GREY, "BMP"), three(GREY), 0),
+        (encode(PALETTE, "BMP"), np.asarray(PALETTE.convert("RGB")), 0),
+        (bmp_of_32_bits(255), COLOURS, 0),
+        (bmp_of_32_bits(0), COLOURS, 0),
+        (bmp_of_32_bits(51), over_white(COLOURS, np.full_like(GREY, 51)), 1),
+        (encode(PALETTE, "GIF"), np.asarray(PALETTE.convert("RGB")), 0),
+        *(
+            (encode(COLOURS, "TIFF", compression=packed), COLOURS, 0)
+            for packed in (None, "tiff_lzw", "tiff_adobe_deflate", "packbits")
+        ),
+        (encode(COLOURS, "TIFF", compression="jpeg", quality=98), COLOURS, 12),
+        (encode(GREY, "TIFF"), three(GREY), 0),
+        (encode(PALETTE, "TIFF", compression="tiff_lzw"), np.asarray(PALETTE.convert("RGB")), 0),
+        (encode(rgba(GREY), "TIFF"), over_white(COLOURS, GREY), 1),
+        (encode(Image.fromarray(COLOURS).convert("CMYK"), "TIFF"), COLOURS, 1),
+        (encode(Image.fromarray(GREY > 127), "TIFF", compression="group4"), three((GREY > 127) * 255), 0),
+        *((encode(WIDE, "TIFF", compression=packed), three(GREY), 0) for packed in (None, "tiff_lzw")),
+        *(
+            (tiff_with(encode(WIDE, "TIFF", compression=packed), 262, 0), three(255 - GREY), 0)
+            for packed in (None, "tiff_lzw")
+        ),
+        (tiff_with(encode(GREY, "TIFF"), 262, 0), three(255 - GREY), 0),
+        (tiff_of_12_bits(), three(np.tile(np.array([0, 255]), (32, 24))), 0),
+        (encode(GREY.astype(np.float32) / 255, "TIFF"), three(GREY), 0),
+    ],
+)
+def test_formats_of_files_alone(content, expected, tolerance):
+    found = decode_image(content, limits=FILE_LIMITS)
+    assert found.shape == COLOURS.shape
+    assert np.abs(found.astype(float) - expected).max() <= tolerance
+    assert code_of(content) == "unsupported_format"
+
+
+def rgb48_tiff(planar: int = 1, *more: tuple[int, int, int, int]) -> bytes:
+    """RGB of 16 bits, which Pillow reads and does not write."""
+    tags = [(256, 4, 1, 48), (257, 4, 1, 32), (258, 3, 3, 8), (259, 3, 1, 1), (262, 3, 1, 2), (277, 3, 1, 3)]
+    tags += [(273, 4, 1, 14), (278, 4, 1, 32), (279, 4, 1, 32 * 48 * 6), (284, 3, 1, planar), *more]
+    strip = (COLOURS.astype("<u2") * 257).tobytes()
+    body = struct.pack("<HHH", 16, 16, 16) + strip
+    entries = b"".join(struct.pack("<HHII", *entry) for entry in sorted(tags))
+    return b"II*\0" + struct.pack("<I", 8 + len(body)) + body + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+def test_a_tiff_of_48_bits_is_read_unless_its_colours_lie_apart():
+    assert np.abs(decode_image(rgb48_tiff(1), limits=FILE_LIMITS).astype(int) - COLOURS).max() <= 1
+    # Pillow would read the bytes of its planes as pixels.
+    with pytest.raises(DecodeError, match=r"16 bits a colour in separate planes, .* interleaved"):
+        decode_image(rgb48_tiff(2), limits=FILE_LIMITS)
+
+
+def test_a_kind_of_tiff_that_is_not_read_says_which_kinds_are():
+    with pytest.raises(DecodeError, match=r"unknown pixel mode.* with 8 or 16 bits a colour, uncompressed or with LZW"):
+        decode_image(tiff_with(rgb48_tiff(), 277, 2), limits=FILE_LIMITS)
+
+
+def test_the_first_page_of_a_tiff_is_read_unless_it_is_a_preview():
+    pages = encode(COLOURS, "TIFF", save_all=True, append_images=[Image.fromarray(255 - COLOURS)])
+    np.testing.assert_array_equal(decode_image(pages, limits=FILE_LIMITS), COLOURS)
+    preview = encode(COLOURS, "TIFF", tiffinfo={254: 1})
+    with pytest.raises(DecodeError, match=r"a preview only, .*: magick 'my face.nef' 'my face.png'$"):
+        decode_image(preview, limits=FILE_LIMITS, name="my face.nef")
+
+
+@pytest.mark.parametrize(
+    ("content", "code"),
+    [
+        (tiff_with(rgb48_tiff(), 256, 100_000), "too_large"),
+        (rgb48_tiff(1, (322, 4, 1, 20_000), (323, 4, 1, 20_000)), "too_large"),
+        (encode(COLOURS[:15], "BMP"), "too_small"),
+        (encode(COLOURS, "BMP")[:18] + struct.pack("<ii", 9000, 9000) + encode(COLOURS, "BMP")[26:], "too_large"),
+        (b"GIF89a" + struct.pack("<HH", 9000, 20) + encode(PALETTE, "GIF")[10:], "too_large"),
+        *((encode(COLOURS, form)[:-200], "undecodable") for form in ("BMP", "GIF")),
+        (encode(COLOURS, "TIFF", compression="tiff_lzw")[:600], "bad_header"),
+        (tiff_with(encode(COLOURS, "TIFF"), 259, 34712), "bad_header"),
+    ],
+)
+def test_bounds_hold_for_the_formats_of_files(content, code):
+    assert code_of(content, limits=FILE_LIMITS) == code
+
+
+@pytest.mark.parametrize(
+    ("head", "name"),
+    [
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC"),
+        (b"\0\0\0\x1cftypmif1\0\0\0\0mif1avifmiaf", "AVIF"),
+        (b"\0\0\0\x18ftypmp42" + bytes(9), "MP4 video"),
+        (b"\0\0\0\x14ftypqt  ", "QuickTime video"),
+        (b"\0\0\0\x18ftypcrx ", "camera raw"),
+        (b"II*\0\x10\0\0\0CR\2\0", "camera raw"),
+        (b"RIFF\0\0\0\0AVI LIST", "AVI video"),
+        (encode(COLOURS, "JPEG2000"), "JPEG 2000"),
+        (b"BMW is no picture", None),
+        (b"RIFF\0\0\0\0WAVE", None),
+        (b"", None),
+    ],
+)
+def test_a_format_is_told_by_content(head, name):
+    form = format_of(head)
+    assert (form and form.name) == name
+    if form is not None:
+        with pytest.raises(DecodeError, match=f"^{name} is not read. Convert it with ") as caught:
+            decode_image(head, limits=FILE_LIMITS, name="a b.x")
+        assert caught.value.code == "unsupported_format"
+
+
+def test_every_format_is_read_or_converted():
+    assert READ_FORMATS == ("JPEG", "PNG", "WebP", "BMP", "TIFF", "GIF")
+    endings = [ending for form in FORMATS.values() for ending in form.endings]
+    assert len(set(endings)) == len(endings)
+    for form in FORMATS.values():
+        assert (form.name in READ_FORMATS) == (not form.convert)
+        assert not form.convert or ("SOURCE" in form.convert and "TARGET" in form.convert and form.tool)
+
+
+@pytest.mark.parametrize(("form", "name"), [("JPEG2000", "my face's.JP2"), ("AVIF", "-face.avif")])
+def test_the_command_of_a_remedy_converts(form, name, tmp_path):
+    if form == "AVIF" and not features.check("avif"):
+        pytest.skip("this Pillow has no AVIF")
+    for folder in ("one", "all"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / name).write_bytes(encode(COLOURS, form))
+    content = (tmp_path / "one" / name).read_bytes()
+    with pytest.raises(DecodeError) as caught:
+        decode_image(content, limits=FILE_LIMITS, name=name)
+    known = format_of(content[:64])
+    for folder, remedy in (
+        ("one", caught.value.remedy),
+        ("all", known.remedy_for_folder(str(tmp_path / "all"), Path(name).suffix)),
+    ):
+        command = remedy.partition(": ")[2].replace("python ", f"{sys.executable} ")
+        subprocess.run(command, shell=True, check=True, cwd=tmp_path / "one")
+        made = (tmp_path / folder / name).with_suffix(".png").read_bytes()
+        assert np.abs(decode_image(made).astype(int) - COLOURS).max() <= 12
+
+
+def png_with(*chunks: tuple[bytes, bytes], damaged: bool = False) -> bytes:
+    """COLOURS as a PNG with so many more chunks behind its header."""
+    content = encode(COLOURS)
+    packed = b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data) ^ damaged)
+        for kind, data in chunks
+    )
+    return content[:33] + packed + content[33:]
+
+
+LONG = zlib.compress(bytes(3_000_000))
+TURNED = b"\0\0\0\0\0" + b'<x tiff:Orientation="6"/>'
+
+
+@pytest.mark.parametrize(
+    ("content", "turn"),
+    [
+        (png_with((b"zTXt", b"note\0\0" + LONG)), 1),
+        (png_with((b"iCCP", b"profile\0\0" + LONG)), 1),
+        (png_with((b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + LONG)), 1),
+        (png_with((b"zTXt", b"Raw profile type exif\0\0" + LONG)), 1),
+        (png_with((b"zTXt", b"note\0\1what method")), 1),
+        (png_with(*[(b"zTXt", b"exif\0\0" + zlib.compress(bytes(900_000)))] * 90), 1),
+        (png_with((b"gAMA", b""), (b"cHRM", b"1"), (b"pHYs", b""), (b"sRGB", b""), (b"acTL", b"")), 1),
+        (png_with((b"tEXt", b"note\0text"), damaged=True), 1),
+        (png_with((b"eXIf", b"MM"), damaged=True), 1),
+        (png_with((b"iTXt", b"XML:com.adobe.xmp" + TURNED), (b"zTXt", b"a\0\0" + LONG)), 6),
+        (png_with((b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(TURNED[5:]))), 6),
+    ],
+)
+def test_metadata_of_a_png_cost_no_picture(content, turn):
+    np.testing.assert_array_equal(decode_image(content), UPRIGHT_OF[turn](COLOURS))
+
+
+def segment(kind: int, data: bytes) -> bytes:
+    return bytes((0xFF, kind)) + struct.pack(">H", len(data) + 2) + data
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+@pytest.mark.parametrize(
+    "segments",
+    [
+        segment(0xFE, bytes(65_000)) * 40,
+        segment(0xE2, b"ICC_PROFILE\0\1\x32" + bytes(65_000)) * 50,
+        segment(0xE2, b"ICC_PROFILE\0"),
+        segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0" + bytes(65_000)) * 40,
+        segment(0xE1, b"Exif\0\0II*\0" + b"\xff" * 65_000) * 40,
+        segment(0xE0, b"JFIF\0") + segment(0xEE, b"Adobe") + segment(0xED, b"Photoshop 3.0\0" + b"8BIM"),
+        b"\xff\xff\xff" + segment(0xFE, b"fill bytes before a marker"),
+    ],
+)
+def test_metadata_of_a_jpeg_cost_no_picture(segments):
+    content = encode(COLOURS, "JPEG", quality=98)
+    np.testing.assert_array_equal(decode_image(content[:2] + segments + content[2:]), decode_image(content))
+
+
+def test_a_damaged_pointer_to_exif_costs_no_tiff():
+    content = encode(COLOURS, "TIFF", tiffinfo={0x8769: 0xFFFFFF, 0x8825: 7, 274: 6})
+    np.testing.assert_array_equal(decode_image(content, limits=FILE_LIMITS), UPRIGHT_OF[6](COLOURS))
+
+
 UPRIGHT_OF = {
     1: lambda a: a,
     2: lambda a: a[:, ::-1],
@@ -149,17 +391,17 @@ UPRIGHT_OF = {
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("form", ["PNG", "WEBP", "JPEG"])
+@pytest.mark.parametrize("form", ["PNG", "WEBP", "JPEG", "TIFF"])
 def test_orientation(orientation, form):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    options = {"PNG": {}, "WEBP": {"lossless": True}, "JPEG": {"quality": 98, "subsampling": 0}}[form]
+    options = {"WEBP": {"lossless": True}, "JPEG": {"quality": 98, "subsampling": 0}}.get(form, {})
     content = encode(COLOURS, form, exif=exif.tobytes(), **options)
     expected = UPRIGHT_OF[orientation](COLOURS)
-    found = decode_image(content)
+    found = decode_image(content, limits=FILE_LIMITS)
     assert found.shape == expected.shape
     assert np.abs(found.astype(int) - expected).max() <= (4 if form == "JPEG" else 0)
-    face = decode_sized_face(content, 16)
+    face = decode_sized_face(content, 16, limits=FILE_LIMITS)
     assert (face.width, face.height) == (expected.shape[1], expected.shape[0])
 
 
@@ -251,19 +493,22 @@ def test_limits():
         encode(COLOURS, "JPEG", progressive=True),
         encode(COLOURS, "WEBP"),
         encode(np.random.default_rng(0).integers(0, 255, (32, 48, 3)).astype(np.uint8)),
+        encode(COLOURS, "GIF"),
+        encode(COLOURS, "BMP"),
+        encode(COLOURS, "TIFF", compression="tiff_lzw"),
     ],
-    ids=["jpeg", "progressive", "webp", "png"],
+    ids=["jpeg", "progressive", "webp", "png", "gif", "bmp", "tiff"],
 )
 def test_cut_short_or_damaged(content):
     for tenth in range(1, 10):
-        assert code_of(content[: len(content) * tenth // 10]) in ("bad_header", "undecodable")
+        assert code_of(content[: len(content) * tenth // 10], limits=FILE_LIMITS) in ("bad_header", "undecodable")
     generator = np.random.default_rng(1)
     for _ in range(200):
         damaged = bytearray(content)
         for at in generator.integers(0, len(content), 3):
             damaged[at] ^= 1 << generator.integers(0, 8)
         with contextlib.suppress(DecodeError):
-            assert decode_image(bytes(damaged)).dtype == np.uint8
+            assert decode_image(bytes(damaged), limits=FILE_LIMITS).dtype == np.uint8
 
 
 def test_errors_travel_between_processes():

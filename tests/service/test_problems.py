@@ -66,7 +66,7 @@ def test_an_image_keeps_the_decoders_words():
         decode.decode_image(b"GIF89a")
     problem = problem_of_image(caught.value)
     assert (problem.code, problem.status) == ("unsupported_format", 415)
-    assert problem.detail == "The file starts with the bytes 47 49 46 38 39 61, which is no JPEG, PNG or WebP."
+    assert problem.detail == "GIF is not read."
     assert problem.hint == "Save the picture as JPEG, PNG or WebP."
 
 
