@@ -7,12 +7,13 @@ import json
 import logging
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
@@ -35,15 +36,26 @@ _OF_A_PLACE = (
 )
 """What the system says of a place that a person named, or that lies below one, and that cannot be used as it is."""
 
+_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(name: str) -> str:
+    """A file's or folder's name for a message: one line, with ``\\x1b`` for what a terminal would take as a command."""
+    return _escaped(name).replace("\n", "\\n").replace("\t", "\\t")
+
+
+def _escaped(text: str) -> str:
+    return _UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)
+
 
 def say(text: str) -> None:
     """One line to the person at the terminal."""
-    console.print(text, markup=False)
+    console.print(_escaped(text), markup=False)
 
 
 def warn(text: str) -> None:
     """One line that the person should act on."""
-    console.print(Text.assemble(("warning: ", "bold yellow"), text))
+    console.print(Text.assemble(("warning: ", "bold yellow"), _escaped(text)))
 
 
 def run_main(main: Callable[[list[str]], int], argv: list[str] | None) -> int:
@@ -52,18 +64,11 @@ def run_main(main: Callable[[list[str]], int], argv: list[str] | None) -> int:
     try:
         return main(sys.argv[1:] if argv is None else argv)
     except RafceError as error:
-        console.print(Text.assemble(("error: ", "bold red"), str(error)))
+        console.print(Text.assemble(("error: ", "bold red"), _escaped(str(error))))
         return error.exit_code
     except OSError as error:
-        if error.errno not in _OF_A_PLACE:
-            raise
-        place = f"{error.filename}: " if error.filename is not None else ""
-        # Pyarrow's own words name the place.
-        reason = (error.strerror or str(error)).strip().splitlines()[0].rstrip(".")
-        console.print(
-            Text.assemble(("error: ", "bold red"), f"{place}{reason}. Give another place, or one that may be used.")
-        )
-        return UsageError.exit_code
+        console.print(Text.assemble(("error: ", "bold red"), _escaped(_of_the_system(error))))
+        return UsageError.exit_code if error.errno in _OF_A_PLACE else RafceError.exit_code
     except KeyboardInterrupt:
         say("stopped.")
         return 130
@@ -73,10 +78,32 @@ def run_main(main: Callable[[list[str]], int], argv: list[str] | None) -> int:
         return 1
 
 
+def _of_the_system(error: OSError) -> str:
+    """What the operating system refused, of which place, and what helps."""
+    place = f"{error.filename}: " if error.filename is not None else ""
+    # Pyarrow's own words name the place.
+    reason = (error.strerror or str(error)).strip().splitlines()[0].rstrip(".")
+    if error.errno in _OF_A_PLACE:
+        remedy = "Give another place, or one that may be used."
+    elif error.errno in (errno.ENOSPC, errno.EDQUOT):
+        remedy = "Free some space, then give the same command again."
+    else:
+        remedy = "Give the same command again once that is fixed."
+    return f"{place}{reason}. {remedy}"
+
+
 def print_json(record: dict[str, Any]) -> None:
     """One JSON object as one line on standard output; NaN and infinities become null."""
-    sys.stdout.write(to_json(record) + "\n")
+    write_json_line(sys.stdout, record)
     sys.stdout.flush()
+
+
+def write_json_line(stream: TextIO, record: Any) -> None:
+    """One JSON object as one line; its letters are escaped where the stream's encoding may lack them."""
+    text = to_json(record)
+    if not (stream.encoding or "utf-8").lower().startswith("utf"):
+        text = json.dumps(json.loads(text))
+    stream.write(text + "\n")
 
 
 def to_json(record: Any) -> str:
