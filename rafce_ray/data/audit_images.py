@@ -24,13 +24,14 @@ from rafce_ray.data.duplicates import (
 )
 from rafce_ray.data.records import SPLITS, Evidence, Finding, Labels, Level, Progress, Targets, evidence_of
 from rafce_ray.data.store_files import Undecodable, image_reader
-from rafce_ray.decode import DecodeError, decode_face
+from rafce_ray.decode import FILE_LIMITS, DecodeError, decode_face, format_of_ending
 from rafce_ray.object_store import StorageError
 
 BLANK_STD = 3.0
 """Standard deviation of grey values (0-255) below which an image shows nothing; faces have 20 and more."""
 
 _MAX_UNDECODABLE_SHARE = 0.05
+_MAX_COMMANDS = 5
 _CHUNK = 256
 _MAX_THREADS = 8
 _GREY = np.array([0.299, 0.587, 0.114], np.float32)
@@ -124,11 +125,11 @@ def _decode_all(
     labels: Labels, rows: npt.NDArray[np.int64]
 ) -> Iterator[tuple[int, list[str], list[npt.NDArray[np.uint8] | Undecodable]]]:
     """Chunk by chunk: its offset, its paths, and per path the small image or why there is none."""
-    read = image_reader(labels.image_root)
+    read, folder = image_reader(labels.image_root), labels.image_root.shown
 
     def decode(relative: str) -> npt.NDArray[np.uint8] | Undecodable:
         try:
-            return decode_face(read(relative), HASH_PX)
+            return decode_face(read(relative), HASH_PX, limits=FILE_LIMITS, name=f"{folder}/{relative}")
         except DecodeError as error:
             return Undecodable(relative, error.code, str(error))
         except StorageError:
@@ -152,6 +153,8 @@ def _undecodable_finding(labels: Labels, undecodable: list[tuple[int, Undecodabl
         return []
     share = len(undecodable) / labels.table.num_rows
     level: Level = "error" if share > _MAX_UNDECODABLE_SHARE else "warning"
+    if len(undecodable) == labels.table.num_rows - labels.table["image_path"].null_count:
+        level = "refusal"
     evidence = evidence_of(Evidence(f"{item.code}: {item.message}", item.path) for _, item in undecodable)
     message = f"{len(undecodable)} images cannot be decoded and are left out"
     return [
@@ -159,11 +162,28 @@ def _undecodable_finding(labels: Labels, undecodable: list[tuple[int, Undecodabl
             level,
             "undecodable_images",
             message,
-            "Copy the images anew, or delete their rows.",
+            _remedy(labels, undecodable),
             len(undecodable),
             evidence,
         )
     ]
+
+
+def _remedy(labels: Labels, undecodable: list[tuple[int, Undecodable]]) -> str:
+    """Commands for formats that are not read, folder by folder; else to get the images again."""
+    root = labels.image_root.shown
+    commands = []
+    for folder, ending in sorted(
+        {
+            (os.path.dirname(item.path), os.path.splitext(item.path)[1])
+            for _, item in undecodable
+            if item.code == "unsupported_format"
+        }
+    ):
+        form = format_of_ending(ending)
+        if form is not None and form.convert:
+            commands.append(form.remedy_for_folder(f"{root}/{folder}" if folder else root, ending))
+    return "\n".join(commands[:_MAX_COMMANDS]) or "Get the images again from their source, or delete their rows."
 
 
 def _exact_findings(images: _Images, groups: list[npt.NDArray[np.int64]]) -> list[Finding]:
@@ -212,7 +232,10 @@ def _near_findings(
 
 def _is_close(images: _Images, one: int, other: int) -> bool:
     read = image_reader(images.labels.image_root)
-    left, right = (decode_face(read(images.path(row)), HASH_PX).astype(np.float32) @ _GREY for row in (one, other))
+    left, right = (
+        decode_face(read(images.path(row)), HASH_PX, limits=FILE_LIMITS).astype(np.float32) @ _GREY
+        for row in (one, other)
+    )
     return correlation(left, right) >= MIN_CORRELATION
 
 

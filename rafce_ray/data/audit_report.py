@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from rafce_ray.console import printable
 from rafce_ray.data.audit import Audit
 from rafce_ray.data.records import Finding
 
@@ -69,7 +70,7 @@ def _print_finding(finding: Finding, console: Console) -> None:
         Text.assemble((f"{finding.level}: ", _STYLES[finding.level]), finding.message, (f" [{finding.code}]", "dim"))
     )
     for evidence in finding.evidence[:_EVIDENCE_SHOWN]:
-        console.print(Text(f"    {evidence}"))
+        console.print(Text(f"    {printable(str(evidence))}"))
     if finding.evidence and finding.count > len(finding.evidence[:_EVIDENCE_SHOWN]):
         console.print(Text("    ..."))
     if finding.remedy:

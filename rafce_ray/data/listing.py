@@ -18,14 +18,16 @@ import pyarrow.fs as pafs
 
 from rafce_ray.data.names import duplicate_groups
 from rafce_ray.data.records import Evidence, EvidenceList, Finding, NearImage, counted, evidence_of
+from rafce_ray.decode import READ_ENDINGS, UNREAD_PICTURE_ENDINGS
 from rafce_ray.errors import UsageError
 from rafce_ray.storage import Location, locate
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "bmp", "webp", "tif", "tiff", "gif")
-"""Extensions that count as an image, in lower case."""
+_ENDINGS = (*READ_ENDINGS, *UNREAD_PICTURE_ENDINGS)
+"""Endings that count as an image, in lower case. One that is not read is refused by its format when it is decoded."""
 
-_EXTENSION = r"(?i)\.(" + "|".join(IMAGE_EXTENSIONS) + r")$"
-_SUFFIX = r"(?i)(_aligned)?\.(" + "|".join(IMAGE_EXTENSIONS) + r")$|_aligned$"
+_READ = r"(?i)(" + "|".join(_ENDINGS[: len(READ_ENDINGS)]).replace(".", r"\.") + r")$"
+_EXTENSION = r"(?i)(" + "|".join(_ENDINGS).replace(".", r"\.") + r")$"
+_SUFFIX = r"(?i)(_aligned)?(" + "|".join(_ENDINGS).replace(".", r"\.") + r")$|_aligned$"
 _CHUNK = 2048
 _MAX_LOOKED_AT = 100_000
 
@@ -66,14 +68,23 @@ def list_images(folder: Location, *, recursive: bool, limit: int | None = None) 
     entries = _scan(local, recursive, unreadable) if local is not None else _list_remote(folder, recursive)
     batches, chunk = [], []
     for entry in islice(entries, limit):
-        if entry[0].rpartition(".")[2].lower() in IMAGE_EXTENSIONS:
+        if entry[0].lower().endswith(_ENDINGS):
             chunk.append(entry)
         # Python objects are turned into columns every so often: 100,000 of them would show in the peak memory.
         if len(chunk) == _CHUNK:
             batches.append(_to_batch(chunk))
             chunk = []
-    table = pa.Table.from_batches([*batches, _to_batch(chunk)], _SCHEMA)
+    table = _without_converted(pa.Table.from_batches([*batches, _to_batch(chunk)], _SCHEMA))
     return Listing(folder, table.sort_by("path").combine_chunks(), unreadable)
+
+
+def _without_converted(table: pa.Table) -> pa.Table:
+    """Without the images in a format that is not read of which one that is read lies next to them."""
+    is_read = pc.match_substring_regex(table["path"], _READ)
+    if pc.all(is_read).as_py() is not False:
+        return table
+    keys = _keys(table["path"])
+    return table.filter(pc.or_(is_read, pc.invert(pc.is_in(keys, value_set=keys.filter(is_read)))))
 
 
 def match_images(names: pa.Array, root: Location, images: str | None) -> Matched:
@@ -136,7 +147,7 @@ def image_columns(listing: pa.Table, index: npt.NDArray[np.int64]) -> dict[str, 
 def _candidates(root: Location, images: str | None) -> list[Location]:
     if images is None:
         return [root / "aligned", root / "aligned" / "aligned", root / "images", root]
-    is_relative = "://" not in images and not Path(images).expanduser().is_absolute()
+    is_relative = "://" not in images and not Path(os.path.expanduser(images)).is_absolute()
     given = root / images if is_relative and (root / images).is_dir() else locate(images)
     if not given.is_dir():
         raise UsageError(

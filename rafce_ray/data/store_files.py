@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rafce_ray.data.records import Labels, Progress
-from rafce_ray.decode import DECODER_VERSION, DecodeError, decode_face
+from rafce_ray.decode import DECODER_VERSION, FILE_LIMITS, DecodeError, decode_face
 from rafce_ray.errors import GateError, RafceError
 from rafce_ray.object_store import StorageError
 from rafce_ray.storage import Location
@@ -139,12 +139,14 @@ def write_store(folder: Path, labels: Labels, key: str, px: int, progress: Progr
     with bar as advance:
         decoded = _write_images(folder / IMAGES, labels, px, advance)
     if not decoded.kept.any():
-        first = f" ({decoded.undecodable[0].path}: {decoded.undecodable[0].message})" if decoded.undecodable else ""
-        raise GateError(
-            f"{labels.root}: none of {len(paths)} labelled images could be read: {len(paths) - num_present} are not in "
-            f"{labels.image_root}, {len(decoded.undecodable)} cannot be decoded{first}. "
-            "Set data.images to the image folder."
-        )
+        why = []
+        if num_present < len(paths):
+            missing = len(paths) - num_present
+            why.append(f"{missing} are not in {labels.image_root}. Set data.images to the image folder.")
+        if decoded.undecodable:
+            first = decoded.undecodable[0]
+            why.append(f"{len(decoded.undecodable)} cannot be decoded; the first is {first.path}: {first.message}")
+        raise GateError(f"{labels.root}: none of {len(paths)} labelled images could be read. {' '.join(why)}")
     _write_rows(folder / LABELS, labels.table, decoded.kept)
     _write_rows(folder / SOURCES, labels.table.select(["image_path", "image_bytes", "image_mtime_ns"]), None)
     meta = StoreMeta(
@@ -194,11 +196,12 @@ def _write_images(path: Path, labels: Labels, px: int, advance: Callable[[int], 
     kept = np.zeros(labels.table.num_rows, bool)
     undecodable: list[Undecodable] = []
     digest = hashlib.blake2b(json.dumps(sorted(labels.digests.items())).encode(), digest_size=16)
-    read = image_reader(labels.image_root)
+    read, folder = image_reader(labels.image_root), labels.image_root.shown
 
     def decode(slot: int, relative: str) -> Undecodable | None:
         try:
-            scratch[slot] = decode_face(read(relative), px).reshape(-1)
+            face = decode_face(read(relative), px, limits=FILE_LIMITS, name=f"{folder}/{relative}")
+            scratch[slot] = face.reshape(-1)
         except DecodeError as error:
             return Undecodable(relative, error.code, str(error))
         except StorageError:

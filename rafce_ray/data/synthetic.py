@@ -80,7 +80,7 @@ def synthesize(
         UsageError: `out` exists and is not an empty folder, `num_images` is below 1, or `seed` or `processes` is
             out of range.
     """
-    root = Path(out).expanduser().absolute()
+    root = Path(os.path.expanduser(out)).absolute()
     _check_arguments(root, seed, processes)
     plan = plan_labels(num_images, _stream(seed, _PLAN_STREAM))
     tasks = _tasks(plan)

@@ -1,15 +1,20 @@
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 from needs import PHOTOGRAPHS
+from PIL import Image, features
 
 from rafce_ray.config import DataConfig
 from rafce_ray.console import to_json
 from rafce_ray.data import reference
 from rafce_ray.data.audit import Audit, audit, require_trainable
+from rafce_ray.data.dataset import prepare
 from rafce_ray.errors import GateError
 
 LONDON = PHOTOGRAPHS / "london_smiles"
@@ -49,6 +54,60 @@ def test_a_clean_set_gives_nothing_above_information(make_faces):
     assert alarming(found) == []
     assert found.may_train
     assert found.images_checked
+
+
+@pytest.mark.parametrize("ending", [".tif", ".bmp", ".gif", ".jfif"])
+def test_every_format_that_is_read_may_be_trained_on(make_faces, tmp_path, ending):
+    root = make_faces(200)
+    for image in (root / "aligned").iterdir():
+        Image.open(image).save(image.with_suffix(ending), "JPEG" if ending == ".jfif" else None)
+        image.unlink()
+    found = audited(root)
+    assert alarming(found) == []
+    handle = prepare(DataConfig(root=str(root), store_dir=str(tmp_path / "store"), stored_px=40)).handle
+    assert (handle.num_images, handle.undecodable) == (200, ())
+
+
+@pytest.mark.parametrize("has_other_names", [False, True])
+def test_a_format_that_is_not_read_is_refused_with_a_command_that_converts_it(make_faces, tmp_path, has_other_names):
+    if not features.check("avif"):
+        pytest.skip("this Pillow has no AVIF")
+    root = make_faces(10, "my faces")
+    for image in (root / "aligned").iterdir():
+        Image.open(image).save(image.with_suffix(".AVIF"))
+        image.unlink()
+    if has_other_names:
+        for file in root.glob("*.txt"):
+            file.write_text(file.read_text().replace(".jpg", ".AVIF"))
+    (refused,) = (finding for finding in audited(root).findings if finding.code == "undecodable_images")
+    assert (refused.level, refused.count) == ("refusal", 10)
+    assert "unsupported_format: AVIF is not read. Convert it with Pillow: " in str(refused.evidence[0])
+    data = DataConfig(
+        root=str(root), emotions=("calm", "glad"), action_units=(4, 12, 25), store_dir=str(tmp_path / "s")
+    )
+    with pytest.raises(
+        GateError, match=r"could be read\. 10 cannot be decoded; the first is .*\.AVIF: AVIF is not read"
+    ):
+        prepare(data)
+    command = refused.remedy.removeprefix("Convert them with Pillow: ").replace("python ", f"{sys.executable} ")
+    subprocess.run(command, shell=True, check=True)
+    found = audited(root)
+    assert found.may_train
+    assert "undecodable_images" not in levels(found)
+    assert prepare(data).handle.num_images == 10
+
+
+def test_names_that_are_not_utf8_and_links_in_a_circle_cost_no_audit(make_faces):
+    root = make_faces(200)
+    with open(os.fsencode(root) + b"/aligned/caf\xe9.jpg", "wb") as file:
+        file.write(b"x")
+    (root / "aligned" / "again").symlink_to(".")
+    for file in root.glob("*.txt"):
+        file.write_text(file.read_text().replace("0001.jpg", "again/0001.jpg"))
+    assert levels(audited(root)).keys() & {"unreadable_images", "missing_images"} == {
+        "unreadable_images",
+        "missing_images",
+    }
 
 
 def test_clean_drawn_faces_give_nothing_above_information(drawn_faces):
