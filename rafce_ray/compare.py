@@ -187,6 +187,7 @@ def _main(argv: list[str]) -> int:
     places = [text for text in arguments.runs if text not in data]
     if len(places) < 2:
         raise UsageError(f"{len(places)} run(s) given: name the run to compare with first, then at least one other.")
+    choose_device(arguments.device)
     say(f"Comparing {len(places)} runs on the {arguments.split} split; the first, {places[0]}, is the reference.")
     names = _names(places)
     runs = [

@@ -268,9 +268,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def _main(argv: list[str]) -> int:
     arguments = _parser().parse_intermixed_args(argv)
+    device = choose_device(arguments.device)
     bundle = load_bundle(arguments.bundle)
     data = data_config_for(bundle, arguments.overrides)
-    device = choose_device(arguments.device)
     say(f"Evaluating {bundle.path} on the {arguments.split} split of {data.root}, on {device}.")
     dataset = open_for_bundle(bundle, data)
     if arguments.split == "train" and dataset.fingerprint == bundle.provenance.get("data_fingerprint"):

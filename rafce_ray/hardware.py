@@ -11,11 +11,27 @@ from typing import Any
 
 import torch
 
+from rafce_ray.errors import UsageError
+
 
 def choose_device(wanted: str = "auto") -> torch.device:
-    """``auto`` is CUDA where there is one, else the CPU."""
+    """``auto`` is CUDA where there is one, else the CPU; also ``cpu``, ``cuda``, ``cuda:1`` and, on a Mac, ``mps``.
+
+    Raises:
+        UsageError: no such device is here.
+    """
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    has_mps = torch.backends.mps.is_available()
+    here = [
+        "cpu",
+        *(["cuda"] if num_gpus else []),
+        *(f"cuda:{i}" for i in range(num_gpus)),
+        *(["mps"] if has_mps else []),
+    ]
     if wanted == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda" if num_gpus else "cpu")
+    if wanted not in here:
+        raise UsageError(f"--device {wanted}: there is no such device here. Use one of: auto, {', '.join(here)}.")
     return torch.device(wanted)
 
 

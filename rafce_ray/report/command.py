@@ -8,6 +8,7 @@ from typing import Any
 
 from rafce_ray.console import print_json, run_main, say, warn
 from rafce_ray.errors import UsageError
+from rafce_ray.hardware import choose_device
 from rafce_ray.report.data import SPLITS_OF, ReportData, Split, check_run, gather
 from rafce_ray.report.page import render_page
 from rafce_ray.report.study_data import gather_study, is_study, metric_of
@@ -58,6 +59,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _main(argv: list[str]) -> int:
     arguments = _parser().parse_intermixed_args(argv)
+    choose_device(arguments.device)
     folder, study = RunFolder(arguments.run), StudyFolder(arguments.run)
     if not folder.exists() and is_study(study):
         _report_study(study, arguments)
