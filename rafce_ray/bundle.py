@@ -44,6 +44,7 @@ from rafce_ray.consistency import Association
 from rafce_ray.console import finite
 from rafce_ray.drift import DriftReference
 from rafce_ray.model import Architecture, MultiTaskModel, build_model
+from rafce_ray.object_store import StorageError
 from rafce_ray.preprocess import Preprocessing
 from rafce_ray.storage import Location, locate
 from rafce_ray.taxonomy import Taxonomy
@@ -172,9 +173,14 @@ def load_bundle(place: str | Path) -> Bundle:
 def find_bundle(place: str | Path) -> Location:
     """The bundle folder at ``place`` or, where that is a run folder, in its ``bundle/``. BundleError where there is none."""
     location = locate(place)
-    for candidate in (location, location / "bundle"):
-        if (candidate / MANIFEST).exists():
-            return candidate
+    try:
+        for candidate in (location, location / "bundle"):
+            if (candidate / MANIFEST).exists():
+                return candidate
+    except StorageError:
+        raise
+    except OSError as error:
+        raise BundleError(f"{location}: cannot be read ({os.strerror(error.errno or 0)}).") from error
     if (location / "checkpoints").exists():
         raise BundleError(
             f"{location}: this run has no bundle yet: it did not finish. Give the same train command again to go on."

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -184,7 +185,7 @@ class YuNetFinder:
     """YuNet (``cv2.FaceDetectorYN``) with a model file such as OpenCV Zoo's ``face_detection_yunet_2023mar.onnx``."""
 
     def __init__(self, model: Path) -> None:
-        if not model.is_file():
+        if not os.path.isfile(model):
             raise UsageError(f"{model}: no such file. Give a YuNet ONNX file, or leave --face-model out for cascades.")
         self._lock = Lock()
         try:

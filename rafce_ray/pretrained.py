@@ -89,7 +89,7 @@ def load_weights(body: nn.Module, weights: str, *, backbone: str, image_px: int)
     """Load ``weights`` into a trunk's ``body``, whose keys are torchvision's; see ``model.load_backbone_weights``."""
     if weights == "none":
         return WeightsReport("none", 0, (), (), 0.0)
-    found = _read_file(Path(weights).expanduser()) if _is_file(weights) else _download(backbone, weights)
+    found = _read_file(Path(os.path.expanduser(weights))) if _is_file(weights) else _download(backbone, weights)
     renamed = {_torchvision_key(key): tensor for key, tensor in found.items()}
     if len(renamed) < len(found):
         raise WeightsError(
@@ -176,7 +176,7 @@ def check_weights(weights: str, backbone: str) -> None:
     if weights == "none":
         return
     if _is_file(weights):
-        _existing(Path(weights).expanduser())
+        _existing(Path(os.path.expanduser(weights)))
     else:
         _known_name(backbone, weights)
 

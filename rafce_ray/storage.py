@@ -273,11 +273,15 @@ def locate(place: str | Path) -> Location:
     Object stores other than AWS are named in the URI (``s3://bucket/p?endpoint_override=host:9000&scheme=http``) or by AWS_ENDPOINT_URL.
 
     Raises:
-        UsageError: the URI's scheme is unknown, its parts cannot be read, it holds a secret, or its bucket's region cannot be found out.
+        UsageError: the URI's scheme is unknown, its parts cannot be read, it is not UTF-8, it holds a secret, or its bucket's region cannot be found out.
     """
     text = str(place)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"{text!r}: the name is not UTF-8, which pyarrow does not take. Rename it.") from None
     if not _URI.match(text):
-        path = Path(text).expanduser().absolute()
+        path = Path(os.path.expanduser(text)).absolute()
         return Location(pafs.LocalFileSystem(), str(path), str(path))
     base, _, query = text.partition("?")
     scheme, _, rest = base.partition("://")

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 
 from rafce_ray.errors import UsageError
@@ -8,6 +10,12 @@ def test_a_local_path_becomes_absolute_and_a_file_uri_is_the_same_place(tmp_path
     monkeypatch.chdir(tmp_path)
     assert locate("runs").local == tmp_path / "runs"
     assert locate(f"file://{tmp_path}/runs").local == tmp_path / "runs"
+
+
+def test_a_name_with_a_tilde_of_nobody_is_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert locate("~nobody here/x").local == tmp_path / "~nobody here" / "x"
+    assert locate("~/x").local == Path.home() / "x"
 
 
 def test_joining_keeps_a_uris_query():
