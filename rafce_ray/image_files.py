@@ -2,66 +2,143 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import os
+import stat
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from urllib.parse import quote, unquote_to_bytes
 
 import pyarrow.fs as pafs
 
+from rafce_ray.console import printable
+from rafce_ray.decode import (
+    HEAD_BYTES,
+    READ_ENDINGS,
+    READ_FORMATS,
+    UNREAD_PICTURE_ENDINGS,
+    Format,
+    format_of,
+    format_of_ending,
+)
 from rafce_ray.errors import UsageError
 from rafce_ray.object_store import ask
 from rafce_ray.storage import Location, locate
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-"""Endings, in any case, by which files in folders and globs count as images; a file that is named is always taken."""
+_PICTURES = (*READ_ENDINGS, *UNREAD_PICTURE_ENDINGS)
+"""Endings, in any case, of files that are taken as images without a look into them."""
+
+_SYSTEM_NAMES = ("__macosx", "thumbs.db", "desktop.ini", "@eadir", "lost+found")
+"""Names, in lower case, of what operating systems put into folders; files and folders with a leading dot count as well."""
+
+HIDDEN = "hidden"
+"""What :class:`Skipped` calls hidden files and those of operating systems."""
+
+
+class Skipped:
+    """Files of folders and globs that are no images: ``counts`` by ending in lower case, ``without ending`` or ``hidden``."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self._examples: dict[str, tuple[Format, str]] = {}
+
+    def clear(self) -> None:
+        """Forget all: the files are listed again."""
+        self.counts.clear()
+        self._examples.clear()
+
+    def add(self, name: str, form: Format | None) -> None:
+        """One more file; ``form`` is its format where that is known."""
+        ending = os.path.splitext(name)[1].lower() or "without ending"
+        self.counts[ending] += 1
+        if form is not None:
+            self._examples.setdefault(ending, (form, name))
+
+    def in_words(self) -> str:
+        """``2 .txt, 1 .mp4``, and why a known format is not read, with a command for the first file of it; empty for none."""
+        if not self.counts:
+            return ""
+        shown = ", ".join(f"{number:,} {printable(ending)}" for ending, number in sorted(self.counts.items()))
+        reasons = (
+            f" {form.name} is not read. {form.remedy(printable(name))}" for form, name in self._examples.values()
+        )
+        number = self.counts.total()
+        files = "1 file that is not an image" if number == 1 else f"{number:,} files that are not images"
+        return f"Skipped {files}: {shown}.{''.join(reasons)}"
+
 
 Stores = Mapping[str, pafs.FileSystem]
 """Filesystems by ``scheme://bucket``."""
 
 
-def find_images(places: Sequence[str]) -> Iterator[Path]:
+def file_name(path: str) -> str:
+    """The name of a file in results: its path or, where that is not UTF-8, its ``file://`` URI, with ``%E9`` for a byte.
+
+    :func:`local_path` takes it back.
+    """
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return "file://" + quote(os.fsencode(os.path.abspath(path)))
+    return path
+
+
+def local_path(name: str) -> str:
+    """The path of a file or folder from its name in results, or from any path or ``file://`` URI."""
+    return os.fsdecode(unquote_to_bytes(name.removeprefix("file://"))) if name.startswith("file:///") else name
+
+
+def find_images(places: Sequence[str], skipped: Skipped | None = None) -> Iterator[Path]:
     """The image files at ``places`` in order: files, folders with all below them, globs (``**`` goes through folders).
 
-    Names of one folder are sorted; no more than one folder's names are held at a time.
+    A file that is named is always taken. In folders and globs a file is an image by its ending or else by its first bytes;
+    the others are counted in ``skipped``. Links to folders are followed, each folder once. Names of one folder are sorted;
+    no more than one folder's names are held at a time.
 
     Raises:
-        UsageError: a place does not exist, or has no image file.
+        UsageError: a place does not exist, cannot be read, or has no image file.
     """
     for place in places:
-        found = False
-        for path in _expand(place):
+        found, others = False, Skipped() if skipped is None else skipped
+        for path in _expand(local_path(place), others):
             found = True
             yield path
         if not found:
-            raise _no_images(place)
+            raise _no_images(place, others)
 
 
-def list_images(places: Sequence[str]) -> Iterator[str]:
+def list_images(places: Sequence[str], skipped: Skipped | None = None) -> Iterator[str]:
     """As :func:`find_images`, by names that hold on every machine: absolute paths, and ``scheme://bucket/key`` on object stores.
 
-    A place may also be a URI of a file or a folder; a URI's query is no part of the names.
+    A place may also be a URI of a file or a folder; a URI's query is no part of the names. Files of a store are images by
+    their ending alone: a look into each would be a request.
 
     Raises:
         UsageError: as :func:`find_images`.
         StorageError: a store refuses or does not recover.
     """
     for place in places:
-        location = locate(place) if "://" in place else None
-        if location is None or location.local is not None:
-            local = place if location is None else str(location.local)
-            yield from (os.path.abspath(path) for path in find_images([local]))
+        location = _store_of(place)
+        if location is None:
+            yield from (file_name(os.path.abspath(path)) for path in find_images([place], skipped))
         else:
-            yield from _list_store(place, location)
+            yield from _list_store(place, location, Skipped() if skipped is None else skipped)
+
+
+def _store_of(place: str) -> Location | None:
+    """An object store's place; None for local paths and ``file://`` URIs."""
+    return locate(place) if "://" in place and not place.startswith("file://") else None
 
 
 def stores_of(places: Sequence[str]) -> Stores:
     """The object stores among ``places``. UsageError where two of them are buckets of one name at different addresses."""
     stores: dict[str, pafs.FileSystem] = {}
     for place in places:
-        location = locate(place) if "://" in place else None
-        if location is None or location.local is not None:
+        location = _store_of(place)
+        if location is None:
             continue
         root = _root(_name(place, location.path))
         if not stores.setdefault(root, location.filesystem).equals(location.filesystem):
@@ -75,12 +152,11 @@ def read_image(path: str, stores: Stores, max_bytes: int) -> bytes:
     """The first ``max_bytes`` of an image by its name of :func:`list_images`.
 
     Raises:
-        OSError: the file is not there or may not be read.
+        OSError: the file is not there, is no regular file or may not be read.
         StorageError: its store refuses or does not recover: nothing is known of the file.
     """
-    if "://" not in path:
-        with open(path, "rb") as stream:
-            return stream.read(max_bytes)
+    if "://" not in path or path.startswith("file://"):
+        return read_file(local_path(path), max_bytes)
     filesystem, key = stores[_root(path)], path.partition("://")[2]
 
     def read() -> bytes:
@@ -90,7 +166,16 @@ def read_image(path: str, stores: Stores, max_bytes: int) -> bytes:
     return ask(path, read)
 
 
-def _list_store(place: str, location: Location) -> Iterator[str]:
+def read_file(path: str, max_bytes: int) -> bytes:
+    """The first ``max_bytes`` of a local file. OSError where it is not there, is no regular file or may not be read."""
+    # Opening a pipe without a writer waits for ever, and /dev/zero has no end.
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as stream:
+        if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "it is a pipe or a device and no file")
+        return stream.read(max_bytes)
+
+
+def _list_store(place: str, location: Location, skipped: Skipped) -> Iterator[str]:
     """A file, or the images below a folder in :func:`find_images`'s order, a folder's names at a time."""
     store = location.filesystem
     kind = ask(location.uri, lambda: store.get_file_info(location.path)).type
@@ -103,14 +188,17 @@ def _list_store(place: str, location: Location) -> Iterator[str]:
     waiting = [location.path]
     while waiting:
         infos = ask(location.uri, partial(store.get_file_info, pafs.FileSelector(waiting.pop())))
-        folders = sorted(info.path for info in infos if info.type == pafs.FileType.Directory)
-        names = sorted(info.path for info in infos if info.type == pafs.FileType.File and _is_image(info.path))
+        folders = sorted(
+            info.path for info in infos if info.type == pafs.FileType.Directory and not _is_hidden(info.base_name)
+        )
+        files = sorted(info.path for info in infos if info.type == pafs.FileType.File)
         del infos
+        names = [path for path in files if _is_image(os.path.basename(path), path, skipped, look_into=False)]
         waiting += reversed(folders)
         found = found or bool(names)
         yield from (_name(place, path) for path in names)
     if not found:
-        raise _no_images(place)
+        raise _no_images(place, skipped)
 
 
 def _name(uri: str, path: str) -> str:
@@ -124,39 +212,96 @@ def _root(name: str) -> str:
     return f"{scheme}://{path.partition('/')[0]}"
 
 
-def _no_images(place: str) -> UsageError:
+def _no_images(place: str, skipped: Skipped) -> UsageError:
+    looked_for = ", ".join(READ_FORMATS)
+    others = f" {skipped.in_words()}" if skipped.counts else ""
     return UsageError(
-        f"{place}: no image files here; looked for {', '.join(IMAGE_SUFFIXES)}. Name the files or another folder."
+        f"{printable(place)}: no image files here; looked for {looked_for}. Name the files or another folder.{others}"
     )
 
 
-def _expand(place: str) -> Iterator[Path]:
-    path = Path(place).expanduser()
-    if path.is_dir():
-        yield from _below(path)
-    elif path.exists():
-        yield path
-    elif glob.has_magic(place):
-        for match in sorted(glob.iglob(str(path), recursive=True)):
-            if os.path.isdir(match):
-                if "**" not in place:
-                    yield from _below(Path(match))
-            elif _is_image(match):
-                yield Path(match)
-    else:
-        raise UsageError(f"{place}: no such file or folder. Give image files, folders or globs (in quotes).")
+def _expand(place: str, skipped: Skipped) -> Iterator[Path]:
+    found = next((path for path in (place, os.path.expanduser(place)) if _is_there(path)), None)
+    if found is not None:
+        if os.path.isdir(found):
+            yield from _below(found, skipped)
+        else:
+            yield Path(found)
+        return
+    if not glob.has_magic(place):
+        raise UsageError(f"{printable(place)}: no such file or folder. Give image files, folders or globs (in quotes).")
+    for match in sorted(glob.iglob(os.path.expanduser(place), recursive=True)):
+        if os.path.isdir(match):
+            if "**" not in place:
+                yield from _below(match, skipped)
+        elif _is_image(os.path.basename(match), match, skipped):
+            yield Path(match)
 
 
-def _below(folder: Path) -> Iterator[Path]:
-    def unreadable(error: OSError) -> None:
+def _is_there(path: str) -> bool:
+    """Whether a file, folder or link is there. UsageError where that cannot be told."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return False
+    except OSError as error:
+        if glob.has_magic(path):
+            return False
         raise UsageError(
-            f"{error.filename}: the folder cannot be read ({error.strerror}). Leave it out, or allow reading it."
-        )
-
-    for parent, folders, names in os.walk(folder, onerror=unreadable):
-        folders.sort()
-        yield from (Path(parent, name) for name in sorted(names) if _is_image(name))
+            f"{printable(path)}: cannot be read ({error.strerror}). Give image files, folders or globs (in quotes)."
+        ) from error
+    return True
 
 
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(IMAGE_SUFFIXES)
+def _below(top: str, skipped: Skipped) -> Iterator[Path]:
+    """The images of a folder and all below it, through links to other folders, each of which is gone through once."""
+
+    def unreadable(error: OSError) -> None:
+        place = printable(str(error.filename))
+        raise UsageError(f"{place}: the folder cannot be read ({error.strerror}). Leave it out, or allow reading it.")
+
+    real_top = os.path.realpath(top)
+    gone_through: set[str] = set()
+    for parent, folders, names in os.walk(top, onerror=unreadable, followlinks=True):
+        real = os.path.realpath(parent)
+        # What a link leads to and what lies below the top anyway would be there twice, or without end.
+        is_known = real in gone_through or (os.path.islink(parent) and parent != top and _is_within(real, real_top))
+        if is_known:
+            folders.clear()
+            continue
+        gone_through.add(real)
+        if num_hidden := sum(_is_hidden(name) for name in (*folders, *names)):
+            skipped.counts[HIDDEN] += num_hidden
+        folders[:] = sorted(name for name in folders if not _is_hidden(name))
+        for name in sorted(name for name in names if not _is_hidden(name)):
+            path = os.path.join(parent, name)
+            if _is_image(name, path, skipped):
+                yield Path(path)
+
+
+def _is_within(path: str, folder: str) -> bool:
+    return os.path.commonpath((path, folder)) == folder
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name.lower() in _SYSTEM_NAMES
+
+
+def _is_image(name: str, path: str, skipped: Skipped, *, look_into: bool = True) -> bool:
+    """Whether a file of a folder is an image, by its ending or else by its first bytes; if not, it is counted."""
+    ending = os.path.splitext(name)[1].lower()
+    if _is_hidden(name):
+        skipped.counts[HIDDEN] += 1
+        return False
+    if ending in _PICTURES:
+        return True
+    form = format_of_ending(ending)
+    if form is None and look_into:
+        try:
+            form = format_of(read_file(path, HEAD_BYTES))
+        except OSError:
+            form = None
+        if form is not None and not form.is_video:
+            return True
+    skipped.add(path, form)
+    return False

@@ -9,15 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from rafce_ray.decode import DEFAULT_LIMITS, DecodeError, decode_image, decode_sized_face
+from rafce_ray.decode import FILE_LIMITS, DecodeError, decode_image, decode_sized_face
 from rafce_ray.faces import Face, FaceFinder, given_face, may_be_aligned
+from rafce_ray.image_files import file_name, read_file
 from rafce_ray.object_store import StorageError
 from rafce_ray.prediction import FileProblem
 
 NO_FACE = "no_face"
 UNREADABLE = "unreadable"
 
-MAX_BYTES = DEFAULT_LIMITS.max_bytes + 1
+MAX_BYTES = FILE_LIMITS.max_bytes + 1
 """Bytes of a file that are read: one more than may be decoded, which tells that there are too many."""
 
 Place = TypeVar("Place", Path, str)
@@ -25,7 +26,10 @@ Place = TypeVar("Place", Path, str)
 
 @dataclass(frozen=True)
 class LoadedFile:
-    """What was found in one file, before prediction; ``problem`` where there is no face to predict."""
+    """What was found in one file, before prediction; ``problem`` where there is no face to predict.
+
+    ``path`` is the :func:`rafce_ray.image_files.file_name` of the file.
+    """
 
     path: str
     width: int | None
@@ -39,19 +43,21 @@ def load_file(path: Path, *, finder: FaceFinder | None, px: int) -> LoadedFile:
 
     Never raises for what a file holds: a broken file gives a ``problem``.
     """
-    return load_image(str(path), _read, finder=finder, px=px)
+    return load_image(file_name(str(path)), lambda _: read_file(str(path), MAX_BYTES), finder=finder, px=px)
 
 
 def load_image(path: str, read: Callable[[str], bytes], *, finder: FaceFinder | None, px: int) -> LoadedFile:
     """:func:`load_file` for what ``read(path)`` gives; an OSError of it is a problem of this file, but a StorageError, which is raised."""
     width = height = None
+    # What a remedy calls the file: that of a store is converted where it has been copied to.
+    name = path.rpartition("/")[2] if "://" in path else path
     try:
         content = read(path)
         if finder is None:
-            face = decode_sized_face(content, px)
+            face = decode_sized_face(content, px, limits=FILE_LIMITS, name=name)
             whole = given_face(face.pixels, face.width, face.height)
             return LoadedFile(path, face.width, face.height, (whole,), None)
-        photograph = decode_image(content)
+        photograph = decode_image(content, limits=FILE_LIMITS, name=name)
     except StorageError:
         raise
     except OSError as error:
@@ -81,11 +87,6 @@ def load_ahead(load: Callable[[Place], LoadedFile], paths: Iterable[Place], num_
                 yield window.popleft().result()
         while window:
             yield window.popleft().result()
-
-
-def _read(path: str) -> bytes:
-    with open(path, "rb") as stream:
-        return stream.read(MAX_BYTES)
 
 
 def _no_face_remedy(width: int, height: int) -> str:

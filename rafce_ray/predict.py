@@ -25,7 +25,7 @@ from rafce_ray.console import progress_bar, run_main, say
 from rafce_ray.errors import UsageError
 from rafce_ray.faces import build_face_finder
 from rafce_ray.hardware import choose_device
-from rafce_ray.image_files import find_images
+from rafce_ray.image_files import Skipped, find_images
 from rafce_ray.image_loading import NO_FACE, LoadedFile, load_ahead, load_file
 from rafce_ray.inference.engines import Engine, TorchEngine
 from rafce_ray.prediction import (
@@ -148,15 +148,19 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _main(argv: list[str]) -> int:
-    arguments = _parser().parse_intermixed_args(argv)
+    arguments = _arguments(argv)
     if arguments.ray:
         return _main_on_ray(arguments)
     _refuse_cluster_options(arguments)
+    uris = [path for path in arguments.paths if "://" in path and not path.startswith("file://")]
+    if uris:
+        raise UsageError(f"{uris[0]}: object stores are read on a cluster alone. Add --ray --out FOLDER.")
     out = check_out(None if arguments.out is None else Path(arguments.out))
-    num_files = sum(1 for _ in find_images(arguments.paths))
+    device, skipped = choose_device(arguments.device), Skipped()
+    num_files = sum(1 for _ in find_images(arguments.paths, skipped))
     finder = None if arguments.faces == "aligned" else build_face_finder(arguments.face_model)
     bundle = load_bundle(arguments.bundle)
-    predictor = Predictor(bundle, choose_device(arguments.device))
+    predictor = Predictor(bundle, device)
     # A core is left to reading: OpenMP's threads wait in a busy loop, which cost a factor of 10 where they had to share.
     torch.set_num_threads(min(torch.get_num_threads(), max(1, _num_cores() - 1)))
     say(_plan(arguments, bundle, predictor.device, num_files))
@@ -171,8 +175,21 @@ def _main(argv: list[str]) -> int:
             write(result)
             counts.update(outcomes(result))
             advance(1)
+    if skipped.counts:
+        say(skipped.in_words())
     say(_summary(arguments, counts))
     return 0 if counts["predicted"] else 1
+
+
+def _arguments(argv: list[str]) -> argparse.Namespace:
+    """The command line; what follows ``--`` are paths, which argparse does not know where options may stand between paths."""
+    end = argv.index("--") if "--" in argv else len(argv)
+    parser = _parser()
+    arguments = parser.parse_intermixed_args(argv[:end])
+    arguments.paths += argv[end + 1 :]
+    if not arguments.paths:
+        parser.error("give at least one PATH; for a name that begins with a dash: -- -name.jpg, or ./-name.jpg")
+    return arguments
 
 
 def _num_cores() -> int:
@@ -257,7 +274,7 @@ def _parser() -> argparse.ArgumentParser:
         "standard output, or a row a face in a CSV or Parquet file. With --ray on a Ray cluster, into a folder of Parquet files.",
     )
     parser.add_argument(
-        "paths", nargs="+", metavar="PATH", help="image files, folders (searched with all below them) or globs"
+        "paths", nargs="*", metavar="PATH", help="image files, folders (searched with all below them) or globs"
     )
     parser.add_argument("--bundle", required=True, help="bundle folder, or the folder of a finished run; a path or URI")
     parser.add_argument(
@@ -292,10 +309,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+    return int(text)
 
 
 if __name__ == "__main__":

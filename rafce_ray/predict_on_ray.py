@@ -25,7 +25,7 @@ from rafce_ray.config import load_config
 from rafce_ray.console import progress_bar, say, warn
 from rafce_ray.errors import RafceError, UsageError
 from rafce_ray.faces import FaceFinder, build_face_finder
-from rafce_ray.image_files import Stores, list_images, read_image, stores_of
+from rafce_ray.image_files import Skipped, Stores, list_images, local_path, read_image, stores_of
 from rafce_ray.image_loading import MAX_BYTES, load_ahead, load_image
 from rafce_ray.inference.engines import TorchEngine
 from rafce_ray.predict import Predictor, detector_of, in_words, outcomes, predict_files
@@ -153,7 +153,13 @@ def predict_on_ray(
         face_model_sha256 = None if face_model is None else hashlib.sha256(face_model.read_bytes()).hexdigest()
     stores_of(paths)
     options = Options(bundle_digest(bundle), faces, face_model_sha256, top_k)
-    shards = open_shards(folder, options, shard_files, partial(list_images, paths))
+    skipped = Skipped()
+
+    def list_files() -> Iterator[str]:
+        skipped.clear()
+        return list_images(paths, skipped)
+
+    shards = open_shards(folder, options, shard_files, list_files)
     finished = shards.finished()
     missing = [shard for shard in range(shards.plan.num_shards) if shard not in finished]
     plan = shards.plan
@@ -171,7 +177,9 @@ def predict_on_ray(
             batch_size=batch_size,
         )
         _predict_shards(job, shards, missing, workers=workers, use_gpu=use_gpu)
-    totals = shards.close()
+    totals = shards.close(skipped.counts)
+    if skipped.counts:
+        say(skipped.in_words())
     say(_summary(totals, shards, loaded))
     return 0 if totals["predicted"] else 1
 
@@ -285,9 +293,10 @@ def _rows(job: Job, share: Share, missing: list[int]) -> Iterator[dict[str, Any]
 
 def _check_shared(path: str) -> None:
     """RafceError where the folder of an image that the driver listed is not there: a row for each would blame the images."""
-    if "://" not in path and not os.path.isdir(os.path.dirname(path)):
+    folder = os.path.dirname(local_path(path))
+    if "://" not in folder and not os.path.isdir(folder):
         raise RafceError(
-            f"{os.path.dirname(path)}: is not there where this worker runs. Keep the images on storage that every machine shares, or in an object "
+            f"{folder}: is not there where this worker runs. Keep the images on storage that every machine shares, or in an object "
             "store; the same command then goes on."
         )
 

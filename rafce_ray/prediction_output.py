@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import sys
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pyarrow as pa
 import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
 from rafce_ray.bundle import Bundle
-from rafce_ray.console import to_json
-from rafce_ray.errors import UsageError
+from rafce_ray.console import write_json_line
+from rafce_ray.errors import RafceError, UsageError
 from rafce_ray.prediction import FacePrediction, FilePrediction
 from rafce_ray.taxonomy import Taxonomy
 
@@ -30,16 +32,23 @@ def check_out(out: Path | None) -> Path | None:
     """The file to write, before any work is done for it.
 
     Raises:
-        UsageError: it exists, its folder does not, or its ending names no format.
+        UsageError: it exists, its folder does not or may not be written, or its ending names no format.
     """
     if out is None:
         return None
     if out.suffix.lower() not in FORMATS:
         raise UsageError(f"--out {out}: the ending names no format. Use one of {', '.join(FORMATS)}.")
-    if out.exists():
+    if os.path.lexists(out):
         raise UsageError(f"--out {out}: exists already and is never overwritten. Choose another name or remove it.")
-    if not out.parent.is_dir():
-        raise UsageError(f"--out {out}: there is no folder {out.parent}. Make it first.")
+    if not os.path.isdir(out.parent):
+        raise UsageError(
+            f"--out {out}: there is no folder {out.parent}. Make it first: mkdir -p {shlex.quote(str(out.parent))}"
+        )
+    try:
+        out.open("x").close()
+        out.unlink()
+    except OSError as error:
+        raise UsageError(f"--out {out}: cannot be written ({error.strerror}). Choose another place.") from error
     return out
 
 
@@ -54,16 +63,18 @@ def open_output(out: Path | None, bundle: Bundle, top_k: int) -> Iterator[Write]
     if out is None:
         yield lambda result: _write_line(sys.stdout, result, model)
         return
-    beside = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.tmp")
+    beside = out.with_name(f".{out.stem[:20]}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         if out.suffix.lower() == ".jsonl":
             with beside.open("w", encoding="utf-8") as stream:
                 yield lambda result: _write_line(stream, result, model)
         else:
-            schema, path = flat_schema(bundle.taxonomy, top_k), str(beside)
+            schema = flat_schema(bundle.taxonomy, top_k)
             is_csv = out.suffix.lower() == ".csv"
             with (
-                pacsv.CSVWriter(path, schema) if is_csv else pq.ParquetWriter(path, schema) as writer,
+                # Opened here: pyarrow takes no path that is not UTF-8.
+                beside.open("wb") as sink,
+                pacsv.CSVWriter(sink, schema) if is_csv else pq.ParquetWriter(sink, schema) as writer,
                 table_rows(writer, schema, model) as write,
             ):
                 yield write
@@ -72,12 +83,16 @@ def open_output(out: Path | None, bundle: Bundle, top_k: int) -> Iterator[Write]
                 f"--out {out}: was made by another program meanwhile and is left as it is. Run again with another name."
             )
         beside.rename(out)
+    except OSError as error:
+        raise RafceError(
+            f"--out {out}: cannot be written ({error.strerror or error}). Make room, or choose another place, and run again."
+        ) from error
     finally:
         beside.unlink(missing_ok=True)
 
 
-def _write_line(stream: Any, result: FilePrediction, model: str) -> None:
-    stream.write(to_json(result.to_json() | {"model": model}) + "\n")
+def _write_line(stream: TextIO, result: FilePrediction, model: str) -> None:
+    write_json_line(stream, result.to_json() | {"model": model})
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import islice, zip_longest
@@ -155,8 +155,10 @@ class Shards:
             )
         return shard, counts
 
-    def close(self) -> Counter[str]:
+    def close(self, skipped: Mapping[str, int]) -> Counter[str]:
         """Write ``summary.json`` once every shard is there, and remove what killed workers left; returns the sums.
+
+        ``skipped``: files that are no images, by ending.
 
         Raises:
             RafceError: a shard is missing.
@@ -172,7 +174,12 @@ class Shards:
         for info in self.predictions.list():
             if info.base_name.startswith(".part-") and info.base_name.endswith(".tmp"):
                 (self.predictions / info.base_name).delete()
-        summary = {"shards": self.plan.num_shards, **dict(sorted(totals.items())), "plan": asdict(self.plan)}
+        summary = {
+            "shards": self.plan.num_shards,
+            **dict(sorted(totals.items())),
+            "skipped": dict(sorted(skipped.items())),
+        }
+        summary["plan"] = asdict(self.plan)
         (self.folder / SUMMARY_FILE).write_bytes(pretty_json(summary))
         return totals
 
@@ -267,13 +274,8 @@ def _refuse_other_images(shards: Shards, num_files: int, list_files: Callable[[]
 
 
 def _encoded(name: str) -> bytes:
-    """A name's part of the listing's digest. UsageError where it is no Unicode: no table can hold it."""
-    try:
-        return name.encode() + b"\0"
-    except UnicodeEncodeError:
-        raise UsageError(
-            f"{name!r}: the file's name is not UTF-8, and no Parquet file can hold it. Rename it, or leave its folder out."
-        ) from None
+    """A name's part of the listing's digest."""
+    return name.encode() + b"\0"
 
 
 def _file_name(shard: int) -> str:

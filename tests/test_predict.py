@@ -5,6 +5,11 @@ import io
 import json
 import os
 import re
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,16 +18,18 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from needs import PHOTOGRAPHS
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
-from rafce_ray import prediction_output
+from rafce_ray import cli, prediction_output
 from rafce_ray.bundle import Bundle, load_bundle, save_bundle
 from rafce_ray.calibration import Calibration
 from rafce_ray.decode import decode_face
+from rafce_ray.errors import UsageError
 from rafce_ray.faces import Box, Face
-from rafce_ray.image_files import find_images
+from rafce_ray.hardware import choose_device
+from rafce_ray.image_files import Skipped, file_name, find_images, local_path
 from rafce_ray.model import Architecture, build_model
-from rafce_ray.predict import LoadedFile, Predictor, main, predict_files
+from rafce_ray.predict import LoadedFile, Predictor, load_file, main, predict_files
 from rafce_ray.preprocess import Preprocessing, preprocess
 from rafce_ray.taxonomy import make_taxonomy
 
@@ -258,16 +265,32 @@ def test_nothing_is_left_of_an_output_that_failed(predictor, tmp_path):
         (["{in}", "--out", "{in}/b.png"], 2, "names no format"),
         (["{in}", "--out", "{in}/taken.csv"], 2, "never overwritten"),
         (["{in}", "--out", "{in}/nowhere/out.csv"], 2, "there is no folder"),
+        (["{in}", "--out", "{in}"], 2, "names no format"),
+        (["{in}", "--out", "{in}/folder.csv"], 2, "never overwritten"),
+        (["{in}", "--out", "{in}/b.png/out.csv"], 2, "there is no folder"),
+        (["{in}", "--out", "{in}/" + "x" * 300 + ".csv"], 2, "cannot be written (File name too long)"),
+        (["{in}", "--out", "/proc/out.csv"], 2, "--out /proc/out.csv: cannot be written ("),
         (["{in}/nothing.jpg"], 2, "no such file"),
+        (["~nobody/x.jpg"], 2, "~nobody/x.jpg: no such file"),
+        (["{in}/" + "x" * 300], 2, "cannot be read (File name too long)"),
+        (["{in}/b.png/x.jpg"], 2, "no such file"),
+        (["{in}/nul\0.jpg"], 2, r"nul\x00.jpg: no such file"),
         (["{in}/*.gif"], 2, "no image files"),
         (["{in}/none"], 2, "no image files"),
         (["{in}", "--face-model", "{in}/no.onnx"], 2, "no such file"),
+        (["{in}", "--face-model", "x" * 300], 2, "no such file"),
+        (
+            ["s3://bucket/faces"],
+            2,
+            "s3://bucket/faces: object stores are read on a cluster alone. Add --ray --out FOLDER.",
+        ),
         (["{in}/empty.jpg", "{in}/text.webp"], 1, "0 faces predicted in 0 of 2 files"),
     ],
 )
 def test_refusals(capsys, bundle_path, folder, arguments, code, message):
     (folder / "taken.csv").write_text("precious")
     (folder / "none").mkdir()
+    (folder / "folder.csv").mkdir()
     found, _, said = run(capsys, "--bundle", bundle_path, *[text.replace("{in}", str(folder)) for text in arguments])
     assert found == code
     assert message in re.sub(r"\s+", " ", said)
@@ -278,6 +301,25 @@ def test_no_bundle(capsys, folder):
     code, rows, said = run(capsys, "--bundle", folder, folder)
     assert (code, rows) == (1, [])
     assert "is no bundle" in said
+    code, rows, said = run(capsys, "--bundle", os.fsdecode(b"caf\xe9"), folder)
+    assert (code, rows) == (2, [])
+    assert r"'caf\udce9': the name is not UTF-8, which pyarrow does not take. Rename it." in said
+    code, rows, said = run(capsys, "--bundle", "x" * 300, folder)
+    assert (code, rows) == (1, [])
+    assert said.endswith("x: cannot be read (File name too long).\n")
+
+
+@pytest.mark.parametrize("number", ["0", "-1", "x", "1.5"])
+def test_numbers_are_whole_and_positive(capsys, number):
+    with pytest.raises(SystemExit, match="2"):
+        main(["--bundle", "none", "x.png", "--batch-size", number])
+    assert f"argument --batch-size: '{number}' is no whole number above 0" in capsys.readouterr().err
+
+
+def test_no_path_says_how_one_with_a_dash_is_given(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["--bundle", "none", "--"])
+    assert "give at least one PATH; for a name that begins with a dash: -- -name.jpg" in capsys.readouterr().err
 
 
 def test_find_images(folder, monkeypatch):
@@ -294,6 +336,146 @@ def test_find_images(folder, monkeypatch):
     assert names("**") == ["a.PNG", "b.png", "below/c.png", "empty.jpg", "text.webp"]
     os.rename("b.png", "b[1].png")
     assert names("b[1].png") == ["b[1].png"]
+
+
+def test_pictures_are_known_by_content_and_all_else_is_counted(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    image, other = faces(1)[0], tmp_path / "other"
+    for name, form in (
+        ("a.png", "PNG"),
+        ("b.jfif", "JPEG"),
+        ("c.JPE", "JPEG"),
+        ("no_ending", "JPEG"),
+        ("d.dat", "TIFF"),
+    ):
+        write_png(tmp_path / "in" / "x.png", image)
+        Image.fromarray(image).save(tmp_path / "in" / name, form)
+    (tmp_path / "in" / "x.png").unlink()
+    write_png(other / "deep" / "e.png", image)
+    heic, video = b"\0\0\0\x18ftypheic" + bytes(64), b"\0\0\0\x18ftypmp42" + bytes(64)
+    left = {"g.heic": heic, "heic without ending": heic, "clip.MP4": video, "clip": video, "notes.txt": b"BM", "f": b""}
+    left |= {".DS_Store": b"", "Thumbs.db": b"", "._a.png": b"x", "__MACOSX/a.png": b"x", ".git/a.png": b"x"}
+    for name, content in left.items():
+        (tmp_path / "in" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(content)
+    (tmp_path / "in" / "linked").symlink_to(other)
+    (tmp_path / "in" / "linked again").symlink_to(other)
+    (other / "loop").symlink_to(tmp_path)
+    (tmp_path / "in" / "here").symlink_to(".")
+    (tmp_path / "in" / "gone.jpg").symlink_to("nowhere")
+    (tmp_path / "in" / "gone").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "in" / "pipe")
+    skipped = Skipped()
+    found = [str(path) for path in find_images(["in"], skipped)]
+    assert found == [
+        *("in/a.png", "in/b.jfif", "in/c.JPE", "in/d.dat", "in/g.heic", "in/gone.jpg"),
+        *("in/heic without ending", "in/no_ending", "in/linked/deep/e.png"),
+    ]
+    assert skipped.counts == {".mp4": 1, ".txt": 1, "without ending": 4, "hidden": 5}
+    told = skipped.in_words()
+    assert told.startswith(
+        "Skipped 11 files that are not images: 1 .mp4, 1 .txt, 5 hidden, 4 without ending. MP4 video is not read. Convert "
+    )
+    assert "ffmpeg -i in/clip.MP4 -vf fps=1 in/clip_%05d.png" in told
+
+
+def awkward_names(folder: Path) -> dict[str, bytes]:
+    """Files with names that terminals, tables and shells stumble over, and how the results name them."""
+    names = [b"caf\xe9.png", "café.png".encode(), b"-dash.png", b"~x.png", b"a\nb.png", b"\x1b[31mred.png", b"100%.png"]
+    image = faces(1)[0]
+    content = io.BytesIO()
+    Image.fromarray(image).save(content, "PNG")
+    for name in names:
+        with open(os.fsencode(folder) + b"/" + name, "wb") as file:
+            file.write(content.getvalue())
+    shown = {name.decode(): name for name in names if name != b"caf\xe9.png"}
+    return shown | {f"file://{folder.resolve()}/caf%E9.png": b"caf\xe9.png"}
+
+
+def test_a_name_costs_nothing_in_any_format(capsys, bundle_path, tmp_path, monkeypatch):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    names = awkward_names(folder)
+    monkeypatch.chdir(folder)
+    command = ["--bundle", bundle_path, ".", "--faces", "aligned"]
+    code, rows, said = run(capsys, *command)
+    assert (code, [len(row["faces"]) for row in rows]) == (0, [1] * 7)
+    assert {row["path"]: os.fsencode(local_path(row["path"])).rpartition(b"/")[2] for row in rows} == names
+    made = tmp_path / os.fsdecode(b"made \xe9")
+    made.mkdir()
+    for ending in ("jsonl", "csv", "parquet"):
+        assert run(capsys, *command, "--out", made / f"out.{ending}")[0] == 0
+        (made / f"out.{ending}").rename(tmp_path / f"out.{ending}")
+    assert list(made.iterdir()) == []
+    paths = [row["path"] for row in rows]
+    assert [json.loads(line)["path"] for line in (tmp_path / "out.jsonl").read_text().splitlines()] == paths
+    assert pq.read_table(tmp_path / "out.parquet")["path"].to_pylist() == paths
+    with (tmp_path / "out.csv").open(newline="") as stream:
+        assert [row["path"] for row in csv.DictReader(stream)] == paths
+    # What a row says can be given back.
+    code, again, _ = run(capsys, "--bundle", bundle_path, "--faces", "aligned", "~x.png", "--", *paths)
+    assert (code, [row["faces"] for row in again[1:]]) == (0, [row["faces"] for row in rows])
+    code, _, said = run(capsys, "--bundle", bundle_path, "\x1bred.gif")
+    assert (code, "\x1b" in said, r"\x1bred.gif: no such file" in said) == (2, False, True)
+
+
+def test_names_and_their_uris_are_the_same():
+    for path in ("a b.jpg", "~x", "file:x", "%41", os.fsdecode(b"/\xff\xfe #?%41.jpg")):
+        assert local_path(file_name(path)) == path
+
+
+def test_a_terminal_without_letters_gets_escapes(bundle_path, tmp_path):
+    write_png(tmp_path / "é\u2028.png", faces(1)[0])
+    command = [
+        sys.executable,
+        "-m",
+        "rafce_ray.predict",
+        "--bundle",
+        str(bundle_path),
+        "--faces",
+        "aligned",
+        str(tmp_path),
+    ]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, env=environment, capture_output=True, check=True)
+    assert json.loads(done.stdout.decode("ascii"))["path"] == str(tmp_path / "é\u2028.png")
+
+
+@pytest.mark.parametrize("name", ["pipe.jpg", "pipe", "/dev/zero", "gone.jpg", "loop.jpg", "socket"])
+def test_what_is_no_file_is_a_row_and_holds_nothing_up(capsys, bundle_path, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe.jpg")
+    os.mkfifo("pipe")
+    os.symlink("nowhere", "gone.jpg")
+    os.symlink("loop.jpg", "loop.jpg")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind("socket")
+        code, rows, _ = run(capsys, "--bundle", bundle_path, name)
+    assert (code, [row["error"]["code"] for row in rows]) == (1, ["unreadable"])
+
+
+def test_a_long_comment_costs_no_picture(capsys, bundle_path, tmp_path):
+    note = PngImagePlugin.PngInfo()
+    note.add_text("note", "x" * 2_000_000, zip=True)
+    Image.fromarray(faces(1)[0]).save(tmp_path / "a.png", pnginfo=note)
+    code, rows, _ = run(capsys, "--bundle", bundle_path, "--faces", "aligned", tmp_path)
+    assert (code, len(rows[0]["faces"])) == (0, 1)
+
+
+@pytest.mark.parametrize("wanted", ["nonsense", "cuda:77", "cuda:-1", "meta", "xla", ""])
+def test_a_device_that_is_not_here_is_refused(wanted):
+    with pytest.raises(UsageError, match=rf"^--device {wanted}: there is no such device here\. Use one of: auto, cpu"):
+        choose_device(wanted)
+    assert choose_device("cpu") == torch.device("cpu")
+
+
+@pytest.mark.parametrize("verb", ["predict", "evaluate", "compare", "report"])
+def test_every_command_refuses_a_device_before_it_does_anything(capsys, verb):
+    argv = {"predict": ["x.png", "--bundle", "none"], "evaluate": ["--bundle", "none"], "compare": ["a", "b"]}
+    assert cli.main([verb, *argv.get(verb, ["none"]), "--device", "cuda:77"]) == 2
+    assert capsys.readouterr().err.startswith(
+        "error: --device cuda:77: there is no such device here. Use one of: auto,"
+    )
 
 
 def test_a_picture_without_a_face_says_so(capsys, bundle_path, tmp_path):
@@ -348,3 +530,39 @@ def test_a_bundle_with_other_thresholds_decides_otherwise(predictor):
     for threshold, active in ((probability, True), (np.nextafter(probability, 1), False)):
         bundle = replace(predictor.bundle, calibration=Calibration(1.0, (float(threshold), 0.5)))
         assert Predictor(bundle).predict(faces(1))[0].action_units[0].active is active
+
+
+@pytest.fixture
+def closed_folder() -> Iterator[Path]:
+    """A folder with a closed file and a closed folder in it, while the tests are not run by root."""
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        folder.chmod(0o755)
+        for path in ("a.png", "closed.png", "closed/b.png"):
+            write_png(folder / path, faces(1)[0])
+        (folder / "closed.png").chmod(0)
+        (folder / "closed").chmod(0)
+        user = os.geteuid()
+        if user == 0:
+            os.seteuid(65534)
+        try:
+            yield folder
+        finally:
+            os.seteuid(user)
+            (folder / "closed").chmod(0o700)
+
+
+def test_what_is_closed_is_a_row_or_one_line(closed_folder):
+    file, folder = closed_folder / "closed.png", closed_folder / "closed"
+    assert load_file(file, finder=None, px=PX).problem.message == "the file cannot be read (Permission denied)."
+    for place, message in (
+        (closed_folder, f"{folder}: the folder cannot be read (Permission denied)"),
+        (folder, f"{folder}: the folder cannot be read (Permission denied)"),
+        (folder / "b.png", f"{folder / 'b.png'}: cannot be read (Permission denied)"),
+    ):
+        with pytest.raises(UsageError, match=f"^{re.escape(message)}"):
+            list(find_images([str(place)]))
+    for out in (folder / "out.csv", closed_folder / "out.csv"):
+        if out.parent == folder or os.geteuid() == 65534:
+            with pytest.raises(UsageError, match=r"cannot be written \(Permission denied\)"):
+                prediction_output.check_out(out)

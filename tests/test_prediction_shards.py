@@ -93,10 +93,17 @@ def test_a_folder_of_something_else_is_left_as_it_is(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["thesis.txt"]
 
 
-def test_a_name_that_no_table_can_hold_is_said_before_anything_is_predicted(tmp_path):
-    with pytest.raises(UsageError, match="is not UTF-8"):
-        open_shards(locate(tmp_path), OPTIONS, 3, names([*NAMES, os.fsdecode(b"/images/\xff.jpg")]))
-    assert not (tmp_path / "plan.json").exists()
+def test_a_name_that_is_not_utf8_is_read_by_its_uri(tmp_path, write_bundle, drawn_faces):
+    bundle, images = str(write_bundle(tmp_path / "bundle", with_canary=False)), tmp_path / "images"
+    images.mkdir()
+    os.link(drawn_faces / "aligned" / "0001_aligned.jpg", os.fsencode(images) + b"/caf\xe9.jpg")
+    options = replace(OPTIONS, bundle_sha256=bundle_digest(bundle))
+    shards = open_shards(locate(tmp_path / "out"), options, 9, lambda: list_images([str(images)]))
+    assert shards.paths(0) == [f"file://{images}/caf%E9.jpg"] == list(list_images(shards.paths(0)))
+    worker = ShardPredictor(Job(bundle, str(tmp_path / "out"), (), "aligned", None, batch_size=8))
+    assert worker({"shard": 0})["error"] == ""
+    (row,) = ds.dataset(tmp_path / "out" / "predictions").to_table().to_pylist()
+    assert (row["path"], row["num_faces"]) == (f"file://{images}/caf%E9.jpg", 1)
 
 
 def test_a_shard_is_whole_and_tells_what_is_in_it(tmp_path, predictor):
@@ -110,11 +117,12 @@ def test_a_shard_is_whole_and_tells_what_is_in_it(tmp_path, predictor):
         2: {"files": 1, "predicted": 1, "faces": 1},
     }
     with pytest.raises(RafceError, match=r"1 of 3 shards are missing, part-00001\.parquet first"):
-        shards.close()
+        shards.close({})
     shards.write(1, predicted(predictor, shards.paths(1)), predictor.bundle, outcomes)
-    assert shards.close() == {"files": 7, "predicted": 5, "faces": 5, "broken": 2}
+    assert shards.close({".txt": 2}) == {"files": 7, "predicted": 5, "faces": 5, "broken": 2}
     assert sorted(os.listdir(tmp_path / "predictions")) == [f"part-0000{number}.parquet" for number in range(3)]
-    assert json.loads((tmp_path / "summary.json").read_text())["broken"] == 2
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["broken"], summary["skipped"]) == (2, {".txt": 2})
     rows = ds.dataset(tmp_path / "predictions").to_table().to_pylist()
     assert [row["path"] for row in rows] == NAMES
     assert [row["error_code"] for row in rows] == [None, None, "empty", None, None, "empty", None]
