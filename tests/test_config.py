@@ -358,7 +358,7 @@ def test_a_file_that_is_none_is_refused_in_one_line(tmp_path):
     file = tmp_path / "latin.yaml"
     file.write_bytes(b"optim:\n  lr: 1 # fr\xf6hlich\n")
     assert said(path=file) == f"{file}: line 2 is not UTF-8. Save it as UTF-8."
-    assert "is a directory" in said(path=tmp_path)
+    assert "(Is a directory)" in said(path=tmp_path)
     assert "name too long" in said(path=tmp_path / ("x" * 300)).lower()
     assert "Not a directory" in said(path=file / "x.yaml")
 

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from rafce_ray.cli import main
 from rafce_ray.config import DataConfig
@@ -39,7 +40,11 @@ def people(folder, num=60, *, header="name,emotion,AU1,person"):
     rows = [f"{i:02d}.jpg,{'smiling' if i % 2 else 'neutral'},{i // 2 % 2},p{i % 12}" for i in range(num)]
     folder.mkdir(exist_ok=True)
     (folder / "labels.csv").write_text("\n".join([header, *rows]) + "\n")
-    return touch(folder, *(f"images/{i:02d}.jpg" for i in range(num)))
+    images = folder / "images"
+    images.mkdir(exist_ok=True)
+    for i in range(num):
+        Image.new("RGB", (32, 32), (4 * i, 128, 255 - 4 * i)).save(images / f"{i:02d}.jpg")
+    return folder
 
 
 def splits_of(place):
