@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.fs as pafs
 
+from rafce_ray.data.duplicates import exact_groups
 from rafce_ray.data.names import duplicate_groups
 from rafce_ray.data.records import Evidence, EvidenceList, Finding, NearImage, counted, evidence_of
 from rafce_ray.decode import READ_ENDINGS, UNREAD_PICTURE_ENDINGS
@@ -116,7 +117,7 @@ def match_images(names: pa.Array, root: Location, images: str | None) -> Matched
     if best is None:
         listing = list_images(candidates[-1], recursive=False)
         best = Matched(listing, np.full(len(names), -1, np.int64), 0, ())
-    findings = [*best.findings, *_unreadable_findings(best.listing)]
+    findings = [*best.findings, *_unreadable_findings(best.listing), *_shared_findings(names, best)]
     if elsewhere:
         message = f"images of the labelled names lie in more than one folder; {best.listing.folder} is used"
         remedy = "Name the folder to use: data.images=FOLDER."
@@ -132,6 +133,19 @@ def _unreadable_findings(listing: Listing) -> list[Finding]:
     message = f"{listing.folder}: files or folders in it that cannot be read are not used: {len(listing.unreadable)}"
     remedy = "Remove them, or give access to them (chmod)."
     return [listing.unreadable.finding("warning", "unreadable_images", message, remedy)]
+
+
+def _shared_findings(names: pa.Array, matched: Matched) -> list[Finding]:
+    """Names that are written differently and mean one image."""
+    rows = np.flatnonzero(matched.index >= 0)
+    shared = EvidenceList()
+    for group in exact_groups(matched.index[rows].astype(np.uint64)):
+        written = ", ".join(str(names[int(row)].as_py()) for row in rows[group].tolist())
+        shared.add(written, str(matched.listing.table["path"][int(matched.index[rows[group[0]]])].as_py()))
+    if not shared:
+        return []
+    message = f"images that more than one name means: {len(shared)}; each counts as often as it is named"
+    return [shared.finding("error", "shared_images", message, "Keep one row an image.")]
 
 
 def image_columns(listing: pa.Table, index: npt.NDArray[np.int64]) -> dict[str, pa.Array]:

@@ -441,6 +441,15 @@ def test_backslashes_are_read_as_slashes_where_a_file_fits(tmp_path):
     assert paths(named(tmp_path, "a\\b.jpg")) == ["a\\b.jpg"]
 
 
+def test_names_that_mean_one_image_are_an_error(tmp_path):
+    for name in ("1_aligned.jpg", "2.jpg"):
+        image(tmp_path / "images" / name)
+    named(tmp_path, "images/1.jpg", "images\\1.jpg", "images/2.jpg", "images/1_aligned.jpg")
+    labels = read(tmp_path)
+    assert found(labels, "shared_images") == ["images/1_aligned.jpg: images/1.jpg, images\\1.jpg, images/1_aligned.jpg"]
+    assert {finding.level for finding in labels.findings if finding.code == "shared_images"} == {"error"}
+
+
 @pytest.mark.parametrize(("written", "stored"), [("caf\xe9", "cafe\u0301"), ("cafe\u0301", "caf\xe9")])
 def test_composed_and_decomposed_letters_are_the_same_name(tmp_path, written, stored):
     image(tmp_path / f"{stored}.jpg")
