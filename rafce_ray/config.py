@@ -143,6 +143,12 @@ class Section(BaseModel):
             raise ValueError(f"found {shown(value)}; expected a {'whole ' if float not in kinds else ''}number")
         if isinstance(value, int) and abs(value) >= 2**63 and kinds & {int, float}:
             raise ValueError(f"found {shown(value)}; expected a number below 2**63")
+        if isinstance(value, list | tuple) and tuple[str, ...] in kinds:
+            other = next((one for one in value if isinstance(one, bool | int | float)), None)
+            if other is not None:
+                raise ValueError(
+                    f"found {shown(other)} in the list; expected text. Write it in quotes where it is text"
+                )
         if kinds <= {str, NoneType} and str in kinds:
             if isinstance(value, bool | int | float):
                 raise ValueError(f"found {shown(value)}; expected text. Write it in quotes where it is text")

@@ -301,6 +301,10 @@ def test_the_recipes_read_the_same_in_every_version_of_yaml():
         ("optim..lr=1", "'optim..lr=1' is no override: write section.key=value"),
         ("data.root=a\0b", "data.root: found 'a\\x00b'; expected text in UTF-8, not empty and without zero bytes"),
         ("data.root=\udcff", "data.root: found '\\udcff'; expected text in UTF-8"),
+        (
+            "data.emotions=[1, 2]",
+            "data.emotions: found 1 in the list; expected text. Write it in quotes where it is text",
+        ),
         ("data.emotions=[smiling,smiling]", "data.emotions: 'smiling' is listed 2 times. List it once."),
         ("data.action_units=[AU12, 6, 12]", "data.action_units: AU12 is listed 2 times. List it once."),
         ("data.action_units=[12, AUx]", "data.action_units: 'AUx' is not an action unit: write 12 or AU12"),

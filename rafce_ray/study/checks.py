@@ -209,6 +209,26 @@ def repeated_options(space: Space) -> list[str]:
     ]
 
 
+def with_words_read(space: Space) -> dict[str, Domain]:
+    """The space with each word as a run's configuration holds it (``yes`` is true), so that options and conditions can be compared."""
+    values = flatten(Config())
+
+    def held(key: str, value: Any) -> Any:
+        try:
+            return flatten(build_config(_sections(values | {key: value})))[key] if isinstance(value, str) else value
+        except (ConfigError, KeyError):
+            # The key is unknown, or the word does not fit: that is a fault, told later.
+            return value
+
+    def read(key: str, domain: Domain) -> Domain:
+        when = {other: tuple(held(other, one) for one in wanted) for other, wanted in domain.when.items()}
+        if isinstance(domain, Choice):
+            return dataclasses.replace(domain, options=tuple(held(key, one) for one in domain.options), when=when)
+        return dataclasses.replace(domain, when=when)
+
+    return {key: read(key, domain) for key, domain in space.items()}
+
+
 def study_faults(study: StudyConfig) -> list[str]:
     """What in a study does not go together."""
     return [

@@ -39,6 +39,7 @@ from rafce_ray.study.checks import (
     repeated_options,
     split_base,
     study_faults,
+    with_words_read,
 )
 from rafce_ray.study.space import Domain
 
@@ -265,6 +266,7 @@ def _with_domain(space: Any, key: str, domain: Any, override: str) -> dict[str, 
 def build_study(values: Mapping[str, Any]) -> StudyConfig:
     """A validated :class:`StudyConfig` from nested plain values; ConfigError lists every fault."""
     space, faults = parse_space(values.get("space"))
+    space = with_words_read(space)
     unread = set(values["space"]) - set(space) if isinstance(values.get("space"), Mapping) else set()
     own, misplaced = split_base(values.get("base", {}))
     base, unknown_recipe = _complete_base(own)

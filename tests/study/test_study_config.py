@@ -490,6 +490,17 @@ def test_a_studys_name_leaves_room_for_its_trials():
     assert f"has 300 characters; expected {len(longest)} at most" in line
 
 
+def test_a_condition_may_say_yes_for_true(tmp_path):
+    file = tmp_path / "study.yaml"
+    file.write_text(
+        "name: s\nnum_trials: 4\nspace:\n  model.au_attention: {choice: [yes, no]}\n"
+        "  optim.lr: {loguniform: [1e-4, 1e-2], when: {model.au_attention: [on]}}\n"
+    )
+    space = load_study(file).space
+    assert space["model.au_attention"].values() == (True, False)
+    assert space["optim.lr"].when == {"model.au_attention": (True,)}
+
+
 def test_true_is_no_number():
     lines = faults(plain(keep=True, seed=False, time_budget_s=True, base={"optim": {"epochs": True}}))
     assert [line.partition(": found ")[0] for line in lines] == ["seed", "time_budget_s", "keep", "base.optim.epochs"]
