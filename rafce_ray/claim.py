@@ -11,6 +11,7 @@ import json
 import os
 import random
 import re
+import signal
 import socket
 import threading
 import time
@@ -53,7 +54,8 @@ _CLAIM = re.compile(r"\.claim-[0-9a-f]{32}\.json")
 def claimed(folder: Location, kind: Kind, *, key: str) -> Iterator[None]:
     """Hold the folder while the block lasts. ``key``: of the configuration, which names it.
 
-    A program on this machine that was killed no longer holds it; one on another machine after a minute without a sign of life.
+    A program on this machine that was killed no longer holds it; one on another machine after a minute without a sign of life. SIGTERM and
+    SIGHUP end the block as Ctrl-C does, a KeyboardInterrupt.
 
     Raises:
         UsageError: another program works in it, or it holds something else.
@@ -79,7 +81,7 @@ def claimed(folder: Location, kind: Kind, *, key: str) -> Iterator[None]:
         _take(own, write)
         # Another program may have begun something here in the meantime.
         check_kind(folder, kind, key=key)
-        with repeated(beat, BEAT_EVERY_S):
+        with _unwound_by_signals(), repeated(beat, BEAT_EVERY_S):
             yield
     finally:
         # A claim that cannot be removed ends by itself.
@@ -89,6 +91,25 @@ def claimed(folder: Location, kind: Kind, *, key: str) -> Iterator[None]:
             # Of a command that was refused nothing is left.
             with suppress(OSError):
                 folder.local.rmdir()
+
+
+@contextmanager
+def _unwound_by_signals() -> Iterator[None]:
+    """A program that a scheduler or a closed terminal ends gives its claim back, too: it may go on, on another machine, at once."""
+
+    def end(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        # nohup has it ignored, and whoever set a handler has a use for it.
+        ours = [one for one in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(one) == signal.SIG_DFL]
+        before = {number: signal.signal(number, end) for number in ours}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def check_kind(folder: Location, kind: Kind, *, key: str) -> None:

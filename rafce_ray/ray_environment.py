@@ -50,6 +50,11 @@ def not_started(error: Exception) -> RafceError:
     """What Ray says where it could not be started or joined, in one line and with the variable."""
     address = ray_address()
     said = next(iter(str(error).strip().splitlines()), type(error).__name__).strip().rstrip(".")
+    if address == "auto" and isinstance(error, ConnectionError):
+        return RafceError(
+            "RAY_ADDRESS=auto: no Ray cluster runs on this machine. Start one with ray start --head, or let this command start one: unset "
+            "RAY_ADDRESS"
+        )
     if address is None:
         return RafceError(
             f"Ray could not be started: {said}. Its logs are in {_temporary()[1] / 'ray' / 'session_latest' / 'logs'}"

@@ -199,6 +199,7 @@ def ray_cluster(config: Config, name: str, *, nested: bool = False) -> Iterator[
         check_ray()
         address = ray_address()
         say("starting Ray" if address is None else f"connecting to Ray at {address}")
+        at_sigterm = signal.getsignal(signal.SIGTERM)
         with _address_known(nested and address is None) as runtime_env:
             try:
                 context = ray.init(
@@ -210,6 +211,9 @@ def ray_cluster(config: Config, name: str, *, nested: bool = False) -> Iterator[
                 )
             except (OSError, RuntimeError, ValueError) as error:
                 raise not_started(error) from error
+        if callable(at_sigterm) and threading.current_thread() is threading.main_thread():
+            # Ray has set its own, which ends the process without a word.
+            signal.signal(signal.SIGTERM, at_sigterm)
         if context.dashboard_url:
             say(dashboard_line(context.dashboard_url, "jobs", os.environ, started_here=address is None))
     try:

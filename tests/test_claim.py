@@ -105,6 +105,34 @@ def test_the_command_of_the_refusal_ends_the_program_which_frees_the_folder(tmp_
         hold(folder)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_program_that_is_told_to_end_gives_its_claim_back(number, tmp_path):
+    folder = locate(tmp_path / "x")
+    with running(
+        [sys.executable, "-c", HOLDER, str(folder)], os.environ, tmp_path / "said", stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout.readline() == b"held\n", (tmp_path / "said").read_text()
+        process.send_signal(number)
+        process.wait(60)
+    assert not folder.exists()
+
+
+def test_a_signal_that_is_ignored_or_handled_stays_so(tmp_path):
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        # nohup has it ignored.
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        with claimed(locate(tmp_path / "x"), "run", key="run.name"):
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGTERM)
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def test_another_process_with_the_number_of_one_that_died_holds_nothing(tmp_path):
     folder = locate(tmp_path / "x")
     held_by(folder, **own_record())

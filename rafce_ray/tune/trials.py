@@ -238,7 +238,7 @@ def tell_ended(supply: Supply, name: str) -> None:
 
 @contextmanager
 def stoppable(control: Control) -> Iterator[None]:
-    """Ctrl-C once lets every trial finish its epoch and stop; a second time ends the block as a KeyboardInterrupt."""
+    """Ctrl-C, SIGTERM or SIGHUP once lets every trial finish its epoch and stop; a second time ends the block as a KeyboardInterrupt."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -249,8 +249,11 @@ def stoppable(control: Control) -> Iterator[None]:
         control.stop = "interrupted"
         say("stopping: every trial finishes its epoch and saves; Ctrl-C again stops at once")
 
-    before = signal.signal(signal.SIGINT, interrupt)
+    # nohup has SIGHUP ignored.
+    numbers = [one for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(one) != signal.SIG_IGN]
+    before = {number: signal.signal(number, interrupt) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

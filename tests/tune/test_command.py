@@ -1,5 +1,6 @@
 """What `rafce tune` asks for before it starts anything."""
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,8 @@ import yaml
 from rafce_ray.errors import UsageError
 from rafce_ray.study.config import build_study
 from rafce_ray.tune.command import check_mlflow, check_weights_of, main
+from rafce_ray.tune.scheduler import Control
+from rafce_ray.tune.trials import stoppable
 
 
 def build(**values):
@@ -49,3 +52,15 @@ def test_weights_that_cannot_be_there_are_refused_before_anything_starts(tmp_pat
     assert main(["--config", str(file), f"storage={tmp_path}"]) == 2
     assert "model.weights: found 'IMAGENET1K_V7'" in capsys.readouterr().err
     assert not (tmp_path / "study").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_lets_every_trial_finish_its_epoch_and_a_second_one_ends_at_once(number, capsys):
+    control, before = Control(), signal.getsignal(number)
+    with stoppable(control):
+        signal.raise_signal(number)
+        assert control.stop == "interrupted"
+        assert "every trial finishes its epoch and saves" in capsys.readouterr().err
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(number)
+    assert signal.getsignal(number) == before
