@@ -16,18 +16,15 @@ import socket
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from http import HTTPStatus
 from pathlib import Path
 
 from rafce_ray.console import run_main
 from rafce_ray.errors import UsageError
-from rafce_ray.serve.haproxy import HOST, OWN_STATUSES
-from rafce_ray.service.problems import MEDIA_TYPE, Problem, problem_body
+from rafce_ray.serve.haproxy import HOST, ID, OWN_STATUSES, PATH
+from rafce_ray.service.problems import Problem, problem_body
 
 MAX_FOLDER_BYTES = 20
 """A Unix socket's path has at most 107 bytes; Ray puts a folder with a name of 56 between this one and its sockets."""
-
-RETRY = {"Retry-After": "1"}
 
 DRAINING_S = 3
 """A replica that is to go stays reachable for so long, while HAProxy learns of it; one that comes later is tried elsewhere."""
@@ -49,7 +46,7 @@ def fast_path(folder: Path, *, host: str | None = None, free_ports: bool = True)
     folder = folder.absolute()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     for status, answer in _own_answers().items():
-        (folder / f"{status}.http").write_bytes(answer)
+        (folder / f"{status}.json").write_bytes(answer)
     program = folder / "haproxy"
     program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m rafce_ray.serve.haproxy "$@"\n')
     program.chmod(0o700)
@@ -110,30 +107,20 @@ def variables(folder: Path) -> dict[str, str]:
 
 
 def _own_answers() -> dict[int, bytes]:
-    """What HAProxy answers by itself: its status -> the whole response."""
+    """What HAProxy answers by itself: its status -> the body, in which it puts the request's path and id."""
     problems = {
-        502: Problem("not_ready", "The process that had the request ended before it answered.", headers=RETRY),
-        503: Problem("not_ready", "No process can take the request.", headers=RETRY),
+        400: Problem("bad_request", "The request cannot be read."),
+        404: Problem("not_found", "There is nothing at this path."),
+        408: Problem("body_too_slow", "The request was not complete in time."),
+        500: Problem("internal_error", "The proxy before the service failed."),
+        502: Problem("not_ready", "The process that had the request ended before it answered."),
+        503: Problem("not_ready", "No process can take the request."),
         504: Problem("deadline", "The answer was not ready in time."),
     }
     assert tuple(problems) == OWN_STATUSES
-    return {status: _response(problem) for status, problem in problems.items()}
-
-
-def _response(problem: Problem) -> bytes:
-    body = json.dumps(problem_body(problem, "", "")).encode()
-    headers = {
-        "Content-Type": MEDIA_TYPE,
-        "Content-Length": str(len(body)),
-        "Cache-Control": "no-store",
-        "X-Content-Type-Options": "nosniff",
-        "Connection": "close",
-    } | problem.headers
-    lines = [
-        f"HTTP/1.1 {problem.status} {HTTPStatus(problem.status).phrase}",
-        *(f"{name}: {value}" for name, value in headers.items()),
-    ]
-    return "\r\n".join([*lines, "", ""]).encode() + body
+    path, request_id = f"%[var({PATH}),json(utf8s)]", f"%[var({ID})]"
+    bodies = {status: problem_body(problem, path, request_id) for status, problem in problems.items()}
+    return {status: json.dumps(body | {"status": status}).encode() for status, body in bodies.items()}
 
 
 def _free_ports(number: int) -> list[int]:

@@ -1,8 +1,9 @@
 """What Ray Serve starts as its HAProxy: mends the configuration that Ray wrote, then becomes HAProxy.
 
 Ray opens HAProxy's statistics and metrics on every interface, waits for ever for a request's headers, tells nobody who
-the client is, and answers its own failures with status 500 and plain text. It has no setting for any of these, but one for
-the program that it starts (``RAY_SERVE_HAPROXY_BINARY_PATH``). Ray waits, so nothing slow is imported here.
+the client is, and answers its own failures with status 500 and plain text, and what is no HTTP with a page. It has no setting
+for any of these, but one for the program that it starts (``RAY_SERVE_HAPROXY_BINARY_PATH``). Ray waits, so nothing slow is
+imported here.
 """
 
 from __future__ import annotations
@@ -23,8 +24,31 @@ NO_RETRY = "http-request disable-l7-retry if { path_beg /v1/admin }"
 TIMEOUTS = ("http-request 10s", "check 10s")
 """Of a request's headers; and of the answer to a health check, by default its period: a replica that is merely busy is not down."""
 
-OWN_STATUSES = (502, 503, 504)
-"""What HAProxy answers by itself, from files named ``STATUS.http``; to bytes that are no HTTP it answers with a page of its own."""
+OWN_STATUSES = (400, 404, 408, 500, 502, 503, 504)
+"""What HAProxy answers by itself, from files named ``STATUS.json``, in which it sets the variables :data:`ID` and :data:`PATH`."""
+
+ID, PATH = "txn.rafce_id", "txn.rafce_path"
+
+TOLD = (
+    # The same id as the service would take from the client.
+    f"http-request set-var({ID}) req.fhdr(x-request-id) if {{ req.fhdr(x-request-id) -m reg ^[A-Za-z0-9._-]{{1,64}}$ }}",
+    f"http-request set-var({ID}) uuid unless {{ var({ID}) -m found }}",
+    f"http-request set-header x-request-id %[var({ID})]",
+    f"http-request set-var({PATH}) path",
+)
+
+READABLE = (
+    "mode tcp",
+    "option tcplog",
+    "tcp-request inspect-delay 10s",
+    "tcp-request content switch-mode http if HTTP",
+    "tcp-request content accept if { req.payload(0,1) -m found }",
+    "tcp-request content reject",
+)
+UNREADABLE = "use_backend unreadable unless HTTP"
+"""A connection is HTTP once its first request can be read as such. HAProxy answers one that cannot with a page of its own, which
+nothing changes, so its bytes go to the proxy that Serve keeps for want of a replica, which says why. A later request of the same
+connection that cannot be read does get HAProxy's page."""
 
 PARTS = frozenset(
     (
@@ -33,6 +57,7 @@ PARTS = frozenset(
         ("frontend prometheus", "bind"),
         ("frontend http_frontend", "bind"),
         ("listen stats", "bind"),
+        ("backend default_backend", "http-request return"),
     )
 )
 """What has to be mended, each once: section and setting."""
@@ -51,6 +76,15 @@ def mended(config: str, *, host: str | None, answers: Path) -> str:
     Raises:
         UnknownConfiguration: it has other parts than Ray 2.60's, so that nobody knows what it would open.
     """
+    words = [line.split() for line in config.splitlines()]
+    # Ray's backup server is the proxy that it keeps for want of a replica. It is not known at the start; and with Ray's own counting
+    # of requests, which needs this frontend to be HTTP from the first byte on, it has to do without.
+    spare = next(
+        (line[2] for line in words if line[:1] == ["server"] and line[-1] == "backup" and "proto" not in line), None
+    )
+    spare = None if ["log-format-sd"] in (line[:1] for line in words) else spare
+    has_applications = any(line[:1] == ["use_backend"] for line in words)
+    split = False
     lines: list[str] = []
     parts: list[tuple[str, str]] = []
     section = ""
@@ -61,7 +95,9 @@ def mended(config: str, *, host: str | None, answers: Path) -> str:
             case ["bind", address] if section == "frontend http_frontend":
                 parts.append((section, "bind"))
                 where = address if host is None else f"{host}:{_port(address)}"
-                lines += [f"    bind {where}", f"    http-request set-header {PEER} %[src]", f"    {NO_RETRY}"]
+                lines.append(f"    bind {where}")
+                rules = (*(READABLE if spare else ()), *TOLD, f"http-request set-header {PEER} %[src]", NO_RETRY)
+                lines += [f"    {rule}" for rule in rules]
             case ["bind", address, *_]:
                 parts.append((section, "bind"))
                 lines.append(f"    bind 127.0.0.1:{_port(address)}")
@@ -71,14 +107,31 @@ def mended(config: str, *, host: str | None, answers: Path) -> str:
             case ["mode", "http"] if section == "defaults":
                 parts.append((section, "mode http"))
                 lines += [line, *(f"    timeout {timeout}" for timeout in TIMEOUTS)]
-                lines += [f"    errorfile {status} {answers / f'{status}.http'}" for status in OWN_STATUSES]
+                lines += [f"    http-error {_answer(status, answers)}" for status in OWN_STATUSES if status != 404]
+            case ["http-request", "return", *_] if section == "backend default_backend":
+                parts.append((section, "http-request return"))
+                lines.append(f"    http-request return {_answer(404 if has_applications else 503, answers)}")
+            case ["use_backend" | "default_backend", *_] if section == "frontend http_frontend" and spare and not split:
+                split = True
+                lines += [f"    {UNREADABLE}", line]
             case ["errorfile", *_]:
                 pass
             case _:
                 lines.append(line)
     if sorted(parts) != sorted(PARTS):
         raise UnknownConfiguration(f"it has {sorted(parts)} instead of {sorted(PARTS)}")
+    if spare:
+        lines += ["backend unreadable", "    mode tcp", "    no option http-no-delay", f"    server spare {spare}"]
     return "\n".join(lines) + "\n"
+
+
+def _answer(status: int, answers: Path) -> str:
+    """Arguments of ``http-error`` and ``http-request return``."""
+    headers = {"x-request-id": f"%[var({ID})]", "cache-control": "no-store", "x-content-type-options": "nosniff"}
+    if status in (502, 503):
+        headers["retry-after"] = "1"
+    told = " ".join(f"hdr {name} {value}" for name, value in headers.items())
+    return f"status {status} content-type application/problem+json lf-file {answers / f'{status}.json'} {told}"
 
 
 def _port(address: str) -> str:

@@ -20,7 +20,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.config import HTTP_PROTOCOLS
 
 from rafce_ray.serve.haproxy import PEER
-from rafce_ray.service.problems import Problem, problem_response
+from rafce_ray.service.config import Limits
+from rafce_ray.service.edge import Edge
+from rafce_ray.service.local_peers import Callers
+from rafce_ray.service.problems import REQUEST_ID, Problem, problem_response, request_id_of
 
 STEERING = frozenset(
     (
@@ -94,6 +97,8 @@ class _Answer:
             problem = _problem_of_serve(message["status"], dict(headers))
             if problem is not None:
                 self._replaced = True
+                request_id = request_id_of(dict(headers).get(b"x-request-id", b""))
+                self._scope[REQUEST_ID] = problem.headers["x-request-id"] = request_id
                 await problem_response(problem, self._scope)(self._scope, self._receive, self._send)
                 return
             message = {**message, "headers": headers}
@@ -131,15 +136,35 @@ def _problem_of_serve(status: int, headers: dict[bytes, bytes]) -> Problem | Non
 
 
 class NoReplica:
-    """In the proxy that HAProxy turns to when there is no replica: says so at once, instead of gathering bodies that wait for one."""
+    """In the proxy that HAProxy turns to when there is no replica: says so at once, instead of gathering bodies that wait for one.
+
+    HAProxy also hands it the bytes of connections whose first request it cannot read; such requests do not name a peer.
+    """
 
     def __init__(self, app: ASGIApp, own: object = ()) -> None:
         self._app = app
+        self._edge = Edge(_refuse, Limits(), Callers(loopback_only=False))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer 503, except to what Ray itself asks."""
         if scope["type"] != "http" or scope["path"] in OF_RAY:
             await self._app(scope, receive, send)
             return
-        problem = Problem("not_ready", "No replica can take the request.", headers={"Retry-After": "1"})
-        await problem_response(problem, scope)(scope, receive, send)
+
+        async def send_and_close(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                # The next request may be one that HAProxy can read, or find a replica.
+                message = {**message, "headers": [*message["headers"], (b"connection", b"close")]}
+            await send(message)
+
+        await self._edge(scope, receive, send_and_close)
+
+
+async def _refuse(scope: Scope, receive: Receive, send: Send) -> None:
+    if any(name == PEER.encode() for name, _ in scope["headers"]):
+        raise Problem("not_ready", "No replica can take the request.", headers={"Retry-After": "1"})
+    raise Problem(
+        "bad_request",
+        "The proxy before the service cannot read the request, or not all of its headers came in time.",
+        hint="Send one Host header, the same host in the address, and headers as HTTP/1.1 has them.",
+    )

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
-import re
 import time
 from collections.abc import Awaitable
 from contextlib import suppress
@@ -21,7 +19,7 @@ from rafce_ray.service.config import Limits
 from rafce_ray.service.keys import KEY_ID
 from rafce_ray.service.local_peers import Callers, Headers
 from rafce_ray.service.meter import Meter
-from rafce_ray.service.problems import PROBLEM_CODE, REQUEST_ID, Problem, problem_response, unexpected
+from rafce_ray.service.problems import PROBLEM_CODE, REQUEST_ID, Problem, problem_response, request_id_of, unexpected
 
 T = TypeVar("T")
 
@@ -47,7 +45,6 @@ SECURITY_HEADERS: Final = (
 )
 """On every response; an application that sets one of them itself is left its own."""
 
-_REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 _AT_MOST_ONCE = frozenset(
     (
         b"authorization",
@@ -178,7 +175,7 @@ class _Exchange:
             if name in found and name in _AT_MOST_ONCE:
                 twice = name
             found[name] = value
-        scope[REQUEST_ID] = _request_id(found.get(b"x-request-id", b""))
+        scope[REQUEST_ID] = request_id_of(found.get(b"x-request-id", b""))
         self._cors = tuple(self._edge.callers.cors(scope, found))
         self._awaits_continue = b"expect" in found
         length = found.get(b"content-length")
@@ -298,8 +295,3 @@ async def within(work: Awaitable[T], receive: Receive, deadline: float, late: Pr
 async def _client_gone(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-def _request_id(wanted: bytes) -> str:
-    """The client's own id where it is short and plain, else a new one."""
-    return wanted.decode() if _REQUEST_ID.fullmatch(wanted) else f"{random.getrandbits(128):032x}"

@@ -1,5 +1,7 @@
 """Uvicorn's fast HTTP parser with bounds on what comes before an application hears of a request.
 
+What cannot be read is refused with a problem, as everything else is.
+
 Uvicorn with httptools gathers headers without an end: one endless header of 32 MiB held the event loop for 2.4 s (the
 time grows with the square), and a connection that never finishes its headers stays open for ever.
 """
@@ -7,9 +9,17 @@ time grows with the square), and a connection that never finishes its headers st
 from __future__ import annotations
 
 import asyncio
+import json
+import re
+import sys
+from http import HTTPStatus
 from typing import Any
 
+from httptools import HttpParserCallbackError, HttpParserInvalidMethodError
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from rafce_ray.service.edge import SECURITY_HEADERS
+from rafce_ray.service.problems import MEDIA_TYPE, Problem, problem_body, request_id_of
 
 MAX_HEADER_BYTES = 64 * 1024
 """The edge has its own, smaller bound and explains it; this one only keeps the parser from gathering more."""
@@ -17,10 +27,7 @@ MAX_HEADER_BYTES = 64 * 1024
 HEADER_TIMEOUT_S = 10.0
 """Seconds from a connection's start, or a request's first byte, to the end of its headers."""
 
-_REFUSALS = {
-    408: b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n",
-    431: b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\ncontent-length: 0\r\n\r\n",
-}
+_CONTROLS = re.compile(r"[^ -~]+")
 
 
 class BoundedHttpProtocol(HttpToolsProtocol):
@@ -48,7 +55,9 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         if self._in_headers:
             self._num_header_bytes += len(data)
             if self._num_header_bytes > MAX_HEADER_BYTES:
-                self._refuse(431)
+                self._refuse(
+                    Problem("headers_too_large", f"Request line and headers have more than {MAX_HEADER_BYTES:,} bytes.")
+                )
 
     def on_message_begin(self) -> None:
         """Start counting and timing a request's headers."""
@@ -63,17 +72,44 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._stop_timer()
         super().on_headers_complete()
 
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what the parser cannot read, and say why."""
+        error = sys.exc_info()[1]
+        if isinstance(error, HttpParserInvalidMethodError):
+            self._refuse(Problem("unknown_method", "The request's method is none of HTTP."))
+        elif isinstance(error, HttpParserCallbackError):  # Uvicorn reads the address when the headers are complete.
+            self._refuse(Problem("bad_request", "The request's address cannot be read."))
+        else:
+            why = _CONTROLS.sub(" ", str(error or msg)).strip(" .")
+            self._refuse(Problem("bad_request", f"The request is no HTTP/1.1: {why}."))
+
     def _start_timer(self) -> None:
         self._stop_timer()
-        self._timer = self.loop.call_later(HEADER_TIMEOUT_S, self._refuse, 408)
+        late = Problem("body_too_slow", f"The headers were not complete after {HEADER_TIMEOUT_S:g} s.")
+        self._timer = self.loop.call_later(HEADER_TIMEOUT_S, self._refuse, late)
 
     def _stop_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
-    def _refuse(self, status: int) -> None:
+    def _refuse(self, problem: Problem) -> None:
         self._stop_timer()
         if not self.transport.is_closing():
-            self.transport.write(_REFUSALS[status])
+            # Of what has come so far no path is known, but perhaps an id.
+            named = dict(self.headers or ())
+            self.transport.write(_response(problem, request_id_of(named.get(b"x-request-id", b""))))
             self.transport.close()
+
+
+def _response(problem: Problem, request_id: str) -> bytes:
+    body = json.dumps(problem_body(problem, "", request_id)).encode()
+    headers = (
+        *SECURITY_HEADERS,
+        (b"x-request-id", request_id.encode()),
+        (b"content-type", MEDIA_TYPE.encode()),
+        (b"content-length", str(len(body)).encode()),
+        (b"connection", b"close"),
+    )
+    first = f"HTTP/1.1 {problem.status} {HTTPStatus(problem.status).phrase}".encode()
+    return b"\r\n".join([first, *(name + b": " + value for name, value in headers), b"", body])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+import re
 from collections.abc import Callable, Coroutine, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +24,9 @@ REQUEST_ID = "rafce.request_id"
 
 PROBLEM_CODE = "rafce.problem_code"
 """Key of the ASGI scope under which whoever answers with a problem leaves its code, for the edge to count."""
+
+
+_PLAIN_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 
 
 @dataclass(frozen=True)
@@ -224,6 +229,13 @@ PROBLEM_TYPES: Mapping[str, ProblemType] = _types(
     (431, "headers_too_large", "Headers too large", "The headers are too many or too long.", "Send fewer headers."),
     (499, "client_gone", "Client gone", "The client closed the connection before the answer.", "Send it again."),
     (500, "internal_error", "Internal error", "The service failed.", "Report the request id to whoever runs it."),
+    (
+        501,
+        "unknown_method",
+        "Unknown method",
+        "The request's method is none of HTTP.",
+        "See /docs for what there is, and send the method in capitals.",
+    ),
     (503, "not_ready", "Not ready", "The model is not loaded or not verified yet.", "Try again; see /readyz."),
     (
         504,
@@ -294,6 +306,11 @@ def problem_response(problem: Problem, scope: MutableMapping[str, Any]) -> Respo
     scope[PROBLEM_CODE] = problem.code
     body = json.dumps(problem_body(problem, scope["path"], scope.get(REQUEST_ID, "")))
     return Response(body.encode(), problem.status, problem.headers, MEDIA_TYPE)
+
+
+def request_id_of(wanted: bytes) -> str:
+    """The id of a request: what its X-Request-ID says, if that is short and plain, else a new one."""
+    return wanted.decode() if _PLAIN_ID.fullmatch(wanted) else f"{random.getrandbits(128):032x}"
 
 
 def deadline_passed(seconds: float, num_images: int | None = None) -> Problem:

@@ -1,3 +1,4 @@
+import json
 import socket
 import threading
 import time
@@ -45,6 +46,20 @@ def read_all(connection: socket.socket) -> bytes:
     return received
 
 
+def refusal(connection: socket.socket) -> tuple[int, str, str]:
+    """Status, code and the client's own id, if it is kept, of a problem that is the last on its connection."""
+    head, _, content = read_all(connection).partition(b"\r\n\r\n")
+    first, *lines = head.decode().split("\r\n")
+    headers = dict(line.split(": ", 1) for line in lines)
+    assert (headers["content-type"], headers["connection"]) == ("application/problem+json", "close")
+    body = json.loads(content)
+    status, request_id = int(first.split()[1]), headers["x-request-id"]
+    assert (body["status"], body["request_id"]) == (status, request_id)
+    assert all(body[name] for name in ("title", "detail", "hint"))
+    assert int(headers["content-length"]) == len(content)
+    return status, body["type"].removeprefix("/problems/"), "" if len(request_id) == 32 else request_id
+
+
 def test_requests_on_one_connection_are_answered(connection):
     for number in range(3):
         body = b"x" * (3 * MAX_HEADER_BYTES)
@@ -73,13 +88,27 @@ def test_headers_without_end_are_refused(connection, endless):
 
 def test_headers_just_too_long_are_answered_with_431(connection):
     connection.sendall(REQUEST + b"X-Long: " + b"x" * MAX_HEADER_BYTES)
-    assert read_all(connection).startswith(b"HTTP/1.1 431 ")
+    assert refusal(connection) == (431, "headers_too_large", "")
 
 
 @pytest.mark.parametrize("start", [b"", b"G", REQUEST])
 def test_headers_that_do_not_come_are_given_up(connection, start):
     connection.sendall(start)
-    assert read_all(connection).startswith(b"HTTP/1.1 408 ")
+    assert refusal(connection) == (408, "body_too_slow", "")
+
+
+@pytest.mark.parametrize(
+    ("request_", "expected"),
+    [
+        (b"BREW / HTTP/1.1\r\nX-Request-Id: mine\r\n\r\n", (501, "unknown_method", "")),
+        (b"\x16\x03\x01\x02\x00", (501, "unknown_method", "")),
+        (b"GET / HTTP/1.1\r\nX-Request-Id: mine\r\nA: b\r\nbad header\r\n\r\n", (400, "bad_request", "mine")),
+        (REQUEST + b"Content-Length: 1x\r\n\r\n", (400, "bad_request", "")),
+    ],
+)
+def test_what_is_no_request_is_refused_with_the_reason_and_an_id(connection, request_, expected):
+    connection.sendall(request_)
+    assert refusal(connection) == expected
 
 
 def test_a_trickle_of_headers_is_given_up(connection):
