@@ -110,9 +110,18 @@ def test_a_configuration_with_other_parts_is_refused(more):
         mended(WRITTEN + more, host=None, answers=Path("/answers"))
 
 
+STARTED, GONE = threading.Event(), threading.Event()
+
+
 async def replica(scope, receive, send):
-    """Tells what reaches a replica."""
+    """Tells what reaches a replica; at ``/wait`` it waits for its client to go."""
     request = Request(scope, receive)
+    if request.url.path == "/wait":
+        STARTED.set()
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        GONE.set()
+        return
     told = {"path": request.url.path, "peer": request.client.host, "bytes": len(await request.body())}
     await Response(json.dumps({**told, "id": request.headers.get("x-request-id")}))(scope, receive, send)
 
@@ -290,6 +299,14 @@ def test_bodies_of_every_kind_come_through_and_connections_stay_open(port: int):
         with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
             told = [ask(port, *pieces, on=connection)[2]["bytes"] for pieces in requests[::order]]
         assert told == sizes[::order]
+
+
+def test_a_replica_hears_that_its_client_has_gone(port: int, until: Callable[..., None]):
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+        connection.sendall(b"GET /wait HTTP/1.1\r\n" + HOST + b"\r\n")
+        until(STARTED.is_set)
+        assert not GONE.is_set()
+    until(GONE.is_set)
 
 
 def test_where_nothing_can_answer_it_is_a_problem_with_the_clients_id(start: Start, spare: int):
