@@ -41,14 +41,18 @@ READABLE = (
     "mode tcp",
     "option tcplog",
     "tcp-request inspect-delay 10s",
-    "tcp-request content switch-mode http if HTTP",
+    "acl rafce_coded req.fhdr(transfer-encoding) -m found",
+    "acl rafce_chunked req.fhdr(transfer-encoding) -i chunked",
+    "tcp-request content switch-mode http if HTTP !rafce_coded or HTTP rafce_chunked",
     "tcp-request content accept if { req.payload(0,1) -m found }",
     "tcp-request content reject",
 )
-UNREADABLE = "use_backend unreadable unless HTTP"
-"""A connection is HTTP once its first request can be read as such. HAProxy answers one that cannot with a page of its own, which
-nothing changes, so its bytes go to the proxy that Serve keeps for want of a replica, which says why. A later request of the same
-connection that cannot be read does get HAProxy's page."""
+UNREADABLE = "use_backend unreadable if !HTTP or rafce_coded !rafce_chunked"
+"""A connection is HTTP once its first request can be read as such, and has no coding but chunks.
+
+HAProxy answers a request that cannot be read with a page that is built into it. So the bytes of such a connection go to the proxy
+that Serve keeps for want of a replica, which says why. A later request of a connection that cannot be read gets HAProxy's page.
+"""
 
 PARTS = frozenset(
     (

@@ -143,7 +143,9 @@ class NoReplica:
 
     def __init__(self, app: ASGIApp, own: object = ()) -> None:
         self._app = app
-        self._edge = Edge(_refuse, Limits(), Callers(loopback_only=False))
+        # Nothing is read of a body, so none is too large here.
+        limits = Limits(max_body_bytes=2**62, max_bytes=2**62)
+        self._edge = Edge(_refuse, limits, Callers(loopback_only=False))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer 503, except to what Ray itself asks."""

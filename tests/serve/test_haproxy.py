@@ -259,6 +259,8 @@ HOST = b"Host: 127.0.0.1\r\n"
         (b"GET / HTTP/1.1\r\nHo st: a\r\n\r\n", (400, "bad_request")),
         (b"POST / HTTP/1.1\r\n" + HOST + b"Content-Length: x\r\n\r\n", (400, "bad_request")),
         (b"POST / HTTP/1.1\r\n" + HOST + b"Content-Length: 1\r\nContent-Length: 2\r\n\r\n", (400, "bad_request")),
+        (b"POST / HTTP/1.1\r\n" + HOST + b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n", (400, "bad_request")),
+        (b"POST / HTTP/1.1\r\n" + HOST + b"Transfer-Encoding: gzip\r\n\r\n", (400, "bad_request")),
         (b"GET / HTTP/1.1\r\n" + HOST + b"X: " + b"x" * 70_000 + b"\r\n\r\n", (431, "headers_too_large")),
         (b"GET / HTTP/1.1\r\n" + HOST + b"X: " + b"x" * 20_000 + b"\r\n\r\n", (431, "headers_too_large")),
         (b"GET /" + b"x" * 70_000 + b" HTTP/1.1\r\n" + HOST + b"\r\n", (400, "bad_request")),
@@ -313,7 +315,9 @@ def test_where_nothing_can_answer_it_is_a_problem_with_the_clients_id(start: Sta
     request = b"POST /v1/predict HTTP/1.1\r\n" + HOST + b"X-Request-Id: " + b"i" * 32 + b"\r\n"
     request += b"Content-Length: 5\r\n\r\nhello"
     nobody = free_port()
+    large = request.replace(b"Content-Length: 5", b"Content-Length: 99000000")
     for port in (start([], spare), start([nobody], spare), start([nobody]), start([], prefix=None)):
+        assert refusal(ask(port, large)) == (503, "not_ready")
         answer = ask(port, request)
         assert refusal(answer) == (503, "not_ready")
         assert (answer[2]["request_id"], answer[1]["retry-after"]) == ("i" * 32, "1")
