@@ -55,7 +55,10 @@ class Callers:
                 hint = f"Start the service with allowed_hosts=[{name}] if it is to answer under this name."
             raise Problem("cross_site", f"The Host header names another machine, {shown(name)}.", hint=hint)
         if origin is not None and local_names_only and not (self._may_read(origin) or _is_local_origin(origin)):
-            raise Problem("cross_site", "The request comes from a page of another site.")
+            site, hint = origin.decode("latin-1").lower(), None
+            if _ORIGIN.fullmatch(site):
+                hint = f"Start the service with allow_origins=[{site}] if pages of this site may ask it."
+            raise Problem("cross_site", f"The request comes from a page of another site, {shown(site)}.", hint=hint)
 
     def cors(self, scope: Scope, headers: Mapping[bytes, bytes]) -> Iterator[tuple[bytes, bytes]]:
         """Headers of the response by which a browser lets a page of an allowed origin read it.

@@ -34,6 +34,7 @@ _NOT_OF_PREDICT = frozenset(
     (
         "not_found",
         "method_not_allowed",
+        "unknown_method",
         "not_ready",
         "scope_missing",
         "client_gone",

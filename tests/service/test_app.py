@@ -400,7 +400,7 @@ def test_the_openapi_document_is_valid_and_names_every_problem(client, service):
         for media in response["content"].values()
         for code in media.get("examples", {})
     }
-    elsewhere = {"not_found", "method_not_allowed", "not_ready", "scope_missing", "client_gone"}
+    elsewhere = {"not_found", "method_not_allowed", "unknown_method", "not_ready", "scope_missing", "client_gone"}
     elsewhere |= {"change_refused", "no_such_version"}
     assert told == PROBLEM_TYPES.keys() - elsewhere
     assert set(document["paths"]["/v1/predict"]["post"]["requestBody"]["content"]) == {

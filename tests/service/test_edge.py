@@ -315,7 +315,9 @@ def test_any_origin_may_read_where_keys_protect_and_never_with_cookies():
 def test_without_keys_an_allowed_origin_may_ask_and_other_names_may_not():
     callers = Callers(origins=(APP,))
     assert preflight(callers, APP).headers["access-control-allow-origin"] == APP
-    assert code(preflight(callers, "https://attacker.example")) == "cross_site"
+    refused = preflight(callers, "https://other.example")
+    assert code(refused) == "cross_site"
+    assert "allow_origins=[https://other.example]" in refused.json()["hint"]
     response = preflight(callers, APP, host="attacker.example")
     assert code(response) == "cross_site"
 
