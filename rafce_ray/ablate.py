@@ -9,7 +9,7 @@ from rafce_ray.ablation.arms import Arm, ablated_keys, ablation_arms
 from rafce_ray.ablation.output import markdown, plot
 from rafce_ray.ablation.results import Ablation, read_ablation, trial_name
 from rafce_ray.claim import claimed
-from rafce_ray.config import CARRIED_OUT_BY, Config, build_config, flatten, load_config, recipe_names
+from rafce_ray.config import Config, build_config, identity_of, load_config, recipe_names
 from rafce_ray.config_errors import did_you_mean
 from rafce_ray.console import print_json, progress_bar, run_main, say, to_json, warn
 from rafce_ray.data.dataset import Prepared, prepare
@@ -55,10 +55,10 @@ def ablate(
         warn(remark)
     minority = check_minority(minority, first)
     study = StudyFolder(str(locate(base.run.storage) / str(base.run.name)))
-    not_of_the_study = ablated_keys(every_arm) | CARRIED_OUT_BY
+    ablated = ablated_keys(every_arm)
     plan = {
         "kind": "ablation",
-        "base": {key: value for key, value in flatten(base).items() if key not in not_of_the_study},
+        "base": {key: value for key, value in identity_of(base).items() if key not in ablated},
         "data_fingerprint": first.fingerprint,
         "may_grow": {"arms": {arm.name: arm.changes for arm in arms}},
     }

@@ -586,7 +586,7 @@ CARRIED_OUT_BY = frozenset(
 
 
 LATER_KEYS = {"data.au_threshold": None, "data.encoding": "auto"}
-"""Keys that were added after runs had been named by their configuration: at their default these runs keep their names."""
+"""Keys that were added after runs and studies had been made: at their default, these keep their names and can go on."""
 
 
 def differences(one: Config, other: Config) -> dict[str, tuple[Any, Any]]:
@@ -595,13 +595,18 @@ def differences(one: Config, other: Config) -> dict[str, tuple[Any, Any]]:
     return {key: (left[key], right[key]) for key in left if left[key] != right[key] and key not in CARRIED_OUT_BY}
 
 
+def identity_of(config: Config) -> dict[str, Any]:
+    """Dotted keys and values that decide what a run computes; without :data:`LATER_KEYS` at their default, which older runs lack."""
+    return {
+        key: value
+        for key, value in flatten(config).items()
+        if key not in CARRIED_OUT_BY and not (key in LATER_KEYS and value == LATER_KEYS[key])
+    }
+
+
 def config_hash(config: Config) -> str:
     """Eight hex digits that change with anything that changes what a run computes."""
-    plain = {key: value for key, value in flatten(config).items() if key not in CARRIED_OUT_BY}
-    for key, default in LATER_KEYS.items():
-        if plain[key] == default:
-            del plain[key]
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:8]
+    return hashlib.sha256(json.dumps(identity_of(config), sort_keys=True).encode()).hexdigest()[:8]
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]

@@ -4,6 +4,7 @@ import pytest
 import yaml
 
 from rafce_ray.config import (
+    LATER_KEYS,
     RECIPES,
     Config,
     ConfigError,
@@ -11,6 +12,7 @@ from rafce_ray.config import (
     build_config,
     config_hash,
     differences,
+    identity_of,
     load_config,
     parse_yaml,
     recipe_names,
@@ -146,6 +148,16 @@ def test_the_hash_follows_what_is_computed_and_not_how_it_is_carried_out():
     other = load_config(overrides=["optim.lr=1e-4", "run.num_workers=2"])
     assert config_hash(other) != config_hash(base)
     assert differences(base, other) == {"optim.lr": (5e-4, 1e-4)}
+
+
+def test_a_key_that_came_later_leaves_earlier_runs_and_studies_as_they_were():
+    """The hash of the defaults names runs since version 0.1.0; a study's claim holds the same keys."""
+    assert config_hash(load_config()) == "06f6dbcb"
+    assert not LATER_KEYS.keys() & identity_of(load_config()).keys()
+    for override in ("data.encoding=cp1252", "data.au_threshold=2"):
+        changed = load_config(overrides=[override])
+        assert config_hash(changed) != "06f6dbcb"
+        assert override.partition("=")[0] in identity_of(changed)
 
 
 def test_every_field_says_what_it_means():

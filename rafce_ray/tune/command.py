@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rafce_ray.claim import check_kind, claimed, repeated
-from rafce_ray.config import CARRIED_OUT_BY, flatten
+from rafce_ray.config import identity_of
 from rafce_ray.console import print_json, progress_bar, run_main, say, to_json, warn
 from rafce_ray.data.dataset import open_dataset, prepare
 from rafce_ray.errors import RafceError, UsageError
@@ -109,7 +109,7 @@ def tell(study: StudyConfig, folder: StudyFolder, shares: Shares, prepared: Prep
 def claim_of(study: StudyConfig, prepared: Prepared) -> dict[str, Any]:
     """What makes the study the one that it is: with anything of it changed, its trials would not belong together."""
     plain = study.model_dump(mode="json")
-    base = {key: value for key, value in flatten(study.base_config()).items() if key not in CARRIED_OUT_BY}
+    base = identity_of(study.base_config())
     kept = {key: plain[key] for key in ("search", "seed", "metric", "scheduler")}
     # With the order of its keys: trial n of a grid follows from it.
     kept["space"] = [[key, domain] for key, domain in plain["space"].items()]
