@@ -61,6 +61,7 @@ def claimed(folder: Location, kind: Kind, *, key: str) -> Iterator[None]:
         UsageError: another program works in it, or it holds something else.
     """
     check_kind(folder, kind, key=key)
+    is_new = folder.local is not None and not folder.local.exists()
     own = folder / f".claim-{uuid.uuid4().hex}.json"
     me = {"host": socket.gethostname(), "machine": _machine(), "pid": os.getpid(), "started": _start_of(os.getpid())}
 
@@ -87,8 +88,8 @@ def claimed(folder: Location, kind: Kind, *, key: str) -> Iterator[None]:
         # A claim that cannot be removed ends by itself.
         with suppress(OSError):
             own.delete()
-        if folder.local is not None:
-            # Of a command that was refused nothing is left.
+        if is_new and folder.local is not None:
+            # Of a command that was refused nothing is left: a folder that is not empty is not removed.
             with suppress(OSError):
                 folder.local.rmdir()
 

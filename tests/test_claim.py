@@ -158,6 +158,12 @@ def test_a_program_on_another_machine_holds_the_folder_until_it_falls_silent(tmp
         assert len(names(folder)) == 1
 
 
+def test_an_empty_folder_that_was_there_stays(tmp_path):
+    (tmp_path / "x").mkdir()
+    hold(locate(tmp_path / "x"))
+    assert list(tmp_path.iterdir()) == [tmp_path / "x"]
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"{}"])
 def test_a_record_cut_short_holds_nothing(folder, content):
     (folder / f".claim-{uuid.uuid4().hex}.json").write_bytes(content)
