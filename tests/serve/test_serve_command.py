@@ -230,6 +230,24 @@ def test_refusals_come_through_as_the_service_gives_them(server):
     assert (status, problem["type"]) == (404, "/problems/not_found")
 
 
+@pytest.mark.parametrize(
+    ("start", "expected"),
+    [
+        (b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n", (400, "/problems/bad_headers")),
+        (b"BREW / HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n", (501, "/problems/unknown_method")),
+    ],
+)
+def test_what_cannot_be_read_is_a_problem_too(server, start: bytes, expected: tuple[int, str]):
+    """By way of Serve's own proxy, which HAProxy must have been told of."""
+    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
+        connection.sendall(start)
+        answer = http.client.HTTPResponse(connection)
+        answer.begin()
+        problem = json.loads(answer.read())
+    assert (answer.status, problem["type"]) == expected
+    assert problem["request_id"] == answer.headers["x-request-id"] != ""
+
+
 def test_it_is_ready_and_says_what_it_is_for(server, bundles):
     assert ask(server.port, "GET", "/readyz")[0] == 200
     status, card, _ = ask(server.port, "GET", "/v1/model")
