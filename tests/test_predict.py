@@ -6,7 +6,6 @@ import json
 import os
 import re
 import socket
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -424,21 +423,12 @@ def test_names_and_their_uris_are_the_same():
         assert local_path(file_name(path)) == path
 
 
-def test_a_terminal_without_letters_gets_escapes(bundle_path, tmp_path):
+def test_a_terminal_without_letters_gets_escapes(bundle_path, tmp_path, monkeypatch):
     write_png(tmp_path / "é\u2028.png", faces(1)[0])
-    command = [
-        sys.executable,
-        "-m",
-        "rafce_ray.predict",
-        "--bundle",
-        str(bundle_path),
-        "--faces",
-        "aligned",
-        str(tmp_path),
-    ]
-    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    done = subprocess.run(command, env=environment, capture_output=True, check=True)
-    assert json.loads(done.stdout.decode("ascii"))["path"] == str(tmp_path / "é\u2028.png")
+    printed = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, encoding="ascii", write_through=True))
+    assert main(["--bundle", str(bundle_path), "--faces", "aligned", str(tmp_path)]) == 0
+    assert json.loads(printed.getvalue().decode("ascii"))["path"] == str(tmp_path / "é\u2028.png")
 
 
 @pytest.mark.parametrize("name", ["pipe.jpg", "pipe", "/dev/zero", "gone.jpg", "loop.jpg", "socket"])

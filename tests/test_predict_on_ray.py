@@ -30,14 +30,15 @@ NUM_FILES = 600
 
 @pytest.fixture
 def images(drawn_faces, tmp_path) -> Path:
-    """600 names for the drawn faces in two folders, and two files that cannot be read."""
+    """600 names for the drawn faces in two folders, one of them not UTF-8, two files that cannot be read and a text."""
     place, drawn = tmp_path / "images", sorted((drawn_faces / "aligned").iterdir())
     for number in range(NUM_FILES - 2):
-        link = place / ("b" if number % 2 else "a") / f"{number:04d}.jpg"
+        link = place / ("b" if number % 2 else "a") / (f"{number:04d}.jpg" if number else os.fsdecode(b"0000\xe9.jpg"))
         link.parent.mkdir(parents=True, exist_ok=True)
         os.link(drawn[number % len(drawn)], link)
     (place / "b" / "empty.jpg").touch()
     (place / "a" / "text.png").write_text("hello")
+    (place / "a" / "notes.txt").write_text("hello")
     return place
 
 
@@ -106,6 +107,7 @@ def test_a_run_whose_driver_and_worker_were_killed_says_what_local_prediction_sa
     sure = Counter(row["emotion"] for row in found if row["error_code"] is None and not row["emotion_unsure"])
     assert counted_as_the_guide_says(out) == sure
     summary = json.loads((out / "summary.json").read_text())
+    assert (summary["skipped"], found[0]["path"]) == ({".txt": 1}, f"file://{images}/a/0000%E9.jpg")
     assert {key: summary[key] for key in ("shards", "files", "predicted", "faces", "broken")} == {
         "shards": 120,
         "files": 600,
