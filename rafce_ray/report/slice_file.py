@@ -1,7 +1,7 @@
 """Attributes of images from a CSV file.
 
 The file is wide (``name, age, gender, ...``: a row an image) or long (``name,column,value``: a row an image and attribute). A blank
-value is unknown.
+value is unknown. Names are read under the titles of a label table, such as ``filename``.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
+from rafce_ray.data.columns import find_name
 from rafce_ray.data.label_file import csv_rows, open_text
 from rafce_ray.errors import UsageError
 from rafce_ray.storage import locate
@@ -35,6 +36,9 @@ def read_slices(place: str) -> SliceFile:
     if not rows:
         raise UsageError(f"{place}: is empty. Expected a header such as name,age,gender and a row an image.")
     line, header = rows[0][0], [cell.strip() for cell in rows[0][1]]
+    name = find_name(header, f"{place}:{line}")
+    if name is not None:
+        header[name] = "name"
     _check_header(place, line, header)
     if len(rows) == 1:
         raise UsageError(f"{place}: holds a header and no row. Expected a row an image.")

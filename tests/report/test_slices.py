@@ -197,7 +197,7 @@ def test_a_file_of_other_images_is_refused(tmp_path):
     [
         ("", "is empty"),
         ("name,g\n", "holds a header and no row"),
-        ("image,g\na,1\n", r"slices.csv:1: the header is 'image', 'g'"),
+        ("who,g\na,1\n", r"slices.csv:1: the header is 'who', 'g'"),
         ("name\na\n", r"slices.csv:1: the header is 'name'"),
         ("name;g\na;1\n", r"slices.csv:1: the header is 'name;g'\. Expected comma-separated"),
         ("name,g,g\na,1,2\n", "slices.csv:1: column 'g' is there twice"),
@@ -222,6 +222,12 @@ def test_what_is_not_text_or_not_there_is_refused(tmp_path):
         read_slices(str(tmp_path / "latin.csv"))
     with pytest.raises(UsageError, match=r"nothing.csv: cannot be read"):
         read_slices(str(tmp_path / "nothing.csv"))
+
+
+@pytest.mark.parametrize("title", ["filename", "Image", "img_path"])
+def test_names_are_read_under_usual_titles(title, tmp_path):
+    read = read_slices(written(tmp_path, f"age,{title}\n30,a.jpg\n"))
+    assert (read.names, read.columns) == (("a.jpg",), {"age": {"a.jpg": "30"}})
 
 
 def test_a_byte_order_mark_quotes_and_windows_line_ends_are_read(tmp_path):
