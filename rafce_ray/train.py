@@ -6,7 +6,6 @@ import argparse
 import math
 import os
 import re
-import shlex
 import signal
 import socket
 import threading
@@ -26,6 +25,7 @@ from rafce_ray.config import (
     to_yaml,
 )
 from rafce_ray.console import print_json, progress_bar, run_main, say, warn
+from rafce_ray.data.audit import audit_command
 from rafce_ray.data.dataset import Prepared, prepare
 from rafce_ray.errors import RafceError, UsageError
 from rafce_ray.hardware import describe_software
@@ -323,7 +323,7 @@ def tell_findings(prepared: Prepared, config: Config) -> None:
     for finding in notable:
         warn(f"{finding.message.rstrip('.')}. {finding.remedy}".strip())
     if notable:
-        say(f"for the evidence, and the images looked at: rafce data audit {shlex.quote(str(config.data.root))}")
+        say(f"for the evidence, and the images looked at: {audit_command(config.data)}")
 
 
 def provenance_of(config: Config, prepared: Prepared) -> dict[str, Any]:

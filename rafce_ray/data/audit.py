@@ -158,36 +158,43 @@ def audit_labels(
     )
 
 
-def require_trainable(audit: Audit, place: str | None = None) -> None:
-    """Let a dataset pass that may be trained on; ``place``: what ``data.root`` says, for the command that lists everything.
+def audit_command(data: DataConfig, root: str | None = None) -> str:
+    """The command that audits the data as they are read here; ``root``: where they are, unless ``data.root`` says it."""
+    keys = ("layout", "images", "encoding", "au_threshold")
+    told = {key: getattr(data, key) for key in keys if getattr(data, key) != DataConfig.model_fields[key].default}
+    return shlex.join(["rafce", "data", "audit", root or str(data.root), *(f"data.{k}={v}" for k, v in told.items())])
+
+
+def require_trainable(audit: Audit, data: DataConfig | None = None) -> None:
+    """Let a dataset pass that may be trained on; ``data``: how it was read, for the command that lists everything.
 
     Raises:
         GateError: it may not; the message holds each reason with its first places and its remedy.
     """
-    _refuse(place or audit.root, "this data may not be trained on", audit.refusals)
+    _refuse(data or DataConfig(root=audit.root), "this data may not be trained on", audit.refusals)
 
 
-def require_readable(labels: Labels, place: str) -> None:
+def require_readable(labels: Labels, data: DataConfig) -> None:
     """Let labels pass that were read without doubt which row is whose: what is evaluated must be so, too.
 
     Raises:
         GateError: they were not; the message is as of :func:`require_trainable`.
     """
     refusals = tuple(finding for finding in labels.findings if finding.level == "refusal")
-    _refuse(place, "these labels cannot be used", refusals)
+    _refuse(data, "these labels cannot be used", refusals)
 
 
-def _refuse(root: str, what: str, refusals: tuple[Finding, ...]) -> None:
+def _refuse(data: DataConfig, what: str, refusals: tuple[Finding, ...]) -> None:
     if not refusals:
         return
-    lines = [f"{root}: {what}."]
+    lines = [f"{data.root}: {what}."]
     for finding in refusals:
         lines.append(f"* {finding.message}")
         lines += [f"    {evidence}" for evidence in finding.evidence[:_EVIDENCE_IN_MESSAGE]]
         if finding.count > _EVIDENCE_IN_MESSAGE < len(finding.evidence):
             lines.append(f"    ... {finding.count} in all")
         lines.append(f"  {finding.remedy}")
-    lines.append(f"The whole list: rafce data audit {shlex.quote(root)}")
+    lines.append(f"The whole list: {audit_command(data)}")
     raise GateError("\n".join(lines))
 
 

@@ -77,6 +77,15 @@ def title_key(title: str) -> str:
     return re.sub(r"[\W_]+", "_", text).strip("_").lower()
 
 
+def find_name(header: Sequence[str], place: str) -> int | None:
+    """The column of image file names: ``name``, or the only one of another usual title; None where there is none.
+
+    Raises:
+        UsageError: two columns could be meant.
+    """
+    return _find_one(header, [title_key(title) for title in header], place, "name", _NAME, "the image file names")
+
+
 def find_columns(header: Sequence[str], place: str, file: str, data: DataConfig) -> Columns:
     """Which column is which. ``place`` and ``file`` are what messages call the table.
 
@@ -88,21 +97,21 @@ def find_columns(header: Sequence[str], place: str, file: str, data: DataConfig)
     units = _find_action_units(titles, keys, place, use_intensities=data.au_threshold is not None)
     lists = [position for position, key in enumerate(keys) if _ACTION_UNIT_LIST.fullmatch(key)]
     if len(lists) > 1 and not units.read and data.action_units != "none":
-        raise _ambiguous(place, titles, lists, "the action units", "action_units")
+        raise _ambiguous(f"{place}:1", titles, lists, "the action units", "action_units")
     action_unit_list = lists[0] if lists and not units.read else None
     has_units = bool(units.read) or action_unit_list is not None
-    name = _find_one(titles, keys, place, "name", _NAME, "the image file names")
+    name = find_name(titles, f"{place}:1")
     if name is None:
         raise UsageError(
             f"{place}:1: no column 'name' among {titles}. It holds the image file names; the titles filename, file, path and image "
             "are read, too. Rename the column."
         )
-    split = _find_one(titles, keys, place, "split", _SPLIT, "the split")
+    split = _find_one(titles, keys, f"{place}:1", "split", _SPLIT, "the split")
     emotion = None
     if "emotion" in keys or data.emotions != "none":
-        emotion = _find_one(titles, keys, place, "emotion", _EMOTION, "the emotions")
+        emotion = _find_one(titles, keys, f"{place}:1", "emotion", _EMOTION, "the emotions")
         if emotion is None and not has_units:
-            emotion = _find_one(titles, keys, place, "emotion", _MAYBE_EMOTION, "the emotions")
+            emotion = _find_one(titles, keys, f"{place}:1", "emotion", _MAYBE_EMOTION, "the emotions")
     read = {name, split, emotion, action_unit_list, *units.read.values()}
     others = [position for position in range(len(titles)) if position not in read]
     unread = _unread_action_units(titles, keys, others, units, lists)
@@ -208,7 +217,7 @@ def _find_one(
 def _ambiguous(place: str, titles: Sequence[str], found: Sequence[int], what: str, title: str) -> UsageError:
     named = " and ".join(repr(titles[position]) for position in found)
     return UsageError(
-        f"{place}:1: the columns {named} could each hold {what}. Keep one, or rename the one that is meant to {title!r} and the others "
+        f"{place}: the columns {named} could each hold {what}. Keep one, or rename the one that is meant to {title!r} and the others "
         "to something else."
     )
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from rafce_ray.config import DataConfig
 from rafce_ray.console import say, warn
-from rafce_ray.data.audit import Audit, audit_labels, require_readable, require_trainable
+from rafce_ray.data.audit import Audit, audit_command, audit_labels, require_readable, require_trainable
 from rafce_ray.data.labels import read_labels, resolve_targets, resolve_taxonomy
 from rafce_ray.data.memory import release_memory, system_allocator
 from rafce_ray.data.records import SPLITS, Progress, Targets
@@ -102,9 +102,9 @@ def prepare(data: DataConfig, *, progress: Progress | None = None, for_training:
         taxonomy = resolve_taxonomy(labels, data)
         audit = audit_labels(labels, taxonomy, data)
         if for_training:
-            require_trainable(audit, data.root)
+            require_trainable(audit, data)
         else:
-            require_readable(labels, str(data.root))
+            require_readable(labels, data)
         release_memory()
         handle = ensure_store(labels, data, progress=progress)
     if handle.built:
@@ -113,6 +113,6 @@ def prepare(data: DataConfig, *, progress: Progress | None = None, for_training:
         examples = ", ".join(f"{item.path} ({item.code})" for item in handle.undecodable[:3])
         warn(
             f"{handle.num_missing} labelled images are missing and {len(handle.undecodable)} cannot be decoded"
-            f"{': ' + examples if examples else ''}; they are left out. 'rafce data audit' lists them."
+            f"{': ' + examples if examples else ''}; they are left out. All of them: {audit_command(data)}"
         )
     return Prepared(handle.path, handle.uri, taxonomy, audit, handle.fingerprint, handle)

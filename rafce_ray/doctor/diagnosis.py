@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from rafce_ray.config import Config, flatten, parse_yaml
+from rafce_ray.data import audit as data_audit
+from rafce_ray.data.table import TABLE_EXTENSIONS
 from rafce_ray.doctor.evidence import Evidence
 from rafce_ray.storage import locate
 
@@ -97,7 +99,7 @@ def resume_command(evidence: Evidence, patch: Mapping[str, Any]) -> str | None:
 
 def audit_command(evidence: Evidence) -> str:
     """The command that shows what is in the labels."""
-    return f"rafce data audit {shlex.quote(str((evidence.audit or {}).get('root') or evidence.config.data.root))}"
+    return data_audit.audit_command(evidence.config.data, _found_root(evidence))
 
 
 def _command(evidence: Evidence, patch: Mapping[str, Any], storage: str | None, name: str) -> str:
@@ -120,10 +122,19 @@ def _command(evidence: Evidence, patch: Mapping[str, Any], storage: str | None, 
 
 def _moved_root(evidence: Evidence) -> str | None:
     """Where the data are, if data.root does not lead there from here: a relative one is meant from where the run was started."""
-    root, found = evidence.config.data.root, (evidence.audit or {}).get("root")
+    root, found = evidence.config.data.root, _found_root(evidence)
     if root is None or found is None or root == found or locate(root).exists():
         return None
-    return str(found)
+    return found
+
+
+def _found_root(evidence: Evidence) -> str | None:
+    """Where the audit found the data: the folder, or the table in it that data.root names."""
+    root, found = evidence.config.data.root, (evidence.audit or {}).get("root")
+    name = locate(root).name if root is not None else ""
+    if found is None or name.rpartition(".")[2].lower() not in TABLE_EXTENSIONS:
+        return found
+    return str(locate(found) / name)
 
 
 def as_yaml(value: Any) -> str:

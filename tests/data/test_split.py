@@ -12,10 +12,11 @@ from PIL import Image
 
 from rafce_ray.cli import main
 from rafce_ray.config import DataConfig
-from rafce_ray.data.audit import audit
+from rafce_ray.data.audit import audit, audit_command
+from rafce_ray.data.dataset import prepare
 from rafce_ray.data.labels import read_labels
 from rafce_ray.data.split import assign, write_split
-from rafce_ray.errors import UsageError
+from rafce_ray.errors import GateError, UsageError
 
 
 def touch(root, *names):
@@ -128,6 +129,19 @@ def test_class_folders_without_splits_name_the_command_that_splits_them(tmp_path
 
 
 # Splits
+
+
+def test_every_audit_that_is_named_reads_the_data_in_the_same_way(tmp_path, capsys):
+    root = people(tmp_path / "my faces", header="name,emotion,AU1_r,who")
+    touch(root, "train/x/1.jpg")
+    data = DataConfig(root=str(root), layout="table", au_threshold=1)
+    with pytest.raises(GateError) as refused:
+        prepare(data)
+    command = audit_command(data)
+    assert f"The whole list: {command}" in str(refused.value)
+    assert "data.layout=table data.au_threshold=1" in command
+    assert paste(command) == 3
+    assert "table layout" in capsys.readouterr().out
 
 
 def test_a_table_without_splits_names_the_command_that_keeps_persons_together(tmp_path, capsys):

@@ -183,6 +183,17 @@ def test_columns_that_look_like_action_units_and_were_not_read_are_told(found_by
         assert diagnosis.command.startswith("rafce data audit ")
 
 
+def test_the_audit_that_is_named_reads_the_same_table_in_the_same_way():
+    finding = {"code": "unread_action_units", "level": "error", "message": "'au_1' is not read", "remedy": "Rename it."}
+    how = ["data.root=people/labels.split.csv", "data.au_threshold=2"]
+    given = evidence(
+        flat(8, best=3), *how, audit=audit(9) | {"findings": [finding], "root": "/far/people"}, status="finished"
+    )
+    diagnosis = found(given, "action_units_not_read")
+    assert diagnosis is not None
+    assert diagnosis.command == "rafce data audit /far/people/labels.split.csv data.au_threshold=2.0"
+
+
 # AU-F1 at 0
 
 
