@@ -188,7 +188,7 @@ class RunFolder:
     def progress(self) -> dict[str, Any]:
         """The last progress written; empty before the first, and where it cannot be read: the next step writes it again."""
         try:
-            return (self.location / PROGRESS_FILE).read_record("", keys=("epoch", "step", "steps", "images_per_s"))
+            return (self.location / PROGRESS_FILE).read_record("", keys=("epoch", "step", "steps"))
         except (FileNotFoundError, DamagedFile):
             return {}
 
