@@ -20,7 +20,7 @@ def test_a_loss_and_a_growth_are_told_with_their_causes(folder):
     changes = WorkerChanges(folder, RunConfig(num_workers=(1, 4), max_failures=3))
     changes.started(2)
     assert folder.events() == []
-    folder.write_progress({"epoch": 3, "step": 5, "steps": 9, "images_per_s": 1.0})
+    folder.write_progress({"epoch": 3, "step": 5, "steps": 9})
     changes.failed("worker 0 lost the connection to another worker")
     changes.started(1, lost=[1])
     changes.started(4)
@@ -41,7 +41,7 @@ def test_a_loss_and_a_growth_are_told_with_their_causes(folder):
     assert numbers == [(2, 1), (1, 4), (4, 3)]
 
 
-@pytest.mark.parametrize("progress", [None, {"epoch": 2, "step": 7, "steps": 9, "images_per_s": 1.0}])
+@pytest.mark.parametrize("progress", [None, {"epoch": 2, "step": 7, "steps": 9}])
 def test_epochs_that_were_too_short_to_show_progress_count_as_reached(progress, folder):
     changes = WorkerChanges(folder, RunConfig(num_workers=(1, 4)))
     changes.started(2)
