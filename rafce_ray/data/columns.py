@@ -12,7 +12,7 @@ from rafce_ray.data.records import Evidence, Finding, Level
 from rafce_ray.errors import UsageError
 from rafce_ray.taxonomy import ACTION_UNIT_NAMES, action_unit_code, parse_action_unit_token
 
-_NAME = re.compile(r"(file|image|img|picture|photo)(_?(name|file|filename|path))?|path")
+_NAME = re.compile(r"(file|image|img|picture|photo)(_?(name|file|filename|path))?|path|input")
 _SPLIT = re.compile(r"(data_|dataset_)split|split_name|set|subset|partition|usage")
 _EMOTION = re.compile(r"emotions|(emotion|expression)_(label|class|name)|(facial_)?expression|compound_emotion")
 _MAYBE_EMOTION = re.compile(r"labels?|class(_name)?|category|target")
@@ -29,7 +29,7 @@ _INTENSITY = frozenset(["r", "intensity"])
 
 _PLAIN_ACTION_UNIT = re.compile(r"^A[UD]_?[LRTB]{0,2}\d{1,2}$", re.IGNORECASE)
 _ACTION_UNIT = re.compile(r"^(?:facs_)?(a[ud]_?[lrtb]{0,2}\d{1,2})(?:_(\w+))?$")
-_MENTIONED = re.compile(r"(?:^|_)a[ud]_?[lrtb]{0,2}0*(\d{1,2})(?!\d)")
+_MENTIONED = re.compile(r"(?:^|_)a[ud]_?(?:[lrtb]{0,2}|[a-z]+_)0*(\d{1,2})(?!\d)")
 _ABOUT = re.compile(r"(^|_)(aus|facs|action_?units?)(_|$)|^au$")
 _NOT_LABELS = re.compile(
     r"(^|_)(coders?|raters?|annotators?|notes?|comments?|date|version|num|number|count|total)(_|$)"
@@ -74,7 +74,7 @@ def title_key(title: str) -> str:
     """A title in lower case with one ``_`` for whatever stands between its words: ``" AU01_c"`` -> ``"au01_c"``."""
     text = unicodedata.normalize("NFKC", title).replace("\N{ZERO WIDTH NO-BREAK SPACE}", "")
     text = re.sub(r"(?<=[a-z])(?=[A-Z][a-z])", "_", text)
-    return re.sub(r"[\W_]+", "_", text).strip("_").lower()
+    return re.sub(r"action_?unit_?(?=\d)", "au", re.sub(r"[\W_]+", "_", text).strip("_").lower())
 
 
 def find_name(header: Sequence[str], place: str) -> int | None:
@@ -185,6 +185,9 @@ def _find_action_units(
         if match is None or number is None:
             continue
         kind = match.group(2)
+        if kind == "r" and (not titles[position].rstrip(")]").endswith("r") or f"{match.group(1)}_l" in keys):
+            # AU1_R beside AU1_L, or alone in capitals: the right side of a face.
+            continue
         if kind is not None and kind not in _PRESENCE | _INTENSITY and _facs_number(kind) != number:
             continue
         columns = intensities if kind in _INTENSITY else presence
@@ -227,6 +230,7 @@ def _unread_action_units(
 ) -> dict[int, str]:
     """Columns that look like action units and are not read: what to do about each, by its position."""
     unread = {}
+    already = {action_unit_code(number) for number in units.read}
     numbered = [position for position in others if keys[position].isdecimal()]
     for position in others:
         key = keys[position]
@@ -238,7 +242,13 @@ def _unread_action_units(
             unread[position] = f"{titles[position]!r} holds intensities: set data.au_threshold (usual: 2 of 0 to 5)"
         elif position in lists:
             unread[position] = f"{titles[position]!r} is a list, beside columns that are read: keep one of both"
-        elif (title := _suggested_title(key, numbered=len(numbered) > 1)) is not None:
+        elif (title := _suggested_title(key, numbered=len(numbered) > 1)) is None or title in already:
+            continue
+        elif match is not None and match.group(2) in ("l", "r"):
+            unread[position] = f"{titles[position]!r} looks like a side: write {title!r}, 1 where either side shows it"
+        elif "+" in titles[position]:
+            unread[position] = f"give each action unit of {titles[position]!r} a column of its own"
+        else:
             unread[position] = f"rename {titles[position]!r} to {title!r}"
     return unread
 

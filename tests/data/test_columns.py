@@ -52,6 +52,7 @@ def unread(folder, **how):
         ("AU_01", "AU12_Occurrence"),
         ("AU1: Inner brow raiser", "AU12_lip_corner_puller"),
         ("FACS_AU1", "AD12"),
+        ("Action Unit 1", "ActionUnit12"),
     ],
 )
 def test_titles_that_can_only_mean_an_action_unit_are_read(tmp_path, one, other):
@@ -93,6 +94,9 @@ def test_a_list_of_action_units_in_parquet_is_read(tmp_path):
         ("AU1.1", "rename 'AU1.1' to 'AU1'"),
         ("coded_AU12", "rename 'coded_AU12' to 'AU12'"),
         ("AU12_r", "'AU12_r' holds intensities: set data.au_threshold"),
+        ("AU12_R", "'AU12_R' looks like a side: write 'AU12', 1 where either side shows it"),
+        ("AU_occ_12", "rename 'AU_occ_12' to 'AU12'"),
+        ("AU1+2", "give each action unit of 'AU1+2' a column of its own"),
         ("action_unit_text", "rename 'action_unit_text' to 'action_units'"),
     ],
 )
@@ -151,6 +155,21 @@ def test_what_openface_writes_is_read_by_presence_or_by_intensity(tmp_path):
     assert unread(tmp_path, au_threshold=2) is None
 
 
+@pytest.mark.parametrize("title", ["AU12_score", "AU12_r", "AU12.1", "Lip corner puller"])
+def test_another_column_of_an_action_unit_that_is_read_is_no_warning(tmp_path, title):
+    write(tmp_path, f"name,split,emotion,AU12,{title}", "a,train,x,1,0.7")
+    assert unread(tmp_path) is None
+    assert targets(tmp_path, (12,)) == [[1]]
+
+
+def test_sides_are_no_intensities(tmp_path):
+    write(tmp_path, "name,split,emotion,AU12_l,AU12_r", "a,train,x,1,0")
+    for threshold in (None, 1):
+        level, message, remedy = unread(tmp_path, au_threshold=threshold)
+        assert (level, message.count("'AU12_")) == ("error", 2)
+        assert remedy.count("looks like a side: write 'AU12'") == 2
+
+
 def test_two_columns_for_one_action_unit_are_refused(tmp_path):
     write(tmp_path, "name,split,AU01_c,AU1", "a,train,1,1")
     with pytest.raises(UsageError, match=r"labels\.csv:1: the columns 'AU01_c' and 'AU1' both say AU1\. Keep one"):
@@ -172,7 +191,9 @@ def test_an_action_unit_of_a_table_outside_the_vocabulary_is_a_warning(tmp_path)
     assert [one.level for one in found if one.code == "tokens_outside_vocabulary"] == ["info"]
 
 
-@pytest.mark.parametrize("title", ["filename", "File Name", "file", "path", "imagePath", "image", "img", "photo"])
+@pytest.mark.parametrize(
+    "title", ["filename", "File Name", "file", "path", "imagePath", "image", "img", "photo", "input"]
+)
 def test_names_are_read_under_usual_titles(tmp_path, title):
     write(tmp_path, f"{title},split,emotion", "a.jpg,train,x")
     assert read_labels(DataConfig(root=str(tmp_path))).table["name"].to_pylist() == ["a.jpg"]
