@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rafce_ray.config import DataConfig
-from rafce_ray.data.audit_case import count_action_units
+from rafce_ray.data.audit_case import audit_command, count_action_units
 from rafce_ray.data.audit_checks import label_findings
 from rafce_ray.data.audit_images import image_findings
 from rafce_ray.data.labels import read_labels, resolve_targets, resolve_taxonomy
@@ -156,13 +155,6 @@ def audit_labels(
         token_counts=dict(sorted(labels.token_counts.items(), key=lambda item: (-item[1], item[0]))),
         findings=tuple(sorted(findings, key=lambda finding: -LEVELS.index(finding.level))),
     )
-
-
-def audit_command(data: DataConfig, root: str | None = None) -> str:
-    """The command that audits the data as they are read here; ``root``: where they are, unless ``data.root`` says it."""
-    keys = ("layout", "images", "encoding", "au_threshold")
-    told = {key: getattr(data, key) for key in keys if getattr(data, key) != DataConfig.model_fields[key].default}
-    return shlex.join(["rafce", "data", "audit", root or str(data.root), *(f"data.{k}={v}" for k, v in told.items())])
 
 
 def require_trainable(audit: Audit, data: DataConfig | None = None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,3 +76,14 @@ def value_counts(column: pa.ChunkedArray) -> list[tuple[str, int]]:
     """Distinct values that are not null, with their counts, the most frequent first."""
     counts = pc.value_counts(pc.drop_null(column)).to_pylist()
     return sorted(((item["values"], item["counts"]) for item in counts), key=lambda pair: -pair[1])
+
+
+def audit_command(data: DataConfig, root: str | None = None, **changed: str) -> str:
+    """The command that audits the data as they are read here; ``root``: where they are, unless ``data.root`` says it.
+
+    ``changed``: keys of the section ``data`` to add, with their text.
+    """
+    keys = ("layout", "images", "encoding", "au_threshold")
+    told = {key: getattr(data, key) for key in keys if getattr(data, key) != DataConfig.model_fields[key].default}
+    told |= changed
+    return shlex.join(["rafce", "data", "audit", root or str(data.root), *(f"data.{k}={v}" for k, v in told.items())])

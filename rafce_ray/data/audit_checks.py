@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import unicodedata
 from collections import Counter
 from collections.abc import Callable
@@ -18,7 +17,7 @@ import pyarrow.compute as pc
 from rafce_ray.config import DataConfig
 from rafce_ray.data import reference
 from rafce_ray.data.audit_action_units import action_unit_findings
-from rafce_ray.data.audit_case import Case, count_action_units, value_counts
+from rafce_ray.data.audit_case import Case, audit_command, count_action_units, value_counts
 from rafce_ray.data.labels import in_label_order
 from rafce_ray.data.records import (
     MAX_UNREADABLE_SHARE,
@@ -147,7 +146,7 @@ def _check_files(case: Case) -> list[Finding]:
                 else item
                 for item in sorted(evidence, key=lambda item: item.detail not in near)
             )
-            remedy = _near_remedy(near)
+            remedy = _near_remedy(case, near)
         findings.append(Finding(level, "missing_images", message, remedy, num_missing, evidence))
     if labels.num_extra_images:
         message = f"{labels.num_extra_images} images have no label row and are not used"
@@ -155,13 +154,13 @@ def _check_files(case: Case) -> list[Finding]:
     return findings
 
 
-def _near_remedy(near: dict[str, NearImage]) -> str:
-    """The option that names the images' folder, where that is all that differs; else to write the names as the files have them."""
+def _near_remedy(case: Case, near: dict[str, NearImage]) -> str:
+    """The command that names the images' folder, where that is all that differs; else to write the names as the files have them."""
     folders = {os.path.split(image.path)[0] for image in near.values()}
     if {image.difference for image in near.values()} == {"in another folder"} and len(folders) == 1:
         [folder] = folders
         if folder and not any("/" in name or "\\" in name for name in near):
-            return f"Name their folder: {shlex.quote(f'data.images={folder}')}"
+            return f"Name their folder: {audit_command(case.data, images=folder)}"
     return "Write the names as the files are named, relative to the folder of images; or rename the files."
 
 
@@ -220,7 +219,7 @@ def _unknown_findings(case: Case, is_unknown: npt.NDArray[np.bool_]) -> list[Fin
         classes = _class_names(case)
         with_them = in_label_order([*classes, *(text for text, _ in may_be_class)])
         message = f"{_counts(may_be_class)}: that may be a class, or say that the emotion is unknown"
-        remedy = f"If it is unknown: {_emotions_option(classes)}. If it is a class: {_emotions_option(with_them)}."
+        remedy = f"If it is unknown: `{_with_emotions(case, classes)}`. If it is a class: `{_with_emotions(case, with_them)}`."
         findings.append(_words_finding(case, may_be_class, "refusal", "class_or_unknown", message, remedy))
     if sure:
         remedy = "If that is a class, list it in data.emotions."
@@ -244,9 +243,9 @@ def _counts(words: list[tuple[str, int]]) -> str:
     return f"{counted(total, 'emotion label')} {'says' if total == 1 else 'say'} {listed}"
 
 
-def _emotions_option(names: list[str]) -> str:
-    """The option that lists classes, to be pasted."""
-    return shlex.quote(f"data.emotions={json.dumps(names, ensure_ascii=False)}")
+def _with_emotions(case: Case, names: list[str]) -> str:
+    """The command that audits the data with these classes. Training takes the same option."""
+    return audit_command(case.data, emotions=json.dumps(names, ensure_ascii=False))
 
 
 def _spellings(case: Case) -> dict[str, list[tuple[str, int]]]:
@@ -284,8 +283,8 @@ def _check_spellings(case: Case) -> list[Finding]:
     names = "; ".join(item.detail for item in evidence[:3])
     message = f"classes with more than one spelling: {names}" + ("; ..." if len(several) > 3 else "")
     remedy = (
-        f"To train each as one class: {_emotions_option(_class_names(case))}. "
-        f"To keep them apart: {_emotions_option(list(case.taxonomy.emotions))}."
+        f"To train each as one class: `{_with_emotions(case, _class_names(case))}`. "
+        f"To keep them apart: `{_with_emotions(case, list(case.taxonomy.emotions))}`."
     )
     return [Finding("refusal", "spellings_of_classes", message, remedy, len(several), tuple(evidence))]
 

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from rafce_ray.cli import main
 from rafce_ray.config import DataConfig, load_config
@@ -321,6 +322,19 @@ def test_what_may_be_a_class_or_unknown_is_asked(tmp_path, word):
     assert (found.may_train, found.splits[0].classes, found.splits[0].num_emotion_unknown) == (True, (10, 10), 10)
     found = audited(tmp_path, a_class)
     assert (found.may_train, found.splits[0].classes) == (True, (10, 10, 10))
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_the_commands_of_a_doubtful_class_work_as_pasted(tmp_path, capsys, number):
+    root = labelled(tmp_path, ["calm", "joy", "None"])
+    for image in (root / "images").iterdir():
+        Image.new("RGB", (32, 32), (8 * int(image.stem), 128, 90)).save(image)
+    assert main(["data", "audit", str(root)]) == GateError.exit_code
+    [remedy] = [line for line in capsys.readouterr().out.splitlines() if "If it is unknown" in line]
+    command = re.findall(r"`(rafce data audit [^`]*)`", remedy)[number]
+    assert main(shlex.split(command)[1:]) == 0
+    option = shlex.split(command)[-1]
+    assert shlex.split(capsys.readouterr().err.partition("Next: rafce train ")[2]) == [f"data.root={root}", option]
 
 
 def test_a_class_that_is_listed_is_one_whatever_its_name(tmp_path):
