@@ -1,4 +1,4 @@
-"""One program at a time works in a folder, and a folder holds one kind of thing: a run or a study.
+"""One program at a time works in a folder, and a folder holds one kind of thing: a run, a study or predictions.
 
 Each program writes a claim of its own and only then looks for others: of two that start together, at least one sees the other and steps
 back. So it works on every filesystem that lists what was written before, object stores among them, which offer nothing better through
@@ -31,13 +31,16 @@ from rafce_ray.errors import UsageError
 from rafce_ray.run_folder import TRIALS
 from rafce_ray.storage import Location
 
-Kind = Literal["run", "study"]
+Kind = Literal["run", "study", "predictions"]
 
 MARKS: dict[Kind, tuple[str, ...]] = {
     "study": ("study.json", TRIALS),
     "run": ("config.yaml", "provenance.json", "audit.json", "checkpoints"),
+    "predictions": ("plan.json",),
 }
-"""Files and folders that tell a run from a study; the first is the one that makes it one, the others are what a kill may leave."""
+"""Files and folders that tell one kind from the others; the first is the one that makes it one, the others are what a kill may leave."""
+
+_PHRASES: dict[Kind, str] = {"run": "a run", "study": "a study", "predictions": "predictions"}
 
 BEAT_EVERY_S = 10.0
 SILENT_S = 60.0
@@ -124,9 +127,9 @@ def check_kind(folder: Location, kind: Kind, *, key: str) -> None:
     if not visible or found == kind:
         return
     named = ", ".join(visible[:3]) + (", ..." if len(visible) > 3 else "")
-    what = f"a {found}" if found is not None else f"something else ({named})"
+    what = _PHRASES[found] if found is not None else f"something else ({named})"
     raise UsageError(
-        f"{folder.shown} holds {what}, and a {kind} needs a folder of its own: nothing was changed. Choose another name, such as "
+        f"{folder.shown} holds {what}, not {_PHRASES[kind]}: nothing was changed. Choose another name, such as "
         f"{key}={_free_name(folder)}"
     )
 

@@ -21,6 +21,7 @@ import cv2
 import torch
 
 from rafce_ray.bundle import MANIFEST, Bundle, find_bundle, load_bundle
+from rafce_ray.claim import claimed
 from rafce_ray.config import load_config
 from rafce_ray.console import progress_bar, say, warn
 from rafce_ray.errors import RafceError, UsageError
@@ -159,25 +160,26 @@ def predict_on_ray(
         skipped.clear()
         return list_images(paths, skipped)
 
-    shards = open_shards(folder, options, shard_files, list_files)
-    finished = shards.finished()
-    missing = [shard for shard in range(shards.plan.num_shards) if shard not in finished]
-    plan = shards.plan
-    say(
-        f"{plan.num_files:,} image files in {plan.num_shards:,} shards of up to {plan.shard_files:,}"
-        + (f"; {len(finished):,} shards are there already" if finished else "")
-    )
-    if missing:
-        job = Job(
-            bundle=str(find_bundle(bundle)),
-            out=str(folder),
-            stores=tuple(path for path in paths if "://" in path),
-            faces=faces,
-            face_model=None if face_model is None else str(face_model.absolute()),
-            batch_size=batch_size,
+    with claimed(folder, "predictions", key="--out"):
+        shards = open_shards(folder, options, shard_files, list_files)
+        finished = shards.finished()
+        missing = [shard for shard in range(shards.plan.num_shards) if shard not in finished]
+        plan = shards.plan
+        say(
+            f"{plan.num_files:,} image files in {plan.num_shards:,} shards of up to {plan.shard_files:,}"
+            + (f"; {len(finished):,} shards are there already" if finished else "")
         )
-        _predict_shards(job, shards, missing, workers=workers, use_gpu=use_gpu)
-    totals = shards.close(skipped.counts)
+        if missing:
+            job = Job(
+                bundle=str(find_bundle(bundle)),
+                out=str(folder),
+                stores=tuple(path for path in paths if "://" in path),
+                faces=faces,
+                face_model=None if face_model is None else str(face_model.absolute()),
+                batch_size=batch_size,
+            )
+            _predict_shards(job, shards, missing, workers=workers, use_gpu=use_gpu)
+        totals = shards.close(skipped.counts)
     if skipped.counts:
         say(skipped.in_words())
     say(_summary(totals, shards, loaded))

@@ -218,13 +218,15 @@ def mark(name: str) -> Callable[[Path], object]:
 @pytest.mark.parametrize(
     ("make", "kind", "said"),
     [
-        (mark("config.yaml"), "study", "holds a run, and a study needs a folder of its own"),
-        (mark("study.json"), "run", "holds a study, and a run needs a folder of its own"),
+        (mark("config.yaml"), "study", "holds a run, not a study: nothing was changed"),
+        (mark("study.json"), "run", "holds a study, not a run: nothing was changed"),
+        (mark("plan.json"), "run", "holds predictions, not a run: nothing was changed"),
+        (mark("config.yaml"), "predictions", "holds a run, not predictions: nothing was changed"),
         (mark("bundle.json"), "run", r"holds something else \(bundle.json\)"),
         (mark("labels.csv"), "study", r"holds something else \(labels.csv\)"),
         (lambda folder: folder.write_text("a file"), "run", r"holds something else \(x\)"),
     ],
-    ids=["run", "study", "bundle", "labels", "file"],
+    ids=["run", "study", "predictions", "run-not-predictions", "bundle", "labels", "file"],
 )
 def test_a_folder_holds_one_kind_of_thing_and_the_name_that_is_offered_is_free(make, kind, said, tmp_path):
     make(tmp_path / "x")
@@ -285,7 +287,7 @@ def test_no_command_trains_into_a_folder_of_another_kind(name, holds, file, comm
     mark(file)(tmp_path / "runs" / "x")
     assert commands[name]() == 2
     said = " ".join(capsys.readouterr().err.split())
-    assert f"{tmp_path / 'runs' / 'x'} holds {holds}, and a" in said
+    assert f"{tmp_path / 'runs' / 'x'} holds {holds}, not a" in said
     assert said.endswith("name=x-2")
     assert names(locate(tmp_path / "runs" / "x")) == [file]
 

@@ -13,12 +13,13 @@ import pytest
 
 from rafce_ray import object_store
 from rafce_ray.bundle import load_bundle
+from rafce_ray.claim import claimed
 from rafce_ray.errors import RafceError, UsageError
 from rafce_ray.faces import Box, Face
 from rafce_ray.image_files import find_images, list_images, read_image, stores_of
 from rafce_ray.image_loading import LoadedFile, load_image
 from rafce_ray.predict import Predictor, main, outcomes, predict_files
-from rafce_ray.predict_on_ray import Job, ShardPredictor, Share, bundle_digest, share_out
+from rafce_ray.predict_on_ray import Job, ShardPredictor, Share, bundle_digest, predict_on_ray, share_out
 from rafce_ray.prediction import FileProblem
 from rafce_ray.prediction_shards import Options, open_shards
 from rafce_ray.storage import locate
@@ -91,6 +92,17 @@ def test_a_folder_of_something_else_is_left_as_it_is(tmp_path):
     with pytest.raises(UsageError, match=r"holds something else \(thesis.txt\)"):
         open_shards(locate(tmp_path), OPTIONS, 3, names())
     assert sorted(os.listdir(tmp_path)) == ["thesis.txt"]
+
+
+def test_a_second_command_is_refused_while_the_first_predicts_into_the_folder(tmp_path, write_bundle, drawn_faces):
+    how = {"faces": "aligned", "face_model": None, "top_k": 1, "batch_size": 8}
+    bundle, out = str(write_bundle(tmp_path / "bundle", with_canary=False)), tmp_path / "out"
+    with (
+        claimed(locate(out), "predictions", key="--out"),
+        pytest.raises(UsageError, match=f"process {os.getpid()} on this machine works in this folder now"),
+    ):
+        predict_on_ray([str(drawn_faces / "aligned")], bundle=bundle, out=str(out), **how)
+    assert not out.exists()
 
 
 def test_a_name_that_is_not_utf8_is_read_by_its_uri(tmp_path, write_bundle, drawn_faces):
