@@ -131,7 +131,9 @@ class RunFolder:
 
     def has_trained(self) -> bool:
         """Whether a step was made here; else nothing is lost when another run takes the folder."""
-        return bool(self.metrics() or self.progress() or self.checkpoints.list()) or self.result() is not None
+        # Of a progress that cannot be read, too, something was trained.
+        written = (self.location / PROGRESS_FILE).exists()
+        return bool(written or self.metrics() or self.checkpoints.list()) or self.result() is not None
 
     def forget(self) -> None:
         """Free the name of a run that has not trained; its log of events stays."""
