@@ -18,6 +18,9 @@ from rafce_ray.storage import Location
 _IMAGE_FOLDERS = frozenset(["images", "aligned"])
 """Names of folders that hold the images of a table: alone they are no classes."""
 
+_MAX_LOOKED_AT = 1000
+"""Files of a folder with the name of a split that are looked at to see whether it holds classes."""
+
 
 def read(root: Location, data: DataConfig) -> Labels | None:
     """Labels of a folder of class folders, with or without folders of splits above them; None where there are none.
@@ -73,17 +76,23 @@ def read(root: Location, data: DataConfig) -> Labels | None:
 
 
 def _may_hold_classes(root: Location) -> bool:
-    """A look at the first level alone: whatever folder is given by mistake is not searched as a whole."""
+    """A short look: a folder that is given by mistake is not searched as a whole."""
     if not root.is_dir():
         return False
     if root.local is not None:
         folders = [root / one.name for one in sorted(root.local.iterdir()) if one.is_dir() and one.name[0] != "."]
     else:
         folders = [root / one.base_name for one in root.list() if one.type == pafs.FileType.Directory]
-    if any(folder.name.lower() in SPLIT_NAMES for folder in folders):
+    # Source code has a folder test, and a system one called dev.
+    if any(folder.name.lower() in SPLIT_NAMES and _has_image_below_a_folder(folder) for folder in folders):
         return True
     with_images = (folder for folder in folders if list_images(folder, recursive=False).table.num_rows)
     return len(list(islice(with_images, 2))) == 2
+
+
+def _has_image_below_a_folder(split: Location) -> bool:
+    paths = list_images(split, recursive=True, limit=_MAX_LOOKED_AT).table["path"]
+    return any("/" in path for path in paths.to_pylist())
 
 
 def _findings(

@@ -48,6 +48,13 @@ def people(folder, num=60, *, header="name,emotion,AU1,person"):
     return folder
 
 
+@pytest.mark.parametrize("name", ["test", "dev"])
+def test_a_folder_that_has_only_the_name_of_a_split_holds_no_classes(tmp_path, name):
+    touch(tmp_path, f"{name}/module.py", f"{name}/data/labels.txt", "deep/er/photo.jpg")
+    with pytest.raises(UsageError, match="no labels found"):
+        read_labels(DataConfig(root=str(tmp_path)))
+
+
 def splits_of(place):
     table = read_labels(DataConfig(root=str(place))).table
     return dict(zip(table["name"].to_pylist(), table["split"].to_pylist(), strict=True))
