@@ -66,16 +66,16 @@ def run_main(main: Callable[[list[str]], int], argv: list[str] | None) -> int:
     except RafceError as error:
         console.print(Text.assemble(("error: ", "bold red"), _escaped(str(error))))
         return error.exit_code
+    except BrokenPipeError:
+        # The reader of standard output went away: keep the interpreter from complaining again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except OSError as error:
         console.print(Text.assemble(("error: ", "bold red"), _escaped(_of_the_system(error))))
         return UsageError.exit_code if error.errno in _OF_A_PLACE else RafceError.exit_code
     except KeyboardInterrupt:
         say("stopped.")
         return 130
-    except BrokenPipeError:
-        # The reader of standard output went away: keep the interpreter from complaining again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
 
 
 def _of_the_system(error: OSError) -> str:

@@ -1,5 +1,7 @@
 import errno
 import itertools
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -65,6 +67,13 @@ def test_a_full_disk_is_told_in_a_line(capsys):
     assert capsys.readouterr().err.splitlines() == [
         "error: /runs/new/metrics.jsonl: No space left on device. Free some space, then give the same command again."
     ]
+
+
+def test_a_reader_of_standard_output_that_goes_away_ends_a_command_quietly():
+    body = "import itertools, rafce_ray.console as c; c.run_main(lambda _: any(map(c.print_json, itertools.repeat({}))), [])"
+    with subprocess.Popen([sys.executable, "-c", body], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
 
 
 @pytest.mark.parametrize(
