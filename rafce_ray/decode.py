@@ -146,8 +146,12 @@ _START_OF_SCAN, _END_OF_IMAGE = b"\xda", b"\xd9"
 
 _METADATA_WITH_ORIENTATION = ("exif", "xmp", "Raw profile type exif", "XML:com.adobe.xmp")
 _PNG_KEYS_WITH_ORIENTATION = (b"exif", b"Raw profile type exif", b"XML:com.adobe.xmp")
+_PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt")
 _MAX_PNG_TEXT = 1024 * 1024
 """Bytes that a text of a PNG may have, expanded; Pillow raises an error above."""
+
+_MAX_PNG_TRIES = 16
+"""Texts of a PNG that are expanded: a text may expand to a thousand times its length, which takes milliseconds."""
 
 _BMP_HEADER_BYTES = (12, 40, 52, 56, 64, 108, 124)
 _TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -461,12 +465,15 @@ def _pixels_of_png(content: bytes) -> bytes:
 
     Pillow reads every text and profile, and gives up a picture for one that is damaged or expands to much.
     """
-    kept, told = [content[:8]], set()
+    kept, seen, num_tried = [content[:8]], set(), 0
     for start, stop, kind in _png_chunks(content):
         is_needed = not kind[0] & 0x20 or kind == b"tRNS"
-        if not is_needed and (key := _orientation_key(content[start:stop], kind)) not in told:
-            told.add(key)
-            is_needed = key is not None
+        is_named = kind in _PNG_TEXTS and content.startswith(_PNG_KEYS_WITH_ORIENTATION, start + 8)
+        if (kind == b"eXIf" or is_named) and num_tried < _MAX_PNG_TRIES:
+            num_tried += 1
+            key = _orientation_key(content[start:stop], kind)
+            is_needed = key is not None and key not in seen
+            seen.add(key)
         if is_needed:
             kept.append(content[start:stop])
     return b"".join(kept)
@@ -489,7 +496,7 @@ def _png_chunks(content: bytes) -> Iterator[tuple[int, int, bytes]]:
 
 def _orientation_key(chunk: bytes, kind: bytes) -> bytes | None:
     """The name of the metadata in a PNG's chunk, if an orientation may be in it and Pillow can read it."""
-    if kind not in (b"eXIf", b"tEXt", b"zTXt", b"iTXt") or zlib.crc32(chunk[4:-4]) != int.from_bytes(chunk[-4:]):
+    if zlib.crc32(chunk[4:-4]) != int.from_bytes(chunk[-4:]):
         return None
     key, _, text = chunk[8:-4].partition(b"\0")
     if kind == b"eXIf":

@@ -351,6 +351,15 @@ def test_metadata_of_a_png_cost_no_picture(content, turn):
     np.testing.assert_array_equal(decode_image(content), UPRIGHT_OF[turn](COLOURS))
 
 
+def test_few_texts_of_a_png_are_expanded(monkeypatch):
+    expanded = []
+    expander = zlib.decompressobj
+    monkeypatch.setattr(zlib, "decompressobj", lambda: expanded.append(1) or expander())
+    bomb = (b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(bytes(2_000_000)))
+    assert decode_image(png_with(*[bomb] * 100)).shape == COLOURS.shape
+    assert len(expanded) < 20
+
+
 def segment(kind: int, data: bytes) -> bytes:
     return bytes((0xFF, kind)) + struct.pack(">H", len(data) + 2) + data
 
