@@ -30,8 +30,9 @@ OWN_STATUSES = (400, 404, 408, 500, 502, 503, 504)
 ID, PATH = "txn.rafce_id", "txn.rafce_path"
 
 TOLD = (
-    # The same id as the service would take from the client.
-    f"http-request set-var({ID}) req.fhdr(x-request-id) if {{ req.fhdr(x-request-id) -m reg ^[A-Za-z0-9._-]{{1,64}}$ }}",
+    # The same id as the service would take from the client: of several headers the last one, by -1 in the condition, too.
+    f"http-request set-var({ID}) req.fhdr(x-request-id,-1) "
+    f"if {{ req.fhdr(x-request-id,-1) -m reg ^[A-Za-z0-9._-]{{1,64}}$ }}",
     f"http-request set-var({ID}) uuid unless {{ var({ID}) -m found }}",
     f"http-request set-header x-request-id %[var({ID})]",
     f"http-request set-var({PATH}) path",

@@ -76,7 +76,8 @@ def test_only_requests_are_taken_from_elsewhere_and_changes_are_asked_once():
         "    bind 127.0.0.1:9101",
         "frontend http_frontend",
         "    bind 0.0.0.0:8000",
-        "    http-request set-var(txn.rafce_id) req.fhdr(x-request-id) if { req.fhdr(x-request-id) -m reg ^[A-Za-z0-9._-]{1,64}$ }",
+        "    http-request set-var(txn.rafce_id) req.fhdr(x-request-id,-1) "
+        "if { req.fhdr(x-request-id,-1) -m reg ^[A-Za-z0-9._-]{1,64}$ }",
         "    http-request set-var(txn.rafce_id) uuid unless { var(txn.rafce_id) -m found }",
         "    http-request set-header x-request-id %[var(txn.rafce_id)]",
         "    http-request set-var(txn.rafce_path) path",
@@ -322,6 +323,9 @@ def test_where_nothing_can_answer_it_is_a_problem_with_the_clients_id(start: Sta
         assert refusal(answer) == (503, "not_ready")
         assert (answer[2]["request_id"], answer[1]["retry-after"]) == ("i" * 32, "1")
         assert answer[2]["instance"] in ("/v1/predict", "")
+    # An id that is no plain one gets into no answer, also behind a plain one.
+    twice = request.replace(b"\r\nContent", b'\r\nX-Request-Id: a","evil":"b\r\nContent', 1)
+    assert refusal(ask(start([nobody]), twice)) == (503, "not_ready")
     other = start([nobody], spare, "/faces")
     assert refusal(ask(other, request)) == (404, "not_found")
     assert refusal(ask(other, request.replace(b"/v1/", b"/faces/v1/"))) == (503, "not_ready")
