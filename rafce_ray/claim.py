@@ -35,10 +35,10 @@ Kind = Literal["run", "study", "predictions"]
 
 MARKS: dict[Kind, tuple[str, ...]] = {
     "study": ("study.json", TRIALS),
-    "run": ("config.yaml", "provenance.json", "audit.json", "checkpoints"),
+    "run": ("provenance.json", "audit.json", "checkpoints"),
     "predictions": ("plan.json",),
 }
-"""Files and folders that tell one kind from the others; the first is the one that makes it one, the others are what a kill may leave."""
+"""Files and folders that only this kind has. Every run writes its provenance first: a config.yaml alone is a person's."""
 
 _PHRASES: dict[Kind, str] = {"run": "a run", "study": "a study", "predictions": "predictions"}
 

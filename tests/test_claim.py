@@ -218,15 +218,16 @@ def mark(name: str) -> Callable[[Path], object]:
 @pytest.mark.parametrize(
     ("make", "kind", "said"),
     [
-        (mark("config.yaml"), "study", "holds a run, not a study: nothing was changed"),
+        (mark("provenance.json"), "study", "holds a run, not a study: nothing was changed"),
         (mark("study.json"), "run", "holds a study, not a run: nothing was changed"),
         (mark("plan.json"), "run", "holds predictions, not a run: nothing was changed"),
-        (mark("config.yaml"), "predictions", "holds a run, not predictions: nothing was changed"),
+        (mark("provenance.json"), "predictions", "holds a run, not predictions: nothing was changed"),
+        (mark("config.yaml"), "run", r"holds something else \(config.yaml\)"),
         (mark("bundle.json"), "run", r"holds something else \(bundle.json\)"),
         (mark("labels.csv"), "study", r"holds something else \(labels.csv\)"),
         (lambda folder: folder.write_text("a file"), "run", r"holds something else \(x\)"),
     ],
-    ids=["run", "study", "predictions", "run-not-predictions", "bundle", "labels", "file"],
+    ids=["run", "study", "predictions", "run-not-predictions", "own-config", "bundle", "labels", "file"],
 )
 def test_a_folder_holds_one_kind_of_thing_and_the_name_that_is_offered_is_free(make, kind, said, tmp_path):
     make(tmp_path / "x")
@@ -241,7 +242,7 @@ def test_a_folder_holds_one_kind_of_thing_and_the_name_that_is_offered_is_free(m
 
 
 @pytest.mark.parametrize(
-    ("kind", "there"), [("run", "config.yaml"), ("run", "audit.json"), ("study", "study.json"), ("study", "trials")]
+    ("kind", "there"), [("run", "provenance.json"), ("run", "audit.json"), ("study", "study.json"), ("study", "trials")]
 )
 def test_a_thing_of_the_same_kind_goes_on_also_where_it_was_killed_at_its_start(kind, there, tmp_path):
     (tmp_path / "x").mkdir()
@@ -278,9 +279,10 @@ def commands(drawn_faces, store_dir, tmp_path) -> dict[str, Callable[[], int]]:
     [
         ("train", "a study", "study.json"),
         ("train --resume", "a study", "study.json"),
-        ("tune", "a run", "config.yaml"),
-        ("tune --dry-run", "a run", "config.yaml"),
-        ("ablate", "a run", "config.yaml"),
+        ("train", "something else (config.yaml)", "config.yaml"),
+        ("tune", "a run", "provenance.json"),
+        ("tune --dry-run", "a run", "provenance.json"),
+        ("ablate", "a run", "provenance.json"),
     ],
 )
 def test_no_command_trains_into_a_folder_of_another_kind(name, holds, file, commands, tmp_path, capsys):
