@@ -183,7 +183,7 @@ class _Claim:
         assert self.seconds_left is not None
         if self.seconds_left == float("inf"):
             return (
-                f"{folder.shown}: process {pid} on this machine works in this folder now. Let it end, or stop it with: kill -INT {pid}\n"
+                f"{folder.shown}: process {pid} on this machine works in this folder now. Let it end, or stop it with: kill {pid}\n"
                 "The same command then goes on."
             )
         return (
