@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
-from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,7 +37,7 @@ MARKS: dict[Kind, tuple[str, ...]] = {
     "run": ("provenance.json", "audit.json", "checkpoints"),
     "predictions": ("plan.json",),
 }
-"""Files and folders that only this kind has. Every run writes its provenance first: a config.yaml alone is a person's."""
+"""Files and folders that only this kind has. A run writes these before its config.yaml, which alone is a person's."""
 
 _PHRASES: dict[Kind, str] = {"run": "a run", "study": "a study", "predictions": "predictions"}
 
@@ -55,7 +54,7 @@ _CLAIM = re.compile(r"\.claim-[0-9a-f]{32}\.json")
 
 @contextmanager
 def claimed(folder: Location, kind: Kind, *, key: str) -> Iterator[None]:
-    """Hold the folder while the block lasts. ``key``: of the configuration, which names it.
+    """Hold the folder while the block lasts. ``key``: of the configuration, which names it, or the option with its path.
 
     A program on this machine that was killed no longer holds it; one on another machine after a minute without a sign of life. SIGTERM and
     SIGHUP end the block as Ctrl-C does, a KeyboardInterrupt.
@@ -128,9 +127,10 @@ def check_kind(folder: Location, kind: Kind, *, key: str) -> None:
         return
     named = ", ".join(visible[:3]) + (", ..." if len(visible) > 3 else "")
     what = _PHRASES[found] if found is not None else f"something else ({named})"
+    free = folder.parent.free_name(folder.name)
+    setting = f"{key} {(folder.parent / free).command}" if key.startswith("--") else f"{key}={free}"
     raise UsageError(
-        f"{folder.shown} holds {what}, not {_PHRASES[kind]}: nothing was changed. Choose another name, such as "
-        f"{key}={_free_name(folder)}"
+        f"{folder.shown} holds {what}, not {_PHRASES[kind]}: nothing was changed. Choose another name, such as {setting}"
     )
 
 
@@ -273,7 +273,3 @@ def _lives(pid: int, started: str | None) -> bool | None:
     except PermissionError:
         pass
     return None
-
-
-def _free_name(folder: Location) -> str:
-    return next(name for number in count(2) if not (folder.parent / (name := f"{folder.name}-{number}")).exists())

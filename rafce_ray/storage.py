@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
@@ -100,6 +101,11 @@ class Location:
         """Whether a file or folder is there."""
         return bool(self.info().type != pafs.FileType.NotFound)
 
+    def free_name(self, wanted: str) -> str:
+        """``wanted``, or the first of ``wanted-2``, ``wanted-3``, ... that nothing in this folder has."""
+        names = (wanted if number == 1 else f"{wanted}-{number}" for number in count(1))
+        return next(name for name in names if not (self / name).exists())
+
     def is_dir(self) -> bool:
         """Whether a folder is there."""
         return bool(self.info().type == pafs.FileType.Directory)
@@ -151,8 +157,7 @@ class Location:
             try:
                 records.append(_parse(line))
             except ValueError as error:
-                local = self.local
-                how = f"Remove that line: {'' if local is None else 'sed -i '}{number}d {self.command}\n{remedy}"
+                how = f"Remove that line{'' if self.local is None else f': sed -i {number}d {self.command}'}\n{remedy}"
                 raise DamagedFile(f"{self.shown}: line {number} is cut short or altered: {error}. {how}") from None
         with suppress(ValueError):
             records.append(_parse(last))

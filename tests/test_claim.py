@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -239,6 +240,13 @@ def test_a_folder_holds_one_kind_of_thing_and_the_name_that_is_offered_is_free(m
     assert str(refused.value).endswith("run.name=x-3")
     with claimed(locate(tmp_path / "x-3"), kind, key="run.name"):
         pass
+
+
+def test_an_option_is_offered_the_whole_path(tmp_path):
+    mark("labels.csv")(tmp_path / "my faces")
+    with pytest.raises(UsageError) as refused, claimed(locate(tmp_path / "my faces"), "predictions", key="--out"):
+        pytest.fail("it holds something else")
+    assert str(refused.value).endswith(f"--out {shlex.quote(locate(tmp_path / 'my faces-2').shown)}")
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from rafce_ray.console import finite, warn
 from rafce_ray.errors import DamagedFile
 from rafce_ray.run_folder import TRIALS, RunFolder
 from rafce_ray.split_outputs import SplitOutputs
-from rafce_ray.storage import Location, locate
+from rafce_ray.storage import locate
 from rafce_ray.taxonomy import Taxonomy, make_taxonomy, parse_action_unit_token
 
 
@@ -64,7 +64,7 @@ class Evidence:
             baseline=baseline,
             name=name,
             place=str(location),
-            next_name=_free_name(storage, f"{name}-next"),
+            next_name=storage.free_name(f"{name}-next"),
             next_storage=str(storage),
         )
 
@@ -198,12 +198,3 @@ def _calibration(folder: RunFolder) -> Calibration | None:
         warn(str(error))
         return None
     return TypeAdapter(Calibration).validate_python(manifest["calibration"])
-
-
-def _free_name(storage: Location, wanted: str) -> str:
-    """``wanted``, or the first of ``wanted-2``, ``wanted-3``, ... that no run has."""
-    name, number = wanted, 1
-    while (storage / name).exists():
-        number += 1
-        name = f"{wanted}-{number}"
-    return name
