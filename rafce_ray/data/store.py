@@ -79,8 +79,11 @@ def store_key(labels: Labels, data: DataConfig) -> str:
         for name in ("image_bytes", "image_mtime_ns"):
             digest.update(np.asarray(pc.fill_null(rows[name], -1)).tobytes())
         # The same files may be read in another way, by another version too: the store keeps what was read.
-        labelled = rows.select(["split", "emotion", "au_state", "au_positive", "au_negative"]).to_pydict()
-        digest.update(json.dumps(labelled).encode())
+        for name in ("split", "emotion", "au_state"):
+            digest.update("\n".join(pc.fill_null(rows[name], "").to_pylist()).encode())
+        for name in ("au_positive", "au_negative"):
+            digest.update(np.asarray(pc.fill_null(pc.list_value_length(rows[name]), -1)).tobytes())
+            digest.update(np.asarray(pc.list_flatten(rows[name])).tobytes())
     return digest.hexdigest()
 
 
