@@ -1,8 +1,8 @@
 """One program at a time works in a folder, and a folder holds one kind of thing: a run, a study or predictions.
 
-Each program writes a claim of its own and only then looks for others: of two that start together, at least one sees the other and steps
-back. So it works on every filesystem that lists what was written before, object stores among them, which offer nothing better through
-pyarrow.
+Each program writes its own claim, then looks for others. Of two programs that start together, at least one sees the
+other and steps back. This works wherever a listing shows earlier writes, object stores among them. Pyarrow offers no
+better lock for object stores.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ MARKS: dict[Kind, tuple[str, ...]] = {
     "run": ("provenance.json", "audit.json", "checkpoints"),
     "predictions": ("plan.json",),
 }
-"""Files and folders that only this kind has. A run writes these before its config.yaml, which alone is a person's."""
+"""Files and folders that only this kind has. A run writes these before its config.yaml: one alone is a person's."""
 
 _PHRASES: dict[Kind, str] = {"run": "a run", "study": "a study", "predictions": "predictions"}
 
@@ -47,7 +47,7 @@ SILENT_S = 60.0
 
 TRIES = 20
 PAUSE_S = (0.02, 0.2)
-"""Least and most seconds before trying again; drawn, so that two that met do not meet for ever."""
+"""Least and most seconds before a retry. They are drawn at random, so that two programs do not collide again."""
 
 _CLAIM = re.compile(r"\.claim-[0-9a-f]{32}\.json")
 
@@ -56,8 +56,8 @@ _CLAIM = re.compile(r"\.claim-[0-9a-f]{32}\.json")
 def claimed(folder: Location, kind: Kind, *, key: str) -> Iterator[None]:
     """Hold the folder while the block lasts. ``key``: of the configuration, which names it, or the option with its path.
 
-    A program on this machine that was killed no longer holds it; one on another machine after a minute without a sign of life. SIGTERM and
-    SIGHUP end the block as Ctrl-C does, a KeyboardInterrupt.
+    A program that was killed on this machine no longer holds it. One on another machine holds it for a minute after its
+    last sign of life. SIGTERM and SIGHUP end the block as Ctrl-C does, with a KeyboardInterrupt.
 
     Raises:
         UsageError: another program works in it, or it holds something else.
@@ -75,9 +75,7 @@ def claimed(folder: Location, kind: Kind, *, key: str) -> Iterator[None]:
             write(holds=True)
         elif not lost.is_set():
             lost.set()
-            warn(
-                f"{folder.shown}: this program's claim of the folder is gone: another one may be working in it by now."
-            )
+            warn(f"{folder.shown}: this program's claim of the folder is gone: another program may work in it now.")
 
     lost = threading.Event()
     try:
@@ -91,21 +89,21 @@ def claimed(folder: Location, kind: Kind, *, key: str) -> Iterator[None]:
         with suppress(OSError):
             own.delete()
         if is_new and folder.local is not None:
-            # Of a command that was refused nothing is left: a folder that is not empty is not removed.
+            # A refused command leaves nothing behind. A folder that is not empty is not removed.
             with suppress(OSError):
                 folder.local.rmdir()
 
 
 @contextmanager
 def _unwound_by_signals() -> Iterator[None]:
-    """A program that a scheduler or a closed terminal ends gives its claim back, too: it may go on, on another machine, at once."""
+    """Give the claim back when a scheduler or a closed terminal ends the program: it may go on elsewhere."""
 
     def end(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
     before: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
-        # nohup has it ignored, and whoever set a handler has a use for it.
+        # nohup ignores SIGHUP, and a caller's own handler stays.
         ours = [one for one in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(one) == signal.SIG_DFL]
         before = {number: signal.signal(number, end) for number in ours}
     try:
@@ -147,7 +145,7 @@ def check_unclaimed(folder: Location) -> None:
 def repeated(action: Callable[[], None], every_s: float) -> Iterator[None]:
     """Call ``action`` every so many seconds in a thread while the block lasts.
 
-    A store that cannot be reached for a while (OSError) does not end it: the next call makes it good.
+    It goes on when a store cannot be reached for a while (OSError).
     """
     done = threading.Event()
 
@@ -167,14 +165,17 @@ def repeated(action: Callable[[], None], every_s: float) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Claim:
-    """Another program's claim. ``seconds_left``: after which it no longer holds; infinite while its process lives here, None now."""
+    """Another program's claim.
+
+    ``seconds_left``: until it ends; infinite while its process lives on this machine, None if it has ended.
+    """
 
     record: dict[str, Any]
     seconds_left: float | None
 
     @property
     def holds(self) -> bool:
-        """Whether its program has begun to work; else it is looking for others, too."""
+        """Whether its program has begun to work; if not, it is still looking for others."""
         return bool(self.record["holds"])
 
     def refusal(self, folder: Location) -> str:
@@ -183,13 +184,14 @@ class _Claim:
         assert self.seconds_left is not None
         if self.seconds_left == float("inf"):
             return (
-                f"{folder.shown}: process {pid} on this machine works in this folder now. Let it end, or stop it with: kill {pid}\n"
-                "The same command then goes on."
+                f"{folder.shown}: process {pid} on this machine works in this folder now. Let it end, or stop it with: "
+                f"kill {pid}\nThe same command then goes on."
             )
+        age_s = SILENT_S - self.seconds_left
         return (
-            f"{folder.shown}: process {pid} on {host} works in this folder now; its last sign of life is {SILENT_S - self.seconds_left:.0f} s "
-            f"old. Let it end, or stop it there with Ctrl-C; the same command then goes on. If there is no such process any more, give the "
-            f"same command again in {self.seconds_left:.0f} s."
+            f"{folder.shown}: process {pid} on {host} works in this folder now; its last sign of life is {age_s:.0f} s "
+            "old. Let it end, or stop it there with Ctrl-C; the same command then goes on. If there is no such process "
+            f"any more, give the same command again in {self.seconds_left:.0f} s."
         )
 
 
@@ -205,7 +207,7 @@ def _take(own: Location, write: Callable[..., None]) -> None:
         holder = next((one for one in others if one.holds), None)
         if holder is not None or not tries_left:
             raise UsageError((holder or others[0]).refusal(own.parent))
-        # Not cryptography: only to be out of step with the other one.
+        # Only to be out of step with the other program.
         time.sleep(random.uniform(*PAUSE_S))
 
 
@@ -243,7 +245,7 @@ def _read(file: Location, now_ns: int, mtime_ns: int | None) -> _Claim | None:
 
 @cache
 def _machine() -> str:
-    """What the processes that this one can see have in common: two containers may have the same host name and the same numbers."""
+    """Name of the machine or container: two containers may have the same host name and the same process numbers."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -252,17 +254,17 @@ def _machine() -> str:
 
 
 def _start_of(pid: int) -> str | None:
-    """When a process started, in the kernel's clock ticks; None where that cannot be known; empty where it has ended."""
+    """When a process started, in the kernel's clock ticks; None if unknown; empty if the process has ended."""
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None
-    # A process that was killed stays in the table until its parent has asked for its exit code.
+    # A killed process stays in the table until its parent has read its exit code.
     return "" if state in ("Z", "X") else fields[18]
 
 
 def _lives(pid: int, started: str | None) -> bool | None:
-    """Whether a process of this machine lives; None where that cannot be known, as of another user's that /proc does not show."""
+    """Whether a process of this machine lives; None if unknown, as for another user's that /proc does not show."""
     found = _start_of(pid)
     if found is not None and started is not None:
         return found == started

@@ -1,4 +1,4 @@
-"""What the environment says of Ray, looked at before Ray is: with a wrong address, Ray itself is silent for minutes."""
+"""Checks RAY_ADDRESS and RAY_TMPDIR before Ray is started: with a wrong address, Ray itself is silent for minutes."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def ray_address() -> str | None:
 
 
 def check_ray() -> None:
-    """Look whether Ray can be started here, or joined where RAY_ADDRESS says; nothing where this process has joined it.
+    """Check that Ray can be started here or joined at RAY_ADDRESS. Does nothing where this process has joined it.
 
     Raises:
-        UsageError: it cannot; which variable is wrong, why, and what to set.
+        UsageError: it cannot; names the variable, the reason and what to set.
     """
     ray = sys.modules.get("ray")
     if ray is not None and ray.is_initialized():
@@ -47,13 +47,13 @@ def check_ray() -> None:
 
 
 def not_started(error: Exception) -> RafceError:
-    """What Ray says where it could not be started or joined, in one line and with the variable."""
+    """The error for a Ray that could not be started or joined: Ray's reason in one line, with the variable."""
     address = ray_address()
     said = next(iter(str(error).strip().splitlines()), type(error).__name__).strip().rstrip(".")
     if address == "auto" and isinstance(error, ConnectionError):
         return RafceError(
-            "RAY_ADDRESS=auto: no Ray cluster runs on this machine. Start one with ray start --head, or let this command start one: unset "
-            "RAY_ADDRESS"
+            "RAY_ADDRESS=auto: no Ray cluster runs on this machine. Start one with ray start --head, or let this "
+            "command start one: unset RAY_ADDRESS"
         )
     if address is None:
         return RafceError(
@@ -68,8 +68,8 @@ def _check_address(address: str) -> None:
     scheme, mark, _ = address.partition("://")
     if mark and scheme == "ray":
         raise UsageError(
-            f"RAY_ADDRESS={address} is an address of Ray Client, through which nothing is trained, tuned or served. Submit the command as a "
-            "job: ray job submit --address http://HOST:8265 --working-dir . -- rafce ...\n"
+            f"RAY_ADDRESS={address} is an address of Ray Client, which cannot train, tune or serve. Submit the command "
+            "as a job: ray job submit --address http://HOST:8265 --working-dir . -- rafce ...\n"
             "On a machine of the cluster, give the address of its head instead: export RAY_ADDRESS=HOST:6379"
         )
     if mark and scheme in ("http", "https"):
@@ -80,8 +80,8 @@ def _check_address(address: str) -> None:
     found = _ADDRESS.fullmatch(address)
     if found is None or not 0 < int(found["port"]) < 2**16:
         raise UsageError(
-            f"RAY_ADDRESS={address} is no address of a Ray cluster: expected HOST:PORT of its head, such as 10.0.0.5:6379, or auto. To "
-            "start a cluster here instead: unset RAY_ADDRESS"
+            f"RAY_ADDRESS={address} is no address of a Ray cluster: expected HOST:PORT of its head, such as "
+            "10.0.0.5:6379, or auto. To start a cluster here instead: unset RAY_ADDRESS"
         )
     why = _fault(found["host"], int(found["port"]))
     if why is not None:
@@ -92,7 +92,7 @@ def _check_address(address: str) -> None:
 
 
 def _check_auto() -> None:
-    """Where ``ray start`` has not left an address, Ray looks for processes, which takes no time."""
+    """Check the address that ``ray start`` has left. Without one, Ray looks for processes, which takes no time."""
     file = _temporary()[1] / "ray" / "ray_current_cluster"
     try:
         address = file.read_text().strip()
@@ -102,8 +102,9 @@ def _check_auto() -> None:
     why = "that is no HOST:PORT" if found is None else _fault(found["host"], int(found["port"]))
     if why is not None:
         raise UsageError(
-            f"RAY_ADDRESS=auto: the last cluster that was started here is {address!r} by {file}, and {why}. Remove that file: rm {file}\n"
-            "Then start a cluster with ray start --head, or let this command start one: unset RAY_ADDRESS"
+            f"RAY_ADDRESS=auto: the last cluster that was started here is {address!r} (from {file}), and {why}. Remove "
+            f"that file: rm {file}\nThen start a cluster with ray start --head, or let this command start one: unset "
+            "RAY_ADDRESS"
         )
 
 
@@ -121,7 +122,7 @@ def _fault(host: str, port: int) -> str | None:
         try:
             channel.unary_unary(_CHECK_ALIVE)(b"", timeout=ANSWER_S / 2)
         except grpc.RpcError as error:
-            # Whoever asks for a token knows the call.
+            # A server that asks for a token knows the call.
             if error.code() in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
                 return None
             return "what listens there is not the head of a Ray cluster"
@@ -143,8 +144,8 @@ def _check_folder() -> None:
     if num_bytes > SOCKET_PATH_BYTES:
         most = len(os.fsencode(folder)) - (num_bytes - SOCKET_PATH_BYTES)
         raise UsageError(
-            f"{name}={folder} is {len(os.fsencode(folder))} bytes long, and Ray keeps sockets below it, whose paths are limited: at most {most} "
-            f"bytes. {remedy}"
+            f"{name}={folder} is {len(os.fsencode(folder))} bytes long, and Ray keeps sockets below it, whose paths "
+            f"are limited: at most {most} bytes. {remedy}"
         )
     try:
         (folder / "ray").mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-"""Stop accepting requests on this machine and answer the ones that HAProxy has: what a server does before it ends.
+"""Stop accepting requests on this machine and answer the ones that HAProxy has, before the server ends.
 
-``rafce serve`` does so on SIGTERM and Ctrl-C. Where Ray runs by itself, on Kubernetes for example, a machine's ``preStop`` does it:
-``python -m rafce_ray.serve.drain FOLDER``, with the folder of :mod:`rafce_ray.serve.fast_path`.
+``rafce serve`` does this on SIGTERM and Ctrl-C. Where Ray runs by itself, such as on Kubernetes, a pod's ``preStop``
+does it: ``python -m rafce_ray.serve.drain FOLDER``, with the folder of :mod:`rafce_ray.serve.fast_path`.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ DRAIN_S = 30.0
 """No request takes longer: the service has a deadline of its own."""
 
 IDLE_S = 2.0
-"""A connection that is kept alive is told to close with its next answer; one without a request in this time is cut."""
+"""Seconds after which connections without a request are cut. Others close with their next answer."""
 
 POLL_S = 0.1
 
 
 def drain(folder: Path, *, timeout_s: float = DRAIN_S, idle_s: float = IDLE_S) -> int:
-    """Close the port and wait until every request is answered; returns the number of requests that were not, 0 as a rule.
+    """Close the port and wait until every request is answered; returns the number of unanswered requests, usually 0.
 
-    ``folder``: the one that :func:`rafce_ray.serve.fast_path.fast_path` made. A folder without a running HAProxy has no requests.
-    ``timeout_s``: how long to wait, in seconds. ``idle_s``: how long connections stay open without any request in work.
+    ``folder``: made by :func:`rafce_ray.serve.fast_path.fast_path`. Without a running HAProxy, there are no requests.
+    ``timeout_s``: how long to wait, in seconds. ``idle_s``: seconds that connections stay open without any request.
     """
     admins = [path for path in sorted(folder.glob("*/admin")) if _ask(path, f"disable frontend {FRONTEND}") is not None]
     for admin in admins:

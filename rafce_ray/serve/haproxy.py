@@ -1,9 +1,9 @@
-"""What Ray Serve starts as its HAProxy: mends the configuration that Ray wrote, then becomes HAProxy.
+"""What Ray Serve starts as its HAProxy: corrects the configuration that Ray wrote, then becomes HAProxy.
 
-Ray opens HAProxy's statistics and metrics on every interface, waits for ever for a request's headers, tells nobody who
-the client is, and answers its own failures with status 500 and plain text, and what is no HTTP with a page. It has no setting
-for any of these, but one for the program that it starts (``RAY_SERVE_HAPROXY_BINARY_PATH``). Ray waits, so nothing slow is
-imported here.
+As Ray writes it, HAProxy opens its statistics and metrics on every interface, waits for a request's headers without
+end and does not pass on the client's address. It answers its own failures with status 500 and plain text, and bytes
+that are no HTTP with a page. Ray has no setting for any of these, but it has one for the program that it starts
+(``RAY_SERVE_HAPROXY_BINARY_PATH``). Ray waits for this program, so it imports nothing slow.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ TIMEOUTS = ("http-request 10s", "check 10s")
 """Of a request's headers; and of the answer to a health check, by default its period: a replica that is merely busy is not down."""
 
 OWN_STATUSES = (400, 404, 408, 500, 502, 503, 504)
-"""What HAProxy answers by itself, from files named ``STATUS.json``, in which it sets the variables :data:`ID` and :data:`PATH`."""
+"""What HAProxy answers by itself, from files named ``STATUS.json`` with the variables :data:`ID` and :data:`PATH`."""
 
 ID, PATH = "txn.rafce_id", "txn.rafce_path"
 
-TOLD = (
-    # The same id as the service would take from the client: of several headers the last one, by -1 in the condition, too.
+PASSED_ON = (
+    # The rule of the service. -1 is the last of several headers: without it, the condition would look at all of them.
     f"http-request set-var({ID}) req.fhdr(x-request-id,-1) "
     f"if {{ req.fhdr(x-request-id,-1) -m reg ^[A-Za-z0-9._-]{{1,64}}$ }}",
     f"http-request set-var({ID}) uuid unless {{ var({ID}) -m found }}",
@@ -49,10 +49,10 @@ READABLE = (
     "tcp-request content reject",
 )
 UNREADABLE = "use_backend unreadable if !HTTP or rafce_coded !rafce_chunked"
-"""A connection is HTTP once its first request can be read as such, and has no coding but chunks.
+"""A connection is HTTP if its first request can be read and has no transfer coding but chunks.
 
-HAProxy answers a request that cannot be read with a page that is built into it. So the bytes of such a connection go to the proxy
-that Serve keeps for want of a replica, which says why. A later request of a connection that cannot be read gets HAProxy's page.
+HAProxy has only a built-in page for a request that it cannot read. So the bytes of such a connection go to the fallback
+proxy of Ray Serve, which says what is wrong. A later request of a connection that cannot be read gets HAProxy's page.
 """
 
 PARTS = frozenset(
@@ -65,7 +65,7 @@ PARTS = frozenset(
         ("backend default_backend", "http-request return"),
     )
 )
-"""What has to be mended, each once: section and setting."""
+"""What has to be changed, each once: section and setting."""
 
 
 class UnknownConfiguration(Exception):
@@ -82,8 +82,8 @@ def mended(config: str, *, host: str | None, answers: Path) -> str:
         UnknownConfiguration: it has other parts than Ray 2.60's, so that nobody knows what it would open.
     """
     words = [line.split() for line in config.splitlines()]
-    # Ray's backup server is the proxy that it keeps for want of a replica. It is not known at the start; and with Ray's own counting
-    # of requests, which needs this frontend to be HTTP from the first byte on, it has to do without.
+    # Ray's backup server is its fallback proxy, which is not known at the start. It is not used with Ray's own counting
+    # of requests, for which this frontend must be HTTP from the first byte.
     spare = next(
         (line[2] for line in words if line[:1] == ["server"] and line[-1] == "backup" and "proto" not in line), None
     )
@@ -101,7 +101,7 @@ def mended(config: str, *, host: str | None, answers: Path) -> str:
                 parts.append((section, "bind"))
                 where = address if host is None else f"{host}:{_port(address)}"
                 lines.append(f"    bind {where}")
-                rules = (*(READABLE if spare else ()), *TOLD, f"http-request set-header {PEER} %[src]", NO_RETRY)
+                rules = (*(READABLE if spare else ()), *PASSED_ON, f"http-request set-header {PEER} %[src]", NO_RETRY)
                 lines += [f"    {rule}" for rule in rules]
             case ["bind", address, *_]:
                 parts.append((section, "bind"))
@@ -135,8 +135,8 @@ def _answer(status: int, answers: Path) -> str:
     headers = {"x-request-id": f"%[var({ID})]", "cache-control": "no-store", "x-content-type-options": "nosniff"}
     if status in (502, 503):
         headers["retry-after"] = "1"
-    told = " ".join(f"hdr {name} {value}" for name, value in headers.items())
-    return f"status {status} content-type application/problem+json lf-file {answers / f'{status}.json'} {told}"
+    set_headers = " ".join(f"hdr {name} {value}" for name, value in headers.items())
+    return f"status {status} content-type application/problem+json lf-file {answers / f'{status}.json'} {set_headers}"
 
 
 def _port(address: str) -> str:

@@ -136,9 +136,9 @@ def _problem_of_serve(status: int, headers: dict[bytes, bytes]) -> Problem | Non
 
 
 class NoReplica:
-    """In the proxy that HAProxy turns to when there is no replica: says so at once, instead of gathering bodies that wait for one.
+    """In the fallback proxy, to which HAProxy turns without a replica: refuses at once, instead of gathering bodies.
 
-    HAProxy also hands it the bytes of connections whose first request it cannot read; such requests do not name a peer.
+    HAProxy also passes on the bytes of connections whose first request it cannot read; such requests name no peer.
     """
 
     def __init__(self, app: ASGIApp, own: object = ()) -> None:

@@ -1,6 +1,6 @@
-"""Uvicorn's fast HTTP parser with bounds on what comes before an application hears of a request.
+"""Uvicorn's fast HTTP parser with bounds on what comes before an application sees a request.
 
-What cannot be read is refused with a problem, as everything else is.
+A request that cannot be read is refused with a problem, like any other refusal.
 
 Uvicorn with httptools gathers headers without an end: one endless header of 32 MiB held the event loop for 2.4 s (the
 time grows with the square), and a connection that never finishes its headers stays open for ever.
@@ -76,7 +76,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         """Refuse what the parser cannot read, and say why."""
         error = sys.exc_info()[1]
         if isinstance(error, HttpParserInvalidMethodError):
-            self._refuse(Problem("unknown_method", "The request's method is none of HTTP."))
+            self._refuse(Problem("unknown_method", "The request's method is not one of HTTP's."))
         elif isinstance(error, HttpParserCallbackError):  # Uvicorn reads the address when the headers are complete.
             self._refuse(Problem("bad_request", "The request's address cannot be read."))
         else:
@@ -96,7 +96,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     def _refuse(self, problem: Problem) -> None:
         self._stop_timer()
         if not self.transport.is_closing():
-            # Of what has come so far no path is known, but perhaps an id.
+            # The path is not known yet, but an id may be.
             named = dict(self.headers or ())
             self.transport.write(_response(problem, request_id_of(named.get(b"x-request-id", b""))))
             self.transport.close()

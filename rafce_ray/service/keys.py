@@ -173,7 +173,7 @@ def read_keys(file: Path) -> tuple[Key, ...]:
         fault = error.errors()[0]
         place = ".".join(str(part) for part in fault["loc"]) or "the file"
         raise UsageError(f"{file}: {place}: {fault['msg']}. {_MAKE_ONE}") from None
-    # Of a name that an object has twice, readers of JSON keep the last, in silence.
+    # A reader of JSON silently keeps the last value of a repeated name; this one refuses it.
     parse_yaml(content, str(file))
     if not keys:
         raise UsageError(f"{file}: holds no key. {_MAKE_ONE}")

@@ -29,9 +29,10 @@ _OF_PREFLIGHT: Headers = (
 class Callers:
     """Peers, host names and origins that a service answers.
 
-    ``loopback_only``: refuse peers that are not this machine. ``keys``: each request needs a key, which no page of another
-    site can know, so that Host and Origin need not be this machine's. ``hosts``: host names besides this machine's, in lower
-    case, ``*.`` before one for all below it; none: any, if there are keys. ``origins``: pages of these may read answers, or ``*``.
+    ``loopback_only``: refuse peers that are not this machine. ``keys``: each request needs a key. A page of another
+    site cannot know it, so Host and Origin need not be this machine's. ``hosts``: host names besides this machine's, in
+    lower case, ``*.`` before one for all below it; none: any, if there are keys. ``origins``: sites whose pages may
+    read answers, or ``*``.
     """
 
     loopback_only: bool = True

@@ -233,7 +233,7 @@ PROBLEM_TYPES: Mapping[str, ProblemType] = _types(
         501,
         "unknown_method",
         "Unknown method",
-        "The request's method is none of HTTP.",
+        "The request's method is not one of HTTP's.",
         "See /docs for what there is, and send the method in capitals.",
     ),
     (503, "not_ready", "Not ready", "The model is not loaded or not verified yet.", "Try again; see /readyz."),
@@ -242,7 +242,7 @@ PROBLEM_TYPES: Mapping[str, ProblemType] = _types(
         "deadline",
         "Deadline passed",
         "The answer was not ready in time.",
-        "Try again, with smaller or fewer pictures. Whoever runs the service can raise limits.deadline_s or --replicas.",
+        "Try again, with smaller or fewer pictures. Its operator can raise limits.deadline_s or --replicas.",
     ),
 )
 """Every code that the service answers, by code. Those of an image are :class:`rafce_ray.decode.DecodeError`'s."""
@@ -317,7 +317,7 @@ def deadline_passed(seconds: float, num_images: int | None = None) -> Problem:
     """The problem of an answer that was not ready; ``num_images``: of the request, where it is known."""
     send = {None: "smaller or fewer pictures", 1: "a smaller picture"}.get(num_images, "fewer pictures a request")
     hint = (
-        f"Send {send}, or try again when the service is less busy. Whoever runs it can give it more time or processes: "
+        f"Send {send}, or try again when the service is less busy. Its operator can give it more time or processes: "
         f"rafce serve ... limits.deadline_s={2 * seconds:g} --replicas 2"
     )
     return Problem("deadline", f"The answer was not ready within {seconds:g} s.", hint=hint)
