@@ -64,8 +64,8 @@ def ablate(
     }
     numbers = range(base.run.seed, base.run.seed + seeds)
     say(
-        f"ablation of {base.data.root}: {len(arms)} arms x {seeds} seeds = {len(arms) * seeds} trials of up to {base.optim.epochs} epochs of "
-        f"{base.model.backbone} at {base.model.image_px} px; results go to {study.location}"
+        f"ablation of {base.data.root}: {len(arms)} arms x {seeds} seeds = {len(arms) * seeds} trials of up to "
+        f"{base.optim.epochs} epochs of {base.model.backbone} at {base.model.image_px} px; results go to {study.location}"
     )
     with claimed(study.location, "study", key="run.name"):
         study.claim(plan)
@@ -111,7 +111,11 @@ def _prepare_all(base: Config, arms: list[Arm]) -> dict[str, Prepared]:
 
 
 def check_minority(minority: Sequence[str] | None, prepared: Prepared) -> list[str]:
-    """The classes whose F1 is shown, from names or numbers; None: the seed's four, or the four rarest. UsageError for an unknown one."""
+    """The classes whose F1 is shown, from names or numbers; None: the seed's four, or the four rarest.
+
+    Raises:
+        UsageError: a class is unknown.
+    """
     emotions = prepared.taxonomy.emotions
     if minority is None:
         if all(name in emotions for name in SEED_MINORITY):

@@ -104,7 +104,8 @@ def _text_encoding(value: str) -> str:
         "".encode(value if value != "auto" else "utf-8")
     except LookupError:
         raise ValueError(
-            f"{value!r} is no text encoding: write auto, utf-8, utf-16, cp1252 (Windows), latin-1, mac-roman or another one of Python's"
+            f"{value!r} is no text encoding: write auto, utf-8, utf-16, cp1252 (Windows), latin-1, mac-roman or another "
+            "one of Python's"
         ) from None
     return value
 
@@ -171,12 +172,14 @@ class DataConfig(Section):
     )
     encoding: Annotated[str, AfterValidator(_text_encoding)] = Field(
         "auto",
-        description="Encoding of the label files, such as cp1252 or latin-1. auto: UTF-8, or what a byte order mark says.",
+        description="Encoding of the label files, such as cp1252 or latin-1. auto: UTF-8, or what a byte order mark "
+        "says.",
     )
     emotions: Literal["auto", "none"] | tuple[str, ...] = Field(
         "auto",
         description="Class names in label order. auto: RAF-CE's fourteen, or the distinct values of a table that uses others. "
-        "A listed class takes labels in any spelling of it (letter case, blanks); a word for unknown is a class where it is listed. "
+        "A listed class takes labels in any spelling of it (letter case, blanks); a word for unknown is a class where it "
+        "is listed. "
         "none: do not train emotions.",
     )
     action_units: Literal["seed18", "auto", "none"] | ActionUnitList = Field(
@@ -194,8 +197,8 @@ class DataConfig(Section):
         None,
         gt=0,
         le=5,
-        description="AU columns of a table hold intensities (0 to 5, or A to E): an AU is present from this value on, usually 2 (DISFA), "
-        "or 1 to count traces; 0.5 for probabilities. null: they hold 1, 0 or blank.",
+        description="AU columns of a table hold intensities (0 to 5, or A to E): an AU is present from this value on, "
+        "usually 2 (DISFA), or 1 to count traces; 0.5 for probabilities. null: they hold 1, 0 or blank.",
     )
     action_unit_targets: Literal["labels", "all_zero"] = Field(
         "labels",
@@ -450,7 +453,7 @@ def name_fault(name: str, *, longest: int = LONGEST_NAME) -> str | None:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         return f"{shown(name)} is no folder name: use letters, digits, '.', '_' and '-', and begin with a letter or a digit."
     if len(name) > longest:
-        return f"{shown(name)} has {len(name)} characters; expected {longest} at most, as its folder is named so. Choose a shorter name."
+        return f"{shown(name)} has {len(name)} characters; expected {longest} at most. Choose a shorter name."
     return None
 
 
@@ -492,8 +495,8 @@ def apply_overrides(
 ) -> dict[str, Any]:
     """``values`` with each ``section.key=value`` set.
 
-    The value of a key of ``model`` that holds text, or one of some words, is the text as it stands; in quotes it is YAML's quoted text,
-    and nothing or ``null`` is null where the key may be null. All other values are read as YAML, lists among them.
+    If a key of ``model`` holds text, or one of some words, its value is the text after ``=``. In quotes, it is YAML's
+    quoted text. Nothing or ``null`` is null where the key may be null. All other values are read as YAML, also lists.
     """
     merged = dict(values)
     for override in overrides:
@@ -528,7 +531,7 @@ def _read_value(override: str, text: str, kinds: frozenset[Any]) -> Any:
 
 
 def nested(values: Mapping[str, Any]) -> dict[str, Any]:
-    """``optim.lr: 1`` as ``optim: {lr: 1}``, at every depth; but the keys in a study's ``space`` are dotted, and stay so."""
+    """``optim.lr: 1`` as ``optim: {lr: 1}``, at every depth. The dotted keys in a study's ``space`` stay as they are."""
     plain: dict[str, Any] = {}
     for key, value in values.items():
         first, mark, rest = key.partition(".")
@@ -596,7 +599,10 @@ def differences(one: Config, other: Config) -> dict[str, tuple[Any, Any]]:
 
 
 def identity_of(config: Config) -> dict[str, Any]:
-    """Dotted keys and values that decide what a run computes; without :data:`LATER_KEYS` at their default, which older runs lack."""
+    """Dotted keys and values that decide what a run computes.
+
+    :data:`LATER_KEYS` at their default are left out: older runs lack them.
+    """
     return {
         key: value
         for key, value in flatten(config).items()
@@ -610,9 +616,9 @@ def config_hash(config: Config) -> str:
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """Reads YAML 1.2: in PyYAML's 1.1 ``010`` is 8, ``12:30`` is 750, ``no`` is false, ``1e-3`` is text, and a date is no text.
+    """Reads YAML 1.2. In PyYAML's 1.1, ``010`` is 8, ``12:30`` is 750, ``no`` is false, ``1e-3`` is text.
 
-    By libyaml where PyYAML was built with it, in a tenth of the time.
+    It uses libyaml where PyYAML was built with it, which takes a tenth of the time.
     """
 
     yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
@@ -699,7 +705,7 @@ def _read_keys(root: yaml.Node) -> None:
     """Make every key of a document text.
 
     Raises:
-        yaml.MarkedYAMLError: a key is set twice, nested or dotted (PyYAML would keep the last), or an alias holds itself.
+        yaml.MarkedYAMLError: a key is set twice, nested or dotted (PyYAML keeps the last), or an alias holds itself.
     """
     lines: dict[str, int] = {}
     """Of every key with a value of its own, by its dotted place."""
@@ -759,7 +765,11 @@ def write_yaml(values: Mapping[str, Any], **style: Any) -> str:
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping of a YAML file, by path or URI, its dotted keys as sections. ConfigError where it cannot be read or holds something else."""
+    """The mapping of a YAML file, by path or URI, its dotted keys as sections.
+
+    Raises:
+        ConfigError: the file cannot be read or holds something else.
+    """
     try:
         text = locate(path).read_bytes()
     except OSError as error:

@@ -45,10 +45,10 @@ DECODER_VERSION = 2
 
 @dataclass(frozen=True)
 class Format:
-    """A format of pictures or videos: its name, the endings of its files, and how a file of it becomes one that is read.
+    """A format of pictures or videos: its name, the endings of its files, and how to convert them.
 
-    ``convert`` is empty where the format is read; else a shell command, in which SOURCE stands for the file and TARGET for
-    the new one, whose name ends in ``suffix``. ``tool`` is the package that the command comes from.
+    ``convert`` is empty where the format is read; else a shell command, in which SOURCE stands for the file and TARGET
+    for the new one, whose name ends in ``suffix``. ``tool`` is the package that the command comes from.
     """
 
     name: str
@@ -161,7 +161,7 @@ _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b
 
 @dataclass(frozen=True)
 class Limits:
-    """What an image may be at most, and in which formats; sides and pixels are those of its header, before anything is decoded."""
+    """Bounds and formats of an image; sides and pixels are those of its header, before anything is decoded."""
 
     max_bytes: int = 32 * 1024 * 1024
     min_side_px: int = 16
@@ -214,13 +214,13 @@ class DecodeError(RafceError):
 
 
 def format_of(head: bytes) -> Format | None:
-    """The format that the first ``HEAD_BYTES`` bytes of a file announce; None where it is none of ``FORMATS``."""
+    """The format by the first ``HEAD_BYTES`` bytes of a file; None where it is not in ``FORMATS``."""
     name = _name_of_format(head)
     return None if name is None else FORMATS[name]
 
 
 def format_of_ending(ending: str) -> Format | None:
-    """The format whose files have this ending, such as ``.jpg``, in any case; None where it is none of ``FORMATS``."""
+    """The format whose files have this ending, such as ``.jpg``, in any case; None where it is not in ``FORMATS``."""
     return next((form for form in FORMATS.values() if ending.lower() in form.endings), None)
 
 
@@ -266,7 +266,7 @@ def decode_image(content: bytes, *, limits: Limits = DEFAULT_LIMITS, name: str =
         (H, W, 3) uint8, RGB, 0-255.
 
     Raises:
-        DecodeError: the bytes are too many, of none of ``limits.formats``, out of bounds in size, damaged or cut short.
+        DecodeError: the bytes are too many, not in ``limits.formats``, out of bounds in size, damaged or cut short.
     """
     return np.array(_open_upright(content, limits, None, name).image)
 
@@ -407,7 +407,7 @@ def _checked_format(content: bytes, limits: Limits, name: str) -> str:
 
 
 def _check_tiff(image: TiffImageFile, limits: Limits, name: str) -> None:
-    """What a TIFF may hold beside its dimensions: its first page is the picture, and its tiles are no bombs."""
+    """Refuse a TIFF whose first page is only a preview, whose tiles are too large, or whose planes Pillow misreads."""
     if image.tag_v2.get(_SUBFILE_TYPE, 0) & 1 or _DNG_VERSION in image.tag_v2:
         raise DecodeError(
             "unsupported_format",
@@ -418,7 +418,8 @@ def _check_tiff(image: TiffImageFile, limits: Limits, name: str) -> None:
     if tile[0] * tile[1] > limits.max_pixels:
         raise DecodeError(
             "too_large",
-            f"the TIFF has tiles of {tile[0]:,} x {tile[1]:,} px; at most {limits.max_pixels / 1e6:g} megapixels are decoded.",
+            f"the TIFF has tiles of {tile[0]:,} x {tile[1]:,} px; at most {limits.max_pixels / 1e6:g} megapixels are "
+            "decoded.",
             "Save the picture without tiles.",
         )
     bits = image.tag_v2.get(BITSPERSAMPLE, (1,))

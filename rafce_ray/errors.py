@@ -12,7 +12,7 @@ class RafceError(Exception):
 
 
 class DamagedFile(RafceError):
-    """A file that a run or a study left cannot be read; the message has its path, the reason and how to go on without it."""
+    """A file of a run or a study cannot be read; the message has its path, the reason and how to go on without it."""
 
 
 class UsageError(RafceError, ValueError):

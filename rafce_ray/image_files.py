@@ -32,14 +32,14 @@ _PICTURES = (*READ_ENDINGS, *UNREAD_PICTURE_ENDINGS)
 """Endings, in any case, of files that are taken as images without a look into them."""
 
 _SYSTEM_NAMES = ("__macosx", "thumbs.db", "desktop.ini", "@eadir", "lost+found")
-"""Names, in lower case, of what operating systems put into folders; files and folders with a leading dot count as well."""
+"""Names, in lower case, that operating systems put into folders. Names with a leading dot count, too."""
 
 HIDDEN = "hidden"
 """What :class:`Skipped` calls hidden files and those of operating systems."""
 
 
 class Skipped:
-    """Files of folders and globs that are no images: ``counts`` by ending in lower case, ``without ending`` or ``hidden``."""
+    """Files that are no images: ``counts`` by ending in lower case, ``without ending`` or ``hidden``."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
@@ -58,7 +58,7 @@ class Skipped:
             self._examples.setdefault(ending, (form, name))
 
     def in_words(self) -> str:
-        """``2 .txt, 1 .mp4``, and why a known format is not read, with a command for the first file of it; empty for none."""
+        """``2 .txt, 1 .mp4``, and for a known format the command that converts its first file; empty for none."""
         if not self.counts:
             return ""
         shown = ", ".join(f"{number:,} {printable(ending)}" for ending, number in sorted(self.counts.items()))
@@ -75,9 +75,9 @@ Stores = Mapping[str, pafs.FileSystem]
 
 
 def file_name(path: str) -> str:
-    """The name of a file in results: its path or, where that is not UTF-8, its ``file://`` URI, with ``%E9`` for a byte.
+    """The name of a file in results: its path or, where that is not UTF-8, its ``file://`` URI (``%E9`` for a byte).
 
-    :func:`local_path` takes it back.
+    :func:`local_path` gives the path again.
     """
     try:
         path.encode()
@@ -94,9 +94,9 @@ def local_path(name: str) -> str:
 def find_images(places: Sequence[str], skipped: Skipped | None = None) -> Iterator[Path]:
     """The image files at ``places`` in order: files, folders with all below them, globs (``**`` goes through folders).
 
-    A file that is named is always taken. In folders and globs a file is an image by its ending or else by its first bytes;
-    the others are counted in ``skipped``. Links to folders are followed, each folder once. Names of one folder are sorted;
-    no more than one folder's names are held at a time.
+    A file that is named is always taken. In folders and globs, a file is an image by its ending or else by its first
+    bytes; the others are counted in ``skipped``. Links to folders are followed, each folder once. Names of one folder are
+    sorted; no more than one folder's names are held at a time.
 
     Raises:
         UsageError: a place does not exist, cannot be read, or has no image file.
@@ -113,8 +113,8 @@ def find_images(places: Sequence[str], skipped: Skipped | None = None) -> Iterat
 def list_images(places: Sequence[str], skipped: Skipped | None = None) -> Iterator[str]:
     """As :func:`find_images`, by names that hold on every machine: absolute paths, and ``scheme://bucket/key`` on object stores.
 
-    A place may also be a URI of a file or a folder; a URI's query is no part of the names. Files of a store are images by
-    their ending alone: a look into each would be a request.
+    A place may also be a URI of a file or a folder; a URI's query is no part of the names. Files of a store are images
+    by their ending alone: a look into each would be a request.
 
     Raises:
         UsageError: as :func:`find_images`.
@@ -239,7 +239,7 @@ def _expand(place: str, skipped: Skipped) -> Iterator[Path]:
 
 
 def _is_there(path: str) -> bool:
-    """Whether a file, folder or link is there. UsageError where that cannot be told."""
+    """Whether a file, folder or link exists. UsageError where the system refuses to say."""
     try:
         os.lstat(path)
     except (FileNotFoundError, NotADirectoryError, ValueError):

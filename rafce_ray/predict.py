@@ -182,7 +182,7 @@ def _main(argv: list[str]) -> int:
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:
-    """The command line; what follows ``--`` are paths, which argparse does not know where options may stand between paths."""
+    """The command line. All after ``--`` are paths: argparse does not know that where options may follow paths."""
     end = argv.index("--") if "--" in argv else len(argv)
     parser = _parser()
     arguments = parser.parse_intermixed_args(argv[:end])

@@ -85,7 +85,8 @@ def open_output(out: Path | None, bundle: Bundle, top_k: int) -> Iterator[Write]
         beside.rename(out)
     except OSError as error:
         raise RafceError(
-            f"--out {out}: cannot be written ({error.strerror or error}). Make room, or choose another place, and run again."
+            f"--out {out}: cannot be written ({error.strerror or error}). Make room, or choose another place, and run "
+            "again."
         ) from error
     finally:
         beside.unlink(missing_ok=True)

@@ -107,7 +107,11 @@ class RunFolder:
             raise file.damaged(" ".join(str(error).split()).rstrip("."), STARTED_AGAIN) from None
 
     def provenance(self) -> dict[str, Any]:
-        """Where the run came from: data fingerprint, configuration, versions, commit, seed. DamagedFile where that cannot be read."""
+        """Where the run came from: data fingerprint, configuration, versions, commit, seed.
+
+        Raises:
+            DamagedFile: the file cannot be read.
+        """
         file = self.location / "provenance.json"
         try:
             return file.read_record("")
@@ -130,10 +134,10 @@ class RunFolder:
         (self.location / "result.json").write_bytes(pretty_json(result))
 
     def has_trained(self) -> bool:
-        """Whether a step was made here; else nothing is lost when another run takes the folder."""
-        # Of a progress that cannot be read, too, something was trained.
-        written = (self.location / PROGRESS_FILE).exists()
-        return bool(written or self.metrics() or self.checkpoints.list()) or self.result() is not None
+        """Whether a step was made here. If not, another run may take the folder."""
+        # Also where the progress cannot be read.
+        has_progress = (self.location / PROGRESS_FILE).exists()
+        return bool(has_progress or self.metrics() or self.checkpoints.list()) or self.result() is not None
 
     def forget(self) -> None:
         """Free the name of a run that has not trained; its log of events stays."""
@@ -158,7 +162,11 @@ class RunFolder:
         (self.location / METRICS_FILE).write_bytes("".join(to_json(record) + "\n" for record in records).encode())
 
     def events(self) -> list[dict[str, Any]]:
-        """What happened, in order: started, resumed, invalid checkpoints, warnings, finished. DamagedFile where a line cannot be read."""
+        """What happened, in order: started, resumed, invalid checkpoints, warnings, finished.
+
+        Raises:
+            DamagedFile: a line cannot be read.
+        """
         return (self.location / EVENTS_FILE).read_records("All other events stay.")
 
     def add_event(self, kind: str, **details: Any) -> None:
@@ -188,7 +196,7 @@ class RunFolder:
         (self.location / PROGRESS_FILE).write_bytes(to_json(progress).encode())
 
     def progress(self) -> dict[str, Any]:
-        """The last progress written; empty before the first, and where it cannot be read: the next step writes it again."""
+        """The last progress; empty before the first, and where it cannot be read: the next step writes it again."""
         try:
             return (self.location / PROGRESS_FILE).read_record("", keys=("epoch", "step", "steps"))
         except (FileNotFoundError, DamagedFile):

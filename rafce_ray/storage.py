@@ -143,7 +143,7 @@ class Location:
         return record
 
     def read_records(self, remedy: str) -> Records:
-        """The JSON objects in the file, one a line; empty where it is missing. A last line that a kill cut short is left out.
+        """The JSON objects in the file, one a line; empty where it is missing. A last line cut short is left out.
 
         Raises:
             DamagedFile: another line holds something else; ``remedy``: what happens once it is removed.
@@ -278,7 +278,8 @@ def locate(place: str | Path) -> Location:
     Object stores other than AWS are named in the URI (``s3://bucket/p?endpoint_override=host:9000&scheme=http``) or by AWS_ENDPOINT_URL.
 
     Raises:
-        UsageError: the URI's scheme is unknown, its parts cannot be read, it is not UTF-8, it holds a secret, or its bucket's region cannot be found out.
+        UsageError: the URI's scheme is unknown, its parts cannot be read, it is not UTF-8, it holds a secret, or its
+            bucket's region cannot be found out.
     """
     text = str(place)
     try:

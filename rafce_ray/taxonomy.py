@@ -118,8 +118,8 @@ def action_unit_code(number: int) -> str:
 def label_key(text: str) -> str:
     """What the spellings of one label have in common.
 
-    Letter case, Unicode form, invisible characters, blanks, hyphens between words, quotes around it and a number's leading zeros make
-    no difference: ``"Happily-Surprised "`` and ``happily surprised``, ``01`` and ``1``.
+    Letter case, Unicode form, invisible characters, blanks, hyphens between words, quotes around it and a number's
+    leading zeros make no difference: ``"Happily-Surprised "`` and ``happily surprised``, ``01`` and ``1``.
     """
     visible = "".join(char for char in unicodedata.normalize("NFKC", text) if unicodedata.category(char) != "Cf")
     plain = unicodedata.normalize("NFKC", visible.casefold()).strip().strip("\"'`").strip()

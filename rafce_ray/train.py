@@ -54,8 +54,8 @@ def launch(config: Config, *, resume: bool = False) -> dict[str, Any]:
 
     Raises:
         GateError: the data may not be trained on.
-        UsageError: the storage cannot be written, another program works on the run, or its name is taken by a finished run, by one with
-            another configuration, or by something else.
+        UsageError: the storage cannot be written, another program works on the run, or its name is taken by a finished
+            run, by one with another configuration, or by something else.
         RafceError: training failed; its checkpoints stay and the same call goes on from them.
     """
     check_ray()
@@ -284,7 +284,7 @@ def _claim(folder: RunFolder, config: Config, prepared: Prepared, *, resume: boo
             )
         return
     if not folder.has_trained():
-        # It failed before its first step, as without its weights. Now another configuration may have the fault mended.
+        # It failed before its first step, for example without its weights. A changed configuration may fix that.
         folder.forget()
         return
     result = folder.result()
@@ -304,8 +304,8 @@ def _claim(folder: RunFolder, config: Config, prepared: Prepared, *, resume: boo
     trained = max((int(record["epoch"]) for record in folder.metrics()), default=0)
     if config.optim.epochs < trained:
         raise UsageError(
-            f"{folder.location} has trained {trained} epochs, more than optim.epochs={config.optim.epochs}: nothing was changed. To go on, "
-            f"give optim.epochs={trained + 1} or more."
+            f"{folder.location} has trained {trained} epoch{'s' if trained > 1 else ''}, more than "
+            f"optim.epochs={config.optim.epochs}: nothing was changed. To go on, give optim.epochs={trained + 1} or more."
         )
     provenance = folder.provenance()
     if provenance["data_fingerprint"] != prepared.fingerprint:

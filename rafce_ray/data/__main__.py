@@ -60,7 +60,8 @@ def _parser() -> argparse.ArgumentParser:
         "split",
         usage="%(prog)s ROOT [--by COLUMN] [--fractions TRAIN,VALIDATION,TEST] [--seed S] [data.key=value ...]",
         help="divide a dataset without splits into train, validation and test",
-        description="Write a copy of the labels with a column 'split' next to the original: stratified by emotion, each person in one split.",
+        description="Write a copy of the labels with a column 'split' next to the original. Emotions and action units keep their "
+        "proportions; with --by, each person is in one split only.",
     )
     verb.add_argument("root", help="folder or table without splits, as for audit")
     verb.add_argument("--by", metavar="COLUMN", help="images with the same value stay together, such as a person's")
@@ -158,12 +159,12 @@ def _split(arguments: argparse.Namespace, given: list[str]) -> int:
     if made.num_alone:
         warn(f"{counted(made.num_alone, 'image')} with a blank {arguments.by!r} were split one by one")
     if arguments.by is None:
-        told = "the same person may be in train and in test: figures are then too good."
+        told = "the same person may be in train and in test, which makes the figures too good."
         if made.person is not None:
             again = shlex.join(["rafce", "data", "split", arguments.root, "--by", made.person, *given])
-            told += f" Column {made.person!r} says who is seen: rm {made.written.command} && {again}"
+            told += f" Column {made.person!r} names the person: rm {made.written.command} && {again}"
         elif made.columns:
-            told += " Where a column says who is seen, split with --by COLUMN."
+            told += " If a column names the person, split with --by COLUMN."
         warn(told)
     say(f"Next: {shlex.join(['rafce', 'data', 'audit', made.root.shown, *kept])}")
     return 0

@@ -167,7 +167,7 @@ def require_trainable(audit: Audit, data: DataConfig | None = None) -> None:
 
 
 def require_readable(labels: Labels, data: DataConfig) -> None:
-    """Let labels pass that were read without doubt which row is whose: what is evaluated must be so, too.
+    """Refuse labels of which some were not read with certainty. Evaluation needs this, too.
 
     Raises:
         GateError: they were not; the message is as of :func:`require_trainable`.

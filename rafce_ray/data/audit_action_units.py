@@ -103,7 +103,7 @@ def _check_vocabulary(case: Case) -> list[Finding]:
         evidence = evidence_of(Evidence(f"{token}: {count}") for token, count in ordered)
         message = f"{sum(outside.values())} action-unit tokens of {len(outside)} kinds are outside the vocabulary"
         remedy = f"data.action_units=auto takes every action unit with {data.min_train_positives} train positives."
-        # Of a table, whose columns were chosen by its makers, not one action unit is left out in silence.
+        # The makers of a table chose its columns: each one that is left out is reported.
         enough = max(outside.values()) >= data.min_train_positives
         chosen = labels.layout != "table" or isinstance(data.action_units, tuple)
         level = "warning" if enough and not chosen else "info"

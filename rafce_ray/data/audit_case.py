@@ -35,7 +35,7 @@ class Case:
 
     @property
     def all_images_missing(self) -> bool:
-        """Whether no row has an image: that is refused, and what follows from it need not be told besides."""
+        """Whether no row has an image. That alone is refused; its consequences are not reported."""
         paths = self.labels.table["image_path"]
         return len(paths) > 0 and paths.null_count == len(paths)
 
@@ -84,6 +84,6 @@ def audit_command(data: DataConfig, root: str | None = None, **changed: str) -> 
     ``changed``: keys of the section ``data`` to add, with their text.
     """
     keys = ("layout", "images", "encoding", "au_threshold")
-    told = {key: getattr(data, key) for key in keys if getattr(data, key) != DataConfig.model_fields[key].default}
-    told |= changed
-    return shlex.join(["rafce", "data", "audit", root or str(data.root), *(f"data.{k}={v}" for k, v in told.items())])
+    given = {key: getattr(data, key) for key in keys if getattr(data, key) != DataConfig.model_fields[key].default}
+    given |= changed
+    return shlex.join(["rafce", "data", "audit", root or str(data.root), *(f"data.{k}={v}" for k, v in given.items())])

@@ -58,7 +58,7 @@ def label_findings(labels: Labels, taxonomy: Taxonomy, targets: Targets, data: D
         action_unit_findings,
     )
     if any(finding.code in WITHOUT_SPLITS for finding in labels.findings):
-        # What no split has is of no use to know while there is none.
+        # The other checks look at splits.
         checks = (_check_tasks, _check_files)
     return [finding for check in checks for finding in check(case)]
 
@@ -155,7 +155,7 @@ def _check_files(case: Case) -> list[Finding]:
 
 
 def _near_remedy(case: Case, near: dict[str, NearImage]) -> str:
-    """The command that names the images' folder, where that is all that differs; else to write the names as the files have them."""
+    """The command that sets the images' folder, where only that differs; else the advice to correct the names."""
     folders = {os.path.split(image.path)[0] for image in near.values()}
     if {image.difference for image in near.values()} == {"in another folder"} and len(folders) == 1:
         [folder] = folders
@@ -208,7 +208,7 @@ def _check_emotions(case: Case) -> list[Finding]:
 
 
 def _unknown_findings(case: Case, is_unknown: npt.NDArray[np.bool_]) -> list[Finding]:
-    """Words that stand for no label; which of them may as well be a class is asked where the classes are not told."""
+    """Words that stand for no label. A word that may also be a class is refused if data.emotions lists no classes."""
     counts = value_counts(case.labels.table["emotion"].filter(pa.array(is_unknown)))
     may_be_class = [(text, count) for text, count in counts if label_key(text) in PERHAPS_UNKNOWN_WORDS]
     if case.data.emotions != "auto" or case.taxonomy.emotions == tuple(RAFCE_EMOTIONS):

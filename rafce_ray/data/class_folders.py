@@ -25,8 +25,8 @@ _MAX_LOOKED_AT = 1000
 def read(root: Location, data: DataConfig) -> Labels | None:
     """Labels of a folder of class folders, with or without folders of splits above them; None where there are none.
 
-    Every image below a class folder has its label, at any depth. Without folders of splits at least two classes must be there, with
-    most of the images.
+    Every image below a class folder has its label, at any depth. Without folders of splits, there must be at least two
+    classes, with most of the images.
 
     Raises:
         UsageError: ``data.images`` is set, which has no meaning here.
@@ -76,7 +76,7 @@ def read(root: Location, data: DataConfig) -> Labels | None:
 
 
 def _may_hold_classes(root: Location) -> bool:
-    """A short look: a folder that is given by mistake is not searched as a whole."""
+    """Takes a short look, so that a folder given by mistake is not searched as a whole."""
     if not root.is_dir():
         return False
     if root.local is not None:
@@ -107,8 +107,8 @@ def _findings(
         found = ", ".join(classes[:10]) + (", ..." if len(classes) > 10 else "")
         message = f"{root}: the class folders ({found}) are in no split"
         remedy = (
-            f"Write a table with splits: rafce data split {shlex.quote(str(data.root))}. Or move the class folders into train/, validation/ "
-            "and test/."
+            f"Write a table with splits: rafce data split {shlex.quote(str(data.root))}. Or move the class folders into "
+            "train/, validation/ and test/."
         )
         findings.append(Finding("refusal", "no_split_folders", message, remedy, 1, (Evidence(found, root.name),)))
     return findings

@@ -1,4 +1,4 @@
-"""What the column titles of a label table mean: names, splits, emotions and action units, as labs and programs write them."""
+"""The titles of a label table's columns, as labs and programs write them: names, splits, emotions, action units."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _NAME = re.compile(r"(file|image|img|picture|photo)(_?(name|file|filename|path))
 _SPLIT = re.compile(r"(data_|dataset_)split|split_name|set|subset|partition|usage")
 _EMOTION = re.compile(r"emotions|(emotion|expression)_(label|class|name)|(facial_)?expression|compound_emotion")
 _MAYBE_EMOTION = re.compile(r"labels?|class(_name)?|category|target")
-"""Titles that are read as emotions only where a table has no action units: beside them they could mean anything."""
+"""Titles that are read as emotions only where a table has no action units: next to them, they could mean anything."""
 
 _ACTION_UNIT_LIST = re.compile(r"action_?units?|aus|au_?(list|labels?|codes?)|facs(_(aus|codes?))?")
 _PERSON = re.compile(r"(person|subject|participant|identity|actor)(_?(id|name))?")
@@ -43,8 +43,9 @@ _ENDINGS = re.compile(r"(?:ers?|e|r|s)$")
 class Columns:
     """Positions of the columns that are read, and what there is to say of the titles.
 
-    ``action_units`` maps a number to its position, ``action_unit_list`` is a column such as ``1+4+12``. ``presence`` are action units
-    whose title says 1 or 0: they are no intensities. ``person`` tells who is seen: it is no label, and splits go by it. ``read_as``: what is read, by titles other than its own.
+    ``action_units`` maps a number to its position, ``action_unit_list`` is a column such as ``1+4+12``. ``presence``:
+    action units whose title says that they are 1 or 0, not intensities. ``person`` names the person, which is no label;
+    splits can go by it. ``read_as``: the titles of what is read, where they differ from its own.
     """
 
     header: tuple[str, ...]
@@ -103,8 +104,8 @@ def find_columns(header: Sequence[str], place: str, file: str, data: DataConfig)
     name = find_name(titles, f"{place}:1")
     if name is None:
         raise UsageError(
-            f"{place}:1: no column 'name' among {titles}. It holds the image file names; the titles filename, file, path and image "
-            "are read, too. Rename the column."
+            f"{place}:1: no column 'name' among {titles}. It holds the image file names; the titles filename, file, path "
+            "and image are also read. Rename the column."
         )
     split = _find_one(titles, keys, f"{place}:1", "split", _SPLIT, "the split")
     emotion = None
@@ -123,7 +124,7 @@ def find_columns(header: Sequence[str], place: str, file: str, data: DataConfig)
         named = ", ".join(repr(titles[position]) for position in perhaps)
         message = f"{file}: {named} may hold emotions, which are not read"
         remedy = (
-            f"Rename it to 'emotion' if it does: {titles[perhaps[0]]!r} is too general a title beside action units."
+            f"Rename it to 'emotion' if it does: {titles[perhaps[0]]!r} is too general a title next to action units."
         )
         findings.append(Finding("warning", "unread_emotions", message, remedy, len(perhaps)))
     if emotion is None and not has_units:
@@ -165,7 +166,7 @@ def find_columns(header: Sequence[str], place: str, file: str, data: DataConfig)
 
 @dataclass(frozen=True)
 class _ActionUnitColumns:
-    """Positions by action unit: ``read``; ``intensities``, read or not. ``presence``: those read whose title says 1 or 0."""
+    """Positions by action unit: ``read``; ``intensities``, read or not. ``presence``: read ones that are 1 or 0."""
 
     read: dict[int, int]
     intensities: dict[int, int]
@@ -186,7 +187,7 @@ def _find_action_units(
             continue
         kind = match.group(2)
         if kind == "r" and (not titles[position].rstrip(")]").endswith("r") or f"{match.group(1)}_l" in keys):
-            # AU1_R beside AU1_L, or alone in capitals: the right side of a face.
+            # AU1_R next to AU1_L, or alone in capitals: the right side of a face.
             continue
         if kind is not None and kind not in _PRESENCE | _INTENSITY and _facs_number(kind) != number:
             continue
@@ -220,8 +221,8 @@ def _find_one(
 def _ambiguous(place: str, titles: Sequence[str], found: Sequence[int], what: str, title: str) -> UsageError:
     named = " and ".join(repr(titles[position]) for position in found)
     return UsageError(
-        f"{place}: the columns {named} could each hold {what}. Keep one, or rename the one that is meant to {title!r} and the others "
-        "to something else."
+        f"{place}: the columns {named} could each hold {what}. Keep one, or rename the one that is meant to {title!r} "
+        "and the others to something else."
     )
 
 
@@ -241,7 +242,7 @@ def _unread_action_units(
         if position in units.intensities.values():
             unread[position] = f"{titles[position]!r} holds intensities: set data.au_threshold (usual: 2 of 0 to 5)"
         elif position in lists:
-            unread[position] = f"{titles[position]!r} is a list, beside columns that are read: keep one of both"
+            unread[position] = f"{titles[position]!r} is a list, next to columns that are read: keep one of both"
         elif (title := _suggested_title(key, numbered=len(numbered) > 1)) is None or title in already:
             continue
         elif match is not None and match.group(2) in ("l", "r"):

@@ -91,7 +91,8 @@ def open_dataset(
 def prepare(data: DataConfig, *, progress: Progress | None = None, for_training: bool = True) -> Prepared:
     """Read the labels, check that they may be trained on, and make sure that there is a store.
 
-    ``for_training=False`` only checks that they were read without doubt: a dataset without a train split can still be evaluated on.
+    ``for_training=False`` only checks that they were read without doubt: a dataset without a train split can still be
+    evaluated on.
 
     Raises:
         UsageError: the dataset cannot be read as configured.

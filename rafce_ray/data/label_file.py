@@ -125,7 +125,8 @@ def open_text(
 ) -> io.TextIOWrapper:
     """A text file's lines, without a byte order mark.
 
-    ``encoding``: a codec's name, or ``auto``: UTF-8, or what a byte order mark says. ``key``: the option that a remedy names, if any.
+    ``encoding``: a codec's name, or ``auto``: UTF-8, or what a byte order mark says. ``key``: the option that a remedy
+    names, if any.
 
     Raises:
         UsageError: the bytes are not text in this encoding; the message names the line and the bytes.
@@ -184,8 +185,8 @@ def _decodes(raw: bytes, codec: str) -> bool:
 class CsvRow:
     """Cells of one row, its first and its last line.
 
-    ``unsure``: it runs over several lines that may be rows which an open quote swallowed. ``lone_quotes`` are then those of the two
-    lines that hold a single double quote.
+    ``unsure``: it runs over several lines, which may be rows that an open quote swallowed. ``lone_quotes``: of its first
+    and its last line, those with a single double quote.
     """
 
     cells: list[str]
@@ -203,7 +204,7 @@ class CsvRow:
 
 
 def csv_rows(text: io.TextIOBase, delimiter: str) -> Iterator[CsvRow]:
-    """Rows that are not empty. A double quote that opens a cell and is not closed takes in every line to the next one, or to the end."""
+    """Rows that are not empty. An open double quote takes in all lines up to the next double quote, or to the end."""
     # The default of 131,072 characters would end at a lone quote with an error that names no place.
     csv.field_size_limit(2**31 - 1)
     taken: list[str] = []

@@ -54,8 +54,8 @@ def read_labels(data: DataConfig) -> Labels:
         raise
     except OSError as error:
         raise UsageError(
-            f"{error.filename or data.root}: cannot be read ({error.strerror or error}). Give a file or folder that can be, as data.root or "
-            "data.images."
+            f"{error.filename or data.root}: cannot be read ({error.strerror or error}). Give a file or folder that can "
+            "be read, as data.root or data.images."
         ) from error
 
 
@@ -82,8 +82,8 @@ def _read_labels(root: Location, data: DataConfig) -> Labels:
         "rafce": f"{rafce.EMOTION_FILE} or {rafce.ACTION_UNIT_FILE}",
         "table": " or ".join(table.TABLE_NAMES),
         "folders": "class folders such as train/smiling/",
-        "auto": f"{rafce.EMOTION_FILE}, {rafce.ACTION_UNIT_FILE}, a table {' or '.join(table.TABLE_NAMES)}, or class folders such as "
-        "train/smiling/",
+        "auto": f"{rafce.EMOTION_FILE}, {rafce.ACTION_UNIT_FILE}, a table {' or '.join(table.TABLE_NAMES)}, or class "
+        "folders such as train/smiling/",
     }
     raise UsageError(
         f"{root}: no labels found; expected {expected[data.layout]}. Point data.root at the folder that holds them."
@@ -160,7 +160,7 @@ def resolve_targets(
 
 
 def emotion_index(text: str, taxonomy: Taxonomy) -> int:
-    """The class that an emotion label means: by name, by another spelling of one name, or by number; -1 where it means none."""
+    """The class that an emotion label means: by name, by another spelling of one name, or by number; -1 for none."""
     if text in taxonomy.emotions:
         return taxonomy.emotions.index(text)
     keys = [label_key(name) for name in taxonomy.emotions]

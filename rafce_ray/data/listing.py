@@ -60,7 +60,7 @@ _SCHEMA = pa.schema([("path", pa.string()), ("image_bytes", pa.int64()), ("image
 
 
 def list_images(folder: Location, *, recursive: bool, limit: int | None = None) -> Listing:
-    """Image files of a folder, sorted by path; none where the folder does not exist. ``limit``: look at so many files at most.
+    """Image files of a folder, sorted by path; none where the folder does not exist. ``limit``: most files to look at.
 
     Raises:
         OSError: the folder itself cannot be read.
@@ -91,8 +91,8 @@ def _without_converted(table: pa.Table) -> pa.Table:
 def match_images(names: pa.Array, root: Location, images: str | None) -> Matched:
     """Find every name's image: the very file name first, else one that differs by ``_aligned`` or its extension.
 
-    Backslashes are read as slashes, and composed letters as decomposed ones, where a file fits then only. Looks in ``images`` if
-    given, else in ``aligned/``, ``aligned/aligned/``, ``images/`` and the root, and takes the folder that holds most of the names.
+    A name without a file is read again with slashes for backslashes and with composed letters. Looks in ``images`` if
+    given, else in ``aligned/``, ``aligned/aligned/``, ``images/`` and the root. Takes the folder with most of the names.
 
     Raises:
         UsageError: ``images`` is no folder.
@@ -232,7 +232,7 @@ def _match(names: pa.Array, listing: Listing) -> Matched:
 def _match_plain(
     names: pa.Array, paths: pa.Array, index: npt.NDArray[np.int64]
 ) -> tuple[npt.NDArray[np.int64], list[Finding]]:
-    """``index`` with the file of names that have one in another writing of the same text only, and what to say of them."""
+    """``index`` with files for names that match only when slashes and letters are written alike, and their finding."""
     missing = np.flatnonzero(index < 0)
     if not len(missing):
         return index, []
@@ -244,7 +244,8 @@ def _match_plain(
     if not found:
         return index, []
     evidence = evidence_of(Evidence(f"{wanted[i].as_py()}: {paths[int(row[i])].as_py()}") for i in found)
-    message = f"{counted(len(found), 'name')} with backslashes, or letters in another Unicode form: read as the files are named"
+    names_found = counted(len(found), "name")
+    message = f"{names_found} with backslashes, or letters in another Unicode form: read as the files are named"
     return index, [Finding("info", "names_read_as_files", message, "", len(found), evidence)]
 
 
@@ -266,7 +267,7 @@ _DIFFERENCES: tuple[tuple[str, Callable[[pa.Array], pa.Array]], ...] = (
 
 
 def _near_images(missing: pa.Array, best: Matched, folder: Location) -> dict[str, NearImage]:
-    """For names without an image: a file that may be meant. Where no name has one, all folders below are looked through."""
+    """For names without an image: a file that may be meant. Where no name has an image, looks in all folders below."""
     if not len(missing):
         return {}
     near = _unlisted(missing, best.listing.folder)
@@ -317,7 +318,7 @@ def _keys(names: pa.Array) -> pa.Array:
 def _ambiguous(
     repeated: list[npt.NDArray[np.int64]], paths: pa.Array, used: npt.NDArray[np.bool_]
 ) -> tuple[Finding, ...]:
-    """Names for which two files could be meant, of which one was taken and the other is nobody's."""
+    """Names for which two files could be meant, of which one was taken and the other has no name."""
     spare = EvidenceList()
     for group in repeated:
         for row in group[~used[group]].tolist() if used[group].any() else ():

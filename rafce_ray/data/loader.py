@@ -49,10 +49,11 @@ def num_steps(num_images: int, batch_size: int) -> int:
 
 
 def batch_remark(num_images: int, batch_size: int) -> str | None:
-    """What a person should know where a batch would take more images than there are."""
+    """A warning where a batch would take more images than there are; None where it does not."""
     if batch_size <= num_images:
         return None
-    return f"optim.batch_size={batch_size} is more than the {num_images} train images: every epoch is one step with all of them."
+    images = f"{num_images} train image{'' if num_images == 1 else 's'}"
+    return f"optim.batch_size={batch_size} is more than the {images}: every epoch is one step with all of them."
 
 
 def check_shares(num_images: int, batch_size: int, num_workers: int) -> None:

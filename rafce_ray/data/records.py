@@ -143,7 +143,7 @@ def evidence_of(items: Iterable[Evidence]) -> tuple[Evidence, ...]:
 
 @dataclass(frozen=True)
 class NearImage:
-    """A file that may be meant by a name that has no image: how it differs (``in another letter case``), and its path."""
+    """A file that a name without an image may mean: how it differs (``in another letter case``), and its path."""
 
     difference: str
     path: str
@@ -155,7 +155,7 @@ class Labels:
 
     ``table`` has :data:`LABEL_SCHEMA`. ``au_columns`` are the action units that a table has columns for; None where a
     label lists what is present and every action unit was coded. ``token_counts`` counts action-unit tokens as written.
-    ``digests`` are sha256 sums of the label files by name. ``near_images`` are files that may be meant by names without an image.
+    ``digests`` are sha256 sums of the label files by name. ``near_images``: files that names without an image may mean.
     """
 
     table: pa.Table

@@ -26,15 +26,15 @@ FRACTIONS = (0.7, 0.15, 0.15)
 """Shares of train, validation and test."""
 
 _DRAWS, _STRATIFIED_DRAWS = 200, 20
-"""Random splits, by group and by class, of which the one is taken whose classes, action units and size are nearest to what is asked for."""
+"""Random splits, by group and by class. The one with the nearest shares of classes, action units and size is taken."""
 
 
 @dataclass(frozen=True)
 class NewSplit:
     """The file that was written, the root by which it is read, and what is in each split.
 
-    ``num_groups``: distinct values of the column ``by``, None without one; images without a value are ``num_alone``, each a group of its
-    own. ``columns``: titles of the table, ``person`` the one that says who is seen, None where none says so.
+    ``num_groups``: distinct values of the column ``by``, None without one. ``num_alone``: images without a value, each a
+    group of its own. ``columns``: titles of the table. ``person``: the one that names the person, None without one.
     """
 
     written: Location
@@ -51,11 +51,11 @@ def write_split(
 ) -> NewSplit:
     """Write a copy of a dataset's labels with a split for every image, next to the original, which stays as it is.
 
-    A table ``labels.csv`` gives ``labels.split.csv``, class folders a table of that name, and RAF-CE's files the partition file that
-    they lack. ``by``: images with the same value in this column go to the same split.
+    A table ``labels.csv`` gives ``labels.split.csv``, class folders a table of that name, and RAF-CE's files the
+    partition file that they lack. ``by``: images with the same value in this column go to the same split.
 
     Raises:
-        UsageError: what would be written is there already, there is no such column, or it has fewer values than there are splits.
+        UsageError: the file to write exists, there is no such column, or it has fewer values than there are splits.
         GateError: the labels cannot be read soundly.
     """
     labels = read_labels(data)
@@ -67,7 +67,7 @@ def write_split(
     if written.exists():
         aside = shlex.quote(f"{written.shown}.old")
         raise UsageError(
-            f"{written}: is there already, and nothing is overwritten. Move it away: mv {written.command} {aside}"
+            f"{written}: exists already, and nothing is overwritten. Move it away: mv {written.command} {aside}"
         )
     cells = None if source is None else table.read_cells(source, data)
     names = labels.table["name"].to_pylist()
@@ -107,8 +107,8 @@ def assign(
 ) -> npt.NDArray[np.int8]:
     """(N,) index into ``SPLITS`` of each image: classes and action units in proportion, every group in one split.
 
-    ``emotions`` (N,) are classes, ``action_units`` (N, A) those that are present; ``groups`` (N,) names of groups, of which ``""`` is
-    none. The same arguments give the same splits.
+    ``emotions`` (N,) are classes, ``action_units`` (N, A) those that are present; ``groups`` (N,) names of groups, ``""``
+    for none. The same arguments give the same splits.
 
     Raises:
         UsageError: there are fewer images or groups than splits.
@@ -143,7 +143,7 @@ def _draw(
     share: float,
     seed: int,
 ) -> npt.NDArray[np.int64]:
-    """Positions of about a ``share`` of the images: of many draws the one that has the nearest share of every trait (N, T)."""
+    """Positions of about a ``share`` of the images: of many draws, the one with the nearest share of each trait (N, T)."""
     # scikit-learn takes a second to import, which no other verb of data need wait for.
     from sklearn.model_selection import GroupShuffleSplit, ShuffleSplit, StratifiedShuffleSplit
 

@@ -62,7 +62,7 @@ class StoreHandle:
 
 
 def store_key(labels: Labels, data: DataConfig) -> str:
-    """Twenty hex digits that change with the label files, labels as read, any image's name, length or time, the size or decoder."""
+    """Twenty hex digits that change with the label files, the labels, an image's name, length or time, size or decoder."""
     recipe: dict[str, Any] = {
         "format": FORMAT_VERSION,
         "decoder": DECODER_VERSION,
@@ -78,7 +78,7 @@ def store_key(labels: Labels, data: DataConfig) -> str:
             digest.update("\n".join(pc.fill_null(rows[name], "").to_pylist()).encode())
         for name in ("image_bytes", "image_mtime_ns"):
             digest.update(np.asarray(pc.fill_null(rows[name], -1)).tobytes())
-        # The same files may be read in another way, by another version too: the store keeps what was read.
+        # The store keeps the labels as read: other options, or another version, may read the same files differently.
         for name in ("split", "emotion", "au_state"):
             digest.update("\n".join(pc.fill_null(rows[name], "").to_pylist()).encode())
         for name in ("au_positive", "au_negative"):

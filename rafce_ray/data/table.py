@@ -115,10 +115,11 @@ def find_table(root: Location) -> Location | None:
 
 
 def read(table: Location, data: DataConfig) -> Labels:
-    """Labels of a CSV, TSV or Parquet table; images lie beside it, in ``images/``, ``aligned/`` or ``data.images``.
+    """Labels of a CSV, TSV or Parquet table; images lie next to it, in ``images/``, ``aligned/`` or ``data.images``.
 
     Raises:
-        UsageError: a needed column is missing or doubled, columns hold intensities and no threshold is set, or the file cannot be read.
+        UsageError: a needed column is missing or doubled, columns hold intensities and no threshold is set, or the file
+            cannot be read.
     """
     raw = table.read_bytes()
     findings: list[Finding] = []
@@ -210,7 +211,7 @@ def _read_parquet(raw: bytes, table: Location) -> tuple[list[str], Iterator[CsvR
     try:
         file = pq.ParquetFile(pa.BufferReader(raw))
     except pa.ArrowInvalid as error:
-        raise UsageError(f"{table}: is no Parquet file: {error}. Write it anew, or give a CSV table.") from error
+        raise UsageError(f"{table}: is no Parquet file: {error}. Write it again, or give a CSV table.") from error
     return list(file.schema_arrow.names), _parquet_rows(file, table)
 
 
@@ -236,7 +237,7 @@ def _cell_text(cell: Any) -> str:
 
 
 def _reading_digest(columns: Columns, file: str, data: DataConfig) -> dict[str, str]:
-    """What the same file may be read as in another way: tables that are read by their plain titles have nothing of it."""
+    """A digest of how the file is read, as the same file may be read otherwise; empty for tables with plain titles."""
     reading = columns.read_as | ({} if data.au_threshold is None else {"au_threshold": str(data.au_threshold)})
     if not reading:
         return {}
@@ -273,7 +274,7 @@ def _read_rows(
 
 
 def _keep_line_break(row: CsvRow, columns: Columns, header: list[str], file: str, rows: _Rows) -> bool:
-    """Whether a row of several lines is one row: a cell that is not read may hold a line break, labels and names do not."""
+    """Whether a row of several lines is one row: only cells that are not read may hold a line break."""
     broken = [position for position, cell in enumerate(row.cells) if "\n" in cell or "\r" in cell]
     title = header[broken[0]].strip() if broken and broken[0] < len(header) else "?"
     if row.unsure or len(row.cells) != len(header) or columns.read & set(broken):
@@ -294,8 +295,9 @@ def _line_break_findings(rows: _Rows, table: Location) -> list[Finding]:
     if rows.swallowed:
         num_lines = sum(row.last - row.first + 1 for row in rows.swallowing)
         message = (
-            f"{table.name}: a double quote opens and is not closed on its line in {counted(len(rows.swallowed), 'place')}: "
-            f"{counted(num_lines, 'line')} cannot be told apart, and their rows are not used"
+            f"{table.name}: a double quote opens and is not closed on its line in "
+            f"{counted(len(rows.swallowed), 'place')}: {counted(num_lines, 'line')} cannot be split into rows and "
+            f"{'is' if num_lines == 1 else 'are'} not used"
         )
         remedy = "Remove the quote, or close it on its line; a quote within a quoted cell is written twice."
         # The quote that closes may be a second lone one.
@@ -353,7 +355,7 @@ def _read_action_units(
 
 
 def _read_action_unit_list(cell: str) -> tuple[str, Sequence[int], Sequence[int], str | None]:
-    """A cell such as ``1 + 12``, ``AU 1, AU 12`` or ``['AU1', 'AU12']``: every action unit not in it was coded absent."""
+    """A cell such as ``1 + 12``, ``AU 1, AU 12`` or ``['AU1', 'AU12']``. Any other action unit was coded absent."""
     text = re.sub(r"[\[\](){}'\"]", " ", cell).strip()
     if text.lower() in _UNKNOWN_LISTS:
         return "null", [], [], None
@@ -383,7 +385,7 @@ def _intensity_findings(rows: _Rows, columns: Columns, table: Location, data: Da
         return []
     root = shlex.quote(str(data.root))
     if data.au_threshold is None:
-        # A lone number between zeros and ones is a slip, told as an unreadable cell: a scale has many of them.
+        # A single number among zeros and ones is a slip, reported as an unreadable cell. A scale has many of them.
         found = {
             number: one
             for number, one in rows.intensities.items()
@@ -397,24 +399,28 @@ def _intensity_findings(rows: _Rows, columns: Columns, table: Location, data: Da
             what, usual = "probabilities", "data.au_threshold=0.5 is usual"
             threshold = "0.5"
         else:
-            what, usual = "intensities", "data.au_threshold=2 is usual for 0 to 5 (DISFA), 1 counts traces, too"
+            what, usual = "intensities", "data.au_threshold=2 is usual for 0 to 5 (DISFA), 1 also counts traces"
             threshold = "2"
         raise UsageError(
-            f"{table}:{first.line}: {titles}: found {first.example!r}; AU columns hold 1, 0 or blank. These look like {what}: set the value "
-            f"from which on an AU is present ({usual}). Look at what it gives: rafce data audit {root} data.au_threshold={threshold}"
+            f"{table}:{first.line}: {titles}: found {first.example!r}; AU columns hold 1, 0 or blank. These look like "
+            f"{what}: set the value from which on an AU is present ({usual}). To try it: rafce data audit {root} "
+            f"data.au_threshold={threshold}"
         )
     if not rows.intensities:
         return []
     if max(one.largest for one in rows.intensities.values()) <= 1 < data.au_threshold:
         raise UsageError(
-            f"{table}: no AU column has a value above 1, so at data.au_threshold={data.au_threshold:g} none would ever be present. Leave the "
-            f"threshold out where columns hold 1 and 0: rafce data audit {root} data.au_threshold=null"
+            f"{table}: no AU column has a value above 1, so at data.au_threshold={data.au_threshold:g} no AU is ever "
+            f"present. Leave the threshold out if the columns hold 1 and 0: rafce data audit {root} "
+            "data.au_threshold=null"
         )
     evidence = tuple(
         Evidence(f"{action_unit_code(number)}: {rows.ones[number]} of {one.count} rows", table.name)
         for number, one in sorted(rows.intensities.items())
     )
-    message = f"{table.name}: {len(evidence)} AU columns hold intensities: present from data.au_threshold={data.au_threshold:g} on"
+    columns_found = "1 AU column holds" if len(evidence) == 1 else f"{len(evidence)} AU columns hold"
+    present = f"present from data.au_threshold={data.au_threshold:g} on"
+    message = f"{table.name}: {columns_found} intensities: {present}"
     return [Finding("info", "intensities", message, "", len(evidence), evidence)]
 
 
@@ -434,7 +440,8 @@ def _row_findings(rows: _Rows, columns: Columns, file: str, root: str) -> list[F
     if across and columns.person is not None:
         title = columns.header[columns.person]
         seen = evidence_of(Evidence(f"{person}: {', '.join(sorted(splits))}", file) for person, splits in across)
-        message = f"{file}: {counted(len(across), 'value')} of column {title!r} in more than one split: who is tested was trained on"
+        values = counted(len(across), "value")
+        message = f"{file}: {values} of column {title!r} in more than one split: test then contains people from train"
         remedy = f"Write a copy that keeps each in one: rafce data split {root} --by {shlex.quote(title)}"
         findings.append(Finding("warning", "persons_across_splits", message, remedy, len(across), seen))
     if rows.unknown_splits:

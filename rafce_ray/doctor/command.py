@@ -52,7 +52,7 @@ class Trial:
 
 
 def examine_study(study: StudyFolder, baseline: Evidence | None = None) -> list[Trial]:
-    """All findings of every trial that was started, compared with ``baseline`` or with the study's own emotion-only trials.
+    """All findings of every trial that was started, compared with ``baseline`` or the study's own emotion-only trials.
 
     A trial whose files cannot be read is left out with a warning.
     """

@@ -187,7 +187,7 @@ def _positives(split: Mapping[str, Any]) -> int:
 
 
 def _calibration(folder: RunFolder) -> Calibration | None:
-    """What the run's bundle was calibrated with; None without a bundle, and, with a warning, where its manifest cannot be read."""
+    """The calibration of the run's bundle; None without a bundle, and, with a warning, if its manifest is damaged."""
     try:
         manifest = (folder.bundle / "bundle.json").read_record(
             "Then rules about calibration are left out.", keys=("calibration",)

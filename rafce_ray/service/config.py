@@ -86,13 +86,13 @@ class ServiceConfig(Section):
     loopback_only: bool = Field(True, description="Refuse every peer but this machine itself. false needs keys_file.")
     allowed_hosts: Annotated[tuple[HostName, ...], BeforeValidator(_listed)] = Field(
         (),
-        description="Names in the Host header that are answered besides this machine's, such as a proxy's; *.example: all below it. "
-        "Empty: any where there are keys, else none. Needs keys_file.",
+        description="Names in the Host header that are answered besides this machine's, such as a proxy's; *.example: "
+        "all below it. Empty: any where there are keys, else none. Needs keys_file.",
     )
     allow_origins: Annotated[tuple[Origin, ...], BeforeValidator(_listed)] = Field(
         (),
-        description="Sites whose pages may ask from a browser and read the answers (CORS), such as https://app.example. "
-        "*: any, which needs keys_file.",
+        description="Sites whose pages may ask from a browser and read the answers (CORS), such as "
+        "https://app.example. *: any, which needs keys_file.",
     )
     limits: Limits = Field(default_factory=Limits, description="How much may be asked for.")
 

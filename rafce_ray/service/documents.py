@@ -1,7 +1,7 @@
 """What people and programs read of the service: ``/docs``, ``/openapi.json``, the page of each problem, and the page at ``/``.
 
-All of it is made once, at the start; nothing in it comes from a request, and no page loads anything from elsewhere. Addresses
-are relative, so that they hold below a prefix that a proxy puts before the service.
+All of it is made once, at the start; nothing in it comes from a request, and no page loads anything from elsewhere.
+Addresses are relative, so that they work below a prefix that a proxy puts before the service.
 """
 
 from __future__ import annotations

@@ -63,11 +63,11 @@ _log = logging.getLogger(__name__)
 
 
 class Edge:
-    """Pure ASGI middleware, outermost: ``Edge(Starlette(exception_handlers=EXCEPTION_HANDLERS, ...), limits, callers)``.
+    """Pure ASGI middleware, outermost: ``Edge(Starlette(exception_handlers=EXCEPTION_HANDLERS), limits, callers)``.
 
     The application finds the request's id in ``scope[problems.REQUEST_ID]``; a Problem that comes from its ``receive``
-    (body too large, too slow, incomplete) it lets pass. The peer that ``callers`` are asked about is the connection's: behind a
-    proxy on the same machine everybody is a loopback peer, so there the service needs keys.
+    (body too large, too slow, incomplete) it lets pass. ``callers`` check the connection's peer: behind a proxy on the
+    same machine, every client is a loopback peer, so there the service needs keys.
     """
 
     def __init__(self, app: ASGIApp, limits: Limits, callers: Callers, *, meter: Meter | None = None) -> None:

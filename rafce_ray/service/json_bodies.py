@@ -85,7 +85,7 @@ def parse_json(body: bytes, *, max_marks: int) -> Any:
 
 
 def decode_base64(text: str, max_bytes: int) -> bytes:
-    """The bytes of base64 in the standard or the URL's alphabet, with or without padding, line breaks and a data URI's prefix.
+    """The bytes of base64 in the standard or URL alphabet; padding, line breaks and a data URI's prefix may be there.
 
     Raises:
         Problem: ``bad_base64``; ``too_many_bytes`` where there are more than ``max_bytes``, before any is decoded.

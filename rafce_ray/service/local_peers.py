@@ -1,4 +1,4 @@
-"""Who may ask: this machine alone where there are no keys, the named hosts of a proxy, and pages of other sites (CORS)."""
+"""Who may ask: without keys this machine alone, the named hosts of a proxy, and pages of other sites (CORS)."""
 
 from __future__ import annotations
 

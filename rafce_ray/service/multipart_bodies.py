@@ -52,7 +52,7 @@ def parse_multipart_body(body: bytes, boundary: bytes, rules: BodyRules) -> tupl
 
 
 def _parts(body: bytes, boundary: bytes, max_parts: int) -> list[bytes]:
-    """What stands between the boundaries; what comes before the first and after the last of them is nothing (RFC 2046)."""
+    """The parts between the boundaries; what comes before the first and after the last is left out (RFC 2046)."""
     if not 0 < len(boundary) <= MAX_BOUNDARY_BYTES:
         raise Problem(
             "malformed_multipart", f"The boundary has {len(boundary)} bytes; it needs 1 to {MAX_BOUNDARY_BYTES}."

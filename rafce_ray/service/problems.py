@@ -136,7 +136,8 @@ PROBLEM_TYPES: Mapping[str, ProblemType] = _types(
         "cross_site",
         "Another site's request",
         "A page of another site or a foreign host name asked a service that is for its own machine only.",
-        "Open the service by http://127.0.0.1:PORT or http://localhost:PORT; behind a proxy, start it with --keys keys.json.",
+        "Open the service by http://127.0.0.1:PORT or http://localhost:PORT; behind a proxy, start it with --keys "
+        "keys.json.",
     ),
     (404, "not_found", "Not found", "There is nothing at this path.", "See /docs for what there is."),
     (

@@ -210,14 +210,14 @@ def repeated_options(space: Space) -> list[str]:
 
 
 def with_words_read(space: Space) -> dict[str, Domain]:
-    """The space with each word as a run's configuration holds it (``yes`` is true), so that options and conditions can be compared."""
+    """The space with each word as a run's configuration holds it (``yes`` is true), for comparisons."""
     values = flatten(Config())
 
     def held(key: str, value: Any) -> Any:
         try:
             return flatten(build_config(_sections(values | {key: value})))[key] if isinstance(value, str) else value
         except (ConfigError, KeyError):
-            # The key is unknown, or the word does not fit: that is a fault, told later.
+            # The key is unknown, or the word does not fit: later checks report that.
             return value
 
     def read(key: str, domain: Domain) -> Domain:

@@ -83,7 +83,7 @@ def _what_is_there(study: StudyFolder) -> str:
 
 
 def _run_rows(study: StudyFolder, metric: str, names: Sequence[str]) -> list[dict[str, Any]]:
-    """Rows of run folders without a plan; of those that have one, reading has failed and was told."""
+    """Rows of run folders without a plan. Those with a plan were reported as damaged before."""
     rows = []
     for name in names:
         folder = study.trial(name)

@@ -58,7 +58,7 @@ class TrialPlan:
 
 
 def read_plan(folder: RunFolder) -> tuple[TrialPlan, Job] | None:
-    """A trial's plan and job; None where the folder has none (a run of its own). DamagedFile where it cannot be read."""
+    """A trial's plan and job; None where there is none (a run of its own). DamagedFile where it cannot be read."""
     file = folder.location / TRIAL_FILE
     remedy = (
         f"With it, remove the trial's folder, {folder.location.shown}: the study's command then trains the trial again."
@@ -160,8 +160,9 @@ def read_trial(folder: RunFolder, metric: str) -> Trial | None:
 
 
 def read_trials(study: StudyFolder, metric: str, *, all_of_them: bool = False) -> list[Trial]:
-    """All trials of a sweep and its finalists, by number and name; a trial that neither ended nor runs is ``interrupted``.
+    """All trials of a sweep and its finalists, by number and name.
 
+    A trial that neither ended nor runs is ``interrupted``.
     A trial whose files cannot be read is left out with a warning; ``all_of_them``: DamagedFile instead.
     """
     found = []

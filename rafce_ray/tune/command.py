@@ -39,7 +39,8 @@ def tune(study: StudyConfig, *, dry_run: bool = False, retry_failed: bool = Fals
     """Run what is missing of a study, judge it, and return its results; None after a dry run.
 
     Raises:
-        UsageError: the folder cannot be written, is another program's or holds something else, or a trial can never run on this cluster or fit its disk.
+        UsageError: the folder cannot be written, is another program's or holds something else, or a trial can never run
+            on this cluster or fit its disk.
         GateError: the data may not be trained on.
         KeyboardInterrupt: after Ctrl-C; the same call goes on.
         RafceError: no trial gave a score.

@@ -78,7 +78,7 @@ def tell_plan(study: StudyConfig, folder: StudyFolder, shares: Shares, taxonomy:
 
 
 def tell_batches(study: StudyConfig, num_images: int) -> None:
-    """Warn of batch sizes that come to the same, as an epoch has whole steps, and of trials that are the same thereby.
+    """Warn of batch sizes that give the same number of steps an epoch, and of trials that are therefore the same.
 
     ``num_images``: of the base's train split.
     """
@@ -90,7 +90,8 @@ def tell_batches(study: StudyConfig, num_images: int) -> None:
     for steps, alike in sizes.items():
         if len(alike) > 1:
             warn(
-                f"{key} {_listed(alike)} come to the same on {num_images} train images: {steps} step{'s' if steps > 1 else ''} an epoch."
+                f"{key} {_listed(alike)} come to the same on {num_images} train images: {steps} "
+                f"step{'s' if steps > 1 else ''} an epoch."
             )
         elif (remark := batch_remark(num_images, alike[0])) is not None:
             warn(remark)
@@ -103,7 +104,7 @@ def tell_batches(study: StudyConfig, num_images: int) -> None:
         trials.setdefault((steps, identity(trained)), []).append(f"trial_{number:04d}")
     for names in trials.values():
         if len(names) > 1:
-            warn(f"{_listed(names)} train the same, and will get the same figures. Search one of their batch sizes.")
+            warn(f"{_listed(names)} train the same and will get the same figures. Search one of their batch sizes.")
 
 
 def _listed(parts: Sequence[object]) -> str:

@@ -238,7 +238,7 @@ def tell_ended(supply: Supply, name: str) -> None:
 
 @contextmanager
 def stoppable(control: Control) -> Iterator[None]:
-    """Ctrl-C, SIGTERM or SIGHUP once lets every trial finish its epoch and stop; a second time ends the block as a KeyboardInterrupt."""
+    """Ctrl-C, SIGTERM or SIGHUP lets every trial finish its epoch and stop; a second one raises KeyboardInterrupt."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -180,7 +180,7 @@ def test_a_list_beside_columns_of_action_units_is_told(tmp_path):
     write(tmp_path, "name,split,AU1,AU12,aus", "a,train,1,0,1+12")
     assert targets(tmp_path) == [[1, 0]]
     assert unread(tmp_path)[0] == "warning"
-    assert "'aus' is a list, beside columns that are read" in unread(tmp_path)[2]
+    assert "'aus' is a list, next to columns that are read" in unread(tmp_path)[2]
 
 
 def test_an_action_unit_of_a_table_outside_the_vocabulary_is_a_warning(tmp_path):
@@ -279,7 +279,7 @@ def test_probabilities_ask_for_a_threshold_of_one_half(tmp_path):
 
 def test_a_threshold_above_all_values_is_refused(tmp_path):
     write(tmp_path, "name,split,AU1,AU12", "a,train,1,0", "b,train,0,1")
-    with pytest.raises(UsageError, match=r"none would ever be present.* data\.au_threshold=null$"):
+    with pytest.raises(UsageError, match=r"no AU is ever present.* data\.au_threshold=null$"):
         targets(tmp_path, au_threshold=2)
 
 

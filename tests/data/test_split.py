@@ -244,7 +244,7 @@ def test_rafce_files_without_partitions_get_them(make_faces):
     assert told.level == "refusal"
     assert paste(told.remedy) == 0
     assert set(splits_of(root).values()) == {"train", "validation", "test"}
-    with pytest.raises(UsageError, match="is there already, and nothing is overwritten"):
+    with pytest.raises(UsageError, match="exists already, and nothing is overwritten"):
         write_split(DataConfig(root=str(root)))
 
 

@@ -63,8 +63,8 @@ def test_batch_sizes_that_come_to_the_same_are_told_with_their_trials(capsys):
     assert lines[0] == "optim.batch_size 32, 48, 64 and 512 come to the same on 40 train images: 1 step an epoch."
     # In the order of the grid: dropout 0.4 and 0.5 (the base's) with 8, 48, 64 and 512 images.
     assert lines[1:] == [
-        "trial_0000, trial_0004, trial_0006 and trial_0008 train the same, and will get the same figures. Search one of their batch sizes.",
-        "trial_0003, trial_0005 and trial_0007 train the same, and will get the same figures. Search one of their batch sizes.",
+        "trial_0000, trial_0004, trial_0006 and trial_0008 train the same and will get the same figures. Search one of their batch sizes.",
+        "trial_0003, trial_0005 and trial_0007 train the same and will get the same figures. Search one of their batch sizes.",
     ]
 
 
