@@ -180,7 +180,7 @@ def find_bundle(place: str | Path) -> Location:
     except StorageError:
         raise
     except OSError as error:
-        raise BundleError(f"{location}: cannot be read ({os.strerror(error.errno or 0)}).") from error
+        raise BundleError(f"{location}: cannot be read ({error.strerror or error}).") from error
     if (location / "checkpoints").exists():
         raise BundleError(
             f"{location}: this run has no bundle yet: it did not finish. Give the same train command again to go on."

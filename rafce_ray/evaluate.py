@@ -25,7 +25,7 @@ from rafce_ray.predict import Predictor
 from rafce_ray.reliability import reliability_figures, risk_coverage
 from rafce_ray.split_outputs import SplitOutputs
 from rafce_ray.storage import locate
-from rafce_ray.taxonomy import Taxonomy, make_taxonomy
+from rafce_ray.taxonomy import Taxonomy, class_named, make_taxonomy
 
 EVALUATION_BATCH = 128
 """Images per forward pass; with another number the last digits of probabilities may differ."""
@@ -174,9 +174,9 @@ def open_for_bundle(bundle: Bundle, data: DataConfig) -> Dataset:
     for finding in prepared.audit.findings:
         if finding.code == "unread_action_units" and finding.level != "info":
             warn(f"{finding.message}. {finding.remedy}")
-    known = {_key(name): index for index, name in enumerate(bundle.taxonomy.emotions)}
-    theirs = prepared.taxonomy.emotions if known else ()
-    unknown = [name for name in theirs if _key(name) not in known]
+    theirs = prepared.taxonomy.emotions if bundle.taxonomy.emotions else ()
+    classes = [class_named(name, bundle.taxonomy.emotions) for name in theirs]
+    unknown = [name for name, index in zip(theirs, classes, strict=True) if index < 0]
     if unknown:
         raise RafceError(
             f"{data.root}: its emotions {unknown} are none of the bundle's {list(bundle.taxonomy.emotions)}. "
@@ -185,7 +185,7 @@ def open_for_bundle(bundle: Bundle, data: DataConfig) -> Dataset:
     taxonomy = make_taxonomy(theirs, bundle.taxonomy.action_units)
     dataset = open_dataset(prepared.store, taxonomy, data.null_policy, data.null_policy_in_evaluation)
     # The extra last entry keeps -1, an unknown emotion, what it is.
-    order = np.array([*(known[_key(name)] for name in theirs), -1], dtype=np.int64)
+    order = np.array([*classes, -1], dtype=np.int64)
     targets = replace(dataset.targets, emotion=order[dataset.targets.emotion])
     _report_unlabelled(data, targets, bundle.taxonomy)
     return replace(dataset, targets=targets, taxonomy=bundle.taxonomy)
@@ -301,10 +301,6 @@ def _parser() -> argparse.ArgumentParser:
         "overrides", nargs="*", metavar="data.KEY=VALUE", help="other data than the bundle was trained on"
     )
     return parser
-
-
-def _key(name: str) -> str:
-    return name.strip().lower()
 
 
 def _number(value: float) -> str:

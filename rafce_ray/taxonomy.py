@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -124,6 +125,14 @@ def label_key(text: str) -> str:
     visible = "".join(char for char in unicodedata.normalize("NFKC", text) if unicodedata.category(char) != "Cf")
     plain = unicodedata.normalize("NFKC", visible.casefold()).strip().strip("\"'`").strip()
     return re.sub(r"^0+(?=\d+$)", "", re.sub(r"(?<=\w)[\s_-]+(?=\w)", " ", plain))
+
+
+def class_named(text: str, names: Sequence[str]) -> int:
+    """The class with this name, or with another spelling of it if only one class has one; -1 where there is none."""
+    if text in names:
+        return names.index(text)
+    keys = [label_key(name) for name in names]
+    return keys.index(label_key(text)) if keys.count(label_key(text)) == 1 else -1
 
 
 def emotion_components(name: str) -> tuple[str, str] | None:

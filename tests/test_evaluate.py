@@ -128,6 +128,13 @@ def test_emotions_are_matched_by_name(bundle, config, dataset):
     np.testing.assert_array_equal(opened.targets.action_units, dataset.targets.action_units)
 
 
+def test_classes_that_differ_in_spelling_alone_stay_apart(bundle, config, dataset):
+    names = list(RAFCE_EMOTIONS)
+    other = replace(bundle, taxonomy=make_taxonomy((*names, names[0].upper()), SEED18))
+    opened = open_for_bundle(other, data_config_for(other, [f"data.emotions={names}"]))
+    np.testing.assert_array_equal(opened.targets.emotion, dataset.targets.emotion)
+
+
 def test_unknown_emotions_are_refused(tmp_path, config):
     small = make_bundle(
         tmp_path / "bundle", make_taxonomy(("calm", "glad"), (1, 12)), {"config": config.model_dump(mode="json")}

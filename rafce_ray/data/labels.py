@@ -20,6 +20,7 @@ from rafce_ray.taxonomy import (
     SEED18,
     UNKNOWN_WORDS,
     Taxonomy,
+    class_named,
     label_key,
     make_taxonomy,
 )
@@ -161,14 +162,13 @@ def resolve_targets(
 
 def emotion_index(text: str, taxonomy: Taxonomy) -> int:
     """The class that an emotion label means: by name, by another spelling of one name, or by number; -1 for none."""
-    if text in taxonomy.emotions:
-        return taxonomy.emotions.index(text)
-    keys = [label_key(name) for name in taxonomy.emotions]
-    if label_key(text) in keys:
-        return keys.index(label_key(text)) if keys.count(label_key(text)) == 1 else -1
-    if text.isdecimal() and int(text) < len(keys) and not all(name.isdecimal() for name in taxonomy.emotions):
-        return int(text)
-    return -1
+    names = taxonomy.emotions
+    found = class_named(text, names)
+    # A number that is another spelling of several names means none of them.
+    if found >= 0 or not text.isdecimal() or all(name.isdecimal() for name in names):
+        return found
+    is_spelling = any(label_key(text) == label_key(name) for name in names)
+    return int(text) if int(text) < len(names) and not is_spelling else -1
 
 
 def _emotion_targets(labels_table: pa.Table, taxonomy: Taxonomy) -> npt.NDArray[np.int64]:
