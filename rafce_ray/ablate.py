@@ -65,7 +65,8 @@ def ablate(
     numbers = range(base.run.seed, base.run.seed + seeds)
     say(
         f"ablation of {base.data.root}: {len(arms)} arms x {seeds} seeds = {len(arms) * seeds} trials of up to "
-        f"{base.optim.epochs} epochs of {base.model.backbone} at {base.model.image_px} px; results go to {study.location}"
+        f"{base.optim.epochs} epochs of {base.model.backbone} at {base.model.image_px} px; results go to "
+        f"{study.location}"
     )
     with claimed(study.location, "study", key="run.name"):
         study.claim(plan)

@@ -54,7 +54,7 @@ _CLAIM = re.compile(r"\.claim-[0-9a-f]{32}\.json")
 
 @contextmanager
 def claimed(folder: Location, kind: Kind, *, key: str) -> Iterator[None]:
-    """Hold the folder while the block lasts. ``key``: of the configuration, which names it, or the option with its path.
+    """Hold the folder while the block lasts. ``key``: the configuration key or the option that names it.
 
     A program that was killed on this machine no longer holds it. One on another machine holds it for a minute after its
     last sign of life. SIGTERM and SIGHUP end the block as Ctrl-C does, with a KeyboardInterrupt.
@@ -128,7 +128,8 @@ def check_kind(folder: Location, kind: Kind, *, key: str) -> None:
     free = folder.parent.free_name(folder.name)
     setting = f"{key} {(folder.parent / free).command}" if key.startswith("--") else f"{key}={free}"
     raise UsageError(
-        f"{folder.shown} holds {what}, not {_PHRASES[kind]}: nothing was changed. Choose another name, such as {setting}"
+        f"{folder.shown} holds {what}, not {_PHRASES[kind]}: nothing was changed. Choose another name, such as "
+        f"{setting}"
     )
 
 

@@ -104,8 +104,8 @@ def _text_encoding(value: str) -> str:
         "".encode(value if value != "auto" else "utf-8")
     except LookupError:
         raise ValueError(
-            f"{value!r} is no text encoding: write auto, utf-8, utf-16, cp1252 (Windows), latin-1, mac-roman or another "
-            "one of Python's"
+            f"{value!r} is no text encoding: write auto, utf-8, utf-16, cp1252 (Windows), latin-1, mac-roman or "
+            "another one of Python's"
         ) from None
     return value
 
@@ -178,8 +178,8 @@ class DataConfig(Section):
     emotions: Literal["auto", "none"] | tuple[str, ...] = Field(
         "auto",
         description="Class names in label order. auto: RAF-CE's fourteen, or the distinct values of a table that uses others. "
-        "A listed class takes labels in any spelling of it (letter case, blanks); a word for unknown is a class where it "
-        "is listed. "
+        "A listed class takes labels in any spelling of it (letter case, blanks); a word for unknown is a class where "
+        "it is listed. "
         "none: do not train emotions.",
     )
     action_units: Literal["seed18", "auto", "none"] | ActionUnitList = Field(
@@ -451,7 +451,9 @@ class Config(Section):
 def name_fault(name: str, *, longest: int = LONGEST_NAME) -> str | None:
     """Why a folder cannot have this name; None where it can. ``longest``: its characters at most."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        return f"{shown(name)} is no folder name: use letters, digits, '.', '_' and '-', and begin with a letter or a digit."
+        return (
+            f"{shown(name)} is no folder name: use letters, digits, '.', '_' and '-', and begin with a letter or digit."
+        )
     if len(name) > longest:
         return f"{shown(name)} has {len(name)} characters; expected {longest} at most. Choose a shorter name."
     return None
@@ -531,7 +533,7 @@ def _read_value(override: str, text: str, kinds: frozenset[Any]) -> Any:
 
 
 def nested(values: Mapping[str, Any]) -> dict[str, Any]:
-    """``optim.lr: 1`` as ``optim: {lr: 1}``, at every depth. The dotted keys in a study's ``space`` stay as they are."""
+    """``optim.lr: 1`` as ``optim: {lr: 1}``, at every depth. Dotted keys in a study's ``space`` stay as they are."""
     plain: dict[str, Any] = {}
     for key, value in values.items():
         first, mark, rest = key.partition(".")

@@ -95,8 +95,8 @@ def find_images(places: Sequence[str], skipped: Skipped | None = None) -> Iterat
     """The image files at ``places`` in order: files, folders with all below them, globs (``**`` goes through folders).
 
     A file that is named is always taken. In folders and globs, a file is an image by its ending or else by its first
-    bytes; the others are counted in ``skipped``. Links to folders are followed, each folder once. Names of one folder are
-    sorted; no more than one folder's names are held at a time.
+    bytes; the others are counted in ``skipped``. Links to folders are followed, each folder once. Names of one folder
+    are sorted; no more than one folder's names are held at a time.
 
     Raises:
         UsageError: a place does not exist, cannot be read, or has no image file.

@@ -298,8 +298,8 @@ def _check_shared(path: str) -> None:
     folder = os.path.dirname(local_path(path))
     if "://" not in folder and not os.path.isdir(folder):
         raise RafceError(
-            f"{folder}: is not there where this worker runs. Keep the images on storage that every machine shares, or in "
-            "an object store; the same command then goes on."
+            f"{folder}: is not there where this worker runs. Keep the images on storage that every machine shares, or "
+            "in an object store; the same command then goes on."
         )
 
 

@@ -74,7 +74,8 @@ def _check_address(address: str) -> None:
         )
     if mark and scheme in ("http", "https"):
         raise UsageError(
-            f"RAY_ADDRESS={address} is a dashboard's address, which takes jobs: ray job submit --working-dir . -- rafce ...\n"
+            f"RAY_ADDRESS={address} is a dashboard's address, which takes jobs: ray job submit --working-dir . -- "
+            "rafce ...\n"
             "To start a cluster here instead: unset RAY_ADDRESS"
         )
     found = _ADDRESS.fullmatch(address)
@@ -86,8 +87,8 @@ def _check_address(address: str) -> None:
     why = _fault(found["host"], int(found["port"]))
     if why is not None:
         raise UsageError(
-            f"RAY_ADDRESS={address}: {why}. Give the HOST:PORT that ray start --head printed. To start a cluster here instead: "
-            "unset RAY_ADDRESS"
+            f"RAY_ADDRESS={address}: {why}. Give the HOST:PORT that ray start --head printed. To start a cluster here "
+            "instead: unset RAY_ADDRESS"
         )
 
 

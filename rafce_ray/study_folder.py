@@ -70,7 +70,7 @@ class StudyFolder:
         )
 
     def settings(self) -> dict[str, Any] | None:
-        """``study.yaml``, as it was resolved; None without one, as in an ablation. DamagedFile where it cannot be read."""
+        """``study.yaml``, as it was resolved; None without one, as in an ablation. DamagedFile if it cannot be read."""
         file = self.location / "study.yaml"
         try:
             values = parse_yaml(file.read_bytes(), file.name)

@@ -305,7 +305,8 @@ def _claim(folder: RunFolder, config: Config, prepared: Prepared, *, resume: boo
     if config.optim.epochs < trained:
         raise UsageError(
             f"{folder.location} has trained {trained} epoch{'s' if trained > 1 else ''}, more than "
-            f"optim.epochs={config.optim.epochs}: nothing was changed. To go on, give optim.epochs={trained + 1} or more."
+            f"optim.epochs={config.optim.epochs}: nothing was changed. To go on, give "
+            f"optim.epochs={trained + 1} or more."
         )
     provenance = folder.provenance()
     if provenance["data_fingerprint"] != prepared.fingerprint:

@@ -60,8 +60,8 @@ def _parser() -> argparse.ArgumentParser:
         "split",
         usage="%(prog)s ROOT [--by COLUMN] [--fractions TRAIN,VALIDATION,TEST] [--seed S] [data.key=value ...]",
         help="divide a dataset without splits into train, validation and test",
-        description="Write a copy of the labels with a column 'split' next to the original. Emotions and action units keep their "
-        "proportions; with --by, each person is in one split only.",
+        description="Write a copy of the labels with a column 'split' next to the original. Emotions and action units "
+        "keep their proportions; with --by, each person is in one split only.",
     )
     verb.add_argument("root", help="folder or table without splits, as for audit")
     verb.add_argument("--by", metavar="COLUMN", help="images with the same value stay together, such as a person's")

@@ -219,7 +219,8 @@ def _unknown_findings(case: Case, is_unknown: npt.NDArray[np.bool_]) -> list[Fin
         classes = _class_names(case)
         with_them = in_label_order([*classes, *(text for text, _ in may_be_class)])
         message = f"{_counts(may_be_class)}: that may be a class, or say that the emotion is unknown"
-        remedy = f"If it is unknown: `{_with_emotions(case, classes)}`. If it is a class: `{_with_emotions(case, with_them)}`."
+        as_class = _with_emotions(case, with_them)
+        remedy = f"If it is unknown: `{_with_emotions(case, classes)}`. If it is a class: `{as_class}`."
         findings.append(_words_finding(case, may_be_class, "refusal", "class_or_unknown", message, remedy))
     if sure:
         remedy = "If that is a class, list it in data.emotions."

@@ -107,8 +107,8 @@ def _findings(
         found = ", ".join(classes[:10]) + (", ..." if len(classes) > 10 else "")
         message = f"{root}: the class folders ({found}) are in no split"
         remedy = (
-            f"Write a table with splits: rafce data split {shlex.quote(str(data.root))}. Or move the class folders into "
-            "train/, validation/ and test/."
+            f"Write a table with splits: rafce data split {shlex.quote(str(data.root))}. Or move the class folders "
+            "into train/, validation/ and test/."
         )
         findings.append(Finding("refusal", "no_split_folders", message, remedy, 1, (Evidence(found, root.name),)))
     return findings

@@ -104,8 +104,8 @@ def find_columns(header: Sequence[str], place: str, file: str, data: DataConfig)
     name = find_name(titles, f"{place}:1")
     if name is None:
         raise UsageError(
-            f"{place}:1: no column 'name' among {titles}. It holds the image file names; the titles filename, file, path "
-            "and image are also read. Rename the column."
+            f"{place}:1: no column 'name' among {titles}. It holds the image file names; the titles filename, file, "
+            "path and image are also read. Rename the column."
         )
     split = _find_one(titles, keys, f"{place}:1", "split", _SPLIT, "the split")
     emotion = None

@@ -185,8 +185,8 @@ def _decodes(raw: bytes, codec: str) -> bool:
 class CsvRow:
     """Cells of one row, its first and its last line.
 
-    ``unsure``: it runs over several lines, which may be rows that an open quote swallowed. ``lone_quotes``: of its first
-    and its last line, those with a single double quote.
+    ``unsure``: it runs over several lines, which may be rows that an open quote swallowed. ``lone_quotes``: of its
+    first and its last line, those with a single double quote.
     """
 
     cells: list[str]

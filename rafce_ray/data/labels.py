@@ -55,8 +55,8 @@ def read_labels(data: DataConfig) -> Labels:
         raise
     except OSError as error:
         raise UsageError(
-            f"{error.filename or data.root}: cannot be read ({error.strerror or error}). Give a file or folder that can "
-            "be read, as data.root or data.images."
+            f"{error.filename or data.root}: cannot be read ({error.strerror or error}). Give a file or folder that "
+            "can be read, as data.root or data.images."
         ) from error
 
 

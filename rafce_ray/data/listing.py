@@ -92,7 +92,7 @@ def match_images(names: pa.Array, root: Location, images: str | None) -> Matched
     """Find every name's image: the very file name first, else one that differs by ``_aligned`` or its extension.
 
     A name without a file is read again with slashes for backslashes and with composed letters. Looks in ``images`` if
-    given, else in ``aligned/``, ``aligned/aligned/``, ``images/`` and the root. Takes the folder with most of the names.
+    given, else in ``aligned/``, ``aligned/aligned/``, ``images/`` and the root. Takes the folder with most names.
 
     Raises:
         UsageError: ``images`` is no folder.

@@ -33,8 +33,8 @@ _DRAWS, _STRATIFIED_DRAWS = 200, 20
 class NewSplit:
     """The file that was written, the root by which it is read, and what is in each split.
 
-    ``num_groups``: distinct values of the column ``by``, None without one. ``num_alone``: images without a value, each a
-    group of its own. ``columns``: titles of the table. ``person``: the one that names the person, None without one.
+    ``num_groups``: distinct values of the column ``by``, None without one. ``num_alone``: images without a value, each
+    a group of its own. ``columns``: titles of the table. ``person``: the one that names the person, None without one.
     """
 
     written: Location
@@ -107,8 +107,8 @@ def assign(
 ) -> npt.NDArray[np.int8]:
     """(N,) index into ``SPLITS`` of each image: classes and action units in proportion, every group in one split.
 
-    ``emotions`` (N,) are classes, ``action_units`` (N, A) those that are present; ``groups`` (N,) names of groups, ``""``
-    for none. The same arguments give the same splits.
+    ``emotions`` (N,) are classes, ``action_units`` (N, A) those that are present; ``groups`` (N,) names of groups,
+    ``""`` for none. The same arguments give the same splits.
 
     Raises:
         UsageError: there are fewer images or groups than splits.
@@ -143,7 +143,7 @@ def _draw(
     share: float,
     seed: int,
 ) -> npt.NDArray[np.int64]:
-    """Positions of about a ``share`` of the images: of many draws, the one with the nearest share of each trait (N, T)."""
+    """Positions of about a ``share`` of the images: of many draws, the one nearest to it in each trait (N, T)."""
     # scikit-learn takes a second to import, which no other verb of data need wait for.
     from sklearn.model_selection import GroupShuffleSplit, ShuffleSplit, StratifiedShuffleSplit
 

@@ -62,7 +62,7 @@ class StoreHandle:
 
 
 def store_key(labels: Labels, data: DataConfig) -> str:
-    """Twenty hex digits that change with the label files, the labels, an image's name, length or time, size or decoder."""
+    """Twenty hex digits that change with the label files, labels, an image's name, length or time, size or decoder."""
     recipe: dict[str, Any] = {
         "format": FORMAT_VERSION,
         "decoder": DECODER_VERSION,

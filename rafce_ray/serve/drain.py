@@ -87,7 +87,7 @@ def _ask(admin: Path, command: str) -> str | None:
 def _main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m rafce_ray.serve.drain",
-        description="Stop accepting requests on this machine, answer those in work, then return. The port stays closed.",
+        description="Stop accepting requests on this machine and answer those in work. The port stays closed.",
     )
     parser.add_argument("folder", type=Path, help="the folder given to python -m rafce_ray.serve.fast_path")
     parser.add_argument(
