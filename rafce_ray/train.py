@@ -209,7 +209,8 @@ def ray_cluster(config: Config, name: str, *, nested: bool = False) -> Iterator[
                     log_to_driver=False,
                     logging_level="ERROR",
                 )
-            except (OSError, RuntimeError, ValueError) as error:
+            except Exception as error:
+                # Ray raises a bare Exception where its processes do not start in time.
                 raise not_started(error) from error
         if callable(at_sigterm) and threading.current_thread() is threading.main_thread():
             # Ray has set its own, which ends the process without a word.

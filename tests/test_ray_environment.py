@@ -198,6 +198,26 @@ def test_what_ray_itself_says_is_one_line_with_the_variable(monkeypatch, tmp_pat
         pytest.fail("there is no cluster")
 
 
+@pytest.mark.slow
+def test_a_node_that_does_not_start_in_time_is_one_line_with_its_logs(monkeypatch, tmp_path):
+    import ray
+
+    from rafce_ray.train import ray_cluster
+
+    def init(**options: object) -> None:
+        raise Exception("The current node timed out during startup. This could happen because of an overload.")
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.setattr(ray_environment, "SOCKET_PATH_BYTES", 1000)
+    with (
+        pytest.raises(RafceError, match=r"Ray could not be started: The current node timed out .* logs are in"),
+        ray_cluster(load_config(), "test"),
+    ):
+        pytest.fail("Ray did not start")
+
+
 def test_a_folder_of_rays_is_made_where_there_is_none(monkeypatch, tmp_path):
     folder = Path("/tmp") / f"r{os.getpid()}"
     monkeypatch.setenv("RAY_TMPDIR", str(folder))
