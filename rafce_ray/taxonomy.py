@@ -82,7 +82,9 @@ ACTION_UNIT_NAMES: dict[int, str] = {
 }
 """FACS names (Ekman, Friesen and Hager 2002) by action-unit number."""
 
-UNKNOWN_WORDS = frozenset(("nan", "na", "n/a", "#n/a", "<na>", "null", "nil", "?", "-", "-1"))
+UNKNOWN_WORDS = frozenset(
+    ("nan", "na", "n/a", "n.a.", "#n/a", "<na>", "null", "nil", "?", "-", "--", "-1", "-9", "-99", "-999")
+)
 """Words, as of :func:`label_key`, by which tables say that a label is unknown."""
 
 PERHAPS_UNKNOWN_WORDS = frozenset(("none", "unknown", "undefined", "missing"))

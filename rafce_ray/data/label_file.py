@@ -137,9 +137,13 @@ def open_text(
         other = f", or add {key}={guess} if it is UTF-16 without a byte order mark" if key else ""
         raise UsageError(f"{location}: is not text in UTF-8: it holds NUL bytes. Save it as UTF-8{other}.")
     try:
-        raw.decode(codec)
+        # As the lines are decoded: other than bytes.decode, this insists on the byte order mark of UTF-16.
+        codecs.getincrementaldecoder(codec)().decode(raw, final=True)
     except UnicodeDecodeError as error:
         raise UsageError(_undecodable(raw, location, error, encoding, key)) from None
+    except UnicodeError as error:
+        other = f" Give another {key}, or save it as UTF-8." if key else " Save it as UTF-8."
+        raise UsageError(f"{location}: is not {encoding} text: {error}.{other}") from None
     return io.TextIOWrapper(io.BytesIO(raw), encoding=codec, newline=newline)
 
 

@@ -256,6 +256,7 @@ def _plain(names: pa.Array) -> pa.Array:
 
 
 _IN_FOLDER = "in another folder"
+_OTHERWISE = " and named otherwise"
 _ABSOLUTE = re.compile(r"[/\\]|[A-Za-z]:")
 _DIFFERENCES: tuple[tuple[str, Callable[[pa.Array], pa.Array]], ...] = (
     ("with another ending", lambda keys: pc.replace_substring_regex(keys, r"\.\w{1,5}$", "")),
@@ -270,21 +271,27 @@ def _near_images(missing: pa.Array, best: Matched, folder: Location) -> dict[str
     """For names without an image: a file that may be meant. Where no name has an image, looks in all folders below."""
     if not len(missing):
         return {}
-    near = _unlisted(missing, best.listing.folder)
-    listing = best.listing
-    if not (best.index >= 0).any():
-        listing = list_images(folder, recursive=True, limit=_MAX_LOOKED_AT)
+    near = _alike(missing, best.listing) | _unlisted(missing, best.listing.folder)
+    if not near and not (best.index >= 0).any():
+        near = _alike(missing, list_images(folder, recursive=True, limit=_MAX_LOOKED_AT))
+    return near
+
+
+def _alike(missing: pa.Array, listing: Listing) -> dict[str, NearImage]:
+    """For names without an image: the file of a listing whose name differs least."""
+    near: dict[str, NearImage] = {}
     paths = listing.table["path"].combine_chunks()
     names, keys = (_keys(_plain(array)) for array in (missing, paths))
     together = (names, keys)
     for difference, alike in _DIFFERENCES:
         together = (alike(together[0]), alike(together[1]))
-        for wanted, among in ((alike(names), alike(keys)), together):
+        for also, (wanted, among) in (("", (alike(names), alike(keys))), (_OTHERWISE, together)):
             row = np.asarray(pc.fill_null(pc.index_in(wanted, value_set=among), -1))
             for i in np.flatnonzero(row >= 0).tolist():
                 name = missing[i].as_py()
                 is_end = difference == _IN_FOLDER and _ABSOLUTE.match(name)
                 how = "at the end of an absolute path" if is_end else difference
+                how += also if difference == _IN_FOLDER else ""
                 near.setdefault(name, NearImage(how, str(paths[int(row[i])].as_py())))
     return near
 

@@ -81,6 +81,7 @@ class _Rows:
     batches: list[pa.RecordBatch] = field(default_factory=list)
     pending: list[tuple[Any, ...]] = field(default_factory=list)
     malformed: EvidenceList = field(default_factory=EvidenceList)
+    broken: EvidenceList = field(default_factory=EvidenceList)
     swallowed: EvidenceList = field(default_factory=EvidenceList)
     swallowing: list[CsvRow] = field(default_factory=list)
     line_breaks: EvidenceList = field(default_factory=EvidenceList)
@@ -261,6 +262,10 @@ def _read_rows(
         if columns.person is not None and split is not None and cells[columns.person].strip():
             rows.splits_of[cells[columns.person].strip()].add(split)
         emotion = cells[columns.emotion].strip() if columns.emotion is not None else ""
+        if len(name.splitlines()) > 1 or len(emotion.splitlines()) > 1:
+            # Only Parquet tables come as far with one.
+            rows.broken.add(f"name {name!r}, emotion {emotion!r}", file, line)
+            continue
         if _WHOLE_NUMBER.match(emotion):
             emotion = emotion.partition(".")[0]
         state, positive, negative, fault = _read_action_units(cells, columns, line, au_threshold, rows)
@@ -430,6 +435,10 @@ def _row_findings(rows: _Rows, columns: Columns, file: str, root: str) -> list[F
         message = f"{file}: {len(rows.malformed)} rows do not fit the header or have no name, and are not used"
         remedy = "Give every row as many cells as the header."
         findings.append(rows.malformed.finding("warning", "malformed_lines", message, remedy))
+    if rows.broken:
+        message = f"{file}: a name or an emotion holds a line break in {counted(len(rows.broken), 'row')}, not used"
+        remedy = "Write names and emotions on one line."
+        findings.append(rows.broken.finding("warning", "line_breaks_in_labels", message, remedy))
     if rows.unreadable:
         findings.append(unreadable_finding(file, rows.unreadable))
     if columns.split is None:

@@ -252,6 +252,12 @@ def test_what_is_not_utf8_is_refused_with_line_and_bytes_and_read_when_told_its_
     assert store_key(labels, data) != store_key(labels, DataConfig(root=str(tmp_path)))
 
 
+def test_text_without_the_mark_that_its_encoding_needs_is_refused(tmp_path):
+    (tmp_path / "labels.csv").write_bytes(LATIN.encode("utf-16-le"))
+    with pytest.raises(UsageError, match=r"labels\.csv: is not utf-16 text: .* Give another data\.encoding"):
+        read_labels(DataConfig(root=str(tmp_path), encoding="utf-16"))
+
+
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "utf-8-sig", "utf-8"])
 def test_spreadsheets_unicode_text_is_read(tmp_path, encoding):
     (tmp_path / "labels.tsv").write_bytes(LATIN.replace(",", "\t").replace("\n", "\r\n").encode(encoding))
@@ -300,7 +306,9 @@ def options_in(text):
     return [shlex.split(option)[0] for option in re.findall(r"'data\.emotions=[^']*'", text)]
 
 
-@pytest.mark.parametrize("word", ["nan", "NaN", "NA", "n/a", "#N/A", "null", "-1", "-1.0", "?", ""])
+@pytest.mark.parametrize(
+    "word", ["nan", "NaN", "NA", "n/a", "n.a.", "#N/A", "null", "-1", "-1.0", "-9", "-99", "-999", "--", "?", ""]
+)
 def test_words_for_unknown_are_no_class(tmp_path, word):
     found = audited(labelled(tmp_path, ["calm", "joy", word]))
     assert found.taxonomy.emotions == ("calm", "joy")
@@ -495,6 +503,16 @@ def test_a_missing_image_names_the_file_that_may_be_meant(tmp_path, name, file, 
     )
 
 
+@pytest.mark.parametrize("folder", ["images", "my faces"])
+def test_no_folder_is_the_remedy_where_names_differ_as_well(tmp_path, folder):
+    for i in range(3):
+        image(tmp_path / folder / f"000{i}.jpg")
+    missing = finding_of(audited(named(tmp_path, "0.jpg", "1.jpg", "2.jpg")), "missing_images")
+    found = "with other leading zeros" if folder == "images" else "in another folder and named otherwise"
+    assert missing.message.endswith(f"files of nearly these names lie there: 3 {found}")
+    assert missing.remedy.startswith("Write the names as the files are named")
+
+
 def test_images_in_a_folder_that_nobody_named_are_found_by_the_remedy(tmp_path):
     for i in range(3):
         image(tmp_path / "my faces" / f"{i}.jpg")
@@ -550,3 +568,14 @@ def test_a_closed_folder_is_one_line_with_path_and_reason(tmp_path, monkeypatch)
     monkeypatch.setattr(os, "scandir", closed)
     with pytest.raises(UsageError, match=r"/images: cannot be read \(Permission denied\)"):
         read(tmp_path)
+
+
+def test_a_class_of_two_lines_in_a_parquet_table_is_counted_and_not_learned(tmp_path):
+    image(tmp_path / "images/1.jpg")
+    table = {"name": ["1.jpg", "2.jpg"], "split": ["train"] * 2, "emotion": ["calm", "jo\ny"], "AU1": [1, 0]}
+    pq.write_table(pa.table(table), tmp_path / "labels.parquet")
+    labels = read(tmp_path)
+    assert labels.table["emotion"].to_pylist() == ["calm"]
+    [finding] = [one for one in labels.findings if one.code == "line_breaks_in_labels"]
+    assert (finding.level, finding.count) == ("warning", 1)
+    assert str(finding.evidence[0]) == "labels.parquet:2: name '2.jpg', emotion 'jo\\ny'"
