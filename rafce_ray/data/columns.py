@@ -29,7 +29,7 @@ _INTENSITY = frozenset(["r", "intensity"])
 
 _PLAIN_ACTION_UNIT = re.compile(r"^A[UD]_?[LRTB]{0,2}\d{1,2}$", re.IGNORECASE)
 _ACTION_UNIT = re.compile(r"^(?:facs_)?(a[ud]_?[lrtb]{0,2}\d{1,2})(?:_(\w+))?$")
-_MENTIONED = re.compile(r"(?:^|_)a[ud]_?(?:[lrtb]{0,2}|[a-z]+_)0*(\d{1,2})(?!\d)")
+_MENTIONED = re.compile(r"(?:^|_)(?:(?:f|is|has)?a[ud]_?(?:[lrtb]{0,2}|[a-z]+_)|facs_?)0*(\d{1,2})(?!\d)")
 _ABOUT = re.compile(r"(^|_)(aus|facs|action_?units?)(_|$)|^au$")
 _NOT_LABELS = re.compile(
     r"(^|_)(coders?|raters?|annotators?|notes?|comments?|date|version|num|number|count|total)(_|$)"

@@ -41,6 +41,14 @@ def unread(folder, **how):
     return (told[0].level, told[0].message, told[0].remedy) if told else None
 
 
+@pytest.mark.parametrize("title", ["FAU1", "hasAU1", "isAU01", "facs1"])
+def test_titles_that_mention_an_action_unit_are_a_warning_with_the_right_title(tmp_path, title):
+    write(tmp_path, f"name,split,emotion,{title},AU12", "a.jpg,train,x,1,0")
+    level, _, remedy = unread(tmp_path)
+    assert level == "warning"
+    assert f"Rename {title!r} to 'AU1'" in remedy
+
+
 @pytest.mark.parametrize(
     ("one", "other"),
     [
