@@ -7,6 +7,7 @@ magic bytes, so ``application/octet-stream`` is taken as well. No URL and no pat
 from __future__ import annotations
 
 import asyncio
+import mimetypes
 from collections.abc import Callable, MutableMapping
 from concurrent.futures import Executor
 from functools import partial
@@ -128,6 +129,9 @@ def _parser(
     found = media_type.decode("latin-1")
     detail = f"Content-Type is {shown(found)}." if found else "There is no Content-Type."
     near = nearest(found, known) if found.startswith("image/") else ""
+    if near and (found == "image/*" or mimetypes.guess_extension(found)):
+        # Another format's type is not a misspelling.
+        near = "Save the picture as JPEG, PNG or WebP. "
     hint = f"{near}Use one of {', '.join(known)}: curl -H 'Content-Type: image/jpeg' ..."
     raise Problem("unsupported_media_type", detail, hint=hint)
 

@@ -147,6 +147,8 @@ def _bad_base64(text: str) -> Problem:
         detail = f"The data has {number:,} characters without blanks and padding, which no base64 has: it is cut short."
     else:
         detail = f"The data has {number:,} characters and too much padding (=) after them."
+    if " " in digits and "+" not in digits:
+        detail += " It has blanks and no +: a program may have read + as a blank, as in forms."
     return Problem("bad_base64", detail, hint=_ENCODE)
 
 

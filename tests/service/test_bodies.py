@@ -269,6 +269,7 @@ def test_the_nearest_known_name_is_told():
     problem = refused(body.replace(b'name="files"', b'name="file"'), content_type)
     assert problem.hint.startswith("Did you mean 'files'? Images are parts named files;")
     assert refused(IMAGE, "image/jpgg").hint.startswith("Did you mean 'image/jpeg'?")
+    assert refused(IMAGE, "image/tiff").hint.startswith("Save the picture as JPEG, PNG or WebP. Use one of")
     assert refused(IMAGE, "application/x-www-form-urlencoded").hint.startswith("Use one of image/jpeg,")
 
 
@@ -341,6 +342,7 @@ def test_every_usual_form_of_base64_is_read_at_any_length(encode):
         ("äöüß", r"has '\xe4' at character 0."),
         ("http://a/b", "has ':' at character 4."),
         ("%2Babc", "has '%' at character 0."),
+        ("ab cd e", "It has blanks and no +: a program may have read + as a blank, as in forms."),
     ],
 )
 def test_other_base64_is_refused_with_the_reason(bad, said):
