@@ -106,6 +106,10 @@ class Location:
         names = (wanted if number == 1 else f"{wanted}-{number}" for number in count(1))
         return next(name for name in names if not (self / name).exists())
 
+    def is_broken_link(self) -> bool:
+        """Whether it is a link on this machine that leads to nothing, or to itself; :meth:`exists` says False of one."""
+        return self.local is not None and self.local.is_symlink() and not self.exists()
+
     def is_dir(self) -> bool:
         """Whether a folder is there."""
         return bool(self.info().type == pafs.FileType.Directory)

@@ -67,9 +67,16 @@ def no_label_file() -> LabelFile:
     return LabelFile("", nothing, pa.chunked_array([nothing]), np.zeros(0, np.int32), np.zeros(0, bool), (), "")
 
 
+def refuse_broken_link(location: Location) -> None:
+    """UsageError where labels are a link that leads to nothing: they are there, and would be read as missing."""
+    if location.is_broken_link():
+        raise UsageError(f"{location}: is a link that leads to nothing. Put the labels themselves in its place.")
+
+
 def read_label_file(location: Location, encoding: str = AUTO) -> LabelFile | None:
     """A label file read whole; None where there is none. UsageError where it is not text in ``encoding``."""
     if not location.exists():
+        refuse_broken_link(location)
         return None
     raw = location.read_bytes()
     sha256, findings = hashlib.sha256(raw).hexdigest(), text_findings(raw, location.name, encoding)

@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 
 from rafce_ray.config import DataConfig
 from rafce_ray.data import class_folders, rafce, table
+from rafce_ray.data.label_file import refuse_broken_link
 from rafce_ray.data.records import NUM_VOTES, SPLITS, Evidence, Finding, Labels, Targets
 from rafce_ray.errors import RafceError, UsageError
 from rafce_ray.storage import Location, locate
@@ -63,6 +64,7 @@ def read_labels(data: DataConfig) -> Labels:
 def _read_labels(root: Location, data: DataConfig) -> Labels:
     if not root.exists():
         root.check_reachable()
+        refuse_broken_link(root)
         raise UsageError(
             f"data.root={data.root!r}: nothing is there. Give the folder of the label files, or a CSV or Parquet table."
         )

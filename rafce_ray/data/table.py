@@ -25,6 +25,7 @@ from rafce_ray.data.label_file import (
     duplicate_findings,
     open_text,
     read_action_unit_label,
+    refuse_broken_link,
     text_findings,
     unreadable_finding,
 )
@@ -103,11 +104,14 @@ def find_table(root: Location) -> Location | None:
     """The label table: the place itself, or ``labels.csv``, ``labels.parquet`` or ``labels.tsv`` in the folder.
 
     Raises:
-        UsageError: the folder holds more than one.
+        UsageError: the folder holds more than one, or a link to a table that is not there.
     """
     if root.name.rpartition(".")[2].lower() in TABLE_EXTENSIONS and root.exists() and not root.is_dir():
         return root
-    found = [root / name for name in TABLE_NAMES if (root / name).exists()]
+    tables = [root / name for name in TABLE_NAMES]
+    found = [table for table in tables if table.exists()]
+    for table in tables if not found else ():
+        refuse_broken_link(table)
     if len(found) > 1:
         raise UsageError(
             f"{root}: {' and '.join(table.name for table in found)} are both there. Give the one to read as data.root."

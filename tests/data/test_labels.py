@@ -1,3 +1,5 @@
+import shutil
+
 import numpy as np
 import pytest
 
@@ -85,3 +87,18 @@ def test_targets_have_the_promised_shapes_and_kinds(make_faces):
     assert np.isnan(targets.votes).all()
     assert [SPLITS[code] for code in targets.split[:5]] == ["train", "train", "train", "validation", "test"]
     np.testing.assert_array_equal(targets.action_units[:4], [[1, 0, 0], [0, 1, 0], [0, 0, 0], [1, 1, 0]])
+
+
+@pytest.mark.parametrize("name", ["labels.csv", "RAFCE_AUlabel.txt", ""])
+@pytest.mark.parametrize("target", ["missing", "itself"])
+def test_labels_that_are_a_link_to_nothing_are_refused(tmp_path, drawn_faces, name, target):
+    root = tmp_path / "faces"
+    if name != "labels.csv" and name:
+        shutil.copytree(drawn_faces, root)
+        (root / name).unlink()
+    elif name:
+        root.mkdir()
+    link = root / name if name else root
+    link.symlink_to(link if target == "itself" else tmp_path / "missing")
+    with pytest.raises(UsageError, match="is a link that leads to nothing"):
+        read_labels(DataConfig(root=str(root)))
