@@ -56,11 +56,16 @@ def test_weights_that_cannot_be_there_are_refused_before_anything_starts(tmp_pat
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_lets_every_trial_finish_its_epoch_and_a_second_one_ends_at_once(number, capsys):
-    control, before = Control(), signal.getsignal(number)
-    with stoppable(control):
-        signal.raise_signal(number)
-        assert control.stop == "interrupted"
-        assert "every trial finishes its epoch and saves" in capsys.readouterr().err
-        with pytest.raises(KeyboardInterrupt):
+    # A shell starts programs in the background with SIGINT ignored, and these tests with them.
+    outside = signal.signal(number, signal.default_int_handler)
+    try:
+        control, before = Control(), signal.getsignal(number)
+        with stoppable(control):
             signal.raise_signal(number)
-    assert signal.getsignal(number) == before
+            assert control.stop == "interrupted"
+            assert "every trial finishes its epoch and saves" in capsys.readouterr().err
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(number)
+        assert signal.getsignal(number) == before
+    finally:
+        signal.signal(number, outside)
