@@ -86,7 +86,7 @@ def ask(port: int, answers: list[tuple[int, bytes, str | None]]) -> None:
 def refuses(port: int) -> bool:
     try:
         socket.create_connection(("127.0.0.1", port), timeout=5).close()
-    except ConnectionRefusedError:
+    except (ConnectionRefusedError, ConnectionResetError):
         return True
     return False
 

@@ -54,7 +54,7 @@ def ask(port: int, method: str, path: str, body: bytes = b"", **headers: str) ->
 def listens(port: int) -> bool:
     try:
         socket.create_connection(("127.0.0.1", port), timeout=5).close()
-    except ConnectionRefusedError:
+    except (ConnectionRefusedError, ConnectionResetError):
         return False
     return True
 
