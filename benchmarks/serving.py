@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import io
 import os
+import random
 import select
 import signal
 import socket
@@ -203,7 +204,12 @@ def _started(argv: list[str], environment: dict[str, str] | None, **options: obj
 
 
 def free_port() -> int:
-    """A port of the loopback interface that nobody listens on now."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
+    """A port of the loopback interface that nobody listens on now.
+
+    It lies below the ports that the system and Ray give out by themselves, so that nobody else gets it before it is used.
+    """
+    while True:
+        with socket.socket() as one, suppress(OSError):
+            port = random.SystemRandom().randrange(21_000, 30_000)
+            one.bind(("127.0.0.1", port))
+            return port
