@@ -27,7 +27,9 @@ from rafce_ray.claim import claimed
 from rafce_ray.storage import locate
 with claimed(locate(sys.argv[1]), "run", key="run.name"):
     print("held", flush=True)
-    time.sleep(600)
+    # A signal that comes just before a long sleep would not end it.
+    while True:
+        time.sleep(0.05)
 """
 
 

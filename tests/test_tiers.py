@@ -137,7 +137,7 @@ sys.path.insert(0, {str(Path(tiers.__file__).parent)!r})
 import tiers
 # A shell starts programs in the background with it ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-slow_end = "import sys, time\\ntry:\\n    print('ready', flush=True); time.sleep(600)\\nfinally:\\n    time.sleep(1); print('torn down', flush=True)"
+slow_end = "import sys, time\\ntry:\\n    print('ready', flush=True)\\n    while True: time.sleep(0.05)\\nfinally:\\n    time.sleep(1); print('torn down', flush=True)"
 print(tiers.wait_for(subprocess.Popen([sys.executable, "-c", slow_end])))
 """
     process = subprocess.Popen(
