@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import logging
 import math
@@ -58,9 +59,20 @@ def warn(text: str) -> None:
     console.print(Text.assemble(("warning: ", "bold yellow"), _escaped(text)))
 
 
+MOST_COLUMNS = 10_000
+"""Of a terminal; Rich would make lines of any length that ``COLUMNS`` says."""
+
+
 def run_main(main: Callable[[list[str]], int], argv: list[str] | None) -> int:
     """Run a command's body and turn its errors into messages and exit codes: 0 done, 1 failed, 2 usage, 3 a gate said no."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    if os.environ.get("COLUMNS", "").isdigit() and int(os.environ["COLUMNS"]) > MOST_COLUMNS:
+        os.environ["COLUMNS"] = str(MOST_COLUMNS)
+        console.width = MOST_COLUMNS
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that cannot show a letter gets its code.
+        if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower() != "utf-8":
+            stream.reconfigure(errors="backslashreplace")
     try:
         return main(sys.argv[1:] if argv is None else argv)
     except RafceError as error:
@@ -73,6 +85,13 @@ def run_main(main: Callable[[list[str]], int], argv: list[str] | None) -> int:
     except OSError as error:
         console.print(Text.assemble(("error: ", "bold red"), _escaped(_of_the_system(error))))
         return UsageError.exit_code if error.errno in _OF_A_PLACE else RafceError.exit_code
+    except UnicodeEncodeError as error:
+        # So Python shows bytes of names that are not UTF-8.
+        if not any("\udc80" <= letter <= "\udcff" for letter in error.object):
+            raise
+        name = f"{printable(error.object)}: its name is not UTF-8. Give a place whose name is, or rename it."
+        console.print(Text.assemble(("error: ", "bold red"), name))
+        return UsageError.exit_code
     except KeyboardInterrupt:
         say("stopped.")
         return 130

@@ -1,5 +1,6 @@
 import errno
 import itertools
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -57,6 +58,25 @@ def test_a_place_that_cannot_be_used_is_told_in_a_line(tmp_path, capsys):
     assert run_main(body, [str(tmp_path / "missing")]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {tmp_path / 'missing'}: No such file or directory. ")
+
+
+def test_a_place_whose_name_is_not_utf8_is_told_in_a_line(capsys):
+    def body(_: list[str]) -> int:
+        return len("/home/caf\udce9/stores".encode())
+
+    assert run_main(body, []) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(r"error: /home/caf\udce9/stores: its name is not UTF-8. ")
+
+
+def test_a_terminal_of_any_width_and_alphabet_is_written_to(tmp_path):
+    program = "from rafce_ray.cli import main; raise SystemExit(main(['data', 'audit', 'caf\u00e9']))"
+    environment = os.environ | {"COLUMNS": "9" * 20, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, "Traceback" in done.stderr) == (2, False)
+    assert r"caf\xe9" in done.stderr
 
 
 def test_a_full_disk_is_told_in_a_line(capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import shutil
 import socket
 import subprocess
@@ -125,8 +126,11 @@ def fetch(url: str, timeout_s: float = 2.0) -> bytes:
     """What a GET of ``url`` is answered with. OSError where it is not, or with an error's status."""
     # A proxy of the environment is for the world outside.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with opener.open(url, timeout=timeout_s) as response:
-        return bytes(response.read())
+    try:
+        with opener.open(url, timeout=timeout_s) as response:
+            return bytes(response.read())
+    except http.client.HTTPException as error:
+        raise OSError(f"{url}: {type(error).__name__}: {error}") from error
 
 
 def _wait_until_ready(program: Program, process: subprocess.Popen[bytes]) -> None:

@@ -490,6 +490,9 @@ def _in_child(case: Case, folder: Path, said: Path) -> int:
     sys.stdout = io.TextIOWrapper(os.fdopen(1, "wb", 0), encoding, errors="strict", write_through=True)
     sys.stderr = io.TextIOWrapper(os.fdopen(2, "wb", 0), encoding, errors="backslashreplace", write_through=True)
     os.environ.update(case.environment)
+    if case.argv[:1] == ["monitor"]:
+        # It would run Prometheus until Ctrl-C.
+        os.environ["PATH"] = ""
     sys.argv = ["rafce", *case.argv]
     from rafce_ray import cli, console
 
