@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 import pyarrow.fs as pafs
 
-from rafce_ray.console import to_json, warn
+from rafce_ray.console import handled_signals, to_json, warn
 from rafce_ray.errors import UsageError
 from rafce_ray.run_folder import TRIALS
 from rafce_ray.storage import Location
@@ -101,16 +101,12 @@ def _unwound_by_signals() -> Iterator[None]:
     def end(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
-    before: dict[int, Any] = {}
+    ours: list[int] = []
     if threading.current_thread() is threading.main_thread():
         # nohup ignores SIGHUP, and a caller's own handler stays.
         ours = [one for one in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(one) == signal.SIG_DFL]
-        before = {number: signal.signal(number, end) for number in ours}
-    try:
+    with handled_signals(end, ours):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def check_kind(folder: Location, kind: Kind, *, key: str) -> None:

@@ -114,7 +114,7 @@ ActionUnitList = Annotated[tuple[int, ...], BeforeValidator(_action_unit_numbers
 
 
 def kinds_of(annotation: Any) -> Iterator[Any]:
-    """The types among which a field's annotation lets a value choose; a literal's values have their types."""
+    """The types, literals among them, among which a field's annotation lets a value choose."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         yield from kinds_of(arguments[0])
@@ -122,12 +122,13 @@ def kinds_of(annotation: Any) -> Iterator[Any]:
         for one in arguments:
             yield from kinds_of(one)
     else:
-        yield Literal if origin is Literal else annotation
+        yield annotation
 
 
 @cache
 def _kinds(section: type[BaseModel], name: str) -> frozenset[Any]:
-    return frozenset(kinds_of(section.model_fields[name].annotation))
+    found = kinds_of(section.model_fields[name].annotation)
+    return frozenset(Literal if get_origin(one) is Literal else one for one in found)
 
 
 class Section(BaseModel):

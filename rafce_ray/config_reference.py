@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from rafce_ray.config import Config, flatten, load_config, recipe_names
+from rafce_ray.config import Config, flatten, kinds_of, load_config, recipe_names
 from rafce_ray.service.config import ServiceConfig
 from rafce_ray.study.config import StudyConfig
 from rafce_ray.study.space import HOW_TO_WRITE
@@ -118,20 +118,18 @@ def _type(annotation: Any) -> str:
 
 def _options(annotation: Any) -> Iterator[str]:
     """What a value may be, one after the other."""
-    origin, arguments = get_origin(annotation), get_args(annotation)
-    if origin is Annotated:
-        yield from _options(arguments[0])
-    elif origin in (Union, UnionType):
-        for one in arguments:
-            yield from _options(one)
-    elif origin is Literal:
-        yield from (f"`{_plain(value)}`" for value in arguments)
-    elif origin is tuple:
-        yield f"list of {_type(arguments[0])}s" if arguments[0] in (int, float) else f"list of {_type(arguments[0])}"
-    elif origin is dict:
-        yield "mapping"
-    else:
-        yield _TYPES[annotation]
+    for kind in kinds_of(annotation):
+        origin, arguments = get_origin(kind), get_args(kind)
+        if origin is Literal:
+            yield from (f"`{_plain(value)}`" for value in arguments)
+        elif origin is tuple:
+            yield (
+                f"list of {_type(arguments[0])}s" if arguments[0] in (int, float) else f"list of {_type(arguments[0])}"
+            )
+        elif origin is dict:
+            yield "mapping"
+        else:
+            yield _TYPES[kind]
 
 
 def _range(field: FieldInfo) -> str:

@@ -9,9 +9,10 @@ import logging
 import math
 import os
 import re
+import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TextIO
@@ -76,25 +77,43 @@ def run_main(main: Callable[[list[str]], int], argv: list[str] | None) -> int:
     try:
         return main(sys.argv[1:] if argv is None else argv)
     except RafceError as error:
-        console.print(Text.assemble(("error: ", "bold red"), _escaped(str(error))))
-        return error.exit_code
+        return _failed(str(error), error.exit_code)
     except BrokenPipeError:
         # The reader of standard output went away: keep the interpreter from complaining again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        console.print(Text.assemble(("error: ", "bold red"), _escaped(_of_the_system(error))))
-        return UsageError.exit_code if error.errno in _OF_A_PLACE else RafceError.exit_code
+        return _failed(
+            _of_the_system(error), UsageError.exit_code if error.errno in _OF_A_PLACE else RafceError.exit_code
+        )
     except UnicodeEncodeError as error:
         # So Python shows bytes of names that are not UTF-8.
         if not any("\udc80" <= letter <= "\udcff" for letter in error.object):
             raise
-        name = f"{printable(error.object)}: its name is not UTF-8. Give a place whose name is, or rename it."
-        console.print(Text.assemble(("error: ", "bold red"), name))
-        return UsageError.exit_code
+        place = printable(error.object)
+        return _failed(
+            f"{place}: its name is not UTF-8. Give a place whose name is, or rename it.", UsageError.exit_code
+        )
     except KeyboardInterrupt:
         say("stopped.")
         return 130
+
+
+def _failed(text: str, exit_code: int) -> int:
+    """Say why a command failed; its exit code."""
+    console.print(Text.assemble(("error: ", "bold red"), _escaped(text)))
+    return exit_code
+
+
+@contextmanager
+def handled_signals(handler: Callable[[int, Any], None], numbers: Iterable[int]) -> Iterator[None]:
+    """``handler`` takes these signals while the block lasts. ValueError outside of the main thread, if there are any."""
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
 
 
 def _of_the_system(error: OSError) -> str:

@@ -10,7 +10,8 @@ import subprocess
 import sys
 import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -78,13 +79,19 @@ def test_a_second_program_is_refused_and_the_first_leaves_nothing_behind(folder)
     check_unclaimed(folder)
 
 
+@contextmanager
+def another_holds(folder: Location, tmp_path: Path) -> Iterator[subprocess.Popen]:
+    """Another program, which holds the folder."""
+    argv = [sys.executable, "-c", HOLDER, str(folder)]
+    with running(argv, os.environ, tmp_path / "said", stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"held\n", (tmp_path / "said").read_text()
+        yield process
+
+
 @pytest.mark.parametrize("reaped", [True, False], ids=["gone", "zombie"])
 def test_a_killed_program_holds_nothing_from_that_moment_on(reaped, tmp_path):
     folder = locate(tmp_path / "x")
-    with running(
-        [sys.executable, "-c", HOLDER, str(folder)], os.environ, tmp_path / "said", stdout=subprocess.PIPE
-    ) as process:
-        assert process.stdout.readline() == b"held\n", (tmp_path / "said").read_text()
+    with another_holds(folder, tmp_path) as process:
         with pytest.raises(UsageError, match=f"kill {process.pid}"):
             hold(folder)
         os.kill(process.pid, signal.SIGKILL)
@@ -96,10 +103,7 @@ def test_a_killed_program_holds_nothing_from_that_moment_on(reaped, tmp_path):
 
 def test_the_command_of_the_refusal_ends_the_program_which_frees_the_folder(tmp_path):
     folder = locate(tmp_path / "x")
-    with running(
-        [sys.executable, "-c", HOLDER, str(folder)], os.environ, tmp_path / "said", stdout=subprocess.PIPE
-    ) as process:
-        assert process.stdout.readline() == b"held\n", (tmp_path / "said").read_text()
+    with another_holds(folder, tmp_path) as process:
         with pytest.raises(UsageError) as refused:
             hold(folder)
         subprocess.run(re.search(r"kill \d+", str(refused.value))[0], shell=True, check=True)
@@ -111,10 +115,7 @@ def test_the_command_of_the_refusal_ends_the_program_which_frees_the_folder(tmp_
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_program_that_is_told_to_end_gives_its_claim_back(number, tmp_path):
     folder = locate(tmp_path / "x")
-    with running(
-        [sys.executable, "-c", HOLDER, str(folder)], os.environ, tmp_path / "said", stdout=subprocess.PIPE
-    ) as process:
-        assert process.stdout.readline() == b"held\n", (tmp_path / "said").read_text()
+    with another_holds(folder, tmp_path) as process:
         process.send_signal(number)
         process.wait(60)
     assert not folder.exists()

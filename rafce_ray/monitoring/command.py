@@ -13,11 +13,11 @@ import signal
 import threading
 import time
 import urllib.parse
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
-from rafce_ray.console import run_main, say, warn
+from rafce_ray.console import handled_signals, run_main, say, warn
 from rafce_ray.errors import RafceError
 from rafce_ray.monitoring.configuration import Written, ray_folder, read_targets, write_configuration
 from rafce_ray.monitoring.programs import (
@@ -65,7 +65,7 @@ def monitor(written: Written, prometheus: Program | None, grafana: Program | Non
     for program in programs:
         check_free(program, f"--{program.name.lower()}-port")
     stop = threading.Event()
-    with _stopped_by_signals(stop), ExitStack() as stack:
+    with handled_signals(lambda *_: stop.set(), (signal.SIGINT, signal.SIGTERM)), ExitStack() as stack:
         started = [(program, stack.enter_context(running(program))) for program in programs]
         _tell_urls(written, prometheus, grafana)
         told, listed_by = None, time.monotonic() + LIST_S
@@ -150,17 +150,6 @@ def _tell_targets(targets: Sequence[str]) -> None:
         )
     else:
         say(f"{there} of the cluster's {len(targets)} metrics ports answer")
-
-
-@contextmanager
-def _stopped_by_signals(stop: threading.Event) -> Iterator[None]:
-    """SIGINT and SIGTERM set ``stop``."""
-    before = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _parser() -> argparse.ArgumentParser:

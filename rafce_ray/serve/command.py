@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from rafce_ray.config import apply_overrides
-from rafce_ray.console import run_main, say
+from rafce_ray.console import handled_signals, run_main, say
 from rafce_ray.errors import RafceError, UsageError
 from rafce_ray.monitoring.dashboard import dashboard_line
 from rafce_ray.monitoring.programs import fetch
@@ -104,12 +104,8 @@ def _stopped_by_signals(stop: threading.Event) -> Iterator[None]:
         stop.set()
         signal.signal(number, signal.SIG_DFL)
 
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with handled_signals(on_signal, (signal.SIGINT, signal.SIGTERM)):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextmanager

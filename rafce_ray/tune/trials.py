@@ -15,7 +15,7 @@ from ray import tune
 from ray.tune.search import Searcher
 
 from rafce_ray.config import config_hash
-from rafce_ray.console import say, warn
+from rafce_ray.console import handled_signals, say, warn
 from rafce_ray.session import Job
 from rafce_ray.study.trials import TrialPlan
 from rafce_ray.study_folder import StudyFolder
@@ -251,9 +251,5 @@ def stoppable(control: Control) -> Iterator[None]:
 
     # nohup has SIGHUP ignored.
     numbers = [one for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(one) != signal.SIG_IGN]
-    before = {number: signal.signal(number, interrupt) for number in numbers}
-    try:
+    with handled_signals(interrupt, numbers):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

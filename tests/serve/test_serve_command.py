@@ -22,7 +22,7 @@ import pytest
 import serve_faults
 from http_load import Reply, form, open_loop, post
 from matplotlib import cbook
-from processes import is_alive, running
+from processes import is_alive, listens, running
 from prometheus_client.parser import text_string_to_metric_families
 from serving import Server, free_port, start_service
 
@@ -49,14 +49,6 @@ def ask(port: int, method: str, path: str, body: bytes = b"", **headers: str) ->
         return response.status, json.loads(response.read()), {k.lower(): v for k, v in response.getheaders()}
     finally:
         connection.close()
-
-
-def listens(port: int) -> bool:
-    try:
-        socket.create_connection(("127.0.0.1", port), timeout=5).close()
-    except (ConnectionRefusedError, ConnectionResetError):
-        return False
-    return True
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -39,6 +40,15 @@ def kill_all(process: subprocess.Popen) -> None:
             one.kill()
     process.wait()
     psutil.wait_procs(started, timeout=20)
+
+
+def listens(port: int) -> bool:
+    """Whether a program accepts connections at this port of the loopback interface."""
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=5).close()
+    except (ConnectionRefusedError, ConnectionResetError):
+        return False
+    return True
 
 
 def is_alive(pid: int) -> bool:
