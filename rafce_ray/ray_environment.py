@@ -1,4 +1,4 @@
-"""Checks RAY_ADDRESS and RAY_TMPDIR before Ray is started: with a wrong address, Ray itself is silent for minutes."""
+"""Checks Ray's version, RAY_ADDRESS and RAY_TMPDIR before Ray starts: with a wrong address, Ray itself is silent for minutes."""
 
 from __future__ import annotations
 
@@ -8,9 +8,16 @@ import socket
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from rafce_ray.console import warn
 from rafce_ray.errors import RafceError, UsageError
+
+TESTED_RAY = "2.60.0"
+"""The release of Ray that this package is tested with. It uses some of Ray's private parts (``ray_private.py``)."""
 
 ANSWER_S = 10.0
 """Seconds that a cluster has to answer."""
@@ -28,8 +35,32 @@ def ray_address() -> str | None:
     return None if address in ("", "local") else address
 
 
+@contextmanager
+def private_part(library: str) -> Iterator[None]:
+    """Import private parts of Ray. RafceError that names Ray's version and the remedy where Ray has moved one."""
+    try:
+        yield
+    except ImportError as error:
+        raise RafceError(
+            f"Ray {_installed()} has moved a private part of {library} that is used here ({error}). {_remedy()}"
+        ) from error
+
+
+def _installed() -> str:
+    try:
+        return version("ray")
+    except PackageNotFoundError:
+        raise UsageError(f"Ray is not installed. {_remedy()}") from None
+
+
+def _remedy() -> str:
+    return f"Install the tested release: pip install 'ray[default,train,tune,serve]=={TESTED_RAY}'"
+
+
 def check_ray() -> None:
     """Check that Ray can be started here or joined at RAY_ADDRESS. Does nothing where this process has joined it.
+
+    Warns where Ray's version is not :data:`TESTED_RAY`.
 
     Raises:
         UsageError: it cannot; names the variable, the reason and what to set.
@@ -37,6 +68,8 @@ def check_ray() -> None:
     ray = sys.modules.get("ray")
     if ray is not None and ray.is_initialized():
         return
+    if _installed() != TESTED_RAY:
+        warn(f"Ray {_installed()} is installed; rafce_ray is tested with Ray {TESTED_RAY} only. {_remedy()}")
     address = ray_address()
     if address is None:
         _check_folder()

@@ -11,8 +11,6 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ray import serve
-from ray.serve._private.constants import RAY_SERVE_ENABLE_HA_PROXY, RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH
-from ray.serve._private.logging_utils import get_serve_logs_dir
 from ray.serve.schema import LoggingConfig
 from starlette.types import ASGIApp
 
@@ -20,6 +18,7 @@ from rafce_ray.config import ConfigError
 from rafce_ray.config_errors import explain
 from rafce_ray.errors import RafceError
 from rafce_ray.serve.export import Export
+from rafce_ray.serve.ray_private import MIDDLEWARES, USES_HAPROXY, logs_folder
 from rafce_ray.service import app
 from rafce_ray.service.config import ServiceConfig, read_service_config
 from rafce_ray.service.logs import log_as_json
@@ -60,7 +59,7 @@ class FaceService:
         """Load and verify the model. RafceError where it may not be served."""
         # Standard error is Serve's log, in which a line costs as much as all else that a request does on the event loop.
         log_as_json(file=log_file())
-        if not RAY_SERVE_ENABLE_HA_PROXY or not RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH:
+        if not USES_HAPROXY or not MIDDLEWARES:
             log.warning(
                 "requests come through Ray Serve's Python proxy, ten times slower and steered by clients' headers: "
                 "set the variables of python -m rafce_ray.serve.fast_path before Ray starts"
@@ -108,7 +107,7 @@ class FaceService:
 def log_file() -> Path:
     """Where this replica writes its log: beside Serve's own, where the dashboard and whoever collects logs find it."""
     context = serve.get_replica_context()
-    return Path(get_serve_logs_dir()) / f"service_{context.deployment}_{context.replica_id.unique_id}.log"
+    return logs_folder() / f"service_{context.deployment}_{context.replica_id.unique_id}.log"
 
 
 def build_app(args: dict[str, Any]) -> serve.Application:

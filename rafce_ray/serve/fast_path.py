@@ -87,7 +87,7 @@ def variables(folder: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(DRAINING_S),
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "rafce_ray.serve.ingress.middlewares",
-        "RAY_SERVE_CONTROLLER_CALLBACK_IMPORT_PATH": "rafce_ray.serve.controller.remember_ingress",
+        "RAY_SERVE_CONTROLLER_CALLBACK_IMPORT_PATH": "rafce_ray.serve.ray_private.remember_ingress",
         # The application does nothing slow on the event loop, so a second one would only cost.
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
         "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1000",

@@ -10,16 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from ray import serve
-from ray.serve._private.constants import (
-    RAY_SERVE_ENABLE_HA_PROXY,
-    RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD,
-)
 from ray.serve.exceptions import RayServeException
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.config import HTTP_PROTOCOLS
 
 from rafce_ray.serve.haproxy import PEER
+from rafce_ray.serve.ray_private import HAS_USER_THREAD, USES_HAPROXY
 from rafce_ray.service.config import Limits
 from rafce_ray.service.edge import Edge
 from rafce_ray.service.local_peers import Callers
@@ -49,11 +46,11 @@ def middlewares() -> list[Middleware]:
     try:
         serve.get_replica_context()
     except RayServeException:
-        return [Middleware(NoReplica if RAY_SERVE_ENABLE_HA_PROXY else Steered, own=())]
+        return [Middleware(NoReplica if USES_HAPROXY else Steered, own=())]
     # The service watches for clients that leave and has its own deadline. Where it runs on the server's event loop, Serve
     # need do neither: without, it reads no further ahead than the service does, and costs less.
     own = ((b"x-request-disconnect-disabled", b"?1"), (b"x-request-timeout-seconds", b"0"))
-    return [Middleware(Steered, own=() if RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD else own)]
+    return [Middleware(Steered, own=() if HAS_USER_THREAD else own)]
 
 
 class Steered:

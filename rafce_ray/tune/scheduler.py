@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
@@ -19,6 +19,7 @@ from rafce_ray.study.rungs import RungEntry, read_rungs, write_rungs
 from rafce_ray.study.trials import conclude
 from rafce_ray.study_folder import StudyFolder
 from rafce_ray.tune.nested import free_workers
+from rafce_ray.tune.ray_private import Named, PatientMedian, judge, remember_results, results_of, rungs_of
 
 STOPPED = "stopped_by_scheduler"
 
@@ -38,12 +39,6 @@ class Course:
     metric: str
     last_epoch: int
     control: Control
-
-
-class Named(NamedTuple):
-    """A trial by its own name: Ray's ids change from start to start."""
-
-    trial_id: str
 
 
 class Concluding:
@@ -141,7 +136,7 @@ class Halving(Concluding, ASHAScheduler):  # type: ignore[misc]
 
     def bracket_of(self, name: str) -> int:
         """Ray's odds, softmax over the number of rungs, drawn from the seed and the trial's name."""
-        sizes = np.array([len(one._rungs) for one in self._brackets], dtype=float)
+        sizes = np.array([len(rungs) for rungs in rungs_of(self)], dtype=float)
         odds = np.exp(sizes - sizes.max())
         generator = np.random.default_rng([self._seed, *name.encode()])
         return int(generator.choice(len(sizes), p=odds / odds.sum()))
@@ -149,24 +144,21 @@ class Halving(Concluding, ASHAScheduler):  # type: ignore[misc]
     def judge(self, name: str, epoch: int, score: float | None) -> str | None:
         """Enter the trial into the highest rung that it has reached and not entered; stopped where it is below the cutoff."""
         index = self.bracket_of(name)
-        bracket = self._brackets[index]
-        rung = next(((at, recorded) for at, recorded in bracket._rungs if epoch >= at), None)
+        rung = next(((at, recorded) for at, recorded in rungs_of(self)[index] if epoch >= at), None)
         if rung is None or name in rung[1]:
             return None
-        milestone, recorded = rung
+        milestone = rung[0]
         if score is None or not math.isfinite(score):
             return f"the {self.course.metric} is undefined at the rung of epoch {milestone:g}: it cannot be compared"
-        cutoff = bracket.cutoff(recorded)
-        action = bracket.on_result(Named(name), epoch, score)
-        stopped = action == TrialScheduler.STOP
+        cutoff, stopped = judge(self, index, name, epoch, score)
         self._record(
             RungEntry(
                 trial=name,
                 bracket=index,
-                milestone=float(milestone),
+                milestone=milestone,
                 epoch=epoch,
                 score=float(score),
-                cutoff=None if cutoff is None else float(cutoff),
+                cutoff=cutoff,
                 action="stop" if stopped else "continue",
             )
         )
@@ -188,22 +180,20 @@ class Halving(Concluding, ASHAScheduler):  # type: ignore[misc]
         """Take a trial's entries out of the rungs."""
         if any(entry.trial == name for entry in self.entries):
             self.entries = [entry for entry in self.entries if entry.trial != name]
-            for bracket in self._brackets:
-                for _, recorded in bracket._rungs:
+            for rungs in rungs_of(self):
+                for _, recorded in rungs:
                     recorded.pop(name, None)
             write_rungs(self.course.study, self.entries)
 
     def _recorded(self, bracket: int, milestone: float) -> dict[str, float]:
-        rungs = {float(at): recorded for at, recorded in self._brackets[bracket]._rungs}
-        recorded: dict[str, float] = rungs[milestone]
-        return recorded
+        return dict(rungs_of(self)[bracket])[milestone]
 
     def _record(self, entry: RungEntry) -> None:
         self.entries.append(entry)
         write_rungs(self.course.study, self.entries)
 
 
-class Median(Concluding, MedianStoppingRule):  # type: ignore[misc]
+class Median(Concluding, PatientMedian):
     """Stops a trial whose best score is below the median of the others' running means (Golovin et al. 2017)."""
 
     def __init__(self, course: Course, *, grace_period: int) -> None:
@@ -217,26 +207,24 @@ class Median(Concluding, MedianStoppingRule):  # type: ignore[misc]
         """Compare the trial with what the others had on average up to this epoch."""
         if score is None:
             return None
-        known = self._results[Named(name)]
+        known = results_of(self, name)
         while known and known[-1]["epoch"] >= epoch:
             # Killed before its checkpoint was written, a trial does its last epoch again.
             known.pop()
         action = MedianStoppingRule.on_trial_result(self, None, Named(name), {"epoch": epoch, "best_score": score})
         return f"below the median of the other trials at epoch {epoch}" if action == TrialScheduler.STOP else None
 
-    def _on_insufficient_samples(self, controller: Any, trial: Any, time: float) -> str:
-        return str(TrialScheduler.CONTINUE)
-
     def take_over(self, name: str, records: Sequence[dict[str, Any]]) -> None:
         """Its epochs count in the medians of the others."""
-        known = [
-            {"epoch": record["epoch"], "best_score": record["best_score"]}
-            for record in records
-            if record.get("best_score") is not None
-        ]
-        if known:
-            # Ray fails on a trial without results.
-            self._results[Named(name)] = known
+        remember_results(
+            self,
+            name,
+            [
+                {"epoch": record["epoch"], "best_score": record["best_score"]}
+                for record in records
+                if record.get("best_score") is not None
+            ],
+        )
 
 
 def build_scheduler(study: StudyConfig, course: Course) -> Concluding:
