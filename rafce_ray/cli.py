@@ -20,7 +20,10 @@ VERBS = {
     "trials": ("rafce_ray.study.listing", "the trials of a study, listed, filtered and sorted"),
     "bundle": ("rafce_ray.registry.command", "versions of bundles: which one is live, why, and the one before"),
     "export": ("rafce_ray.inference.export", "a bundle's network for ONNX Runtime, OpenVINO or torch.export"),
-    "monitor": ("rafce_ray.monitoring.command", "watch a cluster with Prometheus and Grafana: curves, alerts"),
+    "monitor": (
+        "rafce_ray.monitoring.command",
+        "write a compose file, dashboards and alerts for Prometheus and Grafana",
+    ),
     "serve": ("rafce_ray.serve.command", "answer photographs by HTTP, on Ray Serve"),
     "predict": ("rafce_ray.predict", "read emotions and action units from image files"),
 }

@@ -1,4 +1,7 @@
-"""Checks Ray's version, RAY_ADDRESS and RAY_TMPDIR before Ray starts: with a wrong address, Ray itself is silent for minutes."""
+"""What commands check and report of Ray before they start it: its version, address, folder and dashboard.
+
+With a wrong RAY_ADDRESS, Ray itself is silent for minutes.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -57,6 +60,28 @@ def _remedy() -> str:
     return f"Install the tested release: pip install 'ray[default,train,tune,serve]=={TESTED_RAY}'"
 
 
+def ray_folder() -> Path:
+    """Ray's folder of temporary files on this machine, as Ray chooses it."""
+    return _temporary()[1] / "ray"
+
+
+def dashboard_line(address: str, page: str, environment: Mapping[str, str], *, started_here: bool) -> str:
+    """Where the dashboard is and how to reach it.
+
+    ``address``: HOST:PORT as Ray reports it. ``page``: the page that shows the work: jobs or serve. ``environment``: this
+    process's after ``ray.init``, which sets RAY_AUTH_MODE. ``started_here``: False for another machine's cluster.
+    """
+    notes = []
+    if environment.get("RAY_AUTH_MODE", "").lower() == "token":
+        notes.append("it asks for a token: ray get-auth-token prints it")
+    host, _, port = address.rpartition(":")
+    # Another machine's loopback is not this one's.
+    if not started_here and (host.startswith("127.") or host in ("localhost", "[::1]")):
+        notes.append(f"if it is another machine's: ssh -N -L {port}:127.0.0.1:{port} HEAD-NODE")
+    noted = f" ({'; '.join(notes)})" if notes else ""
+    return f"dashboard: http://{address}/#/{page}{noted}; curves: rafce monitor --write monitor"
+
+
 def check_ray() -> None:
     """Check that Ray can be started here or joined at RAY_ADDRESS. Does nothing where this process has joined it.
 
@@ -90,7 +115,7 @@ def not_started(error: Exception) -> RafceError:
         )
     if address is None:
         return RafceError(
-            f"Ray could not be started: {said}. Its logs are in {_temporary()[1] / 'ray' / 'session_latest' / 'logs'}"
+            f"Ray could not be started: {said}. Its logs are in {ray_folder() / 'session_latest' / 'logs'}"
         )
     return RafceError(
         f"RAY_ADDRESS={address}: Ray could not be joined: {said}. To start a cluster here instead: unset RAY_ADDRESS"
@@ -127,7 +152,7 @@ def _check_address(address: str) -> None:
 
 def _check_auto() -> None:
     """Check the address that ``ray start`` has left. Without one, Ray looks for processes, which takes no time."""
-    file = _temporary()[1] / "ray" / "ray_current_cluster"
+    file = ray_folder() / "ray_current_cluster"
     try:
         address = file.read_text().strip()
     except OSError:

@@ -29,8 +29,7 @@ from rafce_ray.data.audit_case import audit_command
 from rafce_ray.data.dataset import Prepared, prepare
 from rafce_ray.errors import RafceError, UsageError
 from rafce_ray.hardware import describe_software
-from rafce_ray.monitoring.dashboard import dashboard_line
-from rafce_ray.ray_environment import check_ray, not_started, ray_address
+from rafce_ray.ray_environment import check_ray, dashboard_line, not_started, ray_address
 from rafce_ray.run_folder import RunFolder
 from rafce_ray.session import Job
 from rafce_ray.storage import locate

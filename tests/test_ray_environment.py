@@ -16,7 +16,7 @@ import pytest
 from rafce_ray import ray_environment
 from rafce_ray.config import load_config
 from rafce_ray.errors import RafceError, UsageError
-from rafce_ray.ray_environment import check_ray
+from rafce_ray.ray_environment import check_ray, dashboard_line, ray_folder
 
 CHECK = "from rafce_ray.ray_environment import check_ray; check_ray()"
 
@@ -227,3 +227,24 @@ def test_a_folder_of_rays_is_made_where_there_is_none(monkeypatch, tmp_path):
     finally:
         (folder / "ray").rmdir()
         folder.rmdir()
+
+
+@pytest.mark.parametrize(
+    ("environment", "folder"),
+    [({}, "/tmp/ray"), ({"TMPDIR": "/scratch"}, "/scratch/ray"), ({"TMPDIR": "/a", "RAY_TMPDIR": "/b"}, "/b/ray")],
+)
+def test_rays_folder_is_found_where_ray_puts_it(monkeypatch, environment, folder):
+    for name in ("TMPDIR", "RAY_TMPDIR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert ray_folder() == Path(folder)
+
+
+def test_the_dashboards_line_says_how_to_get_past_what_guards_it():
+    plain = dashboard_line("127.0.0.1:8265", "jobs", {"RAY_AUTH_MODE": "disabled"}, started_here=True)
+    assert plain == "dashboard: http://127.0.0.1:8265/#/jobs; curves: rafce monitor --write monitor"
+    guarded = dashboard_line("127.0.0.1:8265", "jobs", {"RAY_AUTH_MODE": "token"}, started_here=False)
+    assert "#/jobs (it asks for a token: ray get-auth-token prints it; " in guarded
+    assert "ssh -N -L 8265:127.0.0.1:8265 HEAD-NODE" in guarded
+    assert "ssh" not in dashboard_line("10.0.0.7:8265", "jobs", {}, started_here=False)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from hashlib import sha256
 from pathlib import Path
 
@@ -19,7 +20,6 @@ from rafce_ray.bundle import load_bundle
 from rafce_ray.checkpoint import list_checkpoints
 from rafce_ray.config import load_config
 from rafce_ray.errors import GateError, RafceError, UsageError
-from rafce_ray.monitoring.programs import fetch
 from rafce_ray.run_folder import RunFolder
 from rafce_ray.train import launch
 from rafce_ray.worker import HUNG_EXIT_CODE
@@ -184,7 +184,9 @@ def names_on_the_dashboard(said: Path) -> list[str]:
     while (found := re.search(r"dashboard: (http://127\.0\.0\.1:\d+)/#/jobs", said.read_text())) is None:
         assert time.monotonic() < deadline, said.read_text()
         time.sleep(0.1)
-    return [job["metadata"].get("job_name") for job in json.loads(fetch(f"{found[1]}/api/jobs/", timeout_s=30))]
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(f"{found[1]}/api/jobs/", timeout=30) as answer:
+        return [job["metadata"].get("job_name") for job in json.load(answer)]
 
 
 def test_a_finished_run_is_not_run_again_by_accident(trained, overrides):

@@ -1,7 +1,7 @@
-"""``rafce monitor``: Prometheus and Grafana for a running cluster, configured, and started where they are installed.
+"""``rafce monitor``: write the configuration of Prometheus and Grafana for a Ray cluster, with a compose file that starts both.
 
-It writes their configuration into a folder: Ray's list of metrics ports, the alert rules, Ray's own dashboards and ours. Both programs listen
-on this machine alone. Give the command where the cluster's head runs, before or while something trains; it follows the newest cluster.
+Both containers use the host's network, since Ray's metrics ports may listen on loopback alone, and both listen on loopback.
+Ray's folder is mounted at its own path, so that ``prometheus.yml`` also works for a Prometheus outside of a container.
 """
 
 from __future__ import annotations
@@ -9,197 +9,216 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
-import threading
-import time
-import urllib.parse
+import re
+import shlex
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
-from rafce_ray.console import handled_signals, run_main, say, warn
-from rafce_ray.errors import RafceError
-from rafce_ray.monitoring.configuration import Written, ray_folder, read_targets, write_configuration
-from rafce_ray.monitoring.programs import (
-    HOW_TO_GET,
-    Program,
-    answers,
-    check_free,
-    fetch,
-    find_grafana,
-    find_prometheus,
-    last_words,
-    running,
-)
+import yaml
 
-POLL_S = 1.0
-LIST_S = 30.0
-"""Seconds that Prometheus has to find out which ports there are."""
+from rafce_ray.console import run_main, say, warn
+from rafce_ray.errors import UsageError
+from rafce_ray.ray_environment import ray_folder
 
-CURVES = {
-    "training": (
-        'max by (run) (ray_rafce_train_metric{split="validation", name="score"})',
-        "max by (run, split, task) (ray_rafce_train_loss)",
-        "max by (study, metric) (ray_rafce_tune_best_score)",
-    ),
-    "serving": (
-        "sum by (status) (rate(ray_rafce_serve_requests_total[1m]))",
-        'histogram_quantile(0.99, sum by (le) (rate(ray_rafce_serve_request_ms_bucket{route="/v1/predict"}[1m])))',
-        "max by (statistic) (ray_rafce_serve_drift_psi)",
-    ),
-}
-"""What Prometheus's own page draws, for whom has no Grafana, by title."""
+HERE = Path(__file__).parent
+IMAGES = {"prometheus": "prom/prometheus:v3.5.0", "grafana": "grafana/grafana:12.0.2"}
+DISCOVERY_FILE = "prom_metrics_service_discovery.json"
+"""Ray's head writes the metrics ports of all nodes into it every five seconds. The one in Ray's folder is the newest cluster's."""
+
+RAY_DASHBOARDS = Path("session_latest", "metrics", "grafana", "dashboards")
+DATASOURCE = "Prometheus"
+"""Ray's dashboards expect this name."""
+
+SCRAPE_INTERVAL = "10s"
+"""As often as Ray's processes export."""
 
 PROMETHEUS_PORT, GRAFANA_PORT = 9090, 3000
-"""Where the metrics page of Ray's dashboard looks for both, unless its cluster was told otherwise."""
+"""Ray's dashboard looks for both at these ports, unless its cluster was told otherwise."""
+
+_ADDRESS = re.compile(r"(?:http://)?([A-Za-z0-9._-]+:\d{1,5})/?")
 
 
-def monitor(written: Written, prometheus: Program | None, grafana: Program | None) -> None:
-    """Run what is there until SIGINT or SIGTERM, and end what was started.
+def configuration(
+    ray: Path | None, cluster: str | None, token_file: Path | None, *, prometheus_port: int, grafana_port: int
+) -> dict[str, str]:
+    """Every file by its path below the folder: compose file, scraping, alert rules, provisioning and dashboards.
 
-    Raises:
-        UsageError: a port is taken.
-        RafceError: a program does not come up, or ends by itself.
+    ``ray``: folder of Ray's temporary files on the head node; None: ask the dashboard at ``cluster`` (HOST:PORT) for the metrics
+    ports, with the token in ``token_file`` where the cluster needs one.
     """
-    programs = [program for program in (prometheus, grafana) if program is not None]
-    for program in programs:
-        check_free(program, f"--{program.name.lower()}-port")
-    stop = threading.Event()
-    with handled_signals(lambda *_: stop.set(), (signal.SIGINT, signal.SIGTERM)), ExitStack() as stack:
-        started = [(program, stack.enter_context(running(program))) for program in programs]
-        _tell_urls(written, prometheus, grafana)
-        told, listed_by = None, time.monotonic() + LIST_S
-        while not stop.wait(POLL_S):
-            read = None if prometheus is None else read_ports(prometheus)
-            if read not in (None, told) and (read != (0, ()) or time.monotonic() > listed_by):
-                told = read
-                _tell_ports(*read)
-            for program, process in started:
-                if process.poll() is not None:
-                    raise RafceError(f"{program.name} ended with code {process.returncode}; {last_words(program)}")
-        say("ending what was started; what Prometheus gathered stays in its folder")
-
-
-def _tell_urls(written: Written, prometheus: Program | None, grafana: Program | None) -> None:
-    if prometheus is not None:
-        # Debian's package has the pages of Prometheus 1 alone.
-        pages = prometheus.url if answers(f"{prometheus.url}/alerts") else f"{prometheus.url}/classic"
-        say(f"Prometheus: {prometheus.url} (alerts: {pages}/alerts, what it asks: {pages}/targets)")
-        for title, expressions in CURVES.items():
-            say(f"  {title}: {graph_url(prometheus, expressions)}")
-    if grafana is not None:
-        for path, title in written.titles.items():
-            say(f"Grafana, {title}: {grafana.url}/{path}")
-    for program, port in ((prometheus, PROMETHEUS_PORT), (grafana, GRAFANA_PORT)):
-        if program is not None and program.port != port:
-            say(
-                f"for the metrics page of Ray's dashboard, start its cluster with RAY_{program.name.upper()}_HOST={program.url}"
-            )
-    ports = [program.port for program in (prometheus, grafana) if program is not None]
-    forwarded = " ".join(f"-L {port}:127.0.0.1:{port}" for port in ports)
-    say(f"from another machine: ssh -N {forwarded} THIS-MACHINE. Ctrl-C ends what was started.")
-
-
-def graph_url(prometheus: Program, expressions: Sequence[str]) -> str:
-    """The page of Prometheus that draws these expressions, one below the other, over the last hour."""
-    asked = {
-        f"g{number}.{key}": value
-        for number, expression in enumerate(expressions)
-        for key, value in (("expr", expression), ("tab", "0"), ("range_input", "1h"))
-    }
-    return f"{prometheus.url}/graph?{urllib.parse.urlencode(asked, quote_via=urllib.parse.quote)}"
-
-
-def read_ports(prometheus: Program) -> tuple[int, tuple[str, ...]] | None:
-    """How many metrics ports Prometheus reads, and why it does not read the others; None while it does not know of each."""
-    try:
-        ports = json.loads(fetch(f"{prometheus.url}/api/v1/targets?state=active"))["data"]["activeTargets"]
-    except (OSError, ValueError):
-        return None
-    if any(port["health"] == "unknown" for port in ports):
-        return None
-    refused = tuple(port["lastError"] for port in ports if port["health"] != "up")
-    return len(ports) - len(refused), refused
-
-
-def _tell_ports(num_read: int, refused: Sequence[str]) -> None:
-    if refused or not num_read:
-        reason = f": {refused[0]}" if refused else ", because Ray's list of them is empty or not there"
-        warn(f"Prometheus reads {num_read} of {num_read + len(refused)} metrics ports{reason}")
+    discovery: dict[str, Any]
+    if ray is not None:
+        # Prometheus does not see changes of the linked file, so it must look again.
+        discovery = {"file_sd_configs": [{"files": [str(ray / DISCOVERY_FILE)], "refresh_interval": SCRAPE_INTERVAL}]}
     else:
-        say(f"Prometheus reads all {num_read} metrics ports of the cluster")
-
-
-def _tell_missing(written: Written, prometheus: Program | None, grafana: Program | None) -> None:
-    starts = {
-        "Prometheus": f"prometheus --config.file={written.prometheus}",
-        "Grafana": f"grafana server --config={written.grafana}",
+        asked: dict[str, Any] = {"url": f"http://{cluster}/api/prometheus/sd", "refresh_interval": SCRAPE_INTERVAL}
+        if token_file is not None:
+            asked["authorization"] = {"credentials_file": str(token_file)}
+        discovery = {"http_sd_configs": [asked]}
+    prometheus = {
+        "global": {"scrape_interval": SCRAPE_INTERVAL, "evaluation_interval": SCRAPE_INTERVAL},
+        "rule_files": ["rules/*.yaml"],
+        "scrape_configs": [{"job_name": "ray", **discovery}],
     }
-    for name, program in (("Prometheus", prometheus), ("Grafana", grafana)):
-        if program is None:
-            warn(
-                f"{name} is not on the PATH. Get it: {HOW_TO_GET[name]}. Then give this command again, or start it yourself: {starts[name]}"
-            )
+    url = f"http://127.0.0.1:{prometheus_port}"
+    source = {"name": DATASOURCE, "type": "prometheus", "access": "proxy", "url": url, "isDefault": True}
+    folders = {"rafce": "/etc/grafana/dashboards"} | ({} if ray is None else {"Ray": str(ray / RAY_DASHBOARDS)})
+    providers = [
+        {"name": name, "folder": name, "type": "file", "options": {"path": path}} for name, path in folders.items()
+    ]
+    yaml_files = {
+        "compose.yaml": _compose(ray, token_file, prometheus_port=prometheus_port, grafana_port=grafana_port),
+        "prometheus/prometheus.yml": prometheus,
+        "grafana/provisioning/datasources/rafce.yaml": {"apiVersion": 1, "datasources": [source]},
+        "grafana/provisioning/dashboards/rafce.yaml": {"apiVersion": 1, "providers": providers},
+    }
+    return {
+        **{path: yaml.safe_dump(content, sort_keys=False) for path, content in yaml_files.items()},
+        **{f"prometheus/rules/{file.name}": file.read_text() for file in sorted(HERE.glob("alerts*.yaml"))},
+        **{f"grafana/dashboards/{file.name}": file.read_text() for file in sorted((HERE / "grafana").glob("*.json"))},
+    }
 
 
-def _tell_targets(targets: Sequence[str]) -> None:
-    there = sum(answers(f"http://{target}/metrics") for target in targets)
-    if there == 0:
-        warn(
-            f"none of the cluster's {len(targets)} metrics ports answers: it seems to have ended. Prometheus follows the next one by itself."
-        )
-    else:
-        say(f"{there} of the cluster's {len(targets)} metrics ports answer")
+def _compose(ray: Path | None, token_file: Path | None, *, prometheus_port: int, grafana_port: int) -> dict[str, Any]:
+    def bind(source: str, target: str, *, read_only: bool = True) -> dict[str, Any]:
+        # Without this, docker makes a missing source as a folder of root's.
+        return {
+            "type": "bind",
+            "source": source,
+            "target": target,
+            "read_only": read_only,
+            "bind": {"create_host_path": False},
+        }
+
+    ray_mount = [] if ray is None else [bind(str(ray), str(ray))]
+    token_mount = [] if token_file is None else [bind(str(token_file), str(token_file))]
+    # The user's own ids may read Ray's files and write the data folders.
+    common = {"network_mode": "host", "user": f"{os.getuid()}:{os.getgid()}", "restart": "unless-stopped"}
+    return {
+        "services": {
+            "prometheus": {
+                "image": IMAGES["prometheus"],
+                **common,
+                "command": [
+                    "--config.file=/etc/prometheus/prometheus.yml",
+                    "--storage.tsdb.path=/prometheus",
+                    f"--web.listen-address=127.0.0.1:{prometheus_port}",
+                ],
+                "volumes": [
+                    bind("./prometheus", "/etc/prometheus"),
+                    bind("./data/prometheus", "/prometheus", read_only=False),
+                    *ray_mount,
+                    *token_mount,
+                ],
+            },
+            "grafana": {
+                "image": IMAGES["grafana"],
+                **common,
+                # Anyone on this machine may look without a login; Ray's dashboard shows its panels in a frame.
+                "environment": {
+                    "GF_SERVER_HTTP_ADDR": "127.0.0.1",
+                    "GF_SERVER_HTTP_PORT": str(grafana_port),
+                    "GF_AUTH_ANONYMOUS_ENABLED": "true",
+                    "GF_AUTH_ANONYMOUS_ORG_ROLE": "Viewer",
+                    "GF_SECURITY_ALLOW_EMBEDDING": "true",
+                    "GF_ANALYTICS_REPORTING_ENABLED": "false",
+                    "GF_ANALYTICS_CHECK_FOR_UPDATES": "false",
+                    "GF_ANALYTICS_CHECK_FOR_PLUGIN_UPDATES": "false",
+                },
+                "volumes": [
+                    bind("./grafana/provisioning", "/etc/grafana/provisioning"),
+                    bind("./grafana/dashboards", "/etc/grafana/dashboards"),
+                    bind("./data/grafana", "/var/lib/grafana", read_only=False),
+                    *ray_mount,
+                ],
+            },
+        }
+    }
+
+
+def write(folder: Path, files: dict[str, str]) -> list[Path]:
+    """Write the files and make the data folders; returns the files that exist with other content.
+
+    Those stay as they are. The new content goes next to them, as NAME.new, which no program reads.
+    """
+    for data in ("prometheus", "grafana"):
+        (folder / "data" / data).mkdir(parents=True, exist_ok=True)
+    kept = []
+    for name, content in files.items():
+        file = folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if file.exists() and file.read_text() != content:
+            kept.append(file)
+            file = file.with_name(f"{file.name}.new")
+        file.write_text(content)
+    return kept
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="rafce monitor",
-        description="Configure Prometheus and Grafana for a running Ray cluster, and start both where they are installed. Ctrl-C ends them.",
+        description="Write a folder with a docker compose file, Prometheus and Grafana configuration, alert rules and dashboards for a Ray cluster.",
     )
-    parser.add_argument(
+    parser.add_argument("--write", type=Path, required=True, metavar="DIR", help="folder to write")
+    place = parser.add_mutually_exclusive_group()
+    place.add_argument(
         "--ray-folder",
         type=Path,
         metavar="PATH",
-        help="Ray's folder of temporary files (default: RAY_TMPDIR/ray, or /tmp/ray)",
+        help="Ray's folder of temporary files, on the cluster's head node (default: RAY_TMPDIR/ray, or /tmp/ray)",
     )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("monitor"),
-        metavar="FOLDER",
-        help="where configuration and data go (default: monitor)",
+    place.add_argument(
+        "--cluster", metavar="HOST:PORT", help="address of the dashboard of a cluster whose head is another machine"
     )
+    parser.add_argument("--token-file", type=Path, metavar="FILE", help="file with the token that --cluster needs")
     parser.add_argument("--prometheus-port", type=int, default=PROMETHEUS_PORT, metavar="N")
     parser.add_argument("--grafana-port", type=int, default=GRAFANA_PORT, metavar="N")
-    parser.add_argument(
-        "--grafana-home", type=Path, metavar="PATH", help="Grafana's own files, where it does not find them"
-    )
-    parser.add_argument("--write-only", action="store_true", help="write the configuration and start nothing")
     return parser
 
 
 def _main(argv: Sequence[str]) -> int:
     arguments = _parser().parse_args(argv)
-    folder = arguments.ray_folder or ray_folder(os.environ)
-    targets = read_targets(folder)
-    written = write_configuration(
-        arguments.out, folder, prometheus_port=arguments.prometheus_port, grafana_port=arguments.grafana_port
-    )
-    say(
-        f"wrote {written.folder}: {written.prometheus.name}, alert rules, {written.grafana.name}, {len(written.titles)} dashboard(s)"
-    )
-    _tell_targets(targets)
-    prometheus = find_prometheus(written, arguments.prometheus_port)
-    grafana = find_grafana(written, arguments.grafana_port, arguments.grafana_home)
-    _tell_missing(written, prometheus, grafana)
-    if arguments.write_only:
-        return 0
-    if prometheus is None and grafana is None:
-        raise RafceError(
-            "nothing was started: neither program is here. With --write-only the configuration alone is enough."
+    cluster, token_file = arguments.cluster, arguments.token_file
+    if cluster is not None:
+        found = _ADDRESS.fullmatch(cluster)
+        if found is None:
+            raise UsageError(f"--cluster {cluster}: expected HOST:PORT of Ray's dashboard, such as 10.0.0.5:8265.")
+        cluster, ray = found[1], None
+    else:
+        ray = (arguments.ray_folder or ray_folder()).absolute()
+    if token_file is not None:
+        if cluster is None:
+            raise UsageError("--token-file is for --cluster: Ray's folder is read without a token.")
+        if not token_file.is_file():
+            raise UsageError(f"--token-file {token_file}: there is no such file. Write it: ray get-auth-token > FILE")
+        token_file = token_file.absolute()
+    ports = {"prometheus_port": arguments.prometheus_port, "grafana_port": arguments.grafana_port}
+    files = configuration(ray, cluster, token_file, **ports)
+    for file in write(arguments.write, files):
+        warn(f"{file} has other content and was kept. The new content is in {file.name}.new")
+    say(f"Wrote {arguments.write}: compose.yaml, prometheus/ with alert rules, grafana/ with dashboards.")
+    if ray is not None and not (ray / DISCOVERY_FILE).exists():
+        warn(
+            f"{ray / DISCOVERY_FILE} does not exist: no Ray cluster with a dashboard was started with this folder on this "
+            "machine. Start one first, or name Ray's folder with --ray-folder or another machine's dashboard with --cluster."
         )
-    monitor(written, prometheus, grafana)
+    compose = shlex.quote(str(arguments.write / "compose.yaml"))
+    say(f"Start both: docker compose -f {compose} up -d    Stop both: docker compose -f {compose} down")
+    say(f"Prometheus: http://127.0.0.1:{arguments.prometheus_port} (/alerts, /targets)")
+    boards = [json.loads(content) for name, content in files.items() if name.endswith(".json")]
+    for board in boards:
+        say(f"Grafana, {board['title']}: http://127.0.0.1:{arguments.grafana_port}/d/{board['uid']}")
+    forwarded = " ".join(f"-L {port}:127.0.0.1:{port}" for port in ports.values())
+    say(f"From another machine: ssh -N {forwarded} THIS-MACHINE")
+    for name, port, usual in (
+        ("PROMETHEUS", arguments.prometheus_port, PROMETHEUS_PORT),
+        ("GRAFANA", arguments.grafana_port, GRAFANA_PORT),
+    ):
+        if port != usual:
+            say(
+                f"For the metrics page of Ray's dashboard, start the cluster with RAY_{name}_HOST=http://127.0.0.1:{port}"
+            )
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import http.client
 import ipaddress
 import logging
 import os
@@ -15,6 +16,7 @@ import tempfile
 import threading
 import time
 import urllib.error
+import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,9 +25,7 @@ from typing import Any
 from rafce_ray.config import apply_overrides
 from rafce_ray.console import handled_signals, run_main, say
 from rafce_ray.errors import RafceError, UsageError
-from rafce_ray.monitoring.dashboard import dashboard_line
-from rafce_ray.monitoring.programs import fetch
-from rafce_ray.ray_environment import check_ray, ray_address
+from rafce_ray.ray_environment import check_ray, dashboard_line, ray_address
 from rafce_ray.serve.drain import DRAIN_S, drain, outcome
 from rafce_ray.serve.fast_path import fast_path
 from rafce_ray.service.app import num_cores
@@ -195,14 +195,16 @@ def _cause(messages: Sequence[str]) -> str:
 def _wait_until_ready(url: str, stop: threading.Event) -> None:
     """Until the canary image was answered through the open port. RafceError where that takes more than READY_S."""
     deadline, last = time.monotonic() + READY_S, "nothing answers"
+    # The environment may name a proxy, which does not reach this machine's own ports.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     while not stop.wait(POLL_S):
         try:
-            fetch(f"{url}/readyz", timeout_s=10)
+            opener.open(f"{url}/readyz", timeout=10).close()
             return
         except urllib.error.HTTPError as error:
             last = f"status {error.code}: {error.read(1000).decode(errors='replace')}"
-        except OSError as error:
-            last = str(error)
+        except (OSError, http.client.HTTPException) as error:
+            last = str(error) or type(error).__name__
         if time.monotonic() > deadline:
             raise RafceError(f"{url}/readyz did not answer 200 within {READY_S:.0f} s; the last answer: {last}")
 

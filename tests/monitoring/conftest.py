@@ -8,7 +8,6 @@ import pytest
 import yaml
 
 import rafce_ray.monitoring
-from rafce_ray.monitoring.command import CURVES
 
 MONITORING = Path(rafce_ray.monitoring.__file__).parent
 
@@ -28,8 +27,8 @@ def rules() -> list[dict]:
 
 @pytest.fixture(scope="session")
 def expressions(dashboard: dict, rules: list[dict]) -> list[str]:
-    """Every expression of the dashboard, its variables' included, of the alert rules, and of the curves without Grafana."""
+    """Every expression of the dashboard, its variables included, and of the alert rules."""
     targets = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])]
     variables = [one["query"]["query"] for one in dashboard["templating"]["list"] if one["type"] == "query"]
     asked = [re.fullmatch(r"label_values\((.*),\s*\w+\)", query)[1] for query in variables]
-    return [*targets, *asked, *(rule["expr"] for rule in rules), *CURVES["training"]]
+    return [*targets, *asked, *(rule["expr"] for rule in rules)]

@@ -1,49 +1,13 @@
-"""``rafce monitor``: the files that it writes, the programs that it starts, and that it ends only those."""
+"""``rafce monitor --write``: the compose file, the configuration that it mounts, and what a user changed."""
 
 import json
-import os
-import re
-import signal
 import subprocess
-import sys
-import time
-import urllib.parse
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pytest
 import yaml
-from serving import free_port
 
-from rafce_ray.errors import RafceError, UsageError
-from rafce_ray.monitoring import command
-from rafce_ray.monitoring.configuration import DISCOVERY_FILE, ray_folder, read_targets, write_configuration
-from rafce_ray.monitoring.dashboard import dashboard_line
-from rafce_ray.monitoring.programs import Program, answers, check_free, find_grafana, find_prometheus, running
-
-PROGRAM = """#!{python}
-import sys, http.server
-port = int(next(one for one in sys.argv if one.startswith("--web.listen-address=")).rpartition(":")[2])
-pages = {{
-    "/-/ready": b"",
-    "/api/v1/targets?state=active": b'''{{"data": {{"activeTargets": [
-        {{"health": "up", "lastError": ""}}, {{"health": "down", "lastError": "connection refused"}}]}}}}''',
-}}
-class Ready(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.send_response(200 if self.path in pages else 404)
-        self.end_headers()
-        self.wfile.write(pages.get(self.path, b""))
-print("listening", *sys.argv[1:], flush=True)
-http.server.HTTPServer(("127.0.0.1", port), Ready).serve_forever()
-"""
-"""Answers as Debian's Prometheus does when it is asked whether it is ready, and which ports it reads."""
-
-
-def executable(path: Path, text: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-    path.chmod(0o755)
-    return path
+from rafce_ray.monitoring.command import DISCOVERY_FILE, IMAGES, main
 
 
 @pytest.fixture
@@ -51,163 +15,134 @@ def ray(tmp_path) -> Path:
     """Ray's folder as the head of a cluster leaves it."""
     folder = tmp_path / "ray"
     folder.mkdir()
-    groups = [{"labels": {"job": "ray"}, "targets": ["127.0.0.1:1", "127.0.0.1:2"]}]
-    (folder / DISCOVERY_FILE).write_text(json.dumps(groups))
+    (folder / DISCOVERY_FILE).write_text(json.dumps([{"labels": {"job": "ray"}, "targets": ["127.0.0.1:1"]}]))
     return folder
 
 
-@pytest.mark.parametrize(
-    ("environment", "folder"),
-    [({}, "/tmp/ray"), ({"TMPDIR": "/scratch"}, "/scratch/ray"), ({"TMPDIR": "/a", "RAY_TMPDIR": "/b"}, "/b/ray")],
-)
-def test_rays_folder_is_found_where_ray_puts_it(environment, folder):
-    assert ray_folder(environment) == Path(folder)
+def written(folder: Path, *options: str) -> Path:
+    assert main(["--write", str(folder), *options]) == 0
+    return folder
 
 
-def test_no_cluster_is_an_error_that_names_the_file_and_the_remedy(tmp_path):
-    with pytest.raises(UsageError, match=rf"{DISCOVERY_FILE}: there is no such file.*--ray-folder"):
-        read_targets(tmp_path)
-    (tmp_path / DISCOVERY_FILE).write_text('{"targets": 3}')
-    with pytest.raises(UsageError, match="not Ray's list of metrics ports"):
-        read_targets(tmp_path)
+def read(file: Path) -> dict:
+    return yaml.safe_load(file.read_text())
 
 
-def test_the_configuration_is_valid_and_names_files_that_are_there(ray, tmp_path):
-    assert read_targets(ray) == ["127.0.0.1:1", "127.0.0.1:2"]
-    written = write_configuration(tmp_path / "out", ray, prometheus_port=9091, grafana_port=3001)
-    prometheus = yaml.safe_load(written.prometheus.read_text())
+def mounts(folder: Path, service: str) -> dict[str, Path]:
+    """Path in the container -> path on this machine."""
+    volumes = read(folder / "compose.yaml")["services"][service]["volumes"]
+    assert all(volume["type"] == "bind" and not volume["bind"]["create_host_path"] for volume in volumes)
+    return {volume["target"]: folder / volume["source"] for volume in volumes}
+
+
+def on_this_machine(path: str, mounted: dict[str, Path]) -> Path:
+    """The file that a container sees at ``path``."""
+    target = max((one for one in mounted if PurePosixPath(path).is_relative_to(one)), key=len)
+    return mounted[target] / PurePosixPath(path).relative_to(target)
+
+
+def test_the_compose_file_starts_pinned_images_on_loopback_and_mounts_what_is_there(ray, tmp_path):
+    folder = written(tmp_path / "out", "--ray-folder", str(ray), "--prometheus-port=9091", "--grafana-port=3001")
+    compose = read(folder / "compose.yaml")
+    assert compose.keys() == {"services"}
+    assert {name: service["image"] for name, service in compose["services"].items()} == IMAGES
+    assert all(image.rpartition(":")[2].lstrip("v").count(".") == 2 for image in IMAGES.values())
+    for name, service in compose["services"].items():
+        assert service["network_mode"] == "host"
+        assert all(place.exists() for place in mounts(folder, name).values())
+    prometheus, grafana = compose["services"]["prometheus"], compose["services"]["grafana"]
+    assert "--web.listen-address=127.0.0.1:9091" in prometheus["command"]
+    assert (grafana["environment"]["GF_SERVER_HTTP_ADDR"], grafana["environment"]["GF_SERVER_HTTP_PORT"]) == (
+        "127.0.0.1",
+        "3001",
+    )
+    [config] = [one.partition("=")[2] for one in prometheus["command"] if one.startswith("--config.file=")]
+    assert on_this_machine(config, mounts(folder, "prometheus")) == folder / "prometheus" / "prometheus.yml"
+
+
+def test_prometheus_reads_rays_ports_and_the_alert_rules(ray, tmp_path):
+    folder = written(tmp_path / "out", "--ray-folder", str(ray))
+    prometheus = read(folder / "prometheus" / "prometheus.yml")
     [scrape] = prometheus["scrape_configs"]
-    assert scrape["file_sd_configs"] == [{"files": [str(ray / DISCOVERY_FILE)], "refresh_interval": "10s"}]
+    [discovery] = scrape["file_sd_configs"]
+    assert on_this_machine(discovery["files"][0], mounts(folder, "prometheus")) == ray / DISCOVERY_FILE
     [pattern] = prometheus["rule_files"]
-    rules = sorted(Path(pattern).parent.glob(Path(pattern).name))
-    assert "alerts.yaml" in [file.name for file in rules]
-    assert all(yaml.safe_load(file.read_text())["groups"] for file in rules)
+    rules = sorted((folder / "prometheus").glob(pattern))
+    assert [file.name for file in rules] == ["alerts.yaml", "alerts_serve.yaml"]
+    assert all(read(file)["groups"] for file in rules)
 
-    grafana = written.grafana.parent
-    provisioning = Path(re.search(r"^provisioning = (.*)$", written.grafana.read_text(), re.MULTILINE)[1])
-    assert provisioning == grafana / "provisioning"
-    [source] = yaml.safe_load((provisioning / "datasources" / "rafce.yaml").read_text())["datasources"]
+
+@pytest.mark.needs("promtool")
+@pytest.mark.parametrize("cluster", [False, True])
+def test_prometheus_itself_takes_the_configuration(ray, tmp_path, cluster):
+    place = ["--cluster", "10.0.0.5:8265"] if cluster else ["--ray-folder", str(ray)]
+    config = written(tmp_path / "out", *place) / "prometheus" / "prometheus.yml"
+    done = subprocess.run(["promtool", "check", "config", str(config)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("rules found") == 2
+
+
+def test_grafana_gets_prometheus_our_dashboards_and_rays(ray, tmp_path):
+    folder = written(tmp_path / "out", "--ray-folder", str(ray), "--prometheus-port=9091")
+    mounted = mounts(folder, "grafana")
+    provisioning = on_this_machine("/etc/grafana/provisioning", mounted)
+    [source] = read(provisioning / "datasources" / "rafce.yaml")["datasources"]
     assert (source["name"], source["url"]) == ("Prometheus", "http://127.0.0.1:9091")
-    providers = yaml.safe_load((provisioning / "dashboards" / "rafce.yaml").read_text())["providers"]
-    ours, rays = (Path(one["options"]["path"]) for one in providers)
-    uids = [json.loads(file.read_text())["uid"] for file in ours.glob("*.json")]
-    assert [f"d/{uid}" for uid in sorted(uids)] == sorted(written.titles)
+    providers = read(provisioning / "dashboards" / "rafce.yaml")["providers"]
+    ours, rays = (on_this_machine(one["options"]["path"], mounted) for one in providers)
+    assert {json.loads(file.read_text())["uid"] for file in ours.glob("*.json")} == {"rafceServe", "rafceTrainTune"}
     assert rays == ray / "session_latest" / "metrics" / "grafana" / "dashboards"
 
 
-def test_what_a_user_changed_is_moved_aside_and_what_a_user_added_stays(ray, tmp_path, capsys):
-    def write() -> Path:
-        return write_configuration(tmp_path / "out", ray, prometheus_port=9090, grafana_port=3000).prometheus
+def test_another_machines_cluster_is_asked_through_its_dashboard(tmp_path, capsys):
+    token = tmp_path / "token"
+    token.write_text("secret")
+    folder = written(tmp_path / "out", "--cluster", "http://10.0.0.5:8265/", "--token-file", str(token))
+    [scrape] = read(folder / "prometheus" / "prometheus.yml")["scrape_configs"]
+    [asked] = scrape["http_sd_configs"]
+    assert asked["url"] == "http://10.0.0.5:8265/api/prometheus/sd"
+    assert on_this_machine(asked["authorization"]["credentials_file"], mounts(folder, "prometheus")) == token
+    assert "secret" not in "".join(file.read_text() for file in folder.rglob("*") if file.is_file())
+    assert len(read(folder / "grafana" / "provisioning" / "dashboards" / "rafce.yaml")["providers"]) == 1
+    assert "no Ray cluster" not in capsys.readouterr().err
 
-    prometheus = write()
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--cluster", "head"], "--cluster head: expected HOST:PORT"),
+        (["--cluster", "head:8265", "--token-file", "gone"], "--token-file gone: there is no such file"),
+        (["--token-file", "gone"], "--token-file is for --cluster"),
+    ],
+)
+def test_an_option_that_cannot_be_is_refused_and_nothing_is_written(tmp_path, capsys, options, reason):
+    assert main(["--write", str(tmp_path / "out"), *options]) == 2
+    assert reason in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_user_changed_or_added_stays(ray, tmp_path, capsys):
+    folder, options = tmp_path / "out", ("--ray-folder", str(ray))
+    prometheus = written(folder, *options) / "prometheus" / "prometheus.yml"
     added = prometheus.parent / "rules" / "mine.yaml"
     added.write_text("groups: []\n")
-    again = write()
-    assert capsys.readouterr().err == ""
-    assert not list(again.parent.glob("*.before-*"))
+    original = prometheus.read_text()
+    written(folder, *options)
+    assert "was kept" not in capsys.readouterr().err
+    assert not list(folder.rglob("*.new"))
     prometheus.write_text("mine: 1\n")
-    write()
-    assert "prometheus.yml differed from what is written now: it is kept as prometheus.yml.before-1" in " ".join(
-        capsys.readouterr().err.split()
-    )
-    assert prometheus.with_name("prometheus.yml.before-1").read_text() == "mine: 1\n"
-    assert yaml.safe_load(prometheus.read_text())["scrape_configs"]
+    written(folder, *options)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "prometheus.yml has other content and was kept. The new content is in prometheus.yml.new" in said
+    assert prometheus.read_text() == "mine: 1\n"
+    assert prometheus.with_name("prometheus.yml.new").read_text() == original
     assert added.read_text() == "groups: []\n"
 
 
-def test_a_program_is_there_for_the_block_and_gone_after_it(tmp_path):
-    binary = executable(tmp_path / "bin" / "prometheus", PROGRAM.format(python=sys.executable))
-    port = free_port()
-    program = Program("Prometheus", (str(binary), f"--web.listen-address=:{port}"), port, "-/ready", tmp_path / "log")
-    with running(program) as process:
-        assert answers(f"{program.url}/-/ready")
-        with pytest.raises(UsageError, match=f"--prometheus-port {port}: another program listens there"):
-            check_free(program, "--prometheus-port")
-    assert process.poll() is not None
-    assert not answers(f"{program.url}/-/ready")
-    check_free(program, "--prometheus-port")
-
-
-def test_a_program_that_does_not_come_up_is_an_error_with_its_last_words(tmp_path):
-    binary = executable(tmp_path / "grafana", "#!/bin/sh\necho no such folder: /usr/share >&2\nexit 3\n")
-    program = Program("Grafana", (str(binary),), free_port(), "api/health", tmp_path / "log")
-    with (
-        pytest.raises(RafceError, match=r"(?s)Grafana ended with code 3.*no such folder: /usr/share"),
-        running(program),
-    ):
-        pytest.fail("it is not up")
-
-
-def test_programs_are_found_on_the_path_and_given_what_was_written(ray, tmp_path, monkeypatch):
-    written = write_configuration(tmp_path / "out", ray, prometheus_port=1, grafana_port=2)
-    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
-    assert find_prometheus(written, 1) is None
-    assert find_grafana(written, 2, None) is None
-    for name in ("prometheus", "grafana"):
-        executable(tmp_path / "bin" / name, "")
-    assert f"--config.file={written.prometheus}" in find_prometheus(written, 1).command
-    found = find_grafana(written, 2, tmp_path / "home")
-    assert found.command[1:] == ("server", f"--config={written.grafana}", f"--homepath={tmp_path / 'home'}")
-
-
-def test_the_command_says_what_is_missing_and_how_to_get_it(ray, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    arguments = ["--ray-folder", str(ray), "--out", str(tmp_path / "out")]
-    assert command.main([*arguments, "--write-only"]) == 0
+def test_the_next_command_is_printed_and_a_missing_cluster_is_a_warning(tmp_path, capsys):
+    folder = written(tmp_path / "my out", "--ray-folder", str(tmp_path / "none"), "--grafana-port=3001")
     said = " ".join(capsys.readouterr().err.split())
-    assert "none of the cluster's 2 metrics ports answers" in said
-    assert "Prometheus is not on the PATH. Get it: apt-get install prometheus" in said
-    assert f"grafana server --config={tmp_path / 'out' / 'grafana' / 'grafana.ini'}" in said
-    assert command.main(arguments) == 1
-    assert "nothing was started" in capsys.readouterr().err
-
-
-def test_the_command_starts_what_is_there_and_ends_only_that(ray, tmp_path):
-    executable(tmp_path / "bin" / "prometheus", PROGRAM.format(python=sys.executable))
-    port = free_port()
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "rafce_ray.cli",
-            "monitor",
-            "--ray-folder",
-            str(ray),
-            "--out",
-            "out",
-            f"--prometheus-port={port}",
-        ],
-        cwd=tmp_path,
-        env=os.environ | {"PATH": str(tmp_path / "bin"), "PYTHONPATH": str(Path(command.__file__).parents[2])},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        deadline = time.monotonic() + 60
-        while not answers(f"http://127.0.0.1:{port}/-/ready"):
-            assert process.poll() is None, process.stderr.read()
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        said = []
-        for line in process.stderr:
-            said.append(line)
-            if "metrics ports:" in line:
-                break
-        assert "Prometheus reads 1 of 2 metrics ports: connection refused" in said[-1]
-        [curves] = [line for line in said if "  training:" in line]
-        assert urllib.parse.parse_qs(curves.partition("?")[2].strip())["g0.expr"] == [command.CURVES["training"][0]]
-        assert any(f"alerts: http://127.0.0.1:{port}/classic/alerts" in line for line in said)
-    finally:
-        process.send_signal(signal.SIGTERM)
-    with process.stderr:
-        assert process.wait(30) == 0, process.stderr.read()
-    assert not answers(f"http://127.0.0.1:{port}/-/ready")
-
-
-def test_the_dashboards_line_says_how_to_get_past_what_guards_it():
-    plain = dashboard_line("127.0.0.1:8265", "jobs", {"RAY_AUTH_MODE": "disabled"}, started_here=True)
-    assert plain == "dashboard: http://127.0.0.1:8265/#/jobs; curves: rafce monitor"
-    guarded = dashboard_line("127.0.0.1:8265", "jobs", {"RAY_AUTH_MODE": "token"}, started_here=False)
-    assert "#/jobs (it asks for a token: ray get-auth-token prints it; " in guarded
-    assert "ssh -N -L 8265:127.0.0.1:8265 HEAD-NODE" in guarded
-    assert "ssh" not in dashboard_line("10.0.0.7:8265", "jobs", {}, started_here=False)
+    assert f"docker compose -f '{folder}/compose.yaml' up -d" in said
+    assert f"{DISCOVERY_FILE} does not exist: no Ray cluster" in said
+    assert "http://127.0.0.1:3001/d/rafceTrainTune" in said
+    assert "RAY_GRAFANA_HOST=http://127.0.0.1:3001" in said

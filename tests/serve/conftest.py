@@ -10,7 +10,6 @@ import yaml
 from PIL import Image
 
 import rafce_ray
-from rafce_ray.monitoring.command import CURVES
 from rafce_ray.registry.command import main as bundle_command
 from rafce_ray.taxonomy import RAFCE_EMOTIONS
 
@@ -69,8 +68,7 @@ MONITORING = Path(rafce_ray.__file__).parent / "monitoring"
 
 
 def expressions() -> Iterator[tuple[str, str]]:
-    """Where each PromQL expression of the dashboard, the alert rules and the curves without Grafana stands, and the expression."""
-    yield from (("curves", expression) for expression in CURVES["serving"])
+    """Where each PromQL expression of the dashboard and the alert rules stands, and the expression."""
     for panel in json.loads((MONITORING / "grafana" / "serve.json").read_text())["panels"]:
         for target in panel.get("targets", []):
             yield panel["title"], target["expr"]
