@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from rafce_ray.errors import UsageError
 
@@ -71,42 +72,24 @@ def learning_rate(step: int, *, total_steps: int, warmup_steps: int, lr: float, 
     return lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-class AveragedWeights(nn.Module):
-    """An exponential moving average of a module's parameters and floating-point buffers.
+def build_ema(module: nn.Module, decay: float) -> AveragedModel | None:
+    """An exponential moving average of parameters and buffers, on the module's device; None for a decay of 0.
 
     After n updates the next one keeps a share of min(decay, (1 + n) / (10 + n)), so that the average of a short run is not its
-    initial weights; the very first update copies. ``module`` is the averaged copy; it and ``n_averaged`` are the whole state.
-    Integer buffers are copied. The counter stays on the CPU: an update never waits for the device.
+    initial weights. The first update copies. Integer buffers are always copied.
     """
-
-    n_averaged: Tensor
-
-    def __init__(self, module: nn.Module, decay: float) -> None:
-        super().__init__()
-        self.module = copy.deepcopy(module).requires_grad_(False).eval()
-        self.decay = decay
-        self.register_buffer("n_averaged", torch.zeros((), dtype=torch.int64))
-
-    def next_decay(self) -> float:
-        """The share of the average that the next update keeps; 0 for the first."""
-        done = int(self.n_averaged)
-        return min(self.decay, (1 + done) / (10 + done)) if done else 0.0
+    if decay <= 0:
+        return None
 
     @torch.no_grad()
-    def update_parameters(self, module: nn.Module) -> None:
-        """Move the average towards ``module``'s current weights."""
-        averaged, current = _floating(self.module), _floating(module)
-        torch._foreach_lerp_(averaged, current, 1.0 - self.next_decay())
-        for ours, theirs in zip(self.module.buffers(), module.buffers(), strict=True):
-            if not ours.is_floating_point():
-                ours.copy_(theirs)
-        self.n_averaged += 1
+    def update(averaged: Any, current: Any, _: Tensor | int) -> None:
+        if averaged[0].is_floating_point():
+            # The argument is a copy of this counter on the device, which would have to be waited for.
+            done = int(ema.n_averaged)
+            get_ema_multi_avg_fn(min(decay, (1 + done) / (10 + done)))(averaged, current, done)
+        else:
+            torch._foreach_copy_(averaged, current)
 
-
-def build_ema(module: nn.Module, decay: float) -> AveragedWeights | None:
-    """Averaged weights that start as a copy of ``module`` on its device; None for a decay of 0."""
-    return AveragedWeights(module, decay) if decay > 0 else None
-
-
-def _floating(module: nn.Module) -> list[Tensor]:
-    return [tensor for tensor in (*module.parameters(), *module.buffers()) if tensor.is_floating_point()]
+    ema = AveragedModel(module, multi_avg_fn=update, use_buffers=True)
+    ema.requires_grad_(False).eval()
+    return ema
