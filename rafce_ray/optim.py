@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from rafce_ray.errors import UsageError
 
@@ -86,7 +86,7 @@ def build_ema(module: nn.Module, decay: float) -> AveragedModel | None:
         if averaged[0].is_floating_point():
             # The argument is a copy of this counter on the device, which would have to be waited for.
             done = int(ema.n_averaged)
-            get_ema_multi_avg_fn(min(decay, (1 + done) / (10 + done)))(averaged, current, done)
+            torch._foreach_lerp_(averaged, current, 1.0 - min(decay, (1 + done) / (10 + done)))
         else:
             torch._foreach_copy_(averaged, current)
 
