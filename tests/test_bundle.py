@@ -146,17 +146,6 @@ def test_without_a_canary(tmp_path, bundle, model):
     assert check_canary(computed.outputs, stored.canary, stored.calibration) <= 1e-6
 
 
-@pytest.mark.parametrize("version", [1, 2, 3])
-def test_older_versions_are_read(bundle, version):
-    later = ["drift_reference", "canary", "association"][: 4 - version]
-    edit(bundle, lambda m: [m.update(format_version=version), *map(m.pop, later)])
-    if version < 3:
-        (bundle / "canary.safetensors").unlink()
-    loaded = load_bundle(bundle)
-    assert (loaded.taxonomy, loaded.association, loaded.drift_reference) == (TAXONOMY, None, None)
-    assert (loaded.canary is None) == (version < 3)
-
-
 def test_a_canary_cut_short_altered_or_missing(bundle):
     path = bundle / "canary.safetensors"
     content = path.read_bytes()
