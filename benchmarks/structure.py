@@ -2,7 +2,7 @@
 
 Source is read, not imported, so that any checkout can be measured. An import is *at the top* where loading the module runs it; others
 are inside functions. Imports for type checkers alone, and modules named in strings (``rafce`` loads its verbs so), are not counted.
-A room is a folder of the package or a module beside the folders; an arrow is a pair of rooms of which one imports the other.
+A room is a folder of the package or a top-level module; an arrow is a pair of rooms of which one imports the other.
 
 Run: python benchmarks/structure.py [CHECKOUT] [--json] [--no-times] [--out benchmarks/results/structure.json]
 """
@@ -51,7 +51,7 @@ class Module:
 
     @property
     def room(self) -> str:
-        """The folder or, beside the folders, the module itself; ``rafce_ray`` for the package's own file."""
+        """The folder or the top-level module; ``rafce_ray`` for the package's own file."""
         parts = self.name.split(".")
         return parts[1] if len(parts) > 1 else parts[0]
 
@@ -261,7 +261,7 @@ def cpu_seconds(command: Sequence[str], where: dict[str, Any]) -> tuple[float, i
 def show(figures: dict[str, Any]) -> None:
     """All of it as text."""
     print(f"{figures['files']} Python files, {figures['lines']:,} lines, {figures['mean_lines']} a file on average")
-    print(f"{len(figures['top_modules'])} modules beside folders: {short(figures['top_modules'])}")
+    print(f"{len(figures['top_modules'])} top-level modules: {short(figures['top_modules'])}")
     few = figures["at_most_one_importer"]
     print(f"{len(few)} modules with at most one importer: {short(few)}")
     for key, what in (

@@ -248,3 +248,27 @@ def test_the_dashboards_line_says_how_to_get_past_what_guards_it():
     assert "#/jobs (it asks for a token: ray get-auth-token prints it; " in guarded
     assert "ssh -N -L 8265:127.0.0.1:8265 HEAD-NODE" in guarded
     assert "ssh" not in dashboard_line("10.0.0.7:8265", "jobs", {}, started_here=False)
+
+
+def test_another_release_of_ray_is_reported_with_the_tested_one(monkeypatch, capsys):
+    monkeypatch.setattr(ray_environment, "version", lambda package: "2.99.0")
+    check_ray()
+    told = capsys.readouterr().err
+    assert "Ray 2.99.0 is installed; rafce_ray is tested with Ray 2.60.0 only" in " ".join(told.split())
+    with (
+        pytest.raises(RafceError, match=r"Ray 2\.99\.0 has moved a private part of Ray Tune .*pip install"),
+        ray_environment.private_part("Ray Tune"),
+    ):
+        from ray.tune import no_such_part  # noqa: F401
+
+
+def test_a_missing_ray_is_reported_with_the_command_that_installs_it(monkeypatch):
+    def missing(package: str) -> str:
+        raise ray_environment.PackageNotFoundError(package)
+
+    monkeypatch.setattr(ray_environment, "version", missing)
+    with (
+        pytest.raises(UsageError, match=r"Ray is not installed\. .*pip install"),
+        ray_environment.private_part("Ray Tune"),
+    ):
+        from ray.tune import no_such_part  # noqa: F401

@@ -24,15 +24,17 @@ def rungs_of(scheduler: ASHAScheduler) -> list[list[tuple[float, dict[str, float
     return [[(float(epoch), recorded) for epoch, recorded in bracket._rungs] for bracket in scheduler._brackets]
 
 
-def judge(scheduler: ASHAScheduler, bracket: int, name: str, epoch: int, score: float) -> tuple[float | None, bool]:
-    """Enter a trial into its highest open rung. The rung's cutoff before that, None without one; whether the trial stops.
+def enter_rung(
+    scheduler: ASHAScheduler, bracket: int, recorded: dict[str, float], name: str, epoch: int, score: float
+) -> tuple[float | None, bool]:
+    """Enter a trial into the highest rung that it has reached, whose scores are ``recorded``.
 
-    Ray's own entry point draws the bracket and needs a trial object that a new start does not have.
+    Returns the rung's cutoff before that, None without one, and whether the trial stops. Ray's own entry point draws the
+    bracket and needs a trial object that a new start does not have.
     """
-    asked = scheduler._brackets[bracket]
-    recorded = next(recorded for at, recorded in asked._rungs if epoch >= at)
-    cutoff = asked.cutoff(recorded)
-    stopped = asked.on_result(Named(name), epoch, score) == TrialScheduler.STOP
+    entered = scheduler._brackets[bracket]
+    cutoff = entered.cutoff(recorded)
+    stopped = entered.on_result(Named(name), epoch, score) == TrialScheduler.STOP
     return None if cutoff is None else float(cutoff), stopped
 
 

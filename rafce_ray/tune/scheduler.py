@@ -19,7 +19,7 @@ from rafce_ray.study.rungs import RungEntry, read_rungs, write_rungs
 from rafce_ray.study.trials import conclude
 from rafce_ray.study_folder import StudyFolder
 from rafce_ray.tune.nested import free_workers
-from rafce_ray.tune.ray_private import Named, PatientMedian, judge, remember_results, results_of, rungs_of
+from rafce_ray.tune.ray_private import Named, PatientMedian, enter_rung, remember_results, results_of, rungs_of
 
 STOPPED = "stopped_by_scheduler"
 
@@ -147,10 +147,10 @@ class Halving(Concluding, ASHAScheduler):  # type: ignore[misc]
         rung = next(((at, recorded) for at, recorded in rungs_of(self)[index] if epoch >= at), None)
         if rung is None or name in rung[1]:
             return None
-        milestone = rung[0]
+        milestone, recorded = rung
         if score is None or not math.isfinite(score):
             return f"the {self.course.metric} is undefined at the rung of epoch {milestone:g}: it cannot be compared"
-        cutoff, stopped = judge(self, index, name, epoch, score)
+        cutoff, stopped = enter_rung(self, index, recorded, name, epoch, score)
         self._record(
             RungEntry(
                 trial=name,

@@ -27,7 +27,7 @@ def test_the_last_known_ingress_is_remembered_while_an_application_is_built_agai
     assert manager.get_ingress_deployment_name("another") is None
 
 
-def test_ray_says_whether_it_uses_haproxy_and_where_it_writes_its_logs():
+def test_ray_says_whether_it_uses_haproxy_a_thread_for_the_application_and_middlewares():
     assert isinstance(ray_private.USES_HAPROXY, bool)
     assert isinstance(ray_private.HAS_USER_THREAD, bool)
     assert isinstance(ray_private.MIDDLEWARES, str | None)
