@@ -25,7 +25,6 @@ UNITS = {
     "_epoch": "epochs",
     "patience": "epochs",
     "grace_period": "epochs",
-    "perturbation_interval": "epochs",
     "_images": "images",
     "_faces": "faces",
     "batch_size": "images",

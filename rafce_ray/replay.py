@@ -102,7 +102,7 @@ def plan_replay(original: RunFolder, overrides: Sequence[str] = ()) -> Plan:
 
 
 def _refuse_unrepeatable(original: RunFolder) -> None:
-    """UsageError for a trial that was ended from outside, or that took over another's weights: its configuration alone does not repeat it."""
+    """UsageError for a trial that was stopped early or whose weights come from another trial: its configuration does not repeat it."""
     result = original.result() or {}
     if result.get("status") in ("stopped_by_scheduler", "failed"):
         raise UsageError(
@@ -110,13 +110,12 @@ def _refuse_unrepeatable(original: RunFolder) -> None:
             "are no final figures to repeat. To train its configuration to the end: "
             f"rafce train --config {(original.location / 'config.yaml').command} run.name=NAME run.storage=FOLDER"
         )
-    adopted = [event for event in original.events() if event["event"] == "adopted"]
-    if adopted:
-        last = adopted[-1]
+    # Population-based training is gone, but its trials are still on disk.
+    if any(event["event"] == "adopted" for event in original.events()):
         raise UsageError(
-            f"{original.location} took over the weights of {last['donor']} after epoch {last['epoch']}, so its configuration alone does not "
-            "give its figures again. Its schedule.jsonl lists which values trained its weights, and when. To train its last values from "
-            f"scratch: rafce train --config {(original.location / 'config.yaml').command} run.name=NAME run.storage=FOLDER"
+            f"{original.location} is a trial of population-based training and took over the weights of another trial. Its configuration does "
+            f"not give the same figures. To train its last values from scratch: rafce train --config {(original.location / 'config.yaml').command} "
+            "run.name=NAME run.storage=FOLDER"
         )
 
 

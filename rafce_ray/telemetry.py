@@ -95,16 +95,14 @@ def count_to(metric: Metric, tags: tuple[str, ...], total: int) -> None:
 class RunTelemetry:
     """What rank 0 of a run, or of a trial, shows of it while it trains."""
 
-    def __init__(self, job: Job, *, is_paused_by_design: bool = False) -> None:
-        """``is_paused_by_design``: a population's trial begins anew after every exchange, which is no restart."""
+    def __init__(self, job: Job) -> None:
         self._folder = RunFolder(job.run_dir)
         self._run = self._folder.label
         self._last_step = time.time()
         self._publisher = Publisher()
         self._publisher.show([Sample(MAX_EPOCHS, (self._run,), float(job.config.optim.epochs)), self._step()])
-        if not is_paused_by_design:
-            # The loop puts this start on record when it begins.
-            self._count(RESTARTS, "started")
+        # The loop puts this start on record when it begins.
+        self._count(RESTARTS, "started")
         self._count(INVALID_CHECKPOINTS, "invalid_checkpoint")
 
     def step_done(self) -> None:

@@ -8,8 +8,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import ray
@@ -34,7 +32,6 @@ from rafce_ray.engine import fit
 from rafce_ray.errors import RafceError
 from rafce_ray.run_folder import RunFolder
 from rafce_ray.session import Job, LocalSession
-from rafce_ray.study.adoption import Adoption, adopt, complete_adoption, is_on_record, write_offer
 from rafce_ray.study.trials import check_sampled, conclude, read_plan
 from rafce_ray.study_folder import StudyFolder
 from rafce_ray.telemetry import RunTelemetry
@@ -178,15 +175,13 @@ def trial_worker(plain: dict[str, Any], study: str, metric: str) -> dict[str, An
     """Ray Tune's function: trains the trial that ``plain["trial"]`` names in this process; returns how it ended.
 
     ``metric``: the study's. An error that the user must mend is returned: raised, Ray would retry what cannot succeed. Where a
-    trial's folder has a checkpoint, it goes on from there; where a population wants it to take over another trial, it does that first.
+    trial's folder has a checkpoint, it goes on from there.
     """
     folder = StudyFolder(study)
     session = None
     try:
-        if "adoption" in plain:
-            take_over(plain, folder)
         job = read_trial_job(plain, folder)
-        session = TrialSession(job, plain)
+        session = TrialSession(job)
         result = fit(job, session)
     except RafceError as error:
         if error.may_pass:
@@ -197,23 +192,6 @@ def trial_worker(plain: dict[str, Any], study: str, metric: str) -> dict[str, An
         if session is not None:
             session.stop_watching()
     return {"status": "failed" if result is None else result["status"]}
-
-
-def take_over(plain: dict[str, Any], study: StudyFolder) -> None:
-    """Carry out the adoption that Ray Tune's configuration names, from the checkpoint that Ray hands over; once only.
-
-    Raises:
-        RafceError: there is no checkpoint, or it is not the donor's.
-    """
-    name, adoption = str(plain["trial"]), Adoption(**plain["adoption"])
-    complete_adoption(study, name)
-    if is_on_record(study.trial(name), adoption.id):
-        return
-    handed_over = ray.tune.get_checkpoint()
-    if handed_over is None:
-        raise RafceError(f"trial {name} should take over {adoption.donor}, but Ray Tune handed no checkpoint over.")
-    with handed_over.as_directory() as offer:
-        adopt(study, name, adoption, Path(offer))
 
 
 def read_trial_job(plain: dict[str, Any], study: StudyFolder) -> Job:
@@ -234,19 +212,15 @@ def read_trial_job(plain: dict[str, Any], study: StudyFolder) -> Job:
 
 
 class TrialSession(LocalSession):
-    """A :class:`rafce_ray.session.Session` of one process inside a Ray Tune trial.
+    """A :class:`rafce_ray.session.Session` of one process inside a Ray Tune trial."""
 
-    ``plain``: Ray Tune's configuration; in a population its ``exchange_every`` says after how many epochs others may take over.
-    """
-
-    def __init__(self, job: Job, plain: dict[str, Any]) -> None:
+    def __init__(self, job: Job) -> None:
         use_gpu = bool(ray.get_gpu_ids())
         super().__init__("cuda" if use_gpu else "cpu")
         # Processes are reused between trials, which may have other shares of the machine.
         torch.set_num_threads(job.config.run.cpus_per_worker or 1)
-        self._job, self._plain = job, plain
         self._watchdog = Watchdog(job, self.rank)
-        self._telemetry = RunTelemetry(job, is_paused_by_design="exchange_every" in plain)
+        self._telemetry = RunTelemetry(job)
 
     def alive(self) -> None:
         """A step is done."""
@@ -254,15 +228,9 @@ class TrialSession(LocalSession):
         self._telemetry.step_done()
 
     def report(self, record: dict[str, Any]) -> None:
-        """Tell Ray Tune and whoever watches, with what other trials may take over when it is time for that."""
+        """Tell Ray Tune and the monitoring."""
         self._telemetry.epoch_done(record)
-        epoch, every = int(record["epoch"]), self._plain.get("exchange_every")
-        if every is None or epoch % every or epoch >= self._job.config.optim.epochs:
-            ray.tune.report(record)
-            return
-        with TemporaryDirectory() as scratch:
-            offered = write_offer(RunFolder(self._job.run_dir), epoch, self._plain["values"], Path(scratch))
-            ray.tune.report(record, checkpoint=ray.tune.Checkpoint.from_directory(scratch) if offered else None)
+        ray.tune.report(record)
 
     def stop_watching(self) -> None:
         """The loop has ended: silence no longer means that the trial hangs."""

@@ -419,3 +419,10 @@ def test_a_trial_is_found_by_study_and_name_and_one_that_was_stopped_is_refused(
     assert found.location.path == str((tmp_path / "study" / "trials" / "trial_0003").resolve())
     with pytest.raises(UsageError, match=r"stopped by scheduler after 1 epochs.*rafce train --config"):
         plan_replay(found)
+
+
+def test_a_trial_that_took_over_the_weights_of_another_is_refused(tiny_overrides, tmp_path):
+    folder = pretend_run(tmp_path / "study" / "trials" / "trial_0001", tiny_overrides)
+    folder.add_event("adopted", donor="trial_0002", epoch=2)
+    with pytest.raises(UsageError, match=r"took over the weights of another trial.*rafce train --config"):
+        plan_replay(folder)

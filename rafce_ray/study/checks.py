@@ -53,18 +53,6 @@ NOT_IN_BASE = {
 }
 """Keys of a run that a study sets itself, each with the study's key for it."""
 
-CHANGEABLE = (
-    "loss.au_weight",
-    "loss.label_smoothing",
-    "loss.votes_weight",
-    "optim.lr",
-    "optim.weight_decay",
-    "optim.grad_clip",
-    "model.dropout",
-    "data.augmentation",
-)
-"""Keys that may change in mid-training, so that population-based training may search them."""
-
 CHOOSES_ACTION_UNITS = ("data.action_units", "data.min_train_positives")
 """Keys that decide which action units a trial tells, and so which ones a metric that takes AUs in is taken over."""
 
@@ -289,27 +277,6 @@ def _scheduler_faults(study: StudyConfig) -> Iterator[str]:
                 f"scheduler.brackets: bracket {scheduler.brackets - 1} has its first rung at epoch {last:g}, which is not below "
                 f"base.optim.epochs={epochs}. Lower brackets"
             )
-    if scheduler.type == "pbt":
-        yield from _pbt_faults(study, epochs)
-
-
-def _pbt_faults(study: StudyConfig, epochs: int) -> Iterator[str]:
-    if study.resources.workers != 1:
-        yield f"resources.workers: found {study.resources.workers}; scheduler pbt needs 1, as it exchanges weights within trials' processes"
-    if study.search != "random":
-        yield f"search: found {study.search!r}; scheduler pbt changes values itself: set search=random"
-    if study.scheduler.perturbation_interval >= epochs:
-        yield (
-            f"scheduler.perturbation_interval: {study.scheduler.perturbation_interval} is not below base.optim.epochs={epochs}: "
-            "nothing would ever be exchanged. Lower it"
-        )
-    if study.num_trials is not None and study.num_trials < 2:
-        yield f"num_trials: found {study.num_trials}; scheduler pbt needs at least 2 trials to exchange"
-    for key, domain in study.space.items():
-        if key not in CHANGEABLE:
-            yield f"space.{key}: cannot change in mid-training, as scheduler pbt needs; it may search {', '.join(CHANGEABLE)}"
-        elif domain.when:
-            yield f"space.{key}: when: scheduler pbt has no conditional keys. Leave the condition out"
 
 
 def _resource_faults(study: StudyConfig) -> Iterator[str]:

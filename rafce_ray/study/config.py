@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, InstanceOf, ValidationError, field_serializer, field_validator
+from pydantic import Field, InstanceOf, ValidationError, field_serializer, field_validator, model_validator
 
 from rafce_ray.config import (
     LONGEST_NAME,
@@ -64,29 +64,28 @@ class BaseRun(Section):
 class SchedulerConfig(Section):
     """When a trial ends before its epochs are spent; time is a trial's epoch."""
 
-    type: Literal["asha", "median", "pbt", "none"] = Field(
+    type: Literal["asha", "median", "none"] = Field(
         "asha",
         description="asha: the best 1/reduction_factor go on at each rung. median: what is under the running median stops. "
-        "pbt: the worst take over weights and values of the best. none: all are trained to their end.",
+        "none: all are trained to their end.",
     )
     grace_period: int = Field(3, ge=1, description="asha, median: epochs that every trial is given; ASHA's first rung.")
     reduction_factor: float = Field(
         3.0, gt=1, description="asha: 1/reduction_factor of a rung goes on; rungs are this factor apart."
     )
     brackets: int = Field(1, ge=1, description="asha: brackets; bracket s starts reduction_factor**s times later.")
-    perturbation_interval: int = Field(4, ge=1, description="pbt: epochs between two exchanges.")
-    quantile_fraction: float = Field(
-        0.25, gt=0, le=0.5, description="pbt: share of the trials that is replaced, and that replaces."
-    )
-    resample_probability: float = Field(
-        0.25, ge=0, le=1, description="pbt: probability that a value is drawn anew, not shifted."
-    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_pbt(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and values.get("type") == "pbt":
+            raise ValueError("type pbt: population-based training was removed; set {type: asha}")
+        return values
 
 
 SCHEDULER_KEYS = {
     "asha": ("grace_period", "reduction_factor", "brackets"),
     "median": ("grace_period",),
-    "pbt": ("perturbation_interval", "quantile_fraction", "resample_probability"),
     "none": (),
 }
 """Keys that each type of scheduler reads."""

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from rafce_ray.data.dataset import Prepared
 
 ELAPSED_FILE = "elapsed.json"
+REMOVED_SCHEDULER_KEYS = {"perturbation_interval": 4, "quantile_fraction": 0.25, "resample_probability": 0.25}
+"""Defaults of keys that no longer exist: ``study.json`` of earlier studies has them, and these studies must go on."""
 
 
 def tune(study: StudyConfig, *, dry_run: bool = False, retry_failed: bool = False) -> dict[str, Any] | None:
@@ -112,6 +114,7 @@ def claim_of(study: StudyConfig, prepared: Prepared) -> dict[str, Any]:
     plain = study.model_dump(mode="json")
     base = identity_of(study.base_config())
     kept = {key: plain[key] for key in ("search", "seed", "metric", "scheduler")}
+    kept["scheduler"] |= REMOVED_SCHEDULER_KEYS
     # With the order of its keys: trial n of a grid follows from it.
     kept["space"] = [[key, domain] for key, domain in plain["space"].items()]
     return {"kind": "tune", "base": base, **kept, "data_fingerprint": prepared.fingerprint, "may_grow": {}}

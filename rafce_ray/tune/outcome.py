@@ -13,7 +13,6 @@ from rafce_ray.console import pretty_json, progress_bar, say, warn
 from rafce_ray.errors import RafceError
 from rafce_ray.report.study_page import write_study_report
 from rafce_ray.run_folder import RunFolder
-from rafce_ray.study.adoption import SCHEDULE_FILE
 from rafce_ray.study.config import StudyConfig
 from rafce_ray.study.finalists import best_run, judge, judge_sweep
 from rafce_ray.study.on_test import measure_on_test
@@ -49,10 +48,6 @@ def conclude_study(study: StudyConfig, folder: StudyFolder, finalists: Sequence[
     report = write_study_report(folder, study.metric)
     for line in [*sentences(verdict), *([] if on_test is None else on_test.sentences())]:
         say(line)
-    if any((folder.trial(one.name).location / SCHEDULE_FILE).exists() for one in finalists):
-        say(
-            "the finalists of this population were trained from scratch with its last values, not along its schedules (schedule.jsonl)"
-        )
     place, root = folder.location, shlex.quote(str(study.base_config().data.root))
     best, curves = (place / "best").command, f"tensorboard --logdir {(place / 'ray').command}"
     if place.local is None:
@@ -83,21 +78,8 @@ def write_best(study: StudyConfig, folder: StudyFolder, verdict: Verdict) -> Non
     # A trial's share of the machine is not the share of a run of its own.
     plain["run"] |= {"name": None, "storage": study.storage, "cpus_per_worker": None}
     head = f"# The winner of study {study.name}: {verdict.winner}.\n#   rafce train --config {(folder.location / 'best.yaml').command}\n"
-    head += schedule_remark(folder.trial(verdict.winner), run)
     (folder.location / "best.yaml").write_bytes((head + to_yaml(build_config(plain))).encode())
     replace_bundle(folder, run)
-
-
-def schedule_remark(winner: RunFolder, run: RunFolder) -> str:
-    """In ``best.yaml``: that a population's winner was not trained with its last values alone; empty where they never changed.
-
-    ``run``: whose bundle is the study's.
-    """
-    schedule = winner.location / SCHEDULE_FILE
-    if not schedule.exists():
-        return ""
-    trained = "along that schedule" if run.location.name == winner.location.name else "with these values from scratch"
-    return f"# These are its last values; they changed in mid-training, as {schedule.shown} tells. best/ was trained {trained}.\n"
 
 
 def replace_bundle(folder: StudyFolder, run: RunFolder) -> None:

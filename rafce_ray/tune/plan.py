@@ -32,9 +32,6 @@ FLOAT_BYTES = 4
 LIVE_CHECKPOINTS = 3
 """Checkpoints of a trial that runs: the best, the latest two."""
 
-OFFERED_CHECKPOINTS = 4
-"""In a population, of each trial: two offers at a time with the newest and the best checkpoint each."""
-
 SIZING = ("model.backbone", "model.au_attention", "optim.optimizer", "optim.ema_decay")
 """Keys on which the size of a checkpoint depends by more than a few values."""
 
@@ -66,11 +63,6 @@ def tell_plan(study: StudyConfig, folder: StudyFolder, shares: Shares, taxonomy:
         say(
             f"epochs: at most {epochs}; ASHA compares trials after epochs {', '.join(f'{one:g}' for one in rungs)}{later} and lets about the best "
             f"1/{scheduler.reduction_factor:g} of each rung go on{retrained}"
-        )
-    elif scheduler.type == "pbt":
-        say(
-            f"epochs: {epochs}; after every {scheduler.perturbation_interval} the worst trials take over the best ones' weights and go on with "
-            f"changed values; the base gives and never takes{retrained}"
         )
     else:
         say(f"epochs: at most {epochs}{retrained}")
@@ -128,12 +120,11 @@ def tell_disk(study: StudyConfig, place: Location, shares: Shares, taxonomy: Tax
     bundle, checkpoint = largest_model_bytes(study, taxonomy)
     kept = study.keep + 1
     finals = (study.finalists.k + 1) * study.finalists.seeds if study.finalists.k else 0
-    pbt = study.scheduler.type == "pbt"
-    running = planned_trials(study) if pbt else shares.at_once
-    checkpoints = LIVE_CHECKPOINTS + (OFFERED_CHECKPOINTS if pbt else 0)
-    needed = running * checkpoints * checkpoint + kept * (bundle + checkpoint) + finals * bundle + 2 * bundle
+    needed = (
+        shares.at_once * LIVE_CHECKPOINTS * checkpoint + kept * (bundle + checkpoint) + finals * bundle + 2 * bundle
+    )
     line = (
-        f"disk: at most about {shown_bytes(needed)}: {running} running x {checkpoints} checkpoints of {shown_bytes(checkpoint)}, "
+        f"disk: at most about {shown_bytes(needed)}: {shares.at_once} running x {LIVE_CHECKPOINTS} checkpoints of {shown_bytes(checkpoint)}, "
         f"the best {study.keep} trials and the base, {finals} finalists' bundles of {shown_bytes(bundle)}"
     )
     local = place.local

@@ -52,7 +52,7 @@ class Concluding:
         if stopping and controller is not None:
             # Ray would start them in the places of those that stop.
             for other in controller.get_trials():
-                if other.status in ("PENDING", "PAUSED"):
+                if other.status == "PENDING":
                     controller.stop_trial(other)
         if "epoch" not in result or int(result["epoch"]) >= self.course.last_epoch:
             return str(TrialScheduler.CONTINUE)
@@ -240,9 +240,4 @@ def build_scheduler(study: StudyConfig, course: Course) -> Concluding:
         )
     if settings.type == "median":
         return Median(course, grace_period=settings.grace_period)
-    if settings.type == "pbt":
-        # It is built on this module.
-        from rafce_ray.tune.population import Population
-
-        return Population(study, course)
     return Unscheduled(course)

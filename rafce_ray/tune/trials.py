@@ -20,7 +20,6 @@ from rafce_ray.session import Job
 from rafce_ray.study.trials import TrialPlan
 from rafce_ray.study_folder import StudyFolder
 from rafce_ray.tune.nested import free_workers, nested_trial
-from rafce_ray.tune.population import Population, drop_all_offers
 from rafce_ray.tune.scheduler import Concluding, Control, Course, Unscheduled
 from rafce_ray.tune.shares import Node, Shares, share_out
 from rafce_ray.tune.telemetry import StudyTelemetry
@@ -124,21 +123,15 @@ def run_on_tune(supply: Supply, scheduler: Concluding, settings: Settings) -> No
     storage = study.location / "ray"
     function = trial_worker if shares.workers == 1 else nested_trial
     limit = shares.at_once if settings.limit or shares.workers > 1 else None
-    population = scheduler if isinstance(scheduler, Population) else None
-    if population is not None:
-        # Ray's population takes no searcher: all its trials are there from the start.
-        plans = list(iter(supply.next, None))
-        population.gather(plans, shares.at_once, ahead=0 if limit else 1)
     free_all(study)
     telemetry = StudyTelemetry(scheduler.course)
     tuner = tune.Tuner(
         tune.with_resources(
             tune.with_parameters(function, study=study.place, metric=scheduler.course.metric), shares.reserved
         ),
-        param_space=None if population is None else population.param_space,
         tune_config=tune.TuneConfig(
-            num_samples=-1 if population is None else 1,
-            search_alg=HandedOut(supply, control, limit) if population is None else None,
+            num_samples=-1,
+            search_alg=HandedOut(supply, control, limit),
             scheduler=scheduler,
             # A fresh process costs seconds (imports, first model), a used one a fifth of a second.
             reuse_actors=shares.workers == 1,
@@ -153,7 +146,6 @@ def run_on_tune(supply: Supply, scheduler: Concluding, settings: Settings) -> No
             callbacks=[
                 Witness(scheduler.course, shares, settings.start_timeout_s),
                 telemetry,
-                *([] if population is None else [Ends(supply)]),
                 *settings.callbacks,
             ],
             verbose=0,
@@ -164,8 +156,6 @@ def run_on_tune(supply: Supply, scheduler: Concluding, settings: Settings) -> No
     finally:
         telemetry.stop()
         free_all(study)
-        if population is not None:
-            drop_all_offers(storage)
 
 
 def free_all(study: StudyFolder) -> None:
@@ -211,21 +201,6 @@ class HandedOut(Searcher):  # type: ignore[misc]
 
     def restore(self, checkpoint_path: str) -> None:
         """Nothing to restore: a new start reads the study's folder."""
-
-
-class Ends(tune.Callback):  # type: ignore[misc]
-    """Tells the supply which trials have ended, where no searcher does."""
-
-    def __init__(self, supply: Supply) -> None:
-        self._supply = supply
-
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        """A trial has ended or was stopped."""
-        tell_ended(self._supply, str(trial.config["trial"]))
-
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        """A trial has failed for good."""
-        tell_ended(self._supply, str(trial.config["trial"]))
 
 
 def tell_ended(supply: Supply, name: str) -> None:

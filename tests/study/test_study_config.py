@@ -47,8 +47,6 @@ def test_a_study_is_read_with_its_defaults(file):
     assert (study.name, study.storage, study.search, study.seed, study.num_trials) == ("first", "runs", "random", 0, 12)
     assert (study.metric, study.mode, study.direction) == ("score", None, 1.0)
     assert study.scheduler == SchedulerConfig(type="asha", grace_period=3, reduction_factor=3, brackets=1)
-    assert (study.scheduler.perturbation_interval, study.scheduler.quantile_fraction) == (4, 0.25)
-    assert study.scheduler.resample_probability == 0.25
     assert (study.resources.workers, study.resources.cpus_per_worker) == (1, 1)
     assert (study.resources.gpus_per_worker, study.resources.concurrent) == (None, None)
     assert (study.finalists.k, study.finalists.seeds, study.keep, study.start_timeout_s) == (3, 3, 5, 120)
@@ -155,8 +153,8 @@ def test_choices_are_held_as_a_run_holds_them(file):
 
 def test_scheduler_keys_that_the_type_does_not_read_are_listed_when_set(file):
     assert load_study(file).unused_scheduler_keys() == []
-    study = load_study(file, ["scheduler={type: median, brackets: 2, grace_period: 2, quantile_fraction: 0.3}"])
-    assert study.unused_scheduler_keys() == ["brackets", "quantile_fraction"]
+    study = load_study(file, ["scheduler={type: median, brackets: 2, grace_period: 2, reduction_factor: 4}"])
+    assert study.unused_scheduler_keys() == ["reduction_factor", "brackets"]
     assert study.scheduler.brackets == 2
     assert {key for keys in SCHEDULER_KEYS.values() for key in keys} | {"type"} == set(SchedulerConfig.model_fields)
 
@@ -405,29 +403,9 @@ def test_what_is_allowed_at_the_edge():
     assert build_study(plain(metric="loss", mode="min")).direction == -1.0
 
 
-def test_pbt_takes_only_what_may_change_in_mid_training():
-    pbt = {"type": "pbt"}
-    assert build_study(plain(scheduler=pbt)).scheduler.type == "pbt"
-    lines = faults(
-        plain(
-            scheduler={"type": "pbt", "perturbation_interval": 50},
-            search="optuna",
-            num_trials=1,
-            resources={"workers": 2},
-            space={
-                "model.backbone": {"choice": ["resnet18", "resnet34"]},
-                "loss.votes_weight": {"uniform": [0, 1], "when": {"model.backbone": ["resnet18"]}},
-            },
-        )
-    )
-    assert [line.split(":")[0] for line in lines] == [
-        "resources.workers",
-        "search",
-        "scheduler.perturbation_interval",
-        "num_trials",
-        "space.model.backbone",
-        "space.loss.votes_weight",
-    ]
+def test_population_based_training_is_refused_with_the_reason_and_the_remedy():
+    [line] = faults(plain(scheduler={"type": "pbt", "perturbation_interval": 4, "quantile_fraction": 0.25}))
+    assert line == "scheduler: type pbt: population-based training was removed; set {type: asha}"
 
 
 def test_overrides_take_text_as_it_stands(file):

@@ -20,8 +20,8 @@ def ends(study, key):
     return (min(domain.values()), max(domain.values())) if domain.is_finite else domain.ends()
 
 
-def test_six_studies_are_shipped():
-    assert [file.stem for file in FILES] == ["au_weight", "backbone", "full", "pbt", "regularization", "smoke"]
+def test_five_studies_are_shipped():
+    assert [file.stem for file in FILES] == ["au_weight", "backbone", "full", "regularization", "smoke"]
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
@@ -118,15 +118,8 @@ def test_backbone_is_every_combination_of_trunk_and_weights():
     assert all(isinstance(domain, Choice) and domain.kind == "grid" for domain in study.space.values())
 
 
-def test_pbt_has_no_finalists_and_exchanges_in_time():
-    study = study_named("pbt")
-    assert study.scheduler.type == "pbt"
-    assert study.finalists.k == 0
-    assert study.num_trials * study.scheduler.quantile_fraction >= 1
-
-
 def test_demo_size_keeps_a_rung_below_its_epochs():
-    for name in ("regularization", "au_weight", "pbt"):
+    for name in ("regularization", "au_weight"):
         study = load_study(
             FOLDER / f"{name}.yaml",
             ["base.model.backbone=mobilenet_v3_small", "base.model.image_px=64", "base.optim.epochs=14"],

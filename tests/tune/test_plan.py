@@ -6,9 +6,10 @@ from contextlib import nullcontext
 import pytest
 
 from rafce_ray.config import build_config
+from rafce_ray.data.dataset import prepare
 from rafce_ray.errors import UsageError
 from rafce_ray.storage import locate
-from rafce_ray.study.config import StudyConfig, build_study, to_yaml
+from rafce_ray.study.config import StudyConfig, build_study, load_study, to_yaml
 from rafce_ray.study_folder import StudyFolder
 from rafce_ray.taxonomy import make_taxonomy
 from rafce_ray.tune import command, plan, trials
@@ -238,6 +239,20 @@ def test_a_dry_run_writes_nothing(dry, tmp_path, capsys):
     assert "holds a study that differs" in " ".join(capsys.readouterr().err.split())
     assert (study.location / "study.json").read_bytes() == before
     assert [path.name for path in (tmp_path / "runs").rglob("*")] == ["s", "study.json"]
+
+
+def test_a_study_of_an_earlier_release_goes_on(dry):
+    study = load_study(dry)
+    claimed = command.claim_of(study, prepare(study.base_config().data))
+    assert claimed["scheduler"] == {
+        "type": "asha",
+        "grace_period": 1,
+        "reduction_factor": 3.0,
+        "brackets": 1,
+        "perturbation_interval": 4,
+        "quantile_fraction": 0.25,
+        "resample_probability": 0.25,
+    }
 
 
 def test_a_study_that_does_not_fit_trains_nothing(dry, tmp_path, monkeypatch, capsys):
