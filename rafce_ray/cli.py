@@ -17,7 +17,7 @@ VERBS = {
     "replay": ("rafce_ray.replay", "train a run again: the same figures, or what differs"),
     "report": ("rafce_ray.report.command", "everything a run or a study left behind as one HTML page"),
     "ablate": ("rafce_ray.ablate", "the seed's changes alone and together, measured over several seeds"),
-    "trials": ("rafce_ray.study.listing", "the trials of a study, listed, filtered and sorted"),
+    "trials": ("rafce_ray.study.listing", "the trials of a study, listed by status and sorted"),
     "bundle": ("rafce_ray.registry.command", "versions of bundles: which one is live, why, and the one before"),
     "export": ("rafce_ray.inference.export", "a bundle's network for ONNX Runtime, OpenVINO or torch.export"),
     "monitor": (

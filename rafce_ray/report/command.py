@@ -11,10 +11,11 @@ from rafce_ray.errors import UsageError
 from rafce_ray.hardware import choose_device
 from rafce_ray.report.data import SPLITS_OF, ReportData, Split, check_run, gather
 from rafce_ray.report.page import render_page
-from rafce_ray.report.study_data import gather_study, is_study, metric_of
+from rafce_ray.report.study_data import gather_study, is_study
 from rafce_ray.report.study_page import REPORT_FILE, render_study
 from rafce_ray.run_folder import RunFolder
 from rafce_ray.storage import Location, locate
+from rafce_ray.study.trials import metric_of
 from rafce_ray.study_folder import StudyFolder
 
 

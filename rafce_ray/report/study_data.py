@@ -14,7 +14,6 @@ from rafce_ray.doctor.diagnosis import LEVELS, Diagnosis, Level
 from rafce_ray.errors import DamagedFile, UsageError
 from rafce_ray.report.study_plots import Emphasis, Field, emphasise
 from rafce_ray.study.on_test import OnTest
-from rafce_ray.study.rows import DEFAULT_METRIC
 from rafce_ray.study.rungs import RungEntry, read_rungs
 from rafce_ray.study.trials import Trial, best_first, read_trials
 from rafce_ray.study.verdict import Verdict
@@ -125,11 +124,6 @@ class StudyData:
 def is_study(study: StudyFolder) -> bool:
     """Whether this is the folder of a study of ``rafce tune``; an ablation's is none."""
     return (study.location / STUDY_SETTINGS).exists()
-
-
-def metric_of(study: StudyFolder) -> str:
-    """The metric by which the study compares its trials."""
-    return str((study.settings() or {}).get("metric", DEFAULT_METRIC))
 
 
 def gather_study(study: StudyFolder, metric: str) -> StudyData:

@@ -1,42 +1,160 @@
-"""``rafce trials``: the trials of a study, listed, filtered and sorted."""
+"""``rafce trials``: the trials of a study as rows, by status, sorted by a column."""
 
 from __future__ import annotations
 
 import argparse
 import csv
+import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from rafce_ray.config import MINIMISED_METRICS, config_hash, flatten
 from rafce_ray.config_errors import did_you_mean
-from rafce_ray.console import print_json, run_main, say
-from rafce_ray.errors import UsageError
-from rafce_ray.run_folder import TRIALS
+from rafce_ray.console import print_json, run_main, say, warn
+from rafce_ray.errors import DamagedFile, UsageError
+from rafce_ray.run_folder import TRIALS, RunFolder
 from rafce_ray.study.progress import plain
-from rafce_ray.study.rows import (
-    STATUSES,
-    Condition,
-    Listing,
-    Row,
-    as_text,
-    ascends,
-    is_number,
-    keep,
-    ordered,
-    read_listing,
-)
-from rafce_ray.study.trials import FIGURES
+from rafce_ray.study.trials import ENDED, FIGURES, TRIAL_FILE, best_record, metric_of, read_trials
 from rafce_ray.study_folder import StudyFolder
 
 COLUMNS = ("trial", "status", "epochs", "score", "macro_f1_supported", "au_f1_mean", "seconds")
 """Columns that are listed unless others are asked for, before the sampled keys."""
 
+STATUSES = (*ENDED, "interrupted", "waiting")
+"""Statuses that a trial in a listing may have."""
+
 _STYLES = {"failed": "red", "diverged": "red", "stopped_by_scheduler": "dim", "waiting": "dim"}
 _GAP = 2
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Listing:
+    """A study's trials as rows. ``sampled``: the columns that hold sampled values, in which None is a value and absence is not."""
+
+    metric: str
+    rows: tuple[Row, ...]
+    sampled: tuple[str, ...]
+
+    @property
+    def columns(self) -> list[str]:
+        """Every column that any row has, in order."""
+        found = dict.fromkeys(key for row in self.rows for key in row)
+        return [key for key in found if key not in self.sampled] + list(self.sampled)
+
+    def has(self, row: Row, column: str) -> bool:
+        """Whether a row has a value in a column."""
+        return column in row and (row[column] is not None or column in self.sampled)
+
+
+def read_listing(study: StudyFolder) -> Listing:
+    """All trials of a study, of the sweep and its finalists, by number; of an ablation, what its run folders say.
+
+    Raises:
+        UsageError: there is no study at that place.
+        RafceError: a trial's configuration is not the one that was sampled.
+    """
+    if not study.exists():
+        raise UsageError(f"{study.location} is no study: {_what_is_there(study)}")
+    metric = metric_of(study)
+    trials = read_trials(study, metric)
+    planned = {one.name for one in trials}
+    others = _run_rows(study, metric, [name for name in study.trial_names() if name not in planned])
+    sampled = tuple(dict.fromkeys(key for one in trials for key in one.plan.values))
+    rows = [dict(one.row) for one in trials]
+    for one, row in zip(trials, rows, strict=True):
+        if not one.plan.values:
+            # The base samples nothing, yet it is compared by what it trains with.
+            own = flatten(study.trial(one.name).config())
+            row |= {key: own[key] for key in sampled}
+    return Listing(metric, (*rows, *others), sampled)
+
+
+def _what_is_there(study: StudyFolder) -> str:
+    location = study.location
+    if not location.exists():
+        return "nothing is there. Name a folder that rafce tune or rafce ablate made."
+    if RunFolder(study.place).exists():
+        if location.parent.name == TRIALS:
+            return f"it is a trial. List its study: rafce trials {location.parent.parent.command}"
+        return (
+            f"it is a run. See rafce doctor {location.command}, or name a folder that rafce tune or rafce ablate made."
+        )
+    if not location.is_dir():
+        return "it is a file. Name the study's folder."
+    inside = [info.base_name for info in location.list() if (location / info.base_name / "study.json").exists()]
+    if inside:
+        return f"it has no study.json. It holds studies; name one of {len(inside)}, such as {(location / inside[0]).shown}."
+    return "it has no study.json. Name a folder that rafce tune or rafce ablate made."
+
+
+def _run_rows(study: StudyFolder, metric: str, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows of run folders without a plan. Those with a plan were reported as damaged before."""
+    rows = []
+    for name in names:
+        folder = study.trial(name)
+        if (folder.location / TRIAL_FILE).exists():
+            continue
+        try:
+            rows.append(_run_row(folder, metric))
+        except DamagedFile as error:
+            warn(f"{name} is left out. {error}")
+    return rows
+
+
+def _run_row(folder: RunFolder, metric: str) -> dict[str, Any]:
+    """A row of a run folder without a plan, with the columns of :attr:`rafce_ray.study.trials.Trial.row` that it can fill."""
+    config, records, result = folder.config(), folder.metrics(), folder.result() or {}
+    best = best_record(records, metric)
+    validation = {} if best is None else best["validation"]
+    return {
+        "trial": folder.location.name,
+        "status": str(result.get("status", "interrupted" if records else "waiting")),
+        "reason": result.get("reason"),
+        "best_epoch": None if best is None else int(best["epoch"]),
+        "epochs": len(records),
+        "max_epochs": config.optim.epochs,
+        **{name: validation.get(name) for name in FIGURES},
+        "seed": config.run.seed,
+        "seconds": round(float(records[-1]["elapsed_s"]), 1) if records else 0.0,
+        "config_hash": config_hash(config),
+    }
+
+
+def ordered(listing: Listing, rows: Sequence[Row], column: str, *, ascending: bool) -> list[Row]:
+    """Rows by a column, those without a value last; numbers come before text. Equal rows stay in order."""
+    there = [row for row in rows if listing.has(row, column)]
+    return [
+        *sorted(there, key=lambda row: _sort_key(row[column]), reverse=not ascending),
+        *(row for row in rows if not listing.has(row, column)),
+    ]
+
+
+def _sort_key(value: Any) -> tuple[int, float, str]:
+    return (0, float(value), "") if is_number(value) else (1, 0.0, as_text(value))
+
+
+def ascends(column: str) -> bool:
+    """Whether a column is listed from low to high unless asked otherwise: all but figures of which more is better."""
+    return column not in FIGURES or column in MINIMISED_METRICS
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a number; true and false are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def as_text(value: Any) -> str:
+    """A value as CSV holds it: text as it is, everything else as JSON."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -47,33 +165,29 @@ def main(argv: list[str] | None = None) -> int:
 def _main(argv: list[str]) -> int:
     arguments = _parser().parse_args(argv)
     study = StudyFolder(arguments.study)
-    conditions = [Condition.parse(text) for text in arguments.where]
     statuses = _statuses(arguments.status)
     listing = read_listing(study)
     if not listing.rows:
         say(f"{study.location.shown} has no trials yet.")
         return 0
     key = arguments.sort or listing.metric
-    used = [key, *(one.column for one in conditions)]
     wanted = _names(arguments.columns)
-    _check_columns([*used, *wanted], listing)
+    _check_columns([key, *wanted], listing)
     role = None if arguments.all else "finalist" if arguments.finalists else "sweep"
     candidates = [row for row in listing.rows if role in (None, row.get("role", "sweep"))]
-    rows, remarks = keep(listing, [row for row in candidates if not statuses or row["status"] in statuses], conditions)
+    rows = [row for row in candidates if not statuses or row["status"] in statuses]
     ascending = ascends(key) if arguments.ascending is None else arguments.ascending
     rows = ordered(listing, rows, key, ascending=ascending)[: arguments.top]
-    columns = wanted or list(dict.fromkeys([*default_columns(listing, role), *used]))
+    columns = wanted or list(dict.fromkeys([*default_columns(listing, role), key]))
     if arguments.json:
         for row in rows:
             print_json({name: row.get(name) for name in wanted} if wanted else dict(row))
     elif arguments.csv:
         _print_csv(listing, rows, wanted or listing.columns)
     elif sys.stdout.isatty():
-        _print_table(listing, rows, columns, first=[*used, listing.metric], is_chosen=bool(wanted))
+        _print_table(listing, rows, columns, first=[key, listing.metric], is_chosen=bool(wanted))
     else:
         _print_tabbed(listing, rows, columns)
-    for remark in remarks:
-        say(f"{remark}.")
     first = "best" if key in FIGURES and ascending == ascends(key) else "lowest" if ascending else "highest"
     hidden = len(listing.rows) - len(candidates)
     _say_what_is_shown(study, rows, len(candidates), hidden, f"{first} {key} first")
@@ -207,22 +321,15 @@ def _say_what_is_shown(
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="rafce trials",
-        description="The trials of a study (of rafce tune or rafce ablate): listed, filtered and sorted. On a terminal a table of what "
+        description="The trials of a study (of rafce tune or rafce ablate): listed by status and sorted. On a terminal a table of what "
         "fits, else lines with tabs.",
-        epilog="Example: rafce trials runs/STUDY --where 'model.dropout >= 0.4' --where 'score > 0.3' --sort optim.lr --top 10",
+        epilog="Example: rafce trials runs/STUDY --status finished --sort optim.lr --top 10",
     )
     parser.add_argument("study", metavar="STUDY", help="folder of a study, a path or URI")
     parser.add_argument("--sort", metavar="KEY", help="column to sort by (default: the study's metric, best first)")
     direction = parser.add_mutually_exclusive_group()
     direction.add_argument("--ascending", action="store_true", default=None, help="lowest first")
     direction.add_argument("--descending", dest="ascending", action="store_false", help="highest first")
-    parser.add_argument(
-        "--where",
-        action="append",
-        default=[],
-        metavar="'KEY OP VALUE'",
-        help="keep trials that meet a condition; OP is < <= > >= = != or ~ (contains); may be given several times",
-    )
     parser.add_argument("--status", metavar="S[,S]", help=f"keep trials that ended so: {', '.join(STATUSES)}")
     parser.add_argument("--columns", metavar="a,b", help="columns to list")
     parser.add_argument("--top", type=_positive, metavar="N", help="list only the first N")

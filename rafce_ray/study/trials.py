@@ -28,6 +28,11 @@ ENDED = ("finished", "stopped_early", "stopped_by_scheduler", "diverged", "faile
 """Statuses of a trial that will not go on by itself."""
 
 
+def metric_of(study: StudyFolder) -> str:
+    """The metric by which the study compares its trials; of an ablation the score."""
+    return str((study.settings() or {}).get("metric", "score"))
+
+
 @dataclass(frozen=True)
 class TrialPlan:
     """What one trial is to train, written down before it starts (``trials/NAME/trial.json``).
