@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from rafce_ray.config import AU_METRICS, EMOTION_METRICS, Config, ConfigError, build_config, flatten
 from rafce_ray.config_errors import did_you_mean
-from rafce_ray.study.conditions import condition_values, in_order
 from rafce_ray.study.proposals import MAX_COMBINATIONS, new_combinations, random_proposals
-from rafce_ray.study.space import Choice, Domain, Space, parse_domain, same
+from rafce_ray.study.space import Domain, Space, condition_values, in_order, parse_domain, same
 
 if TYPE_CHECKING:
     from rafce_ray.study.config import StudyConfig
@@ -179,8 +178,8 @@ def normalised(base: Config, space: Space) -> dict[str, Domain]:
         return flatten(build_config(_sections(values | condition_values(space, key) | {key: option})))[key]
 
     return {
-        key: dataclasses.replace(domain, options=tuple(held(key, option) for option in domain.options))
-        if isinstance(domain, Choice)
+        key: dataclasses.replace(domain, written=tuple(held(key, option) for option in domain.written))
+        if domain.is_list
         else domain
         for key, domain in space.items()
     }
@@ -191,9 +190,9 @@ def repeated_options(space: Space) -> list[str]:
     return [
         f"space.{key}: {one!r} is listed twice, in two spellings. List it once"
         for key, domain in space.items()
-        if isinstance(domain, Choice)
-        for index, one in enumerate(domain.options)
-        if any(same(one, earlier) for earlier in domain.options[:index])
+        if domain.is_list
+        for index, one in enumerate(domain.written)
+        if any(same(one, earlier) for earlier in domain.written[:index])
     ]
 
 
@@ -210,8 +209,8 @@ def with_words_read(space: Space) -> dict[str, Domain]:
 
     def read(key: str, domain: Domain) -> Domain:
         when = {other: tuple(held(other, one) for one in wanted) for other, wanted in domain.when.items()}
-        if isinstance(domain, Choice):
-            return dataclasses.replace(domain, options=tuple(held(key, one) for one in domain.options), when=when)
+        if domain.is_list:
+            return dataclasses.replace(domain, written=tuple(held(key, one) for one in domain.written), when=when)
         return dataclasses.replace(domain, when=when)
 
     return {key: read(key, domain) for key, domain in space.items()}

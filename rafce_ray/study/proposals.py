@@ -12,16 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rafce_ray.errors import UsageError
-from rafce_ray.study.conditions import applies, combinations, draw, in_order
-from rafce_ray.study.space import (
-    Domain,
-    Integers,
-    Space,
-    Stepped,
-    Uniform,
-    identity,
-    same,
-)
+from rafce_ray.study.space import Domain, Space, applies, combinations, draw, identity, in_order, same
 
 if TYPE_CHECKING:
     from rafce_ray.study.config import StudyConfig
@@ -187,7 +178,7 @@ def _codes(values: Mapping[str, Any], space: Space, base: Mapping[str, Any]) -> 
             continue
         if not domain.contains(value):
             return None
-        if isinstance(domain, Uniform | Integers):
+        if not domain.is_finite or domain.kind == "randint":
             codes[key] = value
         else:
             codes[key] = next(place for place, one in enumerate(domain.values()) if same(one, value))
@@ -196,24 +187,24 @@ def _codes(values: Mapping[str, Any], space: Space, base: Mapping[str, Any]) -> 
 
 def _distribution(optuna: ModuleType, domain: Domain) -> Any:
     """The distribution that :func:`_suggest` draws from."""
-    if isinstance(domain, Uniform):
-        return optuna.distributions.FloatDistribution(domain.low, domain.high, log=domain.log)
-    if isinstance(domain, Integers):
-        return optuna.distributions.IntDistribution(domain.low, domain.high)
+    if not domain.is_finite:
+        return optuna.distributions.FloatDistribution(*domain.written, log=domain.kind == "loguniform")
+    if domain.kind == "randint":
+        return optuna.distributions.IntDistribution(*domain.written)
     places = len(domain.values())
-    if isinstance(domain, Stepped):
+    if domain.kind == "quniform":
         return optuna.distributions.IntDistribution(0, places - 1)
     return optuna.distributions.CategoricalDistribution(tuple(range(places)))
 
 
 def _suggest(trial: Any, key: str, domain: Domain) -> Any:
     """A value of the domain, suggested by optuna's trial."""
-    if isinstance(domain, Uniform):
-        return trial.suggest_float(key, domain.low, domain.high, log=domain.log)
-    if isinstance(domain, Integers):
-        return trial.suggest_int(key, domain.low, domain.high)
+    if not domain.is_finite:
+        return trial.suggest_float(key, *domain.written, log=domain.kind == "loguniform")
+    if domain.kind == "randint":
+        return trial.suggest_int(key, *domain.written)
     values = domain.values()
-    if isinstance(domain, Stepped):
+    if domain.kind == "quniform":
         return values[trial.suggest_int(key, 0, len(values) - 1)]
     return values[trial.suggest_categorical(key, tuple(range(len(values))))]
 

@@ -1,18 +1,23 @@
-"""What a study searches: domains of values by dotted configuration key."""
+"""What a study searches: domains of values by dotted configuration key, and conditions under which a key is searched at all.
+
+Optuna's distributions are made from these domains (:mod:`rafce_ray.study.proposals`). They do not replace them: a domain lists its
+values, has conditions, and draws from numpy's generator, so that the trials of a stored study stay what they are.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from rafce_ray.config_errors import did_you_mean
 
-KINDS = ("grid", "choice", "uniform", "loguniform", "quniform", "randint")
+Kind = Literal["grid", "choice", "uniform", "loguniform", "quniform", "randint"]
+KINDS = get_args(Kind)
 
 HOW_TO_WRITE = (
     "{grid: [0.3, 0.5]}, {choice: [light, strong]}, {uniform: [0.3, 0.7]}, {loguniform: [1e-4, 1e-2]}, {quniform: [0.3, 0.7, 0.1]} "
@@ -22,178 +27,85 @@ HOW_TO_WRITE = (
 
 @dataclass(frozen=True)
 class Domain:
-    """Values that a key may take. ``when``: other keys, each with the values for which this key is sampled; empty: always.
+    """Values that a key may take.
 
-    A key whose condition does not hold keeps the base's value and is absent from a trial's values.
+    ``written``: as the study's YAML writes it after ``kind``. ``grid`` and ``choice`` list options. The others are ``(low, high)``, and
+    ``(low, high, step)`` for ``quniform``; **both ends are included** (Ray's ``randint`` excludes the upper one).
+    ``when``: other keys, each with the values for which this key is sampled; empty: always. A key whose condition does not hold keeps
+    the base's value and is absent from a trial's values.
     """
 
+    kind: Kind
+    written: tuple[Any, ...]
     when: dict[str, tuple[Any, ...]] = field(default_factory=dict, kw_only=True)
+
+    @property
+    def is_list(self) -> bool:
+        """Whether the study lists the options."""
+        return self.kind in ("grid", "choice")
 
     @property
     def is_finite(self) -> bool:
         """Whether the values can be listed."""
-        return True
+        return self.kind not in ("uniform", "loguniform")
 
-    def values(self) -> tuple[Any, ...]:
-        """Every value of a finite domain, in order; ValueError for a continuous one."""
-        raise NotImplementedError
+    def values(self) -> Sequence[Any]:
+        """Every value in order; steps have no rounding errors, and are ints if low, high and step are. ValueError for a continuous domain."""
+        if not self.is_finite:
+            raise ValueError(f"{self} is continuous: its values cannot be listed")
+        if self.is_list:
+            return self.written
+        if self.kind == "randint":
+            return range(self.written[0], self.written[1] + 1)
+        low, _, step = (Decimal(str(one)) for one in self.written)
+        exact = [low + index * step for index in range(_steps(*self.written) + 1)]
+        whole = all(isinstance(one, int) for one in self.written)
+        return tuple(int(one) if whole else float(one) for one in exact)
 
     def ends(self) -> tuple[Any, ...]:
         """Both ends of a range, every option of a list."""
-        raise NotImplementedError
+        if self.kind == "quniform":
+            values = self.values()
+            return values[0], values[-1]
+        return self.written
 
     def between(self) -> tuple[Any, ...]:
         """A value inside that a key could refuse although it takes both ends: a fraction, where it takes whole numbers."""
-        return ()
+        if self.kind == "quniform":
+            return (self.values()[1],)
+        if self.is_finite:
+            return ()
+        low, high = self.written
+        return (low + (high - low) / math.pi,)
 
     def sample(self, rng: np.random.Generator) -> Any:
-        """One value, as a plain Python value."""
-        raise NotImplementedError
+        """One value, as a plain Python value; all have the same probability (``loguniform``: in the logarithm)."""
+        if self.is_finite:
+            values = self.values()
+            return values[int(rng.integers(len(values)))]
+        low, high = self.written
+        if self.kind == "uniform":
+            return float(rng.uniform(low, high))
+        # exp(log(high)) may miss high by a rounding error.
+        return min(max(math.exp(float(rng.uniform(math.log(low), math.log(high)))), low), high)
 
     def contains(self, value: Any) -> bool:
         """Whether the domain has this value."""
-        return any(same(value, one) for one in self.values())
-
-    def arguments(self) -> dict[str, Any]:
-        """The domain as a study's YAML writes it, without its condition."""
-        raise NotImplementedError
+        if self.is_finite and self.kind != "randint":
+            return any(same(value, one) for one in self.values())
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            return False
+        low, high = self.written
+        return bool(low <= value <= high) and (not self.is_finite or value == int(value))
 
     def __str__(self) -> str:
         """``{loguniform: [0.0001, 0.01]}``."""
-        return "{" + ", ".join(f"{kind}: {values!r}" for kind, values in self.arguments().items()) + "}"
+        return f"{{{self.kind}: {list(self.written)!r}}}"
 
     def to_plain(self) -> dict[str, Any]:
         """The domain as a study's YAML writes it."""
         condition = {"when": {key: list(values) for key, values in self.when.items()}} if self.when else {}
-        return self.arguments() | condition
-
-
-@dataclass(frozen=True)
-class Choice(Domain):
-    """A list of values; ``grid`` and ``choice`` mean the same."""
-
-    kind: Literal["grid", "choice"]
-    options: tuple[Any, ...]
-
-    def values(self) -> tuple[Any, ...]:
-        """The options as listed."""
-        return self.options
-
-    def ends(self) -> tuple[Any, ...]:
-        """Every option."""
-        return self.options
-
-    def sample(self, rng: np.random.Generator) -> Any:
-        """Each option with the same probability."""
-        return self.options[int(rng.integers(len(self.options)))]
-
-    def arguments(self) -> dict[str, Any]:
-        """``{grid: [...]}`` or ``{choice: [...]}``."""
-        return {self.kind: list(self.options)}
-
-
-@dataclass(frozen=True)
-class Uniform(Domain):
-    """Real numbers from ``low`` to ``high``; ``log``: uniform in the logarithm."""
-
-    low: float
-    high: float
-    log: bool = False
-
-    @property
-    def is_finite(self) -> bool:
-        """Never."""
-        return False
-
-    def values(self) -> tuple[Any, ...]:
-        """ValueError: there are infinitely many."""
-        raise ValueError(f"{self} is continuous: its values cannot be listed")
-
-    def ends(self) -> tuple[Any, ...]:
-        """Both ends."""
-        return (self.low, self.high)
-
-    def between(self) -> tuple[Any, ...]:
-        """A number that is not whole."""
-        return (self.low + (self.high - self.low) / math.pi,)
-
-    def sample(self, rng: np.random.Generator) -> float:
-        """A float in the range."""
-        if self.log:
-            drawn = math.exp(float(rng.uniform(math.log(self.low), math.log(self.high))))
-        else:
-            drawn = float(rng.uniform(self.low, self.high))
-        # exp(log(high)) may miss high by a rounding error.
-        return min(max(drawn, self.low), self.high)
-
-    def contains(self, value: Any) -> bool:
-        """Whether it is a number in the range, the ends included."""
-        return isinstance(value, int | float) and not isinstance(value, bool) and self.low <= value <= self.high
-
-    def arguments(self) -> dict[str, Any]:
-        """``{uniform: [low, high]}`` or ``{loguniform: [low, high]}``."""
-        return {"loguniform" if self.log else "uniform": [self.low, self.high]}
-
-
-@dataclass(frozen=True)
-class Stepped(Domain):
-    """``low``, ``low + step``, ... up to ``high``, both ends included; ints where all three are, free of rounding errors."""
-
-    low: float
-    high: float
-    step: float
-
-    def values(self) -> tuple[Any, ...]:
-        """Every step."""
-        low, step = Decimal(str(self.low)), Decimal(str(self.step))
-        exact = [low + index * step for index in range(_steps(self.low, self.high, self.step) + 1)]
-        whole = all(isinstance(one, int) for one in (self.low, self.high, self.step))
-        return tuple(int(one) if whole else float(one) for one in exact)
-
-    def ends(self) -> tuple[Any, ...]:
-        """Both ends."""
-        values = self.values()
-        return (values[0], values[-1])
-
-    def between(self) -> tuple[Any, ...]:
-        """The first step from the lower end."""
-        return (self.values()[1],)
-
-    def sample(self, rng: np.random.Generator) -> Any:
-        """Each step with the same probability."""
-        return self.values()[int(rng.integers(_steps(self.low, self.high, self.step) + 1))]
-
-    def arguments(self) -> dict[str, Any]:
-        """``{quniform: [low, high, step]}``."""
-        return {"quniform": [self.low, self.high, self.step]}
-
-
-@dataclass(frozen=True)
-class Integers(Domain):
-    """Whole numbers from ``low`` to ``high``, **both included** (Ray's ``randint`` leaves the upper one out)."""
-
-    low: int
-    high: int
-
-    def values(self) -> tuple[Any, ...]:
-        """Every whole number."""
-        return tuple(range(self.low, self.high + 1))
-
-    def ends(self) -> tuple[Any, ...]:
-        """Both ends."""
-        return (self.low, self.high)
-
-    def sample(self, rng: np.random.Generator) -> int:
-        """Each with the same probability."""
-        return int(rng.integers(self.low, self.high, endpoint=True))
-
-    def contains(self, value: Any) -> bool:
-        """Whether it is a whole number in the range."""
-        return not isinstance(value, bool) and value in range(self.low, self.high + 1)
-
-    def arguments(self) -> dict[str, Any]:
-        """``{randint: [low, high]}``."""
-        return {"randint": [self.low, self.high]}
+        return {self.kind: list(self.written)} | condition
 
 
 Space = Mapping[str, Domain]
@@ -242,16 +154,16 @@ def _parse_condition(plain: Any) -> dict[str, tuple[Any, ...]]:
     return {str(key): tuple(values) for key, values in plain.items()}
 
 
-def _parse_choice(kind: Any, arguments: Any, when: dict[str, tuple[Any, ...]]) -> Choice:
+def _parse_choice(kind: Any, arguments: Any, when: dict[str, tuple[Any, ...]]) -> Domain:
     if not isinstance(arguments, list) or not arguments:
         raise ValueError(f"{kind}: found {arguments!r}; expected a list of values")
     twice = [one for index, one in enumerate(arguments) if any(same(one, earlier) for earlier in arguments[:index])]
     if twice:
         raise ValueError(f"{kind}: {twice[0]!r} is listed twice")
-    return Choice(kind, tuple(arguments), when=when)
+    return Domain(kind, tuple(arguments), when=when)
 
 
-def _parse_range(kind: str, arguments: Any, when: dict[str, tuple[Any, ...]]) -> Domain:
+def _parse_range(kind: Any, arguments: Any, when: dict[str, tuple[Any, ...]]) -> Domain:
     expected = "[low, high, step]" if kind == "quniform" else "[low, high]"
     count = 3 if kind == "quniform" else 2
     if not isinstance(arguments, list) or len(arguments) != count or not all(_is_number(one) for one in arguments):
@@ -262,15 +174,15 @@ def _parse_range(kind: str, arguments: Any, when: dict[str, tuple[Any, ...]]) ->
     if kind == "randint":
         if not (isinstance(low, int) and isinstance(high, int)):
             raise ValueError(f"randint: found {arguments!r}; expected whole numbers, both included (1, not 1.0)")
-        return Integers(low, high, when=when)
-    if kind == "quniform":
+    elif kind == "quniform":
         step = arguments[2]
         if step <= 0 or Decimal(str(low)) + _steps(low, high, step) * Decimal(str(step)) != Decimal(str(high)):
             raise ValueError(f"quniform: steps of {step!r} from {low!r} do not reach {high!r}; both ends are included")
-        return Stepped(low, high, step, when=when)
-    if kind == "loguniform" and low <= 0:
-        raise ValueError(f"loguniform: low is {low!r}; expected more than 0, as a logarithm needs")
-    return Uniform(float(low), float(high), kind == "loguniform", when=when)
+    else:
+        if kind == "loguniform" and low <= 0:
+            raise ValueError(f"loguniform: low is {low!r}; expected more than 0, as a logarithm needs")
+        arguments = [float(low), float(high)]
+    return Domain(kind, tuple(arguments), when=when)
 
 
 def _is_number(value: Any) -> bool:
@@ -293,3 +205,66 @@ def identity(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return ("list", tuple(identity(item) for item in value))
     return (isinstance(value, bool), value)
+
+
+def in_order(space: Space) -> list[str]:
+    """The keys, each after those that its condition names, otherwise as they are written.
+
+    Raises:
+        ValueError: conditions that depend on each other in a circle.
+    """
+    ordered: list[str] = []
+    waiting = list(space)
+    while waiting:
+        ready = [key for key in waiting if not any(parent in waiting for parent in space[key].when)]
+        if not ready:
+            raise ValueError(f"the conditions of {', '.join(waiting)} depend on each other in a circle")
+        ordered.append(ready[0])
+        waiting.remove(ready[0])
+    return ordered
+
+
+def applies(domain: Domain, values: Mapping[str, Any], base: Mapping[str, Any]) -> bool:
+    """Whether a domain's key is sampled, given what is sampled so far and the base's values, both by dotted key."""
+    return all(
+        any(same(values.get(parent, base[parent]), allowed) for allowed in wanted)
+        for parent, wanted in domain.when.items()
+    )
+
+
+def draw(space: Space, base: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+    """One value for every key that applies."""
+    values: dict[str, Any] = {}
+    for key in in_order(space):
+        if applies(space[key], values, base):
+            values[key] = space[key].sample(rng)
+    return values
+
+
+def combinations(space: Space, base: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Every combination of a finite space, the first key varying slowest; a key that does not apply does not multiply."""
+    yield from _combine(space, base, in_order(space), {})
+
+
+def _combine(
+    space: Space, base: Mapping[str, Any], keys: Sequence[str], values: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    if not keys:
+        yield dict(values)
+        return
+    key, rest = keys[0], keys[1:]
+    if not applies(space[key], values, base):
+        yield from _combine(space, base, rest, values)
+        return
+    for value in space[key].values():
+        yield from _combine(space, base, rest, values | {key: value})
+
+
+def condition_values(space: Space, key: str) -> dict[str, Any]:
+    """The first values for which a key is sampled: of the keys that its condition names, and of theirs in turn."""
+    values: dict[str, Any] = {}
+    for parent, wanted in space[key].when.items():
+        if parent in space:
+            values |= condition_values(space, parent)
+        values[parent] = wanted[0]
+    return values

@@ -14,7 +14,7 @@ from rafce_ray.data.dataset import prepare
 from rafce_ray.errors import GateError, RafceError
 from rafce_ray.study.config import StudyConfig, build_study
 from rafce_ray.study.proposals import Observed, planned_trials, propose
-from rafce_ray.study.space import Choice
+from rafce_ray.study.space import Domain
 from rafce_ray.study.trials import read_plan, read_trials
 from rafce_ray.study_folder import StudyFolder
 from rafce_ray.tune import command, trials
@@ -331,8 +331,8 @@ def test_values_that_do_not_go_together_are_left_out_and_the_numbers_go_on(
     study = build(drawn_faces, store_dir, num_trials=4, scheduler={"type": "none"})
     base = study.base.model_copy(update={"model": {"backbone": "mobilenet_v3_small", "weights": "DEFAULT"}})
     space = {
-        "model.freeze_backbone": Choice("grid", (True, False)),
-        "model.weights": Choice("grid", ("none", "DEFAULT")),
+        "model.freeze_backbone": Domain("grid", (True, False)),
+        "model.weights": Domain("grid", ("none", "DEFAULT")),
     }
     bench = Bench(tmp_path, study.model_copy(update={"base": base, "space": space, "search": "grid"}), prepared)
     assert planned_trials(bench.study) == 4
