@@ -22,7 +22,7 @@ COPY rafce_ray rafce_ray
 COPY tune_configs tune_configs
 # What cannot run here is better known now.
 RUN python -m rafce_ray.tune --help > /dev/null \
-    && python -m rafce_ray.serve.manifests --help > /dev/null
+    && python -m rafce_ray.serve --help > /dev/null
 
 # Ray's image calls it ray; Kubernetes wants the number to see that it is not root.
 USER 1000:100
