@@ -24,7 +24,7 @@ from PIL import Image
 
 from rafce_ray.bundle import load_bundle, save_bundle
 from rafce_ray.calibration import Calibration
-from rafce_ray.data.synthetic import synthesize
+from rafce_ray.data.drawing.synthetic import synthesize
 from rafce_ray.hardware import choose_device
 from rafce_ray.inference.build import build_engine
 from rafce_ray.model import Architecture, build_model

@@ -22,8 +22,8 @@ from rich.table import Table
 
 from rafce_ray.config import DataConfig
 from rafce_ray.data.dataset import open_dataset, prepare
+from rafce_ray.data.drawing.synthetic import synthesize
 from rafce_ray.data.rafce import ACTION_UNIT_FILE, EMOTION_FILE, PARTITION_FILE, VOTES_FILE
-from rafce_ray.data.synthetic import synthesize
 
 NUM_DRAWN = 300
 MAX_GROWTH = 1.10

@@ -22,7 +22,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from rafce_ray.data.synthetic import synthesize
+from rafce_ray.data.drawing.synthetic import synthesize
 from rafce_ray.study.rungs import read_rungs
 from rafce_ray.study.trials import read_trials
 from rafce_ray.study_folder import StudyFolder

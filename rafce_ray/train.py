@@ -25,7 +25,7 @@ from rafce_ray.config import (
     to_yaml,
 )
 from rafce_ray.console import print_json, progress_bar, run_main, say, warn
-from rafce_ray.data.audit_case import audit_command
+from rafce_ray.data.audit_checks import audit_command
 from rafce_ray.data.dataset import Prepared, prepare
 from rafce_ray.errors import RafceError, UsageError
 from rafce_ray.hardware import describe_software

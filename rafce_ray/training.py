@@ -11,15 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rafce_ray.batch import Batch
 from rafce_ray.bundle import read_weights, save_bundle
 from rafce_ray.calibration import Calibration
 from rafce_ray.checkpoint import Checkpoint, InvalidCheckpoint, local_bundle, read_trainer_state, save_checkpoint
 from rafce_ray.config import AU_METRICS, EMOTION_METRICS, MINIMISED_METRICS, Config, LossConfig
-from rafce_ray.data.audit_case import audit_command
+from rafce_ray.data.audit_checks import audit_command
 from rafce_ray.data.augment import build_augmentation
 from rafce_ray.data.dataset import Dataset, open_dataset
-from rafce_ray.data.loader import ImageSource, TrainLoader, check_shares
+from rafce_ray.data.loader import Batch, ImageSource, TrainLoader, check_shares
 from rafce_ray.errors import GateError
 from rafce_ray.hardware import resolve_precision
 from rafce_ray.losses import MultiTaskLoss, Objective, build_loss, class_weights

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rafce_ray.batch import Batch
 from rafce_ray.config import LossConfig
+from rafce_ray.data.loader import Batch
 from rafce_ray.errors import UsageError
 from rafce_ray.losses import (
     AU_LOSSES,

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torchvision.models import get_model
 
-from rafce_ray.batch import Batch
 from rafce_ray.config import BACKBONES, ModelConfig
+from rafce_ray.data.loader import Batch
 from rafce_ray.errors import UsageError
 from rafce_ray.losses import LossSettings, MultiTaskLoss, Objective
 from rafce_ray.model import (

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from rafce_ray.bundle import load_bundle
 from rafce_ray.config import DataConfig, load_config
-from rafce_ray.data.audit_report import render
+from rafce_ray.data.audit import render
 from rafce_ray.data.dataset import prepare
 from rafce_ray.engine import fit
 from rafce_ray.evaluate import data_config_for, evaluate_bundle, open_for_bundle

@@ -13,11 +13,10 @@ from rich.console import Console
 
 from rafce_ray.config import load_config
 from rafce_ray.console import console, progress_bar, run_main, say, to_json, warn
-from rafce_ray.data.audit import Audit, audit
-from rafce_ray.data.audit_report import render
+from rafce_ray.data.audit import Audit, audit, render
+from rafce_ray.data.drawing.synthetic import synthesize
 from rafce_ray.data.records import SPLITS, counted
 from rafce_ray.data.split import FRACTIONS, write_split
-from rafce_ray.data.synthetic import synthesize
 from rafce_ray.errors import GateError, UsageError
 from rafce_ray.storage import local_path, locate
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import unicodedata
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -15,9 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rafce_ray.config import DataConfig
-from rafce_ray.data import reference
-from rafce_ray.data.audit_action_units import action_unit_findings
-from rafce_ray.data.audit_case import Case, audit_command, count_action_units, value_counts
+from rafce_ray.data import rafce
 from rafce_ray.data.labels import in_label_order
 from rafce_ray.data.records import (
     MAX_UNREADABLE_SHARE,
@@ -29,8 +28,93 @@ from rafce_ray.data.records import (
     NearImage,
     Targets,
     counted,
+    evidence_of,
 )
-from rafce_ray.taxonomy import PERHAPS_UNKNOWN_WORDS, RAFCE_EMOTIONS, UNKNOWN_WORDS, Taxonomy, label_key
+from rafce_ray.taxonomy import (
+    PERHAPS_UNKNOWN_WORDS,
+    RAFCE_EMOTIONS,
+    SEED18,
+    UNKNOWN_WORDS,
+    Taxonomy,
+    action_unit_code,
+    label_key,
+    parse_action_unit_token,
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What every check looks at; ``usable`` marks train rows that have an image, whose action units are
+    counted in ``train_known`` and ``train_positives`` (A,)."""
+
+    labels: Labels
+    taxonomy: Taxonomy
+    targets: Targets
+    data: DataConfig
+    usable: npt.NDArray[np.bool_]
+    train_known: npt.NDArray[np.int64]
+    train_positives: npt.NDArray[np.int64]
+
+    @property
+    def has_rafce_classes(self) -> bool:
+        """Whether layout and classes are RAF-CE's, so that its published counts say what is natural."""
+        return self.labels.layout == "rafce" and self.taxonomy.emotions == tuple(RAFCE_EMOTIONS)
+
+    @property
+    def all_images_missing(self) -> bool:
+        """Whether no row has an image. That alone is refused; its consequences are not reported."""
+        paths = self.labels.table["image_path"]
+        return len(paths) > 0 and paths.null_count == len(paths)
+
+    def split_sizes(self) -> dict[str, int]:
+        """Labelled rows per split."""
+        return {split: int((self.targets.split == code).sum()) for code, split in enumerate(SPLITS)}
+
+    def rows(
+        self, mask: npt.NDArray[np.bool_], file: str | None, line_column: str, value_column: str | None
+    ) -> tuple[Evidence, ...]:
+        """Evidence for label rows, with their line."""
+        table = self.labels.table
+        return evidence_of(
+            Evidence(
+                str(table["name"][row].as_py()) + (f": {table[value_column][row].as_py()!r}" if value_column else ""),
+                file,
+                table[line_column][row].as_py(),
+            )
+            for row in np.flatnonzero(mask).tolist()
+        )
+
+
+def count_action_units(
+    action_units: npt.NDArray[np.float32], rows: npt.NDArray[np.bool_]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Known and positive elements per action unit, (A,) each, among the rows (N,) of the targets (N, A)."""
+    # Column by column: copies of the whole matrix would show in the memory of large datasets.
+    known = np.zeros(action_units.shape[1], np.int64)
+    positives = np.zeros(action_units.shape[1], np.int64)
+    for column in range(action_units.shape[1]):
+        values = action_units[rows, column]
+        known[column] = np.count_nonzero(~np.isnan(values))
+        positives[column] = np.count_nonzero(values == 1)
+    return known, positives
+
+
+def value_counts(column: pa.ChunkedArray) -> list[tuple[str, int]]:
+    """Distinct values that are not null, with their counts, the most frequent first."""
+    counts = pc.value_counts(pc.drop_null(column)).to_pylist()
+    return sorted(((item["values"], item["counts"]) for item in counts), key=lambda pair: -pair[1])
+
+
+def audit_command(data: DataConfig, root: str | None = None, **changed: str) -> str:
+    """The command that audits the data as they are read here; ``root``: where they are, unless ``data.root`` says it.
+
+    ``changed``: keys of the section ``data`` to add, with their text.
+    """
+    keys = ("layout", "images", "encoding", "au_threshold")
+    given = {key: getattr(data, key) for key in keys if getattr(data, key) != DataConfig.model_fields[key].default}
+    given |= changed
+    return shlex.join(["rafce", "data", "audit", root or str(data.root), *(f"data.{k}={v}" for k, v in given.items())])
+
 
 MIN_CLASS_IMAGES = 10
 """A class with fewer images in a split is pointed out."""
@@ -102,8 +186,8 @@ def _check_splits(case: Case) -> list[Finding]:
 
 def _check_known_sizes(case: Case) -> list[Finding]:
     """Compare with the published sizes, where the dataset is RAF-CE by its classes and its size."""
-    sizes, known = case.split_sizes(), reference.SPLIT_SIZES
-    close_in_size = abs(case.labels.table.num_rows - reference.NUM_LABELLED) <= 0.02 * reference.NUM_LABELLED
+    sizes, known = case.split_sizes(), rafce.SPLIT_SIZES
+    close_in_size = abs(case.labels.table.num_rows - rafce.NUM_LABELLED) <= 0.02 * rafce.NUM_LABELLED
     two_match = len(set(sizes.values()) & set(known.values())) >= 2
     if not case.has_rafce_classes or not (close_in_size or two_match) or sizes == known:
         return []
@@ -318,8 +402,8 @@ def _check_class_sizes(case: Case) -> list[Finding]:
                 continue
             level: Level = "warning" if split == "train" else "info"
             if case.has_rafce_classes:
-                expected = reference.CLASS_COUNTS[split][label] * sizes[split] / reference.SPLIT_SIZES[split]
-                level = "warning" if reference.is_surprisingly_few(count, expected) else "info"
+                expected = rafce.CLASS_COUNTS[split][label] * sizes[split] / rafce.SPLIT_SIZES[split]
+                level = "warning" if rafce.is_surprisingly_few(count, expected) else "info"
             name = case.taxonomy.emotions[label]
             few[level].append((split, name, Evidence(f"{split}: {count} images of {name}")))
     findings = []
@@ -333,3 +417,158 @@ def _check_class_sizes(case: Case) -> list[Finding]:
             remedy = "Add images of these classes, or look at macro-F1 over supported classes."
             findings.append(Finding(level, "classes_under_10", message, remedy, len(evidence), evidence))
     return findings
+
+
+def action_unit_findings(case: Case) -> list[Finding]:
+    """Whether there is something to learn, what could not be read, and what lies outside the vocabulary."""
+    checks = (
+        _check_targets,
+        _check_unreadable,
+        _check_vocabulary,
+        _check_each,
+        _check_token_shapes,
+    )
+    return [finding for check in checks for finding in check(case)]
+
+
+def _check_targets(case: Case) -> list[Finding]:
+    labels, data = case.labels, case.data
+    if not labels.has_action_units or data.action_units == "none":
+        return []
+    if not case.taxonomy.action_units:
+        wanted = (
+            f"{data.min_train_positives} train positives" if data.action_units == "auto" else "a column in the table"
+        )
+        message = f"no action unit of the vocabulary {data.action_units!r} has {wanted}"
+        remedy = "Set data.action_units to a list, to auto with a lower data.min_train_positives, or to none."
+        return [Finding("refusal", "no_action_unit_positives", message, remedy)]
+    if case.train_positives.any() or case.all_images_missing:
+        return []
+    states = dict(value_counts(labels.table["au_state"]))
+    evidence = [
+        evidence
+        for finding in labels.findings
+        if finding.code == "unreadable_action_units"
+        for evidence in finding.evidence
+    ]
+    evidence += [Evidence(f"{count} rows are {state}") for state, count in states.items()]
+    message = "there are action-unit labels, but no train image has a positive one: there is nothing to learn"
+    remedy = (
+        "Check how the labels are written (1+4+25 in RAF-CE's file; 1, 0 or blank in a table) and data.action_units; "
+        "data.action_units=none leaves the task out."
+    )
+    return [Finding("refusal", "no_action_unit_positives", message, remedy, 1, tuple(evidence))]
+
+
+def _check_unreadable(case: Case) -> list[Finding]:
+    """Refuse where more than one in a hundred labels that say something cannot be read."""
+    labels = case.labels
+    if case.data.action_units == "none":
+        return []
+    states = dict(value_counts(labels.table["au_state"]))
+    unreadable = states.get("unreadable", 0)
+    labelled = unreadable + states.get("full", 0) + states.get("partial", 0)
+    if not labelled or unreadable / labelled <= MAX_UNREADABLE_SHARE:
+        return []
+    reported = [
+        evidence
+        for finding in labels.findings
+        if finding.code == "unreadable_action_units"
+        for evidence in finding.evidence
+    ]
+    mask = np.asarray(pc.equal(labels.table["au_state"], "unreadable"))
+    evidence = tuple(reported) or case.rows(mask, labels.au_file, "au_line", None)
+    share = unreadable / labelled
+    message = (
+        f"{unreadable} of {labelled} non-null action-unit rows ({share:.1%}) cannot be read; "
+        f"at most {MAX_UNREADABLE_SHARE:.0%} may be"
+    )
+    remedy = "Write action units as numbers joined by '+', such as 1+4+L12, or null; in a table as 1, 0 or blank."
+    return [Finding("refusal", "too_many_unreadable_action_units", message, remedy, unreadable, evidence)]
+
+
+def _check_vocabulary(case: Case) -> list[Finding]:
+    labels, taxonomy, data = case.labels, case.taxonomy, case.data
+    if not taxonomy.action_units:
+        return []
+    findings = []
+    level: Level
+    wanted = (
+        SEED18 if data.action_units == "seed18" else data.action_units if isinstance(data.action_units, tuple) else ()
+    )
+    left_out = [number for number in wanted if number not in taxonomy.action_units]
+    if left_out:
+        level = "info" if data.action_units == "seed18" else "warning"
+        message = f"no column for {', '.join(map(action_unit_code, left_out))}: left out of the vocabulary"
+        findings.append(Finding(level, "action_units_without_column", message, "", len(left_out)))
+    outside: dict[str, int] = {}
+    for token, count in labels.token_counts.items():
+        number = parse_action_unit_token(token)
+        if number is not None and number not in taxonomy.action_units:
+            outside[token] = outside.get(token, 0) + count
+    if outside:
+        ordered = sorted(outside.items(), key=lambda item: -item[1])
+        evidence = evidence_of(Evidence(f"{token}: {count}") for token, count in ordered)
+        message = f"{sum(outside.values())} action-unit tokens of {len(outside)} kinds are outside the vocabulary"
+        remedy = f"data.action_units=auto takes every action unit with {data.min_train_positives} train positives."
+        # The makers of a table chose its columns: each one that is left out is reported.
+        enough = max(outside.values()) >= data.min_train_positives
+        chosen = labels.layout != "table" or isinstance(data.action_units, tuple)
+        level = "warning" if enough and not chosen else "info"
+        findings.append(Finding(level, "tokens_outside_vocabulary", message, remedy, sum(outside.values()), evidence))
+    return findings
+
+
+def _check_each(case: Case) -> list[Finding]:
+    if not case.train_positives.any():
+        return []
+    never: dict[Level, list[Evidence]] = {"info": [], "warning": []}
+    always = []
+    num_reference = rafce.SPLIT_SIZES["train"] - rafce.NUM_NULL_TRAIN
+    for number, count, num_known in zip(
+        case.taxonomy.action_units, case.train_positives.tolist(), case.train_known.tolist(), strict=True
+    ):
+        code = action_unit_code(number)
+        if count == 0:
+            level: Level = "warning"
+            if case.has_rafce_classes and case.data.action_units == "seed18":
+                expected = rafce.TRAIN_POSITIVES.get(number, 0) * num_known / num_reference
+                level = "warning" if rafce.is_surprisingly_few(0, expected) else "info"
+            never[level].append(Evidence(f"{code}: 0 of {num_known} known train rows"))
+        elif count == num_known:
+            always.append(Evidence(f"{code}: all {num_known} known train rows"))
+    findings = []
+    for level, evidence in never.items():
+        if evidence:
+            message = f"{len(evidence)} action units of the vocabulary have no positive in train and cannot be learned"
+            remedy = "Leave them out: data.action_units=auto, or a list."
+            findings.append(
+                Finding(level, "action_units_without_positives", message, remedy, len(evidence), tuple(evidence))
+            )
+    if always:
+        message = (
+            f"{len(always)} action units are present in every known train row: the model would learn to always say yes"
+        )
+        remedy = "If null means that none is there, set data.null_policy=negative; else leave them out."
+        findings.append(
+            Finding("warning", "action_units_without_negatives", message, remedy, len(always), tuple(always))
+        )
+    return findings
+
+
+def _check_token_shapes(case: Case) -> list[Finding]:
+    """Tokens that are more than a number: read as their base action unit, and counted."""
+    if case.labels.layout != "rafce":
+        return []
+    shaped = [
+        (token, count)
+        for token, count in case.labels.token_counts.items()
+        if not token.isdecimal() and parse_action_unit_token(token) is not None
+    ]
+    if not shaped:
+        return []
+    shaped.sort(key=lambda item: -item[1])
+    total = sum(count for _, count in shaped)
+    evidence = evidence_of(Evidence(f"{token}: {count}") for token, count in shaped)
+    message = f"{total} action-unit tokens carry a side, prefix or intensity and count for their base action unit"
+    return [Finding("info", "shaped_tokens", message, "", total, evidence)]

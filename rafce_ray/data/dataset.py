@@ -12,12 +12,19 @@ import pyarrow as pa
 from rafce_ray.config import DataConfig
 from rafce_ray.console import say, warn
 from rafce_ray.data.audit import Audit, audit_labels, require_readable, require_trainable
-from rafce_ray.data.audit_case import audit_command
+from rafce_ray.data.audit_checks import audit_command
 from rafce_ray.data.labels import read_labels, resolve_targets, resolve_taxonomy
-from rafce_ray.data.memory import release_memory, system_allocator
-from rafce_ray.data.records import SPLITS, Progress, Targets
-from rafce_ray.data.store import StoreHandle, ensure_store, fetch_store
-from rafce_ray.data.store_files import LABELS, StoreMeta, open_images, read_arrow, read_meta
+from rafce_ray.data.records import SPLITS, Progress, Targets, release_memory, system_allocator
+from rafce_ray.data.store import (
+    LABELS,
+    StoreHandle,
+    StoreMeta,
+    ensure_store,
+    fetch_store,
+    open_images,
+    read_arrow,
+    read_meta,
+)
 from rafce_ray.taxonomy import Taxonomy
 
 

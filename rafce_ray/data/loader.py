@@ -8,14 +8,35 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rafce_ray.batch import Batch
 from rafce_ray.data.dataset import Dataset
 from rafce_ray.errors import UsageError
+
+
+class Batch(NamedTuple):
+    """One worker's part of a global batch, on its device.
+
+    images (B, S, S, 3) uint8 as stored, or (B, 3, P, P) float once prepared for the network; emotion (B,) int64, -1 unknown;
+    action_units (B, A) float, 1 / 0 / NaN unknown; votes (B, 6) float in the order of ``BASIC_EMOTIONS``, summing to 1, NaN
+    unknown. The norms are scalars over the global batch of all workers: emotion_norm is the sum of the class weights of known
+    emotions (their number without weights), au_norm the number of known AU elements, votes_norm the number of images with votes.
+    rows (B,) int64 says which rows of the dataset these images are.
+    """
+
+    images: Tensor
+    emotion: Tensor
+    action_units: Tensor
+    votes: Tensor
+    emotion_norm: Tensor
+    au_norm: Tensor
+    votes_norm: Tensor
+    rows: np.ndarray
+
 
 RESIDENT_SHARE = 0.4
 """Share of the free device memory that stored images may take to stay on the device."""

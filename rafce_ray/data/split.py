@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from rafce_ray.config import DataConfig
 from rafce_ray.data import rafce, table
 from rafce_ray.data.audit_checks import WITHOUT_SPLITS
-from rafce_ray.data.columns import title_key
+from rafce_ray.data.label_file import title_key
 from rafce_ray.data.labels import read_labels
 from rafce_ray.data.records import SPLITS, Labels
 from rafce_ray.errors import GateError, UsageError

@@ -1,4 +1,9 @@
-"""A dataset's images, decoded once for every run: found by key, built under a lock, shared between nodes."""
+"""A dataset's images, decoded once for every run: found by key, built under a lock, shared between nodes.
+
+``images.arrow`` holds record batches of ``rows_per_batch`` images each, a fixed-size list of uint8 per image.
+``labels.arrow`` holds one row an image, in the same order, with the labels as they were read. ``sources.arrow`` holds
+path, size and modification time of every source image. ``store.json`` is written last.
+"""
 
 from __future__ import annotations
 
@@ -9,36 +14,298 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.fs as pafs
 
 from rafce_ray.config import DataConfig
 from rafce_ray.console import say
 from rafce_ray.data.records import Labels, Progress
-from rafce_ray.data.store_files import (
-    FORMAT_VERSION,
-    IMAGES,
-    LABELS,
-    META,
-    SOURCES,
-    StoreMeta,
-    Undecodable,
-    describe_changes,
-    open_images,
-    read_arrow,
-    read_meta,
-    write_store,
-)
-from rafce_ray.decode import DECODER_VERSION
-from rafce_ray.errors import RafceError
+from rafce_ray.decode import DECODER_VERSION, FILE_LIMITS, DecodeError, decode_face
+from rafce_ray.errors import GateError, RafceError
+from rafce_ray.object_store import StorageError
 from rafce_ray.storage import Location, locate
+
+FORMAT_VERSION = 1
+IMAGES, LABELS, SOURCES, META = "images.arrow", "labels.arrow", "sources.arrow", "store.json"
+
+_BATCH_BYTES = 32 * 2**20
+_MAX_BATCH_ROWS = 4096
+_SCRATCH_ROWS = 64
+_LABEL_CHUNK = 2048
+_MAX_THREADS = 8
+
+
+@dataclass(frozen=True)
+class Undecodable:
+    """A labelled image that has no row in the store, and why."""
+
+    path: str
+    code: str
+    message: str
+
+
+@dataclass(frozen=True)
+class StoreMeta:
+    """What a store holds and what it was made from; ``fingerprint`` changes with any pixel, name or label file."""
+
+    format_version: int
+    key: str
+    root: str
+    layout: str
+    stored_px: int
+    decoder_version: int
+    rows_per_batch: int
+    num_images: int
+    num_missing: int
+    has_emotions: bool
+    has_action_units: bool
+    fingerprint: str
+    label_files: dict[str, str]
+    undecodable: tuple[Undecodable, ...] = field(default=())
+
+    def to_json(self) -> str:
+        """JSON that :func:`read_meta` reads back."""
+        return json.dumps(asdict(self), indent=1)
+
+
+def read_meta(folder: Path) -> StoreMeta:
+    """What ``store.json`` says.
+
+    Raises:
+        RafceError: there is none, or it is of another version or damaged; the message names the folder.
+    """
+    try:
+        values: dict[str, Any] = json.loads((folder / META).read_text(encoding="utf-8"))
+        undecodable = tuple(Undecodable(**item) for item in values.pop("undecodable"))
+        meta = StoreMeta(**values, undecodable=undecodable)
+    except (FileNotFoundError, NotADirectoryError):
+        raise RafceError(
+            f"{folder}: is no store ({META} is missing). Build it with 'rafce train', which does so by itself."
+        ) from None
+    except (ValueError, TypeError, KeyError) as error:
+        raise RafceError(f"{folder / META}: cannot be read ({error}). Delete the folder; it is built again.") from None
+    if meta.format_version != FORMAT_VERSION:
+        raise RafceError(
+            f"{folder}: a store of format {meta.format_version}; this program reads {FORMAT_VERSION}. Delete it."
+        )
+    return meta
+
+
+def open_images(folder: Path, meta: StoreMeta) -> list[npt.NDArray[np.uint8]]:
+    """One read-only (rows, S, S, 3) view per record batch onto the memory-mapped file.
+
+    Raises:
+        RafceError: the file is missing or damaged, or holds another number of images than ``store.json`` says.
+    """
+    try:
+        reader = pa.ipc.open_file(pa.memory_map(str(folder / IMAGES)))
+        batches = [reader.get_batch(i).column(0).flatten() for i in range(reader.num_record_batches)]
+    except (OSError, pa.ArrowInvalid) as error:
+        raise RafceError(
+            f"{folder / IMAGES}: cannot be read ({error}). Delete the folder {folder}; it is built again."
+        ) from error
+    shape = (-1, meta.stored_px, meta.stored_px, 3)
+    views = [values.to_numpy(zero_copy_only=True).reshape(shape) for values in batches]
+    if sum(map(len, views)) != meta.num_images:
+        found = sum(map(len, views))
+        raise RafceError(f"{folder / IMAGES}: holds {found} images, {META} says {meta.num_images}. Delete the folder.")
+    return views
+
+
+def read_arrow(path: Path) -> pa.Table:
+    """A memory-mapped table. RafceError where the file is missing or damaged."""
+    try:
+        return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+    except (OSError, pa.ArrowInvalid) as error:
+        raise RafceError(
+            f"{path}: cannot be read ({error}). Delete the folder {path.parent}; it is built again."
+        ) from error
+
+
+def write_store(folder: Path, labels: Labels, key: str, px: int, progress: Progress | None) -> StoreMeta:
+    """Decode every labelled image into ``folder``, which must be there and empty; memory does not grow with N.
+
+    Raises:
+        GateError: not one image could be decoded.
+    """
+    paths = labels.table["image_path"]
+    num_present = len(paths) - paths.null_count
+    bar: AbstractContextManager[Callable[[int], None]] = (
+        progress("decoding images", num_present) if progress else nullcontext(lambda n: None)
+    )
+    with bar as advance:
+        decoded = _write_images(folder / IMAGES, labels, px, advance)
+    if not decoded.kept.any():
+        why = []
+        if num_present < len(paths):
+            missing = len(paths) - num_present
+            why.append(f"{missing} are not in {labels.image_root}. Set data.images to the image folder.")
+        if decoded.undecodable:
+            first = decoded.undecodable[0]
+            why.append(f"{len(decoded.undecodable)} cannot be decoded; the first is {first.path}: {first.message}")
+        raise GateError(f"{labels.root}: none of {len(paths)} labelled images could be read. {' '.join(why)}")
+    _write_rows(folder / LABELS, labels.table, decoded.kept)
+    _write_rows(folder / SOURCES, labels.table.select(["image_path", "image_bytes", "image_mtime_ns"]), None)
+    meta = StoreMeta(
+        format_version=FORMAT_VERSION,
+        key=key,
+        root=str(labels.root),
+        layout=labels.layout,
+        stored_px=px,
+        decoder_version=DECODER_VERSION,
+        rows_per_batch=rows_per_batch(px),
+        num_images=int(decoded.kept.sum()),
+        num_missing=paths.null_count,
+        has_emotions=labels.has_emotions,
+        has_action_units=labels.has_action_units,
+        fingerprint=decoded.fingerprint,
+        label_files=labels.digests,
+        undecodable=tuple(decoded.undecodable),
+    )
+    (folder / META).write_text(meta.to_json(), encoding="utf-8")
+    for name in (IMAGES, LABELS, SOURCES, META):
+        _sync(folder / name)
+    return meta
+
+
+def rows_per_batch(px: int) -> int:
+    """Images in a record batch: about 32 MiB of them, whatever the size of the dataset."""
+    return int(np.clip(_BATCH_BYTES // (px * px * 3), 1, _MAX_BATCH_ROWS))
+
+
+@dataclass
+class _Decoded:
+    """Which label rows got an image, in the order of the labels, and the fingerprint of names, labels and pixels."""
+
+    kept: npt.NDArray[np.bool_]
+    undecodable: list[Undecodable]
+    fingerprint: str
+
+
+def _write_images(path: Path, labels: Labels, px: int, advance: Callable[[int], None]) -> _Decoded:
+    size, capacity = px * px * 3, rows_per_batch(px)
+    kind = pa.list_(pa.uint8(), size)
+    schema = pa.schema([pa.field("image", kind, nullable=False)])
+    # Every thread writes its pixels into a row of its own: nothing piles up, whatever the number of images.
+    scratch = np.empty((min(_SCRATCH_ROWS, capacity), size), np.uint8)
+    buffer = np.empty((capacity, size), np.uint8)
+    filled = 0
+    kept = np.zeros(labels.table.num_rows, bool)
+    undecodable: list[Undecodable] = []
+    digest = hashlib.blake2b(json.dumps(sorted(labels.digests.items())).encode(), digest_size=16)
+    read, folder = image_reader(labels.image_root), labels.image_root.shown
+
+    def decode(slot: int, relative: str) -> Undecodable | None:
+        try:
+            face = decode_face(read(relative), px, limits=FILE_LIMITS, name=f"{folder}/{relative}")
+            scratch[slot] = face.reshape(-1)
+        except DecodeError as error:
+            return Undecodable(relative, error.code, str(error))
+        except StorageError:
+            # The image may be sound: left out, it would be missing from every run.
+            raise
+        except OSError as error:
+            return Undecodable(relative, "unreadable_file", str(error))
+        return None
+
+    with (
+        pa.OSFile(str(path), "wb") as sink,
+        pa.ipc.new_file(sink, schema) as writer,
+        ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1)) as pool,
+    ):
+
+        def write() -> None:
+            images = pa.FixedSizeListArray.from_arrays(pa.array(buffer[:filled].reshape(-1)), type=kind)
+            writer.write_batch(pa.record_batch([images], schema=schema))
+
+        for rows, paths in _present(labels.table, len(scratch)):
+            for slot, fault in enumerate(pool.map(decode, range(len(paths)), paths)):
+                if fault is not None:
+                    undecodable.append(fault)
+                    continue
+                buffer[filled] = scratch[slot]
+                digest.update(paths[slot].encode())
+                digest.update(buffer[filled])
+                kept[rows[slot]] = True
+                filled += 1
+                if filled == capacity:
+                    write()
+                    filled = 0
+            advance(len(paths))
+        if filled:
+            write()
+    return _Decoded(kept, undecodable, digest.hexdigest())
+
+
+def _present(table: pa.Table, size: int) -> Iterator[tuple[list[int], list[str]]]:
+    """Label rows that have an image, and its path, ``size`` rows at a time."""
+    for start in range(0, table.num_rows, size):
+        paths = table["image_path"].slice(start, size).to_pylist()
+        yield (
+            [start + i for i, path in enumerate(paths) if path is not None],
+            [path for path in paths if path is not None],
+        )
+
+
+def image_reader(folder: Location) -> Callable[[str], bytes]:
+    """A function from a relative path to the file's bytes."""
+    local = folder.local
+    if local is None:
+        return lambda relative: (folder / relative).read_bytes()
+    return lambda relative: (local / relative).read_bytes()
+
+
+def _write_rows(path: Path, table: pa.Table, kept: npt.NDArray[np.bool_] | None) -> None:
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        for start in range(0, table.num_rows, _LABEL_CHUNK):
+            part = table.slice(start, _LABEL_CHUNK)
+            if kept is not None:
+                part = part.filter(pa.array(kept[start : start + _LABEL_CHUNK]))
+            writer.write_table(part.combine_chunks())
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def describe_changes(old: pa.Table, new: pa.Table) -> str:
+    """Which source images changed, were added or removed between two tables of sources; empty where none did."""
+    old_row = pc.index_in(new["image_path"], value_set=old["image_path"])
+    matched = np.asarray(pc.fill_null(old_row, -1))
+    named = np.asarray(pc.is_valid(new["image_path"]))
+    both = (matched >= 0) & named
+    differs = np.zeros(len(matched), bool)
+    for name in ("image_bytes", "image_mtime_ns"):
+        before = np.asarray(pc.fill_null(old[name], -1))[matched[both]]
+        differs[both] |= before != np.asarray(pc.fill_null(new[name], -1))[both]
+    changed = np.flatnonzero(differs)
+    added = np.flatnonzero((matched < 0) & named)
+    num_removed = int(
+        pc.sum(pc.invert(pc.is_in(old["image_path"].drop_null(), value_set=new["image_path"]))).as_py() or 0
+    )
+    parts = []
+    for rows, verb in ((changed, "changed"), (added, "added")):
+        if len(rows):
+            examples = ", ".join(str(new["image_path"][row].as_py()) for row in rows[:3].tolist())
+            parts.append(f"{len(rows)} source images {verb} ({examples}{', ...' if len(rows) > 3 else ''})")
+    if num_removed:
+        parts.append(f"{num_removed} source images removed")
+    return ", ".join(parts)
+
 
 LOCAL_STORES = str(DataConfig.model_fields["store_dir"].default)
 """Where a node keeps its copies of stores that live on an object store."""

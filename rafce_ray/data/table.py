@@ -18,19 +18,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rafce_ray.config import DataConfig
-from rafce_ray.data.columns import Columns, find_columns
 from rafce_ray.data.label_file import (
+    Columns,
     CsvRow,
     csv_rows,
     duplicate_findings,
+    find_columns,
     open_text,
     read_action_unit_label,
     refuse_broken_link,
     text_findings,
     unreadable_finding,
 )
-from rafce_ray.data.listing import image_columns, match_images
-from rafce_ray.data.names import duplicate_groups
+from rafce_ray.data.listing import groups_of_equals, image_columns, match_images
 from rafce_ray.data.records import (
     LABEL_SCHEMA,
     MAX_UNREADABLE_SHARE,
@@ -469,7 +469,7 @@ def _row_findings(rows: _Rows, columns: Columns, file: str, root: str) -> list[F
 
 def _without_duplicates(table: pa.Table, file: str) -> tuple[pa.Table, list[Finding]]:
     """One row a name; where rows of a name disagree on a label, that label becomes unknown."""
-    groups = duplicate_groups(table["name"].combine_chunks())
+    groups = groups_of_equals(table["name"].combine_chunks())
     if not groups:
         return table, []
     identical, conflicting = EvidenceList(), EvidenceList()

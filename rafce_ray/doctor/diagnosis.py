@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from rafce_ray.config import Config, flatten, parse_yaml
-from rafce_ray.data import audit_case
+from rafce_ray.data import audit_checks
 from rafce_ray.data.table import TABLE_EXTENSIONS
 from rafce_ray.doctor.evidence import Evidence
 from rafce_ray.storage import locate
@@ -99,7 +99,7 @@ def resume_command(evidence: Evidence, patch: Mapping[str, Any]) -> str | None:
 
 def audit_command(evidence: Evidence) -> str:
     """The command that shows what is in the labels."""
-    return audit_case.audit_command(evidence.config.data, _found_root(evidence))
+    return audit_checks.audit_command(evidence.config.data, _found_root(evidence))
 
 
 def _command(evidence: Evidence, patch: Mapping[str, Any], storage: str | None, name: str) -> str:

@@ -16,7 +16,7 @@ from PIL import Image
 from rafce_ray.calibration import Calibration, calibrated
 from rafce_ray.config import DataConfig
 from rafce_ray.data.dataset import Dataset, open_dataset
-from rafce_ray.data.store_files import META
+from rafce_ray.data.store import META
 from rafce_ray.errors import RafceError
 from rafce_ray.split_outputs import SplitOutputs
 from rafce_ray.storage import locate

@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from rafce_ray.data.columns import find_name
-from rafce_ray.data.label_file import csv_rows, open_text
+from rafce_ray.data.label_file import csv_rows, find_name, open_text
 from rafce_ray.errors import UsageError
 from rafce_ray.storage import locate
 

@@ -12,7 +12,7 @@ from PIL import Image, features
 
 from rafce_ray.config import DataConfig
 from rafce_ray.console import to_json
-from rafce_ray.data import reference
+from rafce_ray.data import rafce
 from rafce_ray.data.audit import Audit, audit, require_trainable
 from rafce_ray.data.dataset import prepare
 from rafce_ray.errors import GateError
@@ -276,14 +276,12 @@ def test_classes_numbered_from_one_are_pointed_out(make_faces):
     assert "classes_look_one_based" in levels(audited(root, images=False))
 
 
-def write_rafce_sized(root: Path, codes: dict[str, int], num: dict[str, int] = reference.SPLIT_SIZES) -> Path:
+def write_rafce_sized(root: Path, codes: dict[str, int], num: dict[str, int] = rafce.SPLIT_SIZES) -> Path:
     """Label files with RAF-CE's class counts; every image file is the same."""
     (root / "aligned").mkdir(parents=True)
     image = root / "one.jpg"
     cv2.imwrite(str(image), np.zeros((16, 16, 3), np.uint8))
-    rows = [
-        (split, label) for split in num for label in np.repeat(range(14), reference.CLASS_COUNTS[split])[: num[split]]
-    ]
+    rows = [(split, label) for split in num for label in np.repeat(range(14), rafce.CLASS_COUNTS[split])[: num[split]]]
     for i in range(len(rows)):
         (root / "aligned" / f"{i:04d}_aligned.jpg").hardlink_to(image)
     lines = {
@@ -314,12 +312,10 @@ def test_split_sizes_are_compared_with_rafce_where_it_is_rafce(tmp_path):
 
 
 def test_known_class_counts_tell_natural_from_missing():
-    assert reference.is_surprisingly_few(0, 8.0)
-    assert not reference.is_surprisingly_few(0, 6.0)
-    assert not reference.is_surprisingly_few(6, 6.0)
-    assert (
-        sum(map(sum, reference.CLASS_COUNTS.values())) == reference.NUM_LABELLED == sum(reference.SPLIT_SIZES.values())
-    )
+    assert rafce.is_surprisingly_few(0, 8.0)
+    assert not rafce.is_surprisingly_few(0, 6.0)
+    assert not rafce.is_surprisingly_few(6, 6.0)
+    assert sum(map(sum, rafce.CLASS_COUNTS.values())) == rafce.NUM_LABELLED == sum(rafce.SPLIT_SIZES.values())
 
 
 def test_the_json_holds_everything_and_no_nan(make_faces):

@@ -1,15 +1,16 @@
 import cv2
 import numpy as np
+import pyarrow as pa
 import pytest
 
-from rafce_ray.data.duplicates import (
+from rafce_ray.data.audit_images import (
     HASH_BITS,
     MAX_HASH_DISTANCE,
     correlation,
-    exact_groups,
     near_pairs,
     perceptual_hashes,
 )
+from rafce_ray.data.listing import groups_of_equals
 
 
 def pictures(num: int) -> np.ndarray:
@@ -50,9 +51,9 @@ def test_nothing_is_near_where_there_is_nothing(num):
     assert near_pairs(np.zeros((num, HASH_BITS // 8), np.uint8)).shape == (0, 2)
 
 
-def test_exact_groups_are_ascending_positions():
-    groups = exact_groups(np.array([7, 3, 7, 9, 3, 7], np.uint64))
-    assert [group.tolist() for group in groups] == [[1, 4], [0, 2, 5]]
+def test_groups_of_equals_are_ascending_positions():
+    groups = groups_of_equals(pa.array([7, 3, 7, 9, 3, 7]))
+    assert [group.tolist() for group in groups] == [[0, 2, 5], [1, 4]]
 
 
 def test_correlation_against_numpy():

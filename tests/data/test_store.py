@@ -15,8 +15,18 @@ from rafce_ray.config import DataConfig
 from rafce_ray.data import store
 from rafce_ray.data.dataset import open_dataset
 from rafce_ray.data.labels import read_labels
-from rafce_ray.data.store import StoreHandle, ensure_store, ensure_store_at, fetch_store, store_key
-from rafce_ray.data.store_files import IMAGES, META, open_images, read_meta, rows_per_batch
+from rafce_ray.data.store import (
+    IMAGES,
+    META,
+    StoreHandle,
+    ensure_store,
+    ensure_store_at,
+    fetch_store,
+    open_images,
+    read_meta,
+    rows_per_batch,
+    store_key,
+)
 from rafce_ray.decode import decode_face
 from rafce_ray.errors import GateError, RafceError
 from rafce_ray.storage import Location

@@ -9,11 +9,9 @@ import cv2
 import numpy as np
 import pytest
 
-from rafce_ray.data.drawing.appearance import HAIR_STYLES, Person, Scene, sample_person, sample_scene
-from rafce_ray.data.drawing.face import draw_face
-from rafce_ray.data.drawing.shape import Action
-from rafce_ray.data.synthetic import synthesize
-from rafce_ray.data.synthetic_labels import (
+from rafce_ray.data.drawing.paint import draw_face
+from rafce_ray.data.drawing.shape import HAIR_STYLES, Action, Person, Scene, sample_person, sample_scene
+from rafce_ray.data.drawing.synthetic import (
     ODD_ACTIONS,
     action_unit_rates,
     component_indices,
@@ -23,6 +21,7 @@ from rafce_ray.data.synthetic_labels import (
     plan_labels,
     prototypes,
     split_counts,
+    synthesize,
 )
 from rafce_ray.errors import UsageError
 from rafce_ray.taxonomy import parse_action_unit_token
