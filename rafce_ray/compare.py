@@ -13,7 +13,6 @@ from rich.table import Table
 
 from rafce_ray.bundle import load_bundle
 from rafce_ray.calibration import Calibration
-from rafce_ray.circumstances import circumstances_of, compare_circumstances, open_finished
 from rafce_ray.config import Config, build_config, differences, flatten
 from rafce_ray.console import console, print_json, run_main, say, warn
 from rafce_ray.errors import UsageError
@@ -21,7 +20,8 @@ from rafce_ray.evaluate import data_config_for, open_for_bundle, split_outputs
 from rafce_ray.hardware import choose_device
 from rafce_ray.metrics import MIN_SUPPORT
 from rafce_ray.paired import Difference, Scored, comparable_figures, difference, f1_of, same_images, score
-from rafce_ray.run_folder import RunFolder
+from rafce_ray.reproduction import circumstances_of, compare_circumstances
+from rafce_ray.run_folder import RunFolder, open_finished
 from rafce_ray.split_outputs import SplitOutputs
 from rafce_ray.taxonomy import Taxonomy
 

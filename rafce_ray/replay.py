@@ -13,21 +13,23 @@ from typing import Any
 
 from rich.table import Table
 
-from rafce_ray.circumstances import (
-    Circumstance,
-    circumstances_of,
-    compare_circumstances,
-    open_finished,
-    software_circumstances,
-)
 from rafce_ray.config import LONGEST_NAME, Config, apply_overrides, build_config, config_hash, differences
 from rafce_ray.console import console, print_json, progress_bar, run_main, say, to_json, warn
 from rafce_ray.data.dataset import Prepared, prepare
-from rafce_ray.equality import Comparison, Records, compare_figures, shown
 from rafce_ray.errors import GateError, UsageError
 from rafce_ray.hardware import choose_device, describe_hardware, describe_software
 from rafce_ray.ray_environment import check_ray
-from rafce_ray.run_folder import TRIALS, RunFolder
+from rafce_ray.reproduction import (
+    Circumstance,
+    Comparison,
+    Records,
+    circumstances_of,
+    compare_circumstances,
+    compare_figures,
+    shown,
+    software_circumstances,
+)
+from rafce_ray.run_folder import TRIALS, RunFolder, open_finished
 from rafce_ray.storage import Location, locate
 from rafce_ray.train import launch, ray_cluster
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from rafce_ray.config import Config, ConfigError, build_config, parse_yaml, to_yaml
 from rafce_ray.console import pretty_json, to_json, warn
-from rafce_ray.errors import DamagedFile, RafceError
+from rafce_ray.errors import DamagedFile, RafceError, UsageError
 from rafce_ray.object_store import StorageError
 from rafce_ray.split_outputs import SplitOutputs
 from rafce_ray.storage import Location, locate
@@ -211,3 +211,25 @@ class RunFolder:
         except DamagedFile as error:
             warn(str(error))
             return None
+
+
+def open_finished(place: str) -> RunFolder:
+    """The run folder at a path or URI; ``STUDY/TRIAL`` is the study's trial. UsageError where there is none, or its run has not ended."""
+    location = locate(place)
+    # Resolved, "." and a link have the run's own name.
+    folder = RunFolder(place if location.local is None else str(location.local.resolve()))
+    trial = RunFolder(str(folder.location.parent / TRIALS / folder.location.name))
+    if not folder.exists() and trial.exists():
+        folder = trial
+    if not folder.exists():
+        folder.location.check_reachable()
+        trials = [info.base_name for info in (folder.location / TRIALS).list()]
+        remedy = "Name a folder that rafce train made."
+        if trials:
+            remedy = f"It is a study: name one of its trials, such as {folder.location / TRIALS / trials[0]}."
+        raise UsageError(f"{folder.location} is no run: it has no config.yaml. {remedy}")
+    if folder.result() is None:
+        raise UsageError(
+            f"{folder.location} has not finished: it has no result.json. Give the command that started it again; it goes on from where it was."
+        )
+    return folder

@@ -11,14 +11,19 @@ from pathlib import Path
 import pytest
 
 from rafce_ray import replay
-from rafce_ray.circumstances import Circumstance, circumstances_of, compare_circumstances, open_finished
 from rafce_ray.config import config_hash, load_config, to_yaml
 from rafce_ray.data.dataset import prepare
-from rafce_ray.equality import MISSING, compare_figures
 from rafce_ray.errors import UsageError
 from rafce_ray.hardware import describe_software
 from rafce_ray.replay import main, plan_replay, train_again
-from rafce_ray.run_folder import RunFolder
+from rafce_ray.reproduction import (
+    MISSING,
+    Circumstance,
+    circumstances_of,
+    compare_circumstances,
+    compare_figures,
+)
+from rafce_ray.run_folder import RunFolder, open_finished
 from rafce_ray.study.trials import conclude
 from rafce_ray.train import named
 

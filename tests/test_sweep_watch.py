@@ -11,8 +11,8 @@ from rafce_ray.run_folder import RunFolder
 from rafce_ray.session import Job
 from rafce_ray.storage import Location
 from rafce_ray.study.trials import TrialPlan, conclude
+from rafce_ray.study.watch import SweepWatch
 from rafce_ray.study_folder import StudyFolder
-from rafce_ray.sweep_watch import SweepWatch
 from rafce_ray.taxonomy import make_taxonomy
 from rafce_ray.watch import POLL_S, REMOTE_POLL_S
 

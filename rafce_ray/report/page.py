@@ -12,7 +12,6 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from rafce_ray import __version__
-from rafce_ray.circumstances import distinct
 from rafce_ray.config import Config, flatten
 from rafce_ray.metrics import MIN_SUPPORT
 from rafce_ray.report import plots
@@ -35,6 +34,7 @@ from rafce_ray.report.text import (
     summary,
 )
 from rafce_ray.report.trained_on import action_unit_counts, class_counts, label_differences, split_sizes
+from rafce_ray.reproduction import distinct
 from rafce_ray.taxonomy import ACTION_UNIT_NAMES, parse_action_unit_token
 
 NUM_CONFUSIONS = 8

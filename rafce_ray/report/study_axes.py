@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from matplotlib.ticker import LogLocator, MaxNLocator
 
-from rafce_ray.study.progress import plain
+from rafce_ray.study.watch import plain
 
 LOG_SPAN = 10.0
 """A key whose positive values span more than this factor gets a logarithmic axis."""

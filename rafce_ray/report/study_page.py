@@ -29,9 +29,9 @@ from rafce_ray.report.text import UNDEFINED, interval, number, percent
 from rafce_ray.storage import Location
 from rafce_ray.study.importance import parameter_importance
 from rafce_ray.study.pareto import pareto_front
-from rafce_ray.study.progress import STATES, roughly
 from rafce_ray.study.trials import Trial, direction
 from rafce_ray.study.verdict import sentences
+from rafce_ray.study.watch import STATES, roughly
 from rafce_ray.study_folder import StudyFolder
 
 REPORT_FILE = "report.html"

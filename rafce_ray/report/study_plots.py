@@ -14,8 +14,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from rafce_ray.report.plots import BLUE, GREEN, INK, MUTED, ORANGE, PAPER, TEXT_PX, chart
 from rafce_ray.report.study_axes import ValueAxis, value_axis
 from rafce_ray.report.text import UNDEFINED, number
-from rafce_ray.study.progress import plain
 from rafce_ray.study.trials import Trial, direction
+from rafce_ray.study.watch import plain
 
 SMALL_PX = TEXT_PX - 2
 COLUMNS = 3

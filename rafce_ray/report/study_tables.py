@@ -14,9 +14,9 @@ from rafce_ray.report.study_data import StudyData
 from rafce_ray.report.study_plots import roles_of
 from rafce_ray.report.text import NAMES, UNDEFINED
 from rafce_ray.study.on_test import LOWER_IS_BETTER
-from rafce_ray.study.progress import STATES, plain
 from rafce_ray.study.trials import Trial, best_first
 from rafce_ray.study.verdict import Finalist
+from rafce_ray.study.watch import STATES, plain
 
 FIGURES = {"accuracy": "accuracy", EMOTION: "emotion F1", ACTION_UNIT: "AU-F1", "loss": "loss"}
 """Figures beside the score, and their column's name."""

@@ -20,8 +20,8 @@ from rafce_ray.config_errors import did_you_mean
 from rafce_ray.console import print_json, run_main, say, warn
 from rafce_ray.errors import DamagedFile, UsageError
 from rafce_ray.run_folder import TRIALS, RunFolder
-from rafce_ray.study.progress import plain
 from rafce_ray.study.trials import ENDED, FIGURES, TRIAL_FILE, best_record, metric_of, read_trials
+from rafce_ray.study.watch import plain
 from rafce_ray.study_folder import StudyFolder
 
 COLUMNS = ("trial", "status", "epochs", "score", "macro_f1_supported", "au_f1_mean", "seconds")

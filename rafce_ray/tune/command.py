@@ -130,7 +130,7 @@ def reopen_failed(folder: StudyFolder, metric: str) -> None:
 
 def sweep(study: StudyConfig, folder: StudyFolder, shares: Shares, readings: Readings) -> None:
     """Run the trials that are still to run; KeyboardInterrupt after Ctrl-C."""
-    from rafce_ray.sweep_watch import SweepWatch
+    from rafce_ray.study.watch import SweepWatch
     from rafce_ray.tune.scheduler import Control, Course, build_scheduler
     from rafce_ray.tune.sweep import Sweep
     from rafce_ray.tune.trials import Settings, run_on_tune, stoppable
@@ -211,7 +211,7 @@ def elapsed(folder: StudyFolder, spent: float, budget_s: float | None, control: 
 def train_finalists(study: StudyConfig, folder: StudyFolder, shares: Shares, readings: Readings) -> list[Trial]:
     """Train the best configurations and the base again with other seeds; the trials that were chosen, the best first."""
     from rafce_ray.study.finalists import choose_finalists, final_name
-    from rafce_ray.sweep_watch import SweepWatch
+    from rafce_ray.study.watch import SweepWatch
     from rafce_ray.tune.scheduler import Control, Course, Unscheduled
     from rafce_ray.tune.sweep import start_trial
     from rafce_ray.tune.trials import Listed, Settings, run_on_tune, stoppable

@@ -9,7 +9,7 @@ from rafce_ray.engine import _flat
 from rafce_ray.monitoring import metrics
 from rafce_ray.monitoring.metrics import STATES, Metric, epoch_samples, study_samples
 from rafce_ray.run_folder import RunFolder
-from rafce_ray.study.progress import STATES as NAMED_STATES
+from rafce_ray.study.watch import STATES as NAMED_STATES
 
 RECORD = {
     "epoch": 3,

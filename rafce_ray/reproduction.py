@@ -1,11 +1,82 @@
-"""Whether two runs came to the same figures: every one of every epoch, and which differ by how much."""
+"""Whether two runs were made alike, and whether they came to the same figures.
+
+A circumstance is what figures may depend on besides the configuration: data, seed, software, hardware, threads, precision."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from rafce_ray.run_folder import RunFolder
+
+ENDS = ("finished", "stopped_early", "diverged")
+"""Events with which a run ends."""
+
+
+@dataclass(frozen=True)
+class Circumstance:
+    """Something that figures may depend on, in one run and in another; None is unknown."""
+
+    what: str
+    original: str | None
+    replay: str | None
+
+    @property
+    def verdict(self) -> str:
+        """``same``, ``differs`` or ``unknown``: equal commits with uncommitted changes may be different code."""
+        if self.original is None or self.replay is None:
+            return "unknown"
+        if self.original != self.replay:
+            return "differs"
+        is_code_known = self.what != "git commit" or re.fullmatch("[0-9a-f]{40,64}", self.original)
+        return "same" if is_code_known else "unknown"
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {**asdict(self), "verdict": self.verdict}
+
+
+def circumstances_of(folder: RunFolder) -> dict[str, str | None]:
+    """The circumstances of a run by name, as its folder tells them; None is unknown."""
+    provenance, events = folder.provenance(), folder.events()
+    starts = [number for number, event in enumerate(events) if event["event"] == "started"]
+    before_last_start = events[: starts[-1]] if starts else []
+    started = [events[number] | events[number].get("hardware", {}) for number in starts]
+
+    return {
+        "configuration": str(provenance["config_hash"]),
+        "data fingerprint": str(provenance["data_fingerprint"]),
+        "seed": str(provenance["seed"]),
+        **software_circumstances(provenance["software"]),
+        "workers": distinct(started, "num_workers") or str(provenance["config"]["run"]["num_workers"]),
+        "device": distinct(started, "device"),
+        "processor": distinct(started, "name"),
+        "threads": distinct(started, "threads"),
+        "precision": distinct(started, "precision"),
+        # Epochs before an extension were trained under the learning rates of a shorter run.
+        "trained": "extended after its end" if any(one["event"] in ENDS for one in before_last_start) else "in one go",
+    }
+
+
+def distinct(records: Iterable[Mapping[str, Any]], key: str) -> str | None:
+    """What a key holds in records that have it; where that changes from record to record, every value once: ``2 then 4``."""
+    return " then ".join(dict.fromkeys(str(one[key]) for one in records if key in one)) or None
+
+
+def software_circumstances(software: Mapping[str, Any]) -> dict[str, str | None]:
+    """Versions and git commit, named for people."""
+    return {name.replace("_", " "): str(version) for name, version in software.items()}
+
+
+def compare_circumstances(
+    original: Mapping[str, str | None], replay: Mapping[str, str | None]
+) -> tuple[Circumstance, ...]:
+    """Both runs' circumstances side by side."""
+    return tuple(Circumstance(what, original.get(what), replay.get(what)) for what in {**original, **replay})
+
 
 NOT_COMPARED = frozenset(
     {"images_per_s", "data_wait", "elapsed_s", "num_workers", "run_dir", "bundle", "weights_sha256"}
