@@ -9,8 +9,7 @@ from rafce_ray.ablation.arms import Arm, ablated_keys, ablation_arms
 from rafce_ray.ablation.output import markdown, plot
 from rafce_ray.ablation.results import Ablation, read_ablation, trial_name
 from rafce_ray.claim import claimed
-from rafce_ray.config import Config, build_config, identity_of, load_config, recipe_names
-from rafce_ray.config_errors import did_you_mean
+from rafce_ray.config import Config, build_config, did_you_mean, identity_of, load_config, recipe_names
 from rafce_ray.console import print_json, progress_bar, run_main, say, to_json, warn
 from rafce_ray.data.dataset import Prepared, prepare
 from rafce_ray.data.loader import batch_remark

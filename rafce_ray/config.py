@@ -5,14 +5,16 @@ Precedence: defaults, then the recipe, then the YAML file, then ``section.key=va
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import re
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import (
@@ -26,11 +28,15 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic.fields import FieldInfo
 
-from rafce_ray.config_errors import did_you_mean, explain, shown
 from rafce_ray.errors import UsageError
 from rafce_ray.storage import locate
 from rafce_ray.taxonomy import parse_action_unit_token
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -123,6 +129,12 @@ def kinds_of(annotation: Any) -> Iterator[Any]:
             yield from kinds_of(one)
     else:
         yield annotation
+
+
+def section_of(field: FieldInfo) -> type[BaseModel] | None:
+    """The section that a field holds; None where it holds a value."""
+    kind = field.annotation
+    return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
 
 
 @cache
@@ -515,10 +527,10 @@ def _kinds_at(model: type[BaseModel], dotted: str) -> frozenset[Any]:
     """The types that a dotted key's value may have; none for a key that the model does not know."""
     *sections, name = dotted.split(".")
     for section in sections:
-        field = model.model_fields.get(section)
-        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+        inner = section_of(model.model_fields[section]) if section in model.model_fields else None
+        if inner is None:
             return frozenset()
-        model = field.annotation
+        model = inner
     return _kinds(model, name) if name in model.model_fields else frozenset()
 
 
@@ -798,3 +810,77 @@ def _first_line(error: OSError) -> str:
 def read_scalar(override: str, text: str) -> Any:
     """The value that an override's text means in YAML. ConfigError names the whole override."""
     return parse_yaml(text, shown(override))
+
+
+_BRIEF = reprlib.Repr()
+_BRIEF.maxlevel, _BRIEF.maxlist, _BRIEF.maxdict, _BRIEF.maxtuple = 4, 20, 20, 20
+_BRIEF.maxstring, _BRIEF.maxlong, _BRIEF.maxother = 120, 60, 120
+
+
+def shown(value: Any) -> str:
+    """A value for a message: on one line, and what is long is cut in the middle."""
+    return _BRIEF.repr(value)
+
+
+def explain(error: ValidationError, model: type[BaseModel]) -> Iterator[str]:
+    """One line per fault of a pydantic validation: key, what was found, what was expected, the remedy."""
+    reported: set[str] = set()
+    for fault in error.errors():
+        location = [str(part) for part in fault["loc"]]
+        key, field = _known_part(location, model)
+        if fault["type"] == "extra_forbidden":
+            known = list(_dotted_keys(model))
+            wanted = ".".join(location)
+            yield f"{wanted}: unknown key{did_you_mean(wanted, known)}"
+        elif not key:
+            yield _message(fault)
+        elif key not in reported:
+            parts = key.split(".")
+            alternatives = [one for one in error.errors() if [str(part) for part in one["loc"]][: len(parts)] == parts]
+            # Our own messages say what was found, and mean the alternative that was tried.
+            own = [one for one in alternatives if one["type"] == "value_error"]
+            expected = "; or ".join(dict.fromkeys(_message(one) for one in own or alternatives))
+            meaning = f" ({field})" if field else ""
+            yield f"{key}: {expected}" if own else f"{key}: found {shown(fault['input'])}; {expected}{meaning}"
+        reported.add(key)
+
+
+def _message(fault: ErrorDetails) -> str:
+    return fault["msg"].removeprefix("Value error, ")
+
+
+def _known_part(location: list[str], model: type[BaseModel]) -> tuple[str, str | None]:
+    """The leading part of a pydantic location that names configuration keys, and the description of its field."""
+    known: list[str] = []
+    description = None
+    for part in location:
+        field = model.model_fields.get(part)
+        if field is None:
+            break
+        known.append(part)
+        description = field.description
+        section = section_of(field)
+        if section is None:
+            break
+        model = section
+    return ".".join(known), description
+
+
+def _dotted_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        if (section := section_of(field)) is not None:
+            yield from _dotted_keys(section, f"{prefix}{name}.")
+
+
+def did_you_mean(wanted: str, known: Sequence[str]) -> str:
+    """``"; did you mean 'optim.lr'?"`` for the known key nearest to ``wanted``, or nothing where none is near."""
+    parent, _, last = wanted.rpartition(".")
+    siblings = [key for key in known if parent and key.rpartition(".")[0] == parent]
+    near = (
+        [key for key in siblings if key.startswith(wanted)]
+        or difflib.get_close_matches(wanted, siblings, n=1, cutoff=0.85)
+        or [key for key in known if key.rpartition(".")[2] == last]
+        or difflib.get_close_matches(wanted, known, n=1, cutoff=0.5)
+    )
+    return f"; did you mean {near[0]!r}?" if near else ""

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from rafce_ray.config import Config, flatten, kinds_of, load_config, recipe_names
+from rafce_ray.config import Config, flatten, kinds_of, load_config, recipe_names, section_of
 from rafce_ray.service.config import ServiceConfig
 from rafce_ray.study.config import StudyConfig
 from rafce_ray.study.space import HOW_TO_WRITE
@@ -81,20 +81,15 @@ def reference() -> str:
 
 def _tables(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     """The model's own keys as a table, then its sections."""
-    own = {name: field for name, field in model.model_fields.items() if _section(field) is None}
+    own = {name: field for name, field in model.model_fields.items() if section_of(field) is None}
     if own:
         yield _table([_row(f"{prefix}{name}", field) for name, field in own.items()])
     for name, field in model.model_fields.items():
-        section = _section(field)
+        section = section_of(field)
         if section is not None:
             yield f"### `{prefix}{name}`\n"
             yield f"{(section.__doc__ or '').strip().splitlines()[0]}\n"
             yield from _tables(section, f"{prefix}{name}.")
-
-
-def _section(field: FieldInfo) -> type[BaseModel] | None:
-    kind = field.annotation
-    return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
 
 
 def _table(rows: list[tuple[str, ...]]) -> str:

@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from rafce_ray.config_errors import did_you_mean
+from rafce_ray.config import did_you_mean
 from rafce_ray.decode import DecodeError
 
 MEDIA_TYPE = "application/problem+json"

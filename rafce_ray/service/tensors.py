@@ -10,7 +10,7 @@ import orjson
 from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
-from rafce_ray.config_errors import explain
+from rafce_ray.config import explain
 from rafce_ray.service.json_bodies import decode_base64
 from rafce_ray.service.problems import Problem
 from rafce_ray.service.schema import Probability, Record

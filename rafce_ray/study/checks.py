@@ -7,8 +7,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from rafce_ray.config import AU_METRICS, EMOTION_METRICS, Config, ConfigError, build_config, flatten
-from rafce_ray.config_errors import did_you_mean
+from rafce_ray.config import AU_METRICS, EMOTION_METRICS, Config, ConfigError, build_config, did_you_mean, flatten
 from rafce_ray.study.proposals import MAX_COMBINATIONS, new_combinations, random_proposals
 from rafce_ray.study.space import Domain, Space, condition_values, in_order, parse_domain, same
 

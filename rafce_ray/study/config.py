@@ -22,6 +22,8 @@ from rafce_ray.config import (
     Section,
     apply_overrides,
     build_config,
+    did_you_mean,
+    explain,
     flatten,
     merge,
     name_fault,
@@ -30,7 +32,6 @@ from rafce_ray.config import (
     recipe_names,
     write_yaml,
 )
-from rafce_ray.config_errors import did_you_mean, explain
 from rafce_ray.study.checks import (
     combination_faults,
     domain_faults,

@@ -15,8 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rafce_ray.config import MINIMISED_METRICS, config_hash, flatten
-from rafce_ray.config_errors import did_you_mean
+from rafce_ray.config import MINIMISED_METRICS, config_hash, did_you_mean, flatten
 from rafce_ray.console import print_json, run_main, say, warn
 from rafce_ray.errors import DamagedFile, UsageError
 from rafce_ray.run_folder import TRIALS, RunFolder
