@@ -21,11 +21,19 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from rafce_ray.errors import RafceError, UsageError
+from rafce_ray.errors import Level, RafceError, UsageError
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 """Standard error: everything a program says to a person goes here; standard output carries results only."""
 
+LEVEL_STYLES: dict[Level, str] = {
+    "refusal": "bold red",
+    "serious": "bold red",
+    "error": "red",
+    "warning": "bold yellow",
+    "info": "bold",
+}
+"""How a finding's level is printed; the level is a word, colour only repeats it."""
 
 _OF_A_PLACE = (
     errno.EACCES,

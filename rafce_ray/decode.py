@@ -37,7 +37,7 @@ from PIL.TiffImagePlugin import (
 from PIL.TiffTags import TAGS_V2_GROUPS
 from PIL.WebPImagePlugin import WebPImageFile
 
-from rafce_ray.errors import RafceError
+from rafce_ray.errors import Finding, RafceError
 
 DECODER_VERSION = 2
 """Changes whenever the same bytes may give other pixels: decoded stores are keyed by it."""
@@ -208,6 +208,11 @@ class DecodeError(RafceError):
         self.code = code
         self.message = message
         self.remedy = remedy
+
+    @property
+    def finding(self) -> Finding:
+        """The same for a report of many files."""
+        return Finding("error", self.code, self.message, self.remedy)
 
     def __reduce__(self) -> tuple[type[DecodeError], tuple[str, str, str]]:
         return DecodeError, (self.code, self.message, self.remedy)

@@ -1,4 +1,12 @@
-"""Errors that are a user's to mend; each names what was found, what was expected, where, and the remedy."""
+"""Errors that a user can fix, and the record of everything else that is reported: ``Finding``.
+
+Each names what was found, where, what was expected, and the remedy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
 
 
 class RafceError(Exception):
@@ -25,3 +33,49 @@ class GateError(RafceError):
     """A check said no (data that may not be trained on, for example); programs exit with 3."""
 
     exit_code = 3
+
+
+Level = Literal["refusal", "serious", "error", "warning", "info"]
+"""How much a finding matters, gravest first. A refusal stops the work; data have errors, runs have serious findings."""
+
+LEVELS: tuple[Level, ...] = get_args(Level)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """One place that shows a finding; ``line`` counts from 1."""
+
+    detail: str
+    file: str | None = None
+    line: int | None = None
+
+    def __str__(self) -> str:
+        if self.file is None:
+            return self.detail
+        return f"{self.file}:{self.line}: {self.detail}" if self.line is not None else f"{self.file}: {self.detail}"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was found in data, in an image file or in a run: how much it matters, what was seen, and the remedy.
+
+    ``code`` names the kind and never changes. ``count`` says how often it was seen, ``evidence`` holds the first places.
+    """
+
+    level: Level
+    code: str
+    message: str
+    remedy: str = ""
+    count: int = 1
+    evidence: tuple[Evidence, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, as ``audit.json`` has them."""
+        return {
+            "level": self.level,
+            "code": self.code,
+            "message": self.message,
+            "remedy": self.remedy,
+            "count": self.count,
+            "evidence": [asdict(item) for item in self.evidence],
+        }

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TypeVar
 
 from rafce_ray.decode import FILE_LIMITS, DecodeError, decode_image, decode_sized_face
+from rafce_ray.errors import Finding
 from rafce_ray.faces import Face, FaceFinder, given_face, may_be_aligned
 from rafce_ray.image_files import file_name, read_file
 from rafce_ray.object_store import StorageError
-from rafce_ray.prediction import FileProblem
 
 NO_FACE = "no_face"
 UNREADABLE = "unreadable"
@@ -35,7 +35,7 @@ class LoadedFile:
     width: int | None
     height: int | None
     faces: tuple[Face, ...]
-    problem: FileProblem | None
+    problem: Finding | None
 
 
 def load_file(path: Path, *, finder: FaceFinder | None, px: int) -> LoadedFile:
@@ -61,19 +61,20 @@ def load_image(path: str, read: Callable[[str], bytes], *, finder: FaceFinder | 
     except StorageError:
         raise
     except OSError as error:
-        problem = FileProblem(
+        problem = Finding(
+            "error",
             UNREADABLE,
             f"the file cannot be read ({error.strerror or error}).",
             "Check that it is there and may be read.",
         )
     except DecodeError as error:
-        problem = FileProblem(error.code, error.message, error.remedy)
+        problem = error.finding
     else:
         height, width = photograph.shape[:2]
         faces = finder.find(photograph, px)
         if faces:
             return LoadedFile(path, width, height, tuple(faces), None)
-        problem = FileProblem(NO_FACE, "no face was found.", _no_face_remedy(width, height))
+        problem = Finding("error", NO_FACE, "no face was found.", _no_face_remedy(width, height))
     return LoadedFile(path, width, height, (), problem)
 
 

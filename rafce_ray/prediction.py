@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, is_dataclass
 from typing import Any
 
+from rafce_ray.errors import Finding
 from rafce_ray.faces import Alignment, Box
 
 
@@ -94,17 +95,10 @@ class FacePrediction:
 
 
 @dataclass(frozen=True)
-class FileProblem:
-    """Why a file has no prediction: a stable ``code`` (``no_face``, ``unreadable`` or a DecodeError's), and the remedy."""
-
-    code: str
-    message: str
-    remedy: str
-
-
-@dataclass(frozen=True)
 class FilePrediction:
     """One image file: its faces, largest first, or the problem that kept it from having any.
+
+    The problem's code is ``no_face``, ``unreadable`` or a DecodeError's.
 
     ``width`` and ``height`` are px of the upright picture, None where it could not be decoded.
     """
@@ -113,7 +107,7 @@ class FilePrediction:
     width: int | None
     height: int | None
     faces: tuple[FacePrediction, ...]
-    problem: FileProblem | None
+    problem: Finding | None
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; ``error`` is null where there are faces."""
@@ -122,8 +116,14 @@ class FilePrediction:
             "width": self.width,
             "height": self.height,
             "faces": [face.to_json() for face in self.faces],
-            "error": None if self.problem is None else dict(vars(self.problem)),
+            "error": self.error,
         }
+
+    @property
+    def error(self) -> dict[str, str] | None:
+        """The problem's ``code``, ``message`` and ``remedy``, as answers have them; None where there are faces."""
+        found = self.problem
+        return None if found is None else {"code": found.code, "message": found.message, "remedy": found.remedy}
 
 
 def _plain(value: Any) -> Any:

@@ -158,8 +158,8 @@ def flat_rows(result: FilePrediction, model: str) -> Iterator[dict[str, Any]]:
         "num_faces": len(result.faces),
         "model": model,
     }
-    if result.problem is not None:
-        yield shared | {f"error_{name}": value for name, value in vars(result.problem).items()}
+    if result.error is not None:
+        yield shared | {f"error_{name}": value for name, value in result.error.items()}
     for position, face in enumerate(result.faces):
         yield shared | {"face": position} | _face_columns(face)
 

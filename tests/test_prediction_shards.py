@@ -14,13 +14,12 @@ import pytest
 from rafce_ray import object_store
 from rafce_ray.bundle import load_bundle
 from rafce_ray.claim import claimed
-from rafce_ray.errors import RafceError, UsageError
+from rafce_ray.errors import Finding, RafceError, UsageError
 from rafce_ray.faces import Box, Face
 from rafce_ray.image_files import find_images, list_images, read_image, stores_of
 from rafce_ray.image_loading import LoadedFile, load_image
 from rafce_ray.predict import Predictor, main, outcomes, predict_files
 from rafce_ray.predict_on_ray import Job, ShardPredictor, Share, bundle_digest, predict_on_ray, share_out
-from rafce_ray.prediction import FileProblem
 from rafce_ray.prediction_shards import Options, open_shards
 from rafce_ray.storage import locate
 
@@ -40,7 +39,7 @@ def predictor(write_bundle, tmp_path_factory) -> Predictor:
 def predicted(predictor: Predictor, paths: list[str]):
     """Each file has a face; every third one cannot be read."""
     pixels = np.random.default_rng(0).integers(0, 256, (len(paths), 40, 40, 3)).astype(np.uint8)
-    problem = FileProblem("empty", "the file is empty.", "Send a picture.")
+    problem = Finding("error", "empty", "the file is empty.", "Send a picture.")
     files = [
         LoadedFile(path, None, None, (), problem)
         if number % 3 == 2

@@ -14,12 +14,12 @@ from rich.table import Table
 from rich.text import Text
 
 from rafce_ray.config import DataConfig
-from rafce_ray.console import printable
+from rafce_ray.console import LEVEL_STYLES, printable
 from rafce_ray.data.audit_checks import audit_command, count_action_units, label_findings
 from rafce_ray.data.audit_images import image_findings
 from rafce_ray.data.labels import read_labels, resolve_targets, resolve_taxonomy
-from rafce_ray.data.records import LEVELS, SPLITS, Finding, Labels, Progress, Targets
-from rafce_ray.errors import GateError
+from rafce_ray.data.records import SPLITS, Labels, Progress, Targets
+from rafce_ray.errors import LEVELS, Finding, GateError
 from rafce_ray.taxonomy import Taxonomy, parse_action_unit_token
 
 _EVIDENCE_IN_MESSAGE = 5
@@ -156,7 +156,7 @@ def audit_labels(
         images_checked=images,
         splits=splits,
         token_counts=dict(sorted(labels.token_counts.items(), key=lambda item: (-item[1], item[0]))),
-        findings=tuple(sorted(findings, key=lambda finding: -LEVELS.index(finding.level))),
+        findings=tuple(sorted(findings, key=lambda finding: LEVELS.index(finding.level))),
     )
 
 
@@ -216,7 +216,6 @@ def _ints(values: npt.NDArray[np.integer]) -> tuple[int, ...]:
     return tuple(int(value) for value in values)
 
 
-_STYLES = {"info": "dim", "warning": "yellow", "error": "red", "refusal": "bold red"}
 _EVIDENCE_SHOWN = 3
 
 
@@ -273,7 +272,9 @@ def _action_units_table(audit: Audit) -> Table:
 
 def _print_finding(finding: Finding, console: Console) -> None:
     console.print(
-        Text.assemble((f"{finding.level}: ", _STYLES[finding.level]), finding.message, (f" [{finding.code}]", "dim"))
+        Text.assemble(
+            (f"{finding.level}: ", LEVEL_STYLES[finding.level]), finding.message, (f" [{finding.code}]", "dim")
+        )
     )
     for evidence in finding.evidence[:_EVIDENCE_SHOWN]:
         console.print(Text(f"    {printable(str(evidence))}"))

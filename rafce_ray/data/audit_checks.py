@@ -18,18 +18,8 @@ import pyarrow.compute as pc
 from rafce_ray.config import DataConfig
 from rafce_ray.data import rafce
 from rafce_ray.data.labels import in_label_order
-from rafce_ray.data.records import (
-    MAX_UNREADABLE_SHARE,
-    SPLITS,
-    Evidence,
-    Finding,
-    Labels,
-    Level,
-    NearImage,
-    Targets,
-    counted,
-    evidence_of,
-)
+from rafce_ray.data.records import MAX_UNREADABLE_SHARE, SPLITS, Labels, NearImage, Targets, counted, evidence_of
+from rafce_ray.errors import Evidence, Finding, Level
 from rafce_ray.taxonomy import (
     PERHAPS_UNKNOWN_WORDS,
     RAFCE_EMOTIONS,

@@ -18,9 +18,10 @@ import pyarrow.compute as pc
 from scipy.fft import dctn
 
 from rafce_ray.data.listing import groups_of_equals
-from rafce_ray.data.records import SPLITS, Evidence, Finding, Labels, Level, Progress, Targets, evidence_of
+from rafce_ray.data.records import SPLITS, Labels, Progress, Targets, evidence_of
 from rafce_ray.data.store import Undecodable, image_reader
 from rafce_ray.decode import FILE_LIMITS, DecodeError, decode_face, format_of_ending
+from rafce_ray.errors import Evidence, Finding, Level
 from rafce_ray.object_store import StorageError
 
 BLANK_STD = 3.0

@@ -18,8 +18,8 @@ import pyarrow.compute as pc
 
 from rafce_ray.config import DataConfig
 from rafce_ray.data.listing import groups_of_equals
-from rafce_ray.data.records import Evidence, EvidenceList, Finding, Level
-from rafce_ray.errors import UsageError
+from rafce_ray.data.records import EvidenceList
+from rafce_ray.errors import Evidence, Finding, Level, UsageError
 from rafce_ray.storage import Location
 from rafce_ray.taxonomy import ACTION_UNIT_NAMES, action_unit_code, parse_action_unit_token, split_action_unit_tokens
 

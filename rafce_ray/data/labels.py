@@ -16,19 +16,8 @@ from rafce_ray.config import DataConfig
 from rafce_ray.data import rafce, table
 from rafce_ray.data.label_file import refuse_broken_link
 from rafce_ray.data.listing import image_columns, list_images
-from rafce_ray.data.records import (
-    LABEL_SCHEMA,
-    NUM_VOTES,
-    SPLIT_NAMES,
-    SPLITS,
-    Evidence,
-    EvidenceList,
-    Finding,
-    Labels,
-    Targets,
-    counted,
-)
-from rafce_ray.errors import RafceError, UsageError
+from rafce_ray.data.records import LABEL_SCHEMA, NUM_VOTES, SPLIT_NAMES, SPLITS, EvidenceList, Labels, Targets, counted
+from rafce_ray.errors import Evidence, Finding, RafceError, UsageError
 from rafce_ray.storage import Location, locate
 from rafce_ray.taxonomy import (
     PERHAPS_UNKNOWN_WORDS,
@@ -40,17 +29,6 @@ from rafce_ray.taxonomy import (
     label_key,
     make_taxonomy,
 )
-
-__all__ = [
-    "SPLITS",
-    "Evidence",
-    "Finding",
-    "Labels",
-    "Targets",
-    "read_labels",
-    "resolve_targets",
-    "resolve_taxonomy",
-]
 
 _MAX_ACTION_UNIT = 100
 

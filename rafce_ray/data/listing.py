@@ -16,9 +16,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.fs as pafs
 
-from rafce_ray.data.records import Evidence, EvidenceList, Finding, NearImage, counted, evidence_of
+from rafce_ray.data.records import EvidenceList, NearImage, counted, evidence_of
 from rafce_ray.decode import READ_ENDINGS, UNREAD_PICTURE_ENDINGS
-from rafce_ray.errors import UsageError
+from rafce_ray.errors import Evidence, Finding, UsageError
 from rafce_ray.storage import Location, locate
 
 

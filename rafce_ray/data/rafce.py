@@ -29,15 +29,12 @@ from rafce_ray.data.records import (
     LABEL_SCHEMA,
     NUM_VOTES,
     SPLIT_NAMES,
-    Evidence,
     EvidenceList,
-    Finding,
     Labels,
-    Level,
     evidence_of,
     release_memory,
 )
-from rafce_ray.errors import UsageError
+from rafce_ray.errors import Evidence, Finding, Level, UsageError
 from rafce_ray.storage import Location
 from rafce_ray.taxonomy import label_key
 

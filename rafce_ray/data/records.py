@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from rafce_ray.errors import Evidence, Finding, Level
 from rafce_ray.storage import Location
 
 SPLITS = ("train", "validation", "test")
@@ -67,48 +68,6 @@ null where there is none. ``au_state`` says how to read the two lists: ``full`` 
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 """``console.progress_bar`` or its like: opened with a description and a total, yields ``advance(n)``."""
-
-Level = Literal["info", "warning", "error", "refusal"]
-LEVELS: tuple[Level, ...] = ("info", "warning", "error", "refusal")
-"""How much a finding matters, mildest first; only a refusal keeps data from being trained on."""
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """One place that shows a finding; ``line`` counts from 1."""
-
-    detail: str
-    file: str | None = None
-    line: int | None = None
-
-    def __str__(self) -> str:
-        if self.file is None:
-            return self.detail
-        return f"{self.file}:{self.line}: {self.detail}" if self.line is not None else f"{self.file}: {self.detail}"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Something worth knowing about a dataset: how much it matters, what shows it and what to do about it."""
-
-    level: Level
-    code: str
-    message: str
-    remedy: str = ""
-    count: int = 1
-    evidence: tuple[Evidence, ...] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        evidence = [{"file": item.file, "line": item.line, "detail": item.detail} for item in self.evidence]
-        return {
-            "level": self.level,
-            "code": self.code,
-            "message": self.message,
-            "remedy": self.remedy,
-            "count": self.count,
-            "evidence": evidence,
-        }
 
 
 class EvidenceList:

@@ -35,14 +35,12 @@ from rafce_ray.data.records import (
     LABEL_SCHEMA,
     MAX_UNREADABLE_SHARE,
     SPLIT_NAMES,
-    Evidence,
     EvidenceList,
-    Finding,
     Labels,
     counted,
     evidence_of,
 )
-from rafce_ray.errors import UsageError
+from rafce_ray.errors import Evidence, Finding, UsageError
 from rafce_ray.storage import Location
 from rafce_ray.taxonomy import UNKNOWN_WORDS, action_unit_code, label_key
 

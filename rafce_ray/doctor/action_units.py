@@ -15,8 +15,9 @@ import numpy as np
 
 from rafce_ray.data.rafce import ACTION_UNIT_FILE
 from rafce_ray.data.records import MAX_UNREADABLE_SHARE
-from rafce_ray.doctor.diagnosis import Cause, Diagnosis, Level, audit_command, diagnose
+from rafce_ray.doctor.diagnosis import Cause, Diagnosis, audit_command, diagnose
 from rafce_ray.doctor.evidence import Evidence, figure
+from rafce_ray.errors import Level
 
 EPOCHS_TO_LEARN_AUS = 5
 """Epochs with an AU loss after which AU-F1 should have left 0 (the seed's rule)."""
@@ -78,7 +79,7 @@ def au_f1_zero(evidence: Evidence) -> list[Diagnosis]:
             "serious",
             seen,
             causes=causes,
-            advice=remedy.advice,
+            remedy=remedy.advice,
             patch=remedy.patch,
             command=remedy.command,
         )
@@ -94,7 +95,7 @@ def action_units_not_read(evidence: Evidence) -> list[Diagnosis]:
         return []
     level: Level = "serious" if found["level"] == "error" else "warning"
     seen, command = f"{found['message']}.", audit_command(evidence)
-    return [diagnose(evidence, "action_units_not_read", level, seen, advice=found["remedy"], command=command)]
+    return [diagnose(evidence, "action_units_not_read", level, seen, remedy=found["remedy"], command=command)]
 
 
 def data_remedy(evidence: Evidence) -> Remedy:
@@ -121,16 +122,16 @@ def _au_never_trained(evidence: Evidence) -> list[Diagnosis]:
     if loss.au_weight > 0:
         seen = f"The AU loss never came in: loss.au_start_epoch={loss.au_start_epoch}, training ended after {epochs} epochs ({evidence.status})."
         patch: dict[str, Any] = {"loss.au_start_epoch": epochs // 2}
-        advice = "Let the AU loss start earlier, or be more patient."
+        remedy = "Let the AU loss start earlier, or be more patient."
         cause = Cause("the curriculum outlasts the training", "confirmed", f"loss.au_start_epoch={loss.au_start_epoch}")
     else:
         seen = (
             f"The AU head was never trained: loss.au_weight=0 in all {epochs} epochs. What it predicts means nothing."
         )
         patch = {"data.action_units": "none", "data.action_unit_targets": "labels"}
-        advice = "Leave the task out with data.action_units=none, or give it a weight if AUs are wanted."
+        remedy = "Leave the task out with data.action_units=none, or give it a weight if AUs are wanted."
         cause = Cause("the AU loss is switched off", "confirmed", "loss.au_weight=0")
-    return [diagnose(evidence, "au_never_trained", "warning", seen, causes=[cause], advice=advice, patch=patch)]
+    return [diagnose(evidence, "au_never_trained", "warning", seen, causes=[cause], remedy=remedy, patch=patch)]
 
 
 def _cause_tree(evidence: Evidence, active: int) -> list[Cause]:

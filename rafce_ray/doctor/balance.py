@@ -94,7 +94,7 @@ def _without_targets(evidence: Evidence, losses: float) -> list[Diagnosis]:
                 Cause("there is nothing to find in the AU targets", "confirmed", "0 positive AU targets in train"),
                 Cause("the weight of the AU loss is too low", "ruled out", _weights(evidence)),
             ],
-            advice=remedy.advice,
+            remedy=remedy.advice,
             patch=remedy.patch,
             command=remedy.command,
         )
@@ -132,8 +132,8 @@ def _losses_apart(evidence: Evidence, losses: float, gradients: float) -> Diagno
                 f"their gradients on the trunk are {_apart(gradients)} apart: losses of different kinds need not be alike",
             )
         )
-        advice = "Leave loss.au_weight as it is: what moves the trunk is in balance."
-        return diagnose(evidence, "losses_apart", "info", seen, causes=causes, advice=advice)
+        remedy = "Leave loss.au_weight as it is: what moves the trunk is in balance."
+        return diagnose(evidence, "losses_apart", "info", seen, causes=causes, remedy=remedy)
     causes.append(
         Cause("one task drowns the other", "possible", "gradients on the trunk, which would tell, are not on record")
     )
@@ -152,13 +152,13 @@ def _change_weight(evidence: Evidence, code: str, seen: str, causes: list[Cause]
     aimed = weight * ratio / AIM if ratio > 1 else weight * ratio * AIM
     changed = float(f"{min(max(aimed, weight / LARGEST_STEP), weight * LARGEST_STEP, LARGEST_AU_WEIGHT):.2g}")
     if changed > weight and not evidence.train_positives:
-        advice = "Find out first whether any AU target is positive; until then leave loss.au_weight as it is."
-        return diagnose(evidence, code, "warning", seen, causes=causes, advice=advice)
+        remedy = "Find out first whether any AU target is positive; until then leave loss.au_weight as it is."
+        return diagnose(evidence, code, "warning", seen, causes=causes, remedy=remedy)
     if changed == weight or (changed < weight) != (ratio < 1):
-        advice = f"Leave loss.au_weight={weight:g}: it is as high as it should be. Look at the AU labels and at single AUs' F1."
-        return diagnose(evidence, code, "warning", seen, causes=causes, advice=advice)
-    advice = f"{'Raise' if changed > weight else 'Lower'} loss.au_weight from {weight:g} to {changed:g}."
-    return diagnose(evidence, code, "warning", seen, causes=causes, advice=advice, patch={"loss.au_weight": changed})
+        remedy = f"Leave loss.au_weight={weight:g}: it is as high as it should be. Look at the AU labels and at single AUs' F1."
+        return diagnose(evidence, code, "warning", seen, causes=causes, remedy=remedy)
+    remedy = f"{'Raise' if changed > weight else 'Lower'} loss.au_weight from {weight:g} to {changed:g}."
+    return diagnose(evidence, code, "warning", seen, causes=causes, remedy=remedy, patch={"loss.au_weight": changed})
 
 
 def _conflict(evidence: Evidence, recent: list[dict[str, Any]], gradients: float) -> list[Diagnosis]:
@@ -181,12 +181,12 @@ def _conflict(evidence: Evidence, recent: list[dict[str, Any]], gradients: float
     for_action_units = evidence.monitor in ("au_f1_mean", "au_loss")
     raised = min(2 * weight, AIM)
     if for_action_units and evidence.train_positives and raised > weight:
-        advice = f"AUs are what is monitored: raise loss.au_weight from {weight:g} to {raised:g}."
+        remedy = f"AUs are what is monitored: raise loss.au_weight from {weight:g} to {raised:g}."
         patch: dict[str, Any] = {"loss.au_weight": raised}
     else:
-        advice = (
+        remedy = (
             f"Lower loss.au_weight from {weight:g} to {weight / 2:g}; if emotions gain nothing by it, loss.au_stop_gradient=true keeps "
             "the AU loss out of the trunk."
         )
         patch = {"loss.au_weight": weight / 2}
-    return [diagnose(evidence, "gradients_in_conflict", "warning", seen, causes=causes, advice=advice, patch=patch)]
+    return [diagnose(evidence, "gradients_in_conflict", "warning", seen, causes=causes, remedy=remedy, patch=patch)]

@@ -110,7 +110,7 @@ def against_baseline(evidence: Evidence) -> list[Diagnosis]:
             "no_baseline",
             "info",
             "Whether AUs help the emotions is unknown: there is no emotion-only run of the same data and budget beside this one.",
-            advice="Train one, then ask again.",
+            remedy="Train one, then ask again.",
             patch=patch,
             command=train_command(evidence, patch, name=f"{evidence.name}-emotion-only"),
         )
@@ -167,7 +167,7 @@ def _compare(evidence: Evidence, baseline: Evidence) -> Diagnosis:
         "warning" if real < 0 else "info",
         seen,
         causes=causes,
-        advice=remedy.advice,
+        remedy=remedy.advice,
         patch=remedy.patch,
         command=remedy.command,
     )

@@ -44,13 +44,13 @@ def miscalibrated(evidence: Evidence) -> list[Diagnosis]:
             f"{evidence.metrics['num_images']:,} images",
         ),
     ]
-    advice = (
+    remedy = (
         "Do not show confidences as probabilities; label more validation images."
         if enabled
         else "Set calibration.enabled=true."
     )
     patch = {} if enabled else {"calibration.enabled": True}
-    return [diagnose(evidence, "miscalibrated", "warning", seen, causes=causes, advice=advice, patch=patch)]
+    return [diagnose(evidence, "miscalibrated", "warning", seen, causes=causes, remedy=remedy, patch=patch)]
 
 
 def calibration_noise(bins: Sequence[dict[str, Any]]) -> tuple[float, float]:

@@ -17,19 +17,16 @@ from rich.table import Table
 from rich.text import Text
 
 from rafce_ray.config import MINIMISED_METRICS, write_yaml
-from rafce_ray.console import console, print_json, progress_bar, run_main, say, warn
+from rafce_ray.console import LEVEL_STYLES, console, print_json, progress_bar, run_main, say, warn
 from rafce_ray.doctor.baseline import emotion_only_runs, siblings, with_baseline
-from rafce_ray.doctor.diagnosis import LEVELS, Cause, Diagnosis, Level
+from rafce_ray.doctor.diagnosis import Cause, Diagnosis
 from rafce_ray.doctor.evidence import Evidence, figure
 from rafce_ray.doctor.rules import examine, examine_live
-from rafce_ray.errors import DamagedFile, UsageError
+from rafce_ray.errors import LEVELS, DamagedFile, Level, UsageError
 from rafce_ray.run_folder import RunFolder
 from rafce_ray.study_folder import StudyFolder
 
 __all__ = ["Cause", "Diagnosis", "Evidence", "examine", "examine_live", "examine_run", "main"]
-
-_STYLES = {"serious": "bold red", "warning": "bold yellow", "info": "bold"}
-
 
 SHOWN_TRIALS = 5
 """Trials that are listed under a finding; the others are counted."""
@@ -89,11 +86,13 @@ def best_trial(trials: Sequence[Trial]) -> Trial | None:
 def print_diagnoses(diagnoses: Sequence[Diagnosis]) -> None:
     """Tell findings at the terminal; levels and verdicts are words, colour only repeats them. Commands stay on one line."""
     for number, diagnosis in enumerate(diagnoses, start=1):
-        heading = Text.assemble("\n", (f"{number}. {diagnosis.level}", _STYLES[diagnosis.level]), f": {diagnosis.code}")
-        parts: list[RenderableType] = [heading, _indented(diagnosis.seen)]
+        heading = Text.assemble(
+            "\n", (f"{number}. {diagnosis.level}", LEVEL_STYLES[diagnosis.level]), f": {diagnosis.code}"
+        )
+        parts: list[RenderableType] = [heading, _indented(diagnosis.message)]
         if diagnosis.causes:
             parts += [_indented("causes, in the order to look at them", above=1), _cause_table(diagnosis.causes)]
-        parts.append(_indented(Text.assemble(("advice: ", "bold"), diagnosis.advice), above=1))
+        parts.append(_indented(Text.assemble(("advice: ", "bold"), diagnosis.remedy), above=1))
         if diagnosis.patch:
             parts += [_indented("changes of the configuration", above=1), _indented(_yaml(diagnosis.patch), by=6)]
         for part in parts:
@@ -135,14 +134,14 @@ def _print_study(trials: Sequence[Trial]) -> None:
         level = _gravest(found)
         console.print(
             Text.assemble(
-                (f"\n{level}", _STYLES[level]), f": {found[0][1].code}, {len(found)} of {len(trials)} trials"
+                (f"\n{level}", LEVEL_STYLES[level]), f": {found[0][1].code}, {len(found)} of {len(trials)} trials"
             ),
             soft_wrap=False,
         )
         if level == "info":
             continue
         for trial, diagnosis in found[:SHOWN_TRIALS]:
-            line = Text(f"   {trial.evidence.name}: {diagnosis.seen}")
+            line = Text(f"   {trial.evidence.name}: {diagnosis.message}")
             console.print(line, soft_wrap=False, no_wrap=True, overflow="ellipsis")
         if len(found) > SHOWN_TRIALS:
             console.print(f"   and {len(found) - SHOWN_TRIALS} more trials")

@@ -1,4 +1,4 @@
-"""What the doctor says (``Diagnosis``), and the commands that carry it out."""
+"""What the doctor finds of a run (``Diagnosis``), and the commands that carry out its remedies."""
 
 from __future__ import annotations
 
@@ -6,18 +6,15 @@ import json
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from rafce_ray.config import Config, flatten, parse_yaml
 from rafce_ray.data import audit_checks
 from rafce_ray.data.table import TABLE_EXTENSIONS
 from rafce_ray.doctor.evidence import Evidence
+from rafce_ray.errors import Finding, Level
 from rafce_ray.storage import locate
-
-Level = Literal["info", "warning", "serious"]
-LEVELS: tuple[Level, ...] = ("serious", "warning", "info")
-"""How much a diagnosis matters, gravest first."""
 
 Verdict = Literal["confirmed", "ruled out", "possible", "unknown"]
 
@@ -32,38 +29,42 @@ class Cause:
 
 
 @dataclass(frozen=True)
-class Diagnosis:
-    """One finding: ``seen`` holds the numbers, ``causes`` come in the order to look at them.
+class Diagnosis(Finding):
+    """A finding of a run: ``message`` holds the numbers, ``causes`` come in the order to look at them.
 
     ``patch`` maps dotted configuration keys to the values of the next run; empty where no setting mends it. ``command`` runs that
     next run, or shows the data; empty where there is nothing to run.
     """
 
-    code: str
-    level: Level
-    seen: str
-    causes: tuple[Cause, ...]
-    advice: str
-    patch: dict[str, Any]
-    command: str
+    causes: tuple[Cause, ...] = ()
+    patch: dict[str, Any] = field(default_factory=dict)
+    command: str = ""
 
     @property
     def headline(self) -> str:
-        """One line: what was seen, and the first sentence of the advice."""
-        return f"{self.seen} {re.split(r'(?<=[.]) (?=[A-Z])', self.advice, maxsplit=1)[0]}"
+        """One line: what was seen, and the first sentence of the remedy."""
+        return f"{self.message} {re.split(r'(?<=[.]) (?=[A-Z])', self.remedy, maxsplit=1)[0]}"
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self) | {"causes": [asdict(cause) for cause in self.causes]}
+        """Plain values under the names that ``rafce doctor --json`` has had from the start."""
+        return {
+            "code": self.code,
+            "level": self.level,
+            "seen": self.message,
+            "causes": [asdict(cause) for cause in self.causes],
+            "advice": self.remedy,
+            "patch": self.patch,
+            "command": self.command,
+        }
 
 
 def diagnose(
     evidence: Evidence,
     code: str,
     level: Level,
-    seen: str,
+    message: str,
     *,
-    advice: str,
+    remedy: str,
     causes: Sequence[Cause] = (),
     patch: Mapping[str, Any] | None = None,
     command: str | None = None,
@@ -72,7 +73,7 @@ def diagnose(
     changes = changes_of(evidence.config, patch or {})
     if command is None:
         command = train_command(evidence, changes) if changes else ""
-    return Diagnosis(code, level, seen, tuple(causes), advice, changes, command)
+    return Diagnosis(level, code, message, remedy, causes=tuple(causes), patch=changes, command=command)
 
 
 def changes_of(config: Config, patch: Mapping[str, Any]) -> dict[str, Any]:

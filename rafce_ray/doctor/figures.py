@@ -68,23 +68,23 @@ def _never_found(evidence: Evidence, entries: list[dict[str, Any]]) -> Diagnosis
         ),
     ]
     if absent:
-        advice = f"Label train images of {', '.join(absent)}: what was never shown is never found."
+        remedy = f"Label train images of {', '.join(absent)}: what was never shown is never found."
         return diagnose(
             evidence,
             "class_never_found",
             "warning",
             seen,
             causes=causes,
-            advice=advice,
+            remedy=remedy,
             command=audit_command(evidence),
         )
     if underfits:
-        advice = (
+        remedy = (
             "See to it that the model learns at all first: one that has learnt little finds the commonest classes only."
         )
-        return diagnose(evidence, "class_never_found", "warning", seen, causes=causes, advice=advice)
+        return diagnose(evidence, "class_never_found", "warning", seen, causes=causes, remedy=remedy)
     step = _for_rare_classes(evidence)
-    return diagnose(evidence, "class_never_found", "warning", seen, causes=causes, advice=step.text, patch=step.patch)
+    return diagnose(evidence, "class_never_found", "warning", seen, causes=causes, remedy=step.text, patch=step.patch)
 
 
 def _for_rare_classes(evidence: Evidence) -> Step:
@@ -117,7 +117,7 @@ def _too_few(evidence: Evidence, entries: list[dict[str, Any]]) -> Diagnosis:
         "class_support_too_small",
         "info",
         f"F1 0 of classes with under {MIN_SUPPORT} validation images means nothing: {listed}.",
-        advice="Judge by macro-F1 over supported classes, and label more validation images of these.",
+        remedy="Judge by macro-F1 over supported classes, and label more validation images of these.",
         command=audit_command(evidence),
     )
 
@@ -158,14 +158,14 @@ def action_units_below_floor(evidence: Evidence) -> list[Diagnosis]:
     causes = [_few_examples(evidence, [entry["action_unit"] for entry in weak]), _shared_threshold(evidence, weak)]
     if 2 * len(weak) > len(supported):
         step = _for_action_units(evidence)
-        advice = f"Do not use its AUs yet: most say no more than a constant. {step.text}"
-        return [diagnose(evidence, "au_below_floor", "warning", seen, causes=causes, advice=advice, patch=step.patch)]
+        remedy = f"Do not use its AUs yet: most say no more than a constant. {step.text}"
+        return [diagnose(evidence, "au_below_floor", "warning", seen, causes=causes, remedy=remedy, patch=step.patch)]
     left_out = {entry["action_unit"] for entry in weak}
     kept = [int(code.removeprefix("AU")) for code in _with_positives(evidence) if code not in left_out]
-    advice = "Do not rely on these AUs. Label more faces that show them, or leave them out."
+    remedy = "Do not rely on these AUs. Label more faces that show them, or leave them out."
     return [
         diagnose(
-            evidence, "au_below_floor", "info", seen, causes=causes, advice=advice, patch={"data.action_units": kept}
+            evidence, "au_below_floor", "info", seen, causes=causes, remedy=remedy, patch={"data.action_units": kept}
         )
     ]
 
@@ -236,7 +236,7 @@ def at_majority_floor(evidence: Evidence) -> list[Diagnosis]:
             f"train accuracy {figure(evidence.best, 'train_natural.accuracy'):.1%}",
         ),
     ]
-    advice = f"Do not use its emotions. {step.text if step else 'Look at the labels.'}"
+    remedy = f"Do not use its emotions. {step.text if step else 'Look at the labels.'}"
     return [
         diagnose(
             evidence,
@@ -244,7 +244,7 @@ def at_majority_floor(evidence: Evidence) -> list[Diagnosis]:
             "warning",
             seen,
             causes=causes,
-            advice=advice,
+            remedy=remedy,
             patch=step.patch if step else {},
         )
     ]
@@ -267,8 +267,8 @@ def improvement_within_noise(evidence: Evidence) -> list[Diagnosis]:
         f"The best epoch's {monitor}, {value:.3f}, has the 95 % interval {low:.3f} to {high:.3f} on {evidence.metrics['num_images']:,} validation "
         f"images, and {_epochs(others)} within it: which of them is best is luck."
     )
-    advice = f"Call no difference below about {(high - low) / 2:.3f} an improvement. Compare runs with the paired interval of rafce compare, over more than one seed."
-    return [diagnose(evidence, "improvement_within_noise", "info", seen, advice=advice)]
+    remedy = f"Call no difference below about {(high - low) / 2:.3f} an improvement. Compare runs with the paired interval of rafce compare, over more than one seed."
+    return [diagnose(evidence, "improvement_within_noise", "info", seen, remedy=remedy)]
 
 
 def _epochs(numbers: list[int]) -> str:

@@ -81,13 +81,13 @@ def diverged(evidence: Evidence) -> list[Diagnosis]:
     patch: dict[str, Any]
     if optim.grad_clip == 0:
         patch = {"optim.grad_clip": SAFE_CLIP, "optim.lr": significant(optim.lr / 3)}
-        advice = f"Clip gradients at {SAFE_CLIP:g} and lower optim.lr to a third, {patch['optim.lr']:g}."
+        remedy = f"Clip gradients at {SAFE_CLIP:g} and lower optim.lr to a third, {patch['optim.lr']:g}."
     else:
         patch = {"optim.lr": significant(optim.lr / 10)}
         if optim.grad_clip > SAFE_CLIP:
             patch["optim.grad_clip"] = SAFE_CLIP
-        advice = f"Lower optim.lr tenfold, to {patch['optim.lr']:g}."
-    return [diagnose(evidence, "diverged", "serious", seen, causes=causes, advice=advice, patch=patch)]
+        remedy = f"Lower optim.lr tenfold, to {patch['optim.lr']:g}."
+    return [diagnose(evidence, "diverged", "serious", seen, causes=causes, remedy=remedy, patch=patch)]
 
 
 def learning_rate_too_high(evidence: Evidence) -> list[Diagnosis]:
@@ -130,11 +130,11 @@ def learning_rate_too_high(evidence: Evidence) -> list[Diagnosis]:
     ]
     lower = significant(optim.lr / 3)
     patch: dict[str, Any] = {"optim.lr": lower}
-    advice = f"Lower optim.lr from {optim.lr:g} to {lower:g}."
+    remedy = f"Lower optim.lr from {optim.lr:g} to {lower:g}."
     if optim.grad_clip == 0:
         patch["optim.grad_clip"] = SAFE_CLIP
-        advice = f"Lower optim.lr from {optim.lr:g} to {lower:g} and clip gradients at {SAFE_CLIP:g}."
-    return [diagnose(evidence, "learning_rate_too_high", "warning", seen, causes=causes, advice=advice, patch=patch)]
+        remedy = f"Lower optim.lr from {optim.lr:g} to {lower:g} and clip gradients at {SAFE_CLIP:g}."
+    return [diagnose(evidence, "learning_rate_too_high", "warning", seen, causes=causes, remedy=remedy, patch=patch)]
 
 
 def learning_rate_too_low(evidence: Evidence) -> list[Diagnosis]:
@@ -159,10 +159,10 @@ def learning_rate_too_low(evidence: Evidence) -> list[Diagnosis]:
         ),
         Cause("the loss swings", "ruled out", "it fell in every epoch"),
     ]
-    advice = f"Raise optim.lr from {optim.lr:g} to {faster:g}."
+    remedy = f"Raise optim.lr from {optim.lr:g} to {faster:g}."
     return [
         diagnose(
-            evidence, "learning_rate_too_low", "warning", seen, causes=causes, advice=advice, patch={"optim.lr": faster}
+            evidence, "learning_rate_too_low", "warning", seen, causes=causes, remedy=remedy, patch={"optim.lr": faster}
         )
     ]
 

@@ -10,7 +10,7 @@ from rafce_ray.doctor.action_units import action_units_not_read, au_f1_zero
 from rafce_ray.doctor.balance import task_balance
 from rafce_ray.doctor.baseline import against_baseline
 from rafce_ray.doctor.calibration import miscalibrated
-from rafce_ray.doctor.diagnosis import LEVELS, Diagnosis
+from rafce_ray.doctor.diagnosis import Diagnosis
 from rafce_ray.doctor.evidence import Evidence
 from rafce_ray.doctor.figures import (
     action_units_below_floor,
@@ -20,6 +20,7 @@ from rafce_ray.doctor.figures import (
 )
 from rafce_ray.doctor.learning_rate import diverged, learning_rate_too_high, learning_rate_too_low
 from rafce_ray.doctor.training import batch_of_all_images, overfitting, train_longer, underfitting, validation_falling
+from rafce_ray.errors import LEVELS
 
 Rule = Callable[[Evidence], list[Diagnosis]]
 

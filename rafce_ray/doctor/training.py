@@ -81,14 +81,14 @@ def overfitting(evidence: Evidence) -> list[Diagnosis]:
         ),
         Cause("the model is too large for the data", "possible", f"{model.backbone} on {_train_images(evidence)}"),
     ]
-    advice = (
+    remedy = (
         step.text
         if step
         else "The ladder of dropout, weight decay, clipping and smaller backbones is spent: only more train images help."
     )
     return [
         diagnose(
-            evidence, "overfitting", "warning", seen, causes=causes, advice=advice, patch=step.patch if step else {}
+            evidence, "overfitting", "warning", seen, causes=causes, remedy=remedy, patch=step.patch if step else {}
         )
     ]
 
@@ -116,7 +116,7 @@ def validation_falling(evidence: Evidence) -> list[Diagnosis]:
     causes = _falling_causes(evidence, unlearns=unlearns, steered=steered, train_now=train_now)
     step = _against_falling(evidence.config, unlearns=unlearns, steered=steered is True)
     kept = f"The best epoch's weights are kept ({evidence.best.get('epoch')} by {evidence.monitor})."
-    advice = f"{step.text if step else 'Only more train images help.'} {kept}"
+    remedy = f"{step.text if step else 'Only more train images help.'} {kept}"
     return [
         diagnose(
             evidence,
@@ -124,7 +124,7 @@ def validation_falling(evidence: Evidence) -> list[Diagnosis]:
             "warning",
             seen,
             causes=causes,
-            advice=advice,
+            remedy=remedy,
             patch=step.patch if step else {},
         )
     ]
@@ -222,7 +222,7 @@ def underfitting(evidence: Evidence) -> list[Diagnosis]:
             f"model.weights={config.model.weights}",
         ),
     ]
-    return [diagnose(evidence, "underfitting", "warning", seen, causes=causes, advice=step.text, patch=step.patch)]
+    return [diagnose(evidence, "underfitting", "warning", seen, causes=causes, remedy=step.text, patch=step.patch)]
 
 
 def batch_of_all_images(evidence: Evidence) -> list[Diagnosis]:
@@ -234,11 +234,11 @@ def batch_of_all_images(evidence: Evidence) -> list[Diagnosis]:
     smaller = max(2 * evidence.config.run.most_workers, 2 ** int(math.log2(max(2, num_images / STEPS_AN_EPOCH))))
     steps = num_steps(num_images, smaller)
     if steps < 2:
-        advice = "Label more train images: these are too few for more than one step an epoch."
-        return [diagnose(evidence, "batch_of_all_images", "warning", seen, advice=advice)]
-    advice = f"Lower optim.batch_size to {smaller}, for {steps} steps an epoch."
+        remedy = "Label more train images: these are too few for more than one step an epoch."
+        return [diagnose(evidence, "batch_of_all_images", "warning", seen, remedy=remedy)]
+    remedy = f"Lower optim.batch_size to {smaller}, for {steps} steps an epoch."
     patch = {"optim.batch_size": smaller}
-    return [diagnose(evidence, "batch_of_all_images", "warning", seen, advice=advice, patch=patch)]
+    return [diagnose(evidence, "batch_of_all_images", "warning", seen, remedy=remedy, patch=patch)]
 
 
 def train_longer(evidence: Evidence) -> list[Diagnosis]:
@@ -261,9 +261,9 @@ def train_longer(evidence: Evidence) -> list[Diagnosis]:
     ]
     patch = {"optim.epochs": epochs}
     command = resume_command(evidence, patch)
-    advice = f"Train longer: {epochs} epochs."
+    remedy = f"Train longer: {epochs} epochs."
     if command is not None:
-        advice += " --resume goes on from the last epoch, with the learning rate of the longer schedule."
+        remedy += " --resume goes on from the last epoch, with the learning rate of the longer schedule."
     return [
         diagnose(
             evidence,
@@ -271,7 +271,7 @@ def train_longer(evidence: Evidence) -> list[Diagnosis]:
             "info",
             seen,
             causes=causes,
-            advice=advice,
+            remedy=remedy,
             patch=patch,
             command=command,
         )

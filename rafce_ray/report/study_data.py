@@ -10,8 +10,8 @@ from typing import Any
 from rafce_ray.config import Config, differences, flatten, parse_yaml
 from rafce_ray.console import warn
 from rafce_ray.doctor.command import examine_study
-from rafce_ray.doctor.diagnosis import LEVELS, Diagnosis, Level
-from rafce_ray.errors import DamagedFile, UsageError
+from rafce_ray.doctor.diagnosis import Diagnosis
+from rafce_ray.errors import LEVELS, DamagedFile, UsageError
 from rafce_ray.report.study_plots import Emphasis, Field, emphasise
 from rafce_ray.study.on_test import OnTest
 from rafce_ray.study.rungs import RungEntry, read_rungs
@@ -23,21 +23,12 @@ STUDY_SETTINGS, FINALISTS, TEST = "study.yaml", "finalists.json", "test.json"
 
 
 @dataclass(frozen=True)
-class Finding:
-    """One of the doctor's findings over all trials: those that have it, and what it says of the first of them, the best ranked."""
-
-    code: str
-    level: Level
-    trials: tuple[str, ...]
-    diagnosis: Diagnosis
-
-
-@dataclass(frozen=True)
 class StudyData:
     """A study as its page shows it. ``trials`` are the sweep's, ``finalists`` their repetitions with other seeds.
 
     ``configs``: of every trial, by name. ``settings``: study.yaml, ``settings_text`` as it is written. ``provenances``: of every
-    trial that has one.
+    trial that has one. ``findings``: the doctor's over all trials, each with the trials that have it; it is told as of the first of
+    them, the best ranked.
     """
 
     study: StudyFolder
@@ -49,7 +40,7 @@ class StudyData:
     rungs: tuple[RungEntry, ...]
     verdict: Verdict | None
     on_test: OnTest | None
-    findings: tuple[Finding, ...]
+    findings: tuple[tuple[Diagnosis, tuple[str, ...]], ...]
     provenances: dict[str, dict[str, Any]]
 
     @cached_property
@@ -169,17 +160,17 @@ def _record(study: StudyFolder, name: str) -> dict[str, Any] | None:
         return None
 
 
-def _findings(study: StudyFolder, ranked: Sequence[str]) -> list[Finding]:
-    """Each code once, gravest first and then by the number of trials; told as of the best trial that has it at its gravest."""
+def _findings(study: StudyFolder, ranked: Sequence[str]) -> list[tuple[Diagnosis, tuple[str, ...]]]:
+    """Each code once with its trials, gravest first and then by the number of trials; told as of the best trial at its gravest."""
     found: dict[str, dict[str, Diagnosis]] = {}
     for trial in examine_study(study):
         for diagnosis in trial.diagnoses:
             found.setdefault(diagnosis.code, {}).setdefault(trial.evidence.name, diagnosis)
     order = {name: place for place, name in enumerate(ranked)}
     findings = []
-    for code, by_trial in found.items():
-        level = min((one.level for one in by_trial.values()), key=LEVELS.index)
+    for by_trial in found.values():
         names = sorted(by_trial, key=lambda name: (order.get(name, len(order)), name))
-        shown = next(name for name in names if by_trial[name].level == level)
-        findings.append(Finding(code, level, (shown, *(name for name in names if name != shown)), by_trial[shown]))
-    return sorted(findings, key=lambda one: (LEVELS.index(one.level), -len(one.trials)))
+        # min takes the first among equals.
+        shown = min(names, key=lambda name: LEVELS.index(by_trial[name].level))
+        findings.append((by_trial[shown], (shown, *(name for name in names if name != shown))))
+    return sorted(findings, key=lambda one: (LEVELS.index(one[0].level), -len(one[1])))

@@ -83,7 +83,7 @@ def render_study(data: StudyData) -> str:
         unit=of,
         costs=list(tables.cost_rows(data, of)),
         sweep_cost=cost(data.trials, of),
-        findings=[(one, patch_lines(one.diagnosis.patch)) for one in data.findings],
+        findings=[(one, trials, patch_lines(one.patch)) for one, trials in data.findings],
         provenance=list(tables.provenance_rows(data)),
         undefined=UNDEFINED,
         better="higher" if direction(data.metric) > 0 else "lower",

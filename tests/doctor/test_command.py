@@ -62,7 +62,7 @@ def test_the_true_cause_of_the_seeds_failure_is_named_from_the_run_folder_alone(
     assert (first.code, first.level) == ("au_f1_zero", "serious")
     positives = sum(entry["positives"] for entry in alone.audit()["splits"]["train"]["action_units"].values())
     assert positives > 100
-    assert f"the labels of RAFCE_AUlabel.txt hold {positives:,} positive AUs in train" in first.seen
+    assert f"the labels of RAFCE_AUlabel.txt hold {positives:,} positive AUs in train" in first.message
     assert first.patch == {"data.action_unit_targets": "labels"}
     assert all("loss.au_weight" not in one.patch for one in [first, *others])
 
@@ -141,7 +141,7 @@ def test_the_emotion_only_run_beside_a_run_is_its_baseline(seeds_run, tmp_path, 
     assert "baseline" not in {one.code for one in examine_run(run)}
     plain = emotion_only(seeds_run, tmp_path / "plain")
     (found,) = [one for one in examine_run(run) if one.code == "baseline"]
-    assert "emotion-only baseline plain" in found.seen
+    assert "emotion-only baseline plain" in found.message
     assert "all other keys are equal" in [cause.evidence for cause in found.causes]
     elsewhere = copied(seeds_run, tmp_path / "far" / "away")
     assert main([elsewhere.place, "--baseline", plain.place]) == 0

@@ -129,8 +129,8 @@ def found(given: Evidence, code: str) -> Diagnosis | None:
 
 def check_that_it_can_be_carried_out(given: Evidence, diagnosis: Diagnosis) -> None:
     """The patch makes another valid configuration, and the command says the same."""
-    assert diagnosis.seen
-    assert diagnosis.advice
+    assert diagnosis.message
+    assert diagnosis.remedy
     before = flatten(given.config)
     assert all(before[key] != value for key, value in diagnosis.patch.items())
     words = shlex.split(diagnosis.command)
@@ -179,7 +179,7 @@ def test_columns_that_look_like_action_units_and_were_not_read_are_told(found_by
     diagnosis = found(given, "action_units_not_read")
     assert (diagnosis.level if diagnosis else None) == level
     if diagnosis:
-        assert (diagnosis.seen, diagnosis.advice) == ("'au_1' is not read.", "Rename it.")
+        assert (diagnosis.message, diagnosis.remedy) == ("'au_1' is not read.", "Rename it.")
         assert diagnosis.command.startswith("rafce data audit ")
 
 
@@ -210,8 +210,8 @@ def test_the_targets_are_named_as_the_cause_where_the_labels_hold_positives_and_
     diagnosis = found(given, "au_f1_zero")
     assert diagnosis is not None
     assert diagnosis.level == "serious"
-    assert "the labels of RAFCE_AUlabel.txt hold 5,122 positive AUs in train" in diagnosis.seen
-    assert "the targets that training saw hold none (data.action_unit_targets=all_zero)" in diagnosis.seen
+    assert "the labels of RAFCE_AUlabel.txt hold 5,122 positive AUs in train" in diagnosis.message
+    assert "the targets that training saw hold none (data.action_unit_targets=all_zero)" in diagnosis.message
     assert diagnosis.patch == {"data.action_unit_targets": "labels"}
     assert [text for text, one in verdicts(diagnosis).items() if one == "confirmed"] == [
         "the targets that training saw hold no positive"
@@ -393,11 +393,11 @@ def test_the_gap_of_the_best_epoch_counts_as_well_as_that_of_the_last():
     records = [*flat(5, best=1), record(6, train_accuracy=0.95, best=1)]
     last = found(evidence(records), "overfitting")
     assert last is not None
-    assert "35.0 points at epoch 6" in last.seen
-    assert "At epoch 1, the best one, it is 5.0 points." in last.seen
+    assert "35.0 points at epoch 6" in last.message
+    assert "At epoch 1, the best one, it is 5.0 points." in last.message
     best = found(evidence([record(1, train_accuracy=0.95, best=1), record(2, best=1)]), "overfitting")
     assert best is not None
-    assert "at epoch 1" in best.seen
+    assert "at epoch 1" in best.message
 
 
 LADDER = [
@@ -635,8 +635,8 @@ def test_a_diverged_run_says_which_epoch_is_intact(overrides, patch):
     diagnosis = found(evidence(flat(3, best=2), *overrides, result=result), "diverged")
     assert diagnosis is not None
     assert diagnosis.level == "serious"
-    assert "in epoch 4" in diagnosis.seen
-    assert "epoch 2, the best one before, is intact" in diagnosis.seen
+    assert "in epoch 4" in diagnosis.message
+    assert "epoch 2, the best one before, is intact" in diagnosis.message
     assert diagnosis.patch == patch
 
 
@@ -644,7 +644,7 @@ def test_a_run_that_diverged_in_its_first_epoch_kept_nothing():
     result = {"status": "diverged", "best_epoch": None, "monitor": "macro_f1", "metrics": {}}
     diagnosis = found(evidence([], result=result), "diverged")
     assert diagnosis is not None
-    assert "No epoch could be kept" in diagnosis.seen
+    assert "No epoch could be kept" in diagnosis.message
 
 
 def test_a_validation_loss_that_is_not_finite_is_told_while_training():
@@ -704,7 +704,7 @@ def of_train_images(number: int) -> dict[str, Any]:
 def test_a_batch_of_all_images_is_lowered(num_images, overrides, smaller):
     diagnosis = found(evidence(flat(3), *overrides, targets=of_train_images(num_images)), "batch_of_all_images")
     assert diagnosis is not None
-    assert f"is more than the {num_images} train images" in diagnosis.seen
+    assert f"is more than the {num_images} train images" in diagnosis.message
     assert diagnosis.patch == {"optim.batch_size": smaller}
 
 
@@ -714,7 +714,7 @@ def test_a_batch_that_leaves_several_steps_is_no_finding():
     few = found(evidence(flat(3), "run.num_workers=4", targets=of_train_images(10)), "batch_of_all_images")
     assert few is not None
     assert few.patch == {}
-    assert few.advice.startswith("Label more train images")
+    assert few.remedy.startswith("Label more train images")
 
 
 @pytest.mark.parametrize(("epochs", "longer"), [(6, 12), (20, 40), (21, 32)])
@@ -840,7 +840,7 @@ def test_epochs_within_the_interval_of_the_best_are_named(low, told):
     diagnosis = found(evidence(records, result=with_metrics(metrics)), "improvement_within_noise")
     assert (diagnosis is not None) == told
     if told:
-        assert "epoch 2 lies within it" in diagnosis.seen
+        assert "epoch 2 lies within it" in diagnosis.message
 
 
 # Of 1,000 predictions at 50 % in 10 bins the noise is 0.8 * 0.05 = 0.0399, its deviation 0.6028 * 0.05 / sqrt(10) = 0.0095.
@@ -902,9 +902,9 @@ def measured(split: SplitOutputs, *overrides: str, **known: Any) -> Evidence:
 def test_an_au_that_is_read_no_better_than_a_constant_would_is_named():
     diagnosis = found(measured(outputs(2.0, (6.0, 0.0))), "au_below_floor")
     assert diagnosis is not None
-    assert "1 of 2 action units" in diagnosis.seen
-    assert "AU12" in diagnosis.seen
-    assert "AU1 " not in diagnosis.seen
+    assert "1 of 2 action units" in diagnosis.message
+    assert "AU12" in diagnosis.message
+    assert "AU1 " not in diagnosis.message
     assert diagnosis.level == "info"
     assert diagnosis.patch == {"data.action_units": [1]}
     assert found(measured(outputs(2.0, (6.0, 6.0))), "au_below_floor") is None
@@ -937,7 +937,7 @@ def test_a_run_is_compared_with_its_emotion_only_baseline_image_by_image(quality
     given = replace(measured(outputs(quality, (6.0, 6.0))), baseline=emotion_only(2.0))
     diagnosis = found(given, "baseline")
     assert diagnosis is not None
-    assert words in diagnosis.seen
+    assert words in diagnosis.message
     assert diagnosis.level == level
     assert diagnosis.patch == ({"loss.au_weight": 0.5} if level == "warning" else {})
     assert found(given, "no_baseline") is None
@@ -955,7 +955,9 @@ def test_without_a_baseline_the_command_that_makes_one_is_given():
 def test_a_headline_is_what_was_seen_and_the_first_advice():
     diagnosis = found(evidence(flat(6, train_accuracy=0.97)), "overfitting")
     assert diagnosis is not None
-    assert diagnosis.headline == f"{diagnosis.seen} Regularise more: dropout 0.5 to 0.6, weight decay 0.001 to 0.002."
+    assert (
+        diagnosis.headline == f"{diagnosis.message} Regularise more: dropout 0.5 to 0.6, weight decay 0.001 to 0.002."
+    )
     assert "\n" not in diagnosis.headline
 
 

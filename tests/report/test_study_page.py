@@ -382,9 +382,9 @@ def test_each_finding_once_with_its_trials(new_study):
     for number in (1, 2):
         study.add(number, {"optim.lr": number * 1e-2}, [(0.1 * number, 0.1)], status="diverged")
     data = gather_study(study.folder, "score")
-    [finding] = [one for one in data.findings if one.code == "diverged"]
+    [(_, trials)] = [one for one in data.findings if one[0].code == "diverged"]
     # Told as of the better of the two.
-    assert finding.trials == ("trial_0002", "trial_0001")
+    assert trials == ("trial_0002", "trial_0001")
     page = page_of(study)
     assert "diverged: 2 of 3 runs" in page.text
     assert "As in trial_0002: Training diverged" in page.text
