@@ -6,9 +6,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,17 +17,17 @@ import pyarrow.compute as pc
 from scipy.fft import dctn
 
 from rafce_ray.data.listing import groups_of_equals
-from rafce_ray.data.records import SPLITS, Labels, Progress, Targets, evidence_of
-from rafce_ray.data.store import Undecodable, image_reader
-from rafce_ray.decode import FILE_LIMITS, DecodeError, decode_face, format_of_ending
+from rafce_ray.data.records import SPLITS, Labels, Progress, Targets, advancing, evidence_of
+from rafce_ray.data.store import Undecodable, face_decoder
+from rafce_ray.decode import format_of_ending
 from rafce_ray.errors import Evidence, Finding, Level
-from rafce_ray.object_store import StorageError
 
 BLANK_STD = 3.0
 """Standard deviation of grey values (0-255) below which an image shows nothing; faces have 20 and more."""
 
 _MAX_UNDECODABLE_SHARE = 0.05
 _MAX_COMMANDS = 5
+_LEAK = "what is tested was trained on"
 _CHUNK = 256
 _MAX_THREADS = 8
 _GREY = np.array([0.299, 0.587, 0.114], np.float32)
@@ -36,13 +35,13 @@ _GREY = np.array([0.299, 0.587, 0.114], np.float32)
 
 @dataclass(frozen=True)
 class _Pixels:
-    """Facts of the images that could be decoded; ``rows`` are their label rows."""
+    """What was measured of the images that could be decoded; ``rows`` are their label rows."""
 
     rows: npt.NDArray[np.int64]
     digests: npt.NDArray[np.uint64]
     hashes: npt.NDArray[np.uint8]
     std: npt.NDArray[np.float32]
-    undecodable: list[tuple[int, Undecodable]]
+    undecodable: list[Undecodable]
 
 
 @dataclass(frozen=True)
@@ -65,8 +64,8 @@ class _Images:
             table[name][one].as_py() == table[name][other].as_py() for name in ("emotion", "au_positive", "au_negative")
         )
 
-    def splits(self, rows: npt.NDArray[np.int64]) -> set[int]:
-        return {int(code) for code in self.targets.split[rows] if code >= 0}
+    def in_several_splits(self, rows: npt.NDArray[np.int64]) -> bool:
+        return len({int(code) for code in self.targets.split[rows] if code >= 0}) > 1
 
 
 def image_findings(labels: Labels, targets: Targets, progress: Progress | None) -> list[Finding]:
@@ -79,131 +78,91 @@ def image_findings(labels: Labels, targets: Targets, progress: Progress | None) 
         rows = pixels.rows[blank]
         evidence = evidence_of(Evidence(images.describe(row)) for row in rows.tolist())
         message = f"{len(rows)} images are blank: one colour, or nearly"
-        findings.append(
-            Finding(
-                "warning", "blank_images", message, "Replace the images, or delete their rows.", len(rows), evidence
-            )
-        )
+        remedy = "Replace the images, or delete their rows."
+        findings.append(Finding("warning", "blank_images", message, remedy, len(rows), evidence))
     shown = np.flatnonzero(~blank)
     groups = [pixels.rows[shown[group]] for group in groups_of_equals(pa.array(pixels.digests[shown]))]
-    findings += _exact_findings(images, groups)
-    findings += _near_findings(images, pixels, shown, groups)
-    return findings
+    return [*findings, *_exact_findings(images, groups), *_near_findings(images, pixels, shown, groups)]
 
 
 def _measure(labels: Labels, progress: Progress | None) -> _Pixels:
     paths = labels.table["image_path"]
     present = np.flatnonzero(np.asarray(pc.is_valid(paths)))
-    digests = np.zeros(len(present), np.uint64)
-    hashes = np.zeros((len(present), HASH_BITS // 8), np.uint8)
-    std = np.zeros(len(present), np.float32)
-    decoded = np.zeros(len(present), bool)
-    undecodable: list[tuple[int, Undecodable]] = []
-    bar: AbstractContextManager[Callable[[int], None]] = (
-        progress("looking at images", len(present)) if progress else nullcontext(lambda n: None)
+    decode = face_decoder(labels.image_root, HASH_PX)
+    rows: list[npt.NDArray[np.int64]] = [present[:0]]
+    digests: list[int] = []
+    hashes, std = [np.zeros((0, HASH_BITS // 8), np.uint8)], [np.zeros(0, np.float32)]
+    undecodable: list[Undecodable] = []
+    with (
+        advancing(progress, "looking at images", len(present)) as advance,
+        ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1)) as pool,
+    ):
+        for start in range(0, len(present), _CHUNK):
+            chunk = present[start : start + _CHUNK]
+            results = list(pool.map(decode, paths.take(chunk).to_pylist()))
+            undecodable += [result for result in results if isinstance(result, Undecodable)]
+            faces = [result for result in results if not isinstance(result, Undecodable)]
+            if faces:
+                grey = np.stack(faces).astype(np.float32) @ _GREY
+                rows.append(chunk[[not isinstance(result, Undecodable) for result in results]])
+                digests += [_digest(face) for face in faces]
+                hashes.append(perceptual_hashes(grey))
+                std.append(grey.std(axis=(1, 2)))
+            advance(len(chunk))
+    return _Pixels(
+        np.concatenate(rows),
+        np.array(digests, np.uint64),
+        np.concatenate(hashes),
+        np.concatenate(std),
+        undecodable,
     )
-    with bar as advance:
-        for start, names, results in _decode_all(labels, present):
-            good = [i for i, result in enumerate(results) if not isinstance(result, Undecodable)]
-            undecodable += [(int(present[start + i]), r) for i, r in enumerate(results) if isinstance(r, Undecodable)]
-            if good:
-                stack = np.stack([result for result in results if not isinstance(result, Undecodable)])
-                grey = stack.astype(np.float32) @ _GREY
-                where = start + np.array(good)
-                digests[where] = [_digest(image) for image in stack]
-                hashes[where] = perceptual_hashes(grey)
-                std[where] = grey.std(axis=(1, 2))
-                decoded[where] = True
-            advance(len(names))
-    return _Pixels(present[decoded], digests[decoded], hashes[decoded], std[decoded], undecodable)
-
-
-def _decode_all(
-    labels: Labels, rows: npt.NDArray[np.int64]
-) -> Iterator[tuple[int, list[str], list[npt.NDArray[np.uint8] | Undecodable]]]:
-    """Chunk by chunk: its offset, its paths, and per path the small image or why there is none."""
-    read, folder = image_reader(labels.image_root), labels.image_root.shown
-
-    def decode(relative: str) -> npt.NDArray[np.uint8] | Undecodable:
-        try:
-            return decode_face(read(relative), HASH_PX, limits=FILE_LIMITS, name=f"{folder}/{relative}")
-        except DecodeError as error:
-            return Undecodable(relative, error.code, str(error))
-        except StorageError:
-            raise
-        except OSError as error:
-            return Undecodable(relative, "unreadable_file", str(error))
-
-    paths = labels.table["image_path"]
-    with ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1)) as pool:
-        for start in range(0, len(rows), _CHUNK):
-            names = paths.take(rows[start : start + _CHUNK]).to_pylist()
-            yield start, names, list(pool.map(decode, names))
 
 
 def _digest(image: npt.NDArray[np.uint8]) -> int:
     return int.from_bytes(hashlib.blake2b(image.tobytes(), digest_size=8).digest(), "little")
 
 
-def _undecodable_finding(labels: Labels, undecodable: list[tuple[int, Undecodable]]) -> list[Finding]:
+def _undecodable_finding(labels: Labels, undecodable: list[Undecodable]) -> list[Finding]:
     if not undecodable:
         return []
-    share = len(undecodable) / labels.table.num_rows
-    level: Level = "error" if share > _MAX_UNDECODABLE_SHARE else "warning"
-    if len(undecodable) == labels.table.num_rows - labels.table["image_path"].null_count:
+    num_rows = labels.table.num_rows
+    level: Level = "error" if len(undecodable) > _MAX_UNDECODABLE_SHARE * num_rows else "warning"
+    if len(undecodable) == num_rows - labels.table["image_path"].null_count:
         level = "refusal"
-    evidence = evidence_of(Evidence(f"{item.code}: {item.message}", item.path) for _, item in undecodable)
-    message = f"{len(undecodable)} images cannot be decoded and are left out"
-    return [
-        Finding(
-            level,
-            "undecodable_images",
-            message,
-            _remedy(labels, undecodable),
-            len(undecodable),
-            evidence,
-        )
-    ]
+    evidence = evidence_of(Evidence(f"{item.code}: {item.message}", item.path) for item in undecodable)
+    message, remedy = f"{len(undecodable)} images cannot be decoded and are left out", _remedy(labels, undecodable)
+    return [Finding(level, "undecodable_images", message, remedy, len(undecodable), evidence)]
 
 
-def _remedy(labels: Labels, undecodable: list[tuple[int, Undecodable]]) -> str:
+def _remedy(labels: Labels, undecodable: list[Undecodable]) -> str:
     """Commands for formats that are not read, folder by folder; else to get the images again."""
     root = labels.image_root.shown
+    unread = [item.path for item in undecodable if item.code == "unsupported_format"]
     commands = []
-    for folder, ending in sorted(
-        {
-            (os.path.dirname(item.path), os.path.splitext(item.path)[1])
-            for _, item in undecodable
-            if item.code == "unsupported_format"
-        }
-    ):
+    for folder, ending in sorted({(os.path.dirname(path), os.path.splitext(path)[1]) for path in unread}):
         form = format_of_ending(ending)
         if form is not None and form.convert:
             commands.append(form.remedy_for_folder(f"{root}/{folder}" if folder else root, ending))
     return "\n".join(commands[:_MAX_COMMANDS]) or "Get the images again from their source, or delete their rows."
 
 
-def _exact_findings(images: _Images, groups: list[npt.NDArray[np.int64]]) -> list[Finding]:
-    within: list[npt.NDArray[np.int64]] = []
-    across: list[npt.NDArray[np.int64]] = []
+def _exact_findings(images: _Images, groups: list[npt.NDArray[np.int64]]) -> Iterator[Finding]:
+    within: list[tuple[int, int]] = []
+    across: list[tuple[int, int]] = []
     for group in groups:
-        (across if len(images.splits(group)) > 1 else within).append(group)
-    findings = []
-    for code, level, chosen, where in (
-        ("exact_duplicates", "warning", within, "within a split"),
-        ("exact_duplicates_across_splits", "error", across, "in more than one split: what is tested was trained on"),
-    ):
-        if chosen:
-            count = sum(len(group) - 1 for group in chosen)
-            pairs = ((int(group[0]), int(row)) for group in chosen for row in group[1:].tolist())
-            message = f"{count} images are exact duplicates of another {where}"
-            findings.append(_pair_finding(images, level, code, message, count, pairs))  # type: ignore[arg-type]
-    return findings
+        pairs = across if images.in_several_splits(group) else within
+        pairs += [(int(group[0]), row) for row in group[1:].tolist()]
+    if within:
+        message = f"{len(within)} images are exact duplicates of another within a split"
+        yield _pair_finding(images, "warning", "exact_duplicates", message, within)
+    if across:
+        message = f"{len(across)} images are exact duplicates of another in more than one split: {_LEAK}"
+        yield _pair_finding(images, "error", "exact_duplicates_across_splits", message, across)
 
 
 def _near_findings(
     images: _Images, pixels: _Pixels, shown: npt.NDArray[np.int64], groups: list[npt.NDArray[np.int64]]
-) -> list[Finding]:
+) -> Iterator[Finding]:
     """Near duplicates among images that are no exact ones; each group of exact duplicates counts as its first image."""
     repeated = np.concatenate([group[1:] for group in groups]) if groups else np.zeros(0, np.int64)
     distinct = shown[~np.isin(pixels.rows[shown], repeated)]
@@ -212,33 +171,27 @@ def _near_findings(
     across: list[tuple[int, int]] = []
     for left, right in near_pairs(pixels.hashes[distinct]).tolist():
         one, other = int(pixels.rows[distinct[left]]), int(pixels.rows[distinct[right]])
-        if not _is_close(images, one, other):
-            continue
-        rows = np.concatenate([group_of.get(row, np.array([row])) for row in (one, other)])
-        (across if len(images.splits(rows)) > 1 else within).append((one, other))
-    findings = []
-    for code, level, pairs, where in (
-        ("near_duplicates", "warning", within, "within a split"),
-        ("near_duplicates_across_splits", "error", across, "in different splits: what is tested was trained on"),
-    ):
-        if pairs:
-            message = f"{len(pairs)} pairs of images are nearly the same {where}"
-            findings.append(_pair_finding(images, level, code, message, len(pairs), iter(pairs)))  # type: ignore[arg-type]
-    return findings
+        if _is_close(images, one, other):
+            rows = np.concatenate([group_of.get(row, np.array([row])) for row in (one, other)])
+            (across if images.in_several_splits(rows) else within).append((one, other))
+    if within:
+        message = f"{len(within)} pairs of images are nearly the same within a split"
+        yield _pair_finding(images, "warning", "near_duplicates", message, within)
+    if across:
+        message = f"{len(across)} pairs of images are nearly the same in different splits: {_LEAK}"
+        yield _pair_finding(images, "error", "near_duplicates_across_splits", message, across)
 
 
 def _is_close(images: _Images, one: int, other: int) -> bool:
-    read = image_reader(images.labels.image_root)
-    left, right = (
-        decode_face(read(images.path(row)), HASH_PX, limits=FILE_LIMITS).astype(np.float32) @ _GREY
-        for row in (one, other)
-    )
+    decode = face_decoder(images.labels.image_root, HASH_PX)
+    pixels = [face for face in (decode(images.path(row)) for row in (one, other)) if not isinstance(face, Undecodable)]
+    if len(pixels) < 2:
+        return False
+    left, right = (face.astype(np.float32) @ _GREY for face in pixels)
     return correlation(left, right) >= MIN_CORRELATION
 
 
-def _pair_finding(
-    images: _Images, level: Level, code: str, message: str, count: int, pairs: Iterator[tuple[int, int]]
-) -> Finding:
+def _pair_finding(images: _Images, level: Level, code: str, message: str, pairs: list[tuple[int, int]]) -> Finding:
     evidence = evidence_of(
         Evidence(
             f"{images.describe(one)} = {images.describe(other)}"
@@ -246,8 +199,7 @@ def _pair_finding(
         )
         for one, other in pairs
     )
-    remedy = "Keep one of each, or all in the same split."
-    return Finding(level, code, message, remedy, count, evidence)
+    return Finding(level, code, message, "Keep one of each, or all in the same split.", len(pairs), evidence)
 
 
 HASH_PX = 64

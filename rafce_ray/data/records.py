@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Literal
@@ -68,6 +68,11 @@ null where there is none. ``au_state`` says how to read the two lists: ``full`` 
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 """``console.progress_bar`` or its like: opened with a description and a total, yields ``advance(n)``."""
+
+
+def advancing(progress: Progress | None, text: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+    """The progress bar of some work; without ``progress`` none is shown."""
+    return nullcontext(lambda n: None) if progress is None else progress(text, total)
 
 
 class EvidenceList:
