@@ -13,31 +13,17 @@ from rich.table import Table
 
 from rafce_ray.bundle import load_bundle
 from rafce_ray.calibration import Calibration
+from rafce_ray.comparison import Difference, Scored, comparable_figures, difference, f1_of, same_images, score
 from rafce_ray.config import Config, build_config, differences, flatten
 from rafce_ray.console import console, print_json, run_main, say, warn
 from rafce_ray.errors import UsageError
 from rafce_ray.evaluate import data_config_for, open_for_bundle, split_outputs
+from rafce_ray.figures import FIGURES, WITH_INTERVAL
 from rafce_ray.hardware import choose_device
-from rafce_ray.metrics import MIN_SUPPORT
-from rafce_ray.paired import Difference, Scored, comparable_figures, difference, f1_of, same_images, score
 from rafce_ray.reproduction import circumstances_of, compare_circumstances
 from rafce_ray.run_folder import RunFolder, open_finished
 from rafce_ray.split_outputs import SplitOutputs
 from rafce_ray.taxonomy import Taxonomy
-
-FIGURE_NAMES = {
-    "accuracy": "accuracy",
-    "macro_f1": "macro-F1, classes that occur",
-    "macro_f1_supported": f"macro-F1, classes with {MIN_SUPPORT} images",
-    "uar": "UAR (mean recall)",
-    "uar_supported": f"UAR, classes with {MIN_SUPPORT} images",
-    "component_accuracy": "component accuracy",
-    "component_both": "both components right",
-    "au_f1_mean": "AU F1, mean",
-    "au_ap_mean": "AU average precision, mean",
-    "score": "score (mean of both tasks' F1)",
-}
-"""Figures of :data:`rafce_ray.paired.FIGURES`, named for people."""
 
 
 @dataclass(frozen=True)
@@ -235,14 +221,15 @@ def render(compared: Compared) -> list[Table]:
     if table.row_count:
         tables.append(table)
     table = _table("figure (95 % interval)", runs)
-    for figure, name in FIGURE_NAMES.items():
+    for figure in WITH_INTERVAL:
         table.add_row(
-            name, *(_with_interval(scored.figures[figure], scored.interval(figure)) for scored in compared.scored)
+            FIGURES[figure].title,
+            *(_with_interval(scored.figures[figure], scored.interval(figure)) for scored in compared.scored),
         )
     tables.append(table)
     table = _table(f"difference to {runs[0].name}", runs[1:])
-    for figure, name in FIGURE_NAMES.items():
-        table.add_row(name, *(_cell(one.get(figure)) for one in compared.against_first[1:]))
+    for figure in WITH_INTERVAL:
+        table.add_row(FIGURES[figure].title, *(_cell(one.get(figure)) for one in compared.against_first[1:]))
     tables.append(table)
     told = {name: f1_of(name) for run in runs for name in (*run.taxonomy.emotions, *run.taxonomy.action_unit_codes)}
     table = _table("F1 that really differs", runs[1:])

@@ -31,6 +31,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 from rafce_ray.errors import UsageError
+from rafce_ray.figures import MONITORS
 from rafce_ray.storage import locate
 from rafce_ray.taxonomy import parse_action_unit_token
 
@@ -58,13 +59,6 @@ BACKBONES = (
 )
 
 MOST_WORKERS = 1024
-
-MAXIMISED_METRICS = ("macro_f1", "macro_f1_supported", "accuracy", "uar", "component_accuracy", "au_f1_mean", "score")
-MINIMISED_METRICS = ("loss", "emotion_loss", "au_loss")
-
-EMOTION_METRICS = ("macro_f1", "macro_f1_supported", "accuracy", "uar", "component_accuracy", "emotion_loss")
-AU_METRICS = ("au_f1_mean", "au_loss")
-"""Those of one task alone; ``score`` and ``loss`` are of whichever is trained."""
 
 
 class ConfigError(UsageError):
@@ -319,7 +313,7 @@ class OptimConfig(Section):
         0.0, ge=0, lt=1, description="Decay per step of averaged weights used for evaluation; 0: off."
     )
     patience: int = Field(20, ge=1, description="Epochs without improvement of the monitor before training stops.")
-    monitor: Literal[MAXIMISED_METRICS + MINIMISED_METRICS] = Field(  # type: ignore[valid-type]
+    monitor: Literal[MONITORS] = Field(  # type: ignore[valid-type]
         "macro_f1", description="Validation metric that chooses the best epoch and stops early."
     )
     score_au_share: float = Field(

@@ -27,6 +27,7 @@ from rafce_ray.console import finite
 from rafce_ray.data.loader import batch_remark, step_seed, tally
 from rafce_ray.doctor.rules import examine_live
 from rafce_ray.errors import RafceError
+from rafce_ray.figures import MAIN
 from rafce_ray.finish import finish
 from rafce_ray.hardware import describe_hardware
 from rafce_ray.metrics import Counts, count_batch, summarise, with_score
@@ -275,8 +276,7 @@ def _evaluate(training: Training, split: str, indices: np.ndarray) -> dict[str, 
 
 def _gap(train: dict[str, Any], validation: dict[str, Any]) -> dict[str, float]:
     """Train minus validation of each headline figure, both in evaluation mode on natural images."""
-    names = ("accuracy", "macro_f1", "macro_f1_supported", "au_f1_mean")
-    return {name: train[name] - validation[name] for name in names}
+    return {name: train[name] - validation[name] for name in MAIN}
 
 
 def _probe_gradients(training: Training) -> dict[str, float] | None:

@@ -19,8 +19,9 @@ from rafce_ray.console import console, print_json, progress_bar, run_main, say, 
 from rafce_ray.data.dataset import Dataset, open_dataset, prepare
 from rafce_ray.data.records import SPLITS, Progress, Targets
 from rafce_ray.errors import RafceError, UsageError
+from rafce_ray.figures import FIGURES, WITH_INTERVAL
 from rafce_ray.hardware import choose_device
-from rafce_ray.metrics import MIN_SUPPORT, count_probabilities, evaluate_probabilities, summarise
+from rafce_ray.metrics import count_probabilities, evaluate_probabilities, summarise
 from rafce_ray.predict import Predictor
 from rafce_ray.reliability import reliability_figures, risk_coverage
 from rafce_ray.split_outputs import SplitOutputs
@@ -29,18 +30,6 @@ from rafce_ray.taxonomy import Taxonomy, class_named, make_taxonomy
 
 EVALUATION_BATCH = 128
 """Images per forward pass; with another number the last digits of probabilities may differ."""
-
-_HEADLINES = (
-    ("accuracy", "accuracy"),
-    ("macro_f1", "macro-F1, classes that occur"),
-    ("macro_f1_supported", f"macro-F1, classes with {MIN_SUPPORT} images"),
-    ("uar", "UAR (mean recall)"),
-    ("component_accuracy", "component accuracy"),
-    ("component_both", "both components right"),
-    ("au_f1_mean", "AU F1, mean"),
-    ("au_ap_mean", "AU average precision, mean"),
-)
-_FLOORS = {"accuracy": "majority_accuracy", "au_f1_mean": "au_floor_mean"}
 
 
 def evaluate_bundle(
@@ -208,9 +197,10 @@ def _report_unlabelled(data: DataConfig, targets: Targets, taxonomy: Taxonomy) -
 def render(figures: dict[str, Any]) -> list[Table]:
     """Tables for the terminal: overall with intervals, per class, per action unit; a dash is undefined."""
     overall = _table("figure", "value", "95 % interval", "without a model")
-    for key, name in _HEADLINES:
-        floor = _number(figures[_FLOORS[key]]) if key in _FLOORS else ""
-        overall.add_row(name, _number(figures[key]), _interval(figures["intervals"][key]), floor)
+    for key in WITH_INTERVAL:
+        floor = FIGURES[key].floor
+        without = _number(figures[floor]) if floor else ""
+        overall.add_row(FIGURES[key].title, _number(figures[key]), _interval(figures["intervals"][key]), without)
     tables = [overall]
     if figures["per_class"]:
         table = _table("emotion", "images", "predicted", "precision", "recall", "F1", "95 % int.")

@@ -23,7 +23,7 @@ NUM_BINS = 15
 MIN_PER_BIN = 10
 
 SMALLEST = float(np.finfo(np.float32).tiny)
-"""A probability below this (1e-38) counts as this in a log loss, as it does in :mod:`rafce_ray.counts`."""
+"""A probability below this (1e-38) counts as this in a log loss, as it does in :mod:`rafce_ray.metrics`."""
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from rafce_ray.bundle import read_weights, save_bundle
 from rafce_ray.calibration import Calibration
 from rafce_ray.checkpoint import Checkpoint, InvalidCheckpoint, local_bundle, read_trainer_state, save_checkpoint
-from rafce_ray.config import AU_METRICS, EMOTION_METRICS, MINIMISED_METRICS, Config, LossConfig
+from rafce_ray.config import Config, LossConfig
 from rafce_ray.data.audit_checks import audit_command
 from rafce_ray.data.augment import build_augmentation
 from rafce_ray.data.dataset import Dataset, open_dataset
 from rafce_ray.data.loader import Batch, ImageSource, TrainLoader, check_shares
 from rafce_ray.errors import GateError
+from rafce_ray.figures import FIGURES
 from rafce_ray.hardware import resolve_precision
 from rafce_ray.losses import MultiTaskLoss, Objective, build_loss, class_weights
 from rafce_ray.model import (
@@ -276,19 +277,19 @@ def resolve_monitor(config: Config, dataset: Dataset) -> tuple[str, str | None]:
     """
     monitor, remark = config.optim.monitor, None
     taxonomy = dataset.taxonomy
-    if taxonomy.num_emotions == 0 and monitor in EMOTION_METRICS:
+    if taxonomy.num_emotions == 0 and FIGURES[monitor].task == "emotion":
         monitor = "au_f1_mean"
         remark = f"optim.monitor={config.optim.monitor} needs emotions, which this dataset does not have: monitoring au_f1_mean"
-    elif taxonomy.num_action_units == 0 and monitor in AU_METRICS:
+    elif taxonomy.num_action_units == 0 and FIGURES[monitor].task == "action_units":
         monitor = "macro_f1"
         remark = f"optim.monitor={config.optim.monitor} needs action units, which this dataset does not have: monitoring macro_f1"
     validation = dataset.indices("validation")
     targets = dataset.targets
-    if monitor in EMOTION_METRICS and not (targets.emotion[validation] >= 0).any():
+    if FIGURES[monitor].task == "emotion" and not (targets.emotion[validation] >= 0).any():
         raise GateError(
             f"optim.monitor={monitor} is undefined: no validation image has an emotion label. Label some, or monitor au_f1_mean."
         )
-    if monitor in AU_METRICS and not (targets.action_units[validation] == 1).any():
+    if FIGURES[monitor].task == "action_units" and not (targets.action_units[validation] == 1).any():
         raise GateError(
             f"optim.monitor={monitor} is undefined: no validation image has a positive action unit. Label some, or monitor macro_f1."
         )
@@ -297,8 +298,7 @@ def resolve_monitor(config: Config, dataset: Dataset) -> tuple[str, str | None]:
 
 def score_of(metrics: dict[str, Any], monitor: str) -> float:
     """The monitored metric with its sign set so that higher is better."""
-    value = float(metrics[monitor])
-    return -value if monitor in MINIMISED_METRICS else value
+    return FIGURES[monitor].direction * float(metrics[monitor])
 
 
 def _prevalence(action_units: np.ndarray) -> np.ndarray:

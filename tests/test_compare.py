@@ -12,12 +12,12 @@ import torch
 from rafce_ray.bundle import save_bundle
 from rafce_ray.calibration import Calibration, Outputs
 from rafce_ray.compare import Run, compare, load_run, main, to_json_record
+from rafce_ray.comparison import difference, f1_of, score
 from rafce_ray.config import config_hash, load_config
 from rafce_ray.console import to_json
 from rafce_ray.data.dataset import open_dataset, prepare
 from rafce_ray.errors import UsageError
 from rafce_ray.model import Architecture, build_model
-from rafce_ray.paired import difference, f1_of, score
 from rafce_ray.preprocess import Preprocessing
 from rafce_ray.run_folder import RunFolder
 from rafce_ray.split_outputs import SplitOutputs
@@ -224,7 +224,7 @@ def test_kept_outputs_of_the_validation_split_are_compared(folders, capsys):
     assert record["config_differences"] == {"data.null_policy": ["mask", "negative"]}
     assert "images have other AU labels in negative than in plain" in said.err
     assert said.err.startswith("Comparing 2 runs on the validation split; the first, ")
-    for shown in ("data.null_policy", "macro-F1, classes that occur", "difference to plain", "noise"):
+    for shown in ("data.null_policy", "macro-F1, classes with 10", "difference to plain", "noise"):
         assert shown in said.err
     assert "Validation chose each run's best epoch" in said.err
 

@@ -1,4 +1,4 @@
-"""What an ablation found: means over seeds with intervals, and which differences are more than luck (:mod:`rafce_ray.seed_statistics`)."""
+"""What an ablation found: means over seeds with intervals, and which differences are more than luck (:mod:`rafce_ray.comparison`)."""
 
 from __future__ import annotations
 
@@ -13,10 +13,7 @@ from numpy.typing import NDArray
 from rafce_ray.ablation.arms import Arm
 from rafce_ray.bundle import read_taxonomy
 from rafce_ray.calibration import Calibration, calibrated
-from rafce_ray.metrics import MIN_SUPPORT, bootstrap_figures
-from rafce_ray.paired import same_images
-from rafce_ray.run_folder import RunFolder
-from rafce_ray.seed_statistics import (
+from rafce_ray.comparison import (
     RESAMPLES,
     OverSeeds,
     Spread,
@@ -24,7 +21,11 @@ from rafce_ray.seed_statistics import (
     mean_draws,
     mean_half_width,
     pooled_spread,
+    same_images,
 )
+from rafce_ray.figures import MIN_SUPPORT
+from rafce_ray.metrics import bootstrap_figures
+from rafce_ray.run_folder import RunFolder
 from rafce_ray.split_outputs import SplitOutputs
 from rafce_ray.study_folder import StudyFolder
 

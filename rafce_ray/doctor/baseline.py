@@ -9,14 +9,14 @@ from dataclasses import replace
 import numpy as np
 
 from rafce_ray.calibration import Calibration, Outputs
+from rafce_ray.comparison import Difference, difference, same_images, score
 from rafce_ray.config import Config, differences
 from rafce_ray.console import warn
 from rafce_ray.doctor.action_units import Remedy, data_remedy
 from rafce_ray.doctor.diagnosis import Cause, Diagnosis, changes_of, diagnose, train_command
 from rafce_ray.doctor.evidence import Evidence
 from rafce_ray.errors import RafceError, UsageError
-from rafce_ray.metrics import MIN_SUPPORT
-from rafce_ray.paired import Difference, difference, same_images, score
+from rafce_ray.figures import FIGURES
 from rafce_ray.run_folder import RunFolder
 from rafce_ray.split_outputs import SplitOutputs
 from rafce_ray.taxonomy import make_taxonomy
@@ -51,8 +51,8 @@ WITHOUT_ACTION_UNITS = {
 }
 """What turns a run into its emotion-only baseline; keys that would refuse to go without AUs are set back."""
 
-COMPARED = {"macro_f1_supported": f"macro-F1 over classes with {MIN_SUPPORT} or more images", "accuracy": "accuracy"}
-"""Figures that decide, the first one first, and what they are called."""
+COMPARED = ("macro_f1_supported", "accuracy")
+"""Figures that decide, the first one first."""
 
 
 def with_baseline(evidence: Evidence, candidates: Sequence[Evidence]) -> Evidence:
@@ -141,7 +141,7 @@ def _compare(evidence: Evidence, baseline: Evidence) -> Diagnosis:
     real = next(iter(signs)) if len(signs) == 1 else 0.0
     outcome = {1.0: "better than", -1.0: "worse than", 0.0: "not shown to be other than"}[real]
     shown = "; ".join(
-        f"{COMPARED[name]} {one.value:+.3f} (95 % paired interval {one.low:+.3f} to {one.high:+.3f}{'' if one.is_real else ', within noise'})"
+        f"{FIGURES[name].title} {one.value:+.3f} (95 % paired interval {one.low:+.3f} to {one.high:+.3f}{'' if one.is_real else ', within noise'})"
         for name, one in found.items()
         if math.isfinite(one.value)
     )

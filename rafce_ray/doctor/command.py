@@ -16,13 +16,14 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from rafce_ray.config import MINIMISED_METRICS, write_yaml
+from rafce_ray.config import write_yaml
 from rafce_ray.console import LEVEL_STYLES, console, print_json, progress_bar, run_main, say, warn
 from rafce_ray.doctor.baseline import emotion_only_runs, siblings, with_baseline
 from rafce_ray.doctor.diagnosis import Cause, Diagnosis
 from rafce_ray.doctor.evidence import Evidence, figure
 from rafce_ray.doctor.rules import examine, examine_live
 from rafce_ray.errors import LEVELS, DamagedFile, Level, UsageError
+from rafce_ray.figures import FIGURES
 from rafce_ray.run_folder import RunFolder
 from rafce_ray.study_folder import StudyFolder
 
@@ -74,10 +75,9 @@ def best_trial(trials: Sequence[Trial]) -> Trial | None:
     ended = [trial for trial in trials if trial.evidence.metrics]
     monitors = {trial.evidence.monitor for trial in ended}
     monitor = monitors.pop() if len(monitors) == 1 else "macro_f1_supported"
-    sign = -1 if monitor in MINIMISED_METRICS else 1
 
     def merit(trial: Trial) -> float:
-        value = sign * figure(trial.evidence.metrics, monitor)
+        value = FIGURES[monitor].direction * figure(trial.evidence.metrics, monitor)
         return value if math.isfinite(value) else -math.inf
 
     return max(ended, key=merit, default=None)

@@ -20,8 +20,9 @@ from rafce_ray.doctor.steps import (
     still_learning,
 )
 from rafce_ray.doctor.training import LEARNT_SHARE
+from rafce_ray.figures import MIN_SUPPORT
 from rafce_ray.intervals import percentile_interval
-from rafce_ray.metrics import MIN_SUPPORT, bootstrap_figures
+from rafce_ray.metrics import bootstrap_figures
 
 
 def classes_never_found(evidence: Evidence) -> list[Diagnosis]:

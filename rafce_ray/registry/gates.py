@@ -7,6 +7,7 @@ from typing import Any
 
 from rafce_ray.bundle import Bundle
 from rafce_ray.canary import check_canary
+from rafce_ray.figures import FIGURES
 from rafce_ray.inference.build import MAX_DIFFERENCE
 from rafce_ray.metrics import combined_score
 from rafce_ray.predict import Predictor
@@ -17,12 +18,6 @@ NO_LIVE = "Nothing is live yet."
 
 _TASKS = ("macro_f1_supported", "au_f1_mean")
 """The figures that the score is the mean of."""
-
-_NAMES = {
-    "score": "score",
-    "macro_f1_supported": "macro-F1 of supported emotions",
-    "au_f1_mean": "mean F1 of action units",
-}
 
 
 def canary_gate(candidate: Predictor) -> Gate:
@@ -85,14 +80,14 @@ def metrics_gate(candidate: Bundle, live: Bundle | None) -> Gate:
         return Gate(name="metrics", verdict="nothing to compare with", detail=told, figures={"candidate": ours})
     comparisons = _comparisons(ours, theirs, live)
     figures: dict[str, Any] = {"candidate": ours, "live": theirs, "comparisons": comparisons}
-    if missing := [_NAMES[name] for name in theirs if name not in ours]:
+    if missing := [FIGURES[name].title for name in theirs if name not in ours]:
         return _refused_metrics(
             f"The candidate's bundle has no {' and no '.join(missing)}, the live version's has.", figures
         )
     told = "; ".join(
-        f"{_NAMES[one['figure']]} {one['candidate']:.3f} against {one['live']:.3f} (95 % interval {one['low']:.3f} to {one['high']:.3f})"
+        f"{FIGURES[one['figure']].title} {one['candidate']:.3f} against {one['live']:.3f} (95 % interval {one['low']:.3f} to {one['high']:.3f})"
         if one["low"] is not None
-        else f"{_NAMES[one['figure']]} {one['candidate']:.3f} against {one['live']:.3f} (no interval)"
+        else f"{FIGURES[one['figure']].title} {one['candidate']:.3f} against {one['live']:.3f} (no interval)"
         for one in comparisons
     )
     figures["data_differs"] = differs = _data_differences(candidate, live)

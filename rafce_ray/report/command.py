@@ -8,6 +8,7 @@ from typing import Any
 
 from rafce_ray.console import print_json, run_main, say, warn
 from rafce_ray.errors import UsageError
+from rafce_ray.figures import MAIN
 from rafce_ray.hardware import choose_device
 from rafce_ray.report.data import SPLITS_OF, ReportData, Split, check_run, gather
 from rafce_ray.report.page import render_page
@@ -133,14 +134,13 @@ def _report_study(study: StudyFolder, arguments: argparse.Namespace) -> None:
 
 def _record(data: ReportData, place: Location, num_bytes: int) -> dict[str, Any]:
     figures = data.figures or {}
-    headlines = ("num_images", "accuracy", "macro_f1", "macro_f1_supported", "au_f1_mean", "intervals")
     return {
         "report": str(place),
         "num_bytes": num_bytes,
         "run": data.run.place,
         "status": data.run.status,
         "split": data.split,
-        "figures": {key: figures.get(key) for key in headlines},
+        "figures": {key: figures.get(key) for key in ("num_images", *MAIN, "intervals")},
         "diagnoses": [one.to_json() for one in data.diagnoses],
         "groups": None if data.groups is None else data.groups.to_json(),
     }

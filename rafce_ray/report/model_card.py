@@ -11,11 +11,10 @@ from typing import Any
 
 from rafce_ray.calibration import Calibration
 from rafce_ray.console import finite
-from rafce_ray.metrics import MIN_SUPPORT
+from rafce_ray.figures import FIGURES, MIN_SUPPORT, WITH_INTERVAL
 from rafce_ray.model import Architecture
 from rafce_ray.report.text import (
     INTENDED_USE,
-    NAMES,
     PERCEIVED,
     PROHIBITED_USE,
     SPLIT_NOTES,
@@ -30,9 +29,6 @@ from rafce_ray.report.text import (
 )
 from rafce_ray.report.trained_on import Count, action_unit_counts, class_counts, label_differences, split_sizes
 from rafce_ray.taxonomy import Taxonomy
-
-HEADLINES = ("accuracy", "macro_f1", "macro_f1_supported", "uar", "component_accuracy", "au_f1_mean", "au_ap_mean")
-_FLOORS = {"accuracy": "majority_accuracy", "au_f1_mean": "au_floor_mean"}
 
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]#|~])")
 
@@ -142,12 +138,12 @@ def _evaluation(figures: Mapping[str, Any]) -> str:
         return "## Evaluation\n\nNothing was measured."
     rows = [
         (
-            NAMES[key],
+            FIGURES[key].title,
             number(figures.get(key)),
             interval(figures.get("intervals", {}).get(key)),
-            number(figures.get(_FLOORS[key])) if key in _FLOORS else "",
+            number(figures.get(str(FIGURES[key].floor))) if FIGURES[key].floor else "",
         )
-        for key in HEADLINES
+        for key in WITH_INTERVAL
         if figures.get(key) is not None
     ]
     table = _table(("figure", "value", "95 % interval", "without a model"), rows)

@@ -13,13 +13,12 @@ from markupsafe import Markup
 
 from rafce_ray import __version__
 from rafce_ray.config import Config, flatten
-from rafce_ray.metrics import MIN_SUPPORT
+from rafce_ray.figures import FIGURES, MAIN, MIN_SUPPORT, WITH_INTERVAL
 from rafce_ray.report import plots
 from rafce_ray.report.data import ReportData
 from rafce_ray.report.slices import MIN_GROUP
 from rafce_ray.report.text import (
     INTENDED_USE,
-    NAMES,
     PERCEIVED,
     PROHIBITED_USE,
     SPLIT_NOTES,
@@ -91,7 +90,8 @@ def render_page(data: ReportData) -> str:
                 "perceived": PERCEIVED,
                 "intended": INTENDED_USE,
                 "prohibited": PROHIBITED_USE,
-                "names": NAMES,
+                "of_emotions": [name for name in WITH_INTERVAL if FIGURES[name].task == "emotion"],
+                "titles": {name: one.title for name, one in FIGURES.items()},
                 "undefined": UNDEFINED,
             },
             limits={"support": MIN_SUPPORT, "group": MIN_GROUP, "evidence": EVIDENCE_SHOWN},
@@ -251,8 +251,8 @@ def _epochs(data: ReportData) -> list[dict[str, Any]]:
             "label": label,
             "epoch": record["epoch"],
             "rows": [
-                (NAMES[key], record["train_natural"][key], record["validation"][key], record["gap"][key])
-                for key in ("accuracy", "macro_f1", "macro_f1_supported", "au_f1_mean")
+                (FIGURES[key].title, record["train_natural"][key], record["validation"][key], record["gap"][key])
+                for key in MAIN
                 if record["validation"][key] is not None or record["train_natural"][key] is not None
             ],
         }

@@ -35,7 +35,7 @@ MIN_NUMBER_SHARE = 0.9
 
 MAX_RANGES = 4
 
-FIGURES = ("accuracy", "macro_f1", "au_f1_mean")
+SHOWN = ("accuracy", "macro_f1", "au_f1_mean")
 
 _NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?")
 _IDENTIFIER = re.compile(r"(^|[^A-Za-z])id$", re.IGNORECASE)
@@ -205,7 +205,7 @@ def _measure(
         "au_f1_mean": int((~np.isnan(part.action_units)).any(axis=1).sum()),
     }
     num_labelled["macro_f1"] = num_labelled["accuracy"]
-    shown = [name for name in FIGURES if num_labelled[name] >= MIN_GROUP]
+    shown = [name for name in SHOWN if num_labelled[name] >= MIN_GROUP]
     return Group(
         value, num_images, {name: Figure(all_figures[name], *all_figures["intervals"][name]) for name in shown}
     )

@@ -12,10 +12,13 @@ from jinja2 import Environment
 from markupsafe import Markup
 
 from rafce_ray import __version__
+from rafce_ray.figures import FIGURES
 from rafce_ray.report import study_tables as tables
 from rafce_ray.report.page import number_html, patch_lines, template_environment
 from rafce_ray.report.study_cost import cost, unit
 from rafce_ray.report.study_curves import (
+    ACTION_UNIT,
+    EMOTION,
     Rung,
     both_figures,
     group_rungs,
@@ -72,7 +75,7 @@ def render_study(data: StudyData) -> str:
         finalists=tables.finalists_table(data),
         unjudged=tables.unjudged_finalists(data),
         test={"said": [] if data.on_test is None else data.on_test.sentences(), "rows": tables.test_rows(data)},
-        figures=[(name, tables.FIGURES[name]) for name in tables.shown_figures(data)],
+        figures=[(name, FIGURES[name].title) for name in tables.shown_figures(data)],
         rows=tables.trial_rows(data),
         state=tables.state,
         charts=_charts(data, rungs, front),
@@ -80,6 +83,7 @@ def render_study(data: StudyData) -> str:
         rungs=rungs,
         front=front,
         both_figures=both_figures,
+        both_titles=[FIGURES[name].title for name in (EMOTION, ACTION_UNIT)],
         unit=of,
         costs=list(tables.cost_rows(data, of)),
         sweep_cost=cost(data.trials, of),

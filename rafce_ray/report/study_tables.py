@@ -6,27 +6,19 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from rafce_ray.metrics import MIN_SUPPORT
-from rafce_ray.paired import Difference
+from rafce_ray.comparison import Difference
+from rafce_ray.figures import FIGURES
 from rafce_ray.report.study_cost import Cost, by_status, cost
 from rafce_ray.report.study_curves import ACTION_UNIT, EMOTION
 from rafce_ray.report.study_data import StudyData
 from rafce_ray.report.study_plots import roles_of
-from rafce_ray.report.text import NAMES, UNDEFINED
-from rafce_ray.study.on_test import LOWER_IS_BETTER
+from rafce_ray.report.text import UNDEFINED
 from rafce_ray.study.trials import Trial, best_first
 from rafce_ray.study.verdict import Finalist
 from rafce_ray.study.watch import STATES, plain
 
-FIGURES = {"accuracy": "accuracy", EMOTION: "emotion F1", ACTION_UNIT: "AU-F1", "loss": "loss"}
-"""Figures beside the score, and their column's name."""
-
-TEST_NAMES = NAMES | {
-    "uar_supported": f"UAR, classes with {MIN_SUPPORT} images or more",
-    "score": "score (mean of both tasks' F1)",
-    "emotion_loss": "emotion log loss (lower is better)",
-    "au_loss": "AU log loss (lower is better)",
-}
+SHOWN = ("accuracy", EMOTION, ACTION_UNIT, "loss")
+"""Figures beside the score."""
 
 NOT_RETRAINED = 5
 """Trials in the finalists' table of a sweep that trained none again."""
@@ -70,7 +62,7 @@ def shown_figures(data: StudyData) -> list[str]:
     """Figures beside the metric that any trial has."""
     return [
         name
-        for name in FIGURES
+        for name in SHOWN
         if name != data.metric and any(trial.figures.get(name) is not None for trial in data.trials)
     ]
 
@@ -127,7 +119,7 @@ def test_rows(data: StudyData) -> list[dict[str, Any]]:
         difference = found.differences.get(name)
         rows.append(
             {
-                "name": TEST_NAMES.get(name, name),
+                "name": FIGURES[name].title + (" (lower is better)" if FIGURES[name].direction < 0 else ""),
                 "winner": own.mean,
                 "winner_bounds": [own.low, own.high],
                 "base": None if base is None else _finite(base.mean),
@@ -145,7 +137,7 @@ def _verdict(name: str, difference: Difference) -> str | None:
         return None
     if not difference.is_real:
         return "within noise"
-    return "better" if (difference.value > 0) != (name in LOWER_IS_BETTER) else "worse"
+    return "better" if difference.value * FIGURES[name].direction > 0 else "worse"
 
 
 def _finite(value: float) -> float | None:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rafce_ray.metrics import MIN_SUPPORT
+from rafce_ray.figures import MIN_SUPPORT
 
 UNDEFINED = "–"
 
@@ -33,16 +33,6 @@ SPLIT_NOTES = {
     "test": "These figures are of the test split, which chose nothing in this run. They stay honest as long as nobody chooses by them.",
     "held-out": "These figures are of the validation and test splits together, which gives groups enough images. The validation part chose "
     "the best epoch, the temperature and the thresholds, so they are a little optimistic.",
-}
-NAMES = {
-    "accuracy": "accuracy",
-    "macro_f1": "macro-F1",
-    "macro_f1_supported": f"macro-F1, classes with {MIN_SUPPORT} images or more",
-    "uar": "UAR (mean recall)",
-    "component_accuracy": "component accuracy",
-    "component_both": "both components right",
-    "au_f1_mean": "AU-F1",
-    "au_ap_mean": "AU average precision",
 }
 
 

@@ -7,7 +7,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from rafce_ray.config import AU_METRICS, EMOTION_METRICS, Config, ConfigError, build_config, did_you_mean, flatten
+from rafce_ray.config import Config, ConfigError, build_config, did_you_mean, flatten
+from rafce_ray.figures import FIGURES, monitors_of
 from rafce_ray.study.proposals import MAX_COMBINATIONS, new_combinations, random_proposals
 from rafce_ray.study.space import Domain, Space, condition_values, in_order, parse_domain, same
 
@@ -232,21 +233,21 @@ def _metric_faults(study: StudyConfig) -> Iterator[str]:
         yield f"mode: found {study.mode!r}; metric {study.metric} is better when {better}: write mode: {mode}, or leave it out"
     data = study.base_config().data
     for task, missing, metrics in (
-        ("emotions", data.emotions == "none", EMOTION_METRICS),
-        ("action_units", data.action_units == "none", AU_METRICS),
+        ("emotions", data.emotions == "none", monitors_of("emotion")),
+        ("action_units", data.action_units == "none", monitors_of("action_units")),
     ):
         if missing and study.metric in metrics:
             yield f"metric: {study.metric} is undefined with base.data.{task}=none. Choose another metric, or train {task}"
 
 
 def _vocabulary_faults(study: StudyConfig) -> Iterator[str]:
-    if study.metric in EMOTION_METRICS:
+    if FIGURES[study.metric].task == "emotion":
         return
     for key in CHOOSES_ACTION_UNITS:
         if key in study.space:
             yield (
                 f"space.{key}: cannot be searched by metric {study.metric}: scores over different action units cannot be compared. "
-                f"Set base.{key}, or a metric of emotions alone ({', '.join(EMOTION_METRICS)})"
+                f"Set base.{key}, or a metric of emotions alone ({', '.join(monitors_of('emotion'))})"
             )
 
 

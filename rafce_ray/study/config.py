@@ -14,8 +14,6 @@ from pydantic import Field, InstanceOf, ValidationError, field_serializer, field
 
 from rafce_ray.config import (
     LONGEST_NAME,
-    MAXIMISED_METRICS,
-    MINIMISED_METRICS,
     RECIPES,
     Config,
     ConfigError,
@@ -32,6 +30,7 @@ from rafce_ray.config import (
     recipe_names,
     write_yaml,
 )
+from rafce_ray.figures import FIGURES, MONITORS
 from rafce_ray.study.checks import (
     combination_faults,
     domain_faults,
@@ -128,7 +127,7 @@ class _Study(Section):
     num_trials: int | None = Field(
         None, ge=1, le=10_000, description="Trials, the base included; null (grid only): every combination."
     )
-    metric: Literal[MAXIMISED_METRICS + MINIMISED_METRICS] = Field(  # type: ignore[valid-type]
+    metric: Literal[MONITORS] = Field(  # type: ignore[valid-type]
         "score", description="Validation metric that trials are compared by, at their best epoch."
     )
     mode: Literal["max", "min"] | None = Field(
@@ -168,7 +167,7 @@ class StudyConfig(_Study):
     @property
     def direction(self) -> float:
         """1 where more of the metric is better, -1 where less is."""
-        return -1.0 if self.metric in MINIMISED_METRICS else 1.0
+        return FIGURES[self.metric].direction
 
     def base_config(self) -> Config:
         """What trial 0 trains: recipe, sections, and what the study says of metric and workers. It has no ``run.name``.

@@ -10,11 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rafce_ray.calibration import Calibration
-from rafce_ray.errors import RafceError
-from rafce_ray.paired import Difference
-from rafce_ray.run_folder import RunFolder
-from rafce_ray.seed_statistics import (
+from rafce_ray.comparison import (
     NO_SPREAD,
+    Difference,
     OverSeeds,
     Spread,
     difference_of_means,
@@ -22,6 +20,8 @@ from rafce_ray.seed_statistics import (
     mean_half_width,
     pooled_spread,
 )
+from rafce_ray.errors import RafceError
+from rafce_ray.run_folder import RunFolder
 from rafce_ray.split_outputs import SplitOutputs
 from rafce_ray.study.scored import TaggedOutputs, on_labels_of_first, score_with_losses
 from rafce_ray.study.trials import ENDED, Trial, best_first, direction, read_plan, read_trial

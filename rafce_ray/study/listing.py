@@ -15,11 +15,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rafce_ray.config import MINIMISED_METRICS, config_hash, did_you_mean, flatten
+from rafce_ray.config import config_hash, did_you_mean, flatten
 from rafce_ray.console import print_json, run_main, say, warn
 from rafce_ray.errors import DamagedFile, UsageError
+from rafce_ray.figures import FIGURES, OF_AN_EPOCH
 from rafce_ray.run_folder import TRIALS, RunFolder
-from rafce_ray.study.trials import ENDED, FIGURES, TRIAL_FILE, best_record, metric_of, read_trials
+from rafce_ray.study.trials import ENDED, TRIAL_FILE, best_record, metric_of, read_trials
 from rafce_ray.study.watch import plain
 from rafce_ray.study_folder import StudyFolder
 
@@ -121,7 +122,7 @@ def _run_row(folder: RunFolder, metric: str) -> dict[str, Any]:
         "best_epoch": None if best is None else int(best["epoch"]),
         "epochs": len(records),
         "max_epochs": config.optim.epochs,
-        **{name: validation.get(name) for name in FIGURES},
+        **{name: validation.get(name) for name in OF_AN_EPOCH},
         "seed": config.run.seed,
         "seconds": round(float(records[-1]["elapsed_s"]), 1) if records else 0.0,
         "config_hash": config_hash(config),
@@ -143,7 +144,7 @@ def _sort_key(value: Any) -> tuple[int, float, str]:
 
 def ascends(column: str) -> bool:
     """Whether a column is listed from low to high unless asked otherwise: all but figures of which more is better."""
-    return column not in FIGURES or column in MINIMISED_METRICS
+    return column not in FIGURES or FIGURES[column].direction < 0
 
 
 def is_number(value: Any) -> bool:

@@ -11,23 +11,25 @@ from typing import Any
 import numpy as np
 
 from rafce_ray.bundle import Bundle, load_bundle
-from rafce_ray.console import pretty_json, say, warn
-from rafce_ray.data.dataset import Dataset
-from rafce_ray.data.records import Progress
-from rafce_ray.evaluate import data_config_for, open_for_bundle, split_outputs
-from rafce_ray.hardware import choose_device
-from rafce_ray.metrics import HEADLINES
-from rafce_ray.paired import Difference, Scored, comparable_figures
-from rafce_ray.run_folder import RunFolder
-from rafce_ray.seed_statistics import (
+from rafce_ray.comparison import (
     NO_SPREAD,
+    Difference,
     OverSeeds,
+    Scored,
     Spread,
+    comparable_figures,
     difference_of_means,
     mean_draws,
     mean_half_width,
     pooled_spread,
 )
+from rafce_ray.console import pretty_json, say, warn
+from rafce_ray.data.dataset import Dataset
+from rafce_ray.data.records import Progress
+from rafce_ray.evaluate import data_config_for, open_for_bundle, split_outputs
+from rafce_ray.figures import FIGURES, WITH_INTERVAL
+from rafce_ray.hardware import choose_device
+from rafce_ray.run_folder import RunFolder
 from rafce_ray.split_outputs import SplitOutputs
 from rafce_ray.storage import Location
 from rafce_ray.study.finalists import runs_of
@@ -38,13 +40,11 @@ from rafce_ray.taxonomy import Taxonomy
 
 TEST_FILE = "test.json"
 
-FIGURES = (*HEADLINES, "au_ap_mean", "emotion_loss", "au_loss")
+MEASURED = (*WITH_INTERVAL, "emotion_loss", "au_loss")
 """What is measured, calibrated; the losses in nats, per image and per AU label."""
 
 COMPARED = ("accuracy", "macro_f1", "macro_f1_supported", "au_f1_mean", "score", "au_ap_mean", "emotion_loss")
 """Of what the difference to the base is told."""
-
-LOWER_IS_BETTER = ("emotion_loss", "au_loss")
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class MeanFigure:
 class OnTest:
     """What the test split says of the winner and of the base.
 
-    ``runs``: the run folders measured, by trial; ``figures``: by trial and FIGURES. ``differences``: winner minus base as it is (a
+    ``runs``: the run folders measured, by trial; ``figures``: by trial and MEASURED. ``differences``: winner minus base as it is (a
     loss below 0 is better), by COMPARED; those that mean something else for both, and all where the base could not be measured,
     are absent. ``looks``: winners of this study that were measured on test so far, this one included.
     """
@@ -136,7 +136,7 @@ def _with_interval(one: MeanFigure) -> str:
 
 
 def _compared(name: str, one: Difference) -> str:
-    better = one.value < 0 if name in LOWER_IS_BETTER else one.value > 0
+    better = one.value * FIGURES[name].direction > 0
     change = "as good as" if one.value == 0 else ("better than" if better else "worse than")
     interval = f" ({one.low:+.3f} to {one.high:+.3f})" if math.isfinite(one.low) else ""
     real = "more than luck" if one.is_real else "no more than luck would explain"
@@ -278,11 +278,11 @@ def _compare(verdict: Verdict, runs: Sequence[_Run]) -> OnTest:
     over_seeds = {
         trial: {
             name: OverSeeds(tuple(one.figures[name] for one in found), mean_draws([one.draws[name] for one in found]))
-            for name in FIGURES
+            for name in MEASURED
         }
         for trial, found in scored.items()
     }
-    spreads = {name: pooled_spread(found[name] for found in over_seeds.values()) for name in FIGURES}
+    spreads = {name: pooled_spread(found[name] for found in over_seeds.values()) for name in MEASURED}
     figures = {
         trial: {name: _mean_figure(one, spreads[name]) for name, one in found.items()}
         for trial, found in over_seeds.items()

@@ -9,10 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rafce_ray.calibration import Calibration, calibrated
+from rafce_ray.comparison import RESAMPLES, Scored, same_images, score
 from rafce_ray.intervals import resample_weights
-from rafce_ray.paired import Scored, same_images, score
 from rafce_ray.reliability import SMALLEST
-from rafce_ray.seed_statistics import RESAMPLES
 from rafce_ray.split_outputs import SplitOutputs
 from rafce_ray.taxonomy import Taxonomy
 
@@ -67,7 +66,7 @@ def on_labels_of_first(runs: Sequence[TaggedOutputs]) -> Comparable:
 def score_with_losses(
     split: SplitOutputs, taxonomy: Taxonomy, calibration: Calibration, *, resamples: int = RESAMPLES
 ) -> Scored:
-    """:func:`rafce_ray.paired.score` with LOSSES among the figures, in the same resamples."""
+    """:func:`rafce_ray.comparison.score` with LOSSES among the figures, in the same resamples."""
     found = score(split, taxonomy, calibration, resamples=resamples)
     sums = _loss_sums(split, calibration)
     drawn = [_losses(weights @ sums) for weights in resample_weights(len(sums), resamples, seed=0)]

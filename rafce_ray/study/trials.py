@@ -9,10 +9,10 @@ from functools import cached_property
 from typing import Any, Literal
 
 from rafce_ray.checkpoint import list_checkpoints
-from rafce_ray.config import MINIMISED_METRICS, config_hash, flatten
+from rafce_ray.config import config_hash, flatten
 from rafce_ray.console import pretty_json, to_json, warn
 from rafce_ray.errors import DamagedFile, RafceError
-from rafce_ray.metrics import HEADLINES
+from rafce_ray.figures import FIGURES, OF_AN_EPOCH
 from rafce_ray.run_folder import RunFolder
 from rafce_ray.session import Job
 from rafce_ray.storage import Location
@@ -20,9 +20,6 @@ from rafce_ray.study_folder import StudyFolder
 
 TRIAL_FILE = "trial.json"
 TRIALS_TABLE = "trials.jsonl"
-
-FIGURES = (*HEADLINES, "emotion_loss", "au_loss", "loss")
-"""Figures of validation that a trial's table row has."""
 
 ENDED = ("finished", "stopped_early", "stopped_by_scheduler", "diverged", "failed")
 """Statuses of a trial that will not go on by itself."""
@@ -96,7 +93,7 @@ def check_sampled(plan: TrialPlan, job: Job) -> None:
 class Trial:
     """One trial as it stands. ``score``: the study's metric at its best epoch so far, as it is (not negated); None before the first epoch.
 
-    ``curve``: (epoch, metric) of every epoch, None where undefined. ``figures``: FIGURES of validation at the best epoch.
+    ``curve``: (epoch, metric) of every epoch, None where undefined. ``figures``: OF_AN_EPOCH of validation at the best epoch.
     ``seconds``: of training. ``reason``: why it was stopped, or failed.
     """
 
@@ -119,7 +116,7 @@ class Trial:
 
     @cached_property
     def row(self) -> dict[str, Any]:
-        """The trial as one flat row of ``trials.jsonl``: FIGURES at the best epoch, sampled values under their dotted keys."""
+        """The trial as one flat row of ``trials.jsonl``: OF_AN_EPOCH at the best epoch, sampled values under their dotted keys."""
         return {
             "trial": self.name,
             "role": self.plan.role,
@@ -158,7 +155,7 @@ def read_trial(folder: RunFolder, metric: str) -> Trial | None:
         max_epochs=job.config.optim.epochs,
         best_epoch=None if best is None else int(best["epoch"]),
         score=None if best is None else float(validation[metric]),
-        figures={name: validation.get(name) for name in FIGURES},
+        figures={name: validation.get(name) for name in OF_AN_EPOCH},
         curve=tuple((int(record["epoch"]), record["validation"].get(metric)) for record in records),
         seconds=float(records[-1]["elapsed_s"]) if records else 0.0,
     )
@@ -190,7 +187,7 @@ def best_record(records: Sequence[dict[str, Any]], metric: str) -> dict[str, Any
 
 def direction(metric: str) -> float:
     """1 where more of the metric is better, -1 where less is."""
-    return -1.0 if metric in MINIMISED_METRICS else 1.0
+    return FIGURES[metric].direction
 
 
 def best_first(trials: Iterable[Trial], metric: str) -> list[Trial]:

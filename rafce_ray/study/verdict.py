@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from rafce_ray.paired import Difference
+from rafce_ray.comparison import Difference
 from rafce_ray.study.trials import direction
 
 Basis = Literal["seeds and images", "images only"]

@@ -11,10 +11,10 @@ from rafce_ray.ablation import results as ablation
 from rafce_ray.ablation.arms import EIGHT_CHANGES, GROUPS, ablation_arms
 from rafce_ray.ablation.output import markdown, plot
 from rafce_ray.ablation.results import Ablation, Contrast, Measured
+from rafce_ray.comparison import OverSeeds, Spread
 from rafce_ray.config import differences, load_config
 from rafce_ray.data.dataset import prepare
 from rafce_ray.errors import UsageError
-from rafce_ray.seed_statistics import OverSeeds, Spread
 
 
 @pytest.fixture(scope="module")

@@ -62,7 +62,7 @@ def test_a_score_that_weighs_the_tasks_otherwise_is_compared_part_by_part(bundle
 def test_figures_that_are_not_there_are_not_passed_over(bundle, metrics):
     live = measured(bundle, metrics(0.5, 0.3))
     lacking = metrics_gate(measured(bundle, metrics(0.5, 0.3) | {"au_f1_mean": None}), live)
-    assert (lacking.verdict, "has no mean F1 of action units" in lacking.detail) == ("refused", True)
+    assert (lacking.verdict, "has no AU-F1" in lacking.detail) == ("refused", True)
     no_interval = measured(bundle, metrics(0.5, 0.3) | {"intervals": {}})
     assert metrics_gate(live, no_interval).verdict == "refused"
     assert metrics_gate(live, measured(bundle, {})).verdict == "nothing to compare with"

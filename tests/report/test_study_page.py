@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from rafce_ray.comparison import Difference
 from rafce_ray.console import to_json
-from rafce_ray.paired import Difference
 from rafce_ray.report.command import main
 from rafce_ray.report.study_axes import value_axis
 from rafce_ray.report.study_cost import cost
@@ -189,7 +189,7 @@ def test_figures_are_the_folders(study, page):
         row = shown[name]
         assert row["score"] == (UNDEFINED if trial.score is None else trial.score)
         assert row["epochs"] == f"{trial.epochs} / 3"
-        assert row["emotion F1"] == (trial.figures["macro_f1_supported"] or UNDEFINED)
+        assert row["macro-F1, classes with 10 or more images"] == (trial.figures["macro_f1_supported"] or UNDEFINED)
         assert row["AU-F1"] == (trial.figures["au_f1_mean"] or UNDEFINED)
     assert shown["trial_0001"]["score"] == 0.35
     assert shown["trial_0001"]["best epoch"] == "2"
@@ -373,7 +373,7 @@ def test_the_pareto_front(new_study):
         study.add(number, {} if number == 0 else {"optim.lr": number * 1e-4}, [point])
     rows = page_of(study).table("On the front")
     assert list(rows) == ["trial_0001", "trial_0000", "trial_0002"]
-    assert (rows["trial_0001"]["emotion F1"], rows["trial_0001"]["AU-F1"]) == (0.3, 0.1)
+    assert (rows["trial_0001"]["macro-F1, classes with 10 or more images"], rows["trial_0001"]["AU-F1"]) == (0.3, 0.1)
 
 
 def test_each_finding_once_with_its_trials(new_study):

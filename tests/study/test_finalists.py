@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from rafce_ray.calibration import Calibration, Outputs
+from rafce_ray.comparison import score
 from rafce_ray.config import config_hash, load_config
 from rafce_ray.console import to_json
 from rafce_ray.errors import RafceError
-from rafce_ray.paired import score
 from rafce_ray.session import Job
 from rafce_ray.split_outputs import SplitOutputs
 from rafce_ray.study.finalists import (

@@ -7,8 +7,8 @@ import pytest
 
 from rafce_ray.config import ConfigError
 from rafce_ray.data.dataset import prepare
+from rafce_ray.figures import monitors_of
 from rafce_ray.session import Job
-from rafce_ray.study.checks import AU_METRICS, EMOTION_METRICS
 from rafce_ray.study.config import build_study, load_study, to_yaml
 from rafce_ray.training import choose_splits, describe_targets, open_for_training
 
@@ -89,7 +89,7 @@ def test_how_trials_are_measured_is_not_searched():
     ) in str(caught.value)
 
 
-@pytest.mark.parametrize("metric", [*AU_METRICS, "score", "loss"])
+@pytest.mark.parametrize("metric", [*monitors_of("action_units"), "score", "loss"])
 @pytest.mark.parametrize(
     ("key", "options"),
     [("data.action_units", ["auto", "seed18"]), ("data.min_train_positives", [10, 50])],
@@ -101,7 +101,7 @@ def test_action_units_are_not_searched_by_a_metric_that_takes_them_in(metric, ke
         study_of({key: {"choice": options}}, metric=metric)
 
 
-@pytest.mark.parametrize("metric", EMOTION_METRICS)
+@pytest.mark.parametrize("metric", monitors_of("emotion"))
 def test_action_units_may_be_searched_by_a_metric_of_emotions_alone(metric):
     study = study_of({"data.action_units": {"choice": ["auto", "seed18", "none"]}}, metric=metric)
     assert study.config_of({"data.action_units": "none"}).data.action_units == "none"

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from rafce_ray.config import MAXIMISED_METRICS, MINIMISED_METRICS, config_hash, flatten, load_config
+from rafce_ray.config import config_hash, flatten, load_config
+from rafce_ray.figures import MONITORS, OF_AN_EPOCH
 from rafce_ray.run_folder import RunFolder
 from rafce_ray.session import Job
 from rafce_ray.study.listing import Listing, cell, fitting, main, ordered
-from rafce_ray.study.trials import FIGURES, TrialPlan, conclude
+from rafce_ray.study.trials import TrialPlan, conclude
 from rafce_ray.study_folder import StudyFolder
 from rafce_ray.taxonomy import make_taxonomy
 
@@ -192,4 +193,4 @@ def test_a_narrow_terminal_keeps_what_was_asked_about():
 
 
 def test_every_metric_of_a_study_is_a_column():
-    assert set(MAXIMISED_METRICS + MINIMISED_METRICS) <= set(FIGURES)
+    assert set(MONITORS) <= set(OF_AN_EPOCH)

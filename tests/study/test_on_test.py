@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from rafce_ray.bundle import load_bundle
+from rafce_ray.comparison import Difference
 from rafce_ray.config import config_hash, load_config
 from rafce_ray.console import to_json
 from rafce_ray.data.dataset import prepare
 from rafce_ray.engine import fit
 from rafce_ray.evaluate import data_config_for, evaluate_bundle, open_for_bundle
-from rafce_ray.paired import Difference
 from rafce_ray.session import Job, LocalSession
 from rafce_ray.study import on_test
 from rafce_ray.study.finalists import Verdict, judge
@@ -32,7 +32,7 @@ def figure(*values: float) -> MeanFigure:
 
 @pytest.fixture
 def record() -> OnTest:
-    figures = {name: figure(0.5, 0.6) for name in on_test.FIGURES}
+    figures = {name: figure(0.5, 0.6) for name in on_test.MEASURED}
     return OnTest(
         winner="trial_0007",
         base="trial_0000",

@@ -8,11 +8,11 @@ import torch
 
 from rafce_ray.checkpoint import fault, list_checkpoints, save_checkpoint
 from rafce_ray.config import config_hash, flatten, load_config
+from rafce_ray.figures import OF_AN_EPOCH
 from rafce_ray.run_folder import RunFolder
 from rafce_ray.session import Job
 from rafce_ray.study.trials import (
     ENDED,
-    FIGURES,
     Trial,
     TrialPlan,
     best_first,
@@ -221,7 +221,7 @@ def test_a_trials_figures_are_those_of_its_best_epoch(study):
     trial = read_trial(folder, "score")
     assert (trial.score, trial.best_epoch, trial.epochs, trial.max_epochs, trial.seed) == (0.5, 2, 3, 6, 3)
     assert trial.curve == ((1, 0.2), (2, 0.5), (3, None))
-    assert set(trial.figures) == set(FIGURES)
+    assert set(trial.figures) == set(OF_AN_EPOCH)
     assert {name: value for name, value in trial.figures.items() if value is not None} == {
         "score": 0.5,
         "accuracy": 0.6,

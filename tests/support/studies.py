@@ -7,8 +7,7 @@ import numpy as np
 import yaml
 
 from rafce_ray.config import config_hash, load_config
-from rafce_ray.counts import Counts
-from rafce_ray.metrics import summarise
+from rafce_ray.metrics import Counts, summarise
 from rafce_ray.session import Job
 from rafce_ray.study.trials import TrialPlan, best_record, conclude
 from rafce_ray.study_folder import StudyFolder

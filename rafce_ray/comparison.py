@@ -1,29 +1,27 @@
-"""Two or more models on the same images: figures side by side, and how far their difference could be luck.
+"""Models compared on the same images, and configurations over several seeds: which differences are more than luck.
 
-Resampled together, image by image, two models share the luck of which images were drawn: the interval of their difference is far
-narrower than what their own intervals suggest.
+Two models resampled together, image by image, share the luck of which images were drawn. The interval of their difference is then far
+narrower than their own intervals suggest. Over seeds, two kinds of luck are added up. Other seeds: the standard deviation over
+seeds, pooled over all configurations, since three seeds alone say little of their own spread. Other images: the paired bootstrap.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import t as student_t
 
 from rafce_ray.calibration import Calibration, Outputs, calibrated
 from rafce_ray.errors import UsageError
+from rafce_ray.figures import FIGURES, WITH_INTERVAL
 from rafce_ray.intervals import percentile_interval
-from rafce_ray.metrics import HEADLINES, bootstrap_figures, evaluate_probabilities
+from rafce_ray.metrics import bootstrap_figures, evaluate_probabilities
 from rafce_ray.split_outputs import SplitOutputs
 from rafce_ray.taxonomy import Taxonomy
-
-FIGURES = (*HEADLINES, "au_ap_mean")
-"""Figures with one number each that are compared."""
-
-AU_FIGURES = ("au_f1_mean", "au_ap_mean")
-"""Those of action units alone; ``score`` is of both tasks, the others are of emotions."""
 
 
 def f1_of(name: str) -> str:
@@ -35,7 +33,7 @@ def f1_of(name: str) -> str:
 class Scored:
     """A model's figures on a split, and the same figures in each of R resamples (R,); NaN is undefined.
 
-    They are those of FIGURES and :func:`f1_of` every emotion and action unit.
+    They are those of WITH_INTERVAL and :func:`f1_of` every emotion and action unit.
     """
 
     figures: dict[str, float]
@@ -67,10 +65,11 @@ def comparable_figures(ours: Taxonomy, theirs: Taxonomy) -> list[str]:
     """
     figures: list[str] = []
     if ours.emotions and ours.emotions == theirs.emotions:
-        figures += [name for name in FIGURES if name not in (*AU_FIGURES, "score")]
+        figures += [name for name in WITH_INTERVAL if FIGURES[name].task == "emotion"]
         figures += map(f1_of, ours.emotions)
     if ours.action_units and ours.action_units == theirs.action_units:
-        figures += [*AU_FIGURES, *map(f1_of, ours.action_unit_codes)]
+        figures += [name for name in WITH_INTERVAL if FIGURES[name].task == "action_units"]
+        figures += map(f1_of, ours.action_unit_codes)
     both_tasks = (ours.emotions, ours.action_units) == (theirs.emotions, theirs.action_units)
     return [*figures, "score"] if both_tasks else figures
 
@@ -116,7 +115,7 @@ def score(split: SplitOutputs, taxonomy: Taxonomy, calibration: Calibration, *, 
     given = (found.emotion, found.action_units, split, taxonomy, calibration.au_thresholds)
     figures = evaluate_probabilities(*given, resamples=1)
     drawn = bootstrap_figures(*given, resamples=resamples)
-    values, draws = {name: figures[name] for name in FIGURES}, {name: drawn[name] for name in FIGURES}
+    values, draws = {name: figures[name] for name in WITH_INTERVAL}, {name: drawn[name] for name in WITH_INTERVAL}
     for entries, named, key in ((figures["per_class"], "emotion", "f1"), (figures["per_au"], "action_unit", "au_f1")):
         for column, entry in enumerate(entries):
             values[f1_of(entry[named])], draws[f1_of(entry[named])] = entry["f1"], drawn[key][:, column]
@@ -131,3 +130,90 @@ def difference(one: Scored, other: Scored, figure: str) -> Difference:
 
 def _example(names: Sequence[str]) -> str:
     return f" ({names[0]}{', ...' if len(names) > 1 else ''})" if names else ""
+
+
+RESAMPLES = 400
+"""Resamples of the images: enough for a standard deviation."""
+
+
+@dataclass(frozen=True)
+class OverSeeds:
+    """One figure of one configuration: ``values`` of its trainings, one a seed, NaN where undefined.
+
+    ``draws`` (R,): mean over seeds of the figure in each resample of the images; None where images do not decide it.
+    """
+
+    values: tuple[float, ...]
+    draws: NDArray[np.float64] | None = None
+
+    @property
+    def defined(self) -> NDArray[np.float64]:
+        """The values that are not NaN."""
+        values = np.array(self.values, dtype=np.float64)
+        return values[~np.isnan(values)]
+
+    @property
+    def mean(self) -> float:
+        """Mean of the defined values; NaN where none is."""
+        return float(self.defined.mean()) if len(self.defined) else math.nan
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Standard deviation over seeds, and the degrees of freedom that it was estimated with: NaN and 0 where it is unknown."""
+
+    deviation: float
+    freedom: float
+
+    @property
+    def quantile(self) -> float:
+        """Half-width of a 95 % interval in standard errors, by Student's t; NaN where the deviation is unknown."""
+        return float(student_t.ppf(0.975, self.freedom)) if self.freedom else math.nan
+
+
+NO_SPREAD = Spread(0.0, math.inf)
+"""Seeds left out of account: an interval is then one of images alone."""
+
+
+def pooled_spread(configurations: Iterable[OverSeeds]) -> Spread:
+    """The deviation over seeds, pooled over the configurations whose seeds differ at all."""
+    squares, freedom = 0.0, 0
+    for one in configurations:
+        values = one.defined
+        if len(values) > 1 and np.ptp(values) > 0:
+            squares += float(((values - values.mean()) ** 2).sum())
+            freedom += len(values) - 1
+    return Spread(math.sqrt(squares / freedom), freedom) if freedom else Spread(math.nan, 0)
+
+
+def mean_draws(draws: Sequence[NDArray[np.float64] | None]) -> NDArray[np.float64] | None:
+    """Mean over seeds of resamples (R,) each; None where one of them, or all, are missing."""
+    known = [one for one in draws if one is not None]
+    if not known or len(known) < len(draws):
+        return None
+    mean: NDArray[np.float64] = np.mean(known, axis=0)
+    return mean
+
+
+def mean_half_width(one: OverSeeds, spread: Spread) -> float:
+    """Half-width of the 95 % interval of a mean over seeds (and images, where it has draws); NaN where unknown."""
+    count = len(one.defined)
+    if not count:
+        return math.nan
+    over_images = 0.0 if one.draws is None else _variance(one.draws)
+    return spread.quantile * math.sqrt(spread.deviation**2 / count + over_images)
+
+
+def difference_of_means(one: OverSeeds, other: OverSeeds, spread: Spread) -> tuple[float, float]:
+    """``one`` minus ``other``, and the half-width of its 95 % interval over seeds (and images, where both have draws); NaN where unknown."""
+    sides = [one.defined, other.defined]
+    if not all(len(values) for values in sides):
+        return math.nan, math.nan
+    over_images = 0.0 if one.draws is None or other.draws is None else _variance(one.draws - other.draws)
+    over_seeds = spread.deviation**2 * sum(1 / len(values) for values in sides)
+    return one.mean - other.mean, spread.quantile * math.sqrt(over_seeds + over_images)
+
+
+def _variance(draws: NDArray[np.float64]) -> float:
+    defined = draws[~np.isnan(draws)]
+    return float(defined.var()) if len(defined) else math.nan

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import t as student_t
 
-from rafce_ray.seed_statistics import (
+from rafce_ray.comparison import (
     NO_SPREAD,
     OverSeeds,
     Spread,

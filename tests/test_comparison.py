@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from rafce_ray.calibration import Calibration, Outputs
+from rafce_ray.comparison import comparable_figures, difference, f1_of, same_images, score
 from rafce_ray.errors import UsageError
+from rafce_ray.figures import WITH_INTERVAL
 from rafce_ray.metrics import evaluate_probabilities
-from rafce_ray.paired import FIGURES, comparable_figures, difference, f1_of, same_images, score
 from rafce_ray.split_outputs import SplitOutputs
 from rafce_ray.taxonomy import RAFCE_EMOTIONS, make_taxonomy
 
@@ -59,7 +60,7 @@ def test_figures_and_intervals_are_those_of_the_metrics(scored):
         (0.4, 0.6),
     )
     found = scored[1]
-    for name in FIGURES:
+    for name in WITH_INTERVAL:
         assert found.figures[name] == pytest.approx(figures[name])
         assert found.interval(name) == pytest.approx(figures["intervals"][name])
     for entry in figures["per_class"]:
@@ -166,8 +167,8 @@ def test_other_emotions_are_refused_but_not_of_a_model_that_tells_none():
 
 def test_figures_that_mean_the_same_for_both():
     both, emotions = TAXONOMY, make_taxonomy(TAXONOMY.emotions, ())
-    of_emotions = {name for name in FIGURES if not name.startswith("au_")} - {"score"}
-    assert set(comparable_figures(both, both)) == {*FIGURES, *map(f1_of, (*both.emotions, "AU1", "AU12"))}
+    of_emotions = {name for name in WITH_INTERVAL if not name.startswith("au_")} - {"score"}
+    assert set(comparable_figures(both, both)) == {*WITH_INTERVAL, *map(f1_of, (*both.emotions, "AU1", "AU12"))}
     assert set(comparable_figures(both, emotions)) == of_emotions | set(map(f1_of, both.emotions))
     assert "score" in comparable_figures(emotions, emotions)
     other_units = make_taxonomy(TAXONOMY.emotions, (1, 2))
