@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -25,7 +26,6 @@ from rafce_ray.checkpoint import (
 )
 from rafce_ray.console import finite
 from rafce_ray.data.loader import batch_remark, step_seed, tally
-from rafce_ray.doctor.rules import examine_live
 from rafce_ray.errors import RafceError
 from rafce_ray.figures import MAIN
 from rafce_ray.finish import finish
@@ -45,7 +45,11 @@ PROBE_IMAGES = 32
 """Train images on which the gradients of both tasks are compared."""
 
 
-def fit(job: Job, session: Session) -> dict[str, Any] | None:
+AfterEpoch = Callable[[Training, list[dict[str, Any]]], None]
+"""Called on rank 0 after every epoch, with the records of all epochs so far."""
+
+
+def fit(job: Job, session: Session, after_epoch: AfterEpoch | None = None) -> dict[str, Any] | None:
     """Train until the epochs or the patience are spent, from the newest valid checkpoint if there is one.
 
     Returns the run's result (status, bundle, best_epoch, weights_sha256, metrics) on rank 0, None on the others.
@@ -94,7 +98,8 @@ def fit(job: Job, session: Session) -> dict[str, Any] | None:
             checkpoint = training.save(record["validation"], score if math.isfinite(score) else None)
             record["checkpoint"] = {"seconds": time.perf_counter() - began, "bytes": checkpoint.num_bytes()}
             prune(folder.checkpoints, config.run.keep_checkpoints)
-            _tell_findings(training, [*earlier, record])
+            if after_epoch is not None:
+                after_epoch(training, [*earlier, record])
         session.report(_flat(record))
     return finish(training, status, monitor, reason) if session.rank == 0 else None
 
@@ -317,16 +322,6 @@ def _advance(training: Training, score: float) -> None:
         progress.best_score, progress.best_epoch, progress.epochs_without_improvement = score, progress.epoch, 0
     else:
         progress.epochs_without_improvement += 1
-
-
-def _tell_findings(training: Training, records: list[dict[str, Any]]) -> None:
-    """Warn of what the doctor sees in the epochs so far, each finding once in a run's life."""
-    folder = training.folder
-    told = {event.get("code") for event in folder.events() if event["event"] == "finding"}
-    for diagnosis in examine_live(training.config, training.targets, training.audit, records):
-        if diagnosis.level != "info" and diagnosis.code not in told:
-            message = f"epoch {records[-1]['epoch']}: {diagnosis.headline} (rafce doctor {folder.location.command})"
-            folder.add_event("finding", code=diagnosis.code, level=diagnosis.level, message=message)
 
 
 def _flat(record: dict[str, Any]) -> dict[str, float | None]:

@@ -17,7 +17,7 @@ from rafce_ray.data.dataset import Dataset
 from rafce_ray.drift import DriftReference, build_reference, light_of
 from rafce_ray.evaluate import EVALUATION_BATCH, evaluate_outputs, split_outputs
 from rafce_ray.metrics import with_score
-from rafce_ray.report.model_card import model_card
+from rafce_ray.model_card import model_card
 from rafce_ray.split_outputs import SplitOutputs
 from rafce_ray.training import Training
 

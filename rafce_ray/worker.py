@@ -28,6 +28,7 @@ from ray.train.v2._internal.execution.controller.state import (
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
 from torch import Tensor, nn
 
+from rafce_ray.doctor.rules import report_findings
 from rafce_ray.engine import fit
 from rafce_ray.errors import RafceError
 from rafce_ray.run_folder import RunFolder
@@ -50,7 +51,7 @@ def train_worker(plain_job: dict[str, Any]) -> dict[str, Any] | None:
     job = Job.from_plain(plain_job)
     session = TrainSession(job)
     try:
-        return fit(job, session)
+        return fit(job, session, after_epoch=report_findings)
     except RafceError as error:
         if error.may_pass:
             # Ray starts the group again, which goes on from the newest checkpoint.
@@ -182,7 +183,7 @@ def trial_worker(plain: dict[str, Any], study: str, metric: str) -> dict[str, An
     try:
         job = read_trial_job(plain, folder)
         session = TrialSession(job)
-        result = fit(job, session)
+        result = fit(job, session, after_epoch=report_findings)
     except RafceError as error:
         if error.may_pass:
             raise

@@ -21,6 +21,7 @@ from rafce_ray.doctor.figures import (
 from rafce_ray.doctor.learning_rate import diverged, learning_rate_too_high, learning_rate_too_low
 from rafce_ray.doctor.training import batch_of_all_images, overfitting, train_longer, underfitting, validation_falling
 from rafce_ray.errors import LEVELS
+from rafce_ray.training import Training
 
 Rule = Callable[[Evidence], list[Diagnosis]]
 
@@ -67,6 +68,16 @@ def examine_live(
     The same finding comes again after every epoch that shows it: tell each ``code`` once.
     """
     return _run(LIVE_RULES, Evidence.of_training(config, targets, audit, records))
+
+
+def report_findings(training: Training, records: list[dict[str, Any]]) -> None:
+    """Warn of what the rules find in the epochs so far, each finding once in a run's life."""
+    folder = training.folder
+    told = {event.get("code") for event in folder.events() if event["event"] == "finding"}
+    for diagnosis in examine_live(training.config, training.targets, training.audit, records):
+        if diagnosis.level != "info" and diagnosis.code not in told:
+            message = f"epoch {records[-1]['epoch']}: {diagnosis.headline} (rafce doctor {folder.location.command})"
+            folder.add_event("finding", code=diagnosis.code, level=diagnosis.level, message=message)
 
 
 def _run(rules: Sequence[Rule], evidence: Evidence) -> list[Diagnosis]:

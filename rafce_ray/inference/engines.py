@@ -15,17 +15,12 @@ from torch import Tensor
 from rafce_ray.bundle import Bundle
 from rafce_ray.calibration import Outputs
 from rafce_ray.forward import raw_outputs
+from rafce_ray.inference.graph import INPUT, OUTPUTS
 
 if TYPE_CHECKING:
     import openvino
 
 Precision = Literal["fp32", "bf16"]
-
-INPUT = "images"
-"""Name of the graph's input."""
-
-OUTPUTS = ("emotion", "action_units")
-"""Names of the graph's outputs; one that the model does not have is left out."""
 
 CPU = torch.device("cpu")
 

@@ -23,8 +23,8 @@ from rafce_ray.canary import largest_difference
 from rafce_ray.console import pretty_json, run_main, say
 from rafce_ray.errors import GateError, UsageError
 from rafce_ray.inference.build import MAX_DIFFERENCE, check_inputs, missing_packages
-from rafce_ray.inference.engines import INPUT, OnnxRuntimeEngine, OpenVinoEngine, named_outputs
-from rafce_ray.inference.graph import export_program, output_names, to_onnx, to_openvino
+from rafce_ray.inference.engines import OnnxRuntimeEngine, OpenVinoEngine, named_outputs
+from rafce_ray.inference.graph import INPUT, export_program, output_names, to_onnx, to_openvino
 from rafce_ray.storage import local_path
 
 DESCRIPTION = "export.json"

@@ -18,12 +18,17 @@ from torch.export import Dim, ExportedProgram
 from torch.nn import functional
 
 from rafce_ray.bundle import Bundle
-from rafce_ray.inference.engines import INPUT
 from rafce_ray.model import Architecture, MultiTaskModel
 from rafce_ray.preprocess import Preprocessing, resize_and_normalise, to_unit
 
 if TYPE_CHECKING:
     import openvino
+
+INPUT = "images"
+"""Name of the graph's input."""
+
+OUTPUTS = ("emotion", "action_units")
+"""Names of the graph's outputs; one that the model does not have is left out."""
 
 ONNX_OPSET = 18
 

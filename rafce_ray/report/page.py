@@ -13,28 +13,33 @@ from markupsafe import Markup
 
 from rafce_ray import __version__
 from rafce_ray.config import Config, flatten
-from rafce_ray.figures import FIGURES, MAIN, MIN_SUPPORT, WITH_INTERVAL
-from rafce_ray.report import plots
-from rafce_ray.report.data import ReportData
-from rafce_ray.report.slices import MIN_GROUP
-from rafce_ray.report.text import (
-    INTENDED_USE,
-    PERCEIVED,
-    PROHIBITED_USE,
-    SPLIT_NOTES,
+from rafce_ray.figure_text import (
     UNDEFINED,
     against_floor,
     constant_f1,
-    duration,
     headline,
     interval,
     number,
     percent,
     summary,
 )
-from rafce_ray.report.trained_on import action_unit_counts, class_counts, label_differences, split_sizes
+from rafce_ray.figures import FIGURES, MAIN, MIN_SUPPORT, WITH_INTERVAL
+from rafce_ray.model_card import (
+    INTENDED_USE,
+    PERCEIVED,
+    PROHIBITED_USE,
+    SPLIT_NOTES,
+    action_unit_counts,
+    class_counts,
+    label_differences,
+    split_sizes,
+)
+from rafce_ray.report import plots
+from rafce_ray.report.data import ReportData
+from rafce_ray.report.slices import MIN_GROUP
 from rafce_ray.reproduction import distinct
 from rafce_ray.taxonomy import ACTION_UNIT_NAMES, parse_action_unit_token
+from rafce_ray.watch import duration
 
 NUM_CONFUSIONS = 8
 EVIDENCE_SHOWN = 5

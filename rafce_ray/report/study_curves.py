@@ -10,9 +10,9 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
+from rafce_ray.figure_text import number
 from rafce_ray.report.plots import BLUE, INK, MUTED, ORANGE, PAPER, chart
 from rafce_ray.report.study_plots import COLUMNS, SMALL_PX, Field, columns, point_of
-from rafce_ray.report.text import number
 from rafce_ray.study.rungs import RungEntry
 from rafce_ray.study.trials import Trial, direction
 

@@ -12,6 +12,7 @@ from jinja2 import Environment
 from markupsafe import Markup
 
 from rafce_ray import __version__
+from rafce_ray.figure_text import UNDEFINED, interval, number, percent
 from rafce_ray.figures import FIGURES
 from rafce_ray.report import study_tables as tables
 from rafce_ray.report.page import number_html, patch_lines, template_environment
@@ -28,7 +29,6 @@ from rafce_ray.report.study_curves import (
 )
 from rafce_ray.report.study_data import StudyData, gather_study
 from rafce_ray.report.study_plots import parallel_coordinates, score_by_value
-from rafce_ray.report.text import UNDEFINED, interval, number, percent
 from rafce_ray.storage import Location
 from rafce_ray.study.importance import parameter_importance
 from rafce_ray.study.pareto import pareto_front

@@ -11,9 +11,9 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from rafce_ray.figure_text import UNDEFINED, number
 from rafce_ray.report.plots import BLUE, GREEN, INK, MUTED, ORANGE, PAPER, TEXT_PX, chart
 from rafce_ray.report.study_axes import ValueAxis, value_axis
-from rafce_ray.report.text import UNDEFINED, number
 from rafce_ray.study.trials import Trial, direction
 from rafce_ray.study.watch import plain
 

@@ -7,12 +7,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rafce_ray.comparison import Difference
+from rafce_ray.figure_text import UNDEFINED
 from rafce_ray.figures import FIGURES
 from rafce_ray.report.study_cost import Cost, by_status, cost
 from rafce_ray.report.study_curves import ACTION_UNIT, EMOTION
 from rafce_ray.report.study_data import StudyData
 from rafce_ray.report.study_plots import roles_of
-from rafce_ray.report.text import UNDEFINED
 from rafce_ray.study.trials import Trial, best_first
 from rafce_ray.study.verdict import Finalist
 from rafce_ray.study.watch import STATES, plain

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import Field
 
 from rafce_ray.console import finite
-from rafce_ray.report.text import INTENDED_USE, PERCEIVED, PROHIBITED_USE
+from rafce_ray.model_card import INTENDED_USE, PERCEIVED, PROHIBITED_USE
 from rafce_ray.service.config import ServiceConfig
 from rafce_ray.service.drift_watch import WINDOW_FACES, DriftWatch
 from rafce_ray.service.live import FailedSwap, Served

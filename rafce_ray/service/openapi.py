@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic.json_schema import models_json_schema
 
 from rafce_ray import __version__
-from rafce_ray.report.text import PERCEIVED
+from rafce_ray.model_card import PERCEIVED
 from rafce_ray.service import schema
 from rafce_ray.service.config import ServiceConfig
 from rafce_ray.service.model_info import ModelInfo

@@ -7,28 +7,38 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rafce_ray.calibration import Calibration
 from rafce_ray.console import finite
+from rafce_ray.data.records import SPLITS
+from rafce_ray.figure_text import UNDEFINED, against_floor, constant_f1, headline, interval, number, percent, summary
 from rafce_ray.figures import FIGURES, MIN_SUPPORT, WITH_INTERVAL
 from rafce_ray.model import Architecture
-from rafce_ray.report.text import (
-    INTENDED_USE,
-    PERCEIVED,
-    PROHIBITED_USE,
-    SPLIT_NOTES,
-    UNDEFINED,
-    against_floor,
-    constant_f1,
-    headline,
-    interval,
-    number,
-    percent,
-    summary,
-)
-from rafce_ray.report.trained_on import Count, action_unit_counts, class_counts, label_differences, split_sizes
 from rafce_ray.taxonomy import Taxonomy
+
+PERCEIVED = (
+    "The outputs are perceived expression: what people would say that a face shows. They are not what the person feels, and nothing "
+    "about a person's character, health or intent follows from them."
+)
+INTENDED_USE = (
+    "Research on facial expression, and tools whose users know of the model and agree to it.",
+    "Faces like those it was trained on: one face an image, cut out and aligned, of the same kind of photographs.",
+)
+PROHIBITED_USE = (
+    "Inferring emotions of people at work or in education: prohibited in the European Union, except for medical or safety reasons "
+    "(AI Act, Regulation (EU) 2024/1689, Article 5(1)(f)).",
+    "Use on people who have not been told that the system is in operation (AI Act, Article 50(3)).",
+    "Decisions about a person, and any claim of what somebody truly feels, thinks or intends.",
+)
+SPLIT_NOTES = {
+    "validation": "These figures are of the validation split. It chose the best epoch, the temperature and the thresholds, so they are "
+    "optimistic. Cross-fitted figures calibrate each fifth of the split by the other four; they still share the choice of epoch.",
+    "test": "These figures are of the test split, which chose nothing in this run. They stay honest as long as nobody chooses by them.",
+    "held-out": "These figures are of the validation and test splits together, which gives groups enough images. The validation part chose "
+    "the best epoch, the temperature and the thresholds, so they are a little optimistic.",
+}
 
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]#|~])")
 
@@ -318,3 +328,137 @@ def _text(text: str) -> str:
     """Text from data as Markdown that shows it as it is: one line, no markup, no HTML."""
     one_line = " ".join(text.split())
     return _MARKDOWN.sub(r"\\\1", one_line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;"))
+
+
+# What a model was trained on: what the labels say (audit.json) and what training saw (targets.json).
+
+Record = dict[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Count:
+    """Of one class or action unit in one split: images or positives by the labels and as trained, and known AU elements as trained.
+
+    None where the run has no record of it.
+    """
+
+    labels: int | None
+    trained: int | None
+    known: int | None = None
+
+    @property
+    def differs(self) -> bool:
+        """Whether both are on record and not the same."""
+        return self.labels is not None and self.trained is not None and self.labels != self.trained
+
+    @property
+    def best(self) -> int | None:
+        """What was trained on, or the labels where that is not on record."""
+        return self.labels if self.trained is None else self.trained
+
+
+def class_counts(audit: Record, targets: Record) -> dict[str, dict[str, Count]]:
+    """Images ``[class][split]``, in the order of the labels; empty where emotions are not trained or nothing is on record."""
+    names = _keys(audit, targets, "classes")
+    return {
+        name: {
+            split: Count(_get(_labels(audit), split, "classes", name), _get(targets, split, "classes", name))
+            for split in SPLITS
+        }
+        for name in names
+    }
+
+
+def action_unit_counts(audit: Record, targets: Record) -> dict[str, dict[str, Count]]:
+    """Positives ``[code][split]``, in the order of the vocabulary; empty where AUs are not trained or nothing is on record."""
+    codes = _keys(audit, targets, "action_units")
+    found = {}
+    for code in codes:
+        found[code] = {
+            split: Count(
+                _get(_labels(audit), split, "action_units", code, "positives"),
+                _get(targets, split, "action_units", code, "positives"),
+                _first(
+                    _get(targets, split, "action_units", code, "known"),
+                    _get(_labels(audit), split, "action_units", code, "known"),
+                ),
+            )
+            for split in SPLITS
+        }
+    return found
+
+
+def split_sizes(audit: Record, targets: Record) -> dict[str, dict[str, int | None]]:
+    """Per split: labelled ``rows``, those with an image, null AU labels, unknown emotions, and images as ``trained``."""
+    return {
+        split: {key: _get(_labels(audit), split, name) for key, name in _SIZES.items()}
+        | {"trained": _get(targets, split, "num_images")}
+        for split in SPLITS
+    }
+
+
+_SIZES = {
+    "rows": "num_rows",
+    "images": "num_images",
+    "null": "num_null",
+    "emotion_unknown": "num_emotion_unknown",
+}
+
+
+def label_differences(audit: Record, targets: Record) -> list[str]:
+    """Sentences on where training saw other targets than the labels say; empty where it saw the same, or one of both is not on record.
+
+    The gravest first: action units and classes whose labels were lost altogether.
+    """
+    lost, changed = [], []
+    for what, unit, counts in (
+        ("action unit", "positives", action_unit_counts(audit, targets)),
+        ("class", "images", class_counts(audit, targets)),
+    ):
+        for split in SPLITS:
+            differing = {name: by_split[split] for name, by_split in counts.items() if by_split[split].differs}
+            gone = {name: count for name, count in differing.items() if count.trained == 0}
+            if gone:
+                total = sum(count.labels or 0 for count in gone.values())
+                lost.append(
+                    f"In {split} the labels hold {total:,} {unit} of {_named(what, list(gone))}, and training saw none of them."
+                )
+            rest = {name: count for name, count in differing.items() if name not in gone}
+            if rest:
+                examples = ", ".join(
+                    f"{name} {count.trained:,} of {count.labels:,}" for name, count in list(rest.items())[:3]
+                )
+                changed.append(
+                    f"In {split} training saw another number of {unit} than the labels hold for {_named(what, list(rest))} ({examples}"
+                    f"{', ...' if len(rest) > 3 else ''})."
+                )
+    return lost + changed
+
+
+def _named(what: str, names: list[str]) -> str:
+    plural = {"class": "classes"}.get(what, f"{what}s")
+    return f"{names[0]}" if len(names) == 1 else f"{len(names)} {plural}"
+
+
+def _labels(audit: Record) -> Record:
+    return None if audit is None else audit.get("splits")
+
+
+def _keys(audit: Record, targets: Record, kind: str) -> list[str]:
+    for record in (targets, _labels(audit)):
+        found = _get(record, "train", kind)
+        if found:
+            return list(found)
+    return []
+
+
+def _get(record: Any, *path: str) -> Any:
+    for key in path:
+        if not isinstance(record, dict) or key not in record:
+            return None
+        record = record[key]
+    return record
+
+
+def _first(*values: Any) -> Any:
+    return next((value for value in values if value is not None), None)

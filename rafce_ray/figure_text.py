@@ -1,4 +1,4 @@
-"""What a run's report and its model card both say: how numbers are written, and the sentences on what was reached.
+"""Figures in words: how numbers are written, and the sentences on what a model reached.
 
 Figures are those of :func:`rafce_ray.evaluate.evaluate_outputs`, or an epoch's, with None or NaN where undefined.
 """
@@ -12,28 +12,6 @@ from typing import Any
 from rafce_ray.figures import MIN_SUPPORT
 
 UNDEFINED = "–"
-
-PERCEIVED = (
-    "The outputs are perceived expression: what people would say that a face shows. They are not what the person feels, and nothing "
-    "about a person's character, health or intent follows from them."
-)
-INTENDED_USE = (
-    "Research on facial expression, and tools whose users know of the model and agree to it.",
-    "Faces like those it was trained on: one face an image, cut out and aligned, of the same kind of photographs.",
-)
-PROHIBITED_USE = (
-    "Inferring emotions of people at work or in education: prohibited in the European Union, except for medical or safety reasons "
-    "(AI Act, Regulation (EU) 2024/1689, Article 5(1)(f)).",
-    "Use on people who have not been told that the system is in operation (AI Act, Article 50(3)).",
-    "Decisions about a person, and any claim of what somebody truly feels, thinks or intends.",
-)
-SPLIT_NOTES = {
-    "validation": "These figures are of the validation split. It chose the best epoch, the temperature and the thresholds, so they are "
-    "optimistic. Cross-fitted figures calibrate each fifth of the split by the other four; they still share the choice of epoch.",
-    "test": "These figures are of the test split, which chose nothing in this run. They stay honest as long as nobody chooses by them.",
-    "held-out": "These figures are of the validation and test splits together, which gives groups enough images. The validation part chose "
-    "the best epoch, the temperature and the thresholds, so they are a little optimistic.",
-}
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -53,13 +31,6 @@ def interval(bounds: Sequence[float | None] | None, digits: int = 2) -> str:
     if bounds is None or any(bound is None or not math.isfinite(bound) for bound in bounds):
         return UNDEFINED
     return " to ".join(number(bound, digits) for bound in bounds)
-
-
-def duration(seconds: float) -> str:
-    """``3:15``, or ``1:02:03`` from an hour on."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def constant_f1(support: int, known: int) -> float | None:
