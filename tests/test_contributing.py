@@ -19,7 +19,7 @@ from rafce_ray.registry import command as bundle_command
 from rafce_ray.service.config import ServiceConfig
 from rafce_ray.service.openapi import _NOT_OF_PREDICT
 from rafce_ray.service.problems import PROBLEM_TYPES
-from rafce_ray.study.checks import CHANGEABLE, NOT_SEARCHED
+from rafce_ray.study.checks import NOT_SEARCHED
 from rafce_ray.taxonomy import make_taxonomy
 
 REPOSITORY = Path(__file__).parents[1]
@@ -57,7 +57,7 @@ def test_metrics_that_choose_are_figures_of_a_task_or_of_both():
 
 
 def test_keys_that_are_listed_are_keys():
-    listed = {*config.CARRIED_OUT_BY, *NOT_SEARCHED, *CHANGEABLE, *ONLY_FOR_ACTION_UNITS}
+    listed = {*config.CARRIED_OUT_BY, *NOT_SEARCHED, *ONLY_FOR_ACTION_UNITS}
     assert listed <= set(flatten(config.Config()))
 
 
