@@ -31,7 +31,6 @@ from rafce_ray.report.study_data import StudyData, gather_study
 from rafce_ray.report.study_plots import parallel_coordinates, score_by_value
 from rafce_ray.storage import Location
 from rafce_ray.study.importance import parameter_importance
-from rafce_ray.study.pareto import pareto_front
 from rafce_ray.study.trials import Trial, direction
 from rafce_ray.study.verdict import sentences
 from rafce_ray.study.watch import STATES, roughly
@@ -225,7 +224,11 @@ def _commands(data: StudyData) -> Iterator[tuple[str, str]]:
 
 
 def _front(data: StudyData) -> list[Trial]:
-    """Trials that no other one beats in both tasks, by their emotion figure."""
+    """The Pareto front, by the emotion figure: trials for which no other is as good in both tasks and better in one."""
     drawn = [(trial, point) for trial in data.trials if (point := both_figures(trial)) is not None]
-    front = [drawn[i] for i in pareto_front([point for _, point in drawn])]
+    front = [
+        (trial, (x, y))
+        for trial, (x, y) in drawn
+        if not any(u >= x and v >= y and (u, v) != (x, y) for _, (u, v) in drawn)
+    ]
     return [trial for trial, _ in sorted(front, key=lambda one: one[1], reverse=True)]

@@ -17,7 +17,7 @@ from rafce_ray.study.trials import Trial, direction, is_finite
 MIN_TRIALS = 10
 """Trials below which nothing is estimated."""
 
-FOLDS, REPEATS, TREES, SHUFFLES = 5, 3, 50, 10
+FOLDS, REPEATS, TREES, SHUFFLES = 5, 3, 50, 5
 """Of the cross-validation, of the forest in each fold, and of a key's values there."""
 
 LOG_SPAN = 10.0
@@ -57,10 +57,10 @@ def parameter_importance(
 ) -> Importance:
     """Permutation importance of the sampled keys for the score, in a random forest, on trials that it did not learn from.
 
-    A key's importance is how much the squared error of held-out trials grows when its value is replaced by other trials' values; below
-    0, which noise alone gives, counts as 0. Optuna's fANOVA looks at the trials that its forest has learnt, so that noise gets importance
-    too and nothing tells how well the forest predicts, and it leaves out every key that some trial lacks. Here a key that does not
-    apply to a trial is missing to the forest, and ``r2`` says whether scores can be told from the keys at all.
+    A key's importance is how much the squared error of held-out trials grows when its values are shuffled; below 0, which noise alone
+    gives, counts as 0. Optuna's fANOVA measures on the trials that its forest has learnt, so that noise gets importance too and nothing
+    tells how well the forest predicts. It also leaves out every key that some trial lacks. Here such a key is a missing value for the
+    forest, and ``r2`` says how well the keys predict the score.
 
     ``values``: what each trial was trained with, by its name, where that is not its plan's: the base's values need not be in its plan.
     Of the sweep's trials, those that have a score and did not fail are looked at.
@@ -73,10 +73,8 @@ def parameter_importance(
     if reason is not None:
         unknown = tuple(KeyImportance(key, math.nan, math.nan) for key in keys)
         return Importance(metric, unknown, math.nan, len(scored), reason)
-    columns = [_column([one.get(key) for one in sampled]) for key in keys]
-    r2, increases = _held_out(
-        np.stack([column for column, _ in columns], axis=1), [is_one for _, is_one in columns], scores
-    )
+    table = np.stack([_column([one.get(key) for one in sampled]) for key in keys], axis=1)
+    r2, increases = _held_out(table, scores)
     notes = []
     if r2 <= 0:
         notes.append(
@@ -102,56 +100,46 @@ def _why_not(keys: Sequence[str], scores: NDArray[np.float64]) -> str | None:
     return None
 
 
-def _column(values: Sequence[Any]) -> tuple[NDArray[np.float64], bool]:
-    """A key's values as numbers, NaN where it does not apply, and whether they are numbers of categories."""
+def _column(values: Sequence[Any]) -> NDArray[np.float64]:
+    """A key's values as numbers, NaN where it does not apply; categories are numbered, which splits of trees can undo."""
     present = [value for value in values if value is not None]
     if all(isinstance(value, int | float) and not isinstance(value, bool) for value in present):
         numbers = np.array([math.nan if value is None else float(value) for value in values])
         low, high = np.nanmin(numbers), np.nanmax(numbers)
-        return (np.log(numbers) if low > 0 and high / low > LOG_SPAN else numbers), False
+        return np.log(numbers) if low > 0 and high / low > LOG_SPAN else numbers
     codes = {text: code for code, text in enumerate(sorted({to_json(value) for value in present}))}
-    return np.array([math.nan if value is None else codes[to_json(value)] for value in values], dtype=np.float64), True
+    return np.array([math.nan if value is None else codes[to_json(value)] for value in values], dtype=np.float64)
 
 
-def _held_out(
-    table: NDArray[np.float64], is_category: Sequence[bool], scores: NDArray[np.float64]
-) -> tuple[float, NDArray[np.float64]]:
-    """Out-of-fold R2, and (trials, keys): by how much each trial's squared error grows where a key's value is replaced by others'.
-
-    All replaced copies of a fold go through its forest at once, which is many times faster than one call for each.
-    """
+def _held_out(table: NDArray[np.float64], scores: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+    """Out-of-fold R2, and (trials, keys): by how much each trial's squared error grows where a key's values are shuffled."""
+    from sklearn.ensemble import RandomForestRegressor
+    from sklearn.inspection import permutation_importance
     from sklearn.model_selection import RepeatedKFold
 
-    num_trials, num_keys = table.shape
-    generator = np.random.default_rng(0)
-    predicted, increases = np.zeros(num_trials), np.zeros((num_trials, num_keys))
-    for learnt, held in RepeatedKFold(n_splits=FOLDS, n_repeats=REPEATS, random_state=0).split(table):
-        forest = _forest(is_category).fit(table[learnt], scores[learnt])
-        copies = np.tile(table[held], (num_keys, SHUFFLES, 1, 1))
-        for key in range(num_keys):
-            copies[key, ..., key] = generator.choice(table[:, key], size=(SHUFFLES, len(held)))
-        own = forest.predict(table[held])
-        replaced = forest.predict(copies.reshape(-1, num_keys)).reshape(num_keys, SHUFFLES, len(held))
-        growth = (replaced - scores[held]) ** 2 - (own - scores[held]) ** 2
-        predicted[held] += own / REPEATS
-        increases[held] += growth.mean(axis=1).T / REPEATS
-    r2 = 1 - ((scores - predicted) ** 2).sum() / ((scores - scores.mean()) ** 2).sum()
-    return float(r2), increases
+    folds = list(RepeatedKFold(n_splits=FOLDS, n_repeats=REPEATS, random_state=0).split(table))
+    forests = [
+        RandomForestRegressor(n_estimators=TREES, random_state=0).fit(table[learnt], scores[learnt])
+        for learnt, _ in folds
+    ]
 
+    def errors(values: NDArray[np.float64]) -> NDArray[np.float64]:
+        predicted = np.zeros(len(values))
+        for forest, (_, held) in zip(forests, folds, strict=True):
+            predicted[held] += forest.predict(values[held]) / REPEATS
+        return np.square(predicted - scores)
 
-def _forest(is_category: Sequence[bool]) -> Any:
-    """A random forest over a table whose categories become columns of their own; missing values stay missing."""
-    from sklearn.compose import ColumnTransformer
-    from sklearn.ensemble import RandomForestRegressor
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import OneHotEncoder
-
-    encoder = OneHotEncoder(handle_unknown="ignore", sparse_output=False)
-    columns = [number for number, is_one in enumerate(is_category) if is_one]
-    return make_pipeline(
-        ColumnTransformer([("categories", encoder, columns)], remainder="passthrough"),
-        RandomForestRegressor(n_estimators=TREES, random_state=0),
+    # Each trial's error is a score of its own, so that trials can be resampled afterwards.
+    found = permutation_importance(
+        forests[0],
+        table,
+        scores,
+        scoring=lambda _, values, __: {str(trial): -error for trial, error in enumerate(errors(values))},
+        n_repeats=SHUFFLES,
+        random_state=0,
     )
+    r2 = 1 - errors(table).mean() / scores.var()
+    return float(r2), np.stack([found[str(trial)].importances_mean for trial in range(len(table))])
 
 
 def _shares(keys: Sequence[str], increases: NDArray[np.float64]) -> tuple[KeyImportance, ...]:

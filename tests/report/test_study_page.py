@@ -369,10 +369,11 @@ def test_of_a_loss_less_is_better(new_study):
 
 def test_the_pareto_front(new_study):
     study = new_study()
-    for number, point in enumerate([(0.2, 0.2), (0.3, 0.1), (0.1, 0.4), (0.15, 0.15)]):
+    for number, point in enumerate([(0.2, 0.2), (0.3, 0.1), (0.1, 0.4), (0.15, 0.15), (0.2, 0.1), (0.1, 0.4)]):
         study.add(number, {} if number == 0 else {"optim.lr": number * 1e-4}, [point])
     rows = page_of(study).table("On the front")
-    assert list(rows) == ["trial_0001", "trial_0000", "trial_0002"]
+    # Trials with equal figures do not beat each other.
+    assert list(rows) == ["trial_0001", "trial_0000", "trial_0002", "trial_0005"]
     assert (rows["trial_0001"]["macro-F1, classes with 10 or more images"], rows["trial_0001"]["AU-F1"]) == (0.3, 0.1)
 
 
