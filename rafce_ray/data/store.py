@@ -7,8 +7,6 @@ path, size and modification time of every source image. ``store.json`` is writte
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -16,7 +14,7 @@ import shutil
 import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.fs as pafs
+from filelock import FileLock, Timeout
 
 from rafce_ray.config import DataConfig
 from rafce_ray.console import say
@@ -442,46 +441,35 @@ def _whole(path: Path) -> StoreMeta | None:
 
 @contextmanager
 def _locked(folder: Path, key: str) -> Iterator[None]:
-    """Hold the lock of one key; the operating system lets go of it when its holder dies."""
+    """Hold the lock of one key; the operating system releases it when its holder dies."""
+    lock = _lock(folder, key)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / f".{key}.lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            say(f"Another process is preparing the store {key}; waiting for it.")
+            lock.acquire()
     except OSError as error:
         raise RafceError(
-            f"{folder}: cannot be written ({error.strerror}). Set data.store_dir to a folder that can."
+            f"{folder}: cannot be written or locked ({error.strerror or error}). Set data.store_dir to a local folder."
         ) from error
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say(f"Another process is preparing the store {key}; waiting for it.")
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-                raise
-            raise RafceError(
-                f"{folder}: its filesystem has no file locks. Set data.store_dir to a local folder."
-            ) from error
         yield
     finally:
-        os.close(descriptor)
+        lock.release()
+
+
+def _lock(folder: Path, key: str) -> FileLock:
+    return FileLock(folder / f".{key}.lock")
 
 
 def _remove_leftovers(folder: Path) -> None:
     """Delete half-made stores whose builder is gone: nobody holds their lock."""
     for leftover in folder.glob(".*.tmp"):
-        key = leftover.name.split(".")[1]
-        lock = folder / f".{key}.lock"
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            continue
-        else:
+        with suppress(Timeout), _lock(folder, leftover.name.split(".")[1]).acquire(blocking=False):
             shutil.rmtree(leftover, ignore_errors=True)
             say(f"Removed a half-made store that an ended process left behind: {leftover.name}")
-        finally:
-            os.close(descriptor)
 
 
 def _why_build(path: Path, labels: Labels, data: DataConfig) -> str:
