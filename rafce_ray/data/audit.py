@@ -15,12 +15,12 @@ from rich.text import Text
 
 from rafce_ray.config import DataConfig
 from rafce_ray.console import LEVEL_STYLES, printable
-from rafce_ray.data.audit_checks import audit_command, count_action_units, label_findings
+from rafce_ray.data.audit_checks import audit_command, count_action_units, label_findings, tokens_outside
 from rafce_ray.data.audit_images import image_findings
 from rafce_ray.data.labels import read_labels, resolve_targets, resolve_taxonomy
 from rafce_ray.data.records import SPLITS, Labels, Progress, Targets
 from rafce_ray.errors import LEVELS, Finding, GateError
-from rafce_ray.taxonomy import Taxonomy, parse_action_unit_token
+from rafce_ray.taxonomy import Taxonomy
 
 _EVIDENCE_IN_MESSAGE = 5
 
@@ -75,16 +75,6 @@ class Audit:
         """Findings that keep the dataset from being trained on."""
         return tuple(finding for finding in self.findings if finding.level == "refusal")
 
-    @property
-    def tokens_outside_vocabulary(self) -> dict[str, int]:
-        """Action-unit tokens, as written, that are readable but not in the vocabulary, with their counts."""
-        outside = {}
-        for token, count in self.token_counts.items():
-            number = parse_action_unit_token(token)
-            if number is not None and number not in self.taxonomy.action_units:
-                outside[token] = count
-        return dict(sorted(outside.items(), key=lambda item: (-item[1], item[0])))
-
     def to_json(self) -> dict[str, Any]:
         """Plain values; a prevalence that is unknown is NaN here and null in JSON text."""
         splits = {}
@@ -119,7 +109,7 @@ class Audit:
             "num_extra_images": self.num_extra_images,
             "splits": splits,
             "token_counts": self.token_counts,
-            "tokens_outside_vocabulary": self.tokens_outside_vocabulary,
+            "tokens_outside_vocabulary": tokens_outside(self.token_counts, self.taxonomy),
             "findings": [finding.to_json() for finding in self.findings],
         }
 

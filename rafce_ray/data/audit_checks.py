@@ -7,7 +7,7 @@ import os
 import shlex
 import unicodedata
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -89,6 +89,13 @@ def count_action_units(
     return known, positives
 
 
+def tokens_outside(token_counts: Mapping[str, int], taxonomy: Taxonomy) -> dict[str, int]:
+    """Action-unit tokens, as written, that are readable but not in the vocabulary, the most frequent first."""
+    numbers = {token: parse_action_unit_token(token) for token in token_counts}
+    outside = [token for token, one in numbers.items() if one is not None and one not in taxonomy.action_units]
+    return {token: token_counts[token] for token in sorted(outside, key=lambda token: (-token_counts[token], token))}
+
+
 def value_counts(column: pa.ChunkedArray) -> list[tuple[str, int]]:
     """Distinct values that are not null, with their counts, the most frequent first."""
     counts = pc.value_counts(pc.drop_null(column)).to_pylist()
@@ -120,7 +127,7 @@ def label_findings(labels: Labels, taxonomy: Taxonomy, targets: Targets, data: D
     has_image = np.asarray(pc.is_valid(labels.table["image_path"]))
     usable = (targets.split == SPLITS.index("train")) & has_image
     case = Case(labels, taxonomy, targets, data, usable, *count_action_units(targets.action_units, usable))
-    checks: tuple[Callable[[Case], list[Finding]], ...] = (
+    checks: tuple[Callable[[Case], Iterator[Finding]], ...] = (
         _check_tasks,
         _check_splits,
         _check_known_sizes,
@@ -129,7 +136,11 @@ def label_findings(labels: Labels, taxonomy: Taxonomy, targets: Targets, data: D
         _check_spellings,
         _check_number_of_classes,
         _check_class_sizes,
-        action_unit_findings,
+        _check_targets,
+        _check_unreadable,
+        _check_vocabulary,
+        _check_each,
+        _check_token_shapes,
     )
     if any(finding.code in WITHOUT_SPLITS for finding in labels.findings):
         # The other checks look at splits.
@@ -137,69 +148,62 @@ def label_findings(labels: Labels, taxonomy: Taxonomy, targets: Targets, data: D
     return [finding for check in checks for finding in check(case)]
 
 
-def _check_tasks(case: Case) -> list[Finding]:
+def _check_tasks(case: Case) -> Iterator[Finding]:
     labels, taxonomy = case.labels, case.taxonomy
     if not taxonomy.emotions and not taxonomy.action_units:
         message = "there is neither an emotion nor an action unit to train"
         remedy = "Set data.emotions or data.action_units to what the labels hold."
-        return [Finding("refusal", "nothing_to_train", message, remedy)]
-    findings = []
+        yield Finding("refusal", "nothing_to_train", message, remedy)
+        return
     if not labels.has_emotions:
         level: Level = "warning" if isinstance(case.data.emotions, tuple) else "info"
-        findings.append(
-            Finding(level, "action_units_only", "there are no emotion labels: action units are trained alone")
-        )
+        yield Finding(level, "action_units_only", "there are no emotion labels: action units are trained alone")
     if not labels.has_action_units:
         level = "warning" if isinstance(case.data.action_units, tuple) else "info"
-        findings.append(Finding(level, "emotions_only", "there are no action-unit labels: emotions are trained alone"))
-    return findings
+        yield Finding(level, "emotions_only", "there are no action-unit labels: emotions are trained alone")
 
 
-def _check_splits(case: Case) -> list[Finding]:
+def _check_splits(case: Case) -> Iterator[Finding]:
     sizes = case.split_sizes()
     evidence = tuple(Evidence(f"{split}: {size} rows") for split, size in sizes.items())
-    findings = []
     if not case.usable.any() and case.labels.table["image_path"].null_count < case.labels.table.num_rows:
         message = "no image is in the train split"
-        findings.append(Finding("refusal", "no_train_images", message, "Assign images to train.", 1, evidence))
+        yield Finding("refusal", "no_train_images", message, "Assign images to train.", 1, evidence)
     if not sizes["validation"]:
         message = "no image is in the validation split: the best epoch cannot be chosen"
-        findings.append(Finding("error", "no_validation_images", message, "Assign images to validation.", 1, evidence))
+        yield Finding("error", "no_validation_images", message, "Assign images to validation.", 1, evidence)
     if not sizes["test"]:
-        findings.append(Finding("info", "no_test_images", "no image is in the test split", "", 1, evidence))
+        yield Finding("info", "no_test_images", "no image is in the test split", "", 1, evidence)
     if 0 < sizes["train"] < max(sizes.values()):
         message = "train is not the largest split: the partition codes look swapped"
         remedy = "In RAF-CE's files 0 is train, 1 test and 2 validation."
-        findings.append(Finding("warning", "partitions_look_swapped", message, remedy, 1, evidence))
-    return findings
+        yield Finding("warning", "partitions_look_swapped", message, remedy, 1, evidence)
 
 
-def _check_known_sizes(case: Case) -> list[Finding]:
+def _check_known_sizes(case: Case) -> Iterator[Finding]:
     """Compare with the published sizes, where the dataset is RAF-CE by its classes and its size."""
     sizes, known = case.split_sizes(), rafce.SPLIT_SIZES
     close_in_size = abs(case.labels.table.num_rows - rafce.NUM_LABELLED) <= 0.02 * rafce.NUM_LABELLED
     two_match = len(set(sizes.values()) & set(known.values())) >= 2
     if not case.has_rafce_classes or not (close_in_size or two_match) or sizes == known:
-        return []
+        return
     evidence = tuple(Evidence(f"{split}: {sizes[split]} rows, RAF-CE has {known[split]}") for split in SPLITS)
     swapped = abs(sizes["test"] - known["validation"]) + abs(sizes["validation"] - known["test"])
     straight = abs(sizes["test"] - known["test"]) + abs(sizes["validation"] - known["validation"])
     if swapped < straight and sizes["train"] == max(sizes.values()):
         message = "test and validation have each other's size: the partition codes look swapped"
         remedy = "In RAF-CE's files 1 is test (909 images) and 2 validation (931)."
-        return [Finding("warning", "partitions_look_swapped", message, remedy, 1, evidence)]
+        yield Finding("warning", "partitions_look_swapped", message, remedy, 1, evidence)
+        return
     message = "the split sizes are not RAF-CE's"
-    return [
-        Finding(
-            "warning", "split_sizes_differ", message, "Compare the label files with the published ones.", 1, evidence
-        )
-    ]
+    yield Finding(
+        "warning", "split_sizes_differ", message, "Compare the label files with the published ones.", 1, evidence
+    )
 
 
-def _check_files(case: Case) -> list[Finding]:
+def _check_files(case: Case) -> Iterator[Finding]:
     labels = case.labels
     paths = labels.table["image_path"]
-    findings = []
     num_missing = paths.null_count
     if num_missing:
         missing = np.asarray(pc.is_null(paths))
@@ -221,11 +225,10 @@ def _check_files(case: Case) -> list[Finding]:
                 for item in sorted(evidence, key=lambda item: item.detail not in near)
             )
             remedy = _near_remedy(case, near)
-        findings.append(Finding(level, "missing_images", message, remedy, num_missing, evidence))
+        yield Finding(level, "missing_images", message, remedy, num_missing, evidence)
     if labels.num_extra_images:
         message = f"{labels.num_extra_images} images have no label row and are not used"
-        findings.append(Finding("info", "extra_images", message, "", labels.num_extra_images))
-    return findings
+        yield Finding("info", "extra_images", message, "", labels.num_extra_images)
 
 
 def _near_remedy(case: Case, near: dict[str, NearImage]) -> str:
@@ -238,17 +241,17 @@ def _near_remedy(case: Case, near: dict[str, NearImage]) -> str:
     return "Write the names as the files are named, relative to the folder of images; or rename the files."
 
 
-def _check_emotions(case: Case) -> list[Finding]:
+def _check_emotions(case: Case) -> Iterator[Finding]:
     labels, taxonomy = case.labels, case.taxonomy
     if not taxonomy.emotions:
-        return []
+        return
     written = labels.table["emotion"]
     words = UNKNOWN_WORDS | PERHAPS_UNKNOWN_WORDS
     says_unknown = pa.array([text for text, _ in value_counts(written) if label_key(text) in words], pa.string())
     is_unknown = (case.targets.emotion < 0) & np.asarray(pc.is_in(written, says_unknown))
     num_written = len(written) - written.null_count - int(is_unknown.sum())
     unknown = np.asarray(pc.is_valid(written)) & (case.targets.emotion < 0) & ~is_unknown
-    findings = _unknown_findings(case, is_unknown)
+    yield from _unknown_findings(case, is_unknown)
     if unknown.any():
         count = int(unknown.sum())
         share = count / num_written
@@ -263,12 +266,12 @@ def _check_emotions(case: Case) -> list[Finding]:
         )
         remedy = f"Known are {names}, or their numbers from 0. Set data.emotions=[...] if the dataset has others."
         evidence = case.rows(unknown, labels.emotion_file, "emotion_line", "emotion")
-        findings.append(Finding(level, "unknown_classes", message, remedy, count, evidence))
+        yield Finding(level, "unknown_classes", message, remedy, count, evidence)
     if not (case.targets.emotion[case.usable] >= 0).any() and not case.all_images_missing:
         message = "there are emotion labels, but no train image has a known one"
         remedy = "Check data.emotions and the split column; data.emotions=none leaves the task out."
         evidence = tuple(Evidence(f"{count} rows say {text!r}") for text, count in value_counts(written)[:10])
-        findings.append(Finding("refusal", "no_emotion_targets", message, remedy, 1, evidence))
+        yield Finding("refusal", "no_emotion_targets", message, remedy, 1, evidence)
     codes = {int(text) for text, _ in value_counts(written) if text.isdecimal()}
     if (
         codes
@@ -277,31 +280,26 @@ def _check_emotions(case: Case) -> list[Finding]:
         and not set(map(str, codes)) & set(taxonomy.emotions)
     ):
         message = f"class numbers run from 1 to {max(codes)}: they look as if they started at 1, not at 0"
-        findings.append(Finding("error", "classes_look_one_based", message, "Subtract 1 from every class number."))
-    return findings
+        yield Finding("error", "classes_look_one_based", message, "Subtract 1 from every class number.")
 
 
-def _unknown_findings(case: Case, is_unknown: npt.NDArray[np.bool_]) -> list[Finding]:
+def _unknown_findings(case: Case, is_unknown: npt.NDArray[np.bool_]) -> Iterator[Finding]:
     """Words that stand for no label. A word that may also be a class is refused if data.emotions lists no classes."""
     counts = value_counts(case.labels.table["emotion"].filter(pa.array(is_unknown)))
     may_be_class = [(text, count) for text, count in counts if label_key(text) in PERHAPS_UNKNOWN_WORDS]
     if case.data.emotions != "auto" or case.taxonomy.emotions == tuple(RAFCE_EMOTIONS):
         may_be_class = []
     sure = [pair for pair in counts if pair not in may_be_class]
-    findings = []
     if may_be_class:
         classes = _class_names(case)
         with_them = in_label_order([*classes, *(text for text, _ in may_be_class)])
         message = f"{_counts(may_be_class)}: that may be a class, or say that the emotion is unknown"
         as_class = _with_emotions(case, with_them)
         remedy = f"If it is unknown: `{_with_emotions(case, classes)}`. If it is a class: `{as_class}`."
-        findings.append(_words_finding(case, may_be_class, "refusal", "class_or_unknown", message, remedy))
+        yield _words_finding(case, may_be_class, "refusal", "class_or_unknown", message, remedy)
     if sure:
         remedy = "If that is a class, list it in data.emotions."
-        findings.append(
-            _words_finding(case, sure, "info", "emotions_unknown", f"{_counts(sure)}: read as unknown", remedy)
-        )
-    return findings
+        yield _words_finding(case, sure, "info", "emotions_unknown", f"{_counts(sure)}: read as unknown", remedy)
 
 
 def _words_finding(
@@ -342,13 +340,13 @@ def _shown(text: str) -> str:
     return f"'{text}'" if text.isascii() or text == unicodedata.normalize("NFKC", text) else ascii(text)
 
 
-def _check_spellings(case: Case) -> list[Finding]:
+def _check_spellings(case: Case) -> Iterator[Finding]:
     """Class names that differ only as spellings do: classes of their own where nothing says that they are one."""
     if case.data.emotions != "auto" or not case.taxonomy.emotions or case.taxonomy.emotions == tuple(RAFCE_EMOTIONS):
-        return []
+        return
     several = [spellings for spellings in _spellings(case).values() if len(spellings) > 1]
     if not several:
-        return []
+        return
     table = case.labels.table
     evidence = []
     for spellings in several:
@@ -361,14 +359,14 @@ def _check_spellings(case: Case) -> list[Finding]:
         f"To train each as one class: `{_with_emotions(case, _class_names(case))}`. "
         f"To keep them apart: `{_with_emotions(case, list(case.taxonomy.emotions))}`."
     )
-    return [Finding("refusal", "spellings_of_classes", message, remedy, len(several), tuple(evidence))]
+    yield Finding("refusal", "spellings_of_classes", message, remedy, len(several), tuple(evidence))
 
 
-def _check_number_of_classes(case: Case) -> list[Finding]:
+def _check_number_of_classes(case: Case) -> Iterator[Finding]:
     """A single class cannot be told from others."""
     known = case.targets.emotion[case.usable & (case.targets.emotion >= 0)]
     if len(np.unique(known)) != 1:
-        return []
+        return
     name = case.taxonomy.emotions[int(known[0])]
     message = f"all {len(known)} train images with a known emotion say {name!r}: there is nothing to learn"
     remedy = "Add images of other classes to the train split"
@@ -376,10 +374,10 @@ def _check_number_of_classes(case: Case) -> list[Finding]:
         remedy += "; to train the action units alone: data.emotions=none"
     counts = value_counts(case.labels.table["emotion"])[:10]
     evidence = tuple(Evidence(f"{counted(count, 'row')} of all splits: {text!r}") for text, count in counts)
-    return [Finding("refusal", "one_class", message, f"{remedy}.", 1, evidence)]
+    yield Finding("refusal", "one_class", message, f"{remedy}.", 1, evidence)
 
 
-def _check_class_sizes(case: Case) -> list[Finding]:
+def _check_class_sizes(case: Case) -> Iterator[Finding]:
     """Small classes: worth knowing; a warning where the class should be larger, or where nothing is known of it."""
     sizes = case.split_sizes()
     few: dict[Level, list[tuple[str, str, Evidence]]] = {"info": [], "warning": []}
@@ -396,7 +394,6 @@ def _check_class_sizes(case: Case) -> list[Finding]:
                 level = "warning" if rafce.is_surprisingly_few(count, expected) else "info"
             name = case.taxonomy.emotions[label]
             few[level].append((split, name, Evidence(f"{split}: {count} images of {name}")))
-    findings = []
     for level, found in few.items():
         if found:
             evidence = tuple(one for _, _, one in found)
@@ -405,67 +402,51 @@ def _check_class_sizes(case: Case) -> list[Finding]:
                 f"{' or '.join(dict.fromkeys(split for split, _, _ in found))}: their figures mean little"
             )
             remedy = "Add images of these classes, or look at macro-F1 over supported classes."
-            findings.append(Finding(level, "classes_under_10", message, remedy, len(evidence), evidence))
-    return findings
+            yield Finding(level, "classes_under_10", message, remedy, len(evidence), evidence)
 
 
-def action_unit_findings(case: Case) -> list[Finding]:
-    """Whether there is something to learn, what could not be read, and what lies outside the vocabulary."""
-    checks = (
-        _check_targets,
-        _check_unreadable,
-        _check_vocabulary,
-        _check_each,
-        _check_token_shapes,
-    )
-    return [finding for check in checks for finding in check(case)]
-
-
-def _check_targets(case: Case) -> list[Finding]:
+def _check_targets(case: Case) -> Iterator[Finding]:
     labels, data = case.labels, case.data
     if not labels.has_action_units or data.action_units == "none":
-        return []
+        return
     if not case.taxonomy.action_units:
         wanted = (
             f"{data.min_train_positives} train positives" if data.action_units == "auto" else "a column in the table"
         )
         message = f"no action unit of the vocabulary {data.action_units!r} has {wanted}"
         remedy = "Set data.action_units to a list, to auto with a lower data.min_train_positives, or to none."
-        return [Finding("refusal", "no_action_unit_positives", message, remedy)]
+        yield Finding("refusal", "no_action_unit_positives", message, remedy)
+        return
     if case.train_positives.any() or case.all_images_missing:
-        return []
+        return
     states = dict(value_counts(labels.table["au_state"]))
-    evidence = [
-        evidence
-        for finding in labels.findings
-        if finding.code == "unreadable_action_units"
-        for evidence in finding.evidence
-    ]
+    evidence = _unreadable(labels)
     evidence += [Evidence(f"{count} rows are {state}") for state, count in states.items()]
     message = "there are action-unit labels, but no train image has a positive one: there is nothing to learn"
     remedy = (
         "Check how the labels are written (1+4+25 in RAF-CE's file; 1, 0 or blank in a table) and data.action_units; "
         "data.action_units=none leaves the task out."
     )
-    return [Finding("refusal", "no_action_unit_positives", message, remedy, 1, tuple(evidence))]
+    yield Finding("refusal", "no_action_unit_positives", message, remedy, 1, tuple(evidence))
 
 
-def _check_unreadable(case: Case) -> list[Finding]:
+def _unreadable(labels: Labels) -> list[Evidence]:
+    """Where reading found action-unit labels that it could not read."""
+    found = (finding for finding in labels.findings if finding.code == "unreadable_action_units")
+    return [evidence for finding in found for evidence in finding.evidence]
+
+
+def _check_unreadable(case: Case) -> Iterator[Finding]:
     """Refuse where more than one in a hundred labels that say something cannot be read."""
     labels = case.labels
     if case.data.action_units == "none":
-        return []
+        return
     states = dict(value_counts(labels.table["au_state"]))
     unreadable = states.get("unreadable", 0)
     labelled = unreadable + states.get("full", 0) + states.get("partial", 0)
     if not labelled or unreadable / labelled <= MAX_UNREADABLE_SHARE:
-        return []
-    reported = [
-        evidence
-        for finding in labels.findings
-        if finding.code == "unreadable_action_units"
-        for evidence in finding.evidence
-    ]
+        return
+    reported = _unreadable(labels)
     mask = np.asarray(pc.equal(labels.table["au_state"], "unreadable"))
     evidence = tuple(reported) or case.rows(mask, labels.au_file, "au_line", None)
     share = unreadable / labelled
@@ -474,14 +455,13 @@ def _check_unreadable(case: Case) -> list[Finding]:
         f"at most {MAX_UNREADABLE_SHARE:.0%} may be"
     )
     remedy = "Write action units as numbers joined by '+', such as 1+4+L12, or null; in a table as 1, 0 or blank."
-    return [Finding("refusal", "too_many_unreadable_action_units", message, remedy, unreadable, evidence)]
+    yield Finding("refusal", "too_many_unreadable_action_units", message, remedy, unreadable, evidence)
 
 
-def _check_vocabulary(case: Case) -> list[Finding]:
+def _check_vocabulary(case: Case) -> Iterator[Finding]:
     labels, taxonomy, data = case.labels, case.taxonomy, case.data
     if not taxonomy.action_units:
-        return []
-    findings = []
+        return
     level: Level
     wanted = (
         SEED18 if data.action_units == "seed18" else data.action_units if isinstance(data.action_units, tuple) else ()
@@ -490,28 +470,21 @@ def _check_vocabulary(case: Case) -> list[Finding]:
     if left_out:
         level = "info" if data.action_units == "seed18" else "warning"
         message = f"no column for {', '.join(map(action_unit_code, left_out))}: left out of the vocabulary"
-        findings.append(Finding(level, "action_units_without_column", message, "", len(left_out)))
-    outside: dict[str, int] = {}
-    for token, count in labels.token_counts.items():
-        number = parse_action_unit_token(token)
-        if number is not None and number not in taxonomy.action_units:
-            outside[token] = outside.get(token, 0) + count
-    if outside:
-        ordered = sorted(outside.items(), key=lambda item: -item[1])
-        evidence = evidence_of(Evidence(f"{token}: {count}") for token, count in ordered)
+        yield Finding(level, "action_units_without_column", message, "", len(left_out))
+    if outside := tokens_outside(labels.token_counts, taxonomy):
+        evidence = evidence_of(Evidence(f"{token}: {count}") for token, count in outside.items())
         message = f"{sum(outside.values())} action-unit tokens of {len(outside)} kinds are outside the vocabulary"
         remedy = f"data.action_units=auto takes every action unit with {data.min_train_positives} train positives."
         # The makers of a table chose its columns: each one that is left out is reported.
         enough = max(outside.values()) >= data.min_train_positives
         chosen = labels.layout != "table" or isinstance(data.action_units, tuple)
         level = "warning" if enough and not chosen else "info"
-        findings.append(Finding(level, "tokens_outside_vocabulary", message, remedy, sum(outside.values()), evidence))
-    return findings
+        yield Finding(level, "tokens_outside_vocabulary", message, remedy, sum(outside.values()), evidence)
 
 
-def _check_each(case: Case) -> list[Finding]:
+def _check_each(case: Case) -> Iterator[Finding]:
     if not case.train_positives.any():
-        return []
+        return
     never: dict[Level, list[Evidence]] = {"info": [], "warning": []}
     always = []
     num_reference = rafce.SPLIT_SIZES["train"] - rafce.NUM_NULL_TRAIN
@@ -527,38 +500,32 @@ def _check_each(case: Case) -> list[Finding]:
             never[level].append(Evidence(f"{code}: 0 of {num_known} known train rows"))
         elif count == num_known:
             always.append(Evidence(f"{code}: all {num_known} known train rows"))
-    findings = []
     for level, evidence in never.items():
         if evidence:
             message = f"{len(evidence)} action units of the vocabulary have no positive in train and cannot be learned"
             remedy = "Leave them out: data.action_units=auto, or a list."
-            findings.append(
-                Finding(level, "action_units_without_positives", message, remedy, len(evidence), tuple(evidence))
-            )
+            yield Finding(level, "action_units_without_positives", message, remedy, len(evidence), tuple(evidence))
     if always:
         message = (
             f"{len(always)} action units are present in every known train row: the model would learn to always say yes"
         )
         remedy = "If null means that none is there, set data.null_policy=negative; else leave them out."
-        findings.append(
-            Finding("warning", "action_units_without_negatives", message, remedy, len(always), tuple(always))
-        )
-    return findings
+        yield Finding("warning", "action_units_without_negatives", message, remedy, len(always), tuple(always))
 
 
-def _check_token_shapes(case: Case) -> list[Finding]:
+def _check_token_shapes(case: Case) -> Iterator[Finding]:
     """Tokens that are more than a number: read as their base action unit, and counted."""
     if case.labels.layout != "rafce":
-        return []
+        return
     shaped = [
         (token, count)
         for token, count in case.labels.token_counts.items()
         if not token.isdecimal() and parse_action_unit_token(token) is not None
     ]
     if not shaped:
-        return []
+        return
     shaped.sort(key=lambda item: -item[1])
     total = sum(count for _, count in shaped)
     evidence = evidence_of(Evidence(f"{token}: {count}") for token, count in shaped)
     message = f"{total} action-unit tokens carry a side, prefix or intensity and count for their base action unit"
-    return [Finding("info", "shaped_tokens", message, "", total, evidence)]
+    yield Finding("info", "shaped_tokens", message, "", total, evidence)

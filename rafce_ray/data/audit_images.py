@@ -73,7 +73,7 @@ def image_findings(labels: Labels, targets: Targets, progress: Progress | None) 
     images = _Images(labels, targets)
     pixels = _measure(labels, progress)
     blank = pixels.std < BLANK_STD
-    findings = _undecodable_finding(labels, pixels.undecodable)
+    findings = list(_undecodable_finding(labels, pixels.undecodable))
     if blank.any():
         rows = pixels.rows[blank]
         evidence = evidence_of(Evidence(images.describe(row)) for row in rows.tolist())
@@ -122,16 +122,16 @@ def _digest(image: npt.NDArray[np.uint8]) -> int:
     return int.from_bytes(hashlib.blake2b(image.tobytes(), digest_size=8).digest(), "little")
 
 
-def _undecodable_finding(labels: Labels, undecodable: list[Undecodable]) -> list[Finding]:
+def _undecodable_finding(labels: Labels, undecodable: list[Undecodable]) -> Iterator[Finding]:
     if not undecodable:
-        return []
+        return
     num_rows = labels.table.num_rows
     level: Level = "error" if len(undecodable) > _MAX_UNDECODABLE_SHARE * num_rows else "warning"
     if len(undecodable) == num_rows - labels.table["image_path"].null_count:
         level = "refusal"
     evidence = evidence_of(Evidence(f"{item.code}: {item.message}", item.path) for item in undecodable)
     message, remedy = f"{len(undecodable)} images cannot be decoded and are left out", _remedy(labels, undecodable)
-    return [Finding(level, "undecodable_images", message, remedy, len(undecodable), evidence)]
+    yield Finding(level, "undecodable_images", message, remedy, len(undecodable), evidence)
 
 
 def _remedy(labels: Labels, undecodable: list[Undecodable]) -> str:

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 
 from rafce_ray.config import DataConfig
 from rafce_ray.data.listing import groups_of_equals
-from rafce_ray.data.records import EvidenceList
+from rafce_ray.data.records import ArrowRows, EvidenceList
 from rafce_ray.errors import Evidence, Finding, Level, UsageError
 from rafce_ray.storage import Location
 from rafce_ray.taxonomy import ACTION_UNIT_NAMES, action_unit_code, parse_action_unit_token, split_action_unit_tokens
@@ -28,7 +28,7 @@ AUTO = "auto"
 
 ENCODING_KEY = "data.encoding"
 
-_CHUNK = 2048
+_SCHEMA = pa.schema([("name", pa.string()), ("value", pa.string()), ("line", pa.int32())])
 
 
 @dataclass(frozen=True)
@@ -82,52 +82,35 @@ def read_label_file(location: Location, encoding: str = AUTO) -> LabelFile | Non
         refuse_broken_link(location)
         return None
     raw = location.read_bytes()
-    sha256, findings = hashlib.sha256(raw).hexdigest(), text_findings(raw, location.name, encoding)
+    sha256, findings = hashlib.sha256(raw).hexdigest(), list(text_findings(raw, location.name, encoding))
     text = open_text(raw, location, encoding=encoding)
     del raw
-    names: list[pa.Array] = []
-    values: list[pa.Array] = []
-    lines: list[npt.NDArray[np.int32]] = []
-    malformed = EvidenceList()
-    chunk: list[tuple[str, str, int]] = []
+    rows, malformed = ArrowRows(_SCHEMA), EvidenceList()
     for number, line in enumerate(text, start=1):
         fields = line.split(None, 1)
         if len(fields) == 2:
-            chunk.append((fields[0], fields[1].rstrip(), number))
+            rows.append((fields[0], fields[1].rstrip(), number))
         elif fields:
             malformed.add(f"{line.strip()[:80]!r}: expected a file name, a blank and a label", location.name, number)
-        if len(chunk) == _CHUNK:
-            _flush(chunk, names, values, lines)
-    _flush(chunk, names, values, lines)
     text.close()
     if malformed:
         message = f"{location.name}: {len(malformed)} lines are not 'name label' and are not used"
         remedy = "Write each line as NAME LABEL."
         findings.append(malformed.finding("warning", "malformed_lines", message, remedy))
-    every_name, every_line = pa.concat_arrays(names), np.concatenate(lines)
-    every_value = pa.chunked_array(values, pa.string())
-    keep, conflicting, duplicates = _judge_duplicates(every_name, every_value, every_line, location.name)
+    table = rows.table()
+    names, lines = table["name"].combine_chunks(), np.asarray(table["line"])
+    keep, conflicting, duplicates = _judge_duplicates(names, table["value"], lines, location.name)
     if duplicates:
-        kept = pa.array(keep)
-        every_name, every_value, every_line = every_name.filter(kept), every_value.filter(kept), every_line[keep]
+        table = table.filter(pa.array(keep))
     return LabelFile(
         file=location.name,
-        names=every_name,
-        values=every_value,
-        lines=every_line,
+        names=table["name"].combine_chunks() if duplicates else names,
+        values=table["value"],
+        lines=lines[keep],
         conflicting=conflicting[keep],
         findings=(*findings, *duplicates),
         sha256=sha256,
     )
-
-
-def _flush(
-    chunk: list[tuple[str, str, int]], names: list[pa.Array], values: list[pa.Array], lines: list[npt.NDArray[np.int32]]
-) -> None:
-    names.append(pa.array([name for name, _, _ in chunk], pa.string()))
-    values.append(pa.array([value for _, value, _ in chunk], pa.string()))
-    lines.append(np.array([line for _, _, line in chunk], np.int32))
-    chunk.clear()
 
 
 def open_text(
@@ -255,9 +238,8 @@ def _looks_swallowed(lines: list[str], width: int, delimiter: str) -> bool:
     return False
 
 
-def text_findings(raw: bytes, file: str, encoding: str = AUTO) -> list[Finding]:
+def text_findings(raw: bytes, file: str, encoding: str = AUTO) -> Iterator[Finding]:
     """What is unusual about a text file's bytes but read all the same."""
-    findings = []
     codec = _codec_of(raw)
     notes = []
     if raw.startswith(b"\xef\xbb\xbf"):
@@ -268,14 +250,13 @@ def text_findings(raw: bytes, file: str, encoding: str = AUTO) -> list[Finding]:
         notes.append("carriage returns")
     if notes:
         found = " and ".join(notes)
-        findings.append(Finding("info", "text_format", f"{file}: {found} read", "", 1, (Evidence(found, file),)))
+        yield Finding("info", "text_format", f"{file}: {found} read", "", 1, (Evidence(found, file),))
     if encoding != AUTO and codecs.lookup(encoding).name != "utf-8" and not raw.isascii() and _decodes(raw, codec):
         message = (
             f"{file}: {ENCODING_KEY} is {encoding}, but the bytes are valid {codec.removesuffix('-sig').upper()} text"
         )
         remedy = f"Look at the names of the classes: if they hold strange characters, leave out {ENCODING_KEY}."
-        findings.append(Finding("warning", "encoding_looks_wrong", message, remedy))
-    return findings
+        yield Finding("warning", "encoding_looks_wrong", message, remedy)
 
 
 def _judge_duplicates(
@@ -291,21 +272,17 @@ def _judge_duplicates(
         detail = f"{names[int(rows[0])].as_py()} on lines {numbers}: {' / '.join(said)}"
         conflicting[rows[0]] = len(set(said)) > 1
         (conflict_evidence if conflicting[rows[0]] else identical_evidence).add(detail, file, int(lines[rows[1]]))
-    return keep, conflicting, duplicate_findings(identical_evidence, conflict_evidence, file)
+    return keep, conflicting, list(duplicate_findings(identical_evidence, conflict_evidence, file))
 
 
-def duplicate_findings(identical: EvidenceList, conflicting: EvidenceList, file: str) -> list[Finding]:
+def duplicate_findings(identical: EvidenceList, conflicting: EvidenceList, file: str) -> Iterator[Finding]:
     """Findings for names that a label file holds more than once."""
-    findings = []
     if identical:
         message = f"{file}: {len(identical)} names are there more than once with the same label; each counts once"
-        findings.append(identical.finding("warning", "duplicate_rows", message, "Delete the repeated lines."))
+        yield identical.finding("warning", "duplicate_rows", message, "Delete the repeated lines.")
     if conflicting:
         message = f"{file}: {len(conflicting)} names are there more than once with different labels, which are unknown"
-        findings.append(
-            conflicting.finding("error", "conflicting_rows", message, "Keep the line that is right for each name.")
-        )
-    return findings
+        yield conflicting.finding("error", "conflicting_rows", message, "Keep the line that is right for each name.")
 
 
 @dataclass(frozen=True)

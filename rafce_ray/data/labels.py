@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import islice
 
 import numpy as np
@@ -290,12 +290,11 @@ def _has_image_below_a_folder(split: Location) -> bool:
 
 def _class_folder_findings(
     root: Location, data: DataConfig, classes: list[str], outside: EvidenceList, *, has_splits: bool
-) -> list[Finding]:
-    findings = []
+) -> Iterator[Finding]:
     if outside:
         message = f"{counted(len(outside), 'image')} in {root} lie outside of the class folders and are not used"
         remedy = "Move them to SPLIT/CLASS/." if has_splits else "Move them to CLASS/."
-        findings.append(outside.finding("warning", "images_outside_classes", message, remedy))
+        yield outside.finding("warning", "images_outside_classes", message, remedy)
     if not has_splits:
         found = ", ".join(classes[:10]) + (", ..." if len(classes) > 10 else "")
         message = f"{root}: the class folders ({found}) are in no split"
@@ -303,5 +302,4 @@ def _class_folder_findings(
             f"Write a table with splits: rafce data split {shlex.quote(str(data.root))}. Or move the class folders "
             "into train/, validation/ and test/."
         )
-        findings.append(Finding("refusal", "no_split_folders", message, remedy, 1, (Evidence(found, root.name),)))
-    return findings
+        yield Finding("refusal", "no_split_folders", message, remedy, 1, (Evidence(found, root.name),))

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.fs as pafs
 
-from rafce_ray.data.records import EvidenceList, NearImage, counted, evidence_of
+from rafce_ray.data.records import ArrowRows, EvidenceList, NearImage, counted, evidence_of
 from rafce_ray.decode import READ_ENDINGS, UNREAD_PICTURE_ENDINGS
 from rafce_ray.errors import Evidence, Finding, UsageError
 from rafce_ray.storage import Location, locate
@@ -41,7 +40,6 @@ _ENDINGS = (*READ_ENDINGS, *UNREAD_PICTURE_ENDINGS)
 _READ = r"(?i)(" + "|".join(_ENDINGS[: len(READ_ENDINGS)]).replace(".", r"\.") + r")$"
 _EXTENSION = r"(?i)(" + "|".join(_ENDINGS).replace(".", r"\.") + r")$"
 _SUFFIX = r"(?i)(_aligned)?(" + "|".join(_ENDINGS).replace(".", r"\.") + r")$|_aligned$"
-_CHUNK = 2048
 _MAX_LOOKED_AT = 100_000
 
 
@@ -79,15 +77,11 @@ def list_images(folder: Location, *, recursive: bool, limit: int | None = None) 
     """
     local, unreadable = folder.local, EvidenceList()
     entries = _scan(local, recursive, unreadable) if local is not None else _list_remote(folder, recursive)
-    batches, chunk = [], []
+    rows = ArrowRows(_SCHEMA)
     for entry in islice(entries, limit):
         if entry[0].lower().endswith(_ENDINGS):
-            chunk.append(entry)
-        # Python objects are turned into columns every so often: 100,000 of them would show in the peak memory.
-        if len(chunk) == _CHUNK:
-            batches.append(_to_batch(chunk))
-            chunk = []
-    table = _without_converted(pa.Table.from_batches([*batches, _to_batch(chunk)], _SCHEMA))
+            rows.append(entry)
+    table = _without_converted(rows.table())
     return Listing(folder, table.sort_by("path").combine_chunks(), unreadable)
 
 
@@ -139,15 +133,15 @@ def match_images(names: pa.Array, root: Location, images: str | None) -> Matched
     return replace(best, findings=tuple(findings), near=_near_images(missing, best, candidates[-1]))
 
 
-def _unreadable_findings(listing: Listing) -> list[Finding]:
+def _unreadable_findings(listing: Listing) -> Iterator[Finding]:
     if not listing.unreadable:
-        return []
+        return
     message = f"{listing.folder}: files or folders in it that cannot be read are not used: {len(listing.unreadable)}"
     remedy = "Remove them, or give access to them (chmod)."
-    return [listing.unreadable.finding("warning", "unreadable_images", message, remedy)]
+    yield listing.unreadable.finding("warning", "unreadable_images", message, remedy)
 
 
-def _shared_findings(names: pa.Array, matched: Matched) -> list[Finding]:
+def _shared_findings(names: pa.Array, matched: Matched) -> Iterator[Finding]:
     """Names that are written differently and mean one image."""
     rows = np.flatnonzero(matched.index >= 0)
     shared = EvidenceList()
@@ -155,9 +149,9 @@ def _shared_findings(names: pa.Array, matched: Matched) -> list[Finding]:
         written = ", ".join(str(names[int(row)].as_py()) for row in rows[group].tolist())
         shared.add(written, str(matched.listing.table["path"][int(matched.index[rows[group[0]]])].as_py()))
     if not shared:
-        return []
+        return
     message = f"images that more than one name means: {len(shared)}; each counts as often as it is named"
-    return [shared.finding("error", "shared_images", message, "Keep one row an image.")]
+    yield shared.finding("error", "shared_images", message, "Keep one row an image.")
 
 
 def image_columns(listing: pa.Table, index: npt.NDArray[np.int64]) -> dict[str, pa.Array]:
@@ -219,12 +213,6 @@ def _list_remote(folder: Location, recursive: bool) -> Iterator[tuple[str, int, 
     for info in folder.list(recursive=recursive):
         if info.type == pafs.FileType.File:
             yield info.path[skip:], info.size or 0, info.mtime_ns or 0
-
-
-def _to_batch(chunk: list[tuple[str, int, int]]) -> pa.RecordBatch:
-    columns: list[Sequence[Any]] = list(zip(*chunk, strict=True)) if chunk else [(), (), ()]
-    arrays = [pa.array(column, kind) for column, kind in zip(columns, _SCHEMA.types, strict=True)]
-    return pa.record_batch(arrays, schema=_SCHEMA)
 
 
 def _match(names: pa.Array, listing: Listing) -> Matched:

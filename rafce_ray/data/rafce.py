@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -144,30 +145,26 @@ def read(root: Location, images: str | None, encoding: str = AUTO) -> Labels:
     )
 
 
-def _file_findings(names: pa.Array, file: LabelFile | None, code: str, consequence: str) -> list[Finding]:
+def _file_findings(names: pa.Array, file: LabelFile | None, code: str, consequence: str) -> Iterator[Finding]:
     """What was odd in a file, and labelled names that it lacks."""
     if file is None:
-        return []
+        return
+    yield from file.findings
     absent = np.flatnonzero(file.locate(names) < 0).tolist()
-    if not absent:
-        return list(file.findings)
-    evidence = evidence_of(Evidence(f"{names[row].as_py()} is not in it", file.file) for row in absent)
-    message = f"{file.file}: {len(absent)} labelled names of the other files are missing; {consequence}"
-    remedy = f"Add their lines to {file.file}."
-    return [*file.findings, Finding("warning", code, message, remedy, len(absent), evidence)]
+    if absent:
+        evidence = evidence_of(Evidence(f"{names[row].as_py()} is not in it", file.file) for row in absent)
+        message = f"{file.file}: {len(absent)} labelled names of the other files are missing; {consequence}"
+        yield Finding("warning", code, message, f"Add their lines to {file.file}.", len(absent), evidence)
 
 
-def _spare_findings(names: pa.Array, file: LabelFile | None, level: Level, code: str) -> list[Finding]:
+def _spare_findings(names: pa.Array, file: LabelFile | None, level: Level, code: str) -> Iterator[Finding]:
     """Names of a file that have no label."""
-    unknown = file.not_among(names).tolist() if file else []
-    if not file or not unknown:
-        return []
-    evidence = evidence_of(
-        Evidence(f"{file.names[row].as_py()} has no label", file.file, int(file.lines[row])) for row in unknown
-    )
-    message = f"{file.file}: {len(unknown)} names have neither an emotion nor an action-unit label: not used"
-    remedy = "Add their labels, or delete the lines."
-    return [Finding(level, code, message, remedy, len(unknown), evidence)]
+    if file is not None and (unknown := file.not_among(names).tolist()):
+        evidence = evidence_of(
+            Evidence(f"{file.names[row].as_py()} has no label", file.file, int(file.lines[row])) for row in unknown
+        )
+        message = f"{file.file}: {len(unknown)} names have neither an emotion nor an action-unit label: not used"
+        yield Finding(level, code, message, "Add their labels, or delete the lines.", len(unknown), evidence)
 
 
 def _emotion_columns(names: pa.Array, file: LabelFile) -> dict[str, pa.Array]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +38,8 @@ NUM_VOTES = 6
 
 MAX_EVIDENCE = 1000
 """Evidence kept per finding; its count tells of the rest."""
+
+_CHUNK = 2048
 
 MAX_UNREADABLE_SHARE = 0.01
 """Share of the labelled, non-null rows that may be unreadable before the dataset is refused."""
@@ -94,6 +96,35 @@ class EvidenceList:
     def finding(self, level: Level, code: str, message: str, remedy: str = "") -> Finding:
         """The finding that all of it shows."""
         return Finding(level, code, message, remedy, self._count, tuple(self._kept))
+
+
+class ArrowRows:
+    """Rows gathered into an arrow table.
+
+    Every few thousand rows, Python objects become columns: 100,000 of them would show in the peak memory.
+    """
+
+    def __init__(self, schema: pa.Schema) -> None:
+        self._schema = schema
+        self._batches: list[pa.RecordBatch] = []
+        self._pending: list[tuple[Any, ...]] = []
+
+    def append(self, row: tuple[Any, ...]) -> None:
+        """One more row, a value for each column."""
+        self._pending.append(row)
+        if len(self._pending) == _CHUNK:
+            self._flush()
+
+    def table(self) -> pa.Table:
+        """All rows."""
+        self._flush()
+        return pa.Table.from_batches(self._batches, self._schema)
+
+    def _flush(self) -> None:
+        columns: list[Sequence[Any]] = list(zip(*self._pending, strict=True)) or [()] * len(self._schema)
+        arrays = [pa.array(column, kind) for column, kind in zip(columns, self._schema.types, strict=True)]
+        self._batches.append(pa.record_batch(arrays, schema=self._schema))
+        self._pending.clear()
 
 
 def counted(number: int, noun: str) -> str:

@@ -35,6 +35,7 @@ from rafce_ray.data.records import (
     LABEL_SCHEMA,
     MAX_UNREADABLE_SHARE,
     SPLIT_NAMES,
+    ArrowRows,
     EvidenceList,
     Labels,
     counted,
@@ -73,12 +74,17 @@ class _Intensities:
     line: int = 0
 
 
+_READ_SCHEMA = pa.schema(
+    [LABEL_SCHEMA.field(name) for name in ("name", "split", "emotion", "au_state", "au_positive", "au_negative")]
+    + [pa.field("line", pa.int32())]
+)
+
+
 @dataclass
 class _Rows:
-    """Rows read so far, flushed to arrow as they come, and what was odd about them."""
+    """Rows read so far, and what was odd about them."""
 
-    batches: list[pa.RecordBatch] = field(default_factory=list)
-    pending: list[tuple[Any, ...]] = field(default_factory=list)
+    read: ArrowRows = field(default_factory=lambda: ArrowRows(_READ_SCHEMA))
     malformed: EvidenceList = field(default_factory=EvidenceList)
     broken: EvidenceList = field(default_factory=EvidenceList)
     swallowed: EvidenceList = field(default_factory=EvidenceList)
@@ -90,12 +96,6 @@ class _Rows:
     intensities: defaultdict[int, _Intensities] = field(default_factory=lambda: defaultdict(_Intensities))
     ones: Counter[int] = field(default_factory=Counter)
     splits_of: defaultdict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
-
-
-_READ_SCHEMA = pa.schema(
-    [LABEL_SCHEMA.field(name) for name in ("name", "split", "emotion", "au_state", "au_positive", "au_negative")]
-    + [pa.field("line", pa.int32())]
-)
 
 
 def find_table(root: Location) -> Location | None:
@@ -134,7 +134,7 @@ def read(table: Location, data: DataConfig) -> Labels:
     columns = find_columns(header, str(table), table.name, data)
     given = shlex.quote(str(data.root)) + ("" if data.encoding == "auto" else f" data.encoding={data.encoding}")
     rows = _read_rows(records, columns, header, table.name, data.au_threshold)
-    read_table = pa.Table.from_batches(rows.batches, _READ_SCHEMA).combine_chunks()
+    read_table = rows.read.table().combine_chunks()
     findings += [*columns.findings, *_intensity_findings(rows, columns, table, data)]
     findings += [*_line_break_findings(rows, table), *_row_findings(rows, columns, table.name, given)]
     labels, duplicates = _without_duplicates(read_table, table.name)
@@ -273,10 +273,7 @@ def _read_rows(
         state, positive, negative, fault = _read_action_units(cells, columns, line, au_threshold, rows)
         if fault is not None:
             rows.unreadable.add(f"{name}: {fault}", file, line)
-        rows.pending.append((name, split, emotion or None, state, positive, negative, line))
-        if len(rows.pending) == _CHUNK:
-            _flush(rows)
-    _flush(rows)
+        rows.read.append((name, split, emotion or None, state, positive, negative, line))
     return rows
 
 
@@ -292,13 +289,12 @@ def _keep_line_break(row: CsvRow, columns: Columns, header: list[str], file: str
     return True
 
 
-def _line_break_findings(rows: _Rows, table: Location) -> list[Finding]:
-    findings = []
+def _line_break_findings(rows: _Rows, table: Location) -> Iterator[Finding]:
     if rows.line_breaks:
         message = (
             f"{table.name}: a column that is not read holds line breaks in {counted(len(rows.line_breaks), 'row')}"
         )
-        findings.append(rows.line_breaks.finding("info", "line_breaks", message))
+        yield rows.line_breaks.finding("info", "line_breaks", message)
     if rows.swallowed:
         num_lines = sum(row.last - row.first + 1 for row in rows.swallowing)
         message = (
@@ -312,15 +308,7 @@ def _line_break_findings(rows: _Rows, table: Location) -> list[Finding]:
         if lone and table.local is not None:
             edits = ";".join(f'{line}s/"//' for line in lone)
             remedy += f" For example: sed -i.bak '{edits}' {table.command}"
-        findings.append(rows.swallowed.finding("refusal", "open_quotes", message, remedy))
-    return findings
-
-
-def _flush(rows: _Rows) -> None:
-    columns: list[Sequence[Any]] = list(zip(*rows.pending, strict=True)) if rows.pending else [() for _ in _READ_SCHEMA]
-    arrays = [pa.array(column, kind) for column, kind in zip(columns, _READ_SCHEMA.types, strict=True)]
-    rows.batches.append(pa.record_batch(arrays, schema=_READ_SCHEMA))
-    rows.pending.clear()
+        yield rows.swallowed.finding("refusal", "open_quotes", message, remedy)
 
 
 def _read_split(cells: list[str], columns: Columns, at: Evidence, rows: _Rows) -> str | None:
@@ -386,10 +374,10 @@ def _count_intensity(found: _Intensities, cell: str, value: float, line: int) ->
     found.largest = max(found.largest, value)
 
 
-def _intensity_findings(rows: _Rows, columns: Columns, table: Location, data: DataConfig) -> list[Finding]:
+def _intensity_findings(rows: _Rows, columns: Columns, table: Location, data: DataConfig) -> Iterator[Finding]:
     """What is read as intensities; UsageError where data.au_threshold is not set for them, or set for none."""
     if data.action_units == "none":
-        return []
+        return
     root = shlex.quote(str(data.root))
     if data.au_threshold is None:
         # A single number among zeros and ones is a slip, reported as an unreadable cell. A scale has many of them.
@@ -399,7 +387,7 @@ def _intensity_findings(rows: _Rows, columns: Columns, table: Location, data: Da
             if one.count > MAX_UNREADABLE_SHARE * (one.count + rows.ones[number])
         }
         if not found:
-            return []
+            return
         titles = ", ".join(repr(columns.header[columns.action_units[number]]) for number in sorted(found))
         first = min(found.values(), key=lambda one: one.line)
         if max(one.largest for one in found.values()) <= 1:
@@ -414,7 +402,7 @@ def _intensity_findings(rows: _Rows, columns: Columns, table: Location, data: Da
             f"data.au_threshold={threshold}"
         )
     if not rows.intensities:
-        return []
+        return
     if max(one.largest for one in rows.intensities.values()) <= 1 < data.au_threshold:
         raise UsageError(
             f"{table}: no AU column has a value above 1, so at data.au_threshold={data.au_threshold:g} no AU is ever "
@@ -428,25 +416,24 @@ def _intensity_findings(rows: _Rows, columns: Columns, table: Location, data: Da
     columns_found = "1 AU column holds" if len(evidence) == 1 else f"{len(evidence)} AU columns hold"
     present = f"present from data.au_threshold={data.au_threshold:g} on"
     message = f"{table.name}: {columns_found} intensities: {present}"
-    return [Finding("info", "intensities", message, "", len(evidence), evidence)]
+    yield Finding("info", "intensities", message, "", len(evidence), evidence)
 
 
-def _row_findings(rows: _Rows, columns: Columns, file: str, root: str) -> list[Finding]:
-    findings = []
+def _row_findings(rows: _Rows, columns: Columns, file: str, root: str) -> Iterator[Finding]:
     if rows.malformed:
         message = f"{file}: {len(rows.malformed)} rows do not fit the header or have no name, and are not used"
         remedy = "Give every row as many cells as the header."
-        findings.append(rows.malformed.finding("warning", "malformed_lines", message, remedy))
+        yield rows.malformed.finding("warning", "malformed_lines", message, remedy)
     if rows.broken:
         message = f"{file}: a name or an emotion holds a line break in {counted(len(rows.broken), 'row')}, not used"
         remedy = "Write names and emotions on one line."
-        findings.append(rows.broken.finding("warning", "line_breaks_in_labels", message, remedy))
+        yield rows.broken.finding("warning", "line_breaks_in_labels", message, remedy)
     if rows.unreadable:
-        findings.append(unreadable_finding(file, rows.unreadable))
+        yield unreadable_finding(file, rows.unreadable)
     if columns.split is None:
         by = "" if columns.person is None else f" --by {shlex.quote(columns.header[columns.person])}"
         remedy = f"Write a copy with one: rafce data split {root}{by}"
-        findings.append(Finding("refusal", "no_split_column", f"{file}: no column 'split'", remedy))
+        yield Finding("refusal", "no_split_column", f"{file}: no column 'split'", remedy)
     across = sorted((person, splits) for person, splits in rows.splits_of.items() if len(splits) > 1)
     if across and columns.person is not None:
         title = columns.header[columns.person]
@@ -454,15 +441,14 @@ def _row_findings(rows: _Rows, columns: Columns, file: str, root: str) -> list[F
         values = counted(len(across), "value")
         message = f"{file}: {values} of column {title!r} in more than one split: test then contains people from train"
         remedy = f"Write a copy that keeps each in one: rafce data split {root} --by {shlex.quote(title)}"
-        findings.append(Finding("warning", "persons_across_splits", message, remedy, len(across), seen))
+        yield Finding("warning", "persons_across_splits", message, remedy, len(across), seen)
     if rows.unknown_splits:
         message = f"{file}: {len(rows.unknown_splits)} rows name an unknown split and are in none"
         remedy = "Use train, validation (or val, valid, dev) and test; numbers are read only in RAF-CE's layout."
-        findings.append(rows.unknown_splits.finding("error", "unknown_partitions", message, remedy))
+        yield rows.unknown_splits.finding("error", "unknown_partitions", message, remedy)
     if rows.without_split:
         message = f"{file}: {len(rows.without_split)} rows have a blank split and are not used"
-        findings.append(rows.without_split.finding("warning", "rows_without_split", message, "Fill in their split."))
-    return findings
+        yield rows.without_split.finding("warning", "rows_without_split", message, "Fill in their split.")
 
 
 def _without_duplicates(table: pa.Table, file: str) -> tuple[pa.Table, list[Finding]]:
@@ -485,7 +471,7 @@ def _without_duplicates(table: pa.Table, file: str) -> tuple[pa.Table, list[Find
         for name in different:
             disagree["au_state" if name.startswith("au_") else name][rows[0]] = True
     kept = _masked(table, disagree).filter(pa.array(keep)).combine_chunks()
-    return kept, duplicate_findings(identical, conflicting, file)
+    return kept, list(duplicate_findings(identical, conflicting, file))
 
 
 def _masked(table: pa.Table, disagree: dict[str, npt.NDArray[np.bool_]]) -> pa.Table:
