@@ -40,7 +40,7 @@ STORE_READERS = 16
 
 
 @dataclass(frozen=True)
-class Job:
+class PredictionJob:
     """What a worker needs to know; every place is absolute or a URI. ``threads`` are its CPUs."""
 
     bundle: str
@@ -56,7 +56,7 @@ class Job:
 class ShardPredictor:
     """Predicts shards in a worker's process; bundle and detector are loaded by the first one."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: PredictionJob) -> None:
         self._job = job
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -170,7 +170,7 @@ def predict_on_ray(
             + (f"; {len(finished):,} shards are there already" if finished else "")
         )
         if missing:
-            job = Job(
+            job = PredictionJob(
                 bundle=str(find_bundle(bundle)),
                 out=str(folder),
                 stores=tuple(path for path in paths if "://" in path),
@@ -230,7 +230,9 @@ def share_out(
     return Share(wanted, cpus, gpus, min(wanted, fitting(cpus)))
 
 
-def _predict_shards(job: Job, shards: Shards, missing: list[int], *, workers: int | None, use_gpu: bool | None) -> None:
+def _predict_shards(
+    job: PredictionJob, shards: Shards, missing: list[int], *, workers: int | None, use_gpu: bool | None
+) -> None:
     """Predict the missing shards on the cluster. RafceError where that failed; what was finished stays."""
     files = sum(shards.plan.files_of(shard) for shard in missing)
     goes_on = f"the same command goes on with the shards that {shards.folder.shown} lacks"
@@ -259,7 +261,7 @@ def _predict_shards(job: Job, shards: Shards, missing: list[int], *, workers: in
                 advance(shards.plan.files_of(row["shard"]))
 
 
-def _rows(job: Job, share: Share, missing: list[int]) -> Iterator[dict[str, Any]]:
+def _rows(job: PredictionJob, share: Share, missing: list[int]) -> Iterator[dict[str, Any]]:
     """What the workers say of the shards, as they end. Ray starts a worker that died again, and its shard with it."""
     import ray.data
     from ray.data.exceptions import ExecutionTimeoutError

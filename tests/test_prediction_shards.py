@@ -19,7 +19,7 @@ from rafce_ray.faces import Box, Face
 from rafce_ray.image_files import find_images, list_images, read_image, stores_of
 from rafce_ray.image_loading import LoadedFile, load_image
 from rafce_ray.predict import Predictor, main, outcomes, predict_files
-from rafce_ray.predict_on_ray import Job, ShardPredictor, Share, bundle_digest, predict_on_ray, share_out
+from rafce_ray.predict_on_ray import PredictionJob, ShardPredictor, Share, bundle_digest, predict_on_ray, share_out
 from rafce_ray.prediction_shards import Options, open_shards
 from rafce_ray.storage import locate
 
@@ -111,7 +111,7 @@ def test_a_name_that_is_not_utf8_is_read_by_its_uri(tmp_path, write_bundle, draw
     options = replace(OPTIONS, bundle_sha256=bundle_digest(bundle))
     shards = open_shards(locate(tmp_path / "out"), options, 9, lambda: list_images([str(images)]))
     assert shards.paths(0) == [f"file://{images}/caf%E9.jpg"] == list(list_images(shards.paths(0)))
-    worker = ShardPredictor(Job(bundle, str(tmp_path / "out"), (), "aligned", None, batch_size=8))
+    worker = ShardPredictor(PredictionJob(bundle, str(tmp_path / "out"), (), "aligned", None, batch_size=8))
     assert worker({"shard": 0})["error"] == ""
     (row,) = ds.dataset(tmp_path / "out" / "predictions").to_table().to_pylist()
     assert (row["path"], row["num_faces"]) == (f"file://{images}/caf%E9.jpg", 1)
@@ -233,7 +233,7 @@ def test_a_worker_tells_what_the_user_must_mend(tmp_path, write_bundle, drawn_fa
     bundle = write_bundle(tmp_path / "bundle", with_canary=False)
     options = replace(OPTIONS, bundle_sha256=bundle_digest(str(bundle)))
     shards = open_shards(locate(tmp_path / "out"), options, 9, lambda: list_images([str(drawn_faces / "aligned")]))
-    job = Job(str(bundle), str(tmp_path / "out"), (), "aligned", None, batch_size=8)
+    job = PredictionJob(str(bundle), str(tmp_path / "out"), (), "aligned", None, batch_size=8)
     assert ShardPredictor(job)({"shard": 1}) == {"shard": 1, "error": "", "exit_code": 0}
     assert shards.finished()[1]["faces"] == 9
     nowhere = ShardPredictor(replace(job, out=str(tmp_path / "nowhere")))({"shard": 0})
@@ -284,7 +284,7 @@ def test_nothing_is_repeated_where_all_shards_are_there(capsys, tmp_path, write_
     bundle, images = str(write_bundle(tmp_path / "bundle", with_canary=False)), str(drawn_faces / "aligned")
     options = replace(OPTIONS, bundle_sha256=bundle_digest(bundle), top_k=3)
     shards = open_shards(locate(tmp_path / "out"), options, 100, lambda: list_images([images]))
-    worker = ShardPredictor(Job(bundle, str(tmp_path / "out"), (), "aligned", None, batch_size=64))
+    worker = ShardPredictor(PredictionJob(bundle, str(tmp_path / "out"), (), "aligned", None, batch_size=64))
     for shard in range(shards.plan.num_shards):
         worker({"shard": shard})
     parts = [Path(path) for path in ds.dataset(tmp_path / "out" / "predictions").files]
