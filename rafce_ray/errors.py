@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 class RafceError(Exception):
     """The work failed for a reason that the message explains; programs exit with 1.
 
-    ``may_pass``: the same may succeed later, with nothing mended, as after the outage of a storage.
+    ``may_pass``: the same may succeed later without a fix, for example after an outage of the storage.
     """
 
     exit_code = 1
@@ -20,23 +20,23 @@ class RafceError(Exception):
 
 
 class DamagedFile(RafceError):
-    """A file of a run or a study cannot be read; the message has its path, the reason and how to go on without it."""
+    """A file of a run or a study cannot be read; the message says where it is, why, and how to go on without it."""
 
 
 class UsageError(RafceError, ValueError):
-    """A command line, configuration or argument cannot be meant as it stands; programs exit with 2."""
+    """A command line, a configuration or an argument cannot be used; programs exit with 2."""
 
     exit_code = 2
 
 
 class GateError(RafceError):
-    """A check said no (data that may not be trained on, for example); programs exit with 3."""
+    """A check failed, for example the audit of the training data; programs exit with 3."""
 
     exit_code = 3
 
 
 Level = Literal["refusal", "serious", "error", "warning", "info"]
-"""How much a finding matters, gravest first. A refusal stops the work; data have errors, runs have serious findings."""
+"""How much a finding matters, the most serious first. A refusal stops the work. Data have errors, runs have serious findings."""
 
 LEVELS: tuple[Level, ...] = get_args(Level)
 

@@ -1,6 +1,7 @@
 """Whether two runs were made alike, and whether they came to the same figures.
 
-A circumstance is what figures may depend on besides the configuration: data, seed, software, hardware, threads, precision."""
+A circumstance is what figures may depend on besides the configuration: data, seed, software, hardware, threads, precision.
+"""
 
 from __future__ import annotations
 

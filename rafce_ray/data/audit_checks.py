@@ -1,4 +1,4 @@
-"""Checks of a dataset's labels: each looks at one thing and returns what it found."""
+"""Checks of a dataset's labels: each check looks at one thing and yields its findings."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ _MAX_MISSING_SHARE = 0.05
 
 
 def label_findings(labels: Labels, taxonomy: Taxonomy, targets: Targets, data: DataConfig) -> list[Finding]:
-    """Everything that labels and file names alone can tell, beyond what reading them told."""
+    """All findings of labels and file names that reading them did not report."""
     has_image = np.asarray(pc.is_valid(labels.table["image_path"]))
     usable = (targets.split == SPLITS.index("train")) & has_image
     case = Case(labels, taxonomy, targets, data, usable, *count_action_units(targets.action_units, usable))
@@ -363,7 +363,7 @@ def _check_spellings(case: Case) -> Iterator[Finding]:
 
 
 def _check_number_of_classes(case: Case) -> Iterator[Finding]:
-    """A single class cannot be told from others."""
+    """Refuse a single class: there is nothing to learn."""
     known = case.targets.emotion[case.usable & (case.targets.emotion >= 0)]
     if len(np.unique(known)) != 1:
         return

@@ -218,7 +218,7 @@ two drawn faces in 18 or more. A shift by 1 px changes up to 34 bits: it is not 
 """
 
 MIN_CORRELATION = 0.993
-"""Correlation of grey values that near duplicates must have besides; two expressions of one person reach 0.9915."""
+"""Correlation of grey values that near duplicates must also have; two expressions of one person reach 0.9915."""
 
 _MAX_NEIGHBOURS = 64
 

@@ -346,7 +346,7 @@ _ENDINGS = re.compile(r"(?:ers?|e|r|s)$")
 
 @dataclass(frozen=True)
 class Columns:
-    """Positions of the columns that are read, and what there is to say of the titles.
+    """Positions of the columns that are read, and the findings about the titles.
 
     ``action_units`` maps a number to its position, ``action_unit_list`` is a column such as ``1+4+12``. ``presence``:
     action units whose title says that they are 1 or 0, not intensities. ``person`` names the person, which is no label;

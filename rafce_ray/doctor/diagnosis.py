@@ -21,7 +21,7 @@ Verdict = Literal["confirmed", "ruled out", "possible", "unknown"]
 
 @dataclass(frozen=True)
 class Cause:
-    """One branch of a cause tree: what may be wrong, what the evidence says of it, and that evidence."""
+    """One possible cause: what may be wrong, the verdict, and the evidence for it."""
 
     text: str
     verdict: Verdict

@@ -145,7 +145,7 @@ def figure(value: float | None) -> str:
 
 RESULT_FILE = "result.json"
 RELAYED_EVENTS = tuple(kind for kind in WARNING_EVENTS if kind != "finding")
-"""What is told of every trial. What the doctor finds in one it finds in most: the report and ``rafce doctor`` gather it."""
+"""Events that are reported of every trial. The doctor finds the same in most trials: the report and ``rafce doctor`` list that."""
 
 SHOWN_RUNNING = 12
 SHOWN_ENDED = 5
@@ -188,7 +188,7 @@ class SweepWatch(Watch):
         self._at_once = 0
         self._news: list[tuple[Callable[[str], None], str]] = []
         self._before = self._stamps_of_all()
-        # What happened before the watch began is not told again.
+        # Events from before the watch began are not reported again.
         self._events_told = {
             name: len(study.trial(name).events())
             for name, stamps in self._before.items()
@@ -243,7 +243,7 @@ class SweepWatch(Watch):
         self._read[name] = stamps
 
     def _folder(self, name: str) -> RunFolder:
-        # Kept, since opening an object store anew costs requests.
+        # Kept, since every opening of an object store costs requests.
         if name not in self._folders:
             self._folders[name] = self._study.trial(name)
         return self._folders[name]
