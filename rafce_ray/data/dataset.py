@@ -116,12 +116,13 @@ def prepare(data: DataConfig, *, progress: Progress | None = None, for_training:
             require_readable(labels, data)
         release_memory()
         handle = ensure_store(labels, data, progress=progress)
+    meta = handle.meta
     if handle.built:
-        say(f"Store built with {handle.num_images} images ({handle.reason}): {handle.path}")
-    if handle.num_missing or handle.undecodable:
-        examples = ", ".join(f"{item.path} ({item.code})" for item in handle.undecodable[:3])
+        say(f"Store built with {meta.num_images} images ({handle.reason}): {handle.path}")
+    if meta.num_missing or meta.undecodable:
+        examples = ", ".join(f"{item.path} ({item.code})" for item in meta.undecodable[:3])
         warn(
-            f"{handle.num_missing} labelled images are missing and {len(handle.undecodable)} cannot be decoded"
+            f"{meta.num_missing} labelled images are missing and {len(meta.undecodable)} cannot be decoded"
             f"{': ' + examples if examples else ''}; they are left out. All of them: {audit_command(data)}"
         )
-    return Prepared(handle.path, handle.uri, taxonomy, audit, handle.fingerprint, handle)
+    return Prepared(handle.path, handle.uri, taxonomy, audit, meta.fingerprint, handle)

@@ -321,17 +321,13 @@ _CHUNK = 2048
 
 @dataclass(frozen=True)
 class StoreHandle:
-    """A whole store: its local folder, where other nodes find it (``uri``), whether and why it was just built."""
+    """A whole store: its local folder, where other nodes find it (``uri``), whether and why it was just built, what it holds."""
 
     path: Path
     uri: str
-    key: str
     built: bool
     reason: str
-    fingerprint: str
-    num_images: int
-    num_missing: int
-    undecodable: tuple[Undecodable, ...]
+    meta: StoreMeta
 
 
 def store_key(labels: Labels, data: DataConfig) -> str:
@@ -384,7 +380,7 @@ def ensure_store_at(
     is_remote = shared.local is None
     meta = _whole(path)
     if meta is not None and not is_remote:
-        return _handle(meta, path, shared / key, built=False, reason="")
+        return StoreHandle(path, str(path), False, "", meta)
     with _locked(local, key):
         _remove_leftovers(local)
         built, reason = False, ""
@@ -397,7 +393,7 @@ def ensure_store_at(
             meta = _build(path, labels, data, progress)
         if is_remote and not (shared / key / META).exists():
             _publish(path, shared / key)
-    return _handle(meta, path, shared / key, built=built, reason=reason)
+    return StoreHandle(path, (shared / key).uri if is_remote else str(path), built, reason, meta)
 
 
 def fetch_store(store: str | Path, *, local: Path | None = None) -> Path:
@@ -419,13 +415,6 @@ def fetch_store(store: str | Path, *, local: Path | None = None) -> Path:
                 )
             _download(location, path)
     return path
-
-
-def _handle(meta: StoreMeta, path: Path, shared: Location, *, built: bool, reason: str) -> StoreHandle:
-    uri = shared.uri if shared.local is None else str(path)
-    return StoreHandle(
-        path, uri, meta.key, built, reason, meta.fingerprint, meta.num_images, meta.num_missing, meta.undecodable
-    )
 
 
 def _whole(path: Path) -> StoreMeta | None:

@@ -64,8 +64,8 @@ def test_every_format_that_is_read_may_be_trained_on(make_faces, tmp_path, endin
         image.unlink()
     found = audited(root)
     assert alarming(found) == []
-    handle = prepare(DataConfig(root=str(root), store_dir=str(tmp_path / "store"), stored_px=40)).handle
-    assert (handle.num_images, handle.undecodable) == (200, ())
+    meta = prepare(DataConfig(root=str(root), store_dir=str(tmp_path / "store"), stored_px=40)).handle.meta
+    assert (meta.num_images, meta.undecodable) == (200, ())
 
 
 @pytest.mark.parametrize("has_other_names", [False, True])
@@ -94,7 +94,7 @@ def test_a_format_that_is_not_read_is_refused_with_a_command_that_converts_it(ma
     found = audited(root)
     assert found.may_train
     assert "undecodable_images" not in levels(found)
-    assert prepare(data).handle.num_images == 10
+    assert prepare(data).handle.meta.num_images == 10
 
 
 def test_names_that_are_not_utf8_and_links_in_a_circle_cost_no_audit(make_faces):

@@ -61,7 +61,7 @@ def test_left_out_images_are_said(make_faces, tmp_path, capsys):
     said = " ".join(capsys.readouterr().err.split())
     assert "Store built with 19 images" in said
     assert "0 labelled images are missing and 1 cannot be decoded: 0003_aligned.jpg" in said
-    assert prepared.handle.num_images == 19
+    assert prepared.handle.meta.num_images == 19
 
 
 def test_progress_counts_every_image(make_faces, tmp_path):

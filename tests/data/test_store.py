@@ -81,7 +81,7 @@ def test_a_second_start_builds_nothing_and_opens_what_is_there(make_faces, tmp_p
     assert len(open_dataset(second.path, TAXONOMY, "mask").names) == 50
     assert [(path.name, path.stat().st_mtime_ns) for path in sorted(second.path.iterdir())] == written
     assert (first.built, second.built) == (True, False)
-    assert (first.path, first.fingerprint) == (second.path, second.fingerprint)
+    assert (first.path, first.meta.fingerprint) == (second.path, second.meta.fingerprint)
 
 
 def test_undecodable_and_missing_images_have_no_row_and_are_listed(make_faces, tmp_path):
@@ -90,8 +90,8 @@ def test_undecodable_and_missing_images_have_no_row_and_are_listed(make_faces, t
     (root / "aligned" / "0005_aligned.jpg").unlink()
     handle = ensure(config(root, tmp_path))
     dataset = open_dataset(handle.path, TAXONOMY, "mask")
-    assert (handle.num_images, handle.num_missing) == (8, 1)
-    assert [item.path for item in handle.undecodable] == ["0003_aligned.jpg"]
+    assert (handle.meta.num_images, handle.meta.num_missing) == (8, 1)
+    assert [item.path for item in handle.meta.undecodable] == ["0003_aligned.jpg"]
     assert [item.path for item in read_meta(handle.path).undecodable] == ["0003_aligned.jpg"]
     assert len(dataset.names) == len(dataset.images) == len(dataset.targets.emotion) == 8
     # Labels stay with their image: 0004 is the third row now.
@@ -142,9 +142,9 @@ def test_the_fingerprint_follows_the_content_and_the_key_the_files(make_faces, t
     first, copy = make_faces(6), make_faces(6, name="copy")
     one, other = config(first, tmp_path), config(copy, tmp_path)
     assert store_key(read_labels(one), one) != store_key(read_labels(other), other)
-    assert ensure(one).fingerprint == ensure(other).fingerprint
+    assert ensure(one).meta.fingerprint == ensure(other).meta.fingerprint
     cv2.imwrite(str(copy / "aligned" / "0001_aligned.jpg"), np.full((48, 48, 3), 9, np.uint8))
-    assert ensure(one).fingerprint != ensure(other).fingerprint
+    assert ensure(one).meta.fingerprint != ensure(other).meta.fingerprint
 
 
 def build_and_tell(data: DataConfig, barrier: object, answers: object) -> None:
@@ -220,14 +220,14 @@ def test_stores_on_another_filesystem_are_published_and_copied_once(make_faces, 
     labels = read_labels(data)
     built = ensure_store_at(shared, tmp_path / "node1", labels, data, None)
     assert built.built
-    assert built.uri == f"bucket://stores/{built.key}"
-    assert (tmp_path / "bucket" / "stores" / built.key / META).exists()
+    assert built.uri == f"bucket://stores/{built.meta.key}"
+    assert (tmp_path / "bucket" / "stores" / built.meta.key / META).exists()
     copied = ensure_store_at(shared, tmp_path / "node2", labels, data, None)
-    assert (copied.built, copied.reason) == (False, f"copied from {shared / built.key}")
+    assert (copied.built, copied.reason) == (False, f"copied from {shared / built.meta.key}")
     one, other = (open_dataset(handle.path, TAXONOMY, "mask") for handle in (built, copied))
     np.testing.assert_array_equal(one.images.gather(np.arange(6)), other.images.gather(np.arange(6)))
     # A shared store without its last file is none.
-    (tmp_path / "bucket" / "stores" / built.key / META).unlink()
+    (tmp_path / "bucket" / "stores" / built.meta.key / META).unlink()
     assert ensure_store_at(shared, tmp_path / "node3", labels, data, None).built
 
 
