@@ -9,8 +9,8 @@ import yaml
 
 from rafce_ray import config
 from rafce_ray.config import BACKBONES, LossConfig, flatten
-from rafce_ray.doctor.baseline import ONLY_FOR_ACTION_UNITS
-from rafce_ray.doctor.steps import SMALLER_BACKBONE
+from rafce_ray.doctor.diagnosis import SMALLER_BACKBONE
+from rafce_ray.doctor.figures import ONLY_FOR_ACTION_UNITS
 from rafce_ray.figures import FIGURES, MAIN, MONITORS, OF_AN_EPOCH
 from rafce_ray.inference.build import _COMPILERS, FASTEST_FIRST, PACKAGES, EngineChoice
 from rafce_ray.losses import AU_LOSSES

@@ -1,21 +1,20 @@
-"""The doctor's rule on action units (AUs) whose F1 stays at 0.
+"""The doctor's rules on action units (AUs): an F1 that stays at 0, and the balance between both tasks.
 
-The seed saw AU-F1 0.0000 and raised the weight of the AU loss; its parser had read no label. So the data come first here, then
-the predictions, and the weight last: it is never raised where no target is positive.
+The seed saw AU-F1 0.0000 and raised the weight of the AU loss, but its parser had read no label. So these rules look at the data first,
+then at the predictions, and at the weight last: it is never raised where no target is positive.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from rafce_ray.data.rafce import ACTION_UNIT_FILE
 from rafce_ray.data.records import MAX_UNREADABLE_SHARE
-from rafce_ray.doctor.diagnosis import Cause, Diagnosis, audit_command, diagnose
+from rafce_ray.doctor.diagnosis import Cause, Diagnosis, Step, audit_command, diagnose
 from rafce_ray.doctor.evidence import Evidence, figure
 from rafce_ray.errors import Level
 
@@ -41,15 +40,6 @@ POS_WEIGHT_CAP = 10.0
 """Positive weight that is advised: the usual cap, beyond which rare AUs drown in false alarms."""
 
 
-@dataclass(frozen=True)
-class Remedy:
-    """What to do: in words, as a patch of the configuration, or by a command (None: the one that trains with the patch)."""
-
-    advice: str
-    patch: dict[str, Any]
-    command: str | None = None
-
-
 def au_f1_zero(evidence: Evidence) -> list[Diagnosis]:
     """AU-F1 is 0 after five epochs with an AU loss, or training ended so; or it must be, since no target is positive."""
     if not evidence.action_units or not evidence.records:
@@ -72,18 +62,7 @@ def au_f1_zero(evidence: Evidence) -> list[Diagnosis]:
     if f1 < ZERO_F1 and tuned > ZERO_F1:
         floor = figure(evidence.metrics, "au_floor_mean")
         seen += f" At the bundle's tuned thresholds it reads {tuned:.3f}; always saying 'present' gets {floor:.3f}."
-    return [
-        diagnose(
-            evidence,
-            "au_f1_zero",
-            "serious",
-            seen,
-            causes=causes,
-            remedy=remedy.advice,
-            patch=remedy.patch,
-            command=remedy.command,
-        )
-    ]
+    return [diagnose(evidence, "au_f1_zero", "serious", seen, remedy, causes)]
 
 
 def action_units_not_read(evidence: Evidence) -> list[Diagnosis]:
@@ -95,19 +74,19 @@ def action_units_not_read(evidence: Evidence) -> list[Diagnosis]:
         return []
     level: Level = "serious" if found["level"] == "error" else "warning"
     seen, command = f"{found['message']}.", audit_command(evidence)
-    return [diagnose(evidence, "action_units_not_read", level, seen, remedy=found["remedy"], command=command)]
+    return [diagnose(evidence, "action_units_not_read", level, seen, Step({}, found["remedy"], command))]
 
 
-def data_remedy(evidence: Evidence) -> Remedy:
+def data_remedy(evidence: Evidence) -> Step:
     """What mends a task whose train targets hold no positive: the data, never the weight."""
     if evidence.config.data.action_unit_targets == "all_zero" and evidence.labelled_positives != 0:
-        return Remedy(
-            "Train on what the labels say: data.action_unit_targets=labels. Leave loss.au_weight as it is: no weight makes a positive out of none.",
+        return Step(
             {"data.action_unit_targets": "labels"},
+            "Train on what the labels say: data.action_unit_targets=labels. Leave loss.au_weight as it is: no weight makes a positive out of none.",
         )
-    return Remedy(
-        "Look at the labels before anything else. Leave loss.au_weight as it is: no weight makes a positive out of none.",
+    return Step(
         {},
+        "Look at the labels before anything else. Leave loss.au_weight as it is: no weight makes a positive out of none.",
         audit_command(evidence),
     )
 
@@ -122,16 +101,16 @@ def _au_never_trained(evidence: Evidence) -> list[Diagnosis]:
     if loss.au_weight > 0:
         seen = f"The AU loss never came in: loss.au_start_epoch={loss.au_start_epoch}, training ended after {epochs} epochs ({evidence.status})."
         patch: dict[str, Any] = {"loss.au_start_epoch": epochs // 2}
-        remedy = "Let the AU loss start earlier, or be more patient."
+        advice = "Let the AU loss start earlier, or be more patient."
         cause = Cause("the curriculum outlasts the training", "confirmed", f"loss.au_start_epoch={loss.au_start_epoch}")
     else:
         seen = (
             f"The AU head was never trained: loss.au_weight=0 in all {epochs} epochs. What it predicts means nothing."
         )
         patch = {"data.action_units": "none", "data.action_unit_targets": "labels"}
-        remedy = "Leave the task out with data.action_units=none, or give it a weight if AUs are wanted."
+        advice = "Leave the task out with data.action_units=none, or give it a weight if AUs are wanted."
         cause = Cause("the AU loss is switched off", "confirmed", "loss.au_weight=0")
-    return [diagnose(evidence, "au_never_trained", "warning", seen, causes=[cause], remedy=remedy, patch=patch)]
+    return [diagnose(evidence, "au_never_trained", "warning", seen, Step(patch, advice), [cause])]
 
 
 def _cause_tree(evidence: Evidence, active: int) -> list[Cause]:
@@ -262,18 +241,18 @@ def _weight_too_low(evidence: Evidence, before: Sequence[Cause]) -> Cause:
     return Cause(text, "possible", found)
 
 
-def _remedy(evidence: Evidence, causes: Sequence[Cause], active: int) -> Remedy:
+def _remedy(evidence: Evidence, causes: Sequence[Cause], active: int) -> Step:
     """The remedy of the first cause that holds, else of the first that may."""
     config = evidence.config
     if evidence.train_positives == 0:
         return data_remedy(evidence)
     if evidence.train_positives is None or _validation_positives(evidence) == 0:
-        return Remedy("Look at the AU labels of both splits first.", {}, audit_command(evidence))
+        return Step({}, "Look at the AU labels of both splits first.", audit_command(evidence))
     collapse = next(cause for cause in causes if cause.text.startswith("the predictions have collapsed"))
     if collapse.verdict == "confirmed" and not config.calibration.enabled:
-        return Remedy(
-            "Let thresholds be fitted on validation: calibration.enabled=true. More AU weight would not move them.",
+        return Step(
             {"calibration.enabled": True},
+            "Let thresholds be fitted on validation: calibration.enabled=true. More AU weight would not move them.",
         )
     if collapse.verdict != "ruled out" and config.loss.pos_weight_cap == 0:
         more = (
@@ -281,24 +260,24 @@ def _remedy(evidence: Evidence, causes: Sequence[Cause], active: int) -> Remedy:
             if collapse.verdict == "confirmed"
             else ""
         )
-        return Remedy(
-            f"Weigh positives up: loss.pos_weight_cap={POS_WEIGHT_CAP:g}, which calibration undoes in the probabilities.{more}",
+        return Step(
             {"loss.pos_weight_cap": POS_WEIGHT_CAP},
+            f"Weigh positives up: loss.pos_weight_cap={POS_WEIGHT_CAP:g}, which calibration undoes in the probabilities.{more}",
         )
     if collapse.verdict == "confirmed":
-        return Remedy("Predict with the bundle, whose thresholds are fitted; F1 at 0.5 says nothing here.", {})
+        return Step({}, "Predict with the bundle, whose thresholds are fitted; F1 at 0.5 says nothing here.")
     if active < EPOCHS_TO_LEARN_AUS:
-        return Remedy("Train for longer before drawing conclusions.", {"optim.epochs": 2 * EPOCHS_TO_LEARN_AUS})
+        return Step({"optim.epochs": 2 * EPOCHS_TO_LEARN_AUS}, "Train for longer before drawing conclusions.")
     step = next_au_weight(config.loss.au_weight)
     if step is None:
-        return Remedy(
-            f"Do not raise loss.au_weight={config.loss.au_weight:g} any further: beyond 3 it is not what is missing. Look at single AUs' labels and faces.",
+        return Step(
             {},
+            f"Do not raise loss.au_weight={config.loss.au_weight:g} any further: beyond 3 it is not what is missing. Look at single AUs' labels and faces.",
             audit_command(evidence),
         )
-    return Remedy(
-        f"The data and the predictions leave the weight: raise loss.au_weight from {config.loss.au_weight:g} to {step:g}.",
+    return Step(
         {"loss.au_weight": step},
+        f"The data and the predictions leave the weight: raise loss.au_weight from {config.loss.au_weight:g} to {step:g}.",
     )
 
 
@@ -327,3 +306,182 @@ def _validation_positives(evidence: Evidence) -> int:
 def _low(metrics: dict[str, Any], name: str) -> float:
     low = metrics.get("intervals", {}).get(name, [None])[0]
     return math.nan if low is None else float(low)
+
+
+FAR_APART = 10.0
+"""Ratio from which two losses or gradients are out of balance (the seed's rule)."""
+
+AIM = 3.0
+"""Ratio that a changed weight aims at: well inside of ten, and the stronger task stays the stronger one."""
+
+LARGEST_STEP = 3.0
+"""A weight is changed at most by this factor at a time: what was measured holds near the weight it was measured at."""
+
+LARGEST_AU_WEIGHT = 10.0
+
+PROBED_EPOCHS = 5
+"""Epochs, the last ones, over which gradients are looked at: one epoch's come from 32 images and scatter widely."""
+
+MIN_PROBED_EPOCHS = 3
+
+CONFLICT = -0.1
+"""Median cosine below which gradients are in conflict. Of five epochs three are then below; single epochs of healthy runs were
+seen down to -0.13, their medians above 0.1."""
+
+
+def task_balance(evidence: Evidence) -> list[Diagnosis]:
+    """Which weight to change where emotion and AU loss, or their gradients on the trunk, are more than 10x apart or in conflict."""
+    active = [record for record in evidence.records if figure(record, "au_weight") > 0]
+    if not evidence.emotions or not evidence.action_units or len(active) < MIN_PROBED_EPOCHS:
+        return []
+    recent = active[-PROBED_EPOCHS:]
+    losses = _ratio(recent, "train.emotion_loss", "train.au_loss")
+    if evidence.train_positives == 0:
+        return _without_targets(evidence, losses) if losses > FAR_APART else []
+    if evidence.config.loss.task_weighting == "uncertainty":
+        # The weights are learned, and not on record.
+        return []
+    gradients = math.nan
+    if not evidence.config.loss.au_stop_gradient:
+        gradients = _ratio(recent, "gradient.emotion_norm", "gradient.au_norm")
+    if _far(gradients):
+        return [_gradients_apart(evidence, gradients, losses)]
+    found = [_losses_apart(evidence, losses, gradients)] if _far(losses) else []
+    if not math.isnan(gradients):
+        found += _conflict(evidence, recent, gradients)
+    return found
+
+
+def _ratio(records: list[dict[str, Any]], emotion: str, action_units: str) -> float:
+    """Median over epochs of the emotion figure over the weighted AU figure; NaN where fewer than three epochs have both."""
+    ratios = []
+    for record in records:
+        weighted = figure(record, "au_weight") * figure(record, action_units)
+        value = figure(record, emotion)
+        if math.isfinite(value) and math.isfinite(weighted) and (value > 0 or weighted > 0):
+            ratios.append(value / weighted if weighted > 0 else math.inf)
+    return float(np.median(ratios)) if len(ratios) >= MIN_PROBED_EPOCHS else math.nan
+
+
+def _far(ratio: float) -> bool:
+    return ratio > FAR_APART or ratio < 1 / FAR_APART
+
+
+def _apart(ratio: float) -> str:
+    factor = ratio if ratio >= 1 else 1 / ratio if ratio > 0 else math.inf
+    return f"{factor:,.0f} times" if factor >= FAR_APART else f"{factor:.1f} times"
+
+
+def _weights(evidence: Evidence) -> str:
+    return f"loss.au_weight={evidence.config.loss.au_weight:g}"
+
+
+def _without_targets(evidence: Evidence, losses: float) -> list[Diagnosis]:
+    """The seed's inference: a tiny AU loss, so more weight. With no positive target it is tiny by right."""
+    remedy = data_remedy(evidence)
+    value = figure(evidence.last, "train.emotion_loss")
+    weighted = figure(evidence.last, "au_weight") * figure(evidence.last, "train.au_loss")
+    return [
+        diagnose(
+            evidence,
+            "losses_apart",
+            "info",
+            f"The emotion loss ({value:.3g}) is {_apart(losses)} the weighted AU loss ({weighted:.2g}): no train target is positive, see au_f1_zero.",
+            remedy,
+            [
+                Cause("there is nothing to find in the AU targets", "confirmed", "0 positive AU targets in train"),
+                Cause("the weight of the AU loss is too low", "ruled out", _weights(evidence)),
+            ],
+        )
+    ]
+
+
+def _gradients_apart(evidence: Evidence, gradients: float, losses: float) -> Diagnosis:
+    weaker, stronger = ("AU", "emotion") if gradients > 1 else ("emotion", "AU")
+    seen = (
+        f"On the trunk the {stronger} gradient is {_apart(gradients)} the {weaker} gradient (norms with {_weights(evidence)}, median of the "
+        f"last epochs): the {weaker} task hardly shapes what both see."
+    )
+    causes = [
+        Cause("the AU targets hold nothing to find", *_targets_verdict(evidence)),
+        Cause(
+            f"the weight of the AU loss is too {'low' if gradients > 1 else 'high'}",
+            "possible",
+            f"{_weights(evidence)}; the losses themselves are {_apart(losses)} apart"
+            if math.isfinite(losses)
+            else _weights(evidence),
+        ),
+    ]
+    return _change_weight(evidence, "gradients_apart", seen, causes, gradients)
+
+
+def _losses_apart(evidence: Evidence, losses: float, gradients: float) -> Diagnosis:
+    larger, smaller = ("emotion", "AU") if losses > 1 else ("AU", "emotion")
+    seen = f"The {larger} loss is {_apart(losses)} the {smaller} loss (train, with {_weights(evidence)}, median of the last epochs)."
+    causes = [Cause("the AU targets hold nothing to find", *_targets_verdict(evidence))]
+    if math.isfinite(gradients):
+        causes.append(
+            Cause(
+                "one task drowns the other",
+                "ruled out",
+                f"their gradients on the trunk are {_apart(gradients)} apart: losses of different kinds need not be alike",
+            )
+        )
+        advice = "Leave loss.au_weight as it is: what moves the trunk is in balance."
+        return diagnose(evidence, "losses_apart", "info", seen, advice, causes)
+    causes.append(
+        Cause("one task drowns the other", "possible", "gradients on the trunk, which would tell, are not on record")
+    )
+    return _change_weight(evidence, "losses_apart", seen, causes, losses)
+
+
+def _targets_verdict(evidence: Evidence) -> tuple[Any, str]:
+    if evidence.train_positives is None:
+        return "unknown", "neither targets.json nor audit.json is there"
+    return "ruled out", f"{evidence.train_positives:,} positive AU targets in train"
+
+
+def _change_weight(evidence: Evidence, code: str, seen: str, causes: list[Cause], ratio: float) -> Diagnosis:
+    """The AU weight that brings a ratio to AIM, or as near to it as one step may go."""
+    weight = evidence.config.loss.au_weight
+    aimed = weight * ratio / AIM if ratio > 1 else weight * ratio * AIM
+    changed = float(f"{min(max(aimed, weight / LARGEST_STEP), weight * LARGEST_STEP, LARGEST_AU_WEIGHT):.2g}")
+    if changed > weight and not evidence.train_positives:
+        advice = "Find out first whether any AU target is positive; until then leave loss.au_weight as it is."
+        return diagnose(evidence, code, "warning", seen, advice, causes)
+    if changed == weight or (changed < weight) != (ratio < 1):
+        advice = f"Leave loss.au_weight={weight:g}: it is as high as it should be. Look at the AU labels and at single AUs' F1."
+        return diagnose(evidence, code, "warning", seen, advice, causes)
+    advice = f"{'Raise' if changed > weight else 'Lower'} loss.au_weight from {weight:g} to {changed:g}."
+    return diagnose(evidence, code, "warning", seen, Step({"loss.au_weight": changed}, advice), causes)
+
+
+def _conflict(evidence: Evidence, recent: list[dict[str, Any]], gradients: float) -> list[Diagnosis]:
+    cosines = [value for record in recent if math.isfinite(value := figure(record, "gradient.cosine"))]
+    if len(cosines) < MIN_PROBED_EPOCHS or float(np.median(cosines)) >= CONFLICT:
+        return []
+    weight = evidence.config.loss.au_weight
+    seen = (
+        f"On the trunk the two tasks pull against each other: cosine {float(np.median(cosines)):.2f} between their gradients (median of the "
+        f"last {len(cosines)} epochs; {', '.join(f'{value:.2f}' for value in cosines)})."
+    )
+    causes = [
+        Cause("one task drowns the other", "ruled out", f"their weighted norms are {_apart(gradients)} apart"),
+        Cause(
+            "what one task needs to see harms the other",
+            "possible",
+            "compare with an emotion-only run to know what it costs",
+        ),
+    ]
+    for_action_units = evidence.monitor in ("au_f1_mean", "au_loss")
+    raised = min(2 * weight, AIM)
+    if for_action_units and evidence.train_positives and raised > weight:
+        advice = f"AUs are what is monitored: raise loss.au_weight from {weight:g} to {raised:g}."
+        patch: dict[str, Any] = {"loss.au_weight": raised}
+    else:
+        advice = (
+            f"Lower loss.au_weight from {weight:g} to {weight / 2:g}; if emotions gain nothing by it, loss.au_stop_gradient=true keeps "
+            "the AU loss out of the trunk."
+        )
+        patch = {"loss.au_weight": weight / 2}
+    return [diagnose(evidence, "gradients_in_conflict", "warning", seen, Step(patch, advice), causes)]

@@ -6,9 +6,7 @@ Rules live in ``doctor.rules`` and the modules that it names. ``examine`` judges
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from rich.console import RenderableType
@@ -17,70 +15,16 @@ from rich.table import Table
 from rich.text import Text
 
 from rafce_ray.config import write_yaml
-from rafce_ray.console import LEVEL_STYLES, console, print_json, progress_bar, run_main, say, warn
-from rafce_ray.doctor.baseline import emotion_only_runs, siblings, with_baseline
+from rafce_ray.console import LEVEL_STYLES, console, print_json, run_main, say
 from rafce_ray.doctor.diagnosis import Cause, Diagnosis
-from rafce_ray.doctor.evidence import Evidence, figure
-from rafce_ray.doctor.rules import examine, examine_live
-from rafce_ray.errors import LEVELS, DamagedFile, Level, UsageError
-from rafce_ray.figures import FIGURES
+from rafce_ray.doctor.evidence import Evidence
+from rafce_ray.doctor.rules import Trial, best_trial, examine_run, examine_study
+from rafce_ray.errors import LEVELS, Level, UsageError
 from rafce_ray.run_folder import RunFolder
 from rafce_ray.study_folder import StudyFolder
 
-__all__ = ["Cause", "Diagnosis", "Evidence", "examine", "examine_live", "examine_run", "main"]
-
 SHOWN_TRIALS = 5
 """Trials that are listed under a finding; the others are counted."""
-
-
-def examine_run(folder: RunFolder, baseline: Evidence | None = None) -> list[Diagnosis]:
-    """All findings of a run, compared with ``baseline`` or, without one, with the nearest emotion-only run beside it."""
-    evidence = Evidence.of_run(folder, baseline)
-    if baseline is None:
-        evidence = with_baseline(evidence, emotion_only_runs(siblings(folder)))
-    return examine(evidence)
-
-
-@dataclass(frozen=True)
-class Trial:
-    """A study's trial, and what was found of it."""
-
-    evidence: Evidence
-    diagnoses: list[Diagnosis]
-
-
-def examine_study(study: StudyFolder, baseline: Evidence | None = None) -> list[Trial]:
-    """All findings of every trial that was started, compared with ``baseline`` or the study's own emotion-only trials.
-
-    A trial whose files cannot be read is left out with a warning.
-    """
-    folders = [study.trial(name) for name in study.trial_names()]
-    candidates = [] if baseline is not None else emotion_only_runs(folders)
-    trials = []
-    with progress_bar("examining trials", len(folders)) as advance:
-        for folder in folders:
-            advance(1)
-            try:
-                evidence = Evidence.of_run(folder, baseline)
-            except DamagedFile as error:
-                warn(f"trial {folder.location.name} is left out. {error}")
-                continue
-            evidence = evidence if baseline is not None else with_baseline(evidence, candidates)
-            trials.append(Trial(evidence, examine(evidence)))
-    return trials
-
-
-def best_trial(trials: Sequence[Trial]) -> Trial | None:
-    """The ended trial of the best monitored figure (macro-F1 over supported classes where trials monitor different ones)."""
-    ended = [trial for trial in trials if trial.evidence.metrics]
-    monitors = {trial.evidence.monitor for trial in ended}
-    monitor = monitors.pop() if len(monitors) == 1 else "macro_f1_supported"
-
-    def merit(trial: Trial) -> float:
-        value = FIGURES[monitor].direction * figure(trial.evidence.metrics, monitor)
-        return value if math.isfinite(value) else -math.inf
-
-    return max(ended, key=merit, default=None)
 
 
 def print_diagnoses(diagnoses: Sequence[Diagnosis]) -> None:

@@ -1,28 +1,43 @@
-"""The doctor's rules on what figures mean: classes never found, AUs no better than a constant, improvement within noise."""
+"""The doctor's rules on what figures mean: classes never found, AUs no better than a constant, calibration, noise, and the baseline."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from rafce_ray.calibrate import MIN_POSITIVES
-from rafce_ray.calibration import calibrated
-from rafce_ray.doctor.action_units import next_au_weight
-from rafce_ray.doctor.diagnosis import Cause, Diagnosis, audit_command, diagnose
-from rafce_ray.doctor.evidence import Evidence, figure
-from rafce_ray.doctor.steps import (
+from rafce_ray.calibration import Calibration, Outputs, calibrated
+from rafce_ray.comparison import Difference, difference, same_images, score
+from rafce_ray.config import Config, differences
+from rafce_ray.console import warn
+from rafce_ray.doctor.action_units import data_remedy, next_au_weight
+from rafce_ray.doctor.diagnosis import (
+    Cause,
+    Diagnosis,
     Step,
+    audit_command,
+    changes_of,
+    diagnose,
     loss_trend,
     more_epochs,
     next_capacity,
     next_regularisation,
     still_learning,
+    train_command,
 )
-from rafce_ray.doctor.training import LEARNT_SHARE
-from rafce_ray.figures import MIN_SUPPORT
+from rafce_ray.doctor.evidence import Evidence, figure
+from rafce_ray.doctor.training import LEARNT_SHARE, NOISE
+from rafce_ray.errors import RafceError, UsageError
+from rafce_ray.figures import FIGURES, MIN_SUPPORT
 from rafce_ray.intervals import percentile_interval
 from rafce_ray.metrics import bootstrap_figures
+from rafce_ray.run_folder import RunFolder
+from rafce_ray.split_outputs import SplitOutputs
+from rafce_ray.taxonomy import make_taxonomy
 
 
 def classes_never_found(evidence: Evidence) -> list[Diagnosis]:
@@ -69,23 +84,17 @@ def _never_found(evidence: Evidence, entries: list[dict[str, Any]]) -> Diagnosis
         ),
     ]
     if absent:
-        remedy = f"Label train images of {', '.join(absent)}: what was never shown is never found."
+        advice = f"Label train images of {', '.join(absent)}: what was never shown is never found."
         return diagnose(
-            evidence,
-            "class_never_found",
-            "warning",
-            seen,
-            causes=causes,
-            remedy=remedy,
-            command=audit_command(evidence),
+            evidence, "class_never_found", "warning", seen, Step({}, advice, audit_command(evidence)), causes
         )
     if underfits:
-        remedy = (
+        advice = (
             "See to it that the model learns at all first: one that has learnt little finds the commonest classes only."
         )
-        return diagnose(evidence, "class_never_found", "warning", seen, causes=causes, remedy=remedy)
+        return diagnose(evidence, "class_never_found", "warning", seen, advice, causes)
     step = _for_rare_classes(evidence)
-    return diagnose(evidence, "class_never_found", "warning", seen, causes=causes, remedy=step.text, patch=step.patch)
+    return diagnose(evidence, "class_never_found", "warning", seen, step, causes)
 
 
 def _for_rare_classes(evidence: Evidence) -> Step:
@@ -118,8 +127,11 @@ def _too_few(evidence: Evidence, entries: list[dict[str, Any]]) -> Diagnosis:
         "class_support_too_small",
         "info",
         f"F1 0 of classes with under {MIN_SUPPORT} validation images means nothing: {listed}.",
-        remedy="Judge by macro-F1 over supported classes, and label more validation images of these.",
-        command=audit_command(evidence),
+        Step(
+            {},
+            "Judge by macro-F1 over supported classes, and label more validation images of these.",
+            audit_command(evidence),
+        ),
     )
 
 
@@ -159,16 +171,12 @@ def action_units_below_floor(evidence: Evidence) -> list[Diagnosis]:
     causes = [_few_examples(evidence, [entry["action_unit"] for entry in weak]), _shared_threshold(evidence, weak)]
     if 2 * len(weak) > len(supported):
         step = _for_action_units(evidence)
-        remedy = f"Do not use its AUs yet: most say no more than a constant. {step.text}"
-        return [diagnose(evidence, "au_below_floor", "warning", seen, causes=causes, remedy=remedy, patch=step.patch)]
+        advice = f"Do not use its AUs yet: most say no more than a constant. {step.text}"
+        return [diagnose(evidence, "au_below_floor", "warning", seen, Step(step.patch, advice), causes)]
     left_out = {entry["action_unit"] for entry in weak}
     kept = [int(code.removeprefix("AU")) for code in _with_positives(evidence) if code not in left_out]
-    remedy = "Do not rely on these AUs. Label more faces that show them, or leave them out."
-    return [
-        diagnose(
-            evidence, "au_below_floor", "info", seen, causes=causes, remedy=remedy, patch={"data.action_units": kept}
-        )
-    ]
+    advice = "Do not rely on these AUs. Label more faces that show them, or leave them out."
+    return [diagnose(evidence, "au_below_floor", "info", seen, Step({"data.action_units": kept}, advice), causes)]
 
 
 def _for_action_units(evidence: Evidence) -> Step:
@@ -237,18 +245,8 @@ def at_majority_floor(evidence: Evidence) -> list[Diagnosis]:
             f"train accuracy {figure(evidence.best, 'train_natural.accuracy'):.1%}",
         ),
     ]
-    remedy = f"Do not use its emotions. {step.text if step else 'Look at the labels.'}"
-    return [
-        diagnose(
-            evidence,
-            "at_majority_floor",
-            "warning",
-            seen,
-            causes=causes,
-            remedy=remedy,
-            patch=step.patch if step else {},
-        )
-    ]
+    advice = f"Do not use its emotions. {step.text if step else 'Look at the labels.'}"
+    return [diagnose(evidence, "at_majority_floor", "warning", seen, Step(step.patch if step else {}, advice), causes)]
 
 
 def improvement_within_noise(evidence: Evidence) -> list[Diagnosis]:
@@ -268,8 +266,8 @@ def improvement_within_noise(evidence: Evidence) -> list[Diagnosis]:
         f"The best epoch's {monitor}, {value:.3f}, has the 95 % interval {low:.3f} to {high:.3f} on {evidence.metrics['num_images']:,} validation "
         f"images, and {_epochs(others)} within it: which of them is best is luck."
     )
-    remedy = f"Call no difference below about {(high - low) / 2:.3f} an improvement. Compare runs with the paired interval of rafce compare, over more than one seed."
-    return [diagnose(evidence, "improvement_within_noise", "info", seen, remedy=remedy)]
+    advice = f"Call no difference below about {(high - low) / 2:.3f} an improvement. Compare runs with the paired interval of rafce compare, over more than one seed."
+    return [diagnose(evidence, "improvement_within_noise", "info", seen, advice)]
 
 
 def _epochs(numbers: list[int]) -> str:
@@ -281,3 +279,242 @@ def _epochs(numbers: list[int]) -> str:
 def _interval(figures: dict[str, Any], name: str) -> tuple[float, float]:
     low, high = figures.get("intervals", {}).get(name) or (None, None)
     return (math.nan if low is None else float(low), math.nan if high is None else float(high))
+
+
+HIGH_ECE = 0.05
+"""Calibration error, on images that calibration was not fitted on, from which a confidence misleads: one in twenty."""
+
+
+def miscalibrated(evidence: Evidence) -> list[Diagnosis]:
+    """At the end: confidences that are off by more than 5 points and more than noise, on images that calibration was not fitted on."""
+    enabled = evidence.config.calibration.enabled
+    measured = evidence.metrics.get("cross_fitted") if enabled else evidence.metrics.get("reliability")
+    after = (measured or {}).get("after") or {}
+    found = []
+    for task, title in (("emotion", "emotions"), ("action_units", "action units")):
+        error, (noise, deviation) = (
+            figure(after, f"{task}.ece"),
+            calibration_noise((after.get(task) or {}).get("bins", [])),
+        )
+        if error > HIGH_ECE and error > noise + NOISE * deviation:
+            found.append(f"{title} {error:.3f} (true confidences would show {noise:.3f} on as many images, by chance)")
+    if not found:
+        return []
+    seen = f"Confidences are off: expected calibration error of {', of '.join(found)}, on validation images that no calibration was fitted on."
+    causes = [
+        Cause(
+            "calibration is switched off",
+            "ruled out" if enabled else "confirmed",
+            f"calibration.enabled={str(enabled).lower()}",
+        ),
+        Cause(
+            "validation is too small to calibrate by",
+            "possible" if enabled else "unknown",
+            f"{evidence.metrics['num_images']:,} images",
+        ),
+    ]
+    advice = (
+        "Do not show confidences as probabilities; label more validation images."
+        if enabled
+        else "Set calibration.enabled=true."
+    )
+    patch = {} if enabled else {"calibration.enabled": True}
+    return [diagnose(evidence, "miscalibrated", "warning", seen, Step(patch, advice), causes)]
+
+
+def calibration_noise(bins: Sequence[dict[str, Any]]) -> tuple[float, float]:
+    """Mean and standard deviation of the calibration error that confidences as true as can be show in such bins, by chance.
+
+    The hits of a bin of n then lie about its confidence c with variance c (1 - c) / n; their mean absolute distance is sqrt(2 / pi) times
+    the standard deviation (normal approximation).
+    """
+    if not bins:
+        return math.nan, math.nan
+    counts = np.array([one["count"] for one in bins], dtype=np.float64)
+    confidence = np.array([one["confidence"] for one in bins], dtype=np.float64)
+    spread = np.sqrt(confidence * (1 - confidence) / counts) * counts / counts.sum()
+    return float(np.sqrt(2 / np.pi) * spread.sum()), float(np.sqrt((1 - 2 / np.pi) * (spread**2).sum()))
+
+
+SAME_BUDGET = ("optim.epochs", "model.backbone", "model.image_px", "model.weights")
+"""What a baseline must share with a run, beside the data."""
+
+ONLY_FOR_ACTION_UNITS = (
+    "data.action_units",
+    "data.action_unit_targets",
+    "data.min_train_positives",
+    "data.null_policy",
+    "data.evaluation_null_policy",
+    "data.au_threshold",
+    "model.au_attention",
+    "loss.au_weight",
+    "loss.au_loss",
+    "loss.pos_weight_cap",
+    "loss.task_weighting",
+    "loss.au_start_epoch",
+    "loss.au_ramp_epochs",
+    "loss.au_stop_gradient",
+)
+"""Keys that do nothing in a run without AUs."""
+
+WITHOUT_ACTION_UNITS = {
+    "data.action_units": "none",
+    "data.action_unit_targets": "labels",
+    "model.au_attention": False,
+    "loss.task_weighting": "fixed",
+    "loss.au_stop_gradient": False,
+}
+"""What turns a run into its emotion-only baseline; keys that would refuse to go without AUs are set back."""
+
+COMPARED = ("macro_f1_supported", "accuracy")
+"""Figures that decide, the first one first."""
+
+
+def with_baseline(evidence: Evidence, candidates: Sequence[Evidence]) -> Evidence:
+    """The evidence with the nearest run of the same data and budget among emotion-only ``candidates``, if there is one.
+
+    Nearest: fewest other keys that differ, then the same seed.
+    """
+    fit = [one for one in candidates if evidence.action_units and one.place != evidence.place and _fits(evidence, one)]
+    nearest = min(
+        fit,
+        key=lambda one: (
+            len(other_differences(evidence.config, one.config)),
+            one.config.run.seed != evidence.config.run.seed,
+        ),
+        default=None,
+    )
+    return replace(evidence, baseline=nearest)
+
+
+def emotion_only_runs(folders: Sequence[RunFolder]) -> list[Evidence]:
+    """Those of some run folders that are ended runs without AUs; one that cannot be read is left out, and that is said."""
+    found = []
+    for folder in folders:
+        try:
+            if _is_emotion_only(folder):
+                found.append(Evidence.of_run(folder))
+        except (RafceError, OSError, ValueError) as error:
+            warn(f"{folder.location} is left out as a baseline: {error}")
+    return found
+
+
+def siblings(folder: RunFolder) -> list[RunFolder]:
+    """The folders beside a run."""
+    around = folder.location.parent
+    return [RunFolder(str(around / info.base_name)) for info in around.list()]
+
+
+def other_differences(one: Config, other: Config) -> list[str]:
+    """Keys, beside those of AUs and the seed, in which two runs of the same data differ."""
+    return sorted(set(differences(one, other)) - {*ONLY_FOR_ACTION_UNITS, "data.root", "run.seed"})
+
+
+def against_baseline(evidence: Evidence) -> list[Diagnosis]:
+    """Whether a run reads emotions better than its baseline, by a paired bootstrap; without one, how to make it."""
+    if evidence.outputs is None or not evidence.emotions:
+        return []
+    if evidence.baseline is not None:
+        return [_compare(evidence, evidence.baseline)]
+    if not evidence.action_units or evidence.train_positives == 0:
+        return []
+    patch = changes_of(evidence.config, WITHOUT_ACTION_UNITS)
+    return [
+        diagnose(
+            evidence,
+            "no_baseline",
+            "info",
+            "Whether AUs help the emotions is unknown: there is no emotion-only run of the same data and budget beside this one.",
+            Step(
+                patch,
+                "Train one, then ask again.",
+                train_command(evidence, patch, name=f"{evidence.name}-emotion-only"),
+            ),
+        )
+    ]
+
+
+def compare_emotions(one: Evidence, other: Evidence) -> dict[str, Difference]:
+    """``one`` minus ``other`` in each of COMPARED, on the same validation images.
+
+    Raises:
+        UsageError: they were not measured on the same images and classes.
+    """
+    if one.emotions != other.emotions:
+        raise UsageError(
+            f"{other.name} knows the emotions {list(other.emotions)}, {one.name} {list(one.emotions)}: compare runs of the same classes."
+        )
+    if one.outputs is None or other.outputs is None:
+        raise UsageError(f"{other.name} has no outputs on validation: it has not ended. Give a finished run.")
+    taxonomy, calibration = make_taxonomy(one.emotions, ()), Calibration.uncalibrated(0)
+    splits = same_images([_emotions_of(one.outputs), _emotions_of(other.outputs)])
+    scored = [score(split, taxonomy, calibration) for split in splits]
+    return {name: difference(scored[0], scored[1], name) for name in COMPARED}
+
+
+def _compare(evidence: Evidence, baseline: Evidence) -> Diagnosis:
+    found = compare_emotions(evidence, baseline)
+    signs = {math.copysign(1, one.value) for one in found.values() if one.is_real}
+    real = next(iter(signs)) if len(signs) == 1 else 0.0
+    outcome = {1.0: "better than", -1.0: "worse than", 0.0: "not shown to be other than"}[real]
+    shown = "; ".join(
+        f"{FIGURES[name].title} {one.value:+.3f} (95 % paired interval {one.low:+.3f} to {one.high:+.3f}{'' if one.is_real else ', within noise'})"
+        for name, one in found.items()
+        if math.isfinite(one.value)
+    )
+    kind = "" if baseline.action_units else "emotion-only "
+    seen = f"On emotions {evidence.name} is {outcome} its {kind}baseline {baseline.name}: {shown}."
+    changed = other_differences(evidence.config, baseline.config)
+    causes = [
+        Cause(
+            "they differ in more than AUs",
+            "possible" if changed else "ruled out",
+            f"also in {', '.join(changed)}" if changed else "all other keys are equal",
+        ),
+        Cause(
+            "it is the luck of the seed",
+            "possible",
+            f"seeds {evidence.config.run.seed} and {baseline.config.run.seed}, one run each; the interval is about images only",
+        ),
+    ]
+    remedy = _after_comparison(evidence, real)
+    return diagnose(evidence, "baseline", "warning" if real < 0 else "info", seen, remedy, causes)
+
+
+def _after_comparison(evidence: Evidence, real: float) -> Step:
+    if real > 0:
+        return Step({}, "Keep this one; a second seed of both would tell whether it lasts.")
+    if real == 0:
+        return Step({}, "Do not claim either is better: choose by whether AUs are wanted, or train more seeds of both.")
+    if not evidence.action_units:
+        return Step({}, "Keep the baseline.")
+    if evidence.train_positives == 0:
+        return data_remedy(evidence)
+    weight = evidence.config.loss.au_weight
+    return Step(
+        {"loss.au_weight": weight / 2},
+        f"AUs cost the emotions something: lower loss.au_weight from {weight:g} to {weight / 2:g}, keep the AU loss out of the trunk "
+        "(loss.au_stop_gradient=true), or let it come in later (loss.au_start_epoch).",
+    )
+
+
+def _emotions_of(split: SplitOutputs) -> SplitOutputs:
+    nothing = np.zeros((len(split.names), 0), dtype=np.float32)
+    return replace(split, action_units=nothing, outputs=Outputs(split.outputs.emotion, nothing))
+
+
+def _is_emotion_only(folder: RunFolder) -> bool:
+    """From the provenance: YAML is slow to read by the hundred."""
+    if not (folder.location / "provenance.json").exists():
+        return False
+    data = folder.provenance().get("config", {}).get("data", {})
+    return data.get("action_units") == "none" and (folder.location / "outputs_validation.parquet").exists()
+
+
+def _fits(evidence: Evidence, other: Evidence) -> bool:
+    if other.outputs is None or other.action_units or other.emotions != evidence.emotions:
+        return False
+    if evidence.provenance is None or other.provenance is None:
+        return False
+    same_data = evidence.provenance["data_fingerprint"] == other.provenance["data_fingerprint"]
+    return same_data and not set(differences(evidence.config, other.config)) & set(SAME_BUDGET)

@@ -1,27 +1,45 @@
-"""All rules of the doctor, and the two ways to run them: on an ended run, and on one in training."""
+"""All rules of the doctor, and what they are run on: a run in training, an ended one, a study."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from rafce_ray.config import Config
-from rafce_ray.doctor.action_units import action_units_not_read, au_f1_zero
-from rafce_ray.doctor.balance import task_balance
-from rafce_ray.doctor.baseline import against_baseline
-from rafce_ray.doctor.calibration import miscalibrated
+from rafce_ray.console import progress_bar, warn
+from rafce_ray.doctor.action_units import action_units_not_read, au_f1_zero, task_balance
 from rafce_ray.doctor.diagnosis import Diagnosis
-from rafce_ray.doctor.evidence import Evidence
+from rafce_ray.doctor.evidence import Evidence, figure
 from rafce_ray.doctor.figures import (
     action_units_below_floor,
+    against_baseline,
     at_majority_floor,
     classes_never_found,
+    emotion_only_runs,
     improvement_within_noise,
+    miscalibrated,
+    siblings,
+    with_baseline,
 )
-from rafce_ray.doctor.learning_rate import diverged, learning_rate_too_high, learning_rate_too_low
-from rafce_ray.doctor.training import batch_of_all_images, overfitting, train_longer, underfitting, validation_falling
-from rafce_ray.errors import LEVELS
-from rafce_ray.training import Training
+from rafce_ray.doctor.training import (
+    batch_of_all_images,
+    diverged,
+    learning_rate_too_high,
+    learning_rate_too_low,
+    overfitting,
+    train_longer,
+    underfitting,
+    validation_falling,
+)
+from rafce_ray.errors import LEVELS, DamagedFile
+from rafce_ray.figures import FIGURES
+from rafce_ray.run_folder import RunFolder
+from rafce_ray.study_folder import StudyFolder
+
+if TYPE_CHECKING:
+    from rafce_ray.training import Training
 
 Rule = Callable[[Evidence], list[Diagnosis]]
 
@@ -78,6 +96,56 @@ def report_findings(training: Training, records: list[dict[str, Any]]) -> None:
         if diagnosis.level != "info" and diagnosis.code not in told:
             message = f"epoch {records[-1]['epoch']}: {diagnosis.headline} (rafce doctor {folder.location.command})"
             folder.add_event("finding", code=diagnosis.code, level=diagnosis.level, message=message)
+
+
+def examine_run(folder: RunFolder, baseline: Evidence | None = None) -> list[Diagnosis]:
+    """All findings of a run, compared with ``baseline`` or, without one, with the nearest emotion-only run beside it."""
+    evidence = Evidence.of_run(folder, baseline)
+    if baseline is None:
+        evidence = with_baseline(evidence, emotion_only_runs(siblings(folder)))
+    return examine(evidence)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A study's trial, and what was found of it."""
+
+    evidence: Evidence
+    diagnoses: list[Diagnosis]
+
+
+def examine_study(study: StudyFolder, baseline: Evidence | None = None) -> list[Trial]:
+    """All findings of every trial that was started, compared with ``baseline`` or the study's own emotion-only trials.
+
+    A trial whose files cannot be read is left out with a warning.
+    """
+    folders = [study.trial(name) for name in study.trial_names()]
+    candidates = [] if baseline is not None else emotion_only_runs(folders)
+    trials = []
+    with progress_bar("examining trials", len(folders)) as advance:
+        for folder in folders:
+            advance(1)
+            try:
+                evidence = Evidence.of_run(folder, baseline)
+            except DamagedFile as error:
+                warn(f"trial {folder.location.name} is left out. {error}")
+                continue
+            evidence = evidence if baseline is not None else with_baseline(evidence, candidates)
+            trials.append(Trial(evidence, examine(evidence)))
+    return trials
+
+
+def best_trial(trials: Sequence[Trial]) -> Trial | None:
+    """The ended trial of the best monitored figure (macro-F1 over supported classes where trials monitor different ones)."""
+    ended = [trial for trial in trials if trial.evidence.metrics]
+    monitors = {trial.evidence.monitor for trial in ended}
+    monitor = monitors.pop() if len(monitors) == 1 else "macro_f1_supported"
+
+    def merit(trial: Trial) -> float:
+        value = FIGURES[monitor].direction * figure(trial.evidence.metrics, monitor)
+        return value if math.isfinite(value) else -math.inf
+
+    return max(ended, key=merit, default=None)
 
 
 def _run(rules: Sequence[Rule], evidence: Evidence) -> list[Diagnosis]:

@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from rafce_ray.doctor.command import Evidence
+from rafce_ray.doctor.evidence import Evidence
 from rafce_ray.figure_text import percent
 
 INK, MUTED, GRID, PAPER = "#1b1f24", "#57606b", "#dde1e6", "#fffffe"

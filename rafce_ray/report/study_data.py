@@ -1,16 +1,16 @@
-"""All that a study's page shows, gathered from its folder."""
+"""All that a study's page shows, gathered from its folder, and what the study cost."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from rafce_ray.config import Config, differences, flatten, parse_yaml
 from rafce_ray.console import warn
-from rafce_ray.doctor.command import examine_study
 from rafce_ray.doctor.diagnosis import Diagnosis
+from rafce_ray.doctor.rules import examine_study
 from rafce_ray.errors import LEVELS, DamagedFile, UsageError
 from rafce_ray.report.study_plots import Emphasis, Field, emphasise
 from rafce_ray.study.on_test import OnTest
@@ -18,6 +18,65 @@ from rafce_ray.study.rungs import RungEntry, read_rungs
 from rafce_ray.study.trials import Trial, best_first, read_trials
 from rafce_ray.study.verdict import Verdict
 from rafce_ray.study_folder import StudyFolder
+
+SAVING = ("stopped_by_scheduler", "stopped_early")
+"""Statuses whose epochs not trained were saved; those of a trial that diverged or failed were lost, others may still come."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What some trials cost. ``seconds`` and ``seconds_saved``: of one CPU core or one GPU, as :func:`unit` says.
+
+    ``epochs_saved``: epochs not trained because of early stopping; ``seconds_saved``: those at each trial's own mean seconds an
+    epoch. ``num_unmeasured``: trials stopped before their first epoch, whose ``seconds_saved`` nobody knows: they are left out.
+    """
+
+    num_trials: int
+    epochs: int
+    max_epochs: int
+    seconds: float
+    epochs_saved: int
+    seconds_saved: float
+    num_unmeasured: int
+
+    @property
+    def share_saved(self) -> float | None:
+        """Seconds saved of all that would have been spent; None where nothing was spent."""
+        whole = self.seconds + self.seconds_saved
+        return self.seconds_saved / whole if whole else None
+
+
+def unit(trials: Iterable[Trial]) -> str:
+    """``GPU`` where any trial has a share of one, else ``CPU``."""
+    return "GPU" if any(trial.plan.gpus > 0 for trial in trials) else "CPU"
+
+
+def compute_seconds(trial: Trial, of: str) -> float:
+    """Seconds of training times the trial's CPU cores or GPUs."""
+    return trial.seconds * (trial.plan.gpus if of == "GPU" else trial.plan.cpus)
+
+
+def cost(trials: Sequence[Trial], of: str) -> Cost:
+    """What these trials cost in seconds ``of`` one ``CPU`` core or ``GPU``."""
+    stopped = [trial for trial in trials if trial.status in SAVING]
+    saved = {trial.name: trial.max_epochs - trial.epochs for trial in stopped}
+    measured = [trial for trial in stopped if trial.epochs]
+    return Cost(
+        num_trials=len(trials),
+        epochs=sum(trial.epochs for trial in trials),
+        max_epochs=sum(trial.max_epochs for trial in trials),
+        seconds=sum(compute_seconds(trial, of) for trial in trials),
+        epochs_saved=sum(saved.values()),
+        seconds_saved=sum(saved[trial.name] * compute_seconds(trial, of) / trial.epochs for trial in measured),
+        num_unmeasured=len(stopped) - len(measured),
+    )
+
+
+def by_status(trials: Sequence[Trial], of: str) -> dict[str, Cost]:
+    """The cost of the trials of each status, in the order in which statuses are met."""
+    statuses = dict.fromkeys(trial.status for trial in trials)
+    return {status: cost([trial for trial in trials if trial.status == status], of) for status in statuses}
+
 
 STUDY_SETTINGS, FINALISTS, TEST = "study.yaml", "finalists.json", "test.json"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
@@ -12,28 +13,29 @@ from jinja2 import Environment
 from markupsafe import Markup
 
 from rafce_ray import __version__
+from rafce_ray.comparison import Difference
 from rafce_ray.figure_text import UNDEFINED, interval, number, percent
 from rafce_ray.figures import FIGURES
-from rafce_ray.report import study_tables as tables
 from rafce_ray.report.page import number_html, patch_lines, template_environment
-from rafce_ray.report.study_cost import cost, unit
-from rafce_ray.report.study_curves import (
+from rafce_ray.report.study_data import Cost, StudyData, by_status, cost, gather_study, unit
+from rafce_ray.report.study_plots import (
     ACTION_UNIT,
     EMOTION,
     Rung,
     both_figures,
     group_rungs,
     learning_curves,
+    parallel_coordinates,
     pareto_chart,
+    roles_of,
     rung_charts,
+    score_by_value,
 )
-from rafce_ray.report.study_data import StudyData, gather_study
-from rafce_ray.report.study_plots import parallel_coordinates, score_by_value
 from rafce_ray.storage import Location
 from rafce_ray.study.importance import parameter_importance
-from rafce_ray.study.trials import Trial, direction
-from rafce_ray.study.verdict import sentences
-from rafce_ray.study.watch import STATES, roughly
+from rafce_ray.study.trials import Trial, best_first, direction
+from rafce_ray.study.verdict import Finalist, sentences
+from rafce_ray.study.watch import STATES, plain, roughly
 from rafce_ray.study_folder import StudyFolder
 
 REPORT_FILE = "report.html"
@@ -70,13 +72,13 @@ def render_study(data: StudyData) -> str:
         tiles=list(_tiles(data)),
         alerts=list(_alerts(data)),
         commands=list(_commands(data)),
-        changes=tables.change_rows(data),
-        finalists=tables.finalists_table(data),
-        unjudged=tables.unjudged_finalists(data),
-        test={"said": [] if data.on_test is None else data.on_test.sentences(), "rows": tables.test_rows(data)},
-        figures=[(name, FIGURES[name].title) for name in tables.shown_figures(data)],
-        rows=tables.trial_rows(data),
-        state=tables.state,
+        changes=change_rows(data),
+        finalists=finalists_table(data),
+        unjudged=unjudged_finalists(data),
+        test={"said": [] if data.on_test is None else data.on_test.sentences(), "rows": test_rows(data)},
+        figures=[(name, FIGURES[name].title) for name in shown_figures(data)],
+        rows=trial_rows(data),
+        state=state,
         charts=_charts(data, rungs, front),
         importance=parameter_importance(data.trials, data.metric, data.values),
         rungs=rungs,
@@ -84,10 +86,10 @@ def render_study(data: StudyData) -> str:
         both_figures=both_figures,
         both_titles=[FIGURES[name].title for name in (EMOTION, ACTION_UNIT)],
         unit=of,
-        costs=list(tables.cost_rows(data, of)),
+        costs=list(cost_rows(data, of)),
         sweep_cost=cost(data.trials, of),
         findings=[(one, trials, patch_lines(one.patch)) for one, trials in data.findings],
-        provenance=list(tables.provenance_rows(data)),
+        provenance=list(provenance_rows(data)),
         undefined=UNDEFINED,
         better="higher" if direction(data.metric) > 0 else "lower",
         version=__version__,
@@ -182,16 +184,16 @@ def _tiles(data: StudyData) -> Iterator[dict[str, Any]]:
         yield {
             "label": "Trials",
             "value": Markup("{:,}").format(len(data.trials)),
-            "notes": [", ".join(f"{counts[status]} {tables.state(status)}" for status in order)],
+            "notes": [", ".join(f"{counts[status]} {state(status)}" for status in order)],
         }
 
 
 def _alerts(data: StudyData) -> Iterator[tuple[str, str]]:
     """What a reader must know before any figure: level and sentence."""
-    for trial in tables.broken(data):
+    for trial in broken(data):
         reason = f": {trial.reason.rstrip('.')}" if trial.reason else ""
         where = f" after epoch {trial.epochs}" if trial.epochs else " before its first epoch ended"
-        yield "warning", f"{trial.name} {tables.state(trial.status)}{where}{reason}."
+        yield "warning", f"{trial.name} {state(trial.status)}{where}{reason}."
     fingerprints = {record.get("data_fingerprint") for record in data.provenances.values()}
     if len(fingerprints) > 1:
         yield (
@@ -232,3 +234,168 @@ def _front(data: StudyData) -> list[Trial]:
         if not any(u >= x and v >= y and (u, v) != (x, y) for _, (u, v) in drawn)
     ]
     return [trial for trial, _ in sorted(front, key=lambda one: one[1], reverse=True)]
+
+
+SHOWN = ("accuracy", EMOTION, ACTION_UNIT, "loss")
+"""Figures beside the score."""
+
+NOT_RETRAINED = 5
+"""Trials in the finalists' table of a sweep that trained none again."""
+
+BROKEN = ("failed", "diverged")
+
+
+def state(status: str) -> str:
+    """A trial's status for people; one without an end may be in training or interrupted, which its folder cannot tell."""
+    return STATES.get(status, "not ended")
+
+
+def trial_rows(data: StudyData) -> list[dict[str, Any]]:
+    """Every trial of the sweep, the best first, then those without a score by number."""
+    ranked = {trial.name for trial in data.ranked}
+    ordered = [*data.ranked, *(trial for trial in data.trials if trial.name not in ranked)]
+    return [_trial_row(data, trial) for trial in ordered]
+
+
+def _trial_row(data: StudyData, trial: Trial) -> dict[str, Any]:
+    own = data.values[trial.name]
+    base = {} if data.base is None else data.values[data.base.name]
+    return {
+        "trial": trial,
+        "roles": roles_of(trial, data.winner, data.base, judged=data.verdict is not None),
+        "state": state(trial.status),
+        "is_broken": trial.status in BROKEN,
+        "figures": [trial.figures.get(name) for name in shown_figures(data)],
+        "values": [
+            {
+                "text": plain(own[key]) if key in own else UNDEFINED,
+                "number": own[key] if isinstance(own.get(key), int | float) else None,
+                "as_base": key in own and base.get(key) == own[key] and trial.plan.number != 0,
+            }
+            for key in data.keys
+        ],
+    }
+
+
+def shown_figures(data: StudyData) -> list[str]:
+    """Figures beside the metric that any trial has."""
+    return [
+        name
+        for name in SHOWN
+        if name != data.metric and any(trial.figures.get(name) is not None for trial in data.trials)
+    ]
+
+
+def change_rows(data: StudyData) -> list[tuple[str, str, str]]:
+    """Keys in which the winner differs from the base: key, the base's value, the winner's."""
+    if data.winner is None:
+        return []
+    changes = data.changes(data.winner)
+    return [(key, plain(base), plain(own)) for key, (base, own) in changes.items() if key != "run.seed"]
+
+
+def finalists_table(data: StudyData) -> dict[str, Any] | None:
+    """The verdict's rows and the seeds of its columns; intervals and scores also as places between the lowest and the highest of all."""
+    if data.verdict is None:
+        return None
+    shown = data.verdict.ranked if data.verdict.retrained else data.verdict.ranked[:NOT_RETRAINED]
+    seeds = sorted({seed for one in shown for seed in (*one.scores, *one.missing)})
+    numbers = [value for one in shown for value in (*one.scores.values(), one.low, one.high) if math.isfinite(value)]
+    low, high = (min(numbers), max(numbers)) if numbers else (0.0, 1.0)
+    width = (high - low) or 1.0
+
+    def places(one: Finalist) -> list[float | None]:
+        return [(value - low) / width if math.isfinite(value) else None for value in (one.mean, one.low, one.high)]
+
+    rows = [_finalist_row(data, one, seeds) | {"at": places(one)} for one in shown]
+    return {"seeds": seeds, "low": low, "high": high, "rows": rows}
+
+
+def _finalist_row(data: StudyData, one: Finalist, seeds: Sequence[int]) -> dict[str, Any]:
+    verdict = data.verdict
+    assert verdict is not None
+    roles = ["winner"] * (one.trial == verdict.winner) + ["base"] * (one.trial == verdict.base)
+    return {
+        "name": one.trial,
+        "roles": roles,
+        "scores": [(one.scores.get(seed), one.missing.get(seed)) for seed in seeds],
+        "mean": _finite(one.mean),
+        "bounds": [_finite(one.low), _finite(one.high)],
+        "sweep_score": _finite(one.sweep_score),
+    }
+
+
+def test_rows(data: StudyData) -> list[dict[str, Any]]:
+    """Figures of the winner and of the base on the test split, and their differences as they are."""
+    found = data.on_test
+    if found is None:
+        return []
+    rows = []
+    for name, own in found.figures[found.winner].items():
+        base = found.figures.get(found.base, {}).get(name) if found.base != found.winner else None
+        if not math.isfinite(own.mean):
+            continue
+        difference = found.differences.get(name)
+        rows.append(
+            {
+                "name": FIGURES[name].title + (" (lower is better)" if FIGURES[name].direction < 0 else ""),
+                "winner": own.mean,
+                "winner_bounds": [own.low, own.high],
+                "base": None if base is None else _finite(base.mean),
+                "base_bounds": None if base is None else [base.low, base.high],
+                "difference": None if difference is None else _finite(difference.value),
+                "bounds": None if difference is None else [difference.low, difference.high],
+                "verdict": None if difference is None else _verdict(name, difference),
+            }
+        )
+    return rows
+
+
+def _verdict(name: str, difference: Difference) -> str | None:
+    if not math.isfinite(difference.low):
+        return None
+    if not difference.is_real:
+        return "within noise"
+    return "better" if difference.value * FIGURES[name].direction > 0 else "worse"
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def cost_rows(data: StudyData, of: str) -> Iterator[tuple[str, str, Cost]]:
+    """Of the sweep and of its finalists the cost by status and in all, then of both: part, status, cost."""
+    for part, trials in (("sweep", data.trials), ("finalists", data.finalists)):
+        if trials:
+            yield from ((part, state(status), one) for status, one in by_status(trials, of).items())
+            yield part, "all", cost(trials, of)
+    if data.finalists:
+        yield "study", "all", cost([*data.trials, *data.finalists], of)
+
+
+def broken(data: StudyData) -> list[Trial]:
+    """Trials and finalists that failed or diverged."""
+    return [trial for trial in (*data.trials, *data.finalists) if trial.status in BROKEN]
+
+
+def unjudged_finalists(data: StudyData) -> list[Trial]:
+    """Finalists' runs of a study that has no verdict yet, the best first."""
+    if data.verdict is not None:
+        return []
+    scored = best_first(data.finalists, data.metric)
+    return [*scored, *(trial for trial in data.finalists if trial not in scored)]
+
+
+def provenance_rows(data: StudyData) -> Iterator[tuple[str, str]]:
+    """Where the study's figures come from; several values where trials differ."""
+    yield "study folder", str(data.study.location)
+    yield "trials on record", f"{len(data.trials)} of the sweep, {len(data.finalists)} of finalists"
+    records = list(data.provenances.values())
+    yield "data fingerprint", _all(record.get("data_fingerprint") for record in records)
+    software = dict.fromkeys(name for record in records for name in record.get("software", {}))
+    for name in software:
+        yield name, _all(record.get("software", {}).get(name) for record in records)
+
+
+def _all(values: Iterator[Any]) -> str:
+    return ", ".join(dict.fromkeys(UNDEFINED if value is None else str(value) for value in values)) or UNDEFINED

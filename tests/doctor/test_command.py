@@ -13,7 +13,9 @@ import pytest
 
 from rafce_ray.calibration import Outputs
 from rafce_ray.config import build_config, differences, flatten, load_config, to_yaml
-from rafce_ray.doctor.command import Evidence, examine_live, examine_run, examine_study, main
+from rafce_ray.doctor.command import main
+from rafce_ray.doctor.evidence import Evidence
+from rafce_ray.doctor.rules import examine_live, examine_run, examine_study
 from rafce_ray.run_folder import RunFolder
 from rafce_ray.study_folder import StudyFolder
 
@@ -208,7 +210,7 @@ def test_a_run_before_its_first_epoch_has_nothing_to_examine(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_the_doctor_may_be_imported_by_the_engine():
+def test_the_rules_need_no_training_code():
     program = (
         "import sys, rafce_ray.doctor.rules\n"
         "assert not {'ray', 'rafce_ray.engine', 'rafce_ray.training', 'rafce_ray.evaluate'} & set(sys.modules)"

@@ -9,8 +9,7 @@ from sklearn.metrics import accuracy_score, f1_score
 from rafce_ray.calibration import Calibration, Outputs, calibrated
 from rafce_ray.console import to_json
 from rafce_ray.errors import UsageError
-from rafce_ray.report.slice_file import read_slices
-from rafce_ray.report.slices import MIN_GROUP, group_table
+from rafce_ray.report.slices import MIN_GROUP, group_table, read_slices
 from rafce_ray.split_outputs import SplitOutputs
 from rafce_ray.taxonomy import make_taxonomy
 

@@ -11,11 +11,9 @@ from rafce_ray.comparison import Difference
 from rafce_ray.console import to_json
 from rafce_ray.figure_text import UNDEFINED
 from rafce_ray.report.command import main
-from rafce_ray.report.study_axes import value_axis
-from rafce_ray.report.study_cost import cost
-from rafce_ray.report.study_curves import group_rungs
-from rafce_ray.report.study_data import gather_study
+from rafce_ray.report.study_data import cost, gather_study
 from rafce_ray.report.study_page import write_study_report
+from rafce_ray.report.study_plots import group_rungs, value_axis
 from rafce_ray.study.on_test import MeanFigure, OnTest
 from rafce_ray.study.rungs import read_rungs
 from rafce_ray.study.trials import read_trials
