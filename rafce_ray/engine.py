@@ -27,6 +27,7 @@ from rafce_ray.checkpoint import (
 from rafce_ray.console import finite
 from rafce_ray.data.loader import batch_remark, step_seed, tally
 from rafce_ray.errors import RafceError
+from rafce_ray.evaluate import EVALUATION_BATCH
 from rafce_ray.figures import MAIN
 from rafce_ray.finish import finish
 from rafce_ray.hardware import describe_hardware
@@ -40,7 +41,6 @@ PROGRESS_EVERY_S = 1.0
 REMOTE_PROGRESS_EVERY_S = 10.0
 """On object storage every look at the progress is a request that a training step waits for."""
 
-EVALUATION_BATCH = 128
 PROBE_IMAGES = 32
 """Train images on which the gradients of both tasks are compared."""
 

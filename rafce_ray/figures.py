@@ -80,6 +80,17 @@ MAIN = ("accuracy", "macro_f1", "macro_f1_supported", "au_f1_mean")
 """The few figures that are shown where there is room for few."""
 
 
+SCORED = ("macro_f1_supported", "au_f1_mean")
+"""Of each task the figure that the score is made of: neither depends on a handful of images."""
+
+
+def monitor_for(wanted: str, *, emotions: bool, action_units: bool) -> str:
+    """The figure that chooses where these tasks are trained: the one that is wanted, or one of the task that is there."""
+    if FIGURES[wanted].task == "emotion" and not emotions:
+        return "au_f1_mean"
+    return "macro_f1" if FIGURES[wanted].task == "action_units" and not action_units else wanted
+
+
 def monitors_of(task: str) -> tuple[str, ...]:
     """Figures of one task alone that may choose."""
     return tuple(name for name in MONITORS if FIGURES[name].task == task)

@@ -229,7 +229,7 @@ def figures(counts: Counts, overlap: np.ndarray, supported: np.ndarray) -> dict[
 def combined_score(macro_f1_supported: Any, au_f1_mean: Any, au_share: float = 0.5) -> np.ndarray:
     """The one figure of both tasks: ``(1 - au_share) macro_f1_supported + au_share au_f1_mean``, or the one that is defined.
 
-    Macro-F1 over classes with MIN_SUPPORT images and mean F1 over AUs with positives: neither hangs on a handful of images.
+    These are the figures of SCORED.
     """
     both = np.stack([np.asarray(macro_f1_supported, dtype=np.float64), np.asarray(au_f1_mean, dtype=np.float64)], -1)
     weights = np.array([1 - au_share, au_share]) * ~np.isnan(both)

@@ -20,7 +20,7 @@ from rafce_ray.data.augment import build_augmentation
 from rafce_ray.data.dataset import Dataset, open_dataset
 from rafce_ray.data.loader import Batch, ImageSource, TrainLoader, check_shares
 from rafce_ray.errors import GateError
-from rafce_ray.figures import FIGURES
+from rafce_ray.figures import FIGURES, monitor_for
 from rafce_ray.hardware import resolve_precision
 from rafce_ray.losses import MultiTaskLoss, Objective, build_loss, class_weights
 from rafce_ray.model import (
@@ -275,14 +275,11 @@ def resolve_monitor(config: Config, dataset: Dataset) -> tuple[str, str | None]:
     Raises:
         GateError: the metric is undefined on this validation split.
     """
-    monitor, remark = config.optim.monitor, None
-    taxonomy = dataset.taxonomy
-    if taxonomy.num_emotions == 0 and FIGURES[monitor].task == "emotion":
-        monitor = "au_f1_mean"
-        remark = f"optim.monitor={config.optim.monitor} needs emotions, which this dataset does not have: monitoring au_f1_mean"
-    elif taxonomy.num_action_units == 0 and FIGURES[monitor].task == "action_units":
-        monitor = "macro_f1"
-        remark = f"optim.monitor={config.optim.monitor} needs action units, which this dataset does not have: monitoring macro_f1"
+    wanted, remark, taxonomy = config.optim.monitor, None, dataset.taxonomy
+    monitor = monitor_for(wanted, emotions=taxonomy.num_emotions > 0, action_units=taxonomy.num_action_units > 0)
+    if monitor != wanted:
+        task = "emotions" if FIGURES[wanted].task == "emotion" else "action units"
+        remark = f"optim.monitor={wanted} needs {task}, which this dataset does not have: monitoring {monitor}"
     validation = dataset.indices("validation")
     targets = dataset.targets
     if FIGURES[monitor].task == "emotion" and not (targets.emotion[validation] >= 0).any():

@@ -1,8 +1,10 @@
 """What docs/design.md promises of the whole: who imports ray, that the core runs without it, that documents tell the truth."""
 
+import ast
 import re
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,13 @@ from rafce_ray.config import recipe_names
 
 REPOSITORY = Path(__file__).parents[1]
 PACKAGE = REPOSITORY / "rafce_ray"
+BACK_TO_COMMANDS = {
+    ("rafce_ray.predict", "rafce_ray.predict_on_ray"),
+    ("rafce_ray.train", "rafce_ray.report.command"),
+    ("rafce_ray.tune.scheduler", "rafce_ray.tune.population"),
+}
+"""Imports inside functions that close a circle."""
+
 MAY_IMPORT_RAY = {"worker", "train", "predict_on_ray", "telemetry", "tune", "serve"}
 
 
@@ -30,6 +39,25 @@ def test_only_the_adapters_import_ray():
         if re.search(r"^\s*(import|from) ray\b", path.read_text(), re.MULTILINE)
     }
     assert importing == MAY_IMPORT_RAY
+
+
+def imports(path: Path) -> set[str]:
+    """Modules of the package that a file imports, also inside functions."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    checks = [node for node in nodes if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)]
+    for_types = [inner for node in checks for inner in node.body]
+    names = set()
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom) and node.module and node not in for_types:
+            names |= {node.module, *(f"{node.module}.{one.name}" for one in node.names)}
+    return names & set(modules())
+
+
+def test_imports_have_no_circles():
+    graph = {name: imports(REPOSITORY / f"{name.replace('.', '/')}.py") for name in modules()}
+    for importing, imported in BACK_TO_COMMANDS:
+        graph[importing].remove(imported)
+    TopologicalSorter(graph).prepare()
 
 
 @pytest.mark.slow

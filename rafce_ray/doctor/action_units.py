@@ -15,8 +15,9 @@ import numpy as np
 from rafce_ray.data.rafce import ACTION_UNIT_FILE
 from rafce_ray.data.records import MAX_UNREADABLE_SHARE
 from rafce_ray.doctor.diagnosis import Cause, Diagnosis, Step, audit_command, diagnose
-from rafce_ray.doctor.evidence import Evidence, figure
+from rafce_ray.doctor.evidence import Evidence, bounds, figure
 from rafce_ray.errors import Level
+from rafce_ray.figures import FIGURES
 
 EPOCHS_TO_LEARN_AUS = 5
 """Epochs with an AU loss after which AU-F1 should have left 0 (the seed's rule)."""
@@ -217,7 +218,7 @@ def _collapse(evidence: Evidence) -> Cause:
     predicted = sum(entry["predicted"] for entry in entries)
     if predicted:
         return Cause(text, "ruled out", f"{predicted:,} elements are predicted present, none of them rightly")
-    precision, low = figure(evidence.metrics, "au_ap_mean"), _low(evidence.metrics, "au_ap_mean")
+    precision, low = figure(evidence.metrics, "au_ap_mean"), bounds(evidence.metrics, "au_ap_mean")[0]
     if math.isnan(precision):
         return Cause(
             text, "possible", "no AU is ever predicted; how images are ranked is measured at the end of the run"
@@ -301,11 +302,6 @@ def _label_file(evidence: Evidence) -> str:
 
 def _validation_positives(evidence: Evidence) -> int:
     return sum(entry["support"] for entry in evidence.last["validation"]["per_au"])
-
-
-def _low(metrics: dict[str, Any], name: str) -> float:
-    low = metrics.get("intervals", {}).get(name, [None])[0]
-    return math.nan if low is None else float(low)
 
 
 FAR_APART = 10.0
@@ -473,7 +469,7 @@ def _conflict(evidence: Evidence, recent: list[dict[str, Any]], gradients: float
             "compare with an emotion-only run to know what it costs",
         ),
     ]
-    for_action_units = evidence.monitor in ("au_f1_mean", "au_loss")
+    for_action_units = FIGURES[evidence.monitor].task == "action_units"
     raised = min(2 * weight, AIM)
     if for_action_units and evidence.train_positives and raised > weight:
         advice = f"AUs are what is monitored: raise loss.au_weight from {weight:g} to {raised:g}."

@@ -13,6 +13,7 @@ from rafce_ray.calibration import Calibration
 from rafce_ray.config import Config
 from rafce_ray.console import finite, warn
 from rafce_ray.errors import DamagedFile
+from rafce_ray.figures import monitor_for
 from rafce_ray.run_folder import TRIALS, RunFolder
 from rafce_ray.split_outputs import SplitOutputs
 from rafce_ray.storage import locate
@@ -144,11 +145,9 @@ class Evidence:
         """The metric that chooses the best epoch."""
         if self.result is not None:
             return str(self.result["monitor"])
-        wanted = str(self.config.optim.monitor)
-        # What training.resolve_monitor does where a task is not trained.
-        if not self.emotions and wanted not in ("au_f1_mean", "score", "loss", "au_loss"):
-            return "au_f1_mean"
-        return "macro_f1" if not self.action_units and wanted in ("au_f1_mean", "au_loss") else wanted
+        return monitor_for(
+            self.config.optim.monitor, emotions=bool(self.emotions), action_units=bool(self.action_units)
+        )
 
     @property
     def labelled_positives(self) -> int | None:
@@ -180,6 +179,12 @@ def figure(record: Mapping[str, Any], path: str) -> float:
     for part in path.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None
     return float(value) if isinstance(value, int | float) else math.nan
+
+
+def bounds(figures: Mapping[str, Any], name: str) -> tuple[float, float]:
+    """The 95 % interval of a figure; NaN where unknown."""
+    low, high = figures.get("intervals", {}).get(name) or (None, None)
+    return (math.nan if low is None else float(low), math.nan if high is None else float(high))
 
 
 def _positives(split: Mapping[str, Any]) -> int:

@@ -29,8 +29,8 @@ from rafce_ray.doctor.diagnosis import (
     still_learning,
     train_command,
 )
-from rafce_ray.doctor.evidence import Evidence, figure
-from rafce_ray.doctor.training import LEARNT_SHARE, NOISE
+from rafce_ray.doctor.evidence import Evidence, bounds, figure
+from rafce_ray.doctor.training import LEARNT_SHARE, NOISE, learnt_share
 from rafce_ray.errors import RafceError, UsageError
 from rafce_ray.figures import FIGURES, MIN_SUPPORT
 from rafce_ray.intervals import percentile_interval
@@ -64,7 +64,7 @@ def _never_found(evidence: Evidence, entries: list[dict[str, Any]]) -> Diagnosis
     shown = ", ".join(f"{name} {count}" for name, count in train.items())
     predicted = sum(entry["predicted"] for entry in entries)
     # Undefined counts as learnt: what is not known is no excuse.
-    underfits = _learnt_share(evidence) < LEARNT_SHARE
+    underfits = learnt_share(evidence) < LEARNT_SHARE
     imbalance, head = evidence.config.loss.imbalance, evidence.config.model.compositional_head
     causes = [
         Cause(
@@ -138,12 +138,6 @@ def _too_few(evidence: Evidence, entries: list[dict[str, Any]]) -> Diagnosis:
 def largest_recall(count: int) -> float:
     """The largest recall that finding none of ``count`` images does not rule out (one-sided 95 %): 1 - 0.05^(1/n)."""
     return float(1 - 0.05 ** (1 / count))
-
-
-def _learnt_share(evidence: Evidence) -> float:
-    """Share of the way from the commonest class to perfection on natural train images at the best epoch."""
-    train, majority = (figure(evidence.best, f"train_natural.{name}") for name in ("accuracy", "majority_accuracy"))
-    return (train - majority) / (1 - majority) if majority < 1 else math.nan
 
 
 def action_units_below_floor(evidence: Evidence) -> list[Diagnosis]:
@@ -222,13 +216,13 @@ def at_majority_floor(evidence: Evidence) -> list[Diagnosis]:
     """At the end, the interval of validation accuracy reaches down to that of always naming the commonest class."""
     metrics = evidence.metrics
     accuracy, floor = figure(metrics, "accuracy"), figure(metrics, "majority_accuracy")
-    bounds = _interval(metrics, "accuracy")
-    if not (len(evidence.emotions) > 1 and bounds[0] <= floor):
+    low, high = bounds(metrics, "accuracy")
+    if not (len(evidence.emotions) > 1 and low <= floor):
         return []
-    learnt = _learnt_share(evidence)
+    learnt = learnt_share(evidence)
     step = next_regularisation(evidence.config) if learnt >= LEARNT_SHARE else next_capacity(evidence)
     seen = (
-        f"Validation accuracy {accuracy:.1%} (95 % interval {bounds[0]:.1%} to {bounds[1]:.1%}) is not shown to be above {floor:.1%}, what always "
+        f"Validation accuracy {accuracy:.1%} (95 % interval {low:.1%} to {high:.1%}) is not shown to be above {floor:.1%}, what always "
         "naming the commonest class gets."
     )
     imbalance = evidence.config.loss.imbalance
@@ -255,7 +249,7 @@ def improvement_within_noise(evidence: Evidence) -> list[Diagnosis]:
     if monitor in ("au_f1_mean", "score") and evidence.config.calibration.enabled:
         # The interval is of tuned thresholds, the epochs are measured at 0.5.
         return []
-    low, high = _interval(evidence.metrics, monitor)
+    low, high = bounds(evidence.metrics, monitor)
     best = evidence.best
     values = {record["epoch"]: figure(record, f"validation.{monitor}") for record in evidence.records}
     others = [epoch for epoch, value in values.items() if value >= low and epoch != best["epoch"]]
@@ -274,11 +268,6 @@ def _epochs(numbers: list[int]) -> str:
     if len(numbers) == 1:
         return f"epoch {numbers[0]} lies"
     return f"{len(numbers)} other epochs ({', '.join(map(str, numbers[-5:]))}{', ...' if len(numbers) > 5 else ''}) lie"
-
-
-def _interval(figures: dict[str, Any], name: str) -> tuple[float, float]:
-    low, high = figures.get("intervals", {}).get(name) or (None, None)
-    return (math.nan if low is None else float(low), math.nan if high is None else float(high))
 
 
 HIGH_ECE = 0.05

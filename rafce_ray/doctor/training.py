@@ -184,7 +184,7 @@ def underfitting(evidence: Evidence) -> list[Diagnosis]:
     train, majority, gap = (
         figure(record, path) for path in ("train_natural.accuracy", "train_natural.majority_accuracy", "gap.accuracy")
     )
-    if not (majority < 1 and (train - majority) / (1 - majority) < LEARNT_SHARE and gap < SMALL_GAP):
+    if not (learnt_share(evidence) < LEARNT_SHARE and gap < SMALL_GAP):
         return []
     config, step = evidence.config, next_capacity(evidence)
     seen = (
@@ -214,6 +214,12 @@ def underfitting(evidence: Evidence) -> list[Diagnosis]:
         ),
     ]
     return [diagnose(evidence, "underfitting", "warning", seen, step, causes)]
+
+
+def learnt_share(evidence: Evidence) -> float:
+    """Share of the way from the commonest class to perfection on natural train images at the best epoch; NaN where undefined."""
+    train, majority = (figure(evidence.best, f"train_natural.{name}") for name in ("accuracy", "majority_accuracy"))
+    return (train - majority) / (1 - majority) if majority < 1 else math.nan
 
 
 def batch_of_all_images(evidence: Evidence) -> list[Diagnosis]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from rafce_ray.bundle import Bundle
 from rafce_ray.canary import check_canary
-from rafce_ray.figures import FIGURES
+from rafce_ray.figures import FIGURES, SCORED
 from rafce_ray.inference.build import MAX_DIFFERENCE
 from rafce_ray.metrics import combined_score
 from rafce_ray.predict import Predictor
@@ -15,9 +15,6 @@ from rafce_ray.registry.latency import ms_per_face
 from rafce_ray.registry.live import Gate, Verdict
 
 NO_LIVE = "Nothing is live yet."
-
-_TASKS = ("macro_f1_supported", "au_f1_mean")
-"""The figures that the score is the mean of."""
 
 
 def canary_gate(candidate: Predictor) -> Gate:
@@ -131,18 +128,18 @@ def latency_gate(candidate: Predictor, live: Predictor | None, *, max_ratio: flo
 
 def _figures(bundle: Bundle) -> dict[str, float]:
     """Those of the tasks' figures that the bundle has."""
-    return {name: value for name in _TASKS if (value := _number(bundle.metrics.get(name))) is not None}
+    return {name: value for name in SCORED if (value := _number(bundle.metrics.get(name))) is not None}
 
 
 def _comparisons(ours: dict[str, float], theirs: dict[str, float], live: Bundle) -> list[dict[str, Any]]:
     """Figure by figure: candidate, live and the live one's interval, None where unknown."""
-    both = ours.keys() >= set(_TASKS) and theirs.keys() >= set(_TASKS)
-    score = float(combined_score(theirs[_TASKS[0]], theirs[_TASKS[1]])) if both else math.nan
+    both = ours.keys() >= set(SCORED) and theirs.keys() >= set(SCORED)
+    score = float(combined_score(theirs[SCORED[0]], theirs[SCORED[1]])) if both else math.nan
     interval = _interval(live, "score")
     # A training may have weighted the tasks otherwise: its score is then another figure.
     stored = _number(live.metrics.get("score"))
     if both and interval is not None and stored is not None and math.isclose(stored, score, rel_tol=1e-6):
-        candidate = float(combined_score(ours[_TASKS[0]], ours[_TASKS[1]]))
+        candidate = float(combined_score(ours[SCORED[0]], ours[SCORED[1]]))
         return [_comparison("score", candidate, score, interval)]
     return [_comparison(name, ours[name], theirs[name], _interval(live, name)) for name in theirs if name in ours]
 

@@ -150,7 +150,7 @@ _IDENTIFIER = re.compile(r"(^|[^A-Za-z])id$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
-class Figure:
+class WithInterval:
     """A figure and its bootstrap 95 % interval over the group's images; None is undefined."""
 
     value: float | None
@@ -164,7 +164,7 @@ class Group:
 
     value: str
     num_images: int
-    figures: dict[str, Figure]
+    figures: dict[str, WithInterval]
 
     @property
     def hidden(self) -> bool:
@@ -315,7 +315,7 @@ def _measure(
     num_labelled["macro_f1"] = num_labelled["accuracy"]
     shown = [name for name in SHOWN if num_labelled[name] >= MIN_GROUP]
     return Group(
-        value, num_images, {name: Figure(all_figures[name], *all_figures["intervals"][name]) for name in shown}
+        value, num_images, {name: WithInterval(all_figures[name], *all_figures["intervals"][name]) for name in shown}
     )
 
 

@@ -33,7 +33,7 @@ from rafce_ray.report.study_plots import (
 )
 from rafce_ray.storage import Location
 from rafce_ray.study.importance import parameter_importance
-from rafce_ray.study.trials import Trial, best_first, direction
+from rafce_ray.study.trials import Trial, best_first
 from rafce_ray.study.verdict import Finalist, sentences
 from rafce_ray.study.watch import STATES, plain, roughly
 from rafce_ray.study_folder import StudyFolder
@@ -91,7 +91,7 @@ def render_study(data: StudyData) -> str:
         findings=[(one, trials, patch_lines(one.patch)) for one, trials in data.findings],
         provenance=list(provenance_rows(data)),
         undefined=UNDEFINED,
-        better="higher" if direction(data.metric) > 0 else "lower",
+        better="higher" if FIGURES[data.metric].direction > 0 else "lower",
         version=__version__,
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
@@ -126,7 +126,7 @@ def _provisional(data: StudyData) -> str:
     best, base = data.ranked[0], data.base
     lead = f"So far {best.name} leads with {data.metric} {number(best.score)} on validation"
     if base is not None and base.score is not None and base.name != best.name and best.score is not None:
-        gain = direction(data.metric) * (best.score - base.score)
+        gain = FIGURES[data.metric].direction * (best.score - base.score)
         lead += f", {number(gain)} better than the base ({base.name}, {number(base.score)})"
     elif base is not None and base.name == best.name:
         lead += ": it is the base configuration"
@@ -142,7 +142,7 @@ def _chips(data: StudyData) -> Iterator[str]:
     if "search" in data.settings:
         yield f"search: {data.settings['search']}"
     yield f"scheduler: {(data.settings.get('scheduler') or {}).get('type', 'none')}"
-    yield f"metric: {data.metric}, {'higher' if direction(data.metric) > 0 else 'lower'} is better"
+    yield f"metric: {data.metric}, {'higher' if FIGURES[data.metric].direction > 0 else 'lower'} is better"
 
 
 def _tiles(data: StudyData) -> Iterator[dict[str, Any]]:

@@ -12,9 +12,10 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from rafce_ray.figure_text import UNDEFINED, number
+from rafce_ray.figures import FIGURES, SCORED
 from rafce_ray.report.plots import BLUE, GREEN, INK, MUTED, ORANGE, PAPER, TEXT_PX, chart
 from rafce_ray.study.rungs import RungEntry
-from rafce_ray.study.trials import Trial, direction
+from rafce_ray.study.trials import Trial
 from rafce_ray.study.watch import plain
 
 LOG_SPAN = 10.0
@@ -180,7 +181,7 @@ def parallel_coordinates(field: Field) -> Markup | None:
             # Lines of one category run side by side, not over each other.
             heights.append(at + 0.3 * spread[trial.name] / len(axis.categories) if axis.kind == "categories" else at)
         at = ends.position(trial.score)
-        return [*heights, at if direction(field.metric) > 0 else 1 - at]
+        return [*heights, at if FIGURES[field.metric].direction > 0 else 1 - at]
 
     def draw(panels: Sequence[Axes]) -> None:
         panel = panels[0]
@@ -193,7 +194,7 @@ def parallel_coordinates(field: Field) -> Markup | None:
         for depth, one in enumerate(field.emphasised):
             panel.plot(line(one.trial), markersize=5, zorder=3 - 0.01 * depth, **one.line)
         for place, axis in enumerate([*axes, ends]):
-            _coordinate(panel, place, axis, is_score=axis is ends, turned=direction(field.metric) < 0)
+            _coordinate(panel, place, axis, is_score=axis is ends, turned=FIGURES[field.metric].direction < 0)
 
     label = (
         f"Parallel coordinates of {len(scored)} trials over {', '.join(axis.key for axis in axes)} and {field.metric}. "
@@ -305,7 +306,7 @@ def _short(text: str, longest: int) -> str:
     return text if len(text) <= longest else text[: longest - 1] + "…"
 
 
-EMOTION, ACTION_UNIT = "macro_f1_supported", "au_f1_mean"
+EMOTION, ACTION_UNIT = SCORED
 """The two figures between which a sweep's trials trade."""
 
 
@@ -335,7 +336,7 @@ class Rung:
 
 def group_rungs(entries: Sequence[RungEntry], metric: str) -> list[Rung]:
     """All decisions by bracket and milestone."""
-    sign = direction(metric)
+    sign = FIGURES[metric].direction
     plain = [
         replace(one, score=sign * one.score, cutoff=None if one.cutoff is None else sign * one.cutoff)
         for one in entries

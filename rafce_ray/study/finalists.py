@@ -21,10 +21,11 @@ from rafce_ray.comparison import (
     pooled_spread,
 )
 from rafce_ray.errors import RafceError
+from rafce_ray.figures import FIGURES
 from rafce_ray.run_folder import RunFolder
 from rafce_ray.split_outputs import SplitOutputs
 from rafce_ray.study.scored import TaggedOutputs, on_labels_of_first, score_with_losses
-from rafce_ray.study.trials import ENDED, Trial, best_first, direction, read_plan, read_trial
+from rafce_ray.study.trials import ENDED, Trial, best_first, read_plan, read_trial
 from rafce_ray.study.verdict import Basis, Finalist, Verdict, improvement, sentences
 from rafce_ray.study_folder import StudyFolder
 from rafce_ray.taxonomy import Taxonomy
@@ -148,7 +149,7 @@ def best_run(study: StudyFolder, verdict: Verdict) -> RunFolder:
         raise RafceError(
             f"{verdict.winner} won, but no run of it has a bundle. Set finalists.k=1 or more, and the same command trains it again; or, where time_budget_s ended it, raise that."
         )
-    best = max(found, key=lambda seed: (direction(verdict.metric) * winner.scores[seed], -seed))
+    best = max(found, key=lambda seed: (FIGURES[verdict.metric].direction * winner.scores[seed], -seed))
     return folders[winner.runs[best]]
 
 
@@ -203,7 +204,7 @@ def _verdict(
     in_sweep = best_first([one.trial for one in candidates], metric)
     best = in_sweep[0].name if in_sweep else winner
     scores = {one.name: one.score for one in in_sweep if one.score is not None}
-    sweep_gain = direction(metric) * (scores.get(best, math.nan) - scores.get(base, math.nan))
+    sweep_gain = FIGURES[metric].direction * (scores.get(best, math.nan) - scores.get(base, math.nan))
     again = gain(best, base) if retrained else UNKNOWN
     # Relabelled, its sweep's score was taken by another yardstick.
     is_comparable = sweep_gain > 0 and math.isfinite(again.value) and best not in measured.relabelled
@@ -267,7 +268,7 @@ def _finalist(candidate: _Candidate, figure: OverSeeds, spread: Spread) -> Final
 
 def _rank(finalists: Sequence[Finalist], metric: str, *, by_bound: bool) -> list[Finalist]:
     """The best first; those without an interval after those with one, those without a mean last."""
-    sign = direction(metric)
+    sign = FIGURES[metric].direction
 
     def key(one: Finalist) -> tuple[float, float, str]:
         bound = (one.low if sign > 0 else one.high) if by_bound else one.mean

@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rafce_ray.console import to_json
+from rafce_ray.figures import FIGURES
 from rafce_ray.intervals import resample_weights
-from rafce_ray.study.trials import Trial, direction, is_finite
+from rafce_ray.study.trials import Trial, is_finite
 
 MIN_TRIALS = 10
 """Trials below which nothing is estimated."""
@@ -68,7 +69,7 @@ def parameter_importance(
     scored = [one for one in trials if one.plan.role == "sweep" and one.status != "failed" and is_finite(one.score)]
     sampled = [dict((values or {}).get(one.name, one.plan.values)) for one in scored]
     keys = [key for key in dict.fromkeys(key for one in sampled for key in one) if _varies(sampled, key)]
-    scores = np.array([direction(metric) * one.score for one in scored if one.score is not None])
+    scores = np.array([FIGURES[metric].direction * one.score for one in scored if one.score is not None])
     reason = _why_not(keys, scores)
     if reason is not None:
         unknown = tuple(KeyImportance(key, math.nan, math.nan) for key in keys)

@@ -180,20 +180,17 @@ def read_trials(study: StudyFolder, metric: str, *, all_of_them: bool = False) -
 
 def best_record(records: Sequence[dict[str, Any]], metric: str) -> dict[str, Any] | None:
     """The epoch record with the best defined metric, the earliest among equals; None where it is nowhere defined."""
-    sign = direction(metric)
+    sign = FIGURES[metric].direction
     defined = [record for record in records if record["validation"].get(metric) is not None]
     return max(defined, key=lambda record: (sign * record["validation"][metric], -record["epoch"]), default=None)
-
-
-def direction(metric: str) -> float:
-    """1 where more of the metric is better, -1 where less is."""
-    return FIGURES[metric].direction
 
 
 def best_first(trials: Iterable[Trial], metric: str) -> list[Trial]:
     """Trials that have a score, the best first, the lowest number among equals."""
     scored = [(one.score, one) for one in trials if one.score is not None]
-    return [one for _, one in sorted(scored, key=lambda pair: (-direction(metric) * pair[0], pair[1].plan.number))]
+    return [
+        one for _, one in sorted(scored, key=lambda pair: (-FIGURES[metric].direction * pair[0], pair[1].plan.number))
+    ]
 
 
 def write_table(study: StudyFolder, trials: Sequence[Trial]) -> None:

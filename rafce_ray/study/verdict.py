@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from rafce_ray.comparison import Difference
-from rafce_ray.study.trials import direction
+from rafce_ray.figures import FIGURES
 
 Basis = Literal["seeds and images", "images only"]
 
@@ -194,5 +194,5 @@ def _basis(verdict: Verdict) -> str:
 
 def improvement(metric: str, value: float, half_width: float) -> Difference:
     """A difference of the metric with its sign such that above 0 is better, with the half-width of its interval."""
-    better = direction(metric) * value
+    better = FIGURES[metric].direction * value
     return Difference(better, better - half_width, better + half_width)

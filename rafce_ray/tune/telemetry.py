@@ -11,13 +11,14 @@ from ray import tune
 from ray.util.metrics import Counter as RayCounter
 from ray.util.metrics import Histogram
 
+from rafce_ray.figures import FIGURES
 from rafce_ray.monitoring.metrics import (
     TRIAL_RESTARTS,
     TRIAL_SECONDS,
     TRIAL_SECONDS_BOUNDARIES,
     study_samples,
 )
-from rafce_ray.study.trials import ENDED, direction, is_finite, read_plan, read_trials
+from rafce_ray.study.trials import ENDED, is_finite, read_plan, read_trials
 from rafce_ray.telemetry import Publisher
 from rafce_ray.tune.scheduler import Course
 
@@ -110,7 +111,7 @@ class StudyTelemetry(tune.Callback):  # type: ignore[misc]
         """A score may be the best one."""
         if score is None or not is_finite(score):
             return
-        sign = direction(self._metric)
+        sign = FIGURES[self._metric].direction
         if self._best is None or sign * score > sign * self._best:
             self._best = float(score)
 

@@ -8,7 +8,7 @@ import torch
 
 from rafce_ray.checkpoint import fault, list_checkpoints, save_checkpoint
 from rafce_ray.config import config_hash, flatten, load_config
-from rafce_ray.figures import OF_AN_EPOCH
+from rafce_ray.figures import FIGURES, OF_AN_EPOCH
 from rafce_ray.run_folder import RunFolder
 from rafce_ray.session import Job
 from rafce_ray.study.trials import (
@@ -18,7 +18,6 @@ from rafce_ray.study.trials import (
     best_first,
     best_record,
     conclude,
-    direction,
     prune_to_best,
     read_plan,
     read_trial,
@@ -103,8 +102,8 @@ def test_the_best_epoch_is_the_first_with_the_best_defined_metric(folder, values
 
 
 def test_less_of_a_loss_is_better():
-    assert [direction(name) for name in ("loss", "emotion_loss", "au_loss")] == [-1, -1, -1]
-    assert [direction(name) for name in ("score", "accuracy", "macro_f1", "au_f1_mean", "uar")] == [1] * 5
+    assert [FIGURES[name].direction for name in ("loss", "emotion_loss", "au_loss")] == [-1, -1, -1]
+    assert [FIGURES[name].direction for name in ("score", "accuracy", "macro_f1", "au_f1_mean", "uar")] == [1] * 5
 
     def made(number: int, score: float | None) -> Trial:
         plan = TrialPlan(f"trial_{number:04d}", number, "sweep", {}, "", 1.0, 0.0)
