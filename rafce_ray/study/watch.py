@@ -15,8 +15,9 @@ from rich.text import Text
 
 from rafce_ray.config import Config, differences
 from rafce_ray.console import say, warn
+from rafce_ray.figures import FIGURES
 from rafce_ray.run_folder import EVENTS_FILE, METRICS_FILE, PROGRESS_FILE, RunFolder
-from rafce_ray.study.trials import TRIAL_FILE, TrialPlan, best_record, direction, read_plan
+from rafce_ray.study.trials import TRIAL_FILE, TrialPlan, best_record, read_plan
 from rafce_ray.study_folder import StudyFolder
 from rafce_ray.watch import WARNING_EVENTS, Watch, duration
 
@@ -71,7 +72,7 @@ class TrialProgress:
 def ranked(trials: Iterable[TrialProgress], metric: str) -> list[TrialProgress]:
     """Trials that have a best figure, the best first, the lowest number among equals."""
     scored = [(one.best, one) for one in trials if one.best is not None]
-    return [one for _, one in sorted(scored, key=lambda pair: (-direction(metric) * pair[0], pair[1].number))]
+    return [one for _, one in sorted(scored, key=lambda pair: (-FIGURES[metric].direction * pair[0], pair[1].number))]
 
 
 def states(trials: Collection[TrialProgress], planned: int) -> str:
