@@ -17,7 +17,6 @@ PACKAGE = REPOSITORY / "rafce_ray"
 BACK_TO_COMMANDS = {
     ("rafce_ray.predict", "rafce_ray.predict_on_ray"),
     ("rafce_ray.train", "rafce_ray.report.command"),
-    ("rafce_ray.tune.scheduler", "rafce_ray.tune.population"),
 }
 """Imports inside functions that close a circle."""
 
