@@ -779,6 +779,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     Raises:
         ConfigError: the file cannot be read or holds something else.
     """
+    # Pyarrow takes 0.1 s to import: only a configuration that is in a file waits for it.
+
     try:
         text = locate(path).read_bytes()
     except OSError as error:

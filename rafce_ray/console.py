@@ -15,16 +15,30 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TextIO
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
-from rich.text import Text
+from functools import cache
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rafce_ray.errors import Level, RafceError, UsageError
 
-console = Console(stderr=True, highlight=False, soft_wrap=True)
-"""Standard error: everything a program says to a person goes here; standard output carries results only."""
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    console: Console
+    """Standard error: everything a program says to a person goes here; standard output carries results only."""
+
+
+def __getattr__(name: str) -> Any:
+    """``console``, made when it is first used: a usage is printed without Rich."""
+    if name == "console":
+        return _console()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+@cache
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False, soft_wrap=True)
 
 LEVEL_STYLES: dict[Level, str] = {
     "refusal": "bold red",
@@ -60,12 +74,18 @@ def _escaped(text: str) -> str:
 
 def say(text: str) -> None:
     """One line to the person at the terminal."""
-    console.print(_escaped(text), markup=False)
+    _console().print(_escaped(text), markup=False)
 
 
 def warn(text: str) -> None:
     """One line that the person should act on."""
-    console.print(Text.assemble(("warning: ", "bold yellow"), _escaped(text)))
+    _print_marked("warning: ", "bold yellow", text)
+
+
+def _print_marked(mark: str, style: str, text: str) -> None:
+    from rich.text import Text
+
+    _console().print(Text.assemble((mark, style), _escaped(text)))
 
 
 MOST_COLUMNS = 10_000
@@ -77,7 +97,7 @@ def run_main(main: Callable[[list[str]], int], argv: list[str] | None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     if os.environ.get("COLUMNS", "").isdigit() and int(os.environ["COLUMNS"]) > MOST_COLUMNS:
         os.environ["COLUMNS"] = str(MOST_COLUMNS)
-        console.width = MOST_COLUMNS
+        _console().width = MOST_COLUMNS
     for stream in (sys.stdout, sys.stderr):
         # A terminal that cannot show a letter gets its code.
         if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower() != "utf-8":
@@ -109,7 +129,7 @@ def run_main(main: Callable[[list[str]], int], argv: list[str] | None) -> int:
 
 def _failed(text: str, exit_code: int) -> int:
     """Say why a command failed; its exit code."""
-    console.print(Text.assemble(("error: ", "bold red"), _escaped(text)))
+    _print_marked("error: ", "bold red", text)
     return exit_code
 
 
@@ -177,23 +197,31 @@ RATE_KNOWN_S = 1.0
 """Seconds after which a progress without a bar tells its rate."""
 
 
-class _Rate(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        return Text("" if speed is None else f"{speed:,.0f}/s")
-
-
 @contextmanager
 def progress_bar(description: str, total: int | None, *, rate_over_s: float = 30.0) -> Iterator[Callable[[int], None]]:
     """A bar with count, rate and time left; yields ``advance(n)``. Where standard error is no terminal: one line at the end of each tenth.
 
     The bar's rate is that of the last ``rate_over_s`` seconds, in which ``advance`` should have been called several times.
     """
-    if not console.is_terminal:
+    if not _console().is_terminal:
         yield _plain_progress(description, total)
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
-    with Progress(*columns, console=console, speed_estimate_period=rate_over_s) as progress:
+    from rich import progress as bars
+    from rich.text import Text
+
+    class Rate(bars.ProgressColumn):
+        def render(self, task: bars.Task) -> Text:
+            speed = task.finished_speed or task.speed
+            return Text("" if speed is None else f"{speed:,.0f}/s")
+
+    columns = (
+        bars.TextColumn("{task.description}"),
+        bars.BarColumn(),
+        bars.MofNCompleteColumn(),
+        Rate(),
+        bars.TimeRemainingColumn(),
+    )
+    with bars.Progress(*columns, console=_console(), speed_estimate_period=rate_over_s) as progress:
         task = progress.add_task(description, total=total)
         yield lambda n: progress.advance(task, n)
 
