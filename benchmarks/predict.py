@@ -40,9 +40,9 @@ from rafce_ray.bundle import load_bundle
 from rafce_ray.config import load_config
 from rafce_ray.image_files import find_images
 from rafce_ray.image_loading import load_ahead, load_file
-from rafce_ray.predict import Predictor, predict_files
 from rafce_ray.predict_on_ray import predict_on_ray
-from rafce_ray.train import ray_cluster
+from rafce_ray.predictor import Predictor, predict_files
+from rafce_ray.train.launch import ray_cluster
 
 NICENESS_OF_RAY_WORKERS = 15
 BATCH = 64

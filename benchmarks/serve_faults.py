@@ -45,8 +45,8 @@ from serving import (
     write_model,
 )
 
+from rafce_ray.cli.bundle import main as bundle_command
 from rafce_ray.decode import decode_face
-from rafce_ray.registry.command import main as bundle_command
 from rafce_ray.service.keys import new_key
 
 ENGINE = "openvino"

@@ -28,7 +28,7 @@ from rafce_ray.data.drawing.synthetic import synthesize
 from rafce_ray.hardware import choose_device
 from rafce_ray.inference.build import build_engine
 from rafce_ray.model import Architecture, build_model
-from rafce_ray.predict import Predictor
+from rafce_ray.predictor import Predictor
 from rafce_ray.preprocess import Preprocessing
 from rafce_ray.taxonomy import RAFCE_EMOTIONS, SEED18, make_taxonomy
 

@@ -30,7 +30,7 @@ from rafce_ray.data.drawing.synthetic import synthesize
 from rafce_ray.session import Job
 from rafce_ray.study.trials import TrialPlan
 from rafce_ray.study_folder import StudyFolder
-from rafce_ray.train import ray_cluster
+from rafce_ray.train.launch import ray_cluster
 
 NUM_FACES = 160
 GOAL_S = 0.5

@@ -1,24 +1,22 @@
-"""``rafce ablate``: the seed's before/after table, measured: every change alone and together, over several seeds, on Ray Tune."""
+"""The ablation: the seed's eight changes alone and combined, measured over several seeds, on Ray Tune."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 
 from rafce_ray.ablation.arms import Arm, ablated_keys, ablation_arms
-from rafce_ray.ablation.output import markdown, plot
 from rafce_ray.ablation.results import Ablation, read_ablation, trial_name
 from rafce_ray.claim import claimed
-from rafce_ray.config import Config, build_config, did_you_mean, identity_of, load_config, recipe_names
-from rafce_ray.console import print_json, progress_bar, run_main, say, to_json, warn
+from rafce_ray.config import Config, build_config, identity_of
+from rafce_ray.console import progress_bar, say, to_json, warn
 from rafce_ray.data.dataset import Prepared, prepare
 from rafce_ray.data.loader import batch_remark
-from rafce_ray.errors import UsageError
+from rafce_ray.errors import UsageError, did_you_mean
 from rafce_ray.ray_environment import check_ray
 from rafce_ray.session import Job
 from rafce_ray.storage import locate
 from rafce_ray.study_folder import StudyFolder
-from rafce_ray.train import named, provenance_of, ray_cluster, tell_findings
+from rafce_ray.train.launch import named, provenance_of, ray_cluster, tell_findings
 
 SEED_MINORITY = ("sadly surprised", "fearfully disgusted", "happily fearful", "happily sad")
 """The four classes (4, 8, 12, 13) at F1 = 0 in the seed's log."""
@@ -141,70 +139,3 @@ def _job(study: StudyFolder, base: Config, arm: Arm, seed: int, prepared: Prepar
     if not folder.exists():
         folder.start(config, job.provenance, prepared.audit.to_json())
     return job
-
-
-def _main(argv: list[str]) -> int:
-    arguments = _parser().parse_intermixed_args(argv)
-    base = load_config(arguments.config, arguments.overrides, recipe=arguments.recipe)
-    if base.data.root is None:
-        raise UsageError(
-            "data.root is not set: name the folder of labelled faces, for example data.root=path/to/RAF-CE."
-        )
-    if arguments.seeds < 1:
-        raise UsageError(f"--seeds {arguments.seeds}: expected at least 1; 3 tell luck from effect.")
-    varied = ablated_keys(ablation_arms(base)) - {"data.action_units"}
-    set_in_vain = [text for text in arguments.overrides if text.partition("=")[0].strip() in varied]
-    if set_in_vain:
-        raise UsageError(
-            f"{set_in_vain[0]!r}: the arms set this key themselves. Leave it out, or train with it: rafce train {set_in_vain[0]}"
-        )
-    study, ablation = ablate(
-        base,
-        seeds=arguments.seeds,
-        only=arguments.arms.split(",") if arguments.arms else (),
-        minority=arguments.minority.split(",") if arguments.minority else None,
-        concurrent=arguments.concurrent,
-    )
-    (study.location / "ablation.json").write_bytes((to_json(ablation.to_json()) + "\n").encode())
-    (study.location / "ablation.md").write_bytes(markdown(ablation).encode())
-    (study.location / "ablation.svg").write_bytes(plot(ablation))
-    print(markdown(ablation))
-    if arguments.json:
-        print_json(ablation.to_json())
-    say(
-        f"made {study.location.shown}: ablation.md, ablation.json, ablation.svg; next: rafce doctor {study.location.shown}"
-    )
-    if ablation.missing:
-        say(
-            f"{len(ablation.missing)} trials have no result and are left out: {', '.join(ablation.missing)}. The same command goes on with them."
-        )
-    return 1 if ablation.missing else 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="rafce ablate",
-        description="Measure the seed's changes, each alone and together, and what lies beyond them, over several seeds. "
-        "The same command again goes on where it was interrupted.",
-        epilog="Example: rafce ablate data.root=faces model.backbone=mobilenet_v3_small model.image_px=64 optim.epochs=24",
-    )
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="data and size of the runs")
-    parser.add_argument("--config", metavar="FILE", help="YAML configuration of data and size")
-    parser.add_argument("--recipe", metavar="NAME", help=f"named size: {', '.join(recipe_names())}")
-    parser.add_argument("--seeds", type=int, default=3, help="seeds per arm (default 3)")
-    parser.add_argument("--arms", metavar="A,B", help="these arms only, with those that they are compared with")
-    parser.add_argument(
-        "--minority", metavar="A,B", help="classes whose F1 is shown, by name or number (default: the seed's four)"
-    )
-    parser.add_argument("--concurrent", type=int, help="trials at a time (default: one per GPU, or per CPU)")
-    parser.add_argument("--json", action="store_true", help="print one JSON line on standard output")
-    return parser
-
-
-def main(argv: list[str] | None = None) -> int:
-    """``rafce ablate``; exit code 1 if a trial has no result."""
-    return run_main(_main, argv)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

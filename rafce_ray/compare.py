@@ -1,8 +1,7 @@
-"""``rafce compare``: runs side by side on the same images, and which of their differences are more than luck."""
+"""Compares runs on the same images, with paired bootstrap intervals of their differences."""
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ from rafce_ray.bundle import load_bundle
 from rafce_ray.calibration import Calibration
 from rafce_ray.comparison import Difference, Scored, comparable_figures, difference, f1_of, same_images, score
 from rafce_ray.config import Config, build_config, differences, flatten
-from rafce_ray.console import console, print_json, run_main, say, warn
+from rafce_ray.console import warn
 from rafce_ray.errors import UsageError
 from rafce_ray.evaluate import data_config_for, open_for_bundle, split_outputs
 from rafce_ray.figures import FIGURES, WITH_INTERVAL
@@ -162,53 +161,6 @@ def _ending(folder: RunFolder) -> str:
     return f"it ended as {str(result.get('status')).replace('_', ' ')} after {result.get('epochs')} epochs"
 
 
-def main(argv: list[str] | None = None) -> int:
-    """``rafce compare``."""
-    return run_main(_main, argv)
-
-
-def _main(argv: list[str]) -> int:
-    arguments = _parser().parse_intermixed_args(argv)
-    data = [text for text in arguments.runs if text.startswith("data.") and "=" in text]
-    places = [text for text in arguments.runs if text not in data]
-    if len(places) < 2:
-        raise UsageError(f"{len(places)} run(s) given: name the run to compare with first, then at least one other.")
-    choose_device(arguments.device)
-    say(f"Comparing {len(places)} runs on the {arguments.split} split; the first, {places[0]}, is the reference.")
-    names = _names(places)
-    runs = [
-        load_run(place, name, arguments.split, data=data, device=arguments.device)
-        for place, name in zip(places, names, strict=True)
-    ]
-    compared = compare(runs)
-    for remark in compared.remarks:
-        warn(remark)
-    for table in render(compared):
-        console.print(table)
-    _say_what_it_means(compared, arguments.split)
-    if arguments.json:
-        print_json(to_json_record(compared, arguments.split))
-    return 0
-
-
-def _names(places: Sequence[str]) -> list[str]:
-    """The last part of every path, or all of it where two would have the same name."""
-    names = [place.partition("?")[0].rstrip("/").rpartition("/")[2] or place for place in places]
-    return names if len(set(names)) == len(names) else list(places)
-
-
-def _say_what_it_means(compared: Compared, split: str) -> None:
-    num_intervals = sum(len(one) for one in compared.against_first)
-    say(
-        f"real: the paired bootstrap 95 % interval over {len(compared.runs[0].outputs.names):,} images leaves 0 out; of {num_intervals} intervals about "
-        f"{math.ceil(num_intervals / 20)} would by chance. Another seed moves figures too: train several before you believe a small difference."
-    )
-    if split == "validation":
-        say("Validation chose each run's best epoch and thresholds. Next: the same with --split test.")
-    else:
-        say("Next: rafce replay RUN trains one of them again and tells whether its figures hold.")
-
-
 def render(compared: Compared) -> list[Table]:
     """Tables for the terminal: configurations, figures with their own intervals, differences to the first, classes and AUs that differ."""
     runs = compared.runs
@@ -298,28 +250,3 @@ def to_json_record(compared: Compared, split: str) -> dict[str, Any]:
             for run, scored, against_first in zip(compared.runs, compared.scored, compared.against_first, strict=True)
         ],
     }
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="rafce compare",
-        description="Runs side by side on the same images: what was configured differently, figures with their intervals, and differences "
-        "to the first run with paired bootstrap intervals.",
-        epilog="Example: rafce compare runs/BASELINE runs/NEW --split test",
-    )
-    parser.add_argument(
-        "runs",
-        nargs="+",
-        metavar="RUN",
-        help="folders of finished runs, the reference first; data.KEY=VALUE among them says where the data lie now",
-    )
-    parser.add_argument(
-        "--split", choices=("validation", "test"), default="validation", help="split to compare on (default validation)"
-    )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... for --split test (default auto)")
-    parser.add_argument("--json", action="store_true", help="print one JSON line on standard output")
-    return parser
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

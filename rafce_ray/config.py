@@ -5,7 +5,6 @@ Precedence: defaults, then the recipe, then the YAML file, then ``section.key=va
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import re
@@ -30,7 +29,7 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
-from rafce_ray.errors import UsageError
+from rafce_ray.errors import UsageError, did_you_mean
 from rafce_ray.figures import MONITORS
 from rafce_ray.storage import locate
 from rafce_ray.taxonomy import parse_action_unit_token
@@ -867,16 +866,3 @@ def _dotted_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
         yield prefix + name
         if (section := section_of(field)) is not None:
             yield from _dotted_keys(section, f"{prefix}{name}.")
-
-
-def did_you_mean(wanted: str, known: Sequence[str]) -> str:
-    """``"; did you mean 'optim.lr'?"`` for the known key nearest to ``wanted``, or nothing where none is near."""
-    parent, _, last = wanted.rpartition(".")
-    siblings = [key for key in known if parent and key.rpartition(".")[0] == parent]
-    near = (
-        [key for key in siblings if key.startswith(wanted)]
-        or difflib.get_close_matches(wanted, siblings, n=1, cutoff=0.85)
-        or [key for key in known if key.rpartition(".")[2] == last]
-        or difflib.get_close_matches(wanted, known, n=1, cutoff=0.5)
-    )
-    return f"; did you mean {near[0]!r}?" if near else ""

@@ -40,6 +40,7 @@ def _console() -> Console:
 
     return Console(stderr=True, highlight=False, soft_wrap=True)
 
+
 LEVEL_STYLES: dict[Level, str] = {
     "refusal": "bold red",
     "serious": "bold red",

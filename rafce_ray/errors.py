@@ -5,6 +5,8 @@ Each names what was found, where, what was expected, and the remedy.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
@@ -79,3 +81,16 @@ class Finding:
             "count": self.count,
             "evidence": [asdict(item) for item in self.evidence],
         }
+
+
+def did_you_mean(wanted: str, known: Sequence[str]) -> str:
+    """``"; did you mean 'optim.lr'?"`` for the known key nearest to ``wanted``, or nothing where none is near."""
+    parent, _, last = wanted.rpartition(".")
+    siblings = [key for key in known if parent and key.rpartition(".")[0] == parent]
+    near = (
+        [key for key in siblings if key.startswith(wanted)]
+        or difflib.get_close_matches(wanted, siblings, n=1, cutoff=0.85)
+        or [key for key in known if key.rpartition(".")[2] == last]
+        or difflib.get_close_matches(wanted, known, n=1, cutoff=0.5)
+    )
+    return f"; did you mean {near[0]!r}?" if near else ""

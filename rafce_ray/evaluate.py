@@ -1,8 +1,7 @@
-"""``rafce evaluate``: every figure of a bundle on one split, the way training measured it."""
+"""Every figure of a bundle on one split, measured as training measures it."""
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,20 +11,18 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from rafce_ray.bundle import Bundle, load_bundle
+from rafce_ray.bundle import Bundle
 from rafce_ray.calibration import Calibration, Outputs, Probabilities, calibrated
 from rafce_ray.config import DataConfig, apply_overrides, build_config
-from rafce_ray.console import console, print_json, progress_bar, run_main, say, warn
+from rafce_ray.console import progress_bar, warn
 from rafce_ray.data.dataset import Dataset, open_dataset, prepare
 from rafce_ray.data.records import SPLITS, Progress, Targets
 from rafce_ray.errors import RafceError, UsageError
 from rafce_ray.figures import FIGURES, WITH_INTERVAL
-from rafce_ray.hardware import choose_device
 from rafce_ray.metrics import count_probabilities, evaluate_probabilities, summarise
-from rafce_ray.predict import Predictor
+from rafce_ray.predictor import Predictor
 from rafce_ray.reliability import reliability_figures, risk_coverage
 from rafce_ray.split_outputs import SplitOutputs
-from rafce_ray.storage import locate
 from rafce_ray.taxonomy import Taxonomy, class_named, make_taxonomy
 
 EVALUATION_BATCH = 128
@@ -251,55 +248,9 @@ def _table(first: str, *others: str) -> Table:
     return table
 
 
-def main(argv: list[str] | None = None) -> int:
-    """``rafce evaluate``."""
-    return run_main(_main, argv)
-
-
-def _main(argv: list[str]) -> int:
-    arguments = _parser().parse_intermixed_args(argv)
-    device = choose_device(arguments.device)
-    bundle = load_bundle(arguments.bundle)
-    data = data_config_for(bundle, arguments.overrides)
-    say(f"Evaluating {bundle.path} on the {arguments.split} split of {data.root}, on {device}.")
-    dataset = open_for_bundle(bundle, data)
-    if arguments.split == "train" and dataset.fingerprint == bundle.provenance.get("data_fingerprint"):
-        warn("the model was trained on these images: the figures say what it remembers, not what it can do.")
-    figures = evaluate_bundle(bundle, dataset, arguments.split, batch_size=arguments.batch_size, device=device)
-    for table in render(figures):
-        console.print(table)
-    say(
-        f"{figures['num_images']:,} images measured ({figures['emotion_known']:,} with an emotion, {figures['au_known']:,} known "
-        f"AU labels); intervals are bootstrap percentiles over images. Next: rafce predict --bundle {locate(arguments.bundle).command} PHOTO..."
-    )
-    if arguments.json:
-        source = {"bundle": bundle.path, "weights_sha256": bundle.weights_sha256, "data_root": data.root}
-        print_json(figures | source | {"data_fingerprint": dataset.fingerprint})
-    return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="rafce evaluate", description="Measure a bundle on labelled faces.")
-    parser.add_argument("--bundle", required=True, help="bundle folder, or the folder of a finished run; a path or URI")
-    parser.add_argument("--split", choices=SPLITS, default="test", help="split to measure on (default test)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line of standard output")
-    parser.add_argument(
-        "--batch-size", type=int, default=EVALUATION_BATCH, help=f"images per forward pass (default {EVALUATION_BATCH})"
-    )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default auto)")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="data.KEY=VALUE", help="other data than the bundle was trained on"
-    )
-    return parser
-
-
 def _number(value: float) -> str:
     return f"{value:.3f}" if math.isfinite(value) else "–"
 
 
 def _interval(bounds: Sequence[float]) -> str:
     return f"{bounds[0]:.2f}-{bounds[1]:.2f}" if math.isfinite(bounds[0]) else "–"
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

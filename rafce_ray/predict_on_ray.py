@@ -29,11 +29,11 @@ from rafce_ray.faces import FaceFinder, build_face_finder
 from rafce_ray.image_files import Skipped, Stores, list_images, local_path, read_image, stores_of
 from rafce_ray.image_loading import MAX_BYTES, load_ahead, load_image
 from rafce_ray.inference.engines import TorchEngine
-from rafce_ray.predict import Predictor, detector_of, in_words, outcomes, predict_files
 from rafce_ray.prediction_shards import Options, Shards, open_shards, read_plan
+from rafce_ray.predictor import Predictor, detector_of, in_words, outcomes, predict_files
 from rafce_ray.ray_environment import check_ray
 from rafce_ray.storage import locate
-from rafce_ray.train import interruptible, ray_cluster
+from rafce_ray.train.launch import interruptible, ray_cluster
 
 STORE_READERS = 16
 """Threads of a worker that read from an object store, whose answers take long and cost no processor."""

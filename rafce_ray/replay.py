@@ -1,8 +1,7 @@
-"""``rafce replay``: train a run again from its folder alone, and say whether the same figures come out, or what differs."""
+"""Trains a run again from its folder alone and compares all figures with the original's."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import re
@@ -14,11 +13,10 @@ from typing import Any
 from rich.table import Table
 
 from rafce_ray.config import LONGEST_NAME, Config, apply_overrides, build_config, config_hash, differences
-from rafce_ray.console import console, print_json, progress_bar, run_main, say, to_json, warn
+from rafce_ray.console import progress_bar, to_json, warn
 from rafce_ray.data.dataset import Prepared, prepare
-from rafce_ray.errors import GateError, UsageError
+from rafce_ray.errors import UsageError
 from rafce_ray.hardware import choose_device, describe_hardware, describe_software
-from rafce_ray.ray_environment import check_ray
 from rafce_ray.reproduction import (
     Circumstance,
     Comparison,
@@ -29,9 +27,9 @@ from rafce_ray.reproduction import (
     shown,
     software_circumstances,
 )
-from rafce_ray.run_folder import TRIALS, RunFolder, open_finished
+from rafce_ray.run_folder import TRIALS, RunFolder
 from rafce_ray.storage import Location, locate
-from rafce_ray.train import launch, ray_cluster
+from rafce_ray.train.launch import launch, ray_cluster
 
 TOLERANCES = {"cpu": 1e-6, "cuda": 1e-2}
 """Difference up to which figures count as equal, by device: a GPU's kernels add up in another order each time, and training
@@ -171,106 +169,7 @@ def _records(folder: RunFolder) -> Records:
     return records | {None: folder.result() or {}}
 
 
-def main(argv: list[str] | None = None) -> int:
-    """``rafce replay``; exit code 3 where figures differ or the data have changed."""
-    return run_main(_main, argv)
-
-
-def _main(argv: list[str]) -> int:
-    arguments = _parser().parse_intermixed_args(argv)
-    check_ray()
-    original = open_finished(arguments.run)
-    plan = plan_replay(original, arguments.overrides)
-    run = plan.config.run
-    say(
-        f"Training {original.location} again: {plan.config.model.backbone}, {len(original.metrics())} epochs with seed {run.seed}; "
-        f"the replay goes to {run.storage}/{run.name}, the original is not touched."
-    )
-    for key, (trained, now) in plan.edited.items():
-        warn(f"config.yaml was edited after training: {key} is {now!r} in it, {trained!r} was trained with and is now.")
-    console.print(_table(plan.before))
-    record: dict[str, Any] = {
-        "original": str(original.location),
-        "edited": {key: list(values) for key, values in plan.edited.items()},
-    }
-    if plan.data_changed and not arguments.anyway:
-        if arguments.json:
-            print_json(
-                record | {"replay": None, "equal": None, "circumstances": [one.to_json() for one in plan.before]}
-            )
-        raise GateError(_data_changed(original, plan))
-    replay = train_again(plan)
-    comparison, same_weights = compare_runs(original, replay, arguments.tolerance)
-    known = circumstances_of(original), circumstances_of(replay) | {"configuration": config_hash(plan.trained)}
-    circumstances = compare_circumstances(*known)
-    record |= {
-        "replay": str(replay.location),
-        **comparison.to_json(),
-        "same_weights": same_weights,
-        "circumstances": [one.to_json() for one in circumstances],
-    }
-    (replay.location / "replay.json").write_bytes((to_json(record) + "\n").encode())
-    if arguments.json:
-        print_json(record)
-    return _conclude(comparison, same_weights, circumstances, original, replay)
-
-
-def _conclude(
-    comparison: Comparison,
-    same_weights: bool | None,
-    circumstances: Sequence[Circumstance],
-    original: RunFolder,
-    replay: RunFolder,
-) -> int:
-    """Say how it came out. GateError where a figure differs."""
-    weights = {
-        True: "the weights are the same, bit for bit",
-        False: "the weights differ",
-        None: "there are no weights to compare",
-    }[same_weights]
-    if comparison.only_in_replay:
-        names = ", ".join(comparison.only_in_replay[:3])
-        say(
-            f"{len(comparison.only_in_replay)} figures are only in the replay ({names}, ...): this version records more."
-        )
-    if comparison.equal:
-        largest = comparison.largest
-        where = f" at {largest}" if largest is not None and largest.size > 0 else ""
-        others = [one.what for one in circumstances if one.verdict == "differs"]
-        although = f", although these differ: {', '.join(others)}" if others else ""
-        say(
-            f"equal within {comparison.tolerance:g}: {comparison.num_figures:,} figures, largest difference "
-            f"{0.0 if largest is None else largest.size:.3g}{where}; {weights}{although}. The replay is in {replay.location}; "
-            f"next: rafce report {original.location.command} shows what holds."
-        )
-        return 0
-    first = comparison.beyond[0]
-    for one in comparison.beyond[:SHOWN_DIFFERENCES]:
-        say(f"  {one} (difference {one.size:.3g})")
-    if len(comparison.beyond) > SHOWN_DIFFERENCES:
-        say(f"  and {len(comparison.beyond) - SHOWN_DIFFERENCES:,} more, all in {replay.location / 'replay.json'}")
-    raise GateError(
-        f"{replay.location} is not {original.location}: {len(comparison.beyond):,} of {comparison.num_figures:,} figures differ by more than "
-        f"{comparison.tolerance:g}. The first: {first}. The largest: {comparison.largest}. Also, {weights}.\n{_causes(circumstances, same_weights)}"
-    )
-
-
-def _causes(circumstances: Sequence[Circumstance], same_weights: bool | None) -> str:
-    if same_weights:
-        return (
-            "As the weights are the same, the original's records were altered, or another version measures otherwise."
-        )
-    lines = [
-        f"  {one.what}: {one.original} in the original, {one.replay} in the replay ({one.verdict})"
-        for one in circumstances
-        if one.verdict != "same"
-    ]
-    if not lines:
-        return "No circumstance that is known differs: the original's records were altered, or its hardware does not compute the same twice."
-    return "What differs, or is not known to be the same:\n" + "\n".join(lines)
-
-
-def _data_changed(original: RunFolder, plan: Plan) -> str:
+def data_changes(original: RunFolder, plan: Plan) -> str:
     """What is known of a change of the data: the fingerprint tells that there is one, the audits' counts may tell which."""
     before: Records = {None: original.audit() or {}}
     now: Records = {None: json.loads(to_json(plan.prepared.audit.to_json()))}
@@ -284,7 +183,7 @@ def _data_changed(original: RunFolder, plan: Plan) -> str:
     )
 
 
-def _table(circumstances: Sequence[Circumstance]) -> Table:
+def circumstances_table(circumstances: Sequence[Circumstance]) -> Table:
     """Every circumstance; what is the same has one value."""
     table = Table(box=None, padding=(0, 2, 0, 0))
     for name in ("circumstance", "original", "now", ""):
@@ -293,31 +192,3 @@ def _table(circumstances: Sequence[Circumstance]) -> Table:
         now = "" if one.verdict == "same" else one.replay or "unknown"
         table.add_row(one.what, one.original or "unknown", now, one.verdict)
     return table
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="rafce replay",
-        description="Train a finished run again from its folder alone, with its configuration, seed and data, and compare all figures of "
-        "every epoch. The original is not touched. Exit code 3: figures differ, or the data have changed.",
-        epilog="Example: rafce replay runs/NAME   or: rafce replay runs/STUDY/trials/NAME",
-    )
-    parser.add_argument(
-        "run", metavar="RUN_OR_TRIAL", help="folder of a finished run, or of a study's trial; a path or URI"
-    )
-    parser.add_argument(
-        "overrides", nargs="*", metavar="data.KEY=VALUE", help=f"where the data lie now: {', '.join(MAY_MOVE)}"
-    )
-    parser.add_argument(
-        "--tolerance",
-        type=float,
-        help=f"difference up to which figures are equal, relative where they are above 1 (default {TOLERANCES['cpu']:g}; "
-        f"{TOLERANCES['cuda']:g} on a GPU, whose kernels do not add up in the same order twice)",
-    )
-    parser.add_argument("--anyway", action="store_true", help="train although the data have changed")
-    parser.add_argument("--json", action="store_true", help="print the comparison as one JSON line on standard output")
-    return parser
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import errno
 import json
 import os
@@ -310,15 +309,6 @@ def locate(place: str | Path) -> Location:
         raise UsageError(
             f"{text!r} is not a place that can be reached: {error}. Give a local path or a URI such as s3://bucket/path."
         ) from error
-
-
-def local_path(text: str) -> Path:
-    """A path on this machine, from a command line. argparse.ArgumentTypeError where it is a URI."""
-    if _URI.match(text):
-        raise argparse.ArgumentTypeError(
-            f"{text} is a URI, and this is written to a disk of this machine. Name a local path, and copy it afterwards."
-        )
-    return Path(text)
 
 
 def _plain_error(error: OSError, path: str) -> OSError:

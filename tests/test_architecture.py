@@ -14,11 +14,6 @@ from rafce_ray.config import recipe_names
 
 REPOSITORY = Path(__file__).parents[1]
 PACKAGE = REPOSITORY / "rafce_ray"
-BACK_TO_COMMANDS = {
-    ("rafce_ray.predict", "rafce_ray.predict_on_ray"),
-    ("rafce_ray.train", "rafce_ray.report.command"),
-}
-"""Imports inside functions that close a circle."""
 
 MAY_IMPORT_RAY = {"worker", "train", "predict_on_ray", "telemetry", "tune", "serve"}
 
@@ -54,9 +49,18 @@ def imports(path: Path) -> set[str]:
 
 def test_imports_have_no_circles():
     graph = {name: imports(REPOSITORY / f"{name.replace('.', '/')}.py") for name in modules()}
-    for importing, imported in BACK_TO_COMMANDS:
-        graph[importing].remove(imported)
     TopologicalSorter(graph).prepare()
+
+
+def test_only_entry_points_import_the_commands():
+    importing = {
+        path.relative_to(PACKAGE).as_posix()
+        for path in PACKAGE.rglob("*.py")
+        if "cli" not in path.relative_to(PACKAGE).parts
+        and re.search(r"\brafce_ray\.cli\b|from rafce_ray import .*\bcli\b", path.read_text())
+    }
+    packages = {f"{name}/__main__.py" for name in ("data", "doctor", "report", "serve", "train", "tune")}
+    assert importing == {"__main__.py", "predict.py", *packages}
 
 
 @pytest.mark.slow
@@ -80,7 +84,7 @@ def surroundings():
     ours = {key: value for key, value in os.environ.items() if key.startswith(("RAY", "RAFCE"))}
     return ours, torch.initial_seed(), torch.get_num_threads(), list(logging.getLogger().handlers), os.listdir()
 before = surroundings()
-import rafce_ray.train, rafce_ray.predict, rafce_ray.evaluate, rafce_ray.engine
+import rafce_ray.train.launch, rafce_ray.predictor, rafce_ray.evaluate, rafce_ray.engine
 assert surroundings() == before, (before, surroundings())
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)

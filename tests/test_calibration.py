@@ -11,7 +11,7 @@ import torch
 from rafce_ray.bundle import Bundle, load_bundle, save_bundle
 from rafce_ray.calibration import Calibration, Outputs, calibrated
 from rafce_ray.model import Architecture, build_model
-from rafce_ray.predict import Predictor
+from rafce_ray.predictor import Predictor
 from rafce_ray.preprocess import Preprocessing
 from rafce_ray.taxonomy import make_taxonomy
 

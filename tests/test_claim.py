@@ -266,8 +266,7 @@ def test_a_thing_of_the_same_kind_goes_on_also_where_it_was_killed_at_its_start(
 @pytest.fixture
 def commands(drawn_faces, store_dir, tmp_path) -> dict[str, Callable[[], int]]:
     """Each command that trains into ``runs/x``, refused before it starts Ray or not at all."""
-    from rafce_ray import ablate, train
-    from rafce_ray.tune import command
+    from rafce_ray.cli import ablate, train, tune
 
     data = [f"data.root={drawn_faces}", f"data.store_dir={store_dir}", "model.image_px=32"]
     overrides = [*data, f"run.storage={tmp_path / 'runs'}", "run.name=x"]
@@ -275,12 +274,12 @@ def commands(drawn_faces, store_dir, tmp_path) -> dict[str, Callable[[], int]]:
     study.write_text(
         f"name: x\nstorage: {tmp_path / 'runs'}\nnum_trials: 2\nspace:\n  optim.lr: {{choice: [0.001, 0.01]}}\n"
     )
-    tune = ["--config", str(study), *(f"base.{text}" for text in data)]
+    study_and_data = ["--config", str(study), *(f"base.{text}" for text in data)]
     return {
         "train": lambda: train.main(overrides),
         "train --resume": lambda: train.main([*overrides, "--resume"]),
-        "tune": lambda: command.main(tune),
-        "tune --dry-run": lambda: command.main([*tune, "--dry-run"]),
+        "tune": lambda: tune.main(study_and_data),
+        "tune --dry-run": lambda: tune.main([*study_and_data, "--dry-run"]),
         "ablate": lambda: ablate.main([*overrides, "--arms", "seed_fixed"]),
     }
 
@@ -318,7 +317,7 @@ def test_no_command_works_in_a_folder_in_which_another_one_works(name, commands,
 
 
 def test_no_run_trains_into_a_study_that_works(commands, tmp_path, capsys):
-    from rafce_ray import train
+    from rafce_ray.cli import train
 
     study = locate(tmp_path / "runs" / "x")
     with claimed(study, "study", key="name"):

@@ -1,5 +1,6 @@
 import errno
 import itertools
+import json
 import os
 import subprocess
 import sys
@@ -22,9 +23,113 @@ def test_the_version_and_the_verbs_are_shown(capsys):
     assert all(verb in shown for verb in ("data", "train", "evaluate", "predict"))
 
 
-def test_an_unknown_verb_is_a_usage_error(capsys):
-    assert main(["tarin"]) == 2
-    assert "unknown verb 'tarin'" in capsys.readouterr().err
+def test_an_unknown_verb_is_a_usage_error_with_the_nearest_one(capsys):
+    assert main(["trian"]) == 2
+    assert "rafce: unknown verb 'trian'; did you mean 'train'?\n" in capsys.readouterr().err
+    assert main(["xyzzy"]) == 2
+    assert "rafce: unknown verb 'xyzzy'\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("verb", "wrong", "meant"), [("data", "adit", "audit"), ("bundle", "promte", "promote")])
+def test_an_unknown_verb_of_a_verb_is_a_usage_error_with_the_nearest_one(verb, wrong, meant, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main([verb, wrong, "here"])
+    assert exit_.value.code == 2
+    assert f"rafce {verb}: error: unknown verb {wrong!r}; did you mean {meant!r}?" in capsys.readouterr().err
+
+
+HEAVY = (
+    "torch",
+    "ray",
+    "numpy",
+    "scipy",
+    "pyarrow",
+    "cv2",
+    "sklearn",
+    "PIL",
+    "matplotlib",
+    "optuna",
+    "starlette",
+    "rich",
+    "pydantic",
+)
+
+USAGES = """
+import contextlib, io, json, sys
+from rafce_ray.cli import VERBS, main
+
+def run(*argv):
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        try:
+            code = main(list(argv))
+        except SystemExit as error:
+            code = error.code
+    return [argv, code, [name for name in HEAVY if name in sys.modules]]
+
+more = [["train", "--recipe"], ["evaluate", "--split", "x"], ["report"], ["data", "adit"], ["bundle", "promte"], ["bundle", "list"]]
+done = [run("--version"), run("trian")]
+done += [run(verb, "--help") for verb in VERBS] + [run(verb, "--xyzzy") for verb in VERBS] + [run(*argv) for argv in more]
+print(json.dumps(done))
+"""
+
+
+def test_usages_and_usage_errors_import_nothing_heavy():
+    program = f"HEAVY = {HEAVY}\n{USAGES}"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    told = json.loads(done.stdout)
+    assert len(told) == 2 + 2 * len(VERBS) + 6
+    for argv, code, imported in told:
+        assert imported == [], argv
+        assert code == (0 if argv[-1] in ("--help", "--version") else 2), argv
+
+
+@pytest.mark.slow
+def test_a_mistake_in_a_configuration_is_found_before_torch_is_imported(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("optim: {lr: [")
+    program = """
+import sys
+from rafce_ray.cli import main
+assert main(sys.argv[1:]) == 2
+assert not {"torch", "ray", "cv2", "sklearn"} & sys.modules.keys()
+"""
+    for argv in (["train", "optim.lr=x"], ["train", "--config", str(file)], ["tune", "--config", str(file)]):
+        done = subprocess.run([sys.executable, "-c", program, *argv], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.startswith("error: ")
+
+
+def test_what_help_says_is_what_the_library_has(capsys):
+    """Choices and defaults are written down in ``cli`` again, so that help does not import the library."""
+    from rafce_ray.cli import arguments, export, monitor
+    from rafce_ray.cli.monitor import GRAFANA_PORT, PROMETHEUS_PORT
+    from rafce_ray.config import recipe_names
+    from rafce_ray.data.records import SPLITS
+    from rafce_ray.data.split import FRACTIONS
+    from rafce_ray.evaluate import EVALUATION_BATCH
+    from rafce_ray.inference.export import FORMATS
+    from rafce_ray.registry.promotion import Rules
+    from rafce_ray.replay import MAY_MOVE, TOLERANCES
+    from rafce_ray.report.data import SPLITS_OF
+    from rafce_ray.report.page import REPORT_FILE
+    from rafce_ray.study.listing import STATUSES
+
+    def shown(*argv: str) -> str:
+        with pytest.raises(SystemExit):
+            main([*argv, "--help"])
+        return " ".join(capsys.readouterr().out.split())
+
+    assert (SPLITS, tuple(FORMATS), recipe_names()) == (arguments.SPLITS, export.FORMATS, arguments.recipe_names())
+    assert f"(default {EVALUATION_BATCH})" in shown("evaluate")
+    assert f"(default {','.join(f'{one:g}' for one in FRACTIONS)})" in shown("data", "split")
+    assert f"(default {Rules.max_latency_ratio})" in shown("bundle", "promote")
+    assert f"(default {TOLERANCES['cpu']:g}; {TOLERANCES['cuda']:g} on a GPU" in shown("replay")
+    assert ", ".join(MAY_MOVE) in shown("replay")
+    assert "{" + ",".join(SPLITS_OF) + "}" in shown("report")
+    assert f"(default: {REPORT_FILE} in" in shown("report")
+    assert ", ".join(STATUSES) in shown("trials")
+    defaults = monitor._parser().parse_args([])
+    assert (defaults.prometheus_port, defaults.grafana_port) == (PROMETHEUS_PORT, GRAFANA_PORT)
 
 
 @pytest.mark.parametrize("verb", sorted(VERBS))

@@ -11,7 +11,8 @@ import torch
 
 from rafce_ray.bundle import save_bundle
 from rafce_ray.calibration import Calibration, Outputs
-from rafce_ray.compare import Run, compare, load_run, main, to_json_record
+from rafce_ray.cli.compare import main
+from rafce_ray.compare import Run, compare, load_run, to_json_record
 from rafce_ray.comparison import difference, f1_of, score
 from rafce_ray.config import config_hash, load_config
 from rafce_ray.console import to_json

@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from rafce_ray.compare import main as compare
+from rafce_ray.cli.compare import main as compare
+from rafce_ray.cli.doctor import main as doctor
+from rafce_ray.cli.report import main as report
+from rafce_ray.cli.trials import main as trials
 from rafce_ray.config import config_hash
-from rafce_ray.doctor.command import main as doctor
 from rafce_ray.errors import DamagedFile
-from rafce_ray.report.command import main as report
 from rafce_ray.run_folder import RunFolder
 from rafce_ray.session import Job
 from rafce_ray.storage import locate
 from rafce_ray.study.config import build_study, to_yaml
-from rafce_ray.study.listing import main as trials
 from rafce_ray.study.on_test import TEST_FILE
 from rafce_ray.study.rungs import RungEntry, read_rungs, write_rungs
 from rafce_ray.study.trials import TrialPlan

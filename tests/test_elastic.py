@@ -25,7 +25,7 @@ import ray
 from ray.cluster_utils import Cluster
 from rafce_ray.checkpoint import list_checkpoints
 from rafce_ray.run_folder import RunFolder
-from rafce_ray.train import main
+from rafce_ray.cli.train import main
 
 folder = RunFolder(sys.argv[1])
 cluster = Cluster(initialize_head=True, connect=False, head_node_args={"num_cpus": 0, "include_dashboard": False})

@@ -9,7 +9,7 @@ import fuzz
 import pytest
 from studies import SyntheticStudy
 
-from rafce_ray.registry.command import main as bundle_command
+from rafce_ray.cli.bundle import main as bundle_command
 
 pytestmark = pytest.mark.slow
 
@@ -50,7 +50,7 @@ def test_a_command_as_it_stands_is_no_fault_and_a_traceback_is_one(world, tmp_pa
     argv = [sys.executable, fuzz.__file__, "--world", str(world), "--cases", "1", "--verbs", "doctor"]
     program = tmp_path / "broken.py"
     program.write_text(
-        "import runpy, sys\nimport rafce_ray.doctor.command as command\n"
+        "import runpy, sys\nimport rafce_ray.cli.doctor as command\n"
         "def main(argv):\n    raise KeyError('a fault')\n"
         f"command.main = main\nsys.argv = {argv[1:]!r}\nrunpy.run_path({fuzz.__file__!r}, run_name='__main__')\n"
     )

@@ -30,7 +30,7 @@ def kill_one_when_two_train():
     print("node removed", file=sys.stderr, flush=True)
 
 threading.Thread(target=kill_one_when_two_train, daemon=True).start()
-from rafce_ray.tune.command import main
+from rafce_ray.cli.tune import main
 code = main(sys.argv[2:])
 cluster.shutdown()
 raise SystemExit(code)

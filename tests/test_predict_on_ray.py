@@ -19,8 +19,8 @@ import pyarrow.parquet as pq
 import pytest
 from processes import is_alive, kill_all, running
 
+from rafce_ray.cli.predict import main
 from rafce_ray.image_files import list_images
-from rafce_ray.predict import main
 from rafce_ray.storage import locate
 
 pytestmark = pytest.mark.ray
@@ -67,7 +67,7 @@ def test_a_run_whose_driver_and_worker_were_killed_says_what_local_prediction_sa
 
     # Local prediction needs no ray.
     without_ray = (
-        "import sys; sys.modules['ray'] = None; from rafce_ray.predict import main; sys.exit(main(sys.argv[1:]))"
+        "import sys; sys.modules['ray'] = None; from rafce_ray.cli.predict import main; sys.exit(main(sys.argv[1:]))"
     )
     local = [sys.executable, "-c", without_ray, *common, "--out", str(tmp_path / "local.parquet")]
     subprocess.run(local, check=True, capture_output=True)

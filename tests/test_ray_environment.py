@@ -148,9 +148,7 @@ def test_a_folder_in_which_nothing_can_be_written(monkeypatch, tmp_path):
 @pytest.fixture
 def commands(write_bundle, tmp_path) -> dict[str, Callable[[], int]]:
     """Every command that starts or joins Ray."""
-    from rafce_ray import ablate, predict, replay, train
-    from rafce_ray.serve import command as serve
-    from rafce_ray.tune import command as tune
+    from rafce_ray.cli import ablate, predict, replay, serve, train, tune
 
     (tmp_path / "study.yaml").write_text("name: x\nnum_trials: 2\nspace:\n  optim.lr: {choice: [0.001, 0.01]}\n")
     data, bundle = f"data.root={tmp_path}", str(tmp_path / "bundle")
@@ -182,7 +180,7 @@ def test_every_command_says_so_before_it_reads_or_writes_anything(name, commands
 def test_what_ray_itself_says_is_one_line_with_the_variable(monkeypatch, tmp_path):
     import ray
 
-    from rafce_ray.train import ray_cluster
+    from rafce_ray.train.launch import ray_cluster
 
     def init(**options: object) -> None:
         raise ConnectionError("Could not find any running Ray instance. Please specify the one to connect to.")
@@ -202,7 +200,7 @@ def test_what_ray_itself_says_is_one_line_with_the_variable(monkeypatch, tmp_pat
 def test_a_node_that_does_not_start_in_time_is_one_line_with_its_logs(monkeypatch, tmp_path):
     import ray
 
-    from rafce_ray.train import ray_cluster
+    from rafce_ray.train.launch import ray_cluster
 
     def init(**options: object) -> None:
         raise Exception("The current node timed out during startup. This could happen because of an overload.")

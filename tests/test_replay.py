@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 
 from rafce_ray import replay
+from rafce_ray.cli.replay import main
 from rafce_ray.config import config_hash, load_config, to_yaml
 from rafce_ray.data.dataset import prepare
 from rafce_ray.errors import UsageError
 from rafce_ray.hardware import describe_software
-from rafce_ray.replay import main, plan_replay, train_again
+from rafce_ray.replay import plan_replay, train_again
 from rafce_ray.reproduction import (
     MISSING,
     Circumstance,
@@ -25,7 +26,7 @@ from rafce_ray.reproduction import (
 )
 from rafce_ray.run_folder import RunFolder, open_finished
 from rafce_ray.study.trials import conclude
-from rafce_ray.train import named
+from rafce_ray.train.launch import named
 
 pytestmark = pytest.mark.numeric
 
@@ -342,7 +343,7 @@ def overrides(tiny_overrides, tmp_path_factory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def original(overrides, ray_cluster_of_tests) -> RunFolder:
-    from rafce_ray.train import launch
+    from rafce_ray.train.launch import launch
 
     return RunFolder(launch(load_config(overrides=overrides))["run_dir"])
 

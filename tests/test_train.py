@@ -21,7 +21,7 @@ from rafce_ray.checkpoint import list_checkpoints
 from rafce_ray.config import load_config
 from rafce_ray.errors import GateError, RafceError, UsageError
 from rafce_ray.run_folder import RunFolder
-from rafce_ray.train import launch
+from rafce_ray.train.launch import launch
 from rafce_ray.worker import HUNG_EXIT_CODE
 
 pytestmark = pytest.mark.ray
@@ -254,7 +254,7 @@ def test_an_impossible_request_is_refused_with_the_arithmetic(overrides, ray_clu
 
 @pytest.mark.needs("photographs")
 def test_real_faces_train_and_evaluate_through_the_same_commands(store_dir, tmp_path, ray_cluster_of_tests, capsys):
-    from rafce_ray import evaluate, train
+    from rafce_ray.cli import evaluate, train
 
     arguments = [
         f"data.root={LONDON_SMILES}",

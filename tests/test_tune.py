@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from studies import results
 
-from rafce_ray import ablate
+from rafce_ray.ablate import ablate
+from rafce_ray.cli.ablate import main
 from rafce_ray.config import load_config
 from rafce_ray.errors import UsageError
 from rafce_ray.study_folder import StudyFolder
@@ -48,13 +49,13 @@ class Finished:
 def finished(overrides, ray_cluster_of_tests) -> Finished:
     command = [*overrides, "--arms", ARMS, "--seeds", "1", "--concurrent", "2", "--json"]
     study, lost = StudyFolder(str(Path(load_config(overrides=overrides).run.storage) / "study")), "seed_fixed-seed0"
-    assert ablate.main(command) == 0
+    assert main(command) == 0
     before = results(study)
     # A driver that is killed leaves trials without a result; that of a study is killed in tests/test_tune_studies.py.
     (study.trial(lost).location / "result.json").delete()
     with io.StringIO() as told:
         with redirect_stdout(told):
-            assert ablate.main(command) == 0
+            assert main(command) == 0
         return Finished(study, told.getvalue(), lost, before, results(study))
 
 
@@ -101,9 +102,9 @@ def test_a_trial_trains_what_its_folder_says_and_its_figures_are_those_of_a_plai
 
 def test_another_size_under_the_same_name_is_refused(finished, overrides):
     with pytest.raises(UsageError, match=r"optim\.epochs 4 there, 5 here"):
-        ablate.ablate(load_config(overrides=[*overrides, "optim.epochs=5"]), seeds=1, only=["labels-read"])
+        ablate(load_config(overrides=[*overrides, "optim.epochs=5"]), seeds=1, only=["labels-read"])
     with pytest.raises(UsageError, match=r"--minority: \['jolly'\] are no classes"):
-        ablate.ablate(load_config(overrides=overrides), seeds=1, only=["labels-read"], minority=["jolly"])
+        ablate(load_config(overrides=overrides), seeds=1, only=["labels-read"], minority=["jolly"])
 
 
 def test_more_trials_at_a_time_than_fit_are_refused_with_the_arithmetic(overrides, ray_cluster_of_tests):
@@ -111,7 +112,7 @@ def test_more_trials_at_a_time_than_fit_are_refused_with_the_arithmetic(override
     with pytest.raises(
         UsageError, match=r"3 trials at a time x 1 worker\(s\) x 2 CPU = 3 workers; the cluster has 4 CPUs"
     ):
-        ablate.ablate(config, seeds=1, only=["labels-read"], concurrent=3)
+        ablate(config, seeds=1, only=["labels-read"], concurrent=3)
 
 
 def test_a_trial_that_cannot_be_trained_is_named_and_does_not_stop_the_others(

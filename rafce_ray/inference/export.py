@@ -1,8 +1,7 @@
-"""``rafce export``: a bundle's network as a file for other runtimes, checked against torch from what was written."""
+"""A bundle's network as a file for other runtimes, compared with torch after it was written."""
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import shutil
 import uuid
@@ -16,16 +15,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rafce_ray.bundle import Bundle, load_bundle
+from rafce_ray.bundle import Bundle
 from rafce_ray.bundle_manifest import taxonomy_to_plain
 from rafce_ray.calibration import Outputs
 from rafce_ray.canary import largest_difference
-from rafce_ray.console import pretty_json, run_main, say
+from rafce_ray.console import pretty_json
 from rafce_ray.errors import GateError, UsageError
 from rafce_ray.inference.build import MAX_DIFFERENCE, check_inputs, missing_packages
 from rafce_ray.inference.engines import OnnxRuntimeEngine, OpenVinoEngine, named_outputs
 from rafce_ray.inference.graph import INPUT, export_program, output_names, to_onnx, to_openvino
-from rafce_ray.storage import local_path
 
 DESCRIPTION = "export.json"
 
@@ -126,36 +124,3 @@ def _describe(bundle: Bundle, file_format: str, folder: Path, difference: float)
         "largest_difference": difference,
         "versions": {package: version(package) for package in packages},
     }
-
-
-def main(argv: list[str] | None = None) -> int:
-    """``rafce export``; exit code 3 where what was written does not answer as torch does."""
-    return run_main(_main, argv)
-
-
-def _main(argv: list[str]) -> int:
-    arguments = _parser().parse_args(argv)
-    bundle = load_bundle(arguments.bundle)
-    difference = export_bundle(bundle, arguments.format, arguments.out)
-    say(
-        f"{arguments.out}: {bundle.architecture.backbone} of {bundle.path} as {arguments.format}, any batch of uint8 faces of "
-        f"{bundle.preprocessing.stored_px} px; off torch by at most {difference:.2g} in a probability. {DESCRIPTION} tells its "
-        "inputs, outputs, classes and calibration."
-    )
-    return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="rafce export",
-        description="Write a bundle's network, preprocessing included, as a graph for other runtimes, and compare what was "
-        "written with torch.",
-    )
-    parser.add_argument("--bundle", required=True, help="bundle folder, or the folder of a finished run; a path or URI")
-    parser.add_argument("--format", required=True, choices=tuple(FORMATS), help="what to write")
-    parser.add_argument("--out", required=True, type=local_path, metavar="FOLDER", help="new folder to write")
-    return parser
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rafce_ray.bundle import MANIFEST, Bundle, BundleError, find_bundle, load_bundle
-from rafce_ray.config import did_you_mean
-from rafce_ray.errors import RafceError, UsageError
+from rafce_ray.errors import RafceError, UsageError, did_you_mean
 from rafce_ray.object_store import StorageError
 from rafce_ray.storage import Location
 

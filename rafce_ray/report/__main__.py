@@ -1,6 +1,6 @@
-"""``python -m rafce_ray.report``."""
+"""``python -m rafce_ray.report`` is ``rafce report``."""
 
-from rafce_ray.report.command import main
+from rafce_ray.cli.report import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from rafce_ray import __version__
 from rafce_ray.config import Config, flatten
+from rafce_ray.errors import UsageError
 from rafce_ray.figure_text import (
     UNDEFINED,
     against_floor,
@@ -35,12 +36,15 @@ from rafce_ray.model_card import (
     split_sizes,
 )
 from rafce_ray.report import plots
-from rafce_ray.report.data import ReportData
+from rafce_ray.report.data import ReportData, Split, gather
 from rafce_ray.report.slices import MIN_GROUP
 from rafce_ray.reproduction import distinct
+from rafce_ray.run_folder import RunFolder
+from rafce_ray.storage import Location, locate
 from rafce_ray.taxonomy import ACTION_UNIT_NAMES, parse_action_unit_token
 from rafce_ray.watch import duration
 
+REPORT_FILE = "report.html"
 NUM_CONFUSIONS = 8
 EVIDENCE_SHOWN = 5
 NOTABLE_EVENTS = (
@@ -62,6 +66,41 @@ STATUS = {
     "diverged": "diverged",
     None: "not finished",
 }
+
+
+def write_report(
+    folder: RunFolder,
+    *,
+    split: Split = "validation",
+    slices: str | None = None,
+    images: bool = True,
+    out: str | None = None,
+    overrides: Sequence[str] = (),
+    store: str | None = None,
+    device: str = "auto",
+) -> Location:
+    """Write a run's report and return where it is: ``report.html`` in the run's folder, replaced if it is there, or ``out``, which must be new.
+
+    The other arguments are those of :func:`rafce_ray.report.data.gather`. Validation figures are the run's own and cost no forward pass.
+
+    Raises:
+        UsageError: there is no run here, ``out`` exists, or what is asked for cannot be had of it.
+        RafceError: the split cannot be measured.
+    """
+    place = report_place(folder.location, out)
+    data = gather(folder, split=split, slices=slices, images=images, overrides=overrides, store=store, device=device)
+    place.write_bytes(render_page(data).encode())
+    return place
+
+
+def report_place(folder: Location, out: str | None) -> Location:
+    """Where the report of a run's or a study's folder goes: into it, or to ``out``. UsageError where that exists."""
+    if out is None:
+        return folder / REPORT_FILE
+    place = locate(out)
+    if place.exists():
+        raise UsageError(f"--out {place}: exists already. Give a new name, or remove it.")
+    return place
 
 
 def render_page(data: ReportData) -> str:

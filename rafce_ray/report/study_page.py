@@ -16,7 +16,7 @@ from rafce_ray import __version__
 from rafce_ray.comparison import Difference
 from rafce_ray.figure_text import UNDEFINED, interval, number, percent
 from rafce_ray.figures import FIGURES
-from rafce_ray.report.page import number_html, patch_lines, template_environment
+from rafce_ray.report.page import REPORT_FILE, number_html, patch_lines, template_environment
 from rafce_ray.report.study_data import Cost, StudyData, by_status, cost, gather_study, unit
 from rafce_ray.report.study_plots import (
     ACTION_UNIT,
@@ -38,7 +38,6 @@ from rafce_ray.study.verdict import Finalist, sentences
 from rafce_ray.study.watch import STATES, plain, roughly
 from rafce_ray.study_folder import StudyFolder
 
-REPORT_FILE = "report.html"
 SHOWN_TRIALS = 6
 """Trials that are named where many could be."""
 

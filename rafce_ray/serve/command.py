@@ -1,11 +1,9 @@
-"""``rafce serve`` / ``python -m rafce_ray.serve``: a bundle as an HTTP endpoint on this machine, until Ctrl-C."""
+"""A bundle as an HTTP endpoint on this machine, until Ctrl-C."""
 
 from __future__ import annotations
 
-import argparse
 import errno
 import http.client
-import ipaddress
 import logging
 import os
 import re
@@ -22,14 +20,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rafce_ray.config import apply_overrides
-from rafce_ray.console import handled_signals, run_main, say
+from rafce_ray.console import handled_signals, say
 from rafce_ray.errors import RafceError, UsageError
 from rafce_ray.ray_environment import check_ray, dashboard_line, ray_address
 from rafce_ray.serve.drain import DRAIN_S, drain, outcome
 from rafce_ray.serve.fast_path import fast_path
 from rafce_ray.service.app import num_cores
-from rafce_ray.service.config import ServiceConfig, read_service_config
+from rafce_ray.service.config import ServiceConfig
 from rafce_ray.service.keys import read_keys
 from rafce_ray.service.loading import source_of
 from rafce_ray.storage import locate
@@ -225,76 +222,7 @@ def _metrics_urls() -> list[str]:
     return [f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics" for node in nodes]
 
 
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
 def _reachable(host: str) -> str:
     """The host under which this machine itself reaches ``host``, as URLs write it."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"[{host}]" if ":" in host else host
-
-
-def _arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="rafce serve",
-        description="Serve a bundle as an HTTP endpoint on this machine, until Ctrl-C. python -m rafce_ray.serve is the same.",
-    )
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--bundle", metavar="PATH", help="bundle folder that training or tuning printed, or a run's")
-    source.add_argument("--registry", metavar="PATH", help="registry whose live version is served (rafce bundle)")
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="where to listen (default: this machine alone); anywhere else needs --keys"
-    )
-    parser.add_argument("--port", type=int, default=8000, help="of the endpoint (default: 8000)")
-    parser.add_argument("--replicas", type=int, default=1, metavar="N", help="processes that each hold the model")
-    parser.add_argument("--engine", default="auto", help="auto, torch, openvino or onnxruntime")
-    parser.add_argument(
-        "--dashboard",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="Ray's dashboard, on this machine alone; without it, rafce monitor does not find the service",
-    )
-    parser.add_argument("--keys", metavar="FILE", help="hashed keys (python -m rafce_ray.service.keys)")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for example limits.max_requests=128")
-    return parser
-
-
-def config_of(arguments: argparse.Namespace) -> ServiceConfig:
-    """The service's configuration from the command line. ConfigError for what cannot be used."""
-    loopback = _is_loopback(arguments.host)
-    if not loopback and arguments.keys is None:
-        raise UsageError(
-            f"--host {arguments.host} lets other machines ask, which needs keys. Make one with: python -m rafce_ray.service.keys new NAME "
-            "--file keys.json, and give --keys keys.json; or leave --host out."
-        )
-    values: dict[str, Any] = {"engine": arguments.engine, "loopback_only": loopback}
-    for key, value in (("bundle", arguments.bundle), ("registry", arguments.registry)):
-        if value is not None:
-            # Replicas may run in another folder.
-            values[key] = locate(value).uri
-    if arguments.keys is not None:
-        values["keys_file"] = str(Path(arguments.keys).absolute())
-    return read_service_config(apply_overrides(values, arguments.overrides, ServiceConfig))
-
-
-def _main(argv: Sequence[str]) -> int:
-    arguments = _arguments().parse_intermixed_args(argv)
-    if arguments.replicas < 1 or not 0 < arguments.port < 2**16:
-        raise UsageError(
-            f"--replicas {arguments.replicas} --port {arguments.port}: at least one replica, and a port from 1 to 65535."
-        )
-    serve_until_stopped(
-        config_of(arguments), arguments.host, arguments.port, arguments.replicas, dashboard=arguments.dashboard
-    )
-    return 0
-
-
-def main(argv: list[str] | None = None) -> int:
-    """``rafce serve``; returns the exit code."""
-    return run_main(_main, argv)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from rafce_ray.calibration import Probabilities, calibrated
 from rafce_ray.errors import RafceError
-from rafce_ray.predict import Predictor
+from rafce_ray.predictor import Predictor
 from rafce_ray.service.meter import Meter
 
 

@@ -14,7 +14,7 @@ from typing import Protocol
 from rafce_ray.bundle import MANIFEST, WEIGHTS, find_bundle
 from rafce_ray.canary import Canary
 from rafce_ray.errors import GateError, RafceError, UsageError
-from rafce_ray.predict import Predictor
+from rafce_ray.predictor import Predictor
 from rafce_ray.registry.gates import taxonomy_gate
 from rafce_ray.service.answers import ModelId
 from rafce_ray.service.drift_watch import DriftWatch

@@ -10,7 +10,7 @@ from rafce_ray.canary import check_canary, draw_images
 from rafce_ray.errors import RafceError
 from rafce_ray.hardware import choose_device
 from rafce_ray.inference.build import MAX_DIFFERENCE, build_engine
-from rafce_ray.predict import Predictor
+from rafce_ray.predictor import Predictor
 from rafce_ray.registry.live import read_live
 from rafce_ray.registry.versions import SHORT_SHA, place_of_version, read_version, version_folder
 from rafce_ray.service.answers import ModelId

@@ -14,8 +14,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from rafce_ray.config import did_you_mean
 from rafce_ray.decode import DecodeError
+from rafce_ray.errors import did_you_mean
 
 MEDIA_TYPE = "application/problem+json"
 

@@ -20,7 +20,6 @@ from rafce_ray.config import (
     Section,
     apply_overrides,
     build_config,
-    did_you_mean,
     explain,
     flatten,
     merge,
@@ -30,6 +29,7 @@ from rafce_ray.config import (
     recipe_names,
     write_yaml,
 )
+from rafce_ray.errors import did_you_mean
 from rafce_ray.figures import FIGURES, MONITORS
 from rafce_ray.study.checks import (
     combination_faults,

@@ -1,8 +1,7 @@
-"""``rafce trials``: the trials of a study as rows, by status, sorted by a column."""
+"""The trials of a study as rows, and how they are printed: a table on a terminal, lines with tabs, or CSV."""
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
 import re
@@ -15,8 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rafce_ray.config import config_hash, did_you_mean, flatten
-from rafce_ray.console import print_json, run_main, say, warn
+from rafce_ray.config import config_hash, flatten
+from rafce_ray.console import say, warn
 from rafce_ray.errors import DamagedFile, UsageError
 from rafce_ray.figures import FIGURES, OF_AN_EPOCH
 from rafce_ray.run_folder import TRIALS, RunFolder
@@ -157,66 +156,6 @@ def as_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """``rafce trials``."""
-    return run_main(_main, argv)
-
-
-def _main(argv: list[str]) -> int:
-    arguments = _parser().parse_args(argv)
-    study = StudyFolder(arguments.study)
-    statuses = _statuses(arguments.status)
-    listing = read_listing(study)
-    if not listing.rows:
-        say(f"{study.location.shown} has no trials yet.")
-        return 0
-    key = arguments.sort or listing.metric
-    wanted = _names(arguments.columns)
-    _check_columns([key, *wanted], listing)
-    role = None if arguments.all else "finalist" if arguments.finalists else "sweep"
-    candidates = [row for row in listing.rows if role in (None, row.get("role", "sweep"))]
-    rows = [row for row in candidates if not statuses or row["status"] in statuses]
-    ascending = ascends(key) if arguments.ascending is None else arguments.ascending
-    rows = ordered(listing, rows, key, ascending=ascending)[: arguments.top]
-    columns = wanted or list(dict.fromkeys([*default_columns(listing, role), key]))
-    if arguments.json:
-        for row in rows:
-            print_json({name: row.get(name) for name in wanted} if wanted else dict(row))
-    elif arguments.csv:
-        _print_csv(listing, rows, wanted or listing.columns)
-    elif sys.stdout.isatty():
-        _print_table(listing, rows, columns, first=[key, listing.metric], is_chosen=bool(wanted))
-    else:
-        _print_tabbed(listing, rows, columns)
-    first = "best" if key in FIGURES and ascending == ascends(key) else "lowest" if ascending else "highest"
-    hidden = len(listing.rows) - len(candidates)
-    _say_what_is_shown(study, rows, len(candidates), hidden, f"{first} {key} first")
-    return 0
-
-
-def _statuses(text: str | None) -> list[str]:
-    statuses = [name.replace("-", "_").replace(" ", "_") for name in _names(text)]
-    for name in statuses:
-        if name not in STATUSES:
-            raise UsageError(
-                f"--status {name}: no trial has such a status{did_you_mean(name, STATUSES) or '.'} Known: {', '.join(STATUSES)}."
-            )
-    return statuses
-
-
-def _names(text: str | None) -> list[str]:
-    return [name.strip() for name in (text or "").split(",") if name.strip()]
-
-
-def _check_columns(names: Sequence[str], listing: Listing) -> None:
-    known = listing.columns
-    for name in names:
-        if name not in known:
-            raise UsageError(
-                f"{name!r} is no column of these trials{did_you_mean(name, known) or '.'} Columns: {', '.join(known)}."
-            )
-
-
 def default_columns(listing: Listing, role: str | None) -> list[str]:
     """The columns of a listing that nobody chose any for; what tells finalists apart where they are listed."""
     told = [] if role == "sweep" else ["of", "seed"]
@@ -236,19 +175,21 @@ def cell(listing: Listing, row: Row, column: str) -> str:
     return " ".join(plain(value).split())
 
 
-def _print_tabbed(listing: Listing, rows: Sequence[Row], columns: Sequence[str]) -> None:
+def print_tabbed(listing: Listing, rows: Sequence[Row], columns: Sequence[str]) -> None:
+    """Print a header and a line a row, with tabs between cells."""
     for line in [columns, *([cell(listing, row, name) for name in columns] for row in rows)]:
         sys.stdout.write("\t".join(line) + "\n")
 
 
-def _print_csv(listing: Listing, rows: Sequence[Row], columns: Sequence[str]) -> None:
+def print_csv(listing: Listing, rows: Sequence[Row], columns: Sequence[str]) -> None:
+    """Print CSV with a header; numbers in full precision."""
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow(columns)
     for row in rows:
         writer.writerow([as_text(row[name]) if listing.has(row, name) else "" for name in columns])
 
 
-def _print_table(
+def print_table(
     listing: Listing, rows: Sequence[Row], columns: Sequence[str], *, first: Sequence[str], is_chosen: bool
 ) -> None:
     """Print what fits the terminal and say what does not; columns that were asked for are all shown, on several lines if need be."""
@@ -300,55 +241,3 @@ def _broken(name: str, width: int) -> str:
             lines.append("")
         lines[-1] += part
     return "\n".join(lines)
-
-
-def _say_what_is_shown(
-    study: StudyFolder, rows: Sequence[Row], num_candidates: int, num_others: int, order: str
-) -> None:
-    others = f"; --all lists {num_others} more" if num_others else ""
-    say(f"{len(rows)} of {num_candidates} trials, {order}{others}.")
-    if any(row["status"] == "interrupted" for row in rows):
-        say("interrupted: a trial without a result; it may also be training now.")
-    if not rows:
-        return
-    folder = study.location / TRIALS
-    commands = [f"rafce doctor {(folder / rows[0]['trial']).command}"]
-    whole = [row for row in rows if row["status"] in ("finished", "stopped_early")]
-    commands += [f"rafce replay {(folder / row['trial']).command}" for row in whole[:1]]
-    say(f"Next: {'; '.join(commands)}")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="rafce trials",
-        description="The trials of a study (of rafce tune or rafce ablate): listed by status and sorted. On a terminal a table of what "
-        "fits, else lines with tabs.",
-        epilog="Example: rafce trials runs/STUDY --status finished --sort optim.lr --top 10",
-    )
-    parser.add_argument("study", metavar="STUDY", help="folder of a study, a path or URI")
-    parser.add_argument("--sort", metavar="KEY", help="column to sort by (default: the study's metric, best first)")
-    direction = parser.add_mutually_exclusive_group()
-    direction.add_argument("--ascending", action="store_true", default=None, help="lowest first")
-    direction.add_argument("--descending", dest="ascending", action="store_false", help="highest first")
-    parser.add_argument("--status", metavar="S[,S]", help=f"keep trials that ended so: {', '.join(STATUSES)}")
-    parser.add_argument("--columns", metavar="a,b", help="columns to list")
-    parser.add_argument("--top", type=_positive, metavar="N", help="list only the first N")
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument(
-        "--finalists", action="store_true", help="list the finalists' runs instead of the sweep's trials"
-    )
-    which.add_argument("--all", action="store_true", help="list both")
-    form = parser.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="one JSON object a trial, all columns in full precision")
-    form.add_argument("--csv", action="store_true", help="comma-separated with a header, all columns in full precision")
-    return parser
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
-    return int(text)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

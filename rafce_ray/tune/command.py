@@ -1,8 +1,7 @@
-"""``rafce tune`` / ``python -m rafce_ray.tune``: a study from its YAML file to its best bundle; the same command goes on with it."""
+"""A study on Ray Tune, from its configuration to its best bundle; the same call continues an interrupted study."""
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import time
 from collections.abc import Iterator
@@ -12,20 +11,20 @@ from typing import TYPE_CHECKING, Any
 
 from rafce_ray.claim import check_kind, claimed, repeated
 from rafce_ray.config import identity_of
-from rafce_ray.console import print_json, progress_bar, run_main, say, to_json, warn
+from rafce_ray.console import progress_bar, say, to_json
 from rafce_ray.data.dataset import open_dataset, prepare
 from rafce_ray.errors import RafceError, UsageError
 from rafce_ray.pretrained import check_weights
 from rafce_ray.ray_environment import check_ray
 from rafce_ray.storage import locate
 from rafce_ray.study.checks import foreseen
-from rafce_ray.study.config import StudyConfig, load_study, to_yaml
+from rafce_ray.study.config import StudyConfig, to_yaml
 from rafce_ray.study.proposals import planned_trials, propose
 from rafce_ray.study.trials import Trial, read_trials
 from rafce_ray.study_folder import StudyFolder
-from rafce_ray.train import ray_cluster, tell_findings
+from rafce_ray.train.launch import ray_cluster, tell_findings
 from rafce_ray.training import choose_splits
-from rafce_ray.tune.plan import first_line, tell_batches, tell_plan, tell_trials
+from rafce_ray.tune.plan import tell_batches, tell_plan, tell_trials
 from rafce_ray.tune.readings import Readings
 from rafce_ray.tune.shares import Shares, share_out
 
@@ -300,51 +299,3 @@ def mlflow_callbacks(study: StudyConfig) -> tuple[Any, ...]:
     from ray.air.integrations.mlflow import MLflowLoggerCallback
 
     return (MLflowLoggerCallback(tracking_uri=study.mlflow, experiment_name=study.name),)
-
-
-def _main(argv: list[str]) -> int:
-    arguments = _parser().parse_intermixed_args(argv)
-    study = load_study(arguments.config, arguments.overrides)
-    if arguments.print_config:
-        print(to_yaml(study), end="")
-        return 0
-    if study.base_config().data.root is None:
-        raise UsageError(
-            "base.data.root is not set: name the folder of labelled faces, for example base.data.root=path/to/RAF-CE."
-        )
-    say(first_line(study, StudyFolder(str(locate(study.storage) / study.name))))
-    unused = study.unused_scheduler_keys()
-    if unused:
-        warn(f"scheduler.type={study.scheduler.type} does not read {', '.join(f'scheduler.{key}' for key in unused)}.")
-    result = tune(study, dry_run=arguments.dry_run, retry_failed=arguments.retry_failed)
-    if result is None:
-        say("dry run: nothing was trained; without --dry-run the study starts")
-        return 0
-    if arguments.json:
-        print_json(result)
-    return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="rafce tune",
-        description="Search a run's configuration on Ray Tune, train the best again with other seeds, and measure the winner on test. "
-        "The same command again goes on where it was interrupted.",
-        epilog="Example: python -m rafce_ray.tune --config tune_configs/regularization.yaml base.data.root=PATH num_trials=12",
-    )
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="over the file: num_trials=8, base.optim.epochs=20"
-    )
-    parser.add_argument("--config", metavar="FILE", required=True, help="the study, such as tune_configs/smoke.yaml")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="say what would be done, and whether it fits; train nothing"
-    )
-    parser.add_argument("--retry-failed", action="store_true", help="run trials that failed again")
-    parser.add_argument("--print-config", action="store_true", help="print the resolved study as YAML and stop")
-    parser.add_argument("--json", action="store_true", help="print the result as one JSON line on standard output")
-    return parser
-
-
-def main(argv: list[str] | None = None) -> int:
-    """``rafce tune``; returns the exit code."""
-    return run_main(_main, argv)

@@ -12,7 +12,7 @@ from rafce_ray.errors import RafceError
 from rafce_ray.run_folder import RunFolder
 from rafce_ray.study.trials import conclude
 from rafce_ray.study_folder import StudyFolder
-from rafce_ray.train import build_trainer
+from rafce_ray.train.launch import build_trainer
 from rafce_ray.worker import read_trial_job
 
 

@@ -26,7 +26,7 @@ from rafce_ray.study.trials import (
     write_table,
 )
 from rafce_ray.study_folder import StudyFolder
-from rafce_ray.train import provenance_of
+from rafce_ray.train.launch import provenance_of
 from rafce_ray.tune.readings import Readings
 from rafce_ray.tune.scheduler import STOPPED, Concluding
 from rafce_ray.tune.shares import Shares

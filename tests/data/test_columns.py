@@ -16,7 +16,7 @@ from rafce_ray.data.store import store_key
 from rafce_ray.errors import UsageError
 from rafce_ray.evaluate import open_for_bundle
 from rafce_ray.taxonomy import make_taxonomy
-from rafce_ray.train import tell_findings
+from rafce_ray.train.launch import tell_findings
 
 nan = np.nan
 

@@ -3,7 +3,7 @@ import json
 import pytest
 from needs import PHOTOGRAPHS
 
-from rafce_ray.data.__main__ import main
+from rafce_ray.cli.data import main
 
 LONDON = PHOTOGRAPHS / "london_smiles"
 HOW = ["data.emotions=[calm,glad]", "data.action_units=[4,12,25]"]

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from rafce_ray.calibration import Outputs
+from rafce_ray.cli.doctor import main
 from rafce_ray.config import build_config, differences, flatten, load_config, to_yaml
-from rafce_ray.doctor.command import main
 from rafce_ray.doctor.evidence import Evidence
 from rafce_ray.doctor.rules import examine_live, examine_run, examine_study
 from rafce_ray.run_folder import RunFolder

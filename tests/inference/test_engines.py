@@ -10,7 +10,7 @@ from rafce_ray.calibration import Outputs, calibrated
 from rafce_ray.canary import draw_images, largest_difference
 from rafce_ray.inference.engines import Engine, OnnxRuntimeEngine, OpenVinoEngine, TorchEngine
 from rafce_ray.inference.graph import to_onnx, to_openvino
-from rafce_ray.predict import Predictor
+from rafce_ray.predictor import Predictor
 
 pytestmark = pytest.mark.numeric
 

@@ -19,10 +19,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from serving import free_port
 
 from rafce_ray.checkpoint import list_checkpoints
+from rafce_ray.cli.monitor import main as monitor
 from rafce_ray.config import load_config
 from rafce_ray.data.dataset import prepare
-from rafce_ray.monitoring.command import DISCOVERY_FILE
-from rafce_ray.monitoring.command import main as monitor
+from rafce_ray.monitoring.compose import DISCOVERY_FILE
 from rafce_ray.run_folder import RunFolder
 from rafce_ray.session import Job
 from rafce_ray.study_folder import StudyFolder

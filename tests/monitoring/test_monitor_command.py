@@ -7,7 +7,8 @@ from pathlib import Path, PurePosixPath
 import pytest
 import yaml
 
-from rafce_ray.monitoring.command import DISCOVERY_FILE, IMAGES, main
+from rafce_ray.cli.monitor import main
+from rafce_ray.monitoring.compose import DISCOVERY_FILE, IMAGES
 
 
 @pytest.fixture

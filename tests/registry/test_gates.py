@@ -7,7 +7,7 @@ import pytest
 
 from rafce_ray.bundle import load_bundle
 from rafce_ray.canary import draw_canary
-from rafce_ray.predict import Predictor
+from rafce_ray.predictor import Predictor
 from rafce_ray.registry import gates
 from rafce_ray.registry.gates import canary_gate, latency_gate, metrics_gate, taxonomy_gate
 from rafce_ray.taxonomy import make_taxonomy

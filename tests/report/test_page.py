@@ -12,11 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from rafce_ray.bundle import load_bundle
+from rafce_ray.cli.report import main
 from rafce_ray.data.dataset import open_dataset, prepare
 from rafce_ray.errors import UsageError
 from rafce_ray.evaluate import evaluate_bundle
 from rafce_ray.figure_text import UNDEFINED
-from rafce_ray.report.command import main, write_report
+from rafce_ray.report.page import write_report
 from rafce_ray.run_folder import RunFolder
 
 MAX_BYTES = 1_500_000

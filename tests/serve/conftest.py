@@ -10,7 +10,7 @@ import yaml
 from PIL import Image
 
 import rafce_ray
-from rafce_ray.registry.command import main as bundle_command
+from rafce_ray.cli.bundle import main as bundle_command
 from rafce_ray.taxonomy import RAFCE_EMOTIONS
 
 

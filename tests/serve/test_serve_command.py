@@ -28,7 +28,8 @@ from serving import Server, free_port, start_service
 
 from rafce_ray.bundle import Bundle, load_bundle
 from rafce_ray.decode import decode_face
-from rafce_ray.predict import Predictor, load_file, predict_files
+from rafce_ray.image_loading import load_file
+from rafce_ray.predictor import Predictor, predict_files
 from rafce_ray.registry.versions import version_folder
 from rafce_ray.storage import locate
 

@@ -15,7 +15,7 @@ import uvicorn
 from PIL import Image
 
 from rafce_ray.bundle import load_bundle
-from rafce_ray.predict import Predictor
+from rafce_ray.predictor import Predictor
 from rafce_ray.service.app import Service, build_app
 from rafce_ray.service.config import read_service_config
 

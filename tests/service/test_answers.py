@@ -12,7 +12,8 @@ from PIL import Image
 
 from rafce_ray.console import to_json as standard_json
 from rafce_ray.faces import build_face_finder
-from rafce_ray.predict import Predictor, load_file, predict_files
+from rafce_ray.image_loading import load_file
+from rafce_ray.predictor import Predictor, predict_files
 from rafce_ray.service.answers import distribution_of, face_answer, to_json
 
 ORIENTATION = 0x0112

@@ -11,7 +11,7 @@ from needs import PHOTOGRAPHS
 
 from rafce_ray.errors import UsageError
 from rafce_ray.faces import Box, Face, build_face_finder
-from rafce_ray.predict import load_file
+from rafce_ray.image_loading import load_file
 from rafce_ray.service import reading
 from rafce_ray.service.problems import Problem
 from rafce_ray.service.reading import Reader

@@ -527,14 +527,16 @@ def run_all(world: Path, seed: int, numbers: Sequence[int], verbs: Sequence[str]
     os.environ["OMP_NUM_THREADS"] = "1"
     # What every case needs is imported once, before the forks.
     import rafce_ray.ablate
+    import rafce_ray.bundle
     import rafce_ray.compare
     import rafce_ray.inference.build
-    import rafce_ray.predict
-    import rafce_ray.registry.command
-    import rafce_ray.report.command
+    import rafce_ray.predictor
+    import rafce_ray.registry.promotion
+    import rafce_ray.report.page
+    import rafce_ray.report.study_page
     import rafce_ray.serve.command
     import rafce_ray.serve.deployment
-    import rafce_ray.train
+    import rafce_ray.train.launch
     import rafce_ray.tune.command  # noqa: F401
 
     cases = Cases(world, seed, verbs)
@@ -555,7 +557,7 @@ def make_world(world: Path) -> None:
     make.mkdir(parents=True)
 
     def command(*argv: str) -> None:
-        subprocess.run([sys.executable, "-m", "rafce_ray.cli", *argv], cwd=make, env=environment, check=True)
+        subprocess.run([sys.executable, "-m", "rafce_ray", *argv], cwd=make, env=environment, check=True)
 
     command("data", "synthesize", "--out", "faces", "--num-images", "160")
     write_files(make, small)

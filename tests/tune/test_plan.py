@@ -5,6 +5,7 @@ from contextlib import nullcontext
 
 import pytest
 
+from rafce_ray.cli.tune import main
 from rafce_ray.config import build_config
 from rafce_ray.data.dataset import prepare
 from rafce_ray.errors import UsageError
@@ -224,7 +225,7 @@ def dry(drawn_faces, store_dir, tmp_path, monkeypatch):
 
 
 def test_a_dry_run_writes_nothing(dry, tmp_path, capsys):
-    assert command.main(["--config", str(dry), "--dry-run"]) == 0
+    assert main(["--config", str(dry), "--dry-run"]) == 0
     assert [path.name for path in tmp_path.rglob("*")] == ["study.yaml"]
     captured = capsys.readouterr()
     said = " ".join(captured.err.split())
@@ -235,7 +236,7 @@ def test_a_dry_run_writes_nothing(dry, tmp_path, capsys):
     study = StudyFolder(str(tmp_path / "runs" / "s"))
     study.claim({"kind": "tune", "base": {}, "may_grow": {}})
     before = (study.location / "study.json").read_bytes()
-    assert command.main(["--config", str(dry), "--dry-run"]) == 2
+    assert main(["--config", str(dry), "--dry-run"]) == 2
     assert "holds a study that differs" in " ".join(capsys.readouterr().err.split())
     assert (study.location / "study.json").read_bytes() == before
     assert [path.name for path in (tmp_path / "runs").rglob("*")] == ["s", "study.json"]
@@ -256,11 +257,11 @@ def test_a_study_of_an_earlier_release_goes_on(dry):
 
 
 def test_a_study_that_does_not_fit_trains_nothing(dry, tmp_path, monkeypatch, capsys):
-    assert command.main(["--config", str(dry), "--dry-run", "resources.concurrent=4"]) == 2
+    assert main(["--config", str(dry), "--dry-run", "resources.concurrent=4"]) == 2
     assert "4 trials at a time x 1 worker(s) x 1 CPU = 4 workers; the cluster has 3 CPUs" in " ".join(
         capsys.readouterr().err.split()
     )
     monkeypatch.setattr(plan.shutil, "disk_usage", lambda place: Usage(0, 0, 10**6))
-    assert command.main(["--config", str(dry)]) == 2
+    assert main(["--config", str(dry)]) == 2
     assert "which has 1 MB free. Lower keep or resources.concurrent" in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "runs" / "s" / "trials").exists()

@@ -1,8 +1,7 @@
-"""``rafce train``: one run, from a folder of labelled faces to a bundle, on Ray Train."""
+"""One run on Ray Train, from a folder of labelled faces to a bundle; and the Ray cluster of every command."""
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
 import re
@@ -20,11 +19,8 @@ from rafce_ray.config import (
     build_config,
     config_hash,
     differences,
-    load_config,
-    recipe_names,
-    to_yaml,
 )
-from rafce_ray.console import print_json, progress_bar, run_main, say, warn
+from rafce_ray.console import progress_bar, say, warn
 from rafce_ray.data.audit_checks import audit_command
 from rafce_ray.data.dataset import Prepared, prepare
 from rafce_ray.errors import RafceError, UsageError
@@ -33,7 +29,7 @@ from rafce_ray.ray_environment import check_ray, dashboard_line, not_started, ra
 from rafce_ray.run_folder import RunFolder
 from rafce_ray.session import Job
 from rafce_ray.storage import locate
-from rafce_ray.watch import RunWatch, duration
+from rafce_ray.watch import RunWatch
 from rafce_ray.worker_changes import root_cause
 
 if TYPE_CHECKING:
@@ -88,8 +84,8 @@ def _launch(folder: RunFolder, config: Config, *, resume: bool) -> dict[str, Any
 
 def _write_report(folder: RunFolder, prepared: Prepared) -> None:
     """The run's page. A run that has ended stays one whatever becomes of its page."""
-    # Plots take a second to import, which `rafce train --help` need not wait for.
-    from rafce_ray.report.command import write_report
+    # Plots take a second to import, which a study or an ablation need not wait for.
+    from rafce_ray.report.page import write_report
 
     try:
         write_report(folder, store=prepared.store_uri)
@@ -342,98 +338,3 @@ def _error_of(outcome: dict[str, Any]) -> RafceError:
     error = RafceError(str(outcome["error"]))
     error.exit_code = int(outcome["exit_code"])
     return error
-
-
-def _arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="rafce train",
-        description="Train a model of emotions and action units on Ray Train. The same command again continues an interrupted run.",
-        epilog="Example: rafce train --recipe demo data.root=demo/faces optim.epochs=5",
-    )
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="configuration over recipe and file")
-    parser.add_argument("--config", metavar="FILE", help="YAML configuration, laid over the recipe")
-    parser.add_argument("--recipe", metavar="NAME", help=f"named variant: {', '.join(recipe_names())}")
-    parser.add_argument(
-        "--resume", action="store_true", help="go on with a finished run, for example with a higher optim.epochs"
-    )
-    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration as YAML and stop")
-    parser.add_argument("--json", action="store_true", help="print the result as one JSON line on standard output")
-    return parser
-
-
-def _main(argv: Sequence[str]) -> int:
-    arguments = _arguments().parse_intermixed_args(argv)
-    config = load_config(arguments.config, arguments.overrides, recipe=arguments.recipe)
-    if arguments.print_config:
-        print(to_yaml(config), end="")
-        return 0
-    if config.data.root is None:
-        raise UsageError(
-            "data.root is not set: name the folder of labelled faces, for example data.root=path/to/RAF-CE."
-        )
-    config = named(config)
-    say(
-        f"training {config.model.backbone} at {config.model.image_px} px on {config.data.root} for up to {config.optim.epochs} epochs with "
-        f"{config.run.workers_shown}; "
-        f"results go to {(locate(config.run.storage) / str(config.run.name)).shown}"
-    )
-    result = launch(config, resume=arguments.resume)
-    _summarise(result)
-    if arguments.json:
-        print_json(result)
-    return 1 if result["status"] == "diverged" else 0
-
-
-def _summarise(result: dict[str, Any]) -> None:
-    metrics = result["metrics"]
-    figures = ", ".join(
-        f"{name} {metrics[name]:.4f}"
-        for name in ("accuracy", "macro_f1", "au_f1_mean")
-        if _is_number(metrics.get(name))
-    )
-    took, run_dir = duration(result["elapsed_s"]), locate(result["run_dir"]).command
-    if result["status"] == "diverged":
-        warn(
-            f"diverged after {result['epochs']} epochs: a loss was not finite. For why, and the next configuration: rafce doctor {run_dir}"
-        )
-    if result["bundle"] is None:
-        return
-    say(
-        f"{result['status'].replace('_', ' ')} after {result['epochs']} epochs in {took}; best epoch {result['best_epoch']} on validation: {figures}"
-    )
-    say(_calibrated(metrics))
-    bundle, report = locate(result["bundle"]).command, (locate(result["run_dir"]) / "report.html").command
-    say(
-        f"made {bundle} and {report}; next: rafce doctor {run_dir}   or: rafce evaluate --bundle {bundle}   or: rafce predict --bundle {bundle} PHOTO..."
-    )
-
-
-def _calibrated(metrics: dict[str, Any]) -> str:
-    """What calibration did, on images that it was not fitted on."""
-    held_out = metrics.get("cross_fitted")
-    if held_out is None:
-        return "not calibrated: probabilities are the network's own, thresholds 0.5"
-    before, after = held_out["before"], held_out["after"]
-    changes = [
-        f"{name} {before[task]['ece']:.3f} -> {after[task]['ece']:.3f}"
-        for task, name in (("emotion", "calibration error of emotions"), ("action_units", "of action units"))
-        if before[task] is not None
-    ]
-    if _is_number(held_out["au_f1_mean_before"]):
-        changes.append(
-            f"AU-F1 {held_out['au_f1_mean_before']:.4f} at 0.5 -> {held_out['au_f1_mean_after']:.4f} at tuned thresholds"
-        )
-    return f"calibrated on validation (cross-fitted): {', '.join(changes)}"
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """``rafce train``; returns the exit code."""
-    return run_main(_main, argv)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -1,34 +1,34 @@
-"""``rafce bundle``: the versions of a registry, which is live and why; add, promote, roll back."""
+"""``rafce bundle``: manage model versions in a registry: list, add, promote, roll back."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+from rafce_ray.cli.arguments import BUNDLE_HELP, ENGINES, command, parse_verb
+from rafce_ray.console import print_json, say
 
-from rafce_ray.console import console, print_json, run_main, say
-from rafce_ray.registry.live import Gate, LiveRecord, read_history, read_live
-from rafce_ray.registry.promotion import Outcome, Reason, Refused, Rules, promote, roll_back, take_candidate
-from rafce_ray.registry.summary import summary_of
-from rafce_ray.registry.versions import add_version, list_versions, read_version
-from rafce_ray.storage import Location, locate
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from rafce_ray.registry.live import Gate, LiveRecord
+    from rafce_ray.registry.promotion import Outcome
+    from rafce_ray.storage import Location
 
 _COLUMNS = ("version", "live", "added", "backbone", "score", "on", "sha256")
 _STYLES = {"passed": "green", "refused": "bold red"}
 
 
-def main(argv: list[str] | None = None) -> int:
+@command
+def main(argv: list[str]) -> int:
     """``rafce bundle``; exit code 3 where a gate said no."""
-    return run_main(_main, argv)
+    parser, verbs = _parser()
+    parse_verb(parser, argv, verbs)
+    arguments = parser.parse_args(argv)
+    from rafce_ray.storage import locate
 
-
-def _main(argv: list[str]) -> int:
-    arguments = _parser().parse_args(argv)
     registry = locate(arguments.registry)
     registry.check_reachable()
     run: Callable[[Location, argparse.Namespace], None] = arguments.run
@@ -37,6 +37,10 @@ def _main(argv: list[str]) -> int:
 
 
 def _list(registry: Location, arguments: argparse.Namespace) -> None:
+    from rafce_ray.registry.live import read_live
+    from rafce_ray.registry.summary import summary_of
+    from rafce_ray.registry.versions import list_versions
+
     live = read_live(registry)
     rows = [summary_of(version, live) for version in list_versions(registry)]
     if arguments.json:
@@ -51,6 +55,11 @@ def _list(registry: Location, arguments: argparse.Namespace) -> None:
 
 
 def _show(registry: Location, arguments: argparse.Namespace) -> None:
+    from rafce_ray.console import console
+    from rafce_ray.registry.live import read_history, read_live
+    from rafce_ray.registry.summary import summary_of
+    from rafce_ray.registry.versions import read_version
+
     live = read_live(registry)
     if arguments.version is None:
         history = read_history(registry)
@@ -77,6 +86,9 @@ def _show(registry: Location, arguments: argparse.Namespace) -> None:
 
 
 def _add(registry: Location, arguments: argparse.Namespace) -> None:
+    from rafce_ray.registry.live import read_live
+    from rafce_ray.registry.versions import add_version
+
     version, is_new = add_version(registry, arguments.bundle, arguments.name)
     if arguments.json:
         print_json({"version": version, "added": is_new})
@@ -87,6 +99,9 @@ def _add(registry: Location, arguments: argparse.Namespace) -> None:
 
 
 def _promote(registry: Location, arguments: argparse.Namespace) -> None:
+    from rafce_ray.console import console
+    from rafce_ray.registry.promotion import Reason, Refused, Rules, promote, take_candidate
+
     reason = Reason(arguments.why, arguments.force)
     rules = Rules(arguments.max_latency_ratio, arguments.engine)
     try:
@@ -105,10 +120,14 @@ def _promote(registry: Location, arguments: argparse.Namespace) -> None:
 
 
 def _rollback(registry: Location, arguments: argparse.Namespace) -> None:
+    from rafce_ray.registry.promotion import Reason, Rules, roll_back
+
     _tell(registry, roll_back(registry, Reason(arguments.why), Rules(engine=arguments.engine)), arguments.json)
 
 
 def _tell(registry: Location, outcome: Outcome, is_json: bool) -> None:
+    from rafce_ray.console import console
+
     if outcome.changed:
         console.print(_gates_table(outcome.live.gates))
         if outcome.live.overruled:
@@ -132,6 +151,9 @@ def _what_is_live(registry: Location, live: LiveRecord | None) -> str:
 
 
 def _gates_table(gates: Sequence[Gate]) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     for name in ("gate", "verdict", "found"):
         table.add_column(name, overflow="fold", vertical="top", no_wrap=name == "gate")
@@ -173,6 +195,10 @@ def _print_rows(columns: Sequence[str], rows: Any) -> None:
         for row in [columns, *rows]:
             sys.stdout.write("\t".join(row) + "\n")
         return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     for name in columns:
         table.add_column(name, overflow="fold", vertical="top")
@@ -181,43 +207,43 @@ def _print_rows(columns: Sequence[str], rows: Any) -> None:
     Console(highlight=False).print(table)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     parser = argparse.ArgumentParser(
         prog="rafce bundle",
-        description="A registry is a folder, on a disk or an object store, that holds versions of bundles and says which of them is live.",
+        description="Manage model versions in a registry, a folder on a disk or an object store: list, add, promote and roll back.",
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    _verb(verbs, "list", _list, "all versions, and which is live")
-    show = _verb(verbs, "show", _show, "what is live, why and what was before; or one version")
+    _verb(verbs, "list", _list, "list all versions and the live one")
+    show = _verb(verbs, "show", _show, "show the live version and the history of promotions, or one version")
     show.add_argument("version", nargs="?", metavar="VERSION", help="a version's name")
-    add = _verb(verbs, "add", _add, "copy a bundle in, verified, without making it live")
-    add.add_argument("bundle", metavar="BUNDLE", help="bundle folder, or the folder of a finished run; a path or URI")
+    add = _verb(verbs, "add", _add, "add a bundle to the registry, verified, without promoting it")
+    add.add_argument("bundle", metavar="BUNDLE", help=BUNDLE_HELP)
     _name_option(add)
-    promote_verb = _verb(verbs, "promote", _promote, "make a version live, if every gate lets it pass")
-    promote_verb.add_argument(
-        "candidate", metavar="BUNDLE_OR_VERSION", help="a version's name, or a bundle to be added"
-    )
+    promote_verb = _verb(verbs, "promote", _promote, "promote a version to live, if all checks (gates) pass")
+    promote_verb.add_argument("candidate", metavar="BUNDLE_OR_VERSION", help="a version's name, or a bundle to add")
     _name_option(promote_verb)
-    promote_verb.add_argument("--force", action="store_true", help="overrule gates that say no; needs --why")
-    promote_verb.add_argument("--why", metavar="TEXT", help="reason, kept in the history")
+    promote_verb.add_argument("--force", action="store_true", help="promote although gates refuse; needs --why")
+    promote_verb.add_argument("--why", metavar="TEXT", help="reason, recorded in the history")
     promote_verb.add_argument(
         "--max-latency-ratio",
         type=float,
-        default=Rules.max_latency_ratio,
+        default=1.5,
         metavar="X",
-        help=f"times the live version's ms a face that are allowed (default {Rules.max_latency_ratio:g})",
+        help="allowed ms per face, as a multiple of the live version's (default %(default)s)",
     )
     _engine_option(promote_verb)
-    rollback = _verb(verbs, "rollback", _rollback, "make live again what was before; again, and what was before that")
-    rollback.add_argument("--why", metavar="TEXT", help="reason, kept in the history")
+    rollback = _verb(
+        verbs, "rollback", _rollback, "roll back to the version that was live before; repeat it to go back further"
+    )
+    rollback.add_argument("--why", metavar="TEXT", help="reason, recorded in the history")
     _engine_option(rollback)
-    return parser
+    return parser, list(verbs.choices)
 
 
 def _verb(verbs: Any, name: str, run: Callable[[Location, argparse.Namespace], None], purpose: str) -> Any:
     parser = verbs.add_parser(name, help=purpose, description=f"{purpose[0].upper()}{purpose[1:]}.")
     parser.add_argument("registry", metavar="REGISTRY", help="folder of the registry; a path or URI")
-    parser.add_argument("--json", action="store_true", help="JSON on standard output, for machines")
+    parser.add_argument("--json", action="store_true", help="print JSON on standard output")
     parser.set_defaults(run=run)
     return parser
 
@@ -231,9 +257,9 @@ def _name_option(parser: argparse.ArgumentParser) -> None:
 def _engine_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--engine",
-        choices=("auto", "torch", "openvino", "onnxruntime"),
-        default=Rules.engine,
-        help="what runs models while they are asked and timed (default auto, as in serving)",
+        choices=ENGINES,
+        default="auto",
+        help="engine that runs the models while they are checked and timed (default auto, as in serving)",
     )
 
 

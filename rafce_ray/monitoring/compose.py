@@ -1,4 +1,4 @@
-"""``rafce monitor``: write the configuration of Prometheus and Grafana for a Ray cluster, with a compose file that starts both.
+"""The configuration of Prometheus and Grafana for a Ray cluster, with a compose file that starts both.
 
 Both containers use the host's network, since Ray's metrics ports may listen on loopback alone, and both listen on loopback.
 Ray's folder is mounted at its own path, so that ``prometheus.yml`` also works for a Prometheus outside of a container.
@@ -6,20 +6,11 @@ Ray's folder is mounted at its own path, so that ``prometheus.yml`` also works f
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
-import re
-import shlex
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-
-from rafce_ray.console import run_main, say, warn
-from rafce_ray.errors import UsageError
-from rafce_ray.ray_environment import ray_folder
 
 HERE = Path(__file__).parent
 IMAGES = {"prometheus": "prom/prometheus:v3.5.0", "grafana": "grafana/grafana:12.0.2"}
@@ -32,11 +23,6 @@ DATASOURCE = "Prometheus"
 
 SCRAPE_INTERVAL = "10s"
 """As often as Ray's processes export."""
-
-PROMETHEUS_PORT, GRAFANA_PORT = 9090, 3000
-"""Ray's dashboard looks for both at these ports, unless its cluster was told otherwise."""
-
-_ADDRESS = re.compile(r"(?:http://)?([A-Za-z0-9._-]+:\d{1,5})/?")
 
 
 def configuration(
@@ -153,75 +139,3 @@ def write(folder: Path, files: dict[str, str]) -> list[Path]:
             file = file.with_name(f"{file.name}.new")
         file.write_text(content)
     return kept
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="rafce monitor",
-        description="Write a folder with a docker compose file, Prometheus and Grafana configuration, alert rules and dashboards for a Ray cluster.",
-    )
-    parser.add_argument("--write", type=Path, required=True, metavar="DIR", help="folder to write")
-    place = parser.add_mutually_exclusive_group()
-    place.add_argument(
-        "--ray-folder",
-        type=Path,
-        metavar="PATH",
-        help="Ray's folder of temporary files, on the cluster's head node (default: RAY_TMPDIR/ray, or /tmp/ray)",
-    )
-    place.add_argument(
-        "--cluster", metavar="HOST:PORT", help="address of the dashboard of a cluster whose head is another machine"
-    )
-    parser.add_argument("--token-file", type=Path, metavar="FILE", help="file with the token that --cluster needs")
-    parser.add_argument("--prometheus-port", type=int, default=PROMETHEUS_PORT, metavar="N")
-    parser.add_argument("--grafana-port", type=int, default=GRAFANA_PORT, metavar="N")
-    return parser
-
-
-def _main(argv: Sequence[str]) -> int:
-    arguments = _parser().parse_args(argv)
-    cluster, token_file = arguments.cluster, arguments.token_file
-    if cluster is not None:
-        found = _ADDRESS.fullmatch(cluster)
-        if found is None:
-            raise UsageError(f"--cluster {cluster}: expected HOST:PORT of Ray's dashboard, such as 10.0.0.5:8265.")
-        cluster, ray = found[1], None
-    else:
-        ray = (arguments.ray_folder or ray_folder()).absolute()
-    if token_file is not None:
-        if cluster is None:
-            raise UsageError("--token-file is for --cluster: Ray's folder is read without a token.")
-        if not token_file.is_file():
-            raise UsageError(f"--token-file {token_file}: there is no such file. Write it: ray get-auth-token > FILE")
-        token_file = token_file.absolute()
-    ports = {"prometheus_port": arguments.prometheus_port, "grafana_port": arguments.grafana_port}
-    files = configuration(ray, cluster, token_file, **ports)
-    for file in write(arguments.write, files):
-        warn(f"{file} has other content and was kept. The new content is in {file.name}.new")
-    say(f"Wrote {arguments.write}: compose.yaml, prometheus/ with alert rules, grafana/ with dashboards.")
-    if ray is not None and not (ray / DISCOVERY_FILE).exists():
-        warn(
-            f"{ray / DISCOVERY_FILE} does not exist: no Ray cluster with a dashboard was started with this folder on this "
-            "machine. Start one first, or name Ray's folder with --ray-folder or another machine's dashboard with --cluster."
-        )
-    compose = shlex.quote(str(arguments.write / "compose.yaml"))
-    say(f"Start both: docker compose -f {compose} up -d    Stop both: docker compose -f {compose} down")
-    say(f"Prometheus: http://127.0.0.1:{arguments.prometheus_port} (/alerts, /targets)")
-    boards = [json.loads(content) for name, content in files.items() if name.endswith(".json")]
-    for board in boards:
-        say(f"Grafana, {board['title']}: http://127.0.0.1:{arguments.grafana_port}/d/{board['uid']}")
-    forwarded = " ".join(f"-L {port}:127.0.0.1:{port}" for port in ports.values())
-    say(f"From another machine: ssh -N {forwarded} THIS-MACHINE")
-    for name, port, usual in (
-        ("PROMETHEUS", arguments.prometheus_port, PROMETHEUS_PORT),
-        ("GRAFANA", arguments.grafana_port, GRAFANA_PORT),
-    ):
-        if port != usual:
-            say(
-                f"For the metrics page of Ray's dashboard, start the cluster with RAY_{name}_HOST=http://127.0.0.1:{port}"
-            )
-    return 0
-
-
-def main(argv: list[str] | None = None) -> int:
-    """``rafce monitor``; returns the exit code."""
-    return run_main(_main, argv)

@@ -1,0 +1,60 @@
+"""What verbs share: how they run, and arguments that several of them take. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable, Iterable, Sequence
+from functools import wraps
+from pathlib import Path
+
+from rafce_ray.console import run_main
+from rafce_ray.errors import did_you_mean
+
+SPLITS = ("train", "validation", "test")
+ENGINES = ("auto", "torch", "openvino", "onnxruntime")
+DEVICE_HELP = "auto, cpu, cuda, cuda:1, ... (default auto)"
+BUNDLE_HELP = "bundle folder, or the folder of a finished run; a path or URI"
+JSON_HELP = "print the result as one JSON line on standard output"
+
+
+def command(body: Callable[[list[str]], int]) -> Callable[..., int]:
+    """A verb's ``main``: takes the process's arguments unless it is given some, and turns errors into messages and exit codes."""
+
+    @wraps(body)
+    def main(argv: list[str] | None = None) -> int:
+        return run_main(body, argv)
+
+    return main
+
+
+def unknown_verb(verb: str, known: Iterable[str]) -> str:
+    """That there is no such verb, and the nearest one."""
+    return f"unknown verb {verb!r}{did_you_mean(verb, list(known))}"
+
+
+def parse_verb(parser: argparse.ArgumentParser, argv: Sequence[str], known: Iterable[str]) -> None:
+    """Exit with 2, and the nearest verb, where the first word of a command with verbs of its own is none of them."""
+    if argv and not argv[0].startswith("-") and argv[0] not in (verbs := list(known)):
+        parser.error(unknown_verb(argv[0], verbs))
+
+
+def recipe_names() -> list[str]:
+    """As :func:`rafce_ray.config.recipe_names`, without importing the configuration."""
+    return sorted(path.stem for path in (Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+
+
+def positive(text: str) -> int:
+    """A whole number above 0."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+    return int(text)
+
+
+def local_path(text: str) -> Path:
+    """A path on this machine; an error where it is a URI."""
+    if re.match(r"^[a-zA-Z][a-zA-Z0-9+.-]+://", text):
+        raise argparse.ArgumentTypeError(
+            f"{text} is a URI, but this is written to a local disk. Give a local path, and copy the files afterwards."
+        )
+    return Path(text)

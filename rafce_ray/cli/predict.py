@@ -1,0 +1,180 @@
+"""``rafce predict``: predict emotions and action units from image files, here or on a Ray cluster."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections import Counter
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rafce_ray.cli.arguments import BUNDLE_HELP, DEVICE_HELP, command, positive
+from rafce_ray.console import progress_bar, say
+from rafce_ray.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+    from rafce_ray.bundle import Bundle
+
+
+@command
+def main(argv: list[str]) -> int:
+    """``rafce predict``; exit code 1 if nothing at all could be predicted."""
+    arguments = _arguments(argv)
+    if arguments.ray:
+        return _main_on_ray(arguments)
+    _refuse_cluster_options(arguments)
+    uris = [path for path in arguments.paths if "://" in path and not path.startswith("file://")]
+    if uris:
+        raise UsageError(f"{uris[0]}: object stores are read on a cluster alone. Add --ray --out FOLDER.")
+    return _main_here(arguments)
+
+
+def _main_here(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from rafce_ray.bundle import load_bundle
+    from rafce_ray.faces import build_face_finder
+    from rafce_ray.hardware import choose_device
+    from rafce_ray.image_files import Skipped, find_images
+    from rafce_ray.image_loading import load_ahead, load_file
+    from rafce_ray.prediction_output import check_out, open_output
+    from rafce_ray.predictor import Predictor, outcomes, predict_files
+
+    out = check_out(None if arguments.out is None else Path(arguments.out))
+    device, skipped = choose_device(arguments.device), Skipped()
+    num_files = sum(1 for _ in find_images(arguments.paths, skipped))
+    finder = None if arguments.faces == "aligned" else build_face_finder(arguments.face_model)
+    bundle = load_bundle(arguments.bundle)
+    predictor = Predictor(bundle, device)
+    # A core is left to reading: OpenMP's threads wait in a busy loop, which cost a factor of 10 where they had to share.
+    torch.set_num_threads(min(torch.get_num_threads(), max(1, _num_cores() - 1)))
+    say(_plan(arguments, bundle, predictor.device, num_files))
+    load = partial(load_file, finder=finder, px=bundle.preprocessing.stored_px)
+    counts: Counter[str] = Counter()
+    with (
+        progress_bar("predicting", num_files) as advance,
+        open_output(out, bundle, arguments.top_k) as write,
+    ):
+        loaded = load_ahead(load, find_images(arguments.paths), min(8, _num_cores()))
+        for result in predict_files(predictor, loaded, batch_size=arguments.batch_size, top_k=arguments.top_k):
+            write(result)
+            counts.update(outcomes(result))
+            advance(1)
+    if skipped.counts:
+        say(skipped.in_words())
+    say(_summary(arguments, counts))
+    return 0 if counts["predicted"] else 1
+
+
+def _arguments(argv: list[str]) -> argparse.Namespace:
+    """The command line. All after ``--`` are paths: argparse does not know that where options may follow paths."""
+    end = argv.index("--") if "--" in argv else len(argv)
+    parser = _parser()
+    arguments = parser.parse_intermixed_args(argv[:end])
+    arguments.paths += argv[end + 1 :]
+    if not arguments.paths:
+        parser.error("give at least one PATH; for a name that begins with a dash: -- -name.jpg, or ./-name.jpg")
+    return arguments
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _plan(arguments: argparse.Namespace, bundle: Bundle, device: torch.device, num_files: int) -> str:
+    from rafce_ray.predictor import detector_of
+
+    detector = detector_of(arguments.faces, arguments.face_model)
+    return (
+        f"Predicting {num_files:,} image files on {device}: faces {detector}; {bundle.architecture.backbone} of {bundle.path} "
+        f"({bundle.taxonomy.num_emotions} emotions, {bundle.taxonomy.num_action_units} action units); "
+        f"results to {arguments.out or 'standard output as JSON lines'}."
+    )
+
+
+def _summary(arguments: argparse.Namespace, counts: Counter[str]) -> str:
+    from rafce_ray.predictor import in_words
+
+    hint = f"rafce evaluate --bundle {arguments.bundle} measures this bundle on labelled faces."
+    if not counts["predicted"]:
+        hint = "see what is wrong, and the remedy, under error in each row."
+    elif arguments.out is None:
+        hint = "--out FILE.csv, .parquet or .jsonl keeps them in a file."
+    return f"{in_words(counts)}; written to {arguments.out or 'standard output'}. Next: {hint}"
+
+
+def _main_on_ray(arguments: argparse.Namespace) -> int:
+    from rafce_ray.prediction_output import FORMATS
+
+    if arguments.out is None or Path(arguments.out).suffix.lower() in FORMATS:
+        found = "none was given" if arguments.out is None else f"found {arguments.out}"
+        raise UsageError(f"--ray: --out must name a folder or a URI for the Parquet files; {found}. Add --out FOLDER.")
+    if arguments.device not in ("auto", "cpu"):
+        raise UsageError(f"--device {arguments.device}: with --ray each worker gets its own GPU. Use auto or cpu.")
+    if find_spec("ray") is None:
+        raise UsageError("--ray: ray is not installed. Install it with pip install 'rafce_ray[ray]'.")
+    from rafce_ray.predict_on_ray import predict_on_ray
+
+    return predict_on_ray(
+        arguments.paths,
+        bundle=arguments.bundle,
+        out=arguments.out,
+        faces=arguments.faces,
+        face_model=arguments.face_model,
+        top_k=arguments.top_k,
+        batch_size=arguments.batch_size,
+        shard_files=arguments.shard_files,
+        workers=arguments.workers,
+        use_gpu=None if arguments.device == "auto" else False,
+    )
+
+
+def _refuse_cluster_options(arguments: argparse.Namespace) -> None:
+    for name in ("workers", "shard_files"):
+        if getattr(arguments, name) is not None:
+            raise UsageError(f"--{name.replace('_', '-')}: is for predicting on a cluster. Add --ray, or leave it out.")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="rafce predict",
+        description="Predict the emotions and action units of all faces in image files. Writes one JSON line per file to standard output, or "
+        "one row per face to a CSV or Parquet file; with --ray, predicts on a Ray cluster and writes a folder of Parquet files.",
+    )
+    parser.add_argument("paths", nargs="*", metavar="PATH", help="image files, folders (searched recursively) or globs")
+    parser.add_argument("--bundle", required=True, help=BUNDLE_HELP)
+    parser.add_argument(
+        "--out",
+        metavar="FILE",
+        help="new file to write: .jsonl, .csv or .parquet; with --ray a folder or URI, in which the same command resumes",
+    )
+    parser.add_argument(
+        "--faces",
+        choices=("detect", "aligned"),
+        default="detect",
+        help="detect: find and align the faces in photographs; aligned: each image is one aligned face, as in RAF-CE",
+    )
+    parser.add_argument(
+        "--face-model", type=Path, metavar="FILE.onnx", help="YuNet model for detection instead of the bundled cascades"
+    )
+    parser.add_argument("--top-k", type=positive, default=3, help="emotions listed per face (default 3)")
+    parser.add_argument("--batch-size", type=positive, default=64, help="faces per forward pass (default 64)")
+    parser.add_argument("--device", default="auto", help=DEVICE_HELP)
+    cluster = parser.add_argument_group(
+        "on a cluster",
+        "the cluster of RAY_ADDRESS, or a local one; paths may be URIs (s3://...), and every machine must see local paths",
+    )
+    cluster.add_argument(
+        "--ray",
+        action="store_true",
+        help="predict on Ray, in shards; an interrupted run resumes with the missing shards",
+    )
+    cluster.add_argument(
+        "--workers", type=positive, metavar="N", help="processes (default: one per GPU, or one per CPU)"
+    )
+    cluster.add_argument("--shard-files", type=positive, metavar="N", help="images per Parquet file (default 2000)")
+    return parser

@@ -1,0 +1,150 @@
+"""Faces in, named emotions and action units out: the ``Predictor`` that prediction, evaluation and the endpoint share."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rafce_ray.bundle import Bundle
+from rafce_ray.calibration import Outputs, Probabilities, calibrated
+from rafce_ray.consistency import basic_emotion_membership, consistency_of
+from rafce_ray.image_loading import NO_FACE, LoadedFile
+from rafce_ray.inference.engines import Engine, TorchEngine
+from rafce_ray.prediction import (
+    ActionUnitPrediction,
+    BasicEmotionScore,
+    ConsistencyRemark,
+    EmotionPrediction,
+    EmotionScore,
+    FacePrediction,
+    FilePrediction,
+    Prediction,
+)
+from rafce_ray.taxonomy import ACTION_UNIT_NAMES, action_unit_code
+
+
+class Predictor:
+    """A bundle ready to predict: evaluation mode, no gradients; a face's result does not depend on its batch-mates.
+
+    ``engine`` runs the network; by default torch does, in fp32 on ``device``, to which the bundle's model is then moved.
+    """
+
+    def __init__(self, bundle: Bundle, device: torch.device | str = "cpu", engine: Engine | None = None) -> None:
+        self.bundle = bundle
+        self.engine = TorchEngine(bundle, torch.device(device)) if engine is None else engine
+        self._basic_emotions = bundle.taxonomy.basic_emotions
+        self._membership = basic_emotion_membership(bundle.taxonomy)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the engine computes."""
+        return self.engine.device
+
+    def outputs(self, images: NDArray[np.uint8] | Tensor) -> Outputs:
+        """Raw outputs of (B, S, S, 3) uint8 RGB faces of the bundle's ``preprocessing.stored_px`` a side.
+
+        Raises:
+            ValueError: another dtype or shape.
+        """
+        return self.engine.outputs(images)
+
+    def probabilities(self, images: NDArray[np.uint8] | Tensor) -> Probabilities:
+        """Calibrated probabilities; images as for :meth:`outputs`."""
+        return calibrated(self.outputs(images), self.bundle.calibration)
+
+    def predict(self, images: NDArray[np.uint8] | Tensor, top_k: int = 3) -> list[Prediction]:
+        """One :class:`Prediction` a face, with names; images as for :meth:`outputs`."""
+        return self.named(self.probabilities(images), top_k)
+
+    def named(self, found: Probabilities, top_k: int = 3) -> list[Prediction]:
+        """One :class:`Prediction` a face from its calibrated probabilities."""
+        basics = found.emotion @ self._membership
+        rows = zip(found.emotion.tolist(), basics.tolist(), found.action_units.tolist(), strict=True)
+        return [self._prediction(*row, top_k) for row in rows]
+
+    def _prediction(
+        self, emotion: list[float], basics: list[float], action_units: list[float], top_k: int
+    ) -> Prediction:
+        taxonomy, calibration = self.bundle.taxonomy, self.bundle.calibration
+        units = zip(taxonomy.action_units, action_units, calibration.au_thresholds, strict=True)
+        found = tuple(
+            ActionUnitPrediction(
+                action_unit_code(number), ACTION_UNIT_NAMES.get(number, ""), value, threshold, value >= threshold
+            )
+            for number, value, threshold in units
+        )
+        if not emotion:
+            return Prediction(None, found, None)
+        # Plain lists: a face has a few dozen numbers, and each call into NumPy costs a busy server more than all of them.
+        order = sorted(range(len(emotion)), key=lambda index: -emotion[index])[: max(1, top_k)]
+        top = tuple(EmotionScore(taxonomy.emotions[index], index, emotion[index]) for index in order)
+        unsure = calibration.unsure_below is not None and top[0].probability < calibration.unsure_below
+        scores = tuple(BasicEmotionScore(*pair) for pair in zip(self._basic_emotions, basics, strict=True))
+        read = EmotionPrediction(top[0].label, top[0].index, top[0].probability, unsure, top, scores)
+        return Prediction(read, found, self._consistency(top[0].index, found))
+
+    def _consistency(self, label: int, units: tuple[ActionUnitPrediction, ...]) -> ConsistencyRemark | None:
+        association = self.bundle.association
+        if association is None or not units:
+            return None
+        found = consistency_of(association, label, [unit.active for unit in units])
+        if found is None:
+            return None
+        return ConsistencyRemark(found.score, tuple(units[column].code for column in found.contradicting))
+
+
+def predict_files(
+    predictor: Predictor, files: Iterable[LoadedFile], *, batch_size: int, top_k: int
+) -> Iterator[FilePrediction]:
+    """One result a file, in order; faces of several files share batches, and no more than a batch of files is held."""
+    waiting: list[LoadedFile] = []
+    num_faces = 0
+    for file in files:
+        waiting.append(file)
+        num_faces += len(file.faces)
+        if num_faces >= batch_size or len(waiting) >= 4 * batch_size:
+            yield from _predict_waiting(predictor, waiting, batch_size, top_k)
+            waiting, num_faces = [], 0
+    yield from _predict_waiting(predictor, waiting, batch_size, top_k)
+
+
+def _predict_waiting(
+    predictor: Predictor, files: list[LoadedFile], batch_size: int, top_k: int
+) -> Iterator[FilePrediction]:
+    crops = [face.pixels for file in files for face in file.faces]
+    predictions: list[Prediction] = []
+    for start in range(0, len(crops), batch_size):
+        predictions += predictor.predict(np.stack(crops[start : start + batch_size]), top_k)
+    following = iter(predictions)
+    for file in files:
+        faces = tuple(FacePrediction(face.box, face.alignment, next(following)) for face in file.faces)
+        yield FilePrediction(file.path, file.width, file.height, faces, file.problem)
+
+
+def outcomes(result: FilePrediction) -> Counter[str]:
+    """What one file adds to the counts ``files``, ``predicted`` (files), ``faces``, ``no_face`` and ``broken`` (files)."""
+    if result.problem is None:
+        return Counter(files=1, predicted=1, faces=len(result.faces))
+    return Counter({"files": 1, NO_FACE if result.problem.code == NO_FACE else "broken": 1})
+
+
+def in_words(counts: Counter[str], where: str = "error in their rows") -> str:
+    """The sums of :func:`outcomes` as a sentence's beginning; ``where``: what tells why a file could not be read."""
+    left_out = [
+        f"{counts[key]:,} {what}"
+        for key, what in ((NO_FACE, "without a face"), ("broken", f"that could not be read (see {where})"))
+        if counts[key]
+    ]
+    done = f"{counts['faces']:,} faces predicted in {counts['predicted']:,} of {counts['files']:,} files"
+    return done + "".join(", " + text for text in left_out)
+
+
+def detector_of(faces: str, face_model: Path | None) -> str:
+    """Describes how faces are located."""
+    return f"found with {face_model or 'the bundled cascades'}" if faces == "detect" else "taken as aligned"
