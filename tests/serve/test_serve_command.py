@@ -280,7 +280,7 @@ def test_the_curl_lines_of_the_readme_answer_as_written(server, tmp_path: Path):
 @pytest.mark.parametrize(
     ("more", "part", "code"),
     [
-        (["--host", "0.0.0.0"], "lets other machines ask, which needs keys", 2),
+        (["--host", "0.0.0.0"], "lets other machines connect, which needs keys", 2),
         (["engin=torch"], "did you mean 'engine'", 2),
         (["--keys", "/nowhere/keys.json"], "/nowhere/keys.json", 2),
         (["--port", "TAKEN"], "--port TAKEN: another program listens there", 2),
