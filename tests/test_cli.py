@@ -101,8 +101,7 @@ assert not {"torch", "ray", "cv2", "sklearn"} & sys.modules.keys()
 
 def test_what_help_says_is_what_the_library_has(capsys):
     """Choices and defaults are written down in ``cli`` again, so that help does not import the library."""
-    from rafce_ray.cli import arguments, export, monitor
-    from rafce_ray.cli.monitor import GRAFANA_PORT, PROMETHEUS_PORT
+    from rafce_ray.cli import arguments, export
     from rafce_ray.config import recipe_names
     from rafce_ray.data.records import SPLITS
     from rafce_ray.data.split import FRACTIONS
@@ -128,8 +127,6 @@ def test_what_help_says_is_what_the_library_has(capsys):
     assert "{" + ",".join(SPLITS_OF) + "}" in shown("report")
     assert f"(default: {REPORT_FILE} in" in shown("report")
     assert ", ".join(STATUSES) in shown("trials")
-    defaults = monitor._parser().parse_args([])
-    assert (defaults.prometheus_port, defaults.grafana_port) == (PROMETHEUS_PORT, GRAFANA_PORT)
 
 
 @pytest.mark.parametrize("verb", sorted(VERBS))

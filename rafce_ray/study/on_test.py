@@ -19,9 +19,7 @@ from rafce_ray.comparison import (
     Spread,
     comparable_figures,
     difference_of_means,
-    mean_draws,
     mean_half_width,
-    pooled_spread,
 )
 from rafce_ray.console import pretty_json, say, warn
 from rafce_ray.data.dataset import Dataset
@@ -33,7 +31,7 @@ from rafce_ray.run_folder import RunFolder
 from rafce_ray.split_outputs import SplitOutputs
 from rafce_ray.storage import Location
 from rafce_ray.study.finalists import runs_of
-from rafce_ray.study.scored import TaggedOutputs, on_labels_of_first, score_with_losses
+from rafce_ray.study.scored import TaggedOutputs, on_labels_of_first, over_seeds, score_with_losses
 from rafce_ray.study.verdict import Basis, Verdict, nan_if_null, read_difference
 from rafce_ray.study_folder import StudyFolder
 from rafce_ray.taxonomy import Taxonomy
@@ -275,21 +273,14 @@ def _compare(verdict: Verdict, runs: Sequence[_Run]) -> OnTest:
     for run, split in zip(runs, comparable.splits, strict=True):
         found = score_with_losses(split, run.bundle.taxonomy, run.bundle.calibration)
         scored.setdefault(run.trial, []).append(found)
-    over_seeds = {
-        trial: {
-            name: OverSeeds(tuple(one.figures[name] for one in found), mean_draws([one.draws[name] for one in found]))
-            for name in MEASURED
-        }
-        for trial, found in scored.items()
-    }
-    spreads = {name: pooled_spread(found[name] for found in over_seeds.values()) for name in MEASURED}
+    measured, spreads = over_seeds(scored, MEASURED)
     figures = {
         trial: {name: _mean_figure(one, spreads[name]) for name, one in found.items()}
-        for trial, found in over_seeds.items()
+        for trial, found in measured.items()
     }
     differences = {}
     if verdict.base != verdict.winner and verdict.base in scored:
-        ours, theirs = over_seeds[verdict.winner], over_seeds[verdict.base]
+        ours, theirs = measured[verdict.winner], measured[verdict.base]
         for name in _same_figures({run.trial: run.bundle.taxonomy for run in runs}):
             value, half_width = difference_of_means(ours[name], theirs[name], _or_none(spreads[name]))
             differences[name] = Difference(value, value - half_width, value + half_width)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rafce_ray.calibration import Calibration, calibrated
-from rafce_ray.comparison import RESAMPLES, Scored, same_images, score
+from rafce_ray.comparison import RESAMPLES, OverSeeds, Scored, Spread, mean_draws, pooled_spread, same_images, score
 from rafce_ray.intervals import resample_weights
 from rafce_ray.reliability import SMALLEST
 from rafce_ray.split_outputs import SplitOutputs
@@ -75,6 +75,25 @@ def score_with_losses(
         found.figures | {name: float(whole[name][0]) for name in LOSSES},
         found.draws | {name: np.concatenate([part[name] for part in drawn]) for name in LOSSES},
     )
+
+
+def over_seeds(
+    runs: Mapping[str, Sequence[Scored]], names: Sequence[str]
+) -> tuple[dict[str, dict[str, OverSeeds]], dict[str, Spread]]:
+    """Figures of configurations over their seeds, by configuration and name; and how far seeds differ, by name.
+
+    A figure without resamples is one that images do not decide.
+    """
+    figures = {
+        configuration: {
+            name: OverSeeds(
+                tuple(one.figures[name] for one in found), mean_draws([one.draws.get(name) for one in found])
+            )
+            for name in names
+        }
+        for configuration, found in runs.items()
+    }
+    return figures, {name: pooled_spread(found[name] for found in figures.values()) for name in names}
 
 
 def _loss_sums(split: SplitOutputs, calibration: Calibration) -> NDArray[np.float64]:
