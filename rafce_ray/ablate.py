@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from rafce_ray.ablation.arms import Arm, ablated_keys, ablation_arms
 from rafce_ray.ablation.results import Ablation, read_ablation, trial_name
 from rafce_ray.claim import claimed
-from rafce_ray.config import Config, build_config, identity_of
-from rafce_ray.console import progress_bar, say, to_json, warn
-from rafce_ray.data.dataset import Prepared, prepare
+from rafce_ray.config import Config, identity_of, with_values
+from rafce_ray.console import progress_bar, say, warn
+from rafce_ray.data.dataset import Prepared, Readings, prepare
 from rafce_ray.data.loader import batch_remark
 from rafce_ray.errors import UsageError, did_you_mean
 from rafce_ray.ray_environment import check_ray
-from rafce_ray.session import Job
 from rafce_ray.storage import locate
+from rafce_ray.study.trials import Training
 from rafce_ray.study_folder import StudyFolder
-from rafce_ray.train.launch import named, provenance_of, ray_cluster, tell_findings
+from rafce_ray.train.launch import named, tell_findings
+from rafce_ray.tune.command import shares_of
 
 SEED_MINORITY = ("sadly surprised", "fearfully disgusted", "happily fearful", "happily sad")
 """The four classes (4, 8, 12, 13) at F1 = 0 in the seed's log."""
@@ -40,13 +42,15 @@ def ablate(
         UsageError: an unknown arm or class, or the study's folder is another program's or holds something else.
         GateError: the data may not be trained on.
     """
-    base = named(base, prefix="ablation-")
+    one_worker = {"run.num_workers": 1, "run.cpus_per_worker": base.run.cpus_per_worker or 1}
+    base = with_values(named(base, prefix="ablation-"), one_worker)
     check_ray()
     locate(base.run.storage).check_writable()
     every_arm = ablation_arms(base)
     arms = choose_arms(every_arm, only)
-    prepared = _prepare_all(base, arms)
-    first = prepared[arms[0].name]
+    readings = Readings(partial(prepare, progress=progress_bar))
+    readings.prepare_all({f"arm {arm.name}": arm.config(base).data for arm in arms})
+    first = readings.of(arms[0].config(base).data)
     tell_findings(first, base)
     if (remark := batch_remark(first.audit.splits[0].num_images, base.optim.batch_size)) is not None:
         warn(remark)
@@ -67,18 +71,21 @@ def ablate(
     )
     with claimed(study.location, "study", key="run.name"):
         study.claim(plan)
-        jobs = [_job(study, base, arm, seed, prepared[arm.name]) for seed in numbers for arm in arms]
-        if any(study.trial(str(job.config.run.name)).result() is None for job in jobs):
-            with ray_cluster(jobs[0].config, f"rafce ablate {study.location.name}"):
-                # Ray reads its environment when it is imported: ray_cluster has set it by now.
-                from rafce_ray.tune.trials import run_trials
+        trainings = [
+            Training(trial_name(arm, seed), number, arm.name, arm.config(base, seed), arm.changes)
+            for seed in numbers
+            for number, arm in enumerate(every_arm)
+            if arm in arms
+        ]
+        folders = [study.trial(one.name) for one in trainings]
+        if any(folder.result() is None or folder.checkpoints.exists() for folder in folders):
+            with shares_of(base, f"rafce ablate {study.location.name}", concurrent=concurrent) as shares:
+                # Ray reads its environment when it is imported: shares_of has set it by now.
+                from rafce_ray.tune.sweep import train_seeds
+                from rafce_ray.tune.trials import Settings
 
-                run_trials(study, jobs, concurrent=concurrent)
-        for job in jobs:
-            folder = study.trial(str(job.config.run.name))
-            if folder.result() is not None:
-                # Their bundles stay; the checkpoints of a hundred finished trials would fill a disk.
-                folder.checkpoints.delete()
+                settings = Settings(shares, base.run.max_failures, concurrent)
+                train_seeds(study, trainings, settings, readings, "sweep")
     return study, read_ablation(study, arms, numbers, minority)
 
 
@@ -93,19 +100,6 @@ def choose_arms(arms: list[Arm], only: Sequence[str]) -> list[Arm]:
             )
         chosen |= {name} | ({reference} if (reference := by_name[name].reference) else set())
     return [arm for arm in arms if not only or arm.name in chosen]
-
-
-def _prepare_all(base: Config, arms: list[Arm]) -> dict[str, Prepared]:
-    """The data of each arm; arms that read it alike share one reading."""
-    by_reading: dict[str, Prepared] = {}
-    prepared = {}
-    for arm in arms:
-        data = arm.config(base).data
-        reading = to_json(data.model_dump(include={"null_policy", "action_units"}))
-        if reading not in by_reading:
-            by_reading[reading] = prepare(data, progress=progress_bar)
-        prepared[arm.name] = by_reading[reading]
-    return prepared
 
 
 def check_minority(minority: Sequence[str] | None, prepared: Prepared) -> list[str]:
@@ -126,16 +120,3 @@ def check_minority(minority: Sequence[str] | None, prepared: Prepared) -> list[s
         raise UsageError(f"--minority: {unknown} are no classes; expected some of {list(emotions)}, or their numbers.")
     # A class that is named twice, as by its name and its number, is shown once.
     return list(dict.fromkeys(chosen))
-
-
-def _job(study: StudyFolder, base: Config, arm: Arm, seed: int, prepared: Prepared) -> Job:
-    """The job of one trial, whose run folder is started if need be."""
-    run = {"name": trial_name(arm, seed), "storage": str(study.trials), "seed": seed}
-    run |= {"num_workers": 1, "cpus_per_worker": base.run.cpus_per_worker or 1}
-    values = arm.config(base).model_dump(mode="json")
-    config = build_config(values | {"run": values["run"] | run})
-    folder = study.trial(str(config.run.name))
-    job = Job(config, prepared.store_uri, prepared.taxonomy, folder.place, provenance_of(config, prepared))
-    if not folder.exists():
-        folder.start(config, job.provenance, prepared.audit.to_json())
-    return job

@@ -233,10 +233,13 @@ class DataConfig(Section):
                     raise ValueError(f"{name} is listed {value.count(one)} times. List it once.")
         return value
 
+    NOT_READING: ClassVar = frozenset({"augmentation", "drop_null_rows", "action_unit_targets"})
+    """Keys that change training alone. Every other key changes what is read or decoded."""
+
     @property
     def reading(self) -> str:
-        """All that decides what is read and decoded; the rest says what training makes of it."""
-        return self.model_dump_json(exclude={"augmentation", "drop_null_rows", "action_unit_targets"})
+        """Equal for configurations that read and decode the same data."""
+        return self.model_dump_json(exclude=set(self.NOT_READING))
 
     @property
     def null_policy_in_evaluation(self) -> Literal["mask", "negative"]:
@@ -598,6 +601,11 @@ CARRIED_OUT_BY = frozenset(
 
 LATER_KEYS = {"data.au_threshold": None, "data.encoding": "auto"}
 """Keys that were added after runs and studies had been made: at their default, these keep their names and can go on."""
+
+
+def with_values(config: Config, values: Mapping[str, Any]) -> Config:
+    """The configuration with other values, by dotted key; ConfigError where they cannot be used."""
+    return build_config(merge(config.model_dump(mode="json"), nested(values)))
 
 
 def differences(one: Config, other: Config) -> dict[str, tuple[Any, Any]]:

@@ -19,7 +19,6 @@ from rafce_ray.console import console, say, warn
 from rafce_ray.errors import DamagedFile
 from rafce_ray.run_folder import EVENTS_FILE, METRICS_FILE, RunFolder
 from rafce_ray.storage import Location
-from rafce_ray.study_folder import StudyFolder
 
 POLL_S = 0.5
 """Seconds between looks at a folder on a local disk."""
@@ -152,60 +151,6 @@ class RunWatch(Watch):
             f"epoch {progress['epoch']}/{self._epochs}, step {progress['step']}/{progress['steps']}, "
             f"{progress['images_per_s']:.0f} images/s{left}"
         )
-
-
-class StudyWatch(Watch):
-    """Shows a study's trials: how many have ended, which train, how long it may take."""
-
-    def __init__(self, study: StudyFolder, epochs: dict[str, int]) -> None:
-        """``epochs``: of each trial that is to run, how many at most."""
-        super().__init__(study.location)
-        self._study, self._epochs = study, epochs
-        self._done_epochs = {name: len(study.trial(name).metrics()) for name in epochs}
-        self._first_epochs = sum(self._done_epochs.values())
-        self._results: dict[str, dict[str, Any]] = {}
-        self._told: set[str] = set()
-
-    def _look(self) -> None:
-        for name in self._epochs:
-            if name in self._results or not self._study.trial(name).exists():
-                continue
-            folder = self._study.trial(name)
-            self._done_epochs[name] = len(folder.metrics())
-            if (result := folder.result()) is not None:
-                self._results[name] = result
-
-    def _view(self) -> RenderableType:
-        table = Table(
-            "trial", "epoch", "val accuracy", "macro-F1", "AU-F1", box=None, padding=(0, 1), header_style="bold"
-        )
-        for name in [name for name, done in self._done_epochs.items() if done and name not in self._results]:
-            last = self._study.trial(name).metrics()[-1]
-            figures = [_figure(last, "validation", key) for key in ("accuracy", "macro_f1", "au_f1_mean")]
-            table.add_row(name, f"{last['epoch']}/{self._epochs[name]}", *figures)
-        return Group(table, Text(self._status()))
-
-    def _tell(self) -> None:
-        for name, result in self._results.items():
-            if name not in self._told:
-                self._told.add(name)
-                if result["status"] == "failed":
-                    warn(f"{name} failed: {str(result['reason']).rstrip('.')}; {self._status()}")
-                    continue
-                figures = {"validation": result["metrics"]}
-                shown = ", ".join(
-                    f"{title} {_figure(figures, 'validation', key)}"
-                    for title, key in (("accuracy", "accuracy"), ("macro-F1", "macro_f1"), ("AU-F1", "au_f1_mean"))
-                )
-                say(f"{name}: {result['status'].replace('_', ' ')}, {shown}; {self._status()}")
-
-    def _status(self) -> str:
-        # A trial that stops early leaves its remaining epochs undone: they no longer count.
-        planned = sum(self._done_epochs[name] if name in self._results else most for name, most in self._epochs.items())
-        done = sum(self._done_epochs.values())
-        rate = (done - self._first_epochs) / max(time.monotonic() - self._start, 1e-9)
-        left = f", at most {duration((planned - done) / rate)} left" if rate > 0 else ""
-        return f"{len(self._results)}/{len(self._epochs)} trials ended, {done}/{planned} epochs{left}"
 
 
 def _figure(record: dict[str, Any], group: str, name: str) -> str:

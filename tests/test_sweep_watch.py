@@ -202,7 +202,7 @@ def test_a_finalist_is_told_by_whose_configuration_it_trains_and_apart_from_the_
     watch = SweepWatch(study, "score", planned=2, role="finalist", clock=Clock())
     train(start(study, 7, of="trial_0007", seed=1, optim__lr=0.001), 0.4)
     watch._update()
-    assert lines(capsys) == ["final_0007_seed1: trial_0007 again, seed 1"]
+    assert lines(capsys) == ["final_0007_seed1: trial_0007 with seed 1"]
     assert "2 trials: 1 waiting, 1 running; 1 epochs done" in rendered(watch)
     assert "trial_0000" not in rendered(watch)
 

@@ -13,7 +13,9 @@ from rafce_ray.ablate import ablate
 from rafce_ray.cli.ablate import main
 from rafce_ray.config import load_config
 from rafce_ray.errors import UsageError
+from rafce_ray.study.trials import TRIAL_FILE, Training, read_plan
 from rafce_ray.study_folder import StudyFolder
+from rafce_ray.tune.shares import Shares
 
 pytestmark = pytest.mark.ray
 
@@ -51,6 +53,10 @@ def finished(overrides, ray_cluster_of_tests) -> Finished:
     study, lost = StudyFolder(str(Path(load_config(overrides=overrides).run.storage) / "study")), "seed_fixed-seed0"
     assert main(command) == 0
     before = results(study)
+    for name in before:
+        # Ablations wrote no more into a trial's plan before an arm was part of it.
+        file = study.trial(name).location / TRIAL_FILE
+        file.write_bytes(json.dumps({**json.loads(file.read_bytes()), "values": {}, "of": None}).encode())
     # A driver that is killed leaves trials without a result; that of a study is killed in tests/test_tune_studies.py.
     (study.trial(lost).location / "result.json").delete()
     with io.StringIO() as told:
@@ -66,6 +72,8 @@ def test_an_ablation_goes_on_and_runs_no_finished_trial_again(finished):
     again = {name for name, written in finished.after.items() if finished.before[name] != written}
     assert again == {finished.lost}
     assert len(json.loads((study.location / "ablation.json").read_bytes())["arms"]) == 4
+    plan, job = read_plan(study.trial(finished.lost))
+    assert (plan.of, plan.values["data.action_unit_targets"], job.config.run.seed) == ("seed_fixed", "labels", 0)
     for name in finished.after:
         epochs = [record["epoch"] for record in study.trial(name).metrics()]
         assert epochs == list(range(1, len(epochs) + 1))
@@ -118,32 +126,24 @@ def test_more_trials_at_a_time_than_fit_are_refused_with_the_arithmetic(override
 def test_a_trial_that_cannot_be_trained_is_named_and_does_not_stop_the_others(
     overrides, ray_cluster_of_tests, tmp_path, capsys
 ):
-    """Two trials, one of which asks for more images a step than it has for each worker."""
-    from rafce_ray.data.dataset import prepare
-    from rafce_ray.session import Job
-    from rafce_ray.tune.trials import run_trials
+    """Two trainings, one of which has images that its network cannot cut into patches."""
+    from rafce_ray.data.dataset import Readings, prepare
+    from rafce_ray.tune.sweep import train_seeds
+    from rafce_ray.tune.trials import Settings
 
     study = StudyFolder(str(tmp_path / "study"))
-    jobs = []
-    for name, extra in (("good", []), ("bad", ["model.backbone=vit_b_16", "model.image_px=40"])):
-        config = load_config(
-            overrides=[
-                *overrides,
-                "optim.epochs=1",
-                f"run.name={name}",
-                f"run.storage={study.trials}",
-                "run.cpus_per_worker=1",
-                *extra,
-            ]
-        )
-        prepared = prepare(config.data)
-        job = Job(config, prepared.store_uri, prepared.taxonomy, study.trial(name).place, {})
-        study.trial(name).start(config, {}, {})
-        jobs.append(job)
-    failures = run_trials(study, jobs)
-    assert set(failures) == {"bad"}
-    assert "vit_b_16 cuts patches of 16 px" in failures["bad"]
+    base = [*overrides, "optim.epochs=1", "run.cpus_per_worker=1"]
+    good, bad = load_config(overrides=base), ["model.backbone=vit_b_16", "model.image_px=40"]
+    trainings = [
+        Training("good", 0, "arm", good, {}),
+        Training("bad", 1, "other", load_config(overrides=[*base, *bad]), {"model.image_px": 40}),
+    ]
+    shares = Shares(workers=1, cpus=1.0, gpus=0.0, at_once=2, fitting=2)
+    train_seeds(study, trainings, Settings(shares, max_failures=0), Readings(prepare), "sweep")
+    result = study.trial("bad").result()
+    assert result["status"] == "failed"
+    assert "vit_b_16 cuts patches of 16 px" in result["reason"]
     assert study.trial("good").result()["status"] == "finished"
-    assert "bad failed: model.image_px: found 40; vit_b_16 cuts patches of 16 px" in " ".join(
+    assert "bad failed after 0 of 1 epochs: model.image_px: found 40; vit_b_16 cuts patches of 16 px" in " ".join(
         capsys.readouterr().err.split()
     )

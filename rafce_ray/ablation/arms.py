@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from rafce_ray.config import Config, apply_overrides, build_config, flatten, load_config
+from rafce_ray.config import Config, flatten, load_config, with_values
 
 SEED_EPOCHS = 50
 """Epochs of the seed's runs; its patience is scaled where a run has fewer."""
@@ -44,13 +44,9 @@ class Arm:
     changes: dict[str, Any]
     reference: str | None
 
-    def config(self, base: Config) -> Config:
-        """The configuration of the arm: the base's data and size, the arm's changes."""
-        return build_config(
-            apply_overrides(
-                base.model_dump(mode="json"), [f"{key}={_text(value)}" for key, value in self.changes.items()]
-            )
-        )
+    def config(self, base: Config, seed: int | None = None) -> Config:
+        """The base's data and size with the arm's changes, and with a seed, if one is given."""
+        return with_values(base, self.changes if seed is None else {**self.changes, "run.seed": seed})
 
 
 def ablation_arms(base: Config) -> list[Arm]:
@@ -62,7 +58,7 @@ def ablation_arms(base: Config) -> list[Arm]:
         arms.append(
             Arm(
                 arm_of_change(title),
-                f"{title} {_change(key, before, fixed)}",
+                f"{title} {before[key]} -> {fixed[key]}",
                 "alone",
                 seed_before | {key: fixed[key]},
                 "seed_before",
@@ -121,16 +117,6 @@ def _recipe(name: str, base: Config) -> dict[str, Any]:
         if key in eight or (value != defaults[key] and key not in size and not key.startswith("run."))
     }
     return chosen | {"optim.patience": max(1, round(values["optim.patience"] * base.optim.epochs / SEED_EPOCHS))}
-
-
-def _change(key: str, before: dict[str, Any], fixed: dict[str, Any]) -> str:
-    return f"{_text(before[key])} -> {_text(fixed[key])}"
-
-
-def _text(value: Any) -> str:
-    if value is None:
-        return "null"
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def arm_of_change(title: str) -> str:

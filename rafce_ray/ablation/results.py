@@ -1,32 +1,33 @@
-"""What an ablation found: means over seeds with intervals, and which differences are more than luck (:mod:`rafce_ray.comparison`)."""
+"""What an ablation found: means over seeds with intervals, which differences are more than luck, the table and the plot."""
 
 from __future__ import annotations
 
+import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from rafce_ray.ablation.arms import Arm
+from rafce_ray.ablation.arms import GROUPS, Arm, arm_of_change
 from rafce_ray.bundle import read_taxonomy
-from rafce_ray.calibration import Calibration, calibrated
+from rafce_ray.calibration import Calibration
 from rafce_ray.comparison import (
     RESAMPLES,
     OverSeeds,
+    Scored,
     Spread,
     difference_of_means,
-    mean_draws,
+    f1_of,
     mean_half_width,
-    pooled_spread,
     same_images,
+    score,
 )
 from rafce_ray.figures import MIN_SUPPORT
-from rafce_ray.metrics import bootstrap_figures
 from rafce_ray.run_folder import RunFolder
 from rafce_ray.split_outputs import SplitOutputs
+from rafce_ray.study.scored import over_seeds
 from rafce_ray.study_folder import StudyFolder
 
 FIGURES = {
@@ -40,9 +41,29 @@ FIGURES = {
     "component_accuracy": "component accuracy",
     "nll": "emotion log loss, calibrated",
 }
-"""What is reported of every arm, on validation at its best epoch; the gap is train minus validation on natural images."""
+"""What is reported of every arm, on validation at its best epoch. The gap is train minus validation on natural images."""
 
 LOWER_IS_BETTER = ("gap", "nll")
+
+SHOWN = ("accuracy", "macro_f1", "macro_f1_supported", "au_f1", "au_ap", "gap")
+PLOTTED = ("accuracy", "macro_f1_supported", "au_f1", "au_ap", "gap")
+IN_POINTS = ("gap",)
+
+CLAIMS = (
+    ("null masking", "au_f1", "AU-F1 from 0.0000 to above 0.50"),
+    ("AU loss weight", "au_f1", "AU-F1 from 0.0000 to above 0.50"),
+    ("dropout", "gap", "less overfitting"),
+    ("weight decay", "gap", "less overfitting"),
+    ("learning rate", "accuracy", "more stable training"),
+    ("gradient clipping", "accuracy", "no exploding gradients"),
+    ("label smoothing", "gap", "less overfitting"),
+    ("patience", "accuracy", "more time to train"),
+)
+"""The seed's table of changes: what each was expected to do, and the figure that would show it."""
+
+SCORED = {name: name for name in ("accuracy", "macro_f1", "macro_f1_supported", "component_accuracy")}
+SCORED |= {"au_f1": "au_f1_mean", "au_ap": "au_ap_mean"}
+"""Figures that are measured again on resamples of the images, with their names in :mod:`rafce_ray.paired`."""
 
 
 @dataclass(frozen=True)
@@ -63,13 +84,13 @@ class Contrast:
 
     @property
     def is_real(self) -> bool:
-        """Whether the interval leaves 0 out."""
+        """Whether the interval excludes 0."""
         return abs(self.value) > self.half_width
 
 
 @dataclass(frozen=True)
 class Ablation:
-    """All of it: per arm and figure (``FIGURES`` and ``f1/CLASS`` of each minority class) what was measured, and the contrast.
+    """What was measured, and the contrasts, by arm and figure (``FIGURES``, and ``f1/CLASS`` of each minority class).
 
     ``support``: validation images of each minority class. ``missing``: trials without a result.
     """
@@ -90,20 +111,14 @@ class Ablation:
             "num_validation_images": self.num_images,
             "minority_support": self.support,
             "missing": list(self.missing),
-            "arms": {
-                arm.name: {
-                    "title": arm.title,
-                    "group": arm.group,
-                    "reference": arm.reference,
-                    "changes": arm.changes,
-                    "figures": {name: vars(one) for name, one in self.measured.get(arm.name, {}).items()},
-                    "contrasts": {
-                        name: vars(one) | {"real": one.is_real}
-                        for name, one in self.contrasts.get(arm.name, {}).items()
-                    },
-                }
-                for arm in self.arms
-            },
+            "arms": {arm.name: self._of_arm(arm) for arm in self.arms},
+        }
+
+    def _of_arm(self, arm: Arm) -> dict[str, Any]:
+        contrasts = self.contrasts.get(arm.name, {})
+        return {key: getattr(arm, key) for key in ("title", "group", "reference", "changes")} | {
+            "figures": {name: vars(one) for name, one in self.measured.get(arm.name, {}).items()},
+            "contrasts": {name: vars(one) | {"real": one.is_real} for name, one in contrasts.items()},
         }
 
 
@@ -112,31 +127,25 @@ def trial_name(arm: Arm, seed: int) -> str:
     return f"{arm.name}-seed{seed}"
 
 
-@dataclass(frozen=True)
-class _Trial:
-    """Figures of one trial and, for those that validation images decide, their resamples (R,)."""
-
-    figures: dict[str, float]
-    draws: dict[str, NDArray[np.float64]]
-
-
 def read_ablation(study: StudyFolder, arms: Sequence[Arm], seeds: Sequence[int], minority: Sequence[str]) -> Ablation:
     """Read every finished trial and compare the arms."""
-    trials: dict[str, list[_Trial]] = {}
-    missing, first = [], None
-    for arm in arms:
-        for seed in seeds:
-            folder = study.trial(trial_name(arm, seed))
-            outputs = folder.outputs("validation") if folder.exists() else None
-            if outputs is None:
-                missing.append(trial_name(arm, seed))
-                continue
-            first = first or outputs
-            trials.setdefault(arm.name, []).append(_read_trial(folder, same_images([first, outputs])[1], minority))
+    trials: dict[str, list[Scored]] = {}
+    missing: list[str] = []
+    support: dict[str, int] = {}
+    first: SplitOutputs | None = None
+    for arm, seed in ((arm, seed) for arm in arms for seed in seeds):
+        folder = study.trial(trial_name(arm, seed))
+        outputs = folder.outputs("validation")
+        if outputs is None:
+            missing.append(folder.location.name)
+            continue
+        if first is None:
+            first, emotions = outputs, read_taxonomy(folder.bundle).emotions
+            support = {name: int((first.emotion == emotions.index(name)).sum()) for name in minority}
+        found = _read_trial(folder, same_images([first, outputs])[1], minority)
+        trials.setdefault(arm.name, []).append(found)
     names = [*FIGURES, *(f"f1/{name}" for name in minority)]
-    figures = {arm: {name: _over_seeds(found, name) for name in names} for arm, found in trials.items()}
-    spread = {name: pooled_spread(found[name] for found in figures.values()) for name in names}
-    measured = {arm: {name: _measure(found[name], spread[name]) for name in names} for arm, found in figures.items()}
+    figures, spread = over_seeds(trials, names)
     contrasts = {
         arm.name: {
             name: Contrast(*difference_of_means(figures[arm.name][name], figures[arm.reference][name], spread[name]))
@@ -149,58 +158,154 @@ def read_ablation(study: StudyFolder, arms: Sequence[Arm], seeds: Sequence[int],
         arms=tuple(arms),
         seeds=tuple(seeds),
         minority=tuple(minority),
-        support=_support(first, study, minority),
+        support=support,
         num_images=0 if first is None else len(first.names),
-        measured=measured,
+        measured={arm: {name: _measure(one[name], spread[name]) for name in names} for arm, one in figures.items()},
         contrasts=contrasts,
         missing=tuple(missing),
     )
 
 
-def _read_trial(folder: RunFolder, outputs: SplitOutputs, minority: Sequence[str]) -> _Trial:
+def _read_trial(folder: RunFolder, outputs: SplitOutputs, minority: Sequence[str]) -> Scored:
     result = folder.result() or {}
-    metrics = result["metrics"]
-    taxonomy = read_taxonomy(folder.bundle)
+    metrics, taxonomy = result["metrics"], read_taxonomy(folder.bundle)
     best = next(record for record in folder.metrics() if record["epoch"] == result["best_epoch"])
     emotion = metrics["reliability"]["after"]["emotion"]
-    by_name = {entry["emotion"]: entry["f1"] for entry in metrics["per_class"]}
-    figures = {
-        "accuracy": metrics["accuracy"],
-        "macro_f1": metrics["macro_f1"],
-        "macro_f1_supported": metrics["macro_f1_supported"],
-        "au_f1": metrics["au_f1_mean_at_half"],
-        "au_f1_tuned": metrics["au_f1_mean"],
-        "au_ap": metrics["au_ap_mean"],
-        "gap": best["gap"]["accuracy"],
-        "component_accuracy": metrics["component_accuracy"],
-        "nll": None if emotion is None else emotion["nll"],
-        **{f"f1/{name}": by_name.get(name) for name in minority},
-    }
-    raw = calibrated(outputs.outputs, Calibration.uncalibrated(taxonomy.num_action_units))
-    drawn = bootstrap_figures(raw.emotion, raw.action_units, outputs, taxonomy, resamples=RESAMPLES)
-    draws = {name: drawn[name] for name in ("accuracy", "macro_f1", "macro_f1_supported", "component_accuracy")}
-    draws |= {"au_f1": drawn["au_f1_mean"], "au_ap": drawn["au_ap_mean"]}
-    draws |= {f"f1/{name}": drawn["f1"][:, taxonomy.emotions.index(name)] for name in minority if name in by_name}
-    return _Trial({name: math.nan if value is None else float(value) for name, value in figures.items()}, draws)
-
-
-def _over_seeds(found: Sequence[_Trial], name: str) -> OverSeeds:
-    values = tuple(trial.figures[name] for trial in found)
-    return OverSeeds(values, mean_draws([trial.draws.get(name) for trial in found]))
+    found = score(outputs, taxonomy, Calibration.uncalibrated(taxonomy.num_action_units), resamples=RESAMPLES)
+    names = SCORED | {f"f1/{name}": f1_of(name) for name in minority}
+    figures: dict[str, float | None] = {name: found.figures[one] for name, one in names.items()}
+    figures |= {"au_f1_tuned": metrics["au_f1_mean"], "gap": best["gap"]["accuracy"]}
+    figures["nll"] = None if emotion is None else emotion["nll"]
+    defined = {name: math.nan if value is None else float(value) for name, value in figures.items()}
+    return Scored(defined, {name: found.draws[one] for name, one in names.items()})
 
 
 def _measure(one: OverSeeds, spread: Spread) -> Measured:
-    """The mean with its interval over seeds; seeds that agree exactly (an AU-F1 of 0) have none, whatever other arms' do."""
+    """The mean with its interval over seeds. Seeds that agree exactly (an AU-F1 of 0) have no interval, whatever other arms' do."""
     agree = len(one.defined) > 1 and np.ptp(one.defined) == 0
     return Measured(one.values, one.mean, 0.0 if agree else mean_half_width(OverSeeds(one.values), spread))
 
 
-def _support(outputs: SplitOutputs | None, study: StudyFolder, minority: Sequence[str]) -> dict[str, int]:
-    if outputs is None or not minority:
-        return {}
-    for name in study.trial_names():
-        folder = study.trial(name)
-        if folder.result() is not None and folder.bundle.exists():
-            emotions = read_taxonomy(folder.bundle).emotions
-            return {one: int((outputs.emotion == emotions.index(one)).sum()) for one in minority}
-    return {}
+def markdown(ablation: Ablation) -> str:
+    """The table, group by group, then what it says of each of the seed's claims."""
+    lines = ["# Ablation: the seed's changes, one at a time and together", "", _caption(ablation), ""]
+    for group, title in GROUPS.items():
+        arms = [arm for arm in ablation.arms if arm.group == group and arm.name in ablation.measured]
+        if arms:
+            lines += [f"## {title}", "", *_table(ablation, arms), ""]
+    lines += ["## The seed's claims", "", *_claims(ablation)]
+    if ablation.missing:
+        lines += ["", f"Without a result, and left out: {', '.join(ablation.missing)}."]
+    return "\n".join(lines) + "\n"
+
+
+def _caption(ablation: Ablation) -> str:
+    minority = ", ".join(f"{name} ({count})" for name, count in ablation.support.items())
+    num_contrasts = sum(
+        1 for found in ablation.contrasts.values() for name in SHOWN if not math.isnan(found[name].value)
+    )
+    return (
+        f"Validation split, {ablation.num_images} images, each trial at its best epoch; mean over {len(ablation.seeds)} seeds with the half-width of its 95 % interval over "
+        "seeds. AU-F1 is measured at 0.5, as the seed did; average precision needs no threshold. The gap is train minus validation accuracy, in points, on natural images in "
+        "evaluation mode. **▲ better, ▼ worse** than the arm named under *against*: the difference exceeds what other seeds and other validation images would give "
+        f"(95 %; of {num_contrasts} differences about {round(num_contrasts * 0.05)} would be marked by luck alone). Unmarked: within noise. "
+        f"F1 of minority classes (validation images): {minority}; with under ten images such a figure says next to nothing."
+    )
+
+
+def _table(ablation: Ablation, arms: list[Arm]) -> list[str]:
+    titles = ["arm", "against", *map(_title, SHOWN), *(f"F1 {name}" for name in ablation.minority)]
+    lines = [f"| {' | '.join(titles)} |", f"|{'---|' * len(titles)}"]
+    for arm in arms:
+        measured, contrasts = ablation.measured[arm.name], ablation.contrasts.get(arm.name, {})
+        cells = [_cell(measured[name], contrasts.get(name), name) for name in SHOWN]
+        minority = [measured[f"f1/{name}"].mean for name in ablation.minority]
+        cells += ["–" if math.isnan(mean) else f"{mean:.2f}" for mean in minority]
+        lines.append(f"| {' | '.join([arm.title, arm.reference or '', *cells])} |")
+    return lines
+
+
+def _cell(measured: Measured, contrast: Contrast | None, name: str) -> str:
+    if math.isnan(measured.mean):
+        return "–"
+    scale, digits = _units(name)
+    text = f"{measured.mean * scale:.{digits}f}"
+    if measured.half_width > 0:
+        text += f" ±{measured.half_width * scale:.{min(digits, 3)}f}"
+    return f"{text} {_mark(contrast, name)}".rstrip()
+
+
+def _title(name: str) -> str:
+    return FIGURES[name] + (", points" if name in IN_POINTS else "")
+
+
+def _units(name: str) -> tuple[int, int]:
+    """What a figure is multiplied by, and its digits after the point."""
+    return (100, 1) if name in IN_POINTS else (1, 4 if name == "au_f1" else 3)
+
+
+def _mark(contrast: Contrast | None, name: str) -> str:
+    if contrast is None or not contrast.is_real:
+        return ""
+    better = contrast.value < 0 if name in LOWER_IS_BETTER else contrast.value > 0
+    return "▲" if better else "▼"
+
+
+def _claims(ablation: Ablation) -> Iterator[str]:
+    """One line a claim: what was expected, what was found alone, and what was found when the labels are read."""
+    yield "| change | the seed expected | found alone, action units unread | verdict |"
+    yield "|---|---|---|---|"
+    of_changes = [(title, arm_of_change(title), name, expected) for title, name, expected in CLAIMS]
+    for title, arm, name, expected in (*of_changes, ("reading the labels", "labels-read", "au_f1", "not considered")):
+        if arm not in ablation.contrasts:
+            continue
+        contrast, (scale, digits) = ablation.contrasts[arm][name], _units(name)
+        before, after = (ablation.measured[one][name].mean * scale for one in ("seed_before", arm))
+        verdict = {"▲": "better", "▼": "worse", "": "within noise"}[_mark(contrast, name)]
+        yield (
+            f"| {title} | {expected} | {FIGURES[name]}: {before:.{digits}f} -> {after:.{digits}f} (difference "
+            f"{contrast.value * scale:+.{digits}f}, ±{contrast.half_width * scale:.{digits}f}) | "
+            f"{verdict if contrast.value else 'no effect at all'} |"
+        )
+
+
+def plot(ablation: Ablation) -> bytes:
+    """Every arm's mean and interval over seeds in one panel per figure, as an SVG; a filled marker is a real difference."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    arms = [arm for arm in ablation.arms if arm.name in ablation.measured]
+    rows = {arm.name: -position - 0.8 * list(GROUPS).index(arm.group) for position, arm in enumerate(arms)}
+    with plt.rc_context({"svg.fonttype": "none", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
+        figure, axes = plt.subplots(1, len(PLOTTED), figsize=(15, 1.2 + 0.27 * (len(arms) + 4)), sharey=True)
+        for axis, name in zip(axes, PLOTTED, strict=True):
+            scale, _ = _units(name)
+            for reference, style in (("seed_before", ":"), ("seed_fixed", "--")):
+                if reference in ablation.measured and not math.isnan(ablation.measured[reference][name].mean):
+                    mean = ablation.measured[reference][name].mean * scale
+                    axis.axvline(mean, color="0.6", linestyle=style, linewidth=1)
+            for arm in arms:
+                one = ablation.measured[arm.name][name]
+                mark = _mark(ablation.contrasts.get(arm.name, {}).get(name), name)
+                shape, colour = {"▲": ("^", "#0072B2"), "▼": ("v", "#D55E00"), "": ("o", "0.25")}[mark]
+                look: dict[str, Any] = {"fmt": shape, "color": colour, "markerfacecolor": colour if mark else "white"}
+                axis.errorbar(
+                    one.mean * scale, rows[arm.name], xerr=one.half_width * scale, capsize=2, linewidth=1, **look
+                )
+            axis.set_title(_title(name), fontsize=9)
+            axis.grid(axis="y", color="0.93")
+            axis.set_axisbelow(True)
+        axes[0].set_yticks(list(rows.values()), [arm.title for arm in arms])
+        axes[0].tick_params(axis="y", length=0)
+        figure.supxlabel(
+            "mean and 95 % interval over seeds. triangle up: better, down: worse than what it is compared with, beyond noise; circle: within noise. "
+            "dotted: seed_before, dashed: seed_fixed",
+            fontsize=8,
+        )
+        figure.tight_layout()
+        sink = io.BytesIO()
+        figure.savefig(sink, format="svg", metadata={"Date": None})
+        plt.close(figure)
+    return sink.getvalue()

@@ -24,7 +24,7 @@ def main(argv: list[str]) -> int:
         raise UsageError(f"--seeds {arguments.seeds}: expected at least 1; 3 tell luck from effect.")
     from rafce_ray.ablate import ablate
     from rafce_ray.ablation.arms import ablated_keys, ablation_arms
-    from rafce_ray.ablation.output import markdown, plot
+    from rafce_ray.ablation.results import markdown, plot
 
     varied = ablated_keys(ablation_arms(base)) - {"data.action_units"}
     set_in_vain = [text for text in arguments.overrides if text.partition("=")[0].strip() in varied]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from rafce_ray.data.store import (
     read_arrow,
     read_meta,
 )
+from rafce_ray.errors import GateError
 from rafce_ray.taxonomy import Taxonomy
 
 
@@ -75,6 +77,32 @@ class Prepared:
     audit: Audit
     fingerprint: str
     handle: StoreHandle
+
+
+class Readings:
+    """Prepares the data of a study's trials, once for each way of reading them."""
+
+    def __init__(self, prepare: Callable[[DataConfig], Prepared]) -> None:
+        self._prepare = prepare
+        self._prepared: dict[str, Prepared] = {}
+
+    def of(self, data: DataConfig) -> Prepared:
+        """The data of one trial."""
+        if data.reading not in self._prepared:
+            self._prepared[data.reading] = self._prepare(data)
+        return self._prepared[data.reading]
+
+    def prepare_all(self, ways: Mapping[str, DataConfig]) -> None:
+        """Read the data in every way that trials will, before anything starts.
+
+        Raises:
+            GateError: the data may not be trained on, with the name of the way.
+        """
+        for name, data in ways.items():
+            try:
+                self.of(data)
+            except GateError as error:
+                raise GateError(f"with {name}: {error}") from error
 
 
 def open_dataset(

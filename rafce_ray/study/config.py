@@ -27,6 +27,7 @@ from rafce_ray.config import (
     read_scalar,
     read_yaml,
     recipe_names,
+    with_values,
     write_yaml,
 )
 from rafce_ray.errors import did_you_mean
@@ -183,16 +184,11 @@ class StudyConfig(_Study):
 
     def config_of(self, values: Mapping[str, Any]) -> Config:
         """The base with sampled values, by dotted key; ConfigError where they cannot be used."""
-        sections = {section: dict(body) for section, body in self.base_sections.items()}
-        for key, value in values.items():
-            section, _, name = key.partition(".")
-            sections[section][name] = value
-        return build_config(sections)
+        return with_values(self._base, values)
 
     @cached_property
-    def base_sections(self) -> dict[str, dict[str, Any]]:
-        """The base's configuration as plain values by section and key."""
-        return self.base_config().model_dump(mode="json")
+    def _base(self) -> Config:
+        return self.base_config()
 
     @cached_property
     def base_values(self) -> dict[str, Any]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, Literal
 
 from rafce_ray.checkpoint import list_checkpoints
-from rafce_ray.config import config_hash, flatten
+from rafce_ray.config import Config, config_hash, flatten
 from rafce_ray.console import pretty_json, to_json, warn
 from rafce_ray.errors import DamagedFile, RafceError
 from rafce_ray.figures import FIGURES, OF_AN_EPOCH
@@ -20,6 +20,8 @@ from rafce_ray.study_folder import StudyFolder
 
 TRIAL_FILE = "trial.json"
 TRIALS_TABLE = "trials.jsonl"
+
+Role = Literal["sweep", "finalist"]
 
 ENDED = ("finished", "stopped_early", "stopped_by_scheduler", "diverged", "failed")
 """Statuses of a trial that will not go on by itself."""
@@ -35,12 +37,12 @@ class TrialPlan:
     """What one trial is to train, written down before it starts (``trials/NAME/trial.json``).
 
     ``values``: what was sampled, by dotted key; conditional keys that do not apply are absent. ``of``: for a finalist, the sweep's
-    trial whose configuration it trains again. ``cpus``, ``gpus``: its share of the cluster, all workers together.
+    trial whose configuration it trains again; in an ablation, the arm. ``cpus``, ``gpus``: its share of the cluster, all workers together.
     """
 
     name: str
     number: int
-    role: Literal["sweep", "finalist"]
+    role: Role
     values: dict[str, Any]
     config_hash: str
     cpus: float
@@ -50,13 +52,27 @@ class TrialPlan:
     @property
     def is_base(self) -> bool:
         """Whether it trains the study's base configuration, the first trial of every sweep."""
-        return self.role == "sweep" and self.number == 0
+        return self.role == "sweep" and self.number == 0 and self.of is None
 
     def write(self, study: StudyFolder, job: Job) -> None:
         """Write the plan and the job that carries it out into the trial's folder."""
         record = {**asdict(self), "job": job.to_plain()}
         file = study.trials / self.name / TRIAL_FILE
         file.write_bytes(pretty_json(record))
+
+
+@dataclass(frozen=True)
+class Training:
+    """A trial of a list that is known beforehand: one seed of an arm or of a finalist.
+
+    ``of``: the arm, or the sweep's trial, whose configuration it trains. ``values``: what makes that configuration of the base.
+    """
+
+    name: str
+    number: int
+    of: str
+    config: Config
+    values: Mapping[str, Any]
 
 
 def read_plan(folder: RunFolder) -> tuple[TrialPlan, Job] | None:

@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -17,7 +17,7 @@ from rafce_ray.config import Config, differences
 from rafce_ray.console import say, warn
 from rafce_ray.figures import FIGURES
 from rafce_ray.run_folder import EVENTS_FILE, METRICS_FILE, PROGRESS_FILE, RunFolder
-from rafce_ray.study.trials import TRIAL_FILE, TrialPlan, best_record, read_plan
+from rafce_ray.study.trials import TRIAL_FILE, Role, TrialPlan, best_record, read_plan
 from rafce_ray.study_folder import StudyFolder
 from rafce_ray.watch import WARNING_EVENTS, Watch, duration
 
@@ -168,7 +168,7 @@ class SweepWatch(Watch):
         metric: str,
         planned: int,
         *,
-        role: Literal["sweep", "finalist"] = "sweep",
+        role: Role = "sweep",
         elapsed_before_s: float = 0.0,
         budget_s: float | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -261,7 +261,7 @@ class SweepWatch(Watch):
         values, base = self._compared(plan, job.config)
         known = self._trials.get(name)
         if known is None:
-            again = None if plan.of is None else f"{plan.of} again, seed {job.config.run.seed}"
+            again = None if plan.of is None else f"{plan.of} with seed {job.config.run.seed}"
             self._trials[name] = TrialProgress(name, plan.number, job.config.optim.epochs, values, base, again)
         elif known.values != values:
             known.values, known.base = values, base

@@ -7,12 +7,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from itertools import product
+from typing import Any
 
 from rafce_ray.claim import check_kind, claimed, repeated
-from rafce_ray.config import identity_of
+from rafce_ray.config import Config, DataConfig, identity_of, with_values
 from rafce_ray.console import progress_bar, say, to_json
-from rafce_ray.data.dataset import open_dataset, prepare
+from rafce_ray.data.dataset import Prepared, Readings, open_dataset, prepare
 from rafce_ray.errors import RafceError, UsageError
 from rafce_ray.pretrained import check_weights
 from rafce_ray.ray_environment import check_ray
@@ -20,16 +21,12 @@ from rafce_ray.storage import locate
 from rafce_ray.study.checks import foreseen
 from rafce_ray.study.config import StudyConfig, to_yaml
 from rafce_ray.study.proposals import planned_trials, propose
-from rafce_ray.study.trials import Trial, read_trials
+from rafce_ray.study.trials import Training, Trial, read_trials
 from rafce_ray.study_folder import StudyFolder
 from rafce_ray.train.launch import ray_cluster, tell_findings
 from rafce_ray.training import choose_splits
 from rafce_ray.tune.plan import tell_batches, tell_plan, tell_trials
-from rafce_ray.tune.readings import Readings
 from rafce_ray.tune.shares import Shares, share_out
-
-if TYPE_CHECKING:
-    from rafce_ray.data.dataset import Prepared
 
 ELAPSED_FILE = "elapsed.json"
 REMOVED_SCHEDULER_KEYS = {"perturbation_interval": 4, "quantile_fraction": 0.25, "resample_probability": 0.25}
@@ -58,12 +55,19 @@ def tune(study: StudyConfig, *, dry_run: bool = False, retry_failed: bool = Fals
     check_mlflow(study)
     check_weights_of(study)
     readings = Readings(partial(prepare, progress=progress_bar))
-    prepared = readings.prepare_all(study)
+    prepared = readings.of(study.base_config().data)
+    readings.prepare_all(ways_of_reading(study))
     tell_findings(prepared, study.base_config())
-    plan = claim_of(study, prepared)
+    plan, resources = claim_of(study, prepared), study.resources
+    cluster = shares_of(
+        study.base_config(),
+        f"rafce tune {study.name}",
+        concurrent=resources.concurrent,
+        gpus_per_worker=resources.gpus_per_worker,
+    )
     if dry_run:
         folder.check(plan)
-        with shares_of(study) as shares:
+        with cluster as shares:
             tell(study, folder, shares, prepared)
         tell_trials(study)
         return None
@@ -72,7 +76,7 @@ def tune(study: StudyConfig, *, dry_run: bool = False, retry_failed: bool = Fals
         (folder.location / "study.yaml").write_bytes(to_yaml(study).encode())
         if retry_failed:
             reopen_failed(folder, study.metric)
-        with shares_of(study) as shares:
+        with cluster as shares:
             tell(study, folder, shares, prepared)
             sweep(study, folder, shares, readings)
             finalists = train_finalists(study, folder, shares, readings)
@@ -82,20 +86,15 @@ def tune(study: StudyConfig, *, dry_run: bool = False, retry_failed: bool = Fals
 
 
 @contextmanager
-def shares_of(study: StudyConfig) -> Iterator[Shares]:
+def shares_of(
+    base: Config, command: str, *, concurrent: int | None, gpus_per_worker: float | None = None
+) -> Iterator[Shares]:
     """Connect to a cluster while the block lasts; what each trial gets of it. UsageError where a trial can never run on it."""
-    nested = study.resources.workers > 1
-    with ray_cluster(study.base_config(), f"rafce tune {study.name}", nested=nested):
+    with ray_cluster(base, command, nested=base.run.most_workers > 1):
         # Ray reads its environment when it is imported: ray_cluster has set it by now.
         from rafce_ray.tune.trials import cluster_nodes
 
-        resources = study.resources
-        yield share_out(
-            study.base_config().run,
-            cluster_nodes(),
-            concurrent=resources.concurrent,
-            gpus_per_worker=resources.gpus_per_worker,
-        )
+        yield share_out(base.run, cluster_nodes(), concurrent=concurrent, gpus_per_worker=gpus_per_worker)
 
 
 def tell(study: StudyConfig, folder: StudyFolder, shares: Shares, prepared: Prepared) -> None:
@@ -106,6 +105,15 @@ def tell(study: StudyConfig, folder: StudyFolder, shares: Shares, prepared: Prep
     base = study.base_config()
     dataset = open_dataset(prepared.store, prepared.taxonomy, base.data.null_policy)
     tell_batches(study, len(choose_splits(dataset, base).train))
+
+
+def ways_of_reading(study: StudyConfig) -> dict[str, DataConfig]:
+    """Every way in which trials will read the data, named by the values that make the difference."""
+    searched = [key for key in study.space if key.startswith("data.")]
+    keys = [key for key in searched if key.removeprefix("data.") not in DataConfig.NOT_READING]
+    combinations = product(*(study.space[key].values() for key in keys)) if keys else ()
+    found = [dict(zip(keys, values, strict=True)) for values in combinations]
+    return {to_json(values): study.config_of(values).data for values in found}
 
 
 def claim_of(study: StudyConfig, prepared: Prepared) -> dict[str, Any]:
@@ -210,57 +218,31 @@ def elapsed(folder: StudyFolder, spent: float, budget_s: float | None, control: 
 def train_finalists(study: StudyConfig, folder: StudyFolder, shares: Shares, readings: Readings) -> list[Trial]:
     """Train the best configurations and the base again with other seeds; the trials that were chosen, the best first."""
     from rafce_ray.study.finalists import choose_finalists, final_name
-    from rafce_ray.study.watch import SweepWatch
-    from rafce_ray.tune.scheduler import Control, Course, Unscheduled
-    from rafce_ray.tune.sweep import start_trial
-    from rafce_ray.tune.trials import Listed, Settings, run_on_tune, stoppable
+    from rafce_ray.tune.sweep import train_seeds
+    from rafce_ray.tune.trials import Settings
 
     trials = [one for one in read_trials(folder, study.metric) if one.plan.role == "sweep"]
     if study.finalists.k == 0 or not any(one.score is not None for one in trials):
         return []
     chosen = choose_finalists(trials, study.finalists.k, study.metric)
-    plans = []
+    say(
+        f"finalists: {', '.join(one.name for one in chosen)} (the base among them), each trained to its end with "
+        f"{study.finalists.seeds} other seed(s)"
+    )
+    trainings = []
     for trial in chosen:
         config = folder.trial(trial.name).config()
         for seed in range(config.run.seed + 1, config.run.seed + 1 + study.finalists.seeds):
-            seeded = config.model_copy(update={"run": config.run.model_copy(update={"seed": seed})})
-            name = final_name(trial, seed)
-            plan, _ = start_trial(
-                folder,
-                name,
-                trial.plan.number,
-                seeded,
-                trial.plan.values,
-                shares=shares,
-                prepared=readings.of(config.data),
-                of=trial.name,
-            )
-            if folder.trial(name).result() is None:
-                plans.append(plan)
-    say(
-        f"finalists: {', '.join(one.name for one in chosen)} (the base among them), each trained to its end with "
-        f"{study.finalists.seeds} other seed(s); {len(plans)} trainings to do"
+            plan, seeded = trial.plan, with_values(config, {"run.seed": seed})
+            trainings.append(Training(final_name(trial, seed), plan.number, trial.name, seeded, plan.values))
+    settings = Settings(
+        shares,
+        study.base_config().run.max_failures,
+        study.resources.concurrent,
+        study.start_timeout_s,
+        callbacks=mlflow_callbacks(study),
     )
-    if plans:
-        config, control = study.base_config(), Control()
-        scheduler = Unscheduled(Course(folder, study.metric, config.optim.epochs, control))
-        settings = Settings(
-            shares,
-            config.run.max_failures,
-            study.resources.concurrent,
-            study.start_timeout_s,
-            callbacks=mlflow_callbacks(study),
-        )
-        watch = SweepWatch(folder, study.metric, len(chosen) * study.finalists.seeds, role="finalist")
-        with watch, stoppable(control):
-            run_on_tune(Listed(plans), scheduler, settings)
-        if control.stop is not None:
-            say(f"stopped: {folder.location.shown} keeps what was trained; the same command goes on")
-            raise KeyboardInterrupt
-    for trial in chosen:
-        for seed in range(study.finalists.seeds):
-            # Their bundles stay.
-            folder.trial(final_name(trial, trial.seed + 1 + seed)).checkpoints.delete()
+    train_seeds(folder, trainings, settings, readings, "finalist")
     return chosen
 
 

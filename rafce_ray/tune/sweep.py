@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import count
 from typing import Any
 
-from rafce_ray.config import CARRIED_OUT_BY, Config, ConfigError, build_config, config_hash, flatten
-from rafce_ray.console import to_json, warn
-from rafce_ray.data.dataset import Prepared
+from rafce_ray.config import CARRIED_OUT_BY, Config, ConfigError, config_hash, flatten, with_values
+from rafce_ray.console import say, to_json, warn
+from rafce_ray.data.dataset import Prepared, Readings
 from rafce_ray.session import Job
 from rafce_ray.study.config import StudyConfig
 from rafce_ray.study.proposals import Observed, propose
 from rafce_ray.study.trials import (
     ENDED,
+    Role,
+    Training,
     Trial,
     TrialPlan,
     best_first,
@@ -25,11 +28,12 @@ from rafce_ray.study.trials import (
     read_trials,
     write_table,
 )
+from rafce_ray.study.watch import SweepWatch
 from rafce_ray.study_folder import StudyFolder
 from rafce_ray.train.launch import provenance_of
-from rafce_ray.tune.readings import Readings
-from rafce_ray.tune.scheduler import STOPPED, Concluding
+from rafce_ray.tune.scheduler import STOPPED, Concluding, Control, Course, Unscheduled
 from rafce_ray.tune.shares import Shares
+from rafce_ray.tune.trials import Listed, Settings, run_on_tune, stoppable
 
 
 class Sweep:
@@ -115,7 +119,7 @@ class Sweep:
     def _start(self, number: int, config: Config, values: dict[str, Any]) -> TrialPlan:
         name = f"trial_{number:04d}"
         self._scheduler.forget(name)
-        plan, _ = start_trial(
+        plan = start_trial(
             self._folder, name, number, config, values, shares=self._shares, prepared=self._readings.of(config.data)
         )
         trial = read_trial(self._folder.trial(name), self._study.metric)
@@ -156,15 +160,47 @@ def renewed(folder: StudyFolder, name: str, study: StudyConfig, shares: Shares, 
     found = read_plan(folder.trial(name))
     assert found is not None
     plan, job = found
-    now, plain = flatten(study.base_config()), job.config.model_dump(mode="json")
-    for key in CARRIED_OUT_BY - {"run.name", "run.storage"}:
-        section, _, inner = key.partition(".")
-        plain[section][inner] = now[key]
-    config = build_config(plain)
+    now = flatten(study.base_config())
+    config = with_values(job.config, {key: now[key] for key in CARRIED_OUT_BY - {"run.name", "run.storage"}})
     # None of these keys is in the hash.
     plan = replace(plan, cpus=shares.workers * shares.cpus, gpus=shares.workers * shares.gpus)
     plan.write(folder, replace(job, config=config, store=readings.of(config.data).store_uri))
     return plan
+
+
+def train_seeds(
+    folder: StudyFolder, trainings: Sequence[Training], settings: Settings, readings: Readings, role: Role
+) -> None:
+    """Train configurations with several seeds each, every one to its end; the same call again runs only what is left.
+
+    A training that fails does not stop the others. Those that have ended keep their bundles; their checkpoints are deleted.
+
+    Raises:
+        KeyboardInterrupt: after Ctrl-C; what was trained is kept.
+    """
+    plans = []
+    for one in trainings:
+        prepared, shares = readings.of(one.config.data), settings.shares
+        plan = start_trial(
+            folder, one.name, one.number, one.config, one.values, shares=shares, prepared=prepared, role=role, of=one.of
+        )
+        if folder.trial(one.name).result() is None:
+            plans.append(plan)
+    if plans:
+        curves = f"curves: tensorboard --logdir {(folder.location / 'ray').shown}"
+        say(f"{len(plans)} of {len(trainings)} trainings to do, {settings.shares.shown}; {curves}")
+        metric, control = trainings[0].config.optim.monitor, Control()
+        last_epoch = max(one.config.optim.epochs for one in trainings)
+        scheduler = Unscheduled(Course(folder, metric, last_epoch, control))
+        with SweepWatch(folder, metric, len(trainings), role=role), stoppable(control):
+            run_on_tune(Listed(plans), scheduler, settings)
+        if control.stop is not None:
+            say(f"stopped: {folder.location.shown} keeps what was trained; the same command goes on")
+            raise KeyboardInterrupt
+    for one in trainings:
+        if folder.trial(one.name).result() is not None:
+            # The checkpoints of a hundred finished trainings would fill a disk.
+            folder.trial(one.name).checkpoints.delete()
 
 
 def start_trial(
@@ -172,22 +208,21 @@ def start_trial(
     name: str,
     number: int,
     config: Config,
-    values: dict[str, Any],
+    values: Mapping[str, Any],
     *,
     shares: Shares,
     prepared: Prepared,
+    role: Role = "sweep",
     of: str | None = None,
-) -> tuple[TrialPlan, Job]:
+) -> TrialPlan:
     """Write down what a trial is to train, and with what it will be trained; an existing trial of this name stays as it is."""
-    plain = config.model_dump(mode="json")
-    plain["run"] |= {"name": name, "storage": str(folder.trials)}
-    config = build_config(plain)
+    config = with_values(config, {"run.name": name, "run.storage": str(folder.trials)})
     trained = flatten(config)
     run_folder = folder.trial(name)
     plan = TrialPlan(
         name=name,
         number=number,
-        role="sweep" if of is None else "finalist",
+        role=role,
         values={key: json.loads(to_json(trained[key])) for key in values},
         config_hash=config_hash(config),
         cpus=shares.workers * shares.cpus,
@@ -199,4 +234,4 @@ def start_trial(
         plan.write(folder, job)
     if not run_folder.exists():
         run_folder.start(config, job.provenance, prepared.audit.to_json())
-    return plan, job
+    return plan

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -14,17 +14,14 @@ import ray
 from ray import tune
 from ray.tune.search import Searcher
 
-from rafce_ray.config import config_hash
 from rafce_ray.console import handled_signals, say, warn
-from rafce_ray.session import Job
 from rafce_ray.study.trials import TrialPlan
 from rafce_ray.study_folder import StudyFolder
 from rafce_ray.tune.nested import free_workers, nested_trial
-from rafce_ray.tune.scheduler import Concluding, Control, Course, Unscheduled
-from rafce_ray.tune.shares import Node, Shares, share_out
+from rafce_ray.tune.scheduler import Concluding, Control
+from rafce_ray.tune.shares import Node, Shares
 from rafce_ray.tune.telemetry import StudyTelemetry
 from rafce_ray.tune.witness import Witness
-from rafce_ray.watch import StudyWatch
 from rafce_ray.worker import trial_worker
 
 START_TIMEOUT_S = 120.0
@@ -65,47 +62,6 @@ class Settings:
     limit: int | None = None
     start_timeout_s: float = START_TIMEOUT_S
     callbacks: tuple[Any, ...] = field(default=())
-
-
-def run_trials(study: StudyFolder, jobs: Sequence[Job], *, concurrent: int | None = None) -> dict[str, str]:
-    """Train every job that has no result yet on the connected cluster; returns the reasons of those that failed, by name.
-
-    Each job's run folder lies in ``study.trials`` under ``run.name`` and was started; all of them want the same workers. ``concurrent``:
-    trials at a time; None: as many as fit. One trial that fails does not stop the others; the same call again runs only what is left.
-
-    Raises:
-        UsageError: a trial wants more than the cluster has.
-        KeyboardInterrupt: after Ctrl-C; what was trained is kept.
-    """
-    waiting = {str(job.config.run.name): job for job in jobs if study.trial(str(job.config.run.name)).result() is None}
-    if not waiting:
-        return {}
-    config = next(iter(waiting.values())).config
-    shares = share_out(config.run, cluster_nodes(), concurrent=concurrent, gpus_per_worker=None)
-    plans = []
-    for number, (name, job) in enumerate(waiting.items()):
-        cpus, gpus = shares.workers * shares.cpus, shares.workers * shares.gpus
-        plan = TrialPlan(name, number, "sweep", {}, config_hash(job.config), cpus, gpus)
-        plan.write(study, job)
-        plans.append(plan)
-    say(f"{len(plans)} trials to run, {shares.shown}; curves: tensorboard --logdir {(study.location / 'ray').shown}")
-    control = Control()
-    metric = config.optim.monitor
-    scheduler = Unscheduled(Course(study, metric, max(job.config.optim.epochs for job in waiting.values()), control))
-    settings = Settings(shares, config.run.max_failures, limit=concurrent)
-    epochs = {name: job.config.optim.epochs for name, job in waiting.items()}
-    with StudyWatch(study, epochs), stoppable(control):
-        run_on_tune(Listed(plans), scheduler, settings)
-    if control.stop is not None:
-        say(f"stopped: finished trials in {study.trials} are kept, the others go on from their newest checkpoint")
-        raise KeyboardInterrupt
-    return {name: str(result["reason"]) for name in waiting if (result := failure_of(study, name)) is not None}
-
-
-def failure_of(study: StudyFolder, name: str) -> dict[str, Any] | None:
-    """The result of a trial that failed; None for any other."""
-    result = study.trial(name).result()
-    return result if result is not None and result["status"] == "failed" else None
 
 
 def cluster_nodes() -> list[Node]:

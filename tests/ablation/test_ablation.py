@@ -9,8 +9,7 @@ from scipy.stats import t as student_t
 from rafce_ray.ablate import check_minority, choose_arms
 from rafce_ray.ablation import results as ablation
 from rafce_ray.ablation.arms import EIGHT_CHANGES, GROUPS, ablation_arms
-from rafce_ray.ablation.output import markdown, plot
-from rafce_ray.ablation.results import Ablation, Contrast, Measured
+from rafce_ray.ablation.results import Ablation, Contrast, Measured, markdown, plot
 from rafce_ray.cli.ablate import main
 from rafce_ray.comparison import OverSeeds, Spread
 from rafce_ray.config import differences, load_config

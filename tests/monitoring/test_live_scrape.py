@@ -21,12 +21,13 @@ from serving import free_port
 from rafce_ray.checkpoint import list_checkpoints
 from rafce_ray.cli.monitor import main as monitor
 from rafce_ray.config import load_config
-from rafce_ray.data.dataset import prepare
+from rafce_ray.data.dataset import Readings, prepare
 from rafce_ray.monitoring.compose import DISCOVERY_FILE
 from rafce_ray.run_folder import RunFolder
-from rafce_ray.session import Job
+from rafce_ray.study.trials import Training
 from rafce_ray.study_folder import StudyFolder
 from rafce_ray.train import launch
+from rafce_ray.tune.shares import Shares
 
 pytestmark = pytest.mark.ray
 
@@ -121,19 +122,19 @@ def run(scraper, overrides, tmp_path_factory) -> RunFolder:
 @pytest.fixture(scope="module")
 def study(scraper, overrides, tmp_path_factory) -> StudyFolder:
     """Two trials in turn, of which the first loses its newest checkpoint's content and its process."""
-    from rafce_ray.tune.trials import run_trials
+    from rafce_ray.tune.sweep import train_seeds
+    from rafce_ray.tune.trials import Settings
 
     study = StudyFolder(str(tmp_path_factory.mktemp("studies") / "sweep"))
-    jobs = []
+    trainings = []
     for name, epochs in (("first", EPOCHS), ("second", LONGER)):
-        of_trial = (f"optim.epochs={epochs}", f"run.name={name}", f"run.storage={study.trials}")
-        config = load_config(overrides=[*overrides, *of_trial])
-        prepared = prepare(config.data)
-        jobs.append(Job(config, prepared.store_uri, prepared.taxonomy, study.trial(name).place, {}))
-        study.trial(name).start(config, {}, {})
+        config = load_config(overrides=[*overrides, f"optim.epochs={epochs}"])
+        trainings.append(Training(name, len(trainings), name, config, {}))
     harm = threading.Thread(target=spoil_and_kill, args=(study.trial("first"), scraper))
     harm.start()
-    assert run_trials(study, jobs, concurrent=1) == {}
+    shares = Shares(workers=1, cpus=1.0, gpus=0.0, at_once=1, fitting=1)
+    settings = Settings(shares, config.run.max_failures, limit=1)
+    train_seeds(study, trainings, settings, Readings(prepare), "sweep")
     harm.join()
     return study
 

@@ -10,7 +10,7 @@ from ray import cloudpickle
 
 from rafce_ray.checkpoint import list_checkpoints, save_checkpoint
 from rafce_ray.config import CARRIED_OUT_BY, config_hash, flatten
-from rafce_ray.data.dataset import prepare
+from rafce_ray.data.dataset import Readings, prepare
 from rafce_ray.errors import GateError, RafceError
 from rafce_ray.study.config import StudyConfig, build_study
 from rafce_ray.study.proposals import Observed, planned_trials, propose
@@ -18,8 +18,7 @@ from rafce_ray.study.space import Domain
 from rafce_ray.study.trials import read_plan, read_trials
 from rafce_ray.study_folder import StudyFolder
 from rafce_ray.tune import command, trials
-from rafce_ray.tune.command import read_elapsed, sweep
-from rafce_ray.tune.readings import Readings
+from rafce_ray.tune.command import read_elapsed, sweep, ways_of_reading
 from rafce_ray.tune.scheduler import Control, Course, build_scheduler
 from rafce_ray.tune.shares import Shares
 from rafce_ray.tune.sweep import Sweep, start_trial
@@ -169,6 +168,7 @@ def test_a_second_start_hands_out_what_was_left_and_never_what_has_ended(bench):
         {},
         shares=SHARES,
         prepared=bench.prepared,
+        role="finalist",
         of="trial_0000",
     )
     again = bench.start()
@@ -357,8 +357,8 @@ def test_data_are_prepared_once_for_each_way_of_reading(drawn_faces, store_dir):
             "optim.lr": {"loguniform": [1e-4, 1e-2]},
         },
     )
-    assert readings.prepare_all(study) == 1, "the base's"
     base = study.base_config().data
+    readings.prepare_all(ways_of_reading(study))
     ways = {(one.null_policy, one.min_train_positives) for one in asked}
     assert ways == {(policy, least) for policy in ("mask", "negative") for least in (5, 50)}
     assert len(asked) == 4
@@ -376,7 +376,7 @@ def test_data_that_may_not_be_trained_on_are_named_by_how_they_were_read(drawn_f
 
     study = build(drawn_faces, store_dir, space={"data.null_policy": {"choice": ["mask", "negative"]}}, num_trials=2)
     with pytest.raises(GateError, match=r'with \{"data\.null_policy": "negative"\}: no positives'):
-        Readings(refuse).prepare_all(study)
+        Readings(refuse).prepare_all(ways_of_reading(study))
 
 
 def test_a_study_out_of_time_ends_its_sweep_and_goes_on_with_more(bench, until, monkeypatch, capsys):
