@@ -1,5 +1,7 @@
 """One program at a time works in a folder, and a folder holds one kind of thing: a run, a study or predictions.
 
+A registry is claimed in the same way, for each change of what is live.
+
 Each program writes its own claim, then looks for others. Of two programs that start together, at least one sees the
 other and steps back. This works wherever a listing shows earlier writes, object stores among them. Pyarrow offers no
 better lock for object stores.
@@ -20,13 +22,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow.fs as pafs
 
 from rafce_ray.console import handled_signals, to_json, warn
-from rafce_ray.errors import UsageError
+from rafce_ray.errors import RafceError, UsageError
 from rafce_ray.run_folder import TRIALS
 from rafce_ray.storage import Location
 
@@ -64,11 +67,44 @@ def claimed(folder: Location, kind: Kind, *, key: str) -> Iterator[None]:
     """
     check_kind(folder, kind, key=key)
     is_new = folder.local is not None and not folder.local.exists()
+    try:
+        with held(folder):
+            # Another program may have begun something here in the meantime.
+            check_kind(folder, kind, key=key)
+            with _unwound_by_signals():
+                yield
+    finally:
+        if is_new and folder.local is not None:
+            # A refused command leaves nothing behind. A folder that is not empty is not removed.
+            with suppress(OSError):
+                folder.local.rmdir()
+
+
+@contextmanager
+def held(folder: Location, *, patience_s: float = 0.0) -> Iterator[Callable[[], None]]:
+    """Hold the folder, whatever it is, while the block lasts; yields a check to call before a write that must not be late.
+
+    Raises:
+        UsageError: another program works in it. With ``patience_s``, RafceError after waiting that long for it.
+        RafceError (from the check): another program may have taken the folder, since the storage did not answer for long.
+    """
     own = folder / f".claim-{uuid.uuid4().hex}.json"
     me = {"host": socket.gethostname(), "machine": _machine(), "pid": os.getpid(), "started": _start_of(os.getpid())}
+    written_at = 0.0
 
     def write(*, holds: bool) -> None:
+        nonlocal written_at
+        # From before the request, which may take long.
+        since = time.monotonic()
         own.write_bytes(to_json({**me, "holds": holds}).encode())
+        written_at = since
+
+    def check() -> None:
+        if lost.is_set() or time.monotonic() - written_at > SILENT_S / 2:
+            raise RafceError(
+                f"{folder.shown}: the storage took more than {SILENT_S / 2:.0f} s to answer, so another program may work "
+                "in it by now. Nothing was changed; give the command again."
+            )
 
     def beat() -> None:
         if own.exists():
@@ -79,19 +115,13 @@ def claimed(folder: Location, kind: Kind, *, key: str) -> Iterator[None]:
 
     lost = threading.Event()
     try:
-        _take(own, write)
-        # Another program may have begun something here in the meantime.
-        check_kind(folder, kind, key=key)
-        with _unwound_by_signals(), repeated(beat, BEAT_EVERY_S):
-            yield
+        _take(own, write, patience_s)
+        with repeated(beat, BEAT_EVERY_S):
+            yield check
     finally:
         # A claim that cannot be removed ends by itself.
         with suppress(OSError):
             own.delete()
-        if is_new and folder.local is not None:
-            # A refused command leaves nothing behind. A folder that is not empty is not removed.
-            with suppress(OSError):
-                folder.local.rmdir()
 
 
 @contextmanager
@@ -192,9 +222,10 @@ class _Claim:
         )
 
 
-def _take(own: Location, write: Callable[..., None]) -> None:
-    """Write the claim and hold it once it is the only one; UsageError where another program holds the folder."""
-    for tries_left in reversed(range(TRIES)):
+def _take(own: Location, write: Callable[..., None], patience_s: float) -> None:
+    """Write the claim and hold it once it is the only one; an error where another program holds the folder for too long."""
+    give_up = time.monotonic() + patience_s
+    for number in count(1):
         write(holds=False)
         others = _others(own)
         if not others:
@@ -202,8 +233,9 @@ def _take(own: Location, write: Callable[..., None]) -> None:
             return
         own.delete()
         holder = next((one for one in others if one.holds), None)
-        if holder is not None or not tries_left:
-            raise UsageError((holder or others[0]).refusal(own.parent))
+        if time.monotonic() >= give_up and (holder is not None or number >= TRIES):
+            error = RafceError if patience_s else UsageError
+            raise error((holder or others[0]).refusal(own.parent))
         # Only to be out of step with the other program.
         time.sleep(random.uniform(*PAUSE_S))
 

@@ -7,14 +7,17 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from rafce_ray.claim import SILENT_S, held
 from rafce_ray.console import pretty_json
 from rafce_ray.errors import GateError, RafceError
 from rafce_ray.object_store import StorageError
-from rafce_ray.registry.claim import sole_writer
 from rafce_ray.storage import Location
 
 LIVE = "live.json"
 HISTORY = "history"
+
+PATIENCE_S = 1.5 * SILENT_S
+"""Seconds to wait for another program's change: longer than the claim of a program that died lasts."""
 
 Verdict = Literal["passed", "refused", "nothing to compare with"]
 
@@ -89,8 +92,9 @@ def replace_live(registry: Location, seen: LiveRecord | None, new: LiveRecord) -
 
     Raises:
         GateError: another program changed what is live meanwhile; it says who and to what. Nothing was changed.
+        RafceError: other programs hold the registry for long, or the storage took too long. Nothing was changed.
     """
-    with sole_writer(registry) as check:
+    with held(registry, patience_s=PATIENCE_S) as check:
         now = read_live(registry)
         if now != seen:
             raise GateError(_overtaken(registry, now))

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
@@ -13,9 +12,10 @@ import fsspec
 import pytest
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 
+from rafce_ray import claim
+from rafce_ray.claim import held
 from rafce_ray.errors import GateError, RafceError
-from rafce_ray.registry import claim
-from rafce_ray.registry.claim import sole_writer
+from rafce_ray.registry import live
 from rafce_ray.registry.live import Gate, LiveRecord, read_history, read_live, replace_live
 from rafce_ray.storage import Location, locate
 
@@ -36,6 +36,10 @@ def record(number: int, version: str = "a", before: tuple[str, ...] = ()) -> Liv
     )
 
 
+def claims(registry: Location) -> list[str]:
+    return [info.base_name for info in registry.list() if info.base_name.startswith(".")]
+
+
 @pytest.fixture(params=["local", "object store"])
 def registry(request: pytest.FixtureRequest, tmp_path: Path) -> Location:
     if request.param == "local":
@@ -50,7 +54,7 @@ def test_what_is_written_is_read_and_every_change_is_kept(registry):
     assert (read_live(registry), read_history(registry)) == (first, [first])
     replace_live(registry, first, second)
     assert (read_live(registry), read_history(registry)) == (second, [first, second])
-    assert [info.base_name for info in (registry / "claims").list()] == []
+    assert claims(registry) == []
 
 
 def test_who_was_overtaken_is_told_by_whom_and_changes_nothing(registry):
@@ -85,31 +89,22 @@ def test_a_damaged_record_is_an_error_with_its_remedy(registry, content, told):
         read_live(registry)
 
 
-def test_one_writer_waits_for_the_other(registry, monkeypatch):
-    monkeypatch.setattr(claim, "PATIENCE_S", 0.1)
-    with sole_writer(registry) as check:
-        with pytest.raises(RafceError, match="other programs have been changing"), sole_writer(registry):
-            pass
-        check()
-    with sole_writer(registry):
-        pass
-    assert [info.base_name for info in (registry / "claims").list()] == []
-
-
-def test_a_dead_programs_claim_is_removed(tmp_path):
-    registry = locate(tmp_path)
-    left = registry / "claims" / "dead.json"
-    left.write_bytes(b"{}")
-    an_hour_ago = time.time() - 3600
-    os.utime(left.path, (an_hour_ago, an_hour_ago))
-    with sole_writer(registry):
-        assert not left.exists()
+def test_one_writer_waits_for_the_other_and_is_told_who_holds_the_registry(registry, monkeypatch):
+    replace_live(registry, None, record(1))
+    monkeypatch.setattr(live, "PATIENCE_S", 0.1)
+    with held(registry):
+        with pytest.raises(RafceError, match=f"process {os.getpid()} on this machine works in this folder now"):
+            replace_live(registry, record(1), record(2))
+        assert read_live(registry) == record(1)
+    replace_live(registry, record(1), record(2))
+    assert (read_live(registry), claims(registry)) == (record(2), [])
 
 
 def test_a_writer_that_took_too_long_stops_before_it_writes(registry, monkeypatch):
-    monkeypatch.setattr(claim, "STALE_S", 0.0)
-    with sole_writer(registry) as check, pytest.raises(RafceError, match="Nothing was changed"):
-        check()
+    monkeypatch.setattr(claim, "SILENT_S", 0.0)
+    with pytest.raises(RafceError, match="Nothing was changed"):
+        replace_live(registry, None, record(1))
+    assert (read_live(registry), claims(registry)) == (None, [])
 
 
 WRITER = """
@@ -117,7 +112,7 @@ import sys
 from pathlib import Path
 from datetime import UTC, datetime
 from rafce_ray.errors import GateError
-from rafce_ray.registry import claim
+from rafce_ray import claim
 from rafce_ray.registry.live import LiveRecord, read_live, replace_live
 from rafce_ray.storage import locate
 claim.PAUSE_S = (0.001, 0.01)
