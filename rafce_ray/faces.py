@@ -14,11 +14,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
-from typing import Literal, Protocol
+from typing import Annotated, Literal, Protocol
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from rafce_ray.errors import UsageError
 
@@ -71,10 +72,10 @@ YUNET_MIN_SCORE = 0.7
 class Box:
     """A face's place: pixels of the upright photograph (after EXIF orientation), origin at its upper left corner."""
 
-    x: int
-    y: int
-    width: int
-    height: int
+    x: Annotated[int, Field(ge=0, description="Left edge, px.")]
+    y: Annotated[int, Field(ge=0, description="Upper edge, px.")]
+    width: Annotated[int, Field(ge=0, description="Width, px.")]
+    height: Annotated[int, Field(ge=0, description="Height, px.")]
 
 
 @dataclass(frozen=True)

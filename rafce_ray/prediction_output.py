@@ -167,7 +167,7 @@ def flat_rows(result: FilePrediction, model: str) -> Iterator[dict[str, Any]]:
 def _face_columns(face: FacePrediction) -> dict[str, Any]:
     columns: dict[str, Any] = {f"box_{name}": value for name, value in vars(face.box).items()}
     columns["alignment"] = face.alignment
-    emotion = face.prediction.emotion
+    emotion = face.emotion
     for rank, score in enumerate(emotion.top if emotion is not None else (), start=1):
         name = _emotion_column(rank)
         columns |= {name: score.label, f"{name}_index": score.index, f"{name}_probability": score.probability}
@@ -175,11 +175,11 @@ def _face_columns(face: FacePrediction) -> dict[str, Any]:
     if emotion is not None:
         columns["emotion_unsure"] = emotion.unsure
         columns |= {_basic_column(score.label): score.probability for score in emotion.basic}
-    consistency = face.prediction.consistency
+    consistency = face.consistency
     if consistency is not None:
         columns["consistency_score"] = consistency.score
         columns["consistency_contradicting"] = "+".join(consistency.contradicting)
-    for unit in face.prediction.action_units:
+    for unit in face.action_units:
         columns |= {f"{unit.code}_{name}": getattr(unit, name) for name in ("probability", "threshold", "active")}
     return columns
 

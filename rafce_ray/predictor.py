@@ -123,7 +123,7 @@ def _predict_waiting(
         predictions += predictor.predict(np.stack(crops[start : start + batch_size]), top_k)
     following = iter(predictions)
     for file in files:
-        faces = tuple(FacePrediction(face.box, face.alignment, next(following)) for face in file.faces)
+        faces = tuple(FacePrediction(face.box, face.alignment, **vars(next(following))) for face in file.faces)
         yield FilePrediction(file.path, file.width, file.height, faces, file.problem)
 
 

@@ -16,7 +16,7 @@ from rafce_ray.inference.build import _COMPILERS, FASTEST_FIRST, PACKAGES, Engin
 from rafce_ray.losses import AU_LOSSES
 from rafce_ray.metrics import Counts, summarise
 from rafce_ray.service.config import ServiceConfig
-from rafce_ray.service.openapi import _NOT_OF_PREDICT
+from rafce_ray.service.documents import _NOT_OF_PREDICT
 from rafce_ray.service.problems import PROBLEM_TYPES
 from rafce_ray.study.checks import NOT_SEARCHED
 from rafce_ray.taxonomy import make_taxonomy

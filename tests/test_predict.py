@@ -177,7 +177,7 @@ def test_faces_of_several_files_share_batches_and_keep_their_order(predictor):
         assert [result.path for result in results] == list("012345")
         assert [len(result.faces) for result in results] == counts
         for face in (face for result in results for face in result.faces):
-            assert face.prediction.emotion.probability == pytest.approx(expected[face.box.x], abs=1e-6)
+            assert face.emotion.probability == pytest.approx(expected[face.box.x], abs=1e-6)
 
 
 def test_files_are_taken_as_they_are_needed(predictor):

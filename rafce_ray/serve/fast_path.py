@@ -21,7 +21,7 @@ from pathlib import Path
 from rafce_ray.console import run_main
 from rafce_ray.errors import UsageError
 from rafce_ray.serve.haproxy import HOST, ID, OWN_STATUSES, PATH
-from rafce_ray.service.problems import Problem, problem_body
+from rafce_ray.service.problems import Problem, problem_document
 
 MAX_FOLDER_BYTES = 20
 """A Unix socket's path has at most 107 bytes; Ray puts a folder with a name of 56 between this one and its sockets."""
@@ -119,8 +119,8 @@ def _own_answers() -> dict[int, bytes]:
     }
     assert tuple(problems) == OWN_STATUSES
     path, request_id = f"%[var({PATH}),json(utf8s)]", f"%[var({ID})]"
-    bodies = {status: problem_body(problem, path, request_id) for status, problem in problems.items()}
-    return {status: json.dumps(body | {"status": status}).encode() for status, body in bodies.items()}
+    bodies = {status: problem_document(problem, path, request_id) for status, problem in problems.items()}
+    return {status: json.dumps({**body, "status": status}).encode() for status, body in bodies.items()}
 
 
 def _free_ports(number: int) -> list[int]:

@@ -9,22 +9,24 @@ import asyncio
 import logging
 import threading
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
+from pydantic import Field, ValidationError
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from rafce_ray.config import explain
 from rafce_ray.console import to_json
 from rafce_ray.errors import RafceError, UsageError
 from rafce_ray.registry.live import read_live
 from rafce_ray.registry.promotion import Outcome, Reason, Refused, Rules, promote, roll_back
 from rafce_ray.registry.summary import summary_of
 from rafce_ray.registry.versions import is_name, list_versions, version_names
-from rafce_ray.service.json_bodies import parse_json
+from rafce_ray.service.answers import Record
 from rafce_ray.service.keys import KEY_ID
-from rafce_ray.service.predict_request import json_type
-from rafce_ray.service.problems import Problem, nearest, problem_response, sentence, shown
+from rafce_ray.service.problems import Problem, problem_response, sentence, shown
+from rafce_ray.service.requests import parse_json
 from rafce_ray.storage import Location, locate
 
 if TYPE_CHECKING:
@@ -35,6 +37,30 @@ MAX_MARKS = 100
 RETRY_AFTER_S = 5
 
 log = logging.getLogger(__name__)
+
+
+_Why = Annotated[str | None, Field(description="The reason, one line; it stays in the history.")]
+
+
+class Reload(Record):
+    """Body of POST /v1/admin/reload, which asks for nothing."""
+
+
+class Promote(Record):
+    """Body of POST /v1/admin/promote."""
+
+    version: str = Field(description="Name of a version of the registry.")
+    force: bool = Field(default=False, description="Overrule gates that may be overruled; needs why.")
+    why: _Why = None
+
+
+class Rollback(Record):
+    """Body of POST /v1/admin/rollback."""
+
+    why: _Why = None
+
+
+_Body = TypeVar("_Body", Reload, Promote, Rollback)
 
 
 def admin_routes(service: Service) -> list[Route]:
@@ -64,18 +90,15 @@ class _Admin:
     async def reload(self, request: Request) -> Response:
         """Look at once whether another version is live."""
         self._authorize(request)
-        await _read_fields(request, {})
+        await _read_body(request, Reload)
         return await self._change(request, lambda: None)
 
     async def promote(self, request: Request) -> Response:
         """Make a version live that passes its gates, or whose gates are overruled."""
         by = self._authorize(request)
         registry = self._registry()
-        fields = await _read_fields(request, {"version": str, "force": bool, "why": str})
-        version = fields.get("version")
-        if version is None:
-            raise Problem("missing_key", "The body has no version.", hint='Send {"version": "NAME"}.')
-        reason = _reason(by, fields)
+        body = await _read_body(request, Promote)
+        version, reason = body.version, _reason(by, body.why, body.force)
         if not is_name(version) or version not in await asyncio.to_thread(version_names, registry):
             hint = "GET /v1/admin/versions lists what there is; a bundle is added on the server with rafce bundle add."
             raise Problem("no_such_version", f"The registry has no version {shown(version)}.", hint=hint)
@@ -86,7 +109,7 @@ class _Admin:
         """Make live again what was before."""
         by = self._authorize(request)
         registry = self._registry()
-        reason = _reason(by, await _read_fields(request, {"why": str}))
+        reason = _reason(by, (await _read_body(request, Rollback)).why)
         rules = Rules(engine=self._service.config.engine)
         return await self._change(request, lambda: roll_back(registry, reason, rules))
 
@@ -147,29 +170,28 @@ def _describe(registry: Location) -> dict[str, Any]:
     return {"live": None if live is None else live.model_dump(mode="json"), "versions": versions}
 
 
-async def _read_fields(request: Request, types: Mapping[str, type]) -> dict[str, Any]:
-    """The body's JSON object, whose keys may be those of ``types``; an empty body is an empty object. Problem where it is another."""
+async def _read_body(request: Request, record: type[_Body]) -> _Body:
+    """The body's JSON object as a record; an empty body is an empty object. Problem where it is none."""
     body = await request.body()
     if len(body) > MAX_BODY_BYTES:
         raise Problem("body_too_large", f"The body has {len(body):,} bytes; at most {MAX_BODY_BYTES:,} are read here.")
-    fields = parse_json(body, max_marks=MAX_MARKS) if body else {}
-    if not isinstance(fields, dict):
-        raise Problem("wrong_type", f"The body is {json_type(fields)}.", hint="Make it an object.")
-    for key, value in fields.items():
-        if key not in types:
-            known = f"It may have {' and '.join(types)}." if types else "It may be empty."
-            raise Problem(
-                "unknown_key", f"The body has an unknown key {shown(key)}.", hint=f"{nearest(key, list(types))}{known}"
-            )
-        if type(value) is not types[key]:
-            expected = {str: "a string", bool: "true or false"}[types[key]]
-            raise Problem("wrong_type", f"{key} is {json_type(value)}.", hint=f"Make it {expected}.")
-    return fields
-
-
-def _reason(by: str, fields: Mapping[str, Any]) -> Reason:
     try:
-        return Reason(fields.get("why"), fields.get("force", False), by)
+        return record.model_validate(parse_json(body, max_marks=MAX_MARKS) if body else {}, strict=True)
+    except ValidationError as error:
+        kinds = {fault["type"] for fault in error.errors()}
+        code = "unknown_key" if "extra_forbidden" in kinds else "missing_key" if "missing" in kinds else "wrong_type"
+        found = "; ".join(explain(error, record))[:500]
+        raise Problem(code, f"The body cannot be used: {found}", hint=_keys_of(record)) from None
+
+
+def _keys_of(record: type[Record]) -> str:
+    keys = " and ".join(record.model_fields)
+    return f"It may have {keys}." if keys else "Send it empty, or {}."
+
+
+def _reason(by: str, why: str | None, force: bool = False) -> Reason:
+    try:
+        return Reason(why, force, by)
     except UsageError as error:
         raise Problem("bad_request", sentence(str(error)), hint='Send {"why": "TEXT"} with one line.') from None
 

@@ -1,53 +1,116 @@
-"""Results as JSON: what ``POST /v1/predict`` answers, byte for byte what :mod:`rafce_ray.service.schema` describes."""
+"""What the service answers, written as JSON: the records that are sent, and what ``/openapi.json`` says of them.
+
+The records are plain dataclasses: an answer is not validated while a client waits. A test holds real answers against them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import orjson
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, with_config
 
 from rafce_ray.faces import Face
-from rafce_ray.prediction import EmotionScore, Prediction
+from rafce_ray.prediction import (
+    EmotionPrediction,
+    EmotionScore,
+    EmotionWithDistribution,
+    FacePrediction,
+    Prediction,
+    Strict,
+)
+from rafce_ray.service.problems import ProblemDocument
 from rafce_ray.taxonomy import Taxonomy
 
+_Milliseconds = Annotated[float, Field(ge=0, description="Milliseconds.")]
+_Px = Annotated[int | None, Field(ge=1, description="Of the upright picture, px; null where it was not read.")]
+_RequestId = Annotated[str, Field(description="As in the x-request-id header.")]
+
+
+class Record(BaseModel):
+    """Every field is always there, and there are no others. For what is not sent often: pydantic validates it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
 
 @dataclass(frozen=True)
-class ModelId:
-    """Which weights answered: the served name, the version in the registry (or a short sha256) and the weights' sha256."""
+class ModelId(Strict):
+    """The one model that all of an answer is from."""
 
     name: str
-    version: str
-    sha256: str
+    version: Annotated[str, Field(description="Version in the registry, or the first digits of sha256.")]
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$", description="Of the weights file, hexadecimal.")]
 
 
 @dataclass(frozen=True)
-class Timings:
-    """Where a request's time went, in ms: reading its images, waiting for the model, the model's batch, and all of it."""
+class Timings(Strict):
+    """Where the time went. Pictures are read side by side, so that decode_ms is the slowest of them."""
 
-    decode_ms: float
-    queue_ms: float
-    inference_ms: float
-    total_ms: float
+    decode_ms: Annotated[_Milliseconds, Field(description="Decoding and face detection, ms.")]
+    queue_ms: Annotated[_Milliseconds, Field(description="Waiting for the model, ms.")]
+    inference_ms: Annotated[_Milliseconds, Field(description="The batch that the faces were in, ms.")]
+    total_ms: Annotated[_Milliseconds, Field(description="From the request's head to its answer, ms.")]
 
 
-def face_answer(face: Face, prediction: Prediction, distribution: tuple[EmotionScore, ...] | None) -> dict[str, Any]:
-    """A face as ``rafce predict`` gives it, with ``emotion.distribution`` where that was asked for.
+@dataclass(frozen=True)
+class Result(Strict):
+    """One picture of the request."""
 
-    Values are the records themselves: :func:`to_json` writes them under their fields' names.
-    """
-    emotion: Any = prediction.emotion
+    id: Annotated[
+        str, Field(description="The picture's id in the request or, where that has none, its position from 0.")
+    ]
+    status: Literal["ok", "error"]
+    width: _Px
+    height: _Px
+    faces: Annotated[tuple[FacePrediction, ...], Field(description="Largest first; empty where status is error.")]
+    faces_left_out: Annotated[
+        int, Field(ge=0, description="Smaller faces beyond the service's limit, of which nothing is said.")
+    ]
+    error: Annotated[
+        ProblemDocument | None, Field(description="Why there is no answer for this picture; null where status is ok.")
+    ]
+
+
+@dataclass(frozen=True)
+class PredictAnswer(Strict):
+    """Answer of POST /v1/predict: a result for each picture, in order."""
+
+    model: ModelId
+    request_id: _RequestId
+    results: tuple[Result, ...]
+    timings: Timings
+
+
+@with_config(ConfigDict(extra="forbid"))
+class NoImageRead(ProblemDocument):
+    """Problem `no_image_read`: a request of several pictures of which none could be answered."""
+
+    results: Annotated[tuple[Result, ...], Field(description="In the order of the request; each has its error.")]
+
+
+@dataclass(frozen=True)
+class Status(Strict):
+    """The process works."""
+
+    status: Literal["ok"]
+
+
+@dataclass(frozen=True)
+class ReadyStatus(Strict):
+    """A canary went through this model and gave the stored answer."""
+
+    status: Literal["ready"]
+    model: ModelId
+
+
+def face_answer(face: Face, prediction: Prediction, distribution: tuple[EmotionScore, ...] | None) -> FacePrediction:
+    """A face as ``rafce predict`` gives it, with ``emotion.distribution`` where that was asked for."""
+    emotion: EmotionPrediction | None = prediction.emotion
     if distribution is not None and emotion is not None:
-        emotion = {**vars(emotion), "distribution": distribution}
-    return {
-        "box": face.box,
-        "alignment": face.alignment,
-        "emotion": emotion,
-        "action_units": prediction.action_units,
-        "consistency": prediction.consistency,
-    }
+        emotion = EmotionWithDistribution(**vars(emotion), distribution=distribution)
+    return FacePrediction(face.box, face.alignment, emotion, prediction.action_units, prediction.consistency)
 
 
 def distribution_of(probabilities: NDArray[Any], taxonomy: Taxonomy) -> tuple[EmotionScore, ...]:
@@ -58,42 +121,9 @@ def distribution_of(probabilities: NDArray[Any], taxonomy: Taxonomy) -> tuple[Em
     )
 
 
-def ok_result(
-    item_id: str, width: int, height: int, faces: Sequence[dict[str, Any]], faces_left_out: int
-) -> dict[str, Any]:
-    """One image that was read."""
-    return {
-        "id": item_id,
-        "status": "ok",
-        "width": width,
-        "height": height,
-        "faces": faces,
-        "faces_left_out": faces_left_out,
-        "error": None,
-    }
-
-
-def error_result(item_id: str, problem: dict[str, Any]) -> dict[str, Any]:
-    """One image that could not be answered, beside others that could."""
-    return {
-        "id": item_id,
-        "status": "error",
-        "width": None,
-        "height": None,
-        "faces": (),
-        "faces_left_out": 0,
-        "error": problem,
-    }
-
-
-def answer(model: ModelId, request_id: str, results: Sequence[dict[str, Any]], timings: Timings) -> bytes:
-    """The whole answer as JSON."""
-    return to_json({"model": model, "request_id": request_id, "results": results, "timings": timings})
-
-
 def to_json(value: Any) -> bytes:
-    """JSON of plain values and records, a tenth of the time of the standard library's.
+    """JSON of plain values and records under their fields' names, in a tenth of the standard library's time.
 
-    NaN would become null: what comes here was checked by the batcher.
+    NaN would become null: the batcher has checked what comes here.
     """
     return orjson.dumps(value)

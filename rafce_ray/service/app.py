@@ -17,9 +17,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from rafce_ray.service.admin import admin_routes
 from rafce_ray.service.admission import Admission
-from rafce_ray.service.answers import to_json
+from rafce_ray.service.answers import ReadyStatus, Status, to_json
 from rafce_ray.service.batching import Batcher
-from rafce_ray.service.bodies import BodyRules, declared_bytes, read_request
 from rafce_ray.service.config import ServiceConfig
 from rafce_ray.service.documents import document_routes
 from rafce_ray.service.edge import Edge, within
@@ -33,6 +32,7 @@ from rafce_ray.service.predicting import Context, predict
 from rafce_ray.service.problems import EXCEPTION_HANDLERS, REQUEST_ID, Problem, deadline_passed
 from rafce_ray.service.readiness import Readiness
 from rafce_ray.service.reading import Reader
+from rafce_ray.service.requests import BodyRules, declared_bytes, read_request
 
 HUNG_S = 60.0
 """Seconds for which one batch may run before the process counts as ill: none takes a tenth of it."""
@@ -148,13 +148,13 @@ class _Predict:
 
 async def _healthz(service: Service, request: Request) -> Response:
     service.check_health()
-    return Response(to_json({"status": "ok"}), media_type=JSON)
+    return Response(to_json(Status("ok")), media_type=JSON)
 
 
 async def _readyz(service: Service, request: Request) -> Response:
     served = service.live.served
     await service.check_ready(served)
-    return Response(to_json({"status": "ready", "model": served.model}), media_type=JSON)
+    return Response(to_json(ReadyStatus("ready", served.model)), media_type=JSON)
 
 
 async def _model(service: Service, request: Request) -> Response:

@@ -19,7 +19,7 @@ from httptools import HttpParserCallbackError, HttpParserInvalidMethodError
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from rafce_ray.service.edge import SECURITY_HEADERS
-from rafce_ray.service.problems import MEDIA_TYPE, Problem, problem_body, request_id_of
+from rafce_ray.service.problems import MEDIA_TYPE, Problem, problem_document, request_id_of
 
 MAX_HEADER_BYTES = 64 * 1024
 """The edge has its own, smaller bound and explains it; this one only keeps the parser from gathering more."""
@@ -103,7 +103,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
 
 def _response(problem: Problem, request_id: str) -> bytes:
-    body = json.dumps(problem_body(problem, "", request_id)).encode()
+    body = json.dumps(problem_document(problem, "", request_id)).encode()
     headers = (
         *SECURITY_HEADERS,
         (b"x-request-id", request_id.encode()),

@@ -9,10 +9,10 @@ from pydantic import Field
 
 from rafce_ray.console import finite
 from rafce_ray.model_card import INTENDED_USE, PERCEIVED, PROHIBITED_USE
+from rafce_ray.service.answers import ModelId, Record
 from rafce_ray.service.config import ServiceConfig
 from rafce_ray.service.drift_watch import WINDOW_FACES, DriftWatch
 from rafce_ray.service.live import FailedSwap, Served
-from rafce_ray.service.schema import Model, Record
 from rafce_ray.taxonomy import ACTION_UNIT_NAMES, Taxonomy, action_unit_code
 
 
@@ -97,7 +97,7 @@ class Drift(Record):
 class ModelInfo(Record):
     """Answer of GET /v1/model: the model card as data."""
 
-    model: Model
+    model: ModelId
     since: datetime = Field(description="When this process began to answer with it, UTC.")
     engine: Engine
     refused: Refused | None = Field(description="Null where nothing newer was refused.")
@@ -121,7 +121,7 @@ def model_info(config: ServiceConfig, served: Served, failed: FailedSwap | None)
     bundle = served.predictor.bundle
     limits = config.limits.model_dump(include=set(RequestLimits.model_fields))
     return ModelInfo(
-        model=Model(**vars(served.model)),
+        model=served.model,
         since=served.since,
         engine=Engine(
             name=served.predictor.engine.name, precision=served.predictor.engine.precision, remarks=served.remarks

@@ -6,21 +6,20 @@ import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from rafce_ray.calibration import Probabilities
 from rafce_ray.drift import Light
 from rafce_ray.faces import Pixels
-from rafce_ray.prediction import EmotionScore, Prediction
-from rafce_ray.service.answers import Timings, answer, distribution_of, error_result, face_answer, ok_result
+from rafce_ray.prediction import EmotionScore, Prediction, plain
+from rafce_ray.service.answers import PredictAnswer, Result, Timings, distribution_of, face_answer, to_json
 from rafce_ray.service.batching import Batcher
-from rafce_ray.service.bodies import Item, Options, PredictRequest
 from rafce_ray.service.live import Served
 from rafce_ray.service.meter import Meter
-from rafce_ray.service.problems import Problem, problem_body
+from rafce_ray.service.problems import Problem, problem_document
 from rafce_ray.service.reading import Reader, ReadImage
+from rafce_ray.service.requests import Item, Options, ParsedRequest
 
 _Answer = tuple[Prediction, tuple[EmotionScore, ...] | None]
 
@@ -38,7 +37,7 @@ class Context:
     since: float
 
 
-async def predict(request: PredictRequest, context: Context) -> bytes:
+async def predict(request: ParsedRequest, context: Context) -> bytes:
     """The answer as JSON; beside others that can be, an image that cannot be read has its problem in its result.
 
     Raises:
@@ -63,10 +62,10 @@ async def predict(request: PredictRequest, context: Context) -> bytes:
     lights = [light for image in images if isinstance(image, ReadImage) for light in image.lights]
     count_faces([prediction for prediction, _ in answers], lights, context.served, context.meter)
     context.meter.count_times(timings.decode_ms, timings.queue_ms, timings.inference_ms)
-    return answer(context.served.model, context.request_id, results, timings)
+    return to_json(PredictAnswer(context.served.model, context.request_id, results, timings))
 
 
-def _refusal(request: PredictRequest, problems: Sequence[Problem], context: Context) -> Problem:
+def _refusal(request: ParsedRequest, problems: Sequence[Problem], context: Context) -> Problem:
     """What a request is answered of whose images all have a problem."""
     if len(problems) == 1:
         return problems[0]
@@ -74,12 +73,13 @@ def _refusal(request: PredictRequest, problems: Sequence[Problem], context: Cont
     return Problem(
         "no_image_read",
         f"None of the {len(problems)} images could be answered; the first: {problems[0].detail}",
-        members={"results": results},
+        members={"results": plain(tuple(results))},
     )
 
 
-def _error(item: Item, problem: Problem, context: Context) -> dict[str, Any]:
-    return error_result(item.id, problem_body(problem, context.path, context.request_id))
+def _error(item: Item, problem: Problem, context: Context) -> Result:
+    document = problem_document(problem, context.path, context.request_id)
+    return Result(item.id, "error", None, None, (), 0, document)
 
 
 async def _read(items: Sequence[Item], options: Options, context: Context) -> list[ReadImage | Problem]:
@@ -100,17 +100,17 @@ async def _read_item(item: Item, options: Options, context: Context) -> ReadImag
 
 
 def _results(
-    request: PredictRequest, images: Sequence[ReadImage | Problem], answers: Sequence[_Answer], context: Context
-) -> list[dict[str, Any]]:
+    request: ParsedRequest, images: Sequence[ReadImage | Problem], answers: Sequence[_Answer], context: Context
+) -> tuple[Result, ...]:
     faces = iter(answers)
-    results = []
+    results: list[Result] = []
     for item, image in zip(request.items, images, strict=True):
         if isinstance(image, Problem):
             results.append(_error(item, image, context))
             continue
-        found = [face_answer(face, *next(faces)) for face in image.faces]
-        results.append(ok_result(item.id, image.width, image.height, found, image.faces_left_out))
-    return results
+        found = tuple(face_answer(face, *next(faces)) for face in image.faces)
+        results.append(Result(item.id, "ok", image.width, image.height, found, image.faces_left_out, None))
+    return tuple(results)
 
 
 def _answers(found: Probabilities, options: Options, context: Context) -> list[_Answer]:

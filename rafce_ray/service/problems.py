@@ -7,12 +7,14 @@ import random
 import re
 from collections.abc import Callable, Coroutine, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import ConfigDict, Field, with_config
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
+from typing_extensions import TypedDict
 
 from rafce_ray.decode import DecodeError
 from rafce_ray.errors import did_you_mean
@@ -288,8 +290,21 @@ def problem_of_image(error: DecodeError) -> Problem:
     return Problem(error.code, sentence(error.message), hint=error.remedy)
 
 
-def problem_body(problem: Problem, path: str, request_id: str) -> dict[str, Any]:
-    """The problem as a JSON object; ``path`` is the request's."""
+@with_config(ConfigDict(extra="forbid"))
+class ProblemDocument(TypedDict):
+    """What went wrong (RFC 9457), with its remedy. `type` is stable and has a page of its own."""
+
+    type: Annotated[str, Field(pattern="^/problems/[a-z0-9_]+$", description="Stable name of the kind of problem.")]
+    title: Annotated[str, Field(description="The kind of problem in words.")]
+    status: Annotated[int, Field(ge=400, le=599, description="HTTP status.")]
+    detail: Annotated[str, Field(description="What was found and what was expected.")]
+    hint: Annotated[str, Field(description="The remedy.")]
+    instance: Annotated[str, Field(description="Path of the request.")]
+    request_id: Annotated[str, Field(description="As in the x-request-id header.")]
+
+
+def problem_document(problem: Problem, path: str, request_id: str) -> ProblemDocument:
+    """The problem as a JSON object, without the members of its own; ``path`` is the request's."""
     return {
         "type": problem.type.uri,
         "title": problem.type.title,
@@ -298,15 +313,14 @@ def problem_body(problem: Problem, path: str, request_id: str) -> dict[str, Any]
         "hint": problem.hint,
         "instance": path,
         "request_id": request_id,
-        **problem.members,
     }
 
 
 def problem_response(problem: Problem, scope: MutableMapping[str, Any]) -> Response:
     """The problem as a response to the request of an ASGI ``scope`` that passed the edge."""
     scope[PROBLEM_CODE] = problem.code
-    body = json.dumps(problem_body(problem, scope["path"], scope.get(REQUEST_ID, "")))
-    return Response(body.encode(), problem.status, problem.headers, MEDIA_TYPE)
+    document = problem_document(problem, scope["path"], scope.get(REQUEST_ID, ""))
+    return Response(json.dumps({**document, **problem.members}).encode(), problem.status, problem.headers, MEDIA_TYPE)
 
 
 def request_id_of(wanted: bytes) -> str:

@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
 from rafce_ray.config import explain
-from rafce_ray.service.json_bodies import decode_base64
+from rafce_ray.prediction import Probability
+from rafce_ray.service.answers import Record
 from rafce_ray.service.problems import Problem
-from rafce_ray.service.schema import Probability, Record
+from rafce_ray.service.requests import decode_base64
 
 Parameters = dict[str, Any]
 

@@ -9,17 +9,18 @@ import httpx
 import pytest
 
 from rafce_ray.service.admission import Admission
-from rafce_ray.service.bodies import (
+from rafce_ray.service.problems import Problem
+from rafce_ray.service.requests import (
     PARSED_ON_THE_LOOP_BYTES,
     BodyRules,
     Options,
     PredictRequest,
     declared_bytes,
+    decode_base64,
+    parse_json,
     read_body,
     read_request,
 )
-from rafce_ray.service.json_bodies import decode_base64, parse_json
-from rafce_ray.service.problems import Problem
 
 RULES = BodyRules(max_images=3, max_image_bytes=200_000, num_emotions=5)
 IMAGE = bytes(range(256))

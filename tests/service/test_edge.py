@@ -17,13 +17,13 @@ from starlette.responses import HTMLResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
 
 from rafce_ray.service.admission import Admission
-from rafce_ray.service.bodies import declared_bytes, read_body
 from rafce_ray.service.config import Limits
 from rafce_ray.service.edge import Edge, within
 from rafce_ray.service.keys import KEY_ID
 from rafce_ray.service.local_peers import Callers
 from rafce_ray.service.logs import LOGGER, JsonLines
 from rafce_ray.service.problems import EXCEPTION_HANDLERS, REQUEST_ID, Problem, deadline_passed
+from rafce_ray.service.requests import declared_bytes, read_body
 
 LIMITS = Limits(max_body_bytes=20_000, max_header_bytes=2048, body_timeout_s=0.3, max_bytes=50_000)
 LATE = deadline_passed(5)

@@ -18,7 +18,7 @@ from rafce_ray.service.problems import (
     REQUEST_ID,
     Problem,
     nearest,
-    problem_body,
+    problem_document,
     problem_of_image,
     shown,
 )
@@ -44,7 +44,7 @@ def test_every_code_of_the_decoder_has_a_type():
 
 def test_a_problem_has_the_members_of_rfc_9457_and_ours():
     problem = Problem("busy", "All places are taken.", headers={"retry-after": "1"})
-    assert problem_body(problem, "/v1/predict", "r1") == {
+    assert problem_document(problem, "/v1/predict", "r1") == {
         "type": "/problems/busy",
         "title": "Busy",
         "status": 429,
