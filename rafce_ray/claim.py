@@ -1,6 +1,6 @@
 """One program at a time works in a folder, and a folder holds one kind of thing: a run, a study or predictions.
 
-A registry is claimed in the same way, for each change of what is live.
+A registry is claimed in the same way for each change of the live version.
 
 Each program writes its own claim, then looks for others. Of two programs that start together, at least one sees the
 other and steps back. This works wherever a listing shows earlier writes, object stores among them. Pyarrow offers no
@@ -30,13 +30,12 @@ import pyarrow.fs as pafs
 
 from rafce_ray.console import handled_signals, to_json, warn
 from rafce_ray.errors import RafceError, UsageError
-from rafce_ray.run_folder import TRIALS
 from rafce_ray.storage import Location
 
 Kind = Literal["run", "study", "predictions"]
 
 MARKS: dict[Kind, tuple[str, ...]] = {
-    "study": ("study.json", TRIALS),
+    "study": ("study.json", "trials"),
     "run": ("provenance.json", "audit.json", "checkpoints"),
     "predictions": ("plan.json",),
 }

@@ -196,7 +196,7 @@ def copy(on_its_own, tmp_path, monkeypatch) -> Callable[..., None]:
     variables = {"HOME": str(tmp_path), "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
 
     def run(*arguments: str) -> None:
-        command = [sys.executable, "-m", "rafce_ray.cli", *arguments]
+        command = [sys.executable, "-m", "rafce_ray", *arguments]
         done = subprocess.run(command, env=on_its_own | variables, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
 

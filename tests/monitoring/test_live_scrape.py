@@ -26,7 +26,7 @@ from rafce_ray.monitoring.compose import DISCOVERY_FILE
 from rafce_ray.run_folder import RunFolder
 from rafce_ray.study.trials import Training
 from rafce_ray.study_folder import StudyFolder
-from rafce_ray.train import launch
+from rafce_ray.train.launch import launch
 from rafce_ray.tune.shares import Shares
 
 pytestmark = pytest.mark.ray
