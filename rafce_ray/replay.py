@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Any
 from rich.table import Table
 
 from rafce_ray.config import LONGEST_NAME, Config, apply_overrides, build_config, config_hash, differences
-from rafce_ray.console import progress_bar, to_json, warn
+from rafce_ray.console import progress_bar, to_json
 from rafce_ray.data.dataset import Prepared, prepare
 from rafce_ray.errors import UsageError
 from rafce_ray.hardware import choose_device, describe_hardware, describe_software
@@ -29,7 +28,6 @@ from rafce_ray.reproduction import (
 )
 from rafce_ray.run_folder import TRIALS, RunFolder
 from rafce_ray.storage import Location, locate
-from rafce_ray.train.launch import launch, ray_cluster
 
 TOLERANCES = {"cpu": 1e-6, "cuda": 1e-2}
 """Difference up to which figures count as equal, by device: a GPU's kernels add up in another order each time, and training
@@ -131,27 +129,6 @@ def _place_beside(location: Location) -> tuple[str, str]:
     base = re.sub(r"[^A-Za-z0-9._-]+", "-", location.name).lstrip("._-")[: LONGEST_NAME - 16] + "-replay"
     names = (base if number == 1 else f"{base}-{number}" for number in count(1))
     return str(storage), next(name for name in names if RunFolder(str(storage / name)).result() is None)
-
-
-def train_again(plan: Plan) -> RunFolder:
-    """Train the replay on as many threads as the original had, or as there are; returns its folder."""
-    with ray_cluster(plan.config, f"rafce replay {plan.config.run.name}") as (num_cpus, num_gpus):
-        values = plan.config.model_dump()
-        run = values["run"]
-        most = max(1, math.floor(num_cpus / run["num_workers"]))
-        if (run["cpus_per_worker"] or 1) > most:
-            warn(
-                f"the original had {run['cpus_per_worker']} threads a worker, here are {most}: the last digits of figures depend on it."
-            )
-            run["cpus_per_worker"] = most
-        if run["use_gpu"] and num_gpus < run["num_workers"]:
-            warn(
-                f"the original had a GPU for each of {run['num_workers']} worker(s), here are {num_gpus:g}: training on the CPU."
-            )
-            run["use_gpu"] = False
-        config = build_config(values)
-        launch(config)
-    return RunFolder(str(locate(config.run.storage) / str(config.run.name)))
 
 
 def compare_runs(original: RunFolder, replay: RunFolder, tolerance: float | None) -> tuple[Comparison, bool | None]:

@@ -59,7 +59,7 @@ def test_only_entry_points_import_the_commands():
         if "cli" not in path.relative_to(PACKAGE).parts
         and re.search(r"\brafce_ray\.cli\b|from rafce_ray import .*\bcli\b", path.read_text())
     }
-    packages = {f"{name}/__main__.py" for name in ("data", "doctor", "report", "serve", "train", "tune")}
+    packages = {f"{name}/__main__.py" for name in ("serve", "train", "tune")}
     assert importing == {"__main__.py", "predict.py", *packages}
 
 

@@ -10,13 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from rafce_ray import replay
 from rafce_ray.cli.replay import main
 from rafce_ray.config import config_hash, load_config, to_yaml
 from rafce_ray.data.dataset import prepare
 from rafce_ray.errors import UsageError
 from rafce_ray.hardware import describe_software
-from rafce_ray.replay import plan_replay, train_again
+from rafce_ray.replay import plan_replay
 from rafce_ray.reproduction import (
     MISSING,
     Circumstance,
@@ -26,6 +25,7 @@ from rafce_ray.reproduction import (
 )
 from rafce_ray.run_folder import RunFolder, open_finished
 from rafce_ray.study.trials import conclude
+from rafce_ray.train import launch as driver
 from rafce_ray.train.launch import named
 
 pytestmark = pytest.mark.numeric
@@ -323,9 +323,9 @@ def test_a_smaller_machine_is_said_and_used(tiny_overrides, tmp_path, monkeypatc
     def small_cluster(*_):
         yield 2.0, 0.0
 
-    monkeypatch.setattr(replay, "ray_cluster", small_cluster)
-    monkeypatch.setattr(replay, "launch", started.append)
-    assert train_again(plan).location.name == "run-replay"
+    monkeypatch.setattr(driver, "ray_cluster", small_cluster)
+    monkeypatch.setattr(driver, "launch", started.append)
+    assert driver.train_again(plan).location.name == "run-replay"
     assert (started[0].run.cpus_per_worker, started[0].run.use_gpu) == (2, False)
     said = capsys.readouterr().err
     assert "the original had 64 threads a worker, here are 2" in said

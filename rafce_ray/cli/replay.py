@@ -23,9 +23,10 @@ def main(argv: list[str]) -> int:
     check_ray()
     from rafce_ray.config import config_hash
     from rafce_ray.console import console
-    from rafce_ray.replay import circumstances_table, compare_runs, data_changes, plan_replay, train_again
+    from rafce_ray.replay import circumstances_table, compare_runs, data_changes, plan_replay
     from rafce_ray.reproduction import circumstances_of, compare_circumstances
     from rafce_ray.run_folder import open_finished
+    from rafce_ray.train.launch import train_again
 
     original = open_finished(arguments.run)
     plan = plan_replay(original, arguments.overrides)

@@ -26,6 +26,7 @@ from rafce_ray.data.dataset import Prepared, prepare
 from rafce_ray.errors import RafceError, UsageError
 from rafce_ray.hardware import describe_software
 from rafce_ray.ray_environment import check_ray, dashboard_line, not_started, ray_address
+from rafce_ray.replay import Plan
 from rafce_ray.run_folder import RunFolder
 from rafce_ray.session import Job
 from rafce_ray.storage import locate
@@ -338,3 +339,24 @@ def _error_of(outcome: dict[str, Any]) -> RafceError:
     error = RafceError(str(outcome["error"]))
     error.exit_code = int(outcome["exit_code"])
     return error
+
+
+def train_again(plan: Plan) -> RunFolder:
+    """Train the replay on as many threads as the original had, or as there are; returns its folder."""
+    with ray_cluster(plan.config, f"rafce replay {plan.config.run.name}") as (num_cpus, num_gpus):
+        values = plan.config.model_dump()
+        run = values["run"]
+        most = max(1, math.floor(num_cpus / run["num_workers"]))
+        if (run["cpus_per_worker"] or 1) > most:
+            warn(
+                f"the original had {run['cpus_per_worker']} threads a worker, here are {most}: the last digits of figures depend on it."
+            )
+            run["cpus_per_worker"] = most
+        if run["use_gpu"] and num_gpus < run["num_workers"]:
+            warn(
+                f"the original had a GPU for each of {run['num_workers']} worker(s), here are {num_gpus:g}: training on the CPU."
+            )
+            run["use_gpu"] = False
+        config = build_config(values)
+        launch(config)
+    return RunFolder(str(locate(config.run.storage) / str(config.run.name)))
