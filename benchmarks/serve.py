@@ -44,8 +44,8 @@ from serving import (
     write_model,
 )
 
-from rafce_ray.console import progress_bar
-from rafce_ray.hardware import choose_device, describe_hardware
+from rafce_ray.base.console import progress_bar
+from rafce_ray.base.hardware import choose_device, describe_hardware
 
 ALIGNED = (("faces", "aligned"),)
 JPEG = "image/jpeg"

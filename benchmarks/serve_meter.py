@@ -16,11 +16,11 @@ from collections.abc import Callable
 import numpy as np
 from rich.console import Console
 
+from rafce_ray.base.taxonomy import RAFCE_EMOTIONS, SEED18, make_taxonomy
 from rafce_ray.drift import Bins, DriftReference, Light, light_of
 from rafce_ray.prediction import ActionUnitPrediction, EmotionPrediction, Prediction
 from rafce_ray.service.drift_watch import DriftWatch
 from rafce_ray.service.meter import Meter
-from rafce_ray.taxonomy import RAFCE_EMOTIONS, SEED18, make_taxonomy
 
 ROUNDS = 20_000
 TAXONOMY = make_taxonomy(tuple(RAFCE_EMOTIONS), SEED18)

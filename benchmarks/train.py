@@ -35,13 +35,13 @@ from rich.table import Table
 from torch import nn
 from torch.utils.data import DataLoader
 
+from rafce_ray.base.console import progress_bar
+from rafce_ray.base.hardware import choose_device, describe_hardware, describe_software
 from rafce_ray.config import load_config
-from rafce_ray.console import progress_bar
 from rafce_ray.data.dataset import prepare
 from rafce_ray.data.drawing.synthetic import synthesize
 from rafce_ray.data.loader import Batch
 from rafce_ray.engine import autocast, train_epoch
-from rafce_ray.hardware import choose_device, describe_hardware, describe_software
 from rafce_ray.session import Job, LocalSession
 from rafce_ray.training import NUM_LOSS_SUMS, Training
 

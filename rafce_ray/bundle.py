@@ -23,6 +23,10 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 
+from rafce_ray.base.console import finite
+from rafce_ray.base.object_store import StorageError
+from rafce_ray.base.storage import Location, locate
+from rafce_ray.base.taxonomy import Taxonomy
 from rafce_ray.bundle_manifest import (
     CANARY,
     FORMAT_VERSION,
@@ -41,13 +45,9 @@ from rafce_ray.bundle_manifest import (
 from rafce_ray.calibration import Calibration
 from rafce_ray.canary import Canary, canary_from_tensors, canary_to_bytes, draw_canary
 from rafce_ray.consistency import Association
-from rafce_ray.console import finite
 from rafce_ray.drift import DriftReference
 from rafce_ray.model import Architecture, MultiTaskModel, build_model
-from rafce_ray.object_store import StorageError
 from rafce_ray.preprocess import Preprocessing
-from rafce_ray.storage import Location, locate
-from rafce_ray.taxonomy import Taxonomy
 
 __all__ = [
     "MANIFEST",

@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from rafce_ray.errors import RafceError
-from rafce_ray.taxonomy import ACTION_UNIT_NAMES, Taxonomy, action_unit_code, parse_action_unit_token
+from rafce_ray.base.errors import RafceError
+from rafce_ray.base.taxonomy import ACTION_UNIT_NAMES, Taxonomy, action_unit_code, parse_action_unit_token
 
 FORMAT_VERSION = 4
 """Version of the layout that this code writes. It also reads version 1, which had no association, 2, which had no canary, and 3, which had no

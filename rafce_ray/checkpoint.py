@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from rafce_ray.errors import RafceError
-from rafce_ray.object_store import StorageError
-from rafce_ray.storage import Location
+from rafce_ray.base.errors import RafceError
+from rafce_ray.base.object_store import StorageError
+from rafce_ray.base.storage import Location
 
 MANIFEST = "manifest.json"
 TRAINER_STATE = "trainer_state.pt"

@@ -15,13 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import t as student_t
 
+from rafce_ray.base.errors import UsageError
+from rafce_ray.base.figures import FIGURES, WITH_INTERVAL
+from rafce_ray.base.taxonomy import Taxonomy
 from rafce_ray.calibration import Calibration, Outputs, calibrated
-from rafce_ray.errors import UsageError
-from rafce_ray.figures import FIGURES, WITH_INTERVAL
 from rafce_ray.intervals import percentile_interval
 from rafce_ray.metrics import bootstrap_figures, evaluate_probabilities
 from rafce_ray.split_outputs import SplitOutputs
-from rafce_ray.taxonomy import Taxonomy
 
 
 def f1_of(name: str) -> str:

@@ -29,10 +29,10 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
-from rafce_ray.errors import UsageError, did_you_mean
-from rafce_ray.figures import MONITORS
-from rafce_ray.storage import locate
-from rafce_ray.taxonomy import parse_action_unit_token
+from rafce_ray.base.errors import UsageError, did_you_mean
+from rafce_ray.base.figures import MONITORS
+from rafce_ray.base.storage import locate
+from rafce_ray.base.taxonomy import parse_action_unit_token
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails

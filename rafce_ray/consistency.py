@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ConfigDict
 
-from rafce_ray.taxonomy import Taxonomy
+from rafce_ray.base.taxonomy import Taxonomy
 
 PRIOR_IMAGES = 10.0
 """Images of the overall prevalence that are added to each class: a class of six images does not make a rule."""

@@ -37,7 +37,7 @@ from PIL.TiffImagePlugin import (
 from PIL.TiffTags import TAGS_V2_GROUPS
 from PIL.WebPImagePlugin import WebPImageFile
 
-from rafce_ray.errors import Finding, RafceError
+from rafce_ray.base.errors import Finding, RafceError
 
 DECODER_VERSION = 2
 """Changes whenever the same bytes may give other pixels: decoded stores are keyed by it."""

@@ -17,6 +17,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from rafce_ray.base.console import finite
+from rafce_ray.base.errors import RafceError
+from rafce_ray.base.figures import MAIN
+from rafce_ray.base.hardware import describe_hardware
 from rafce_ray.checkpoint import (
     checkpoint_name,
     clear_scratch,
@@ -24,13 +28,9 @@ from rafce_ray.checkpoint import (
     newest_valid,
     prune,
 )
-from rafce_ray.console import finite
 from rafce_ray.data.loader import batch_remark, step_seed, tally
-from rafce_ray.errors import RafceError
 from rafce_ray.evaluate import EVALUATION_BATCH
-from rafce_ray.figures import MAIN
 from rafce_ray.finish import finish
-from rafce_ray.hardware import describe_hardware
 from rafce_ray.metrics import Counts, count_batch, summarise, with_score
 from rafce_ray.optim import learning_rate
 from rafce_ray.preprocess import preprocess

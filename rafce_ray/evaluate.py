@@ -11,19 +11,19 @@ import numpy as np
 import torch
 from rich.table import Table
 
+from rafce_ray.base.console import progress_bar, warn
+from rafce_ray.base.errors import RafceError, UsageError
+from rafce_ray.base.figures import FIGURES, WITH_INTERVAL
+from rafce_ray.base.taxonomy import Taxonomy, class_named, make_taxonomy
 from rafce_ray.bundle import Bundle
 from rafce_ray.calibration import Calibration, Outputs, Probabilities, calibrated
 from rafce_ray.config import DataConfig, apply_overrides, build_config
-from rafce_ray.console import progress_bar, warn
 from rafce_ray.data.dataset import Dataset, open_dataset, prepare
 from rafce_ray.data.records import SPLITS, Progress, Targets
-from rafce_ray.errors import RafceError, UsageError
-from rafce_ray.figures import FIGURES, WITH_INTERVAL
 from rafce_ray.metrics import count_probabilities, evaluate_probabilities, summarise
 from rafce_ray.predictor import Predictor
 from rafce_ray.reliability import reliability_figures, risk_coverage
 from rafce_ray.split_outputs import SplitOutputs
-from rafce_ray.taxonomy import Taxonomy, class_named, make_taxonomy
 
 EVALUATION_BATCH = 128
 """Images per forward pass; with another number the last digits of probabilities may differ."""

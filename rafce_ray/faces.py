@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from rafce_ray.errors import UsageError
+from rafce_ray.base.errors import UsageError
 
 Pixels = NDArray[np.uint8]
 Points = NDArray[np.float64]

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rafce_ray.figures import MIN_SUPPORT
+from rafce_ray.base.figures import MIN_SUPPORT
 
 UNDEFINED = "–"
 

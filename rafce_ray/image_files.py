@@ -14,7 +14,10 @@ from urllib.parse import quote, unquote_to_bytes
 
 import pyarrow.fs as pafs
 
-from rafce_ray.console import printable
+from rafce_ray.base.console import printable
+from rafce_ray.base.errors import UsageError
+from rafce_ray.base.object_store import ask
+from rafce_ray.base.storage import Location, locate
 from rafce_ray.decode import (
     HEAD_BYTES,
     READ_ENDINGS,
@@ -24,9 +27,6 @@ from rafce_ray.decode import (
     format_of,
     format_of_ending,
 )
-from rafce_ray.errors import UsageError
-from rafce_ray.object_store import ask
-from rafce_ray.storage import Location, locate
 
 _PICTURES = (*READ_ENDINGS, *UNREAD_PICTURE_ENDINGS)
 """Endings, in any case, of files that are taken as images without a look into them."""

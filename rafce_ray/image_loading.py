@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from rafce_ray.base.errors import Finding
+from rafce_ray.base.object_store import StorageError
 from rafce_ray.decode import FILE_LIMITS, DecodeError, decode_image, decode_sized_face
-from rafce_ray.errors import Finding
 from rafce_ray.faces import Face, FaceFinder, given_face, may_be_aligned
 from rafce_ray.image_files import file_name, read_file
-from rafce_ray.object_store import StorageError
 
 NO_FACE = "no_face"
 UNREADABLE = "unreadable"

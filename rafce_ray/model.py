@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rafce_ray.base.errors import UsageError
+from rafce_ray.base.taxonomy import Taxonomy
 from rafce_ray.config import BACKBONES, ModelConfig
-from rafce_ray.errors import UsageError
 from rafce_ray.pretrained import WeightsReport, load_weights
-from rafce_ray.taxonomy import Taxonomy
 from rafce_ray.trunk import build_trunk
 
 ATTENTION_DIM = 256

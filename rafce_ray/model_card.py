@@ -10,13 +10,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rafce_ray.base.console import finite
+from rafce_ray.base.figures import FIGURES, MIN_SUPPORT, WITH_INTERVAL
+from rafce_ray.base.taxonomy import Taxonomy
 from rafce_ray.calibration import Calibration
-from rafce_ray.console import finite
 from rafce_ray.data.records import SPLITS
 from rafce_ray.figure_text import UNDEFINED, against_floor, constant_f1, headline, interval, number, percent, summary
-from rafce_ray.figures import FIGURES, MIN_SUPPORT, WITH_INTERVAL
 from rafce_ray.model import Architecture
-from rafce_ray.taxonomy import Taxonomy
 
 PERCEIVED = (
     "The outputs are perceived expression: what people would say that a face shows. They are not what the person feels, and nothing "

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.swa_utils import AveragedModel
 
-from rafce_ray.errors import UsageError
+from rafce_ray.base.errors import UsageError
 
 MOMENTUM = 0.9
 """Of sgd, in Nesterov's form."""

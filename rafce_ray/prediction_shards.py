@@ -18,12 +18,12 @@ from itertools import islice, zip_longest
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from rafce_ray.base.console import pretty_json
+from rafce_ray.base.errors import RafceError, UsageError
+from rafce_ray.base.storage import Location
 from rafce_ray.bundle import Bundle
-from rafce_ray.console import pretty_json
-from rafce_ray.errors import RafceError, UsageError
 from rafce_ray.prediction import FilePrediction
 from rafce_ray.prediction_output import flat_schema, table_rows
-from rafce_ray.storage import Location
 
 FORMAT_VERSION = 1
 PLAN_FILE = "plan.json"

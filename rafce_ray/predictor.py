@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rafce_ray.base.taxonomy import ACTION_UNIT_NAMES, action_unit_code
 from rafce_ray.bundle import Bundle
 from rafce_ray.calibration import Outputs, Probabilities, calibrated
 from rafce_ray.consistency import basic_emotion_membership, consistency_of
@@ -26,7 +27,6 @@ from rafce_ray.prediction import (
     FilePrediction,
     Prediction,
 )
-from rafce_ray.taxonomy import ACTION_UNIT_NAMES, action_unit_code
 
 
 class Predictor:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torchvision.models import WeightsEnum, get_model_weights
 from torchvision.models.vision_transformer import interpolate_embeddings
 
-from rafce_ray.errors import RafceError, UsageError
+from rafce_ray.base.errors import RafceError, UsageError
 
 MIN_COVERAGE = 0.9
 """Share of the trunk that a weights file must fill."""

@@ -16,8 +16,8 @@ from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from rafce_ray.console import warn
-from rafce_ray.errors import RafceError, UsageError
+from rafce_ray.base.console import warn
+from rafce_ray.base.errors import RafceError, UsageError
 
 TESTED_RAY = "2.60.0"
 """The release of Ray that this package is tested with. It uses some of Ray's private parts (``ray_private.py``)."""

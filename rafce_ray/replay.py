@@ -11,11 +11,12 @@ from typing import Any
 
 from rich.table import Table
 
+from rafce_ray.base.console import progress_bar, to_json
+from rafce_ray.base.errors import UsageError
+from rafce_ray.base.hardware import choose_device, describe_hardware, describe_software
+from rafce_ray.base.storage import Location, locate
 from rafce_ray.config import LONGEST_NAME, Config, apply_overrides, build_config, config_hash, differences
-from rafce_ray.console import progress_bar, to_json
 from rafce_ray.data.dataset import Prepared, prepare
-from rafce_ray.errors import UsageError
-from rafce_ray.hardware import choose_device, describe_hardware, describe_software
 from rafce_ray.reproduction import (
     Circumstance,
     Comparison,
@@ -27,7 +28,6 @@ from rafce_ray.reproduction import (
     software_circumstances,
 )
 from rafce_ray.run_folder import TRIALS, RunFolder
-from rafce_ray.storage import Location, locate
 
 TOLERANCES = {"cpu": 1e-6, "cuda": 1e-2}
 """Difference up to which figures count as equal, by device: a GPU's kernels add up in another order each time, and training

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from rafce_ray.base.console import pretty_json, to_json, warn
+from rafce_ray.base.errors import DamagedFile, RafceError, UsageError
+from rafce_ray.base.object_store import StorageError
+from rafce_ray.base.storage import Location, locate
 from rafce_ray.config import Config, ConfigError, build_config, parse_yaml, to_yaml
-from rafce_ray.console import pretty_json, to_json, warn
-from rafce_ray.errors import DamagedFile, RafceError, UsageError
-from rafce_ray.object_store import StorageError
 from rafce_ray.split_outputs import SplitOutputs
-from rafce_ray.storage import Location, locate
 
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FILE = "events.jsonl"

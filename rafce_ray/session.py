@@ -8,8 +8,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from rafce_ray.base.taxonomy import Taxonomy
 from rafce_ray.config import Config, build_config
-from rafce_ray.taxonomy import Taxonomy
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from rafce_ray.base.errors import RafceError
 from rafce_ray.calibration import Outputs
-from rafce_ray.errors import RafceError
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from rafce_ray.base.errors import GateError
+from rafce_ray.base.figures import FIGURES, monitor_for
+from rafce_ray.base.hardware import resolve_precision
 from rafce_ray.bundle import read_weights, save_bundle
 from rafce_ray.calibration import Calibration
 from rafce_ray.checkpoint import Checkpoint, InvalidCheckpoint, local_bundle, read_trainer_state, save_checkpoint
@@ -19,9 +22,6 @@ from rafce_ray.data.audit_checks import audit_command
 from rafce_ray.data.augment import build_augmentation
 from rafce_ray.data.dataset import Dataset, open_dataset
 from rafce_ray.data.loader import Batch, ImageSource, TrainLoader, check_shares
-from rafce_ray.errors import GateError
-from rafce_ray.figures import FIGURES, monitor_for
-from rafce_ray.hardware import resolve_precision
 from rafce_ray.losses import MultiTaskLoss, Objective, build_loss, class_weights
 from rafce_ray.model import (
     build_architecture,

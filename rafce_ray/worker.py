@@ -28,9 +28,9 @@ from ray.train.v2._internal.execution.controller.state import (
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
 from torch import Tensor, nn
 
+from rafce_ray.base.errors import RafceError
 from rafce_ray.doctor.rules import report_findings
 from rafce_ray.engine import fit
-from rafce_ray.errors import RafceError
 from rafce_ray.run_folder import RunFolder
 from rafce_ray.session import Job, LocalSession
 from rafce_ray.study.trials import check_sampled, conclude, read_plan

@@ -212,12 +212,12 @@ def write_bundle() -> Callable[..., Path]:
     """
     import torch
 
+    from rafce_ray.base.taxonomy import make_taxonomy
     from rafce_ray.bundle import save_bundle
     from rafce_ray.calibration import Calibration
     from rafce_ray.consistency import Association
     from rafce_ray.model import Architecture, build_model
     from rafce_ray.preprocess import Preprocessing
-    from rafce_ray.taxonomy import make_taxonomy
 
     known, units = ("happily surprised", "sadly angry", "happily sad", "calm"), (1, 12, 25)
 

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from rafce_ray.base.storage import Location, locate
 from rafce_ray.checkpoint import (
     best_valid,
     clear_scratch,
@@ -15,7 +16,6 @@ from rafce_ray.checkpoint import (
     read_trainer_state,
     save_checkpoint,
 )
-from rafce_ray.storage import Location, locate
 
 
 def write(folder: Location, epoch: int, step: int = 0, score: float | None = None, content: str = "weights"):

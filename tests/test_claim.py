@@ -17,15 +17,15 @@ from pathlib import Path
 import pytest
 from processes import running
 
-from rafce_ray import claim
-from rafce_ray.claim import SILENT_S, check_unclaimed, claimed
-from rafce_ray.errors import UsageError
-from rafce_ray.storage import Location, locate
+from rafce_ray.base import claim
+from rafce_ray.base.claim import SILENT_S, check_unclaimed, claimed
+from rafce_ray.base.errors import UsageError
+from rafce_ray.base.storage import Location, locate
 
 HOLDER = """
 import sys, time
-from rafce_ray.claim import claimed
-from rafce_ray.storage import locate
+from rafce_ray.base.claim import claimed
+from rafce_ray.base.storage import locate
 with claimed(locate(sys.argv[1]), "run", key="run.name"):
     print("held", flush=True)
     # A signal that comes just before a long sleep would not end it.

@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import pytest
 
 from rafce_ray import __version__
+from rafce_ray.base.console import finite, progress_bar, run_main, to_json
+from rafce_ray.base.errors import GateError, UsageError
 from rafce_ray.cli import VERBS, main
-from rafce_ray.console import finite, progress_bar, run_main, to_json
-from rafce_ray.errors import GateError, UsageError
 
 
 def test_the_version_and_the_verbs_are_shown(capsys):
@@ -192,7 +192,7 @@ def test_a_full_disk_is_told_in_a_line(capsys):
 
 
 def test_a_reader_of_standard_output_that_goes_away_ends_a_command_quietly():
-    body = "import itertools, rafce_ray.console as c; c.run_main(lambda _: any(map(c.print_json, itertools.repeat({}))), [])"
+    body = "import itertools, rafce_ray.base.console as c; c.run_main(lambda _: any(map(c.print_json, itertools.repeat({}))), [])"
     with subprocess.Popen([sys.executable, "-c", body], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.close()
         assert process.stderr.read() == b""
@@ -223,7 +223,7 @@ def test_json_knows_no_nan():
 def test_progress_without_a_terminal_is_a_line_a_tenth_with_rate_and_time_left(monkeypatch, capsys):
     """Four items each quarter of a second; a rate is told after a second."""
     clock = itertools.count(100, 0.25)
-    monkeypatch.setattr("rafce_ray.console.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr("rafce_ray.base.console.time", SimpleNamespace(monotonic=lambda: next(clock)))
     with progress_bar("reading", 40) as advance:
         for _ in range(10):
             advance(4)

@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 from scipy.stats import t as student_t
 
+from rafce_ray.base.errors import UsageError
+from rafce_ray.base.figures import WITH_INTERVAL
+from rafce_ray.base.taxonomy import RAFCE_EMOTIONS, make_taxonomy
 from rafce_ray.calibration import Calibration, Outputs
 from rafce_ray.comparison import (
     NO_SPREAD,
@@ -24,11 +27,8 @@ from rafce_ray.comparison import (
     same_images,
     score,
 )
-from rafce_ray.errors import UsageError
-from rafce_ray.figures import WITH_INTERVAL
 from rafce_ray.metrics import evaluate_probabilities
 from rafce_ray.split_outputs import SplitOutputs
-from rafce_ray.taxonomy import RAFCE_EMOTIONS, make_taxonomy
 
 TAXONOMY = make_taxonomy(tuple(list(RAFCE_EMOTIONS)[:4]), (1, 12))
 CALIBRATION = Calibration(1.5, (0.4, 0.6))

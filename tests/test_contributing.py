@@ -7,11 +7,12 @@ from typing import get_args
 import yaml
 
 from rafce_ray import config
+from rafce_ray.base.figures import FIGURES, MAIN, MONITORS, OF_AN_EPOCH
+from rafce_ray.base.taxonomy import make_taxonomy
 from rafce_ray.cli.arguments import ENGINES
 from rafce_ray.config import BACKBONES, LossConfig, flatten
 from rafce_ray.doctor.diagnosis import SMALLER_BACKBONE
 from rafce_ray.doctor.figures import ONLY_FOR_ACTION_UNITS
-from rafce_ray.figures import FIGURES, MAIN, MONITORS, OF_AN_EPOCH
 from rafce_ray.inference.build import _COMPILERS, FASTEST_FIRST, PACKAGES, EngineChoice
 from rafce_ray.losses import AU_LOSSES
 from rafce_ray.metrics import Counts, summarise
@@ -19,7 +20,6 @@ from rafce_ray.service.config import ServiceConfig
 from rafce_ray.service.documents import _NOT_OF_PREDICT
 from rafce_ray.service.problems import PROBLEM_TYPES
 from rafce_ray.study.checks import NOT_SEARCHED
-from rafce_ray.taxonomy import make_taxonomy
 
 REPOSITORY = Path(__file__).parents[1]
 PAGE = (REPOSITORY / "CONTRIBUTING.md").read_text()

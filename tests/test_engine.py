@@ -13,14 +13,14 @@ from safetensors.torch import save_file
 from torchvision.models import mobilenet_v3_small
 
 from rafce_ray import training
+from rafce_ray.base.console import to_json
+from rafce_ray.base.errors import GateError, RafceError
 from rafce_ray.bundle import load_bundle
 from rafce_ray.checkpoint import TRAINER_STATE, list_checkpoints
 from rafce_ray.config import load_config
-from rafce_ray.console import to_json
 from rafce_ray.data.dataset import open_dataset, prepare
 from rafce_ray.data.loader import tally
 from rafce_ray.engine import fit
-from rafce_ray.errors import GateError, RafceError
 from rafce_ray.run_folder import RunFolder
 from rafce_ray.session import Job, LocalSession
 

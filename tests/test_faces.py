@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from needs import PHOTOGRAPHS
 
+from rafce_ray.base.errors import UsageError
 from rafce_ray.decode import decode_face, decode_image
-from rafce_ray.errors import UsageError
 from rafce_ray.faces import EYES_IN_CROP, Box, CascadeFinder, align_face, build_face_finder, given_face
 
 PHOTOS = {

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from processes import kill_all, running
 
+from rafce_ray.base.storage import locate
 from rafce_ray.checkpoint import list_checkpoints, newest_valid
 from rafce_ray.run_folder import RunFolder
-from rafce_ray.storage import locate
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rafce_ray.base.errors import UsageError
+from rafce_ray.base.taxonomy import RAFCE_EMOTIONS, SEED18, make_taxonomy
 from rafce_ray.config import LossConfig
 from rafce_ray.data.loader import Batch
-from rafce_ray.errors import UsageError
 from rafce_ray.losses import (
     AU_LOSSES,
     LossSettings,
@@ -25,7 +26,6 @@ from rafce_ray.losses import (
     votes_loss,
 )
 from rafce_ray.model import Logits
-from rafce_ray.taxonomy import RAFCE_EMOTIONS, SEED18, make_taxonomy
 
 pytestmark = pytest.mark.numeric
 

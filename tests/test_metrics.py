@@ -16,6 +16,7 @@ from sklearn.metrics import (
     precision_recall_fscore_support,
 )
 
+from rafce_ray.base.taxonomy import RAFCE_EMOTIONS, SEED18, Taxonomy, make_taxonomy
 from rafce_ray.intervals import Ranking, percentile_interval, resample_weights
 from rafce_ray.metrics import (
     Counts,
@@ -26,7 +27,6 @@ from rafce_ray.metrics import (
     summarise,
 )
 from rafce_ray.model import Logits
-from rafce_ray.taxonomy import RAFCE_EMOTIONS, SEED18, Taxonomy, make_taxonomy
 
 RAFCE = make_taxonomy(tuple(RAFCE_EMOTIONS), SEED18)
 THREE = make_taxonomy(("happily surprised", "happily disgusted", "sadly fearful"), (1, 12))

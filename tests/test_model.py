@@ -9,9 +9,10 @@ import torch
 from torch import nn
 from torchvision.models import get_model
 
+from rafce_ray.base.errors import UsageError
+from rafce_ray.base.taxonomy import RAFCE_EMOTIONS, SEED18, Taxonomy, make_taxonomy
 from rafce_ray.config import BACKBONES, ModelConfig
 from rafce_ray.data.loader import Batch
-from rafce_ray.errors import UsageError
 from rafce_ray.losses import LossSettings, MultiTaskLoss, Objective
 from rafce_ray.model import (
     Architecture,
@@ -24,7 +25,6 @@ from rafce_ray.model import (
     sinusoids,
 )
 from rafce_ray.optim import build_optimizer
-from rafce_ray.taxonomy import RAFCE_EMOTIONS, SEED18, Taxonomy, make_taxonomy
 from rafce_ray.trunk import build_trunk
 
 pytestmark = pytest.mark.numeric

@@ -19,20 +19,20 @@ import boto3
 import pytest
 from serving import free_port
 
-from rafce_ray import object_store, storage
+from rafce_ray.base import object_store, storage
+from rafce_ray.base.console import to_json
+from rafce_ray.base.errors import RafceError, UsageError
+from rafce_ray.base.object_store import PAUSES_S, StorageError, ask
+from rafce_ray.base.storage import locate
 from rafce_ray.checkpoint import Checkpoint, list_checkpoints, newest_valid
 from rafce_ray.cli import main as rafce
 from rafce_ray.config import DataConfig, load_config
-from rafce_ray.console import to_json
 from rafce_ray.data.dataset import prepare
 from rafce_ray.engine import fit
-from rafce_ray.errors import RafceError, UsageError
-from rafce_ray.object_store import PAUSES_S, StorageError, ask
 from rafce_ray.registry.versions import add_version, version_names
 from rafce_ray.run_folder import RunFolder
 from rafce_ray.service.loading import Registry
 from rafce_ray.session import Job, LocalSession
-from rafce_ray.storage import locate
 
 BUSY = OSError(
     "When uploading object 'k': AWS Error SLOW_DOWN during PutObject operation: Please reduce your request rate."
@@ -349,7 +349,7 @@ def test_a_busy_store_is_taken_for_storage(s3_door, s3_place):
 SAVES_TWO = """
 import sys, torch
 from rafce_ray.checkpoint import save_checkpoint
-from rafce_ray.storage import locate
+from rafce_ray.base.storage import locate
 def save_bundle(folder):
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(bytes(21 * 2**20))
@@ -416,7 +416,7 @@ def test_a_store_that_fails_while_checkpoints_are_read_loses_none(s3_door, s3_pl
 ADDS = """
 import sys
 from rafce_ray.registry.versions import add_version
-from rafce_ray.storage import locate
+from rafce_ray.base.storage import locate
 add_version(locate(sys.argv[1]), sys.argv[2], "one")
 """
 

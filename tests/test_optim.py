@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
+from rafce_ray.base.errors import UsageError
+from rafce_ray.base.taxonomy import make_taxonomy
 from rafce_ray.config import ModelConfig
-from rafce_ray.errors import UsageError
 from rafce_ray.model import build_architecture, build_model
 from rafce_ray.optim import build_ema, build_optimizer, learning_rate
-from rafce_ray.taxonomy import make_taxonomy
 
 pytestmark = pytest.mark.numeric
 

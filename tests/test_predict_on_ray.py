@@ -19,9 +19,9 @@ import pyarrow.parquet as pq
 import pytest
 from processes import is_alive, kill_all, running
 
+from rafce_ray.base.storage import locate
 from rafce_ray.cli.predict import main
 from rafce_ray.image_files import list_images
-from rafce_ray.storage import locate
 
 pytestmark = pytest.mark.ray
 

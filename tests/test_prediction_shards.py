@@ -11,18 +11,18 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 
-from rafce_ray import object_store
+from rafce_ray.base import object_store
+from rafce_ray.base.claim import claimed
+from rafce_ray.base.errors import Finding, RafceError, UsageError
+from rafce_ray.base.storage import locate
 from rafce_ray.bundle import load_bundle
-from rafce_ray.claim import claimed
 from rafce_ray.cli.predict import main
-from rafce_ray.errors import Finding, RafceError, UsageError
 from rafce_ray.faces import Box, Face
 from rafce_ray.image_files import find_images, list_images, read_image, stores_of
 from rafce_ray.image_loading import LoadedFile, load_image
 from rafce_ray.predict_on_ray import PredictionJob, ShardPredictor, Share, bundle_digest, predict_on_ray, share_out
 from rafce_ray.prediction_shards import Options, open_shards
 from rafce_ray.predictor import Predictor, outcomes, predict_files
-from rafce_ray.storage import locate
 
 OPTIONS = Options("b" * 64, "aligned", None, 2)
 NAMES = [f"/images/{number:02d}.jpg" for number in range(7)]

@@ -14,8 +14,8 @@ import grpc
 import pytest
 
 from rafce_ray import ray_environment
+from rafce_ray.base.errors import RafceError, UsageError
 from rafce_ray.config import load_config
-from rafce_ray.errors import RafceError, UsageError
 from rafce_ray.ray_environment import check_ray, dashboard_line, ray_folder
 
 CHECK = "from rafce_ray.ray_environment import check_ray; check_ray()"

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from rafce_ray.base.errors import UsageError
+from rafce_ray.base.hardware import describe_software
 from rafce_ray.cli.replay import main
 from rafce_ray.config import config_hash, load_config, to_yaml
 from rafce_ray.data.dataset import prepare
-from rafce_ray.errors import UsageError
-from rafce_ray.hardware import describe_software
 from rafce_ray.replay import plan_replay
 from rafce_ray.reproduction import (
     MISSING,

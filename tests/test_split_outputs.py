@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from rafce_ray.base.errors import RafceError
 from rafce_ray.calibration import Outputs
-from rafce_ray.errors import RafceError
 from rafce_ray.split_outputs import SplitOutputs
 
 pytestmark = pytest.mark.numeric

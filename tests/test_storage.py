@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from rafce_ray.errors import UsageError
-from rafce_ray.storage import locate
+from rafce_ray.base.errors import UsageError
+from rafce_ray.base.storage import locate
 
 
 def test_a_local_path_becomes_absolute_and_a_file_uri_is_the_same_place(tmp_path, monkeypatch):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from rafce_ray.errors import UsageError
+from rafce_ray.base.errors import UsageError
 from rafce_ray.study_folder import StudyFolder
 
 

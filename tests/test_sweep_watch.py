@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from rafce_ray.base.storage import Location
+from rafce_ray.base.taxonomy import make_taxonomy
 from rafce_ray.config import config_hash, flatten, load_config
 from rafce_ray.run_folder import RunFolder
 from rafce_ray.session import Job
-from rafce_ray.storage import Location
 from rafce_ray.study.trials import TrialPlan, conclude
 from rafce_ray.study.watch import SweepWatch
 from rafce_ray.study_folder import StudyFolder
-from rafce_ray.taxonomy import make_taxonomy
 from rafce_ray.watch import POLL_S, REMOTE_POLL_S
 
 TAXONOMY = make_taxonomy(("happy", "sad"), (1, 12))

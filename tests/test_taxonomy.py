@@ -1,6 +1,6 @@
 import pytest
 
-from rafce_ray.taxonomy import (
+from rafce_ray.base.taxonomy import (
     ACTION_UNIT_NAMES,
     RAFCE_EMOTIONS,
     SEED18,

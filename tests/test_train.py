@@ -16,10 +16,10 @@ import pytest
 from needs import PHOTOGRAPHS
 from processes import running
 
+from rafce_ray.base.errors import GateError, RafceError, UsageError
 from rafce_ray.bundle import load_bundle
 from rafce_ray.checkpoint import list_checkpoints
 from rafce_ray.config import load_config
-from rafce_ray.errors import GateError, RafceError, UsageError
 from rafce_ray.run_folder import RunFolder
 from rafce_ray.train.launch import launch
 from rafce_ray.worker import HUNG_EXIT_CODE
@@ -136,7 +136,7 @@ def test_a_worker_that_finishes_no_step_ends_itself(tiny_overrides, tmp_path):
 import sys, time
 from rafce_ray.config import load_config
 from rafce_ray.session import Job
-from rafce_ray.taxonomy import make_taxonomy
+from rafce_ray.base.taxonomy import make_taxonomy
 from rafce_ray.worker import Watchdog
 job = Job(load_config(overrides=["run.hang_timeout_s=4"]), "", make_taxonomy((), (1,)), sys.argv[1], {})
 watchdog = Watchdog(job, rank=3)

@@ -10,9 +10,9 @@ import pytest
 from studies import results
 
 from rafce_ray.ablate import ablate
+from rafce_ray.base.errors import UsageError
 from rafce_ray.cli.ablate import main
 from rafce_ray.config import load_config
-from rafce_ray.errors import UsageError
 from rafce_ray.study.trials import TRIAL_FILE, Training, read_plan
 from rafce_ray.study_folder import StudyFolder
 from rafce_ray.tune.shares import Shares
@@ -94,7 +94,7 @@ def test_the_seeds_recipe_reaches_the_seeds_au_f1_and_reading_the_labels_is_what
 
 
 def test_a_trial_trains_what_its_folder_says_and_its_figures_are_those_of_a_plain_loop(finished, tmp_path):
-    from rafce_ray.console import to_json
+    from rafce_ray.base.console import to_json
     from rafce_ray.data.dataset import prepare
     from rafce_ray.engine import fit
     from rafce_ray.session import Job, LocalSession

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from rafce_ray.ablation.arms import GROUPS, Arm, arm_of_change
+from rafce_ray.base.figures import MIN_SUPPORT
 from rafce_ray.bundle import read_taxonomy
 from rafce_ray.calibration import Calibration
 from rafce_ray.comparison import (
@@ -24,7 +25,6 @@ from rafce_ray.comparison import (
     same_images,
     score,
 )
-from rafce_ray.figures import MIN_SUPPORT
 from rafce_ray.run_folder import RunFolder
 from rafce_ray.split_outputs import SplitOutputs
 from rafce_ray.study.scored import over_seeds

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 
+from rafce_ray.base.console import print_json, say, to_json
+from rafce_ray.base.errors import UsageError
 from rafce_ray.cli.arguments import JSON_HELP, command, recipe_names
-from rafce_ray.console import print_json, say, to_json
-from rafce_ray.errors import UsageError
 
 
 @command

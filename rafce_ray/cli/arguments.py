@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
 from pathlib import Path
 
-from rafce_ray.console import run_main
-from rafce_ray.errors import did_you_mean
+from rafce_ray.base.console import run_main
+from rafce_ray.base.errors import did_you_mean
 
 SPLITS = ("train", "validation", "test")
 ENGINES = ("auto", "torch", "openvino", "onnxruntime")

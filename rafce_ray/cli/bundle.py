@@ -7,15 +7,15 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from rafce_ray.base.console import print_json, say
 from rafce_ray.cli.arguments import BUNDLE_HELP, ENGINES, command, parse_verb
-from rafce_ray.console import print_json, say
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from rafce_ray.base.storage import Location
     from rafce_ray.registry.live import Gate, LiveRecord
     from rafce_ray.registry.promotion import Outcome
-    from rafce_ray.storage import Location
 
 _COLUMNS = ("version", "live", "added", "backbone", "score", "on", "sha256")
 _STYLES = {"passed": "green", "refused": "bold red"}
@@ -27,7 +27,7 @@ def main(argv: list[str]) -> int:
     parser, verbs = _parser()
     parse_verb(parser, argv, verbs)
     arguments = parser.parse_args(argv)
-    from rafce_ray.storage import locate
+    from rafce_ray.base.storage import locate
 
     registry = locate(arguments.registry)
     registry.check_reachable()
@@ -55,7 +55,7 @@ def _list(registry: Location, arguments: argparse.Namespace) -> None:
 
 
 def _show(registry: Location, arguments: argparse.Namespace) -> None:
-    from rafce_ray.console import console
+    from rafce_ray.base.console import console
     from rafce_ray.registry.live import read_history, read_live
     from rafce_ray.registry.summary import summary_of
     from rafce_ray.registry.versions import read_version
@@ -99,7 +99,7 @@ def _add(registry: Location, arguments: argparse.Namespace) -> None:
 
 
 def _promote(registry: Location, arguments: argparse.Namespace) -> None:
-    from rafce_ray.console import console
+    from rafce_ray.base.console import console
     from rafce_ray.registry.promotion import Reason, Refused, Rules, promote, take_candidate
 
     reason = Reason(arguments.why, arguments.force)
@@ -126,7 +126,7 @@ def _rollback(registry: Location, arguments: argparse.Namespace) -> None:
 
 
 def _tell(registry: Location, outcome: Outcome, is_json: bool) -> None:
-    from rafce_ray.console import console
+    from rafce_ray.base.console import console
 
     if outcome.changed:
         console.print(_gates_table(outcome.live.gates))

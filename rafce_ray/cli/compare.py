@@ -7,9 +7,9 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from rafce_ray.base.console import print_json, say, warn
+from rafce_ray.base.errors import UsageError
 from rafce_ray.cli.arguments import command
-from rafce_ray.console import print_json, say, warn
-from rafce_ray.errors import UsageError
 
 if TYPE_CHECKING:
     from rafce_ray.compare import Compared
@@ -23,9 +23,9 @@ def main(argv: list[str]) -> int:
     places = [text for text in arguments.runs if text not in data]
     if len(places) < 2:
         raise UsageError(f"{len(places)} run(s) given: name the run to compare with first, then at least one other.")
+    from rafce_ray.base.console import console
+    from rafce_ray.base.hardware import choose_device
     from rafce_ray.compare import compare, load_run, render, to_json_record
-    from rafce_ray.console import console
-    from rafce_ray.hardware import choose_device
 
     choose_device(arguments.device)
     say(f"Comparing {len(places)} runs on the {arguments.split} split; the first, {places[0]}, is the reference.")

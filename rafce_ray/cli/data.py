@@ -10,9 +10,9 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
+from rafce_ray.base.console import progress_bar, say, to_json, warn
+from rafce_ray.base.errors import GateError, UsageError
 from rafce_ray.cli.arguments import command, local_path, parse_verb
-from rafce_ray.console import progress_bar, say, to_json, warn
-from rafce_ray.errors import GateError, UsageError
 
 if TYPE_CHECKING:
     from rafce_ray.data.audit import Audit
@@ -93,7 +93,7 @@ def _audit(arguments: argparse.Namespace, given: list[str]) -> int:
     say(f"Auditing {arguments.root}; {goes_to.get(arguments.json, f'JSON goes to {arguments.json}')}.")
     from rich.console import Console
 
-    from rafce_ray.console import console
+    from rafce_ray.base.console import console
     from rafce_ray.data.audit import audit, render
 
     found = audit(data, images=not arguments.labels_only, progress=progress_bar)
@@ -114,7 +114,7 @@ def _yaml_text(text: str) -> str:
 
 
 def _write_json(place: str, found: Audit) -> None:
-    from rafce_ray.storage import locate
+    from rafce_ray.base.storage import locate
 
     try:
         locate(place).write_bytes((to_json(found.to_json()) + "\n").encode())

@@ -6,9 +6,9 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from rafce_ray.base.console import print_json, say
+from rafce_ray.base.errors import LEVELS, UsageError
 from rafce_ray.cli.arguments import command
-from rafce_ray.console import print_json, say
-from rafce_ray.errors import LEVELS, UsageError
 
 if TYPE_CHECKING:
     from rafce_ray.doctor.diagnosis import Diagnosis

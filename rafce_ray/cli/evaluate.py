@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import argparse
 
+from rafce_ray.base.console import print_json, say, warn
 from rafce_ray.cli.arguments import BUNDLE_HELP, DEVICE_HELP, SPLITS, command, positive
-from rafce_ray.console import print_json, say, warn
 
 
 @command
 def main(argv: list[str]) -> int:
     """``rafce evaluate``."""
     arguments = _parser().parse_intermixed_args(argv)
+    from rafce_ray.base.console import console
+    from rafce_ray.base.hardware import choose_device
+    from rafce_ray.base.storage import locate
     from rafce_ray.bundle import load_bundle
-    from rafce_ray.console import console
     from rafce_ray.evaluate import EVALUATION_BATCH, data_config_for, evaluate_bundle, open_for_bundle, render
-    from rafce_ray.hardware import choose_device
-    from rafce_ray.storage import locate
 
     device = choose_device(arguments.device)
     bundle = load_bundle(arguments.bundle)

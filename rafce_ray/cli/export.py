@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from rafce_ray.base.console import say
 from rafce_ray.cli.arguments import BUNDLE_HELP, command, local_path
-from rafce_ray.console import say
 
 FORMATS = ("onnx", "openvino", "torch-export")
 

@@ -8,9 +8,9 @@ import re
 import shlex
 from pathlib import Path
 
+from rafce_ray.base.console import say, warn
+from rafce_ray.base.errors import UsageError
 from rafce_ray.cli.arguments import command
-from rafce_ray.console import say, warn
-from rafce_ray.errors import UsageError
 from rafce_ray.ray_environment import ray_folder
 
 PROMETHEUS_PORT, GRAFANA_PORT = 9090, 3000

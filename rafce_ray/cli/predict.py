@@ -10,9 +10,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rafce_ray.base.console import progress_bar, say
+from rafce_ray.base.errors import UsageError
 from rafce_ray.cli.arguments import BUNDLE_HELP, DEVICE_HELP, command, positive
-from rafce_ray.console import progress_bar, say
-from rafce_ray.errors import UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -36,9 +36,9 @@ def main(argv: list[str]) -> int:
 def _main_here(arguments: argparse.Namespace) -> int:
     import torch
 
+    from rafce_ray.base.hardware import choose_device
     from rafce_ray.bundle import load_bundle
     from rafce_ray.faces import build_face_finder
-    from rafce_ray.hardware import choose_device
     from rafce_ray.image_files import Skipped, find_images
     from rafce_ray.image_loading import load_ahead, load_file
     from rafce_ray.prediction_output import check_out, open_output

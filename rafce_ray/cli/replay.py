@@ -6,9 +6,9 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from rafce_ray.base.console import print_json, say, to_json, warn
+from rafce_ray.base.errors import GateError
 from rafce_ray.cli.arguments import command
-from rafce_ray.console import print_json, say, to_json, warn
-from rafce_ray.errors import GateError
 from rafce_ray.ray_environment import check_ray
 
 if TYPE_CHECKING:
@@ -21,8 +21,8 @@ def main(argv: list[str]) -> int:
     """``rafce replay``; exit code 3 where figures differ or the data have changed."""
     arguments = _parser().parse_intermixed_args(argv)
     check_ray()
+    from rafce_ray.base.console import console
     from rafce_ray.config import config_hash
-    from rafce_ray.console import console
     from rafce_ray.replay import circumstances_table, compare_runs, data_changes, plan_replay
     from rafce_ray.reproduction import circumstances_of, compare_circumstances
     from rafce_ray.run_folder import open_finished

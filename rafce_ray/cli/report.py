@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from rafce_ray.base.console import print_json, say, warn
+from rafce_ray.base.errors import UsageError
 from rafce_ray.cli.arguments import DEVICE_HELP, command
-from rafce_ray.console import print_json, say, warn
-from rafce_ray.errors import UsageError
 
 if TYPE_CHECKING:
+    from rafce_ray.base.storage import Location
     from rafce_ray.report.data import ReportData
-    from rafce_ray.storage import Location
     from rafce_ray.study_folder import StudyFolder
 
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def main(argv: list[str]) -> int:
     """``rafce report``."""
     arguments = _parser().parse_intermixed_args(argv)
-    from rafce_ray.hardware import choose_device
+    from rafce_ray.base.hardware import choose_device
     from rafce_ray.report.data import check_run, gather
     from rafce_ray.report.page import render_page, report_place
     from rafce_ray.report.study_data import is_study
@@ -103,7 +103,7 @@ def _report_study(study: StudyFolder, arguments: argparse.Namespace) -> None:
 
 
 def _record(data: ReportData, place: Location, num_bytes: int) -> dict[str, Any]:
-    from rafce_ray.figures import MAIN
+    from rafce_ray.base.figures import MAIN
 
     figures = data.figures or {}
     return {

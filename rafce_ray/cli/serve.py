@@ -7,8 +7,8 @@ import ipaddress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rafce_ray.base.errors import UsageError
 from rafce_ray.cli.arguments import BUNDLE_HELP, command
-from rafce_ray.errors import UsageError
 
 if TYPE_CHECKING:
     from rafce_ray.service.config import ServiceConfig
@@ -31,9 +31,9 @@ def main(argv: list[str]) -> int:
 
 def _config(arguments: argparse.Namespace) -> ServiceConfig:
     """The service's configuration from the command line. ConfigError for what cannot be used."""
+    from rafce_ray.base.storage import locate
     from rafce_ray.config import apply_overrides
     from rafce_ray.service.config import ServiceConfig, read_service_config
-    from rafce_ray.storage import locate
 
     loopback = _is_loopback(arguments.host)
     if not loopback and arguments.keys is None:

@@ -6,9 +6,9 @@ import argparse
 import math
 from typing import Any
 
+from rafce_ray.base.console import print_json, say, warn
+from rafce_ray.base.errors import UsageError
 from rafce_ray.cli.arguments import JSON_HELP, command, recipe_names
-from rafce_ray.console import print_json, say, warn
-from rafce_ray.errors import UsageError
 
 
 @command
@@ -25,7 +25,7 @@ def main(argv: list[str]) -> int:
         raise UsageError(
             "data.root is not set: name the folder of labelled faces, for example data.root=path/to/RAF-CE."
         )
-    from rafce_ray.storage import locate
+    from rafce_ray.base.storage import locate
     from rafce_ray.train.launch import launch, named
 
     config = named(config)
@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _summarise(result: dict[str, Any]) -> None:
-    from rafce_ray.storage import locate
+    from rafce_ray.base.storage import locate
     from rafce_ray.watch import duration
 
     metrics = result["metrics"]

@@ -7,10 +7,10 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from rafce_ray.base.console import print_json, say
+from rafce_ray.base.errors import UsageError, did_you_mean
+from rafce_ray.base.figures import FIGURES
 from rafce_ray.cli.arguments import command, positive
-from rafce_ray.console import print_json, say
-from rafce_ray.errors import UsageError, did_you_mean
-from rafce_ray.figures import FIGURES
 
 if TYPE_CHECKING:
     from rafce_ray.study.listing import Listing, Row

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 
+from rafce_ray.base.console import print_json, say, warn
+from rafce_ray.base.errors import UsageError
 from rafce_ray.cli.arguments import JSON_HELP, command
-from rafce_ray.console import print_json, say, warn
-from rafce_ray.errors import UsageError
 
 
 @command
@@ -23,7 +23,7 @@ def main(argv: list[str]) -> int:
         raise UsageError(
             "base.data.root is not set: name the folder of labelled faces, for example base.data.root=path/to/RAF-CE."
         )
-    from rafce_ray.storage import locate
+    from rafce_ray.base.storage import locate
     from rafce_ray.study_folder import StudyFolder
     from rafce_ray.tune.command import tune
     from rafce_ray.tune.plan import first_line

@@ -13,14 +13,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from rafce_ray.base.console import LEVEL_STYLES, printable
+from rafce_ray.base.errors import LEVELS, Finding, GateError
+from rafce_ray.base.taxonomy import Taxonomy
 from rafce_ray.config import DataConfig
-from rafce_ray.console import LEVEL_STYLES, printable
 from rafce_ray.data.audit_checks import audit_command, count_action_units, label_findings, tokens_outside
 from rafce_ray.data.audit_images import image_findings
 from rafce_ray.data.labels import read_labels, resolve_targets, resolve_taxonomy
 from rafce_ray.data.records import SPLITS, Labels, Progress, Targets
-from rafce_ray.errors import LEVELS, Finding, GateError
-from rafce_ray.taxonomy import Taxonomy
 
 _EVIDENCE_IN_MESSAGE = 5
 

@@ -15,12 +15,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from rafce_ray.config import DataConfig
-from rafce_ray.data import rafce
-from rafce_ray.data.labels import in_label_order
-from rafce_ray.data.records import MAX_UNREADABLE_SHARE, SPLITS, Labels, NearImage, Targets, counted, evidence_of
-from rafce_ray.errors import Evidence, Finding, Level
-from rafce_ray.taxonomy import (
+from rafce_ray.base.errors import Evidence, Finding, Level
+from rafce_ray.base.taxonomy import (
     PERHAPS_UNKNOWN_WORDS,
     RAFCE_EMOTIONS,
     SEED18,
@@ -30,6 +26,10 @@ from rafce_ray.taxonomy import (
     label_key,
     parse_action_unit_token,
 )
+from rafce_ray.config import DataConfig
+from rafce_ray.data import rafce
+from rafce_ray.data.labels import in_label_order
+from rafce_ray.data.records import MAX_UNREADABLE_SHARE, SPLITS, Labels, NearImage, Targets, counted, evidence_of
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import kornia.augmentation as K
 from torch import Tensor, nn
 
-from rafce_ray.errors import UsageError
+from rafce_ray.base.errors import UsageError
 
 Augmentation = Callable[[Tensor], Tensor]
 

@@ -10,8 +10,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from rafce_ray.base.console import say, warn
+from rafce_ray.base.errors import GateError
+from rafce_ray.base.taxonomy import Taxonomy
 from rafce_ray.config import DataConfig
-from rafce_ray.console import say, warn
 from rafce_ray.data.audit import Audit, audit_labels, require_readable, require_trainable
 from rafce_ray.data.audit_checks import audit_command
 from rafce_ray.data.labels import read_labels, resolve_targets, resolve_taxonomy
@@ -26,8 +28,6 @@ from rafce_ray.data.store import (
     read_arrow,
     read_meta,
 )
-from rafce_ray.errors import GateError
-from rafce_ray.taxonomy import Taxonomy
 
 
 class ImageArray:

@@ -16,12 +16,17 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from rafce_ray.base.errors import Evidence, Finding, Level, UsageError
+from rafce_ray.base.storage import Location
+from rafce_ray.base.taxonomy import (
+    ACTION_UNIT_NAMES,
+    action_unit_code,
+    parse_action_unit_token,
+    split_action_unit_tokens,
+)
 from rafce_ray.config import DataConfig
 from rafce_ray.data.listing import groups_of_equals
 from rafce_ray.data.records import ArrowRows, EvidenceList
-from rafce_ray.errors import Evidence, Finding, Level, UsageError
-from rafce_ray.storage import Location
-from rafce_ray.taxonomy import ACTION_UNIT_NAMES, action_unit_code, parse_action_unit_token, split_action_unit_tokens
 
 AUTO = "auto"
 """The encoding that a file's byte order mark tells, UTF-8 without one."""

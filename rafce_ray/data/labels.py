@@ -12,14 +12,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.fs as pafs
 
-from rafce_ray.config import DataConfig
-from rafce_ray.data import rafce, table
-from rafce_ray.data.label_file import refuse_broken_link
-from rafce_ray.data.listing import image_columns, list_images
-from rafce_ray.data.records import LABEL_SCHEMA, NUM_VOTES, SPLIT_NAMES, SPLITS, EvidenceList, Labels, Targets, counted
-from rafce_ray.errors import Evidence, Finding, RafceError, UsageError
-from rafce_ray.storage import Location, locate
-from rafce_ray.taxonomy import (
+from rafce_ray.base.errors import Evidence, Finding, RafceError, UsageError
+from rafce_ray.base.storage import Location, locate
+from rafce_ray.base.taxonomy import (
     PERHAPS_UNKNOWN_WORDS,
     RAFCE_EMOTIONS,
     SEED18,
@@ -29,6 +24,11 @@ from rafce_ray.taxonomy import (
     label_key,
     make_taxonomy,
 )
+from rafce_ray.config import DataConfig
+from rafce_ray.data import rafce, table
+from rafce_ray.data.label_file import refuse_broken_link
+from rafce_ray.data.listing import image_columns, list_images
+from rafce_ray.data.records import LABEL_SCHEMA, NUM_VOTES, SPLIT_NAMES, SPLITS, EvidenceList, Labels, Targets, counted
 
 _MAX_ACTION_UNIT = 100
 

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rafce_ray.base.errors import UsageError
 from rafce_ray.data.dataset import Dataset
-from rafce_ray.errors import UsageError
 
 
 class Batch(NamedTuple):

@@ -16,6 +16,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from rafce_ray.base.errors import Evidence, Finding, Level, UsageError
+from rafce_ray.base.storage import Location
+from rafce_ray.base.taxonomy import label_key
 from rafce_ray.data.label_file import (
     AUTO,
     ActionUnitLabel,
@@ -35,9 +38,6 @@ from rafce_ray.data.records import (
     evidence_of,
     release_memory,
 )
-from rafce_ray.errors import Evidence, Finding, Level, UsageError
-from rafce_ray.storage import Location
-from rafce_ray.taxonomy import label_key
 
 NUM_LABELLED = 4549
 """Labelled images of RAF-CE."""

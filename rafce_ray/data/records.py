@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from rafce_ray.errors import Evidence, Finding, Level
-from rafce_ray.storage import Location
+from rafce_ray.base.errors import Evidence, Finding, Level
+from rafce_ray.base.storage import Location
 
 SPLITS = ("train", "validation", "test")
 """Names of the splits; targets hold an index into this tuple."""

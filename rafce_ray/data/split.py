@@ -13,14 +13,14 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from rafce_ray.base.errors import GateError, UsageError
+from rafce_ray.base.storage import Location, locate
 from rafce_ray.config import DataConfig
 from rafce_ray.data import rafce, table
 from rafce_ray.data.audit_checks import WITHOUT_SPLITS
 from rafce_ray.data.label_file import title_key
 from rafce_ray.data.labels import read_labels
 from rafce_ray.data.records import SPLITS, Labels
-from rafce_ray.errors import GateError, UsageError
-from rafce_ray.storage import Location, locate
 
 FRACTIONS = (0.7, 0.15, 0.15)
 """Shares of train, validation and test."""

@@ -26,13 +26,13 @@ import pyarrow.compute as pc
 import pyarrow.fs as pafs
 from filelock import FileLock, Timeout
 
+from rafce_ray.base.console import say
+from rafce_ray.base.errors import GateError, RafceError
+from rafce_ray.base.object_store import StorageError
+from rafce_ray.base.storage import Location, locate
 from rafce_ray.config import DataConfig
-from rafce_ray.console import say
 from rafce_ray.data.records import Labels, Progress, advancing
 from rafce_ray.decode import DECODER_VERSION, FILE_LIMITS, DecodeError, decode_face
-from rafce_ray.errors import GateError, RafceError
-from rafce_ray.object_store import StorageError
-from rafce_ray.storage import Location, locate
 
 FORMAT_VERSION = 1
 IMAGES, LABELS, SOURCES, META = "images.arrow", "labels.arrow", "sources.arrow", "store.json"

@@ -17,6 +17,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from rafce_ray.base.errors import Evidence, Finding, UsageError
+from rafce_ray.base.storage import Location
+from rafce_ray.base.taxonomy import UNKNOWN_WORDS, action_unit_code, label_key
 from rafce_ray.config import DataConfig
 from rafce_ray.data.label_file import (
     Columns,
@@ -41,9 +44,6 @@ from rafce_ray.data.records import (
     counted,
     evidence_of,
 )
-from rafce_ray.errors import Evidence, Finding, UsageError
-from rafce_ray.storage import Location
-from rafce_ray.taxonomy import UNKNOWN_WORDS, action_unit_code, label_key
 
 TABLE_NAMES = ("labels.csv", "labels.parquet", "labels.tsv")
 """Files that a folder is searched for."""

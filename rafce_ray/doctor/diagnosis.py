@@ -10,12 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from rafce_ray.base.errors import Finding, Level
+from rafce_ray.base.storage import locate
 from rafce_ray.config import Config, flatten, parse_yaml
 from rafce_ray.data import audit_checks
 from rafce_ray.data.table import TABLE_EXTENSIONS
 from rafce_ray.doctor.evidence import Evidence
-from rafce_ray.errors import Finding, Level
-from rafce_ray.storage import locate
 
 Verdict = Literal["confirmed", "ruled out", "possible", "unknown"]
 

@@ -9,15 +9,15 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from rafce_ray.base.console import finite, warn
+from rafce_ray.base.errors import DamagedFile
+from rafce_ray.base.figures import monitor_for
+from rafce_ray.base.storage import locate
+from rafce_ray.base.taxonomy import Taxonomy, make_taxonomy, parse_action_unit_token
 from rafce_ray.calibration import Calibration
 from rafce_ray.config import Config
-from rafce_ray.console import finite, warn
-from rafce_ray.errors import DamagedFile
-from rafce_ray.figures import monitor_for
 from rafce_ray.run_folder import TRIALS, RunFolder
 from rafce_ray.split_outputs import SplitOutputs
-from rafce_ray.storage import locate
-from rafce_ray.taxonomy import Taxonomy, make_taxonomy, parse_action_unit_token
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from rafce_ray.base.console import LEVEL_STYLES, console, say
+from rafce_ray.base.errors import LEVELS, Level
 from rafce_ray.config import write_yaml
-from rafce_ray.console import LEVEL_STYLES, console, say
 from rafce_ray.doctor.diagnosis import Cause, Diagnosis
 from rafce_ray.doctor.rules import Trial, best_trial
-from rafce_ray.errors import LEVELS, Level
 
 SHOWN_TRIALS = 5
 """Trials that are listed under a finding; the others are counted."""

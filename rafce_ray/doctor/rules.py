@@ -7,8 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from rafce_ray.base.console import progress_bar, warn
+from rafce_ray.base.errors import LEVELS, DamagedFile
+from rafce_ray.base.figures import FIGURES
 from rafce_ray.config import Config
-from rafce_ray.console import progress_bar, warn
 from rafce_ray.doctor.action_units import action_units_not_read, au_f1_zero, task_balance
 from rafce_ray.doctor.diagnosis import Diagnosis
 from rafce_ray.doctor.evidence import Evidence, figure
@@ -33,8 +35,6 @@ from rafce_ray.doctor.training import (
     underfitting,
     validation_falling,
 )
-from rafce_ray.errors import LEVELS, DamagedFile
-from rafce_ray.figures import FIGURES
 from rafce_ray.run_folder import RunFolder
 from rafce_ray.study_folder import StudyFolder
 

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from rafce_ray.figures import HEADLINES
+from rafce_ray.base.figures import HEADLINES
 
 
 class Metric(NamedTuple):

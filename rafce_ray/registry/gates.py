@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from rafce_ray.base.figures import FIGURES, SCORED
 from rafce_ray.bundle import Bundle
 from rafce_ray.canary import check_canary
-from rafce_ray.figures import FIGURES, SCORED
 from rafce_ray.inference.build import MAX_DIFFERENCE
 from rafce_ray.metrics import combined_score
 from rafce_ray.predictor import Predictor

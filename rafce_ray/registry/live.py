@@ -7,11 +7,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from rafce_ray.claim import SILENT_S, held
-from rafce_ray.console import pretty_json
-from rafce_ray.errors import GateError, RafceError
-from rafce_ray.object_store import StorageError
-from rafce_ray.storage import Location
+from rafce_ray.base.claim import SILENT_S, held
+from rafce_ray.base.console import pretty_json
+from rafce_ray.base.errors import GateError, RafceError
+from rafce_ray.base.object_store import StorageError
+from rafce_ray.base.storage import Location
 
 LIVE = "live.json"
 HISTORY = "history"

@@ -12,8 +12,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from rafce_ray import __version__
+from rafce_ray.base.errors import UsageError
+from rafce_ray.base.figures import FIGURES, MAIN, MIN_SUPPORT, WITH_INTERVAL
+from rafce_ray.base.storage import Location, locate
+from rafce_ray.base.taxonomy import ACTION_UNIT_NAMES, parse_action_unit_token
 from rafce_ray.config import Config, flatten
-from rafce_ray.errors import UsageError
 from rafce_ray.figure_text import (
     UNDEFINED,
     against_floor,
@@ -24,7 +27,6 @@ from rafce_ray.figure_text import (
     percent,
     summary,
 )
-from rafce_ray.figures import FIGURES, MAIN, MIN_SUPPORT, WITH_INTERVAL
 from rafce_ray.model_card import (
     INTENDED_USE,
     PERCEIVED,
@@ -40,8 +42,6 @@ from rafce_ray.report.data import ReportData, Split, gather
 from rafce_ray.report.slices import MIN_GROUP
 from rafce_ray.reproduction import distinct
 from rafce_ray.run_folder import RunFolder
-from rafce_ray.storage import Location, locate
-from rafce_ray.taxonomy import ACTION_UNIT_NAMES, parse_action_unit_token
 from rafce_ray.watch import duration
 
 REPORT_FILE = "report.html"

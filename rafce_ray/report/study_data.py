@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from rafce_ray.base.console import warn
+from rafce_ray.base.errors import LEVELS, DamagedFile, UsageError
 from rafce_ray.config import Config, differences, flatten, parse_yaml
-from rafce_ray.console import warn
 from rafce_ray.doctor.diagnosis import Diagnosis
 from rafce_ray.doctor.rules import examine_study
-from rafce_ray.errors import LEVELS, DamagedFile, UsageError
 from rafce_ray.report.study_plots import Emphasis, Field, emphasise
 from rafce_ray.study.on_test import OnTest
 from rafce_ray.study.rungs import RungEntry, read_rungs

@@ -13,9 +13,10 @@ from jinja2 import Environment
 from markupsafe import Markup
 
 from rafce_ray import __version__
+from rafce_ray.base.figures import FIGURES
+from rafce_ray.base.storage import Location
 from rafce_ray.comparison import Difference
 from rafce_ray.figure_text import UNDEFINED, interval, number, percent
-from rafce_ray.figures import FIGURES
 from rafce_ray.report.page import REPORT_FILE, number_html, patch_lines, template_environment
 from rafce_ray.report.study_data import Cost, StudyData, by_status, cost, gather_study, unit
 from rafce_ray.report.study_plots import (
@@ -31,7 +32,6 @@ from rafce_ray.report.study_plots import (
     rung_charts,
     score_by_value,
 )
-from rafce_ray.storage import Location
 from rafce_ray.study.importance import parameter_importance
 from rafce_ray.study.trials import Trial, best_first
 from rafce_ray.study.verdict import Finalist, sentences

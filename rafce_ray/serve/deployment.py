@@ -14,8 +14,8 @@ from ray import serve
 from ray.serve.schema import LoggingConfig
 from starlette.types import ASGIApp
 
+from rafce_ray.base.errors import RafceError
 from rafce_ray.config import ConfigError, explain
-from rafce_ray.errors import RafceError
 from rafce_ray.serve.export import Export
 from rafce_ray.serve.ray_private import MIDDLEWARES, USES_HAPROXY, logs_folder
 from rafce_ray.service import app

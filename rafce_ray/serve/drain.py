@@ -14,8 +14,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from rafce_ray.console import run_main, say
-from rafce_ray.errors import UsageError
+from rafce_ray.base.console import run_main, say
+from rafce_ray.base.errors import UsageError
 
 FRONTEND = "http_frontend"
 """What Ray calls the part of HAProxy that takes requests."""

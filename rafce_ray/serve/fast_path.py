@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from rafce_ray.console import run_main
-from rafce_ray.errors import UsageError
+from rafce_ray.base.console import run_main
+from rafce_ray.base.errors import UsageError
 from rafce_ray.serve.haproxy import HOST, ID, OWN_STATUSES, PATH
 from rafce_ray.service.problems import Problem, problem_document
 

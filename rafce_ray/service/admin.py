@@ -16,9 +16,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from rafce_ray.base.console import to_json
+from rafce_ray.base.errors import RafceError, UsageError
+from rafce_ray.base.storage import Location, locate
 from rafce_ray.config import explain
-from rafce_ray.console import to_json
-from rafce_ray.errors import RafceError, UsageError
 from rafce_ray.registry.live import read_live
 from rafce_ray.registry.promotion import Outcome, Reason, Refused, Rules, promote, roll_back
 from rafce_ray.registry.summary import summary_of
@@ -27,7 +28,6 @@ from rafce_ray.service.answers import Record
 from rafce_ray.service.keys import KEY_ID
 from rafce_ray.service.problems import Problem, problem_response, sentence, shown
 from rafce_ray.service.requests import parse_json
-from rafce_ray.storage import Location, locate
 
 if TYPE_CHECKING:
     from rafce_ray.service.app import Service

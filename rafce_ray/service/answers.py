@@ -12,6 +12,7 @@ import orjson
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, with_config
 
+from rafce_ray.base.taxonomy import Taxonomy
 from rafce_ray.faces import Face
 from rafce_ray.prediction import (
     EmotionPrediction,
@@ -22,7 +23,6 @@ from rafce_ray.prediction import (
     Strict,
 )
 from rafce_ray.service.problems import ProblemDocument
-from rafce_ray.taxonomy import Taxonomy
 
 _Milliseconds = Annotated[float, Field(ge=0, description="Milliseconds.")]
 _Px = Annotated[int | None, Field(ge=1, description="Of the upright picture, px; null where it was not read.")]

@@ -16,8 +16,8 @@ from queue import SimpleQueue
 import numpy as np
 from numpy.typing import NDArray
 
+from rafce_ray.base.errors import RafceError
 from rafce_ray.calibration import Probabilities, calibrated
-from rafce_ray.errors import RafceError
 from rafce_ray.predictor import Predictor
 from rafce_ray.service.meter import Meter
 

@@ -10,9 +10,9 @@ import math
 from collections import deque
 from dataclasses import dataclass
 
+from rafce_ray.base.taxonomy import Taxonomy
 from rafce_ray.drift import LARGE, DriftReference, Light, faces_needed, psi
 from rafce_ray.prediction import Prediction
-from rafce_ray.taxonomy import Taxonomy
 
 BLOCK_FACES = 50
 WINDOW_BLOCKS = 40

@@ -20,9 +20,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from rafce_ray.base.console import pretty_json, run_main, say
+from rafce_ray.base.errors import UsageError
 from rafce_ray.config import parse_yaml
-from rafce_ray.console import pretty_json, run_main, say
-from rafce_ray.errors import UsageError
 from rafce_ray.service.problems import Problem
 
 Scope = Literal["predict", "admin"]

@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
+from rafce_ray.base.errors import RafceError
+from rafce_ray.base.hardware import choose_device
+from rafce_ray.base.storage import locate
 from rafce_ray.bundle import MODEL_CARD, Bundle, BundleError, canary_of, find_bundle, load_bundle
 from rafce_ray.canary import check_canary, draw_images
-from rafce_ray.errors import RafceError
-from rafce_ray.hardware import choose_device
 from rafce_ray.inference.build import MAX_DIFFERENCE, build_engine
 from rafce_ray.predictor import Predictor
 from rafce_ray.registry.live import read_live
@@ -17,7 +18,6 @@ from rafce_ray.service.answers import ModelId
 from rafce_ray.service.config import ServiceConfig
 from rafce_ray.service.drift_watch import DriftWatch
 from rafce_ray.service.live import BundleFolder, Served, Source, Target
-from rafce_ray.storage import locate
 
 log = logging.getLogger(__name__)
 

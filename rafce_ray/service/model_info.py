@@ -7,13 +7,13 @@ from typing import Any
 
 from pydantic import Field
 
-from rafce_ray.console import finite
+from rafce_ray.base.console import finite
+from rafce_ray.base.taxonomy import ACTION_UNIT_NAMES, Taxonomy, action_unit_code
 from rafce_ray.model_card import INTENDED_USE, PERCEIVED, PROHIBITED_USE
 from rafce_ray.service.answers import ModelId, Record
 from rafce_ray.service.config import ServiceConfig
 from rafce_ray.service.drift_watch import WINDOW_FACES, DriftWatch
 from rafce_ray.service.live import FailedSwap, Served
-from rafce_ray.taxonomy import ACTION_UNIT_NAMES, Taxonomy, action_unit_code
 
 
 class Engine(Record):

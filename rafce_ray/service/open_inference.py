@@ -19,6 +19,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from rafce_ray import __version__
+from rafce_ray.base.taxonomy import Taxonomy
 from rafce_ray.calibration import Probabilities
 from rafce_ray.drift import Light, light_of
 from rafce_ray.service.answers import to_json
@@ -28,7 +29,6 @@ from rafce_ray.service.predicting import count_faces
 from rafce_ray.service.problems import PROBLEM_CODE, Problem, deadline_passed, shown
 from rafce_ray.service.requests import declared_bytes, read_body
 from rafce_ray.service.tensors import InferInput, InferRequest, encoded_images, parse_infer_request, pixels_of
-from rafce_ray.taxonomy import Taxonomy
 
 if TYPE_CHECKING:
     from rafce_ray.service.app import Service

@@ -16,8 +16,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 from typing_extensions import TypedDict
 
+from rafce_ray.base.errors import did_you_mean
 from rafce_ray.decode import DecodeError
-from rafce_ray.errors import did_you_mean
 
 MEDIA_TYPE = "application/problem+json"
 

@@ -7,9 +7,9 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from rafce_ray.base.errors import did_you_mean
+from rafce_ray.base.figures import FIGURES, monitors_of
 from rafce_ray.config import Config, ConfigError, build_config, flatten
-from rafce_ray.errors import did_you_mean
-from rafce_ray.figures import FIGURES, monitors_of
 from rafce_ray.study.proposals import MAX_COMBINATIONS, new_combinations, random_proposals
 from rafce_ray.study.space import Domain, Space, condition_values, in_order, parse_domain, same
 

@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 from pydantic import Field, InstanceOf, ValidationError, field_serializer, field_validator, model_validator
 
+from rafce_ray.base.errors import did_you_mean
+from rafce_ray.base.figures import FIGURES, MONITORS
 from rafce_ray.config import (
     LONGEST_NAME,
     RECIPES,
@@ -30,8 +32,6 @@ from rafce_ray.config import (
     with_values,
     write_yaml,
 )
-from rafce_ray.errors import did_you_mean
-from rafce_ray.figures import FIGURES, MONITORS
 from rafce_ray.study.checks import (
     combination_faults,
     domain_faults,

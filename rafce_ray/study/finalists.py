@@ -9,6 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from rafce_ray.base.errors import RafceError
+from rafce_ray.base.figures import FIGURES
+from rafce_ray.base.taxonomy import Taxonomy
 from rafce_ray.calibration import Calibration
 from rafce_ray.comparison import (
     NO_SPREAD,
@@ -20,15 +23,12 @@ from rafce_ray.comparison import (
     mean_half_width,
     pooled_spread,
 )
-from rafce_ray.errors import RafceError
-from rafce_ray.figures import FIGURES
 from rafce_ray.run_folder import RunFolder
 from rafce_ray.split_outputs import SplitOutputs
 from rafce_ray.study.scored import TaggedOutputs, on_labels_of_first, score_with_losses
 from rafce_ray.study.trials import ENDED, Trial, best_first, read_plan, read_trial
 from rafce_ray.study.verdict import Basis, Finalist, Verdict, improvement, sentences
 from rafce_ray.study_folder import StudyFolder
-from rafce_ray.taxonomy import Taxonomy
 
 __all__ = [
     "Finalist",

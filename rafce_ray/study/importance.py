@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rafce_ray.console import to_json
-from rafce_ray.figures import FIGURES
+from rafce_ray.base.console import to_json
+from rafce_ray.base.figures import FIGURES
 from rafce_ray.intervals import resample_weights
 from rafce_ray.study.trials import Trial, is_finite
 

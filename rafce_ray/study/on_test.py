@@ -10,6 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from rafce_ray.base.console import pretty_json, say, warn
+from rafce_ray.base.figures import FIGURES, WITH_INTERVAL
+from rafce_ray.base.hardware import choose_device
+from rafce_ray.base.storage import Location
+from rafce_ray.base.taxonomy import Taxonomy
 from rafce_ray.bundle import Bundle, load_bundle
 from rafce_ray.comparison import (
     NO_SPREAD,
@@ -21,20 +26,15 @@ from rafce_ray.comparison import (
     difference_of_means,
     mean_half_width,
 )
-from rafce_ray.console import pretty_json, say, warn
 from rafce_ray.data.dataset import Dataset
 from rafce_ray.data.records import Progress
 from rafce_ray.evaluate import data_config_for, open_for_bundle, split_outputs
-from rafce_ray.figures import FIGURES, WITH_INTERVAL
-from rafce_ray.hardware import choose_device
 from rafce_ray.run_folder import RunFolder
 from rafce_ray.split_outputs import SplitOutputs
-from rafce_ray.storage import Location
 from rafce_ray.study.finalists import runs_of
 from rafce_ray.study.scored import TaggedOutputs, on_labels_of_first, over_seeds, score_with_losses
 from rafce_ray.study.verdict import Basis, Verdict, nan_if_null, read_difference
 from rafce_ray.study_folder import StudyFolder
-from rafce_ray.taxonomy import Taxonomy
 
 TEST_FILE = "test.json"
 

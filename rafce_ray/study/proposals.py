@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rafce_ray.errors import UsageError
+from rafce_ray.base.errors import UsageError
 from rafce_ray.study.space import Domain, Space, applies, combinations, draw, identity, in_order, same
 
 if TYPE_CHECKING:

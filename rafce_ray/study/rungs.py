@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from rafce_ray.console import to_json
+from rafce_ray.base.console import to_json
 from rafce_ray.study_folder import StudyFolder
 
 RUNGS_FILE = "rungs.jsonl"

@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from rafce_ray.base.taxonomy import Taxonomy
 from rafce_ray.calibration import Calibration, calibrated
 from rafce_ray.comparison import RESAMPLES, OverSeeds, Scored, Spread, mean_draws, pooled_spread, same_images, score
 from rafce_ray.intervals import resample_weights
 from rafce_ray.reliability import SMALLEST
 from rafce_ray.split_outputs import SplitOutputs
-from rafce_ray.taxonomy import Taxonomy
 
 LOSSES = ("emotion_loss", "au_loss", "loss")
 """Mean log losses in nats, as :func:`rafce_ray.metrics.summarise` defines them."""

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from rafce_ray.errors import did_you_mean
+from rafce_ray.base.errors import did_you_mean
 
 Kind = Literal["grid", "choice", "uniform", "loguniform", "quniform", "randint"]
 KINDS = get_args(Kind)

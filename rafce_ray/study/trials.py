@@ -8,14 +8,14 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, Literal
 
+from rafce_ray.base.console import pretty_json, to_json, warn
+from rafce_ray.base.errors import DamagedFile, RafceError
+from rafce_ray.base.figures import FIGURES, OF_AN_EPOCH
+from rafce_ray.base.storage import Location
 from rafce_ray.checkpoint import list_checkpoints
 from rafce_ray.config import Config, config_hash, flatten
-from rafce_ray.console import pretty_json, to_json, warn
-from rafce_ray.errors import DamagedFile, RafceError
-from rafce_ray.figures import FIGURES, OF_AN_EPOCH
 from rafce_ray.run_folder import RunFolder
 from rafce_ray.session import Job
-from rafce_ray.storage import Location
 from rafce_ray.study_folder import StudyFolder
 
 TRIAL_FILE = "trial.json"

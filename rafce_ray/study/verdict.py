@@ -6,8 +6,8 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from rafce_ray.base.figures import FIGURES
 from rafce_ray.comparison import Difference
-from rafce_ray.figures import FIGURES
 
 Basis = Literal["seeds and images", "images only"]
 

@@ -13,9 +13,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from rafce_ray.base.console import say, warn
+from rafce_ray.base.figures import FIGURES
 from rafce_ray.config import Config, differences
-from rafce_ray.console import say, warn
-from rafce_ray.figures import FIGURES
 from rafce_ray.run_folder import EVENTS_FILE, METRICS_FILE, PROGRESS_FILE, RunFolder
 from rafce_ray.study.trials import TRIAL_FILE, Role, TrialPlan, best_record, read_plan
 from rafce_ray.study_folder import StudyFolder

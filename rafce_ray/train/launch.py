@@ -12,7 +12,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from rafce_ray.claim import check_unclaimed, claimed
+from rafce_ray.base.claim import check_unclaimed, claimed
+from rafce_ray.base.console import progress_bar, say, warn
+from rafce_ray.base.errors import RafceError, UsageError
+from rafce_ray.base.hardware import describe_software
+from rafce_ray.base.storage import locate
 from rafce_ray.config import (
     LONGEST_NAME,
     Config,
@@ -20,16 +24,12 @@ from rafce_ray.config import (
     config_hash,
     differences,
 )
-from rafce_ray.console import progress_bar, say, warn
 from rafce_ray.data.audit_checks import audit_command
 from rafce_ray.data.dataset import Prepared, prepare
-from rafce_ray.errors import RafceError, UsageError
-from rafce_ray.hardware import describe_software
 from rafce_ray.ray_environment import check_ray, dashboard_line, not_started, ray_address
 from rafce_ray.replay import Plan
 from rafce_ray.run_folder import RunFolder
 from rafce_ray.session import Job
-from rafce_ray.storage import locate
 from rafce_ray.watch import RunWatch
 from rafce_ray.worker_changes import root_cause
 

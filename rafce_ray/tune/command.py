@@ -10,14 +10,14 @@ from functools import partial
 from itertools import product
 from typing import Any
 
-from rafce_ray.claim import check_kind, claimed, repeated
+from rafce_ray.base.claim import check_kind, claimed, repeated
+from rafce_ray.base.console import progress_bar, say, to_json
+from rafce_ray.base.errors import RafceError, UsageError
+from rafce_ray.base.storage import locate
 from rafce_ray.config import Config, DataConfig, identity_of, with_values
-from rafce_ray.console import progress_bar, say, to_json
 from rafce_ray.data.dataset import Prepared, Readings, open_dataset, prepare
-from rafce_ray.errors import RafceError, UsageError
 from rafce_ray.pretrained import check_weights
 from rafce_ray.ray_environment import check_ray
-from rafce_ray.storage import locate
 from rafce_ray.study.checks import foreseen
 from rafce_ray.study.config import StudyConfig, to_yaml
 from rafce_ray.study.proposals import planned_trials, propose

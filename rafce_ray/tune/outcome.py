@@ -8,9 +8,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from rafce_ray.base.console import pretty_json, progress_bar, say, warn
+from rafce_ray.base.errors import RafceError
 from rafce_ray.config import build_config, to_yaml
-from rafce_ray.console import pretty_json, progress_bar, say, warn
-from rafce_ray.errors import RafceError
 from rafce_ray.report.study_page import write_study_report
 from rafce_ray.run_folder import RunFolder
 from rafce_ray.study.config import StudyConfig

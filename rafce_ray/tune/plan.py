@@ -11,18 +11,18 @@ from typing import Any
 
 import torch
 
+from rafce_ray.base.console import say, warn
+from rafce_ray.base.errors import UsageError
+from rafce_ray.base.storage import Location
+from rafce_ray.base.taxonomy import Taxonomy
 from rafce_ray.config import Config, ConfigError
-from rafce_ray.console import say, warn
 from rafce_ray.data.loader import batch_remark, num_steps
-from rafce_ray.errors import UsageError
 from rafce_ray.model import build_architecture, build_model
-from rafce_ray.storage import Location
 from rafce_ray.study.checks import foreseen
 from rafce_ray.study.config import StudyConfig
 from rafce_ray.study.proposals import planned_trials, propose
 from rafce_ray.study.space import identity
 from rafce_ray.study_folder import StudyFolder
-from rafce_ray.taxonomy import Taxonomy
 from rafce_ray.tune.shares import Shares
 
 OPTIMIZER_COPIES = {"adamw": 2, "adam": 2, "sgd": 1}

@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from rafce_ray.base.errors import UsageError
 from rafce_ray.config import RunConfig
-from rafce_ray.errors import UsageError
 
 NESTED_MEMORY_BYTES = 2**20
 """What Tune itself reserves for a trial of several workers, whose CPUs Ray Train reserves: Tune wants something to be reserved."""

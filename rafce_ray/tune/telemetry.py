@@ -11,7 +11,7 @@ from ray import tune
 from ray.util.metrics import Counter as RayCounter
 from ray.util.metrics import Histogram
 
-from rafce_ray.figures import FIGURES
+from rafce_ray.base.figures import FIGURES
 from rafce_ray.monitoring.metrics import (
     TRIAL_RESTARTS,
     TRIAL_SECONDS,

@@ -14,7 +14,7 @@ import ray
 from ray import tune
 from ray.tune.search import Searcher
 
-from rafce_ray.console import handled_signals, say, warn
+from rafce_ray.base.console import handled_signals, say, warn
 from rafce_ray.study.trials import TrialPlan
 from rafce_ray.study_folder import StudyFolder
 from rafce_ray.tune.nested import free_workers, nested_trial

@@ -10,8 +10,8 @@ import ray
 from ray import cloudpickle, tune
 from ray.exceptions import RayActorError
 
-from rafce_ray.console import warn
-from rafce_ray.errors import RafceError
+from rafce_ray.base.console import warn
+from rafce_ray.base.errors import RafceError
 from rafce_ray.run_folder import PROGRESS_FILE
 from rafce_ray.study.trials import conclude
 from rafce_ray.tune.nested import free_workers

@@ -10,12 +10,12 @@ import pytest
 from needs import PHOTOGRAPHS
 from PIL import Image, features
 
+from rafce_ray.base.console import to_json
+from rafce_ray.base.errors import GateError
 from rafce_ray.config import DataConfig
-from rafce_ray.console import to_json
 from rafce_ray.data import rafce
 from rafce_ray.data.audit import Audit, audit, require_trainable
 from rafce_ray.data.dataset import prepare
-from rafce_ray.errors import GateError
 
 LONDON = PHOTOGRAPHS / "london_smiles"
 CODES = {"train": 0, "test": 1, "validation": 2}

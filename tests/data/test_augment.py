@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from rafce_ray.base.errors import UsageError
 from rafce_ray.data.augment import build_augmentation
-from rafce_ray.errors import UsageError
 
 pytestmark = pytest.mark.numeric
 

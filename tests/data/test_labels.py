@@ -3,11 +3,11 @@ import shutil
 import numpy as np
 import pytest
 
+from rafce_ray.base.errors import UsageError
+from rafce_ray.base.taxonomy import RAFCE_EMOTIONS, SEED18, make_taxonomy
 from rafce_ray.config import DataConfig
 from rafce_ray.data.labels import read_labels, resolve_targets, resolve_taxonomy
 from rafce_ray.data.records import SPLITS
-from rafce_ray.errors import UsageError
-from rafce_ray.taxonomy import RAFCE_EMOTIONS, SEED18, make_taxonomy
 
 
 def test_no_root_says_which_key_to_set():

@@ -2,6 +2,8 @@ import numpy as np
 import pytest
 import torch
 
+from rafce_ray.base.errors import UsageError
+from rafce_ray.base.taxonomy import make_taxonomy
 from rafce_ray.data.dataset import Dataset
 from rafce_ray.data.loader import (
     ImageSource,
@@ -13,10 +15,8 @@ from rafce_ray.data.loader import (
     tally,
 )
 from rafce_ray.data.records import Targets
-from rafce_ray.errors import UsageError
 from rafce_ray.losses import LossSettings, MultiTaskLoss, Objective
 from rafce_ray.model import Logits
-from rafce_ray.taxonomy import make_taxonomy
 
 
 class NumberedImages:

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from needs import PHOTOGRAPHS
 
+from rafce_ray.base.errors import UsageError
+from rafce_ray.base.taxonomy import Taxonomy, make_taxonomy
 from rafce_ray.config import DataConfig
 from rafce_ray.data import rafce
 from rafce_ray.data.labels import Labels, read_labels, resolve_targets, resolve_taxonomy
-from rafce_ray.errors import UsageError
-from rafce_ray.taxonomy import Taxonomy, make_taxonomy
 
 LONDON = PHOTOGRAPHS / "london_smiles"
 

@@ -11,6 +11,9 @@ import numpy as np
 import pyarrow.fs as pafs
 import pytest
 
+from rafce_ray.base.errors import GateError, RafceError
+from rafce_ray.base.storage import Location
+from rafce_ray.base.taxonomy import make_taxonomy
 from rafce_ray.config import DataConfig
 from rafce_ray.data import store
 from rafce_ray.data.dataset import open_dataset
@@ -28,9 +31,6 @@ from rafce_ray.data.store import (
     store_key,
 )
 from rafce_ray.decode import decode_face
-from rafce_ray.errors import GateError, RafceError
-from rafce_ray.storage import Location
-from rafce_ray.taxonomy import make_taxonomy
 
 TAXONOMY = make_taxonomy(("calm", "glad"), (4, 12))
 

@@ -9,6 +9,8 @@ import cv2
 import numpy as np
 import pytest
 
+from rafce_ray.base.errors import UsageError
+from rafce_ray.base.taxonomy import parse_action_unit_token
 from rafce_ray.data.drawing.paint import draw_face
 from rafce_ray.data.drawing.shape import HAIR_STYLES, Action, Person, Scene, sample_person, sample_scene
 from rafce_ray.data.drawing.synthetic import (
@@ -23,8 +25,6 @@ from rafce_ray.data.drawing.synthetic import (
     split_counts,
     synthesize,
 )
-from rafce_ray.errors import UsageError
-from rafce_ray.taxonomy import parse_action_unit_token
 
 LABEL_FILES = ("RAFCE_emolabel.txt", "RAFCE_partition.txt", "RAFCE_AUlabel.txt", "distribution.txt")
 

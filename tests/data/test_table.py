@@ -10,14 +10,14 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from rafce_ray.base.errors import GateError, UsageError
+from rafce_ray.base.taxonomy import RAFCE_EMOTIONS
 from rafce_ray.cli import main
 from rafce_ray.config import DataConfig, load_config
 from rafce_ray.data.audit import audit
 from rafce_ray.data.dataset import prepare
 from rafce_ray.data.labels import read_labels, resolve_targets, resolve_taxonomy
 from rafce_ray.data.store import store_key
-from rafce_ray.errors import GateError, UsageError
-from rafce_ray.taxonomy import RAFCE_EMOTIONS
 
 TABLE = """name,split,emotion,AU1,AU12,age
 a.jpg,train,joy,1,0,30

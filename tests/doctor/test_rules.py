@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rafce_ray.base.taxonomy import make_taxonomy
 from rafce_ray.calibration import Calibration, Outputs
 from rafce_ray.config import apply_overrides, build_config, flatten, load_config
 from rafce_ray.doctor.diagnosis import Diagnosis, as_yaml
@@ -16,7 +17,6 @@ from rafce_ray.doctor.figures import calibration_noise, largest_recall
 from rafce_ray.doctor.rules import examine, examine_live
 from rafce_ray.evaluate import evaluate_outputs
 from rafce_ray.split_outputs import SplitOutputs
-from rafce_ray.taxonomy import make_taxonomy
 
 EMOTIONS = ("happily surprised", "sadly angry", "fearfully disgusted")
 AUS = ("AU1", "AU12")

@@ -5,12 +5,12 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from rafce_ray.base.taxonomy import make_taxonomy
 from rafce_ray.bundle import Bundle, load_bundle, save_bundle
 from rafce_ray.calibration import Calibration
 from rafce_ray.canary import draw_images
 from rafce_ray.model import Architecture, MultiTaskModel, build_model
 from rafce_ray.preprocess import Preprocessing, preprocess
-from rafce_ray.taxonomy import make_taxonomy
 
 MakeBundle = Callable[..., Bundle]
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from rafce_ray.base.errors import UsageError
+from rafce_ray.base.hardware import has_fast_bf16
 from rafce_ray.canary import draw_images
-from rafce_ray.errors import UsageError
-from rafce_ray.hardware import has_fast_bf16
 from rafce_ray.inference import build
 from rafce_ray.inference.build import build_engine, check_inputs, missing_packages
 from rafce_ray.inference.engines import TorchEngine

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from rafce_ray.base.errors import GateError
 from rafce_ray.canary import draw_images
 from rafce_ray.cli.export import main
-from rafce_ray.errors import GateError
 from rafce_ray.inference import export
 from rafce_ray.inference.engines import TorchEngine
 from rafce_ray.inference.export import export_bundle

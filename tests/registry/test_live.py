@@ -12,12 +12,12 @@ import fsspec
 import pytest
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 
-from rafce_ray import claim
-from rafce_ray.claim import held
-from rafce_ray.errors import GateError, RafceError
+from rafce_ray.base import claim
+from rafce_ray.base.claim import held
+from rafce_ray.base.errors import GateError, RafceError
+from rafce_ray.base.storage import Location, locate
 from rafce_ray.registry import live
 from rafce_ray.registry.live import Gate, LiveRecord, read_history, read_live, replace_live
-from rafce_ray.storage import Location, locate
 
 
 def record(number: int, version: str = "a", before: tuple[str, ...] = ()) -> LiveRecord:
@@ -111,10 +111,10 @@ WRITER = """
 import sys
 from pathlib import Path
 from datetime import UTC, datetime
-from rafce_ray.errors import GateError
+from rafce_ray.base.errors import GateError
 from rafce_ray import claim
 from rafce_ray.registry.live import LiveRecord, read_live, replace_live
-from rafce_ray.storage import locate
+from rafce_ray.base.storage import locate
 claim.PAUSE_S = (0.001, 0.01)
 registry, name, turns = locate(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 won = overtaken = 0

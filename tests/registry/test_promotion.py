@@ -7,12 +7,12 @@ import fsspec
 import pytest
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 
-from rafce_ray.errors import GateError, UsageError
+from rafce_ray.base.errors import GateError, UsageError
+from rafce_ray.base.storage import Location, locate
 from rafce_ray.registry import promotion
 from rafce_ray.registry.live import read_history, read_live, replace_live
 from rafce_ray.registry.promotion import Reason, Refused, promote, roll_back, take_candidate
 from rafce_ray.registry.versions import add_version, list_versions, load_stored, version_folder, version_names
-from rafce_ray.storage import Location, locate
 
 
 def gate_of(found, name):

@@ -11,10 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from rafce_ray.base.errors import UsageError
 from rafce_ray.bundle import load_bundle
 from rafce_ray.cli.report import main
 from rafce_ray.data.dataset import open_dataset, prepare
-from rafce_ray.errors import UsageError
 from rafce_ray.evaluate import evaluate_bundle
 from rafce_ray.figure_text import UNDEFINED
 from rafce_ray.report.page import write_report

@@ -10,8 +10,8 @@ import yaml
 from PIL import Image
 
 import rafce_ray
+from rafce_ray.base.taxonomy import RAFCE_EMOTIONS
 from rafce_ray.cli.bundle import main as bundle_command
-from rafce_ray.taxonomy import RAFCE_EMOTIONS
 
 
 @pytest.fixture(scope="session")

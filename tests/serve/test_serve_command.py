@@ -26,12 +26,12 @@ from processes import is_alive, listens, running
 from prometheus_client.parser import text_string_to_metric_families
 from serving import Server, free_port, start_service
 
+from rafce_ray.base.storage import locate
 from rafce_ray.bundle import Bundle, load_bundle
 from rafce_ray.decode import decode_face
 from rafce_ray.image_loading import load_file
 from rafce_ray.predictor import Predictor, predict_files
 from rafce_ray.registry.versions import version_folder
-from rafce_ray.storage import locate
 
 pytestmark = pytest.mark.ray
 

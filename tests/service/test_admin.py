@@ -9,6 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from rafce_ray.base.storage import locate
 from rafce_ray.bundle import load_bundle, save_bundle
 from rafce_ray.registry import latency
 from rafce_ray.registry.live import read_history
@@ -18,7 +19,6 @@ from rafce_ray.service import admin
 from rafce_ray.service.app import Service, build_app
 from rafce_ray.service.config import read_service_config
 from rafce_ray.service.keys import new_key
-from rafce_ray.storage import locate
 
 RULES = Rules(max_latency_ratio=1000, engine="torch")
 

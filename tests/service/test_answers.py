@@ -10,7 +10,7 @@ import pytest
 from matplotlib import cbook
 from PIL import Image
 
-from rafce_ray.console import to_json as standard_json
+from rafce_ray.base.console import to_json as standard_json
 from rafce_ray.faces import build_face_finder
 from rafce_ray.image_loading import load_file
 from rafce_ray.predictor import Predictor, predict_files

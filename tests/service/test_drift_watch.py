@@ -5,10 +5,10 @@ import math
 
 import pytest
 
+from rafce_ray.base.taxonomy import make_taxonomy
 from rafce_ray.drift import Bins, DriftReference, Light, psi
 from rafce_ray.prediction import ActionUnitPrediction, EmotionPrediction, Prediction
 from rafce_ray.service.drift_watch import WINDOW_FACES, DriftWatch
-from rafce_ray.taxonomy import make_taxonomy
 
 TAXONOMY = make_taxonomy(("glad", "sad"), (12,))
 REFERENCE = DriftReference(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rafce_ray.errors import UsageError
+from rafce_ray.base.errors import UsageError
 from rafce_ray.service.keys import KEY_ID, MAX_PEERS, Keys, main, new_key, read_keys
 from rafce_ray.service.problems import Problem
 

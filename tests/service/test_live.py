@@ -15,8 +15,8 @@ import pytest
 import safetensors.torch
 import torch
 
+from rafce_ray.base.errors import GateError, RafceError, UsageError
 from rafce_ray.bundle import MANIFEST, WEIGHTS, BundleError, load_bundle
-from rafce_ray.errors import GateError, RafceError, UsageError
 from rafce_ray.service.config import ServiceConfig, read_service_config
 from rafce_ray.service.live import BundleFolder, LiveModel, Served, Target
 from rafce_ray.service.loading import load_served

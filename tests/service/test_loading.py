@@ -6,13 +6,13 @@ from typing import Literal
 
 import pytest
 
-from rafce_ray.errors import RafceError, UsageError
+from rafce_ray.base.errors import RafceError, UsageError
+from rafce_ray.base.storage import Location, locate
 from rafce_ray.registry.live import LiveRecord, read_live, replace_live
 from rafce_ray.registry.versions import add_version, read_version
 from rafce_ray.service.config import read_service_config
 from rafce_ray.service.live import BundleFolder
 from rafce_ray.service.loading import load_served, source_of
-from rafce_ray.storage import Location, locate
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from needs import PHOTOGRAPHS
 
-from rafce_ray.errors import UsageError
+from rafce_ray.base.errors import UsageError
 from rafce_ray.faces import Box, Face, build_face_finder
 from rafce_ray.image_loading import load_file
 from rafce_ray.service import reading

@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from rafce_ray.base.console import to_json
+from rafce_ray.base.errors import RafceError
+from rafce_ray.base.taxonomy import RAFCE_EMOTIONS, make_taxonomy
 from rafce_ray.calibration import Calibration, Outputs
 from rafce_ray.comparison import score
 from rafce_ray.config import config_hash, load_config
-from rafce_ray.console import to_json
-from rafce_ray.errors import RafceError
 from rafce_ray.session import Job
 from rafce_ray.split_outputs import SplitOutputs
 from rafce_ray.study.finalists import (
@@ -27,7 +28,6 @@ from rafce_ray.study.finalists import (
 )
 from rafce_ray.study.trials import Trial, TrialPlan, read_trials
 from rafce_ray.study_folder import StudyFolder
-from rafce_ray.taxonomy import RAFCE_EMOTIONS, make_taxonomy
 
 TAXONOMY = make_taxonomy(tuple(list(RAFCE_EMOTIONS)[:4]), (1, 12))
 SIZE = 400

@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from rafce_ray.base.figures import monitors_of
 from rafce_ray.config import ConfigError
 from rafce_ray.data.dataset import prepare
-from rafce_ray.figures import monitors_of
 from rafce_ray.session import Job
 from rafce_ray.study.config import build_study, load_study, to_yaml
 from rafce_ray.training import choose_splits, describe_targets, open_for_training

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from rafce_ray.base.console import to_json
 from rafce_ray.bundle import load_bundle
 from rafce_ray.comparison import Difference
 from rafce_ray.config import config_hash, load_config
-from rafce_ray.console import to_json
 from rafce_ray.data.dataset import prepare
 from rafce_ray.engine import fit
 from rafce_ray.evaluate import data_config_for, evaluate_bundle, open_for_bundle

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from rafce_ray.base.figures import FIGURES, OF_AN_EPOCH
+from rafce_ray.base.taxonomy import make_taxonomy
 from rafce_ray.checkpoint import fault, list_checkpoints, save_checkpoint
 from rafce_ray.config import config_hash, flatten, load_config
-from rafce_ray.figures import FIGURES, OF_AN_EPOCH
 from rafce_ray.run_folder import RunFolder
 from rafce_ray.session import Job
 from rafce_ray.study.trials import (
@@ -25,7 +26,6 @@ from rafce_ray.study.trials import (
     write_table,
 )
 from rafce_ray.study_folder import StudyFolder
-from rafce_ray.taxonomy import make_taxonomy
 
 TAXONOMY = make_taxonomy(("happily surprised", "sad"), (1, 12))
 NAN = float("nan")

@@ -494,7 +494,8 @@ def _in_child(case: Case, folder: Path, said: Path) -> int:
         # It would run Prometheus until Ctrl-C.
         os.environ["PATH"] = ""
     sys.argv = ["rafce", *case.argv]
-    from rafce_ray import cli, console
+    from rafce_ray import cli
+    from rafce_ray.base import console
 
     console.console.file = sys.stderr
     stop_before_ray()

@@ -15,7 +15,7 @@ from jsonschema import Draft202012Validator
 from pydantic import BaseModel, ValidationError
 from ray.serve.schema import ServeDeploySchema
 
-from rafce_ray.errors import RafceError
+from rafce_ray.base.errors import RafceError
 from rafce_ray.serve.deployment import SETTINGS, read_live_version
 from rafce_ray.serve.fast_path import variables
 from rafce_ray.service.config import read_service_config

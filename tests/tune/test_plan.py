@@ -5,14 +5,14 @@ from contextlib import nullcontext
 
 import pytest
 
+from rafce_ray.base.errors import UsageError
+from rafce_ray.base.storage import locate
+from rafce_ray.base.taxonomy import make_taxonomy
 from rafce_ray.cli.tune import main
 from rafce_ray.config import build_config
 from rafce_ray.data.dataset import prepare
-from rafce_ray.errors import UsageError
-from rafce_ray.storage import locate
 from rafce_ray.study.config import StudyConfig, build_study, load_study, to_yaml
 from rafce_ray.study_folder import StudyFolder
-from rafce_ray.taxonomy import make_taxonomy
 from rafce_ray.tune import command, plan, trials
 from rafce_ray.tune.plan import (
     asha_rungs,

@@ -2,8 +2,8 @@
 
 import pytest
 
+from rafce_ray.base.errors import UsageError
 from rafce_ray.config import RunConfig, build_config
-from rafce_ray.errors import UsageError
 from rafce_ray.tune.shares import NESTED_MEMORY_BYTES, Node, Shares, share_out
 
 

@@ -21,8 +21,8 @@ from urllib.parse import quote
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from rafce_ray.errors import DamagedFile, UsageError
-from rafce_ray.object_store import StorageError, ask, explain, no_bucket
+from rafce_ray.base.errors import DamagedFile, UsageError
+from rafce_ray.base.object_store import StorageError, ask, explain, no_bucket
 
 COPY_CHUNK = 16 * 2**20
 """Bytes of a request when files are copied; pyarrow's own 1 MiB makes hundreds of requests of a model."""
@@ -41,7 +41,7 @@ _URI = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]+://")
 class Location:
     """A file or folder on a filesystem; ``/`` joins, ``local`` is its path where it is local and None elsewhere.
 
-    On an object store every method raises :class:`rafce_ray.object_store.StorageError` where the store refuses or does not recover.
+    On an object store every method raises :class:`rafce_ray.base.object_store.StorageError` where the store refuses or does not recover.
     """
 
     filesystem: pafs.FileSystem

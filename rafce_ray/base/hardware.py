@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from rafce_ray.errors import UsageError
+from rafce_ray.base.errors import UsageError
 
 
 def choose_device(wanted: str = "auto") -> torch.device:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from rafce_ray.errors import RafceError
+from rafce_ray.base.errors import RafceError
 
 log = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from datetime import timedelta
 from functools import cache
 from typing import TYPE_CHECKING, Any, TextIO
 
-from rafce_ray.errors import Level, RafceError, UsageError
+from rafce_ray.base.errors import Level, RafceError, UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console

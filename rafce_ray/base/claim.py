@@ -28,9 +28,9 @@ from typing import Any, Literal
 
 import pyarrow.fs as pafs
 
-from rafce_ray.console import handled_signals, to_json, warn
-from rafce_ray.errors import RafceError, UsageError
-from rafce_ray.storage import Location
+from rafce_ray.base.console import handled_signals, to_json, warn
+from rafce_ray.base.errors import RafceError, UsageError
+from rafce_ray.base.storage import Location
 
 Kind = Literal["run", "study", "predictions"]
 

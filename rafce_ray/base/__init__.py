@@ -1,0 +1,1 @@
+"""What everything stands on: errors, words for people, hardware, storage, names and the table of figures."""
