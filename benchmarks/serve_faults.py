@@ -46,7 +46,7 @@ from serving import (
 )
 
 from rafce_ray.cli.bundle import main as bundle_command
-from rafce_ray.decode import decode_face
+from rafce_ray.faces.decode import decode_face
 from rafce_ray.service.keys import new_key
 
 ENGINE = "openvino"

@@ -27,10 +27,10 @@ from rafce_ray.base.taxonomy import RAFCE_EMOTIONS, SEED18, make_taxonomy
 from rafce_ray.bundle import load_bundle, save_bundle
 from rafce_ray.calibration import Calibration
 from rafce_ray.data.drawing.synthetic import synthesize
+from rafce_ray.faces.preprocess import Preprocessing
 from rafce_ray.inference.build import build_engine
 from rafce_ray.model import Architecture, build_model
 from rafce_ray.predictor import Predictor
-from rafce_ray.preprocess import Preprocessing
 
 STORED_PX = 112
 CLIENTS = 32

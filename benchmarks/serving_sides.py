@@ -20,7 +20,7 @@ import uvicorn
 from fastapi import FastAPI, UploadFile
 from serving import BATCH, predictor_of
 
-from rafce_ray.decode import decode_face
+from rafce_ray.faces.decode import decode_face
 from rafce_ray.serve.command import ray_serve
 
 WAIT_S = 0.005

@@ -46,8 +46,8 @@ from rafce_ray.calibration import Calibration
 from rafce_ray.canary import Canary, canary_from_tensors, canary_to_bytes, draw_canary
 from rafce_ray.consistency import Association
 from rafce_ray.drift import DriftReference
+from rafce_ray.faces.preprocess import Preprocessing
 from rafce_ray.model import Architecture, MultiTaskModel, build_model
-from rafce_ray.preprocess import Preprocessing
 
 __all__ = [
     "MANIFEST",

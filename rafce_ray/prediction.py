@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field
 
 from rafce_ray.base.errors import Finding
-from rafce_ray.faces import Alignment, Box
+from rafce_ray.faces.detect import Alignment, Box
 
 Probability = Annotated[float, Field(ge=0, le=1, description="Calibrated probability, 0 to 1.")]
 _Label = Annotated[str, Field(description="Name of the class.")]

@@ -19,9 +19,10 @@ from rafce_ray.calibration import Calibration
 from rafce_ray.checkpoint import Checkpoint, InvalidCheckpoint, local_bundle, read_trainer_state, save_checkpoint
 from rafce_ray.config import Config, LossConfig
 from rafce_ray.data.audit_checks import audit_command
-from rafce_ray.data.augment import build_augmentation
 from rafce_ray.data.dataset import Dataset, open_dataset
 from rafce_ray.data.loader import Batch, ImageSource, TrainLoader, check_shares
+from rafce_ray.faces.augment import build_augmentation
+from rafce_ray.faces.preprocess import Preprocessing, resize_and_normalise, to_unit
 from rafce_ray.losses import MultiTaskLoss, Objective, build_loss, class_weights
 from rafce_ray.model import (
     build_architecture,
@@ -31,7 +32,6 @@ from rafce_ray.model import (
     load_backbone_weights,
 )
 from rafce_ray.optim import build_ema, build_optimizer
-from rafce_ray.preprocess import Preprocessing, resize_and_normalise, to_unit
 from rafce_ray.run_folder import RunFolder
 from rafce_ray.session import Job, Session
 

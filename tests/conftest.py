@@ -216,8 +216,8 @@ def write_bundle() -> Callable[..., Path]:
     from rafce_ray.bundle import save_bundle
     from rafce_ray.calibration import Calibration
     from rafce_ray.consistency import Association
+    from rafce_ray.faces.preprocess import Preprocessing
     from rafce_ray.model import Architecture, build_model
-    from rafce_ray.preprocess import Preprocessing
 
     known, units = ("happily surprised", "sadly angry", "happily sad", "calm"), (1, 12, 25)
 

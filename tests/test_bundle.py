@@ -17,8 +17,8 @@ from rafce_ray.bundle import BundleError, canary_of, load_bundle, read_weights, 
 from rafce_ray.calibration import Calibration
 from rafce_ray.canary import check_canary
 from rafce_ray.drift import Bins, DriftReference
+from rafce_ray.faces.preprocess import Preprocessing, preprocess
 from rafce_ray.model import Architecture, build_model, freeze_backbone
-from rafce_ray.preprocess import Preprocessing, preprocess
 
 TAXONOMY = make_taxonomy(("happily surprised", "calm", "sadly angry"), (1, 12))
 ARCHITECTURE = Architecture(

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
-from rafce_ray.decode import (
+from rafce_ray.faces.decode import (
     FILE_LIMITS,
     FORMATS,
     READ_FORMATS,

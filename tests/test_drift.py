@@ -8,8 +8,8 @@ from PIL import Image
 
 from rafce_ray.bundle import load_bundle
 from rafce_ray.calibration import Probabilities, calibrated
-from rafce_ray.decode import decode_face
 from rafce_ray.drift import Bins, DriftReference, Light, binned, build_reference, faces_needed, light_of, psi
+from rafce_ray.faces.decode import decode_face
 from rafce_ray.split_outputs import SplitOutputs
 
 

@@ -21,7 +21,7 @@ from processes import is_alive, kill_all, running
 
 from rafce_ray.base.storage import locate
 from rafce_ray.cli.predict import main
-from rafce_ray.image_files import list_images
+from rafce_ray.faces.files import list_images
 
 pytestmark = pytest.mark.ray
 

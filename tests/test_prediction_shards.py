@@ -17,9 +17,9 @@ from rafce_ray.base.errors import Finding, RafceError, UsageError
 from rafce_ray.base.storage import locate
 from rafce_ray.bundle import load_bundle
 from rafce_ray.cli.predict import main
-from rafce_ray.faces import Box, Face
-from rafce_ray.image_files import find_images, list_images, read_image, stores_of
-from rafce_ray.image_loading import LoadedFile, load_image
+from rafce_ray.faces.detect import Box, Face
+from rafce_ray.faces.files import find_images, list_images, read_image, stores_of
+from rafce_ray.faces.loading import LoadedFile, load_image
 from rafce_ray.predict_on_ray import PredictionJob, ShardPredictor, Share, bundle_digest, predict_on_ray, share_out
 from rafce_ray.prediction_shards import Options, open_shards
 from rafce_ray.predictor import Predictor, outcomes, predict_files

@@ -5,7 +5,14 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
-from rafce_ray.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, preprocess, resize_and_normalise, to_unit
+from rafce_ray.faces.preprocess import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Preprocessing,
+    preprocess,
+    resize_and_normalise,
+    to_unit,
+)
 
 pytestmark = pytest.mark.numeric
 

@@ -38,9 +38,9 @@ def _main_here(arguments: argparse.Namespace) -> int:
 
     from rafce_ray.base.hardware import choose_device
     from rafce_ray.bundle import load_bundle
-    from rafce_ray.faces import build_face_finder
-    from rafce_ray.image_files import Skipped, find_images
-    from rafce_ray.image_loading import load_ahead, load_file
+    from rafce_ray.faces.detect import build_face_finder
+    from rafce_ray.faces.files import Skipped, find_images
+    from rafce_ray.faces.loading import load_ahead, load_file
     from rafce_ray.prediction_output import check_out, open_output
     from rafce_ray.predictor import Predictor, outcomes, predict_files
 

@@ -20,7 +20,7 @@ from rafce_ray.base.errors import Evidence, Finding, Level
 from rafce_ray.data.listing import groups_of_equals
 from rafce_ray.data.records import SPLITS, Labels, Progress, Targets, advancing, evidence_of
 from rafce_ray.data.store import Undecodable, face_decoder
-from rafce_ray.decode import format_of_ending
+from rafce_ray.faces.decode import format_of_ending
 
 BLANK_STD = 3.0
 """Standard deviation of grey values (0-255) below which an image shows nothing; faces have 20 and more."""

@@ -18,7 +18,7 @@ import pyarrow.fs as pafs
 from rafce_ray.base.errors import Evidence, Finding, UsageError
 from rafce_ray.base.storage import Location, locate
 from rafce_ray.data.records import ArrowRows, EvidenceList, NearImage, counted, evidence_of
-from rafce_ray.decode import READ_ENDINGS, UNREAD_PICTURE_ENDINGS
+from rafce_ray.faces.decode import READ_ENDINGS, UNREAD_PICTURE_ENDINGS
 
 
 def groups_of_equals(values: pa.Array) -> list[npt.NDArray[np.int64]]:

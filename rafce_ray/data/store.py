@@ -32,7 +32,7 @@ from rafce_ray.base.object_store import StorageError
 from rafce_ray.base.storage import Location, locate
 from rafce_ray.config import DataConfig
 from rafce_ray.data.records import Labels, Progress, advancing
-from rafce_ray.decode import DECODER_VERSION, FILE_LIMITS, DecodeError, decode_face
+from rafce_ray.faces.decode import DECODER_VERSION, FILE_LIMITS, DecodeError, decode_face
 
 FORMAT_VERSION = 1
 IMAGES, LABELS, SOURCES, META = "images.arrow", "labels.arrow", "sources.arrow", "store.json"

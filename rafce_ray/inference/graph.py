@@ -18,8 +18,8 @@ from torch.export import Dim, ExportedProgram
 from torch.nn import functional
 
 from rafce_ray.bundle import Bundle
+from rafce_ray.faces.preprocess import Preprocessing, resize_and_normalise, to_unit
 from rafce_ray.model import Architecture, MultiTaskModel
-from rafce_ray.preprocess import Preprocessing, resize_and_normalise, to_unit
 
 if TYPE_CHECKING:
     import openvino

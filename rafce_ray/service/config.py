@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
-from rafce_ray import decode
 from rafce_ray.config import ConfigError, Section, explain
+from rafce_ray.faces import decode
 from rafce_ray.service.local_peers import ANY, Callers, host_name, origin_of
 
 MIB = 2**20

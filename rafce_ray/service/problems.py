@@ -17,7 +17,7 @@ from starlette.routing import Route
 from typing_extensions import TypedDict
 
 from rafce_ray.base.errors import did_you_mean
-from rafce_ray.decode import DecodeError
+from rafce_ray.faces.decode import DecodeError
 
 MEDIA_TYPE = "application/problem+json"
 
@@ -248,7 +248,7 @@ PROBLEM_TYPES: Mapping[str, ProblemType] = _types(
         "Try again, with smaller or fewer pictures. Its operator can raise limits.deadline_s or --replicas.",
     ),
 )
-"""Every code that the service answers, by code. Those of an image are :class:`rafce_ray.decode.DecodeError`'s."""
+"""Every code that the service answers, by code. Those of an image are :class:`rafce_ray.faces.decode.DecodeError`'s."""
 
 
 class Problem(Exception):

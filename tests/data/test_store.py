@@ -30,7 +30,7 @@ from rafce_ray.data.store import (
     rows_per_batch,
     store_key,
 )
-from rafce_ray.decode import decode_face
+from rafce_ray.faces.decode import decode_face
 
 TAXONOMY = make_taxonomy(("calm", "glad"), (4, 12))
 

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from rafce_ray.canary import draw_images
+from rafce_ray.faces.preprocess import Preprocessing, resize_and_normalise, to_unit
 from rafce_ray.forward import raw_outputs
 from rafce_ray.inference.graph import Graph, output_names, resize_matrix
-from rafce_ray.preprocess import Preprocessing, resize_and_normalise, to_unit
 
 pytestmark = pytest.mark.numeric
 

@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from rafce_ray import decode
+from rafce_ray.faces import decode
 from rafce_ray.service.problems import (
     EXCEPTION_HANDLERS,
     MEDIA_TYPE,

@@ -11,9 +11,9 @@ from typing import TypeVar
 
 from rafce_ray.base.errors import Finding
 from rafce_ray.base.object_store import StorageError
-from rafce_ray.decode import FILE_LIMITS, DecodeError, decode_image, decode_sized_face
-from rafce_ray.faces import Face, FaceFinder, given_face, may_be_aligned
-from rafce_ray.image_files import file_name, read_file
+from rafce_ray.faces.decode import FILE_LIMITS, DecodeError, decode_image, decode_sized_face
+from rafce_ray.faces.detect import Face, FaceFinder, given_face, may_be_aligned
+from rafce_ray.faces.files import file_name, read_file
 
 NO_FACE = "no_face"
 UNREADABLE = "unreadable"
@@ -28,7 +28,7 @@ Place = TypeVar("Place", Path, str)
 class LoadedFile:
     """What was found in one file, before prediction; ``problem`` where there is no face to predict.
 
-    ``path`` is the :func:`rafce_ray.image_files.file_name` of the file.
+    ``path`` is the :func:`rafce_ray.faces.files.file_name` of the file.
     """
 
     path: str

@@ -18,7 +18,7 @@ from rafce_ray.base.console import printable
 from rafce_ray.base.errors import UsageError
 from rafce_ray.base.object_store import ask
 from rafce_ray.base.storage import Location, locate
-from rafce_ray.decode import (
+from rafce_ray.faces.decode import (
     HEAD_BYTES,
     READ_ENDINGS,
     READ_FORMATS,
