@@ -29,7 +29,7 @@ from rafce_ray.calibration import Calibration
 from rafce_ray.data.drawing.synthetic import synthesize
 from rafce_ray.faces.preprocess import Preprocessing
 from rafce_ray.inference.build import build_engine
-from rafce_ray.model import Architecture, build_model
+from rafce_ray.model.network import Architecture, build_model
 from rafce_ray.predictor import Predictor
 
 STORED_PX = 112

@@ -47,7 +47,7 @@ from rafce_ray.canary import Canary, canary_from_tensors, canary_to_bytes, draw_
 from rafce_ray.consistency import Association
 from rafce_ray.drift import DriftReference
 from rafce_ray.faces.preprocess import Preprocessing
-from rafce_ray.model import Architecture, MultiTaskModel, build_model
+from rafce_ray.model.network import Architecture, MultiTaskModel, build_model
 
 __all__ = [
     "MANIFEST",

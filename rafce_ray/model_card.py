@@ -16,7 +16,7 @@ from rafce_ray.base.taxonomy import Taxonomy
 from rafce_ray.calibration import Calibration
 from rafce_ray.data.records import SPLITS
 from rafce_ray.figure_text import UNDEFINED, against_floor, constant_f1, headline, interval, number, percent, summary
-from rafce_ray.model import Architecture
+from rafce_ray.model.network import Architecture
 
 PERCEIVED = (
     "The outputs are perceived expression: what people would say that a face shows. They are not what the person feels, and nothing "

@@ -23,15 +23,15 @@ from rafce_ray.data.dataset import Dataset, open_dataset
 from rafce_ray.data.loader import Batch, ImageSource, TrainLoader, check_shares
 from rafce_ray.faces.augment import build_augmentation
 from rafce_ray.faces.preprocess import Preprocessing, resize_and_normalise, to_unit
-from rafce_ray.losses import MultiTaskLoss, Objective, build_loss, class_weights
-from rafce_ray.model import (
+from rafce_ray.model.losses import MultiTaskLoss, Objective, build_loss, class_weights
+from rafce_ray.model.network import (
     build_architecture,
     build_model,
     freeze_backbone,
     initialise_au_bias,
     load_backbone_weights,
 )
-from rafce_ray.optim import build_ema, build_optimizer
+from rafce_ray.model.optim import build_ema, build_optimizer
 from rafce_ray.run_folder import RunFolder
 from rafce_ray.session import Job, Session
 

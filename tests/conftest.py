@@ -217,7 +217,7 @@ def write_bundle() -> Callable[..., Path]:
     from rafce_ray.calibration import Calibration
     from rafce_ray.consistency import Association
     from rafce_ray.faces.preprocess import Preprocessing
-    from rafce_ray.model import Architecture, build_model
+    from rafce_ray.model.network import Architecture, build_model
 
     known, units = ("happily surprised", "sadly angry", "happily sad", "calm"), (1, 12, 25)
 

@@ -18,7 +18,7 @@ from rafce_ray.calibration import Calibration
 from rafce_ray.canary import check_canary
 from rafce_ray.drift import Bins, DriftReference
 from rafce_ray.faces.preprocess import Preprocessing, preprocess
-from rafce_ray.model import Architecture, build_model, freeze_backbone
+from rafce_ray.model.network import Architecture, build_model, freeze_backbone
 
 TAXONOMY = make_taxonomy(("happily surprised", "calm", "sadly angry"), (1, 12))
 ARCHITECTURE = Architecture(

@@ -20,7 +20,7 @@ from rafce_ray.comparison import difference, f1_of, score
 from rafce_ray.config import config_hash, load_config
 from rafce_ray.data.dataset import open_dataset, prepare
 from rafce_ray.faces.preprocess import Preprocessing
-from rafce_ray.model import Architecture, build_model
+from rafce_ray.model.network import Architecture, build_model
 from rafce_ray.run_folder import RunFolder
 from rafce_ray.split_outputs import SplitOutputs
 

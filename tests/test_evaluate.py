@@ -19,7 +19,7 @@ from rafce_ray.config import load_config
 from rafce_ray.data.dataset import open_dataset, prepare
 from rafce_ray.evaluate import data_config_for, evaluate_bundle, open_for_bundle
 from rafce_ray.faces.preprocess import Preprocessing
-from rafce_ray.model import Architecture, build_model
+from rafce_ray.model.network import Architecture, build_model
 from rafce_ray.predictor import Predictor
 
 pytestmark = pytest.mark.numeric

@@ -12,7 +12,7 @@ from rafce_ray.base.errors import UsageError
 from rafce_ray.base.taxonomy import RAFCE_EMOTIONS, SEED18, make_taxonomy
 from rafce_ray.config import LossConfig
 from rafce_ray.data.loader import Batch
-from rafce_ray.losses import (
+from rafce_ray.model.losses import (
     AU_LOSSES,
     LossSettings,
     MultiTaskLoss,
@@ -25,7 +25,7 @@ from rafce_ray.losses import (
     vote_shares,
     votes_loss,
 )
-from rafce_ray.model import Logits
+from rafce_ray.model.network import Logits
 
 pytestmark = pytest.mark.numeric
 
@@ -132,8 +132,8 @@ def test_asymmetric_loss_hand_computed():
 
 
 def test_asymmetric_loss_without_focusing_and_margin_is_binary_cross_entropy(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("rafce_ray.losses.ASYMMETRIC_GAMMA_NEG", 0.0)
-    monkeypatch.setattr("rafce_ray.losses.ASYMMETRIC_MARGIN", 0.0)
+    monkeypatch.setattr("rafce_ray.model.losses.ASYMMETRIC_GAMMA_NEG", 0.0)
+    monkeypatch.setattr("rafce_ray.model.losses.ASYMMETRIC_MARGIN", 0.0)
     logits, targets = torch.randn(5, 4), torch.randint(0, 2, (5, 4)).float()
     weights = torch.tensor([1.0, 2.0, 3.0, 0.5])
     torch.testing.assert_close(

@@ -26,7 +26,7 @@ from rafce_ray.metrics import (
     evaluate_probabilities,
     summarise,
 )
-from rafce_ray.model import Logits
+from rafce_ray.model.network import Logits
 
 RAFCE = make_taxonomy(tuple(RAFCE_EMOTIONS), SEED18)
 THREE = make_taxonomy(("happily surprised", "happily disgusted", "sadly fearful"), (1, 12))

@@ -13,8 +13,8 @@ from rafce_ray.base.errors import UsageError
 from rafce_ray.base.taxonomy import RAFCE_EMOTIONS, SEED18, Taxonomy, make_taxonomy
 from rafce_ray.config import BACKBONES, ModelConfig
 from rafce_ray.data.loader import Batch
-from rafce_ray.losses import LossSettings, MultiTaskLoss, Objective
-from rafce_ray.model import (
+from rafce_ray.model.losses import LossSettings, MultiTaskLoss, Objective
+from rafce_ray.model.network import (
     Architecture,
     MultiTaskModel,
     build_architecture,
@@ -24,8 +24,8 @@ from rafce_ray.model import (
     load_backbone_weights,
     sinusoids,
 )
-from rafce_ray.optim import build_optimizer
-from rafce_ray.trunk import build_trunk
+from rafce_ray.model.optim import build_optimizer
+from rafce_ray.model.trunk import build_trunk
 
 pytestmark = pytest.mark.numeric
 

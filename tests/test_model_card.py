@@ -9,7 +9,7 @@ import pytest
 from rafce_ray.base.taxonomy import make_taxonomy
 from rafce_ray.calibration import Calibration, Outputs
 from rafce_ray.evaluate import evaluate_outputs
-from rafce_ray.model import Architecture
+from rafce_ray.model.network import Architecture
 from rafce_ray.model_card import model_card
 from rafce_ray.split_outputs import SplitOutputs
 

@@ -11,8 +11,8 @@ from torch import nn
 from rafce_ray.base.errors import UsageError
 from rafce_ray.base.taxonomy import make_taxonomy
 from rafce_ray.config import ModelConfig
-from rafce_ray.model import build_architecture, build_model
-from rafce_ray.optim import build_ema, build_optimizer, learning_rate
+from rafce_ray.model.network import build_architecture, build_model
+from rafce_ray.model.optim import build_ema, build_optimizer, learning_rate
 
 pytestmark = pytest.mark.numeric
 

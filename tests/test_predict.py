@@ -31,7 +31,7 @@ from rafce_ray.faces.detect import Box, Face
 from rafce_ray.faces.files import Skipped, file_name, find_images, local_path
 from rafce_ray.faces.loading import LoadedFile, load_file
 from rafce_ray.faces.preprocess import Preprocessing, preprocess
-from rafce_ray.model import Architecture, build_model
+from rafce_ray.model.network import Architecture, build_model
 from rafce_ray.predictor import Predictor, predict_files
 
 pytestmark = pytest.mark.numeric

@@ -14,8 +14,8 @@ from torchvision.models import ResNet18_Weights, get_model
 from rafce_ray.base.errors import RafceError, UsageError
 from rafce_ray.base.taxonomy import make_taxonomy
 from rafce_ray.config import ModelConfig
-from rafce_ray.model import MultiTaskModel, build_architecture, build_model, load_backbone_weights
-from rafce_ray.pretrained import WeightsError
+from rafce_ray.model.network import MultiTaskModel, build_architecture, build_model, load_backbone_weights
+from rafce_ray.model.pretrained import WeightsError
 
 TAXONOMY = make_taxonomy(("happily surprised", "sadly angry"), (1, 12))
 

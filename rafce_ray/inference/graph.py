@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from rafce_ray.bundle import Bundle
 from rafce_ray.faces.preprocess import Preprocessing, resize_and_normalise, to_unit
-from rafce_ray.model import Architecture, MultiTaskModel
+from rafce_ray.model.network import Architecture, MultiTaskModel
 
 if TYPE_CHECKING:
     import openvino

@@ -16,7 +16,7 @@ from rafce_ray.base.errors import RafceError, UsageError
 from rafce_ray.base.storage import locate
 from rafce_ray.config import Config, DataConfig, identity_of, with_values
 from rafce_ray.data.dataset import Prepared, Readings, open_dataset, prepare
-from rafce_ray.pretrained import check_weights
+from rafce_ray.model.pretrained import check_weights
 from rafce_ray.ray_environment import check_ray
 from rafce_ray.study.checks import foreseen
 from rafce_ray.study.config import StudyConfig, to_yaml

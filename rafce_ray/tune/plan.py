@@ -17,7 +17,7 @@ from rafce_ray.base.storage import Location
 from rafce_ray.base.taxonomy import Taxonomy
 from rafce_ray.config import Config, ConfigError
 from rafce_ray.data.loader import batch_remark, num_steps
-from rafce_ray.model import build_architecture, build_model
+from rafce_ray.model.network import build_architecture, build_model
 from rafce_ray.study.checks import foreseen
 from rafce_ray.study.config import StudyConfig
 from rafce_ray.study.proposals import planned_trials, propose

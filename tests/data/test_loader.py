@@ -15,8 +15,8 @@ from rafce_ray.data.loader import (
     tally,
 )
 from rafce_ray.data.records import Targets
-from rafce_ray.losses import LossSettings, MultiTaskLoss, Objective
-from rafce_ray.model import Logits
+from rafce_ray.model.losses import LossSettings, MultiTaskLoss, Objective
+from rafce_ray.model.network import Logits
 
 
 class NumberedImages:

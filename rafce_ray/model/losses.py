@@ -19,7 +19,7 @@ from rafce_ray.base.errors import UsageError
 from rafce_ray.base.taxonomy import BASIC_EMOTIONS, Taxonomy
 from rafce_ray.config import LossConfig
 from rafce_ray.data.loader import Batch
-from rafce_ray.model import Logits
+from rafce_ray.model.network import Logits
 
 ASYMMETRIC_GAMMA_POS = 0.0
 ASYMMETRIC_GAMMA_NEG = 4.0

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from rafce_ray.base.errors import UsageError
 from rafce_ray.base.taxonomy import Taxonomy
 from rafce_ray.config import BACKBONES, ModelConfig
-from rafce_ray.pretrained import WeightsReport, load_weights
-from rafce_ray.trunk import build_trunk
+from rafce_ray.model.pretrained import WeightsReport, load_weights
+from rafce_ray.model.trunk import build_trunk
 
 ATTENTION_DIM = 256
 ATTENTION_HEADS = 8
