@@ -42,11 +42,11 @@ from rafce_ray.bundle_manifest import (
     taxonomy_from_plain,
     taxonomy_to_plain,
 )
-from rafce_ray.calibration import Calibration
 from rafce_ray.canary import Canary, canary_from_tensors, canary_to_bytes, draw_canary
-from rafce_ray.consistency import Association
-from rafce_ray.drift import DriftReference
 from rafce_ray.faces.preprocess import Preprocessing
+from rafce_ray.metrics.calibration import Calibration
+from rafce_ray.metrics.consistency import Association
+from rafce_ray.metrics.drift import DriftReference
 from rafce_ray.model.network import Architecture, MultiTaskModel, build_model
 
 __all__ = [

@@ -16,13 +16,13 @@ from rafce_ray.base.figures import FIGURES, WITH_INTERVAL
 from rafce_ray.base.hardware import choose_device
 from rafce_ray.base.taxonomy import Taxonomy
 from rafce_ray.bundle import load_bundle
-from rafce_ray.calibration import Calibration
-from rafce_ray.comparison import Difference, Scored, comparable_figures, difference, f1_of, same_images, score
 from rafce_ray.config import Config, build_config, differences, flatten
 from rafce_ray.evaluate import data_config_for, open_for_bundle, split_outputs
+from rafce_ray.metrics.calibration import Calibration
+from rafce_ray.metrics.comparison import Difference, Scored, comparable_figures, difference, f1_of, same_images, score
+from rafce_ray.metrics.split_outputs import SplitOutputs
 from rafce_ray.reproduction import circumstances_of, compare_circumstances
 from rafce_ray.run_folder import RunFolder, open_finished
-from rafce_ray.split_outputs import SplitOutputs
 
 
 @dataclass(frozen=True)

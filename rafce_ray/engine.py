@@ -32,7 +32,7 @@ from rafce_ray.data.loader import batch_remark, step_seed, tally
 from rafce_ray.evaluate import EVALUATION_BATCH
 from rafce_ray.faces.preprocess import preprocess
 from rafce_ray.finish import finish
-from rafce_ray.metrics import Counts, count_batch, summarise, with_score
+from rafce_ray.metrics.counts import Counts, count_batch, summarise, with_score
 from rafce_ray.model.optim import learning_rate
 from rafce_ray.session import Job, Session
 from rafce_ray.training import NUM_LOSS_SUMS, Training, resolve_monitor, score_of

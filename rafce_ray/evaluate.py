@@ -16,14 +16,14 @@ from rafce_ray.base.errors import RafceError, UsageError
 from rafce_ray.base.figures import FIGURES, WITH_INTERVAL
 from rafce_ray.base.taxonomy import Taxonomy, class_named, make_taxonomy
 from rafce_ray.bundle import Bundle
-from rafce_ray.calibration import Calibration, Outputs, Probabilities, calibrated
 from rafce_ray.config import DataConfig, apply_overrides, build_config
 from rafce_ray.data.dataset import Dataset, open_dataset, prepare
 from rafce_ray.data.records import SPLITS, Progress, Targets
-from rafce_ray.metrics import count_probabilities, evaluate_probabilities, summarise
+from rafce_ray.metrics.calibration import Calibration, Outputs, Probabilities, calibrated
+from rafce_ray.metrics.counts import count_probabilities, evaluate_probabilities, summarise
+from rafce_ray.metrics.reliability import reliability_figures, risk_coverage
+from rafce_ray.metrics.split_outputs import SplitOutputs
 from rafce_ray.predictor import Predictor
-from rafce_ray.reliability import reliability_figures, risk_coverage
-from rafce_ray.split_outputs import SplitOutputs
 
 EVALUATION_BATCH = 128
 """Images per forward pass; with another number the last digits of probabilities may differ."""
@@ -90,10 +90,10 @@ def split_outputs(
 
 
 def evaluate_outputs(outputs: SplitOutputs, taxonomy: Taxonomy, calibration: Calibration) -> dict[str, Any]:
-    """The figures of :func:`rafce_ray.metrics.evaluate_probabilities` under a calibration, and what it does.
+    """The figures of :func:`rafce_ray.metrics.counts.evaluate_probabilities` under a calibration, and what it does.
 
     ``au_f1_mean_at_half``, and ``f1_at_half`` per AU: F1 at 0.5 of the network's own probabilities. ``reliability``: ``before`` and
-    ``after`` calibration (:func:`rafce_ray.reliability.reliability_figures`). ``risk_coverage``: see there. ``unsure``: share of
+    ``after`` calibration (:func:`rafce_ray.metrics.reliability.reliability_figures`). ``risk_coverage``: see there. ``unsure``: share of
     images marked unsure and the accuracy of the others, None without a limit.
     """
     raw = calibrated(outputs.outputs, Calibration.uncalibrated(taxonomy.num_action_units))

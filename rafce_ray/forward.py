@@ -7,8 +7,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from rafce_ray.calibration import Outputs
 from rafce_ray.faces.preprocess import Preprocessing, preprocess
+from rafce_ray.metrics.calibration import Outputs
 
 
 def raw_outputs(

@@ -13,9 +13,9 @@ from typing import Any
 from rafce_ray.base.console import finite
 from rafce_ray.base.figures import FIGURES, MIN_SUPPORT, WITH_INTERVAL
 from rafce_ray.base.taxonomy import Taxonomy
-from rafce_ray.calibration import Calibration
 from rafce_ray.data.records import SPLITS
-from rafce_ray.figure_text import UNDEFINED, against_floor, constant_f1, headline, interval, number, percent, summary
+from rafce_ray.metrics.calibration import Calibration
+from rafce_ray.metrics.text import UNDEFINED, against_floor, constant_f1, headline, interval, number, percent, summary
 from rafce_ray.model.network import Architecture
 
 PERCEIVED = (

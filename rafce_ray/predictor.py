@@ -13,10 +13,10 @@ from torch import Tensor
 
 from rafce_ray.base.taxonomy import ACTION_UNIT_NAMES, action_unit_code
 from rafce_ray.bundle import Bundle
-from rafce_ray.calibration import Outputs, Probabilities, calibrated
-from rafce_ray.consistency import basic_emotion_membership, consistency_of
 from rafce_ray.faces.loading import NO_FACE, LoadedFile
 from rafce_ray.inference.engines import Engine, TorchEngine
+from rafce_ray.metrics.calibration import Outputs, Probabilities, calibrated
+from rafce_ray.metrics.consistency import basic_emotion_membership, consistency_of
 from rafce_ray.prediction import (
     ActionUnitPrediction,
     BasicEmotionScore,

@@ -12,7 +12,7 @@ from rafce_ray.base.errors import DamagedFile, RafceError, UsageError
 from rafce_ray.base.object_store import StorageError
 from rafce_ray.base.storage import Location, locate
 from rafce_ray.config import Config, ConfigError, build_config, parse_yaml, to_yaml
-from rafce_ray.split_outputs import SplitOutputs
+from rafce_ray.metrics.split_outputs import SplitOutputs
 
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FILE = "events.jsonl"

@@ -15,7 +15,6 @@ from rafce_ray.base.errors import GateError
 from rafce_ray.base.figures import FIGURES, monitor_for
 from rafce_ray.base.hardware import resolve_precision
 from rafce_ray.bundle import read_weights, save_bundle
-from rafce_ray.calibration import Calibration
 from rafce_ray.checkpoint import Checkpoint, InvalidCheckpoint, local_bundle, read_trainer_state, save_checkpoint
 from rafce_ray.config import Config, LossConfig
 from rafce_ray.data.audit_checks import audit_command
@@ -23,6 +22,7 @@ from rafce_ray.data.dataset import Dataset, open_dataset
 from rafce_ray.data.loader import Batch, ImageSource, TrainLoader, check_shares
 from rafce_ray.faces.augment import build_augmentation
 from rafce_ray.faces.preprocess import Preprocessing, resize_and_normalise, to_unit
+from rafce_ray.metrics.calibration import Calibration
 from rafce_ray.model.losses import MultiTaskLoss, Objective, build_loss, class_weights
 from rafce_ray.model.network import (
     build_architecture,

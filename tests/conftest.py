@@ -214,9 +214,9 @@ def write_bundle() -> Callable[..., Path]:
 
     from rafce_ray.base.taxonomy import make_taxonomy
     from rafce_ray.bundle import save_bundle
-    from rafce_ray.calibration import Calibration
-    from rafce_ray.consistency import Association
     from rafce_ray.faces.preprocess import Preprocessing
+    from rafce_ray.metrics.calibration import Calibration
+    from rafce_ray.metrics.consistency import Association
     from rafce_ray.model.network import Architecture, build_model
 
     known, units = ("happily surprised", "sadly angry", "happily sad", "calm"), (1, 12, 25)
@@ -255,7 +255,7 @@ def write_bundle() -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def even_reference() -> Callable[..., object]:
     """``even_reference(num_emotions, num_action_units)``: of 1,200 images, spread evenly over all classes and bins; each AU in half of them."""
-    from rafce_ray.drift import Bins, DriftReference
+    from rafce_ray.metrics.drift import Bins, DriftReference
 
     def spread(num_bins: int) -> tuple[int, ...]:
         return tuple((1200 + place) // num_bins for place in range(num_bins))

@@ -14,10 +14,10 @@ import torch
 
 from rafce_ray.base.taxonomy import make_taxonomy
 from rafce_ray.bundle import BundleError, canary_of, load_bundle, read_weights, save_bundle
-from rafce_ray.calibration import Calibration
 from rafce_ray.canary import check_canary
-from rafce_ray.drift import Bins, DriftReference
 from rafce_ray.faces.preprocess import Preprocessing, preprocess
+from rafce_ray.metrics.calibration import Calibration
+from rafce_ray.metrics.drift import Bins, DriftReference
 from rafce_ray.model.network import Architecture, build_model, freeze_backbone
 
 TAXONOMY = make_taxonomy(("happily surprised", "calm", "sadly angry"), (1, 12))

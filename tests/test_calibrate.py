@@ -11,7 +11,8 @@ from scipy.stats import binomtest
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
 
-from rafce_ray.calibrate import (
+from rafce_ray.config import load_config
+from rafce_ray.metrics.calibrate import (
     FOLDS,
     MIN_POSITIVES,
     choose_thresholds,
@@ -19,9 +20,8 @@ from rafce_ray.calibrate import (
     cross_fitted,
     fit_calibration,
 )
-from rafce_ray.calibration import Calibration, Outputs, calibrated
-from rafce_ray.config import load_config
-from rafce_ray.reliability import reliability_figures
+from rafce_ray.metrics.calibration import Calibration, Outputs, calibrated
+from rafce_ray.metrics.reliability import reliability_figures
 
 pytestmark = pytest.mark.numeric
 

@@ -10,8 +10,8 @@ import torch
 
 from rafce_ray.base.taxonomy import make_taxonomy
 from rafce_ray.bundle import Bundle, load_bundle, save_bundle
-from rafce_ray.calibration import Calibration, Outputs, calibrated
 from rafce_ray.faces.preprocess import Preprocessing
+from rafce_ray.metrics.calibration import Calibration, Outputs, calibrated
 from rafce_ray.model.network import Architecture, build_model
 from rafce_ray.predictor import Predictor
 

@@ -12,8 +12,8 @@ from scipy.stats import t as student_t
 from rafce_ray.base.errors import UsageError
 from rafce_ray.base.figures import WITH_INTERVAL
 from rafce_ray.base.taxonomy import RAFCE_EMOTIONS, make_taxonomy
-from rafce_ray.calibration import Calibration, Outputs
-from rafce_ray.comparison import (
+from rafce_ray.metrics.calibration import Calibration, Outputs
+from rafce_ray.metrics.comparison import (
     NO_SPREAD,
     OverSeeds,
     Spread,
@@ -27,8 +27,8 @@ from rafce_ray.comparison import (
     same_images,
     score,
 )
-from rafce_ray.metrics import evaluate_probabilities
-from rafce_ray.split_outputs import SplitOutputs
+from rafce_ray.metrics.counts import evaluate_probabilities
+from rafce_ray.metrics.split_outputs import SplitOutputs
 
 TAXONOMY = make_taxonomy(tuple(list(RAFCE_EMOTIONS)[:4]), (1, 12))
 CALIBRATION = Calibration(1.5, (0.4, 0.6))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rafce_ray.base.taxonomy import RAFCE_EMOTIONS, Taxonomy, make_taxonomy
-from rafce_ray.consistency import Association, basic_emotion_probabilities, consistency_of, estimate_association
+from rafce_ray.metrics.consistency import Association, basic_emotion_probabilities, consistency_of, estimate_association
 
 NAN = math.nan
 

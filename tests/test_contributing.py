@@ -14,7 +14,7 @@ from rafce_ray.config import BACKBONES, LossConfig, flatten
 from rafce_ray.doctor.diagnosis import SMALLER_BACKBONE
 from rafce_ray.doctor.figures import ONLY_FOR_ACTION_UNITS
 from rafce_ray.inference.build import _COMPILERS, FASTEST_FIRST, PACKAGES, EngineChoice
-from rafce_ray.metrics import Counts, summarise
+from rafce_ray.metrics.counts import Counts, summarise
 from rafce_ray.model.losses import AU_LOSSES
 from rafce_ray.service.config import ServiceConfig
 from rafce_ray.service.documents import _NOT_OF_PREDICT

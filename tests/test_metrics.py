@@ -17,8 +17,7 @@ from sklearn.metrics import (
 )
 
 from rafce_ray.base.taxonomy import RAFCE_EMOTIONS, SEED18, Taxonomy, make_taxonomy
-from rafce_ray.intervals import Ranking, percentile_interval, resample_weights
-from rafce_ray.metrics import (
+from rafce_ray.metrics.counts import (
     Counts,
     component_overlap,
     count_batch,
@@ -26,6 +25,7 @@ from rafce_ray.metrics import (
     evaluate_probabilities,
     summarise,
 )
+from rafce_ray.metrics.intervals import Ranking, percentile_interval, resample_weights
 from rafce_ray.model.network import Logits
 
 RAFCE = make_taxonomy(tuple(RAFCE_EMOTIONS), SEED18)

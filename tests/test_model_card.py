@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from rafce_ray.base.taxonomy import make_taxonomy
-from rafce_ray.calibration import Calibration, Outputs
 from rafce_ray.evaluate import evaluate_outputs
+from rafce_ray.metrics.calibration import Calibration, Outputs
+from rafce_ray.metrics.split_outputs import SplitOutputs
 from rafce_ray.model.network import Architecture
 from rafce_ray.model_card import model_card
-from rafce_ray.split_outputs import SplitOutputs
 
 TAXONOMY = make_taxonomy(("calm", "glad", "sad"), (1, 12, 45))
 CALIBRATION = Calibration(1.25, (0.3, 0.6, 0.5), (1.0,) * 3, (0.0,) * 3, None)

@@ -24,13 +24,13 @@ from rafce_ray.base.errors import UsageError
 from rafce_ray.base.hardware import choose_device
 from rafce_ray.base.taxonomy import make_taxonomy
 from rafce_ray.bundle import Bundle, load_bundle, save_bundle
-from rafce_ray.calibration import Calibration
 from rafce_ray.cli.predict import main
 from rafce_ray.faces.decode import decode_face
 from rafce_ray.faces.detect import Box, Face
 from rafce_ray.faces.files import Skipped, file_name, find_images, local_path
 from rafce_ray.faces.loading import LoadedFile, load_file
 from rafce_ray.faces.preprocess import Preprocessing, preprocess
+from rafce_ray.metrics.calibration import Calibration
 from rafce_ray.model.network import Architecture, build_model
 from rafce_ray.predictor import Predictor, predict_files
 

@@ -13,8 +13,8 @@ import numpy as np
 from rafce_ray.ablation.arms import GROUPS, Arm, arm_of_change
 from rafce_ray.base.figures import MIN_SUPPORT
 from rafce_ray.bundle import read_taxonomy
-from rafce_ray.calibration import Calibration
-from rafce_ray.comparison import (
+from rafce_ray.metrics.calibration import Calibration
+from rafce_ray.metrics.comparison import (
     RESAMPLES,
     OverSeeds,
     Scored,
@@ -25,8 +25,8 @@ from rafce_ray.comparison import (
     same_images,
     score,
 )
+from rafce_ray.metrics.split_outputs import SplitOutputs
 from rafce_ray.run_folder import RunFolder
-from rafce_ray.split_outputs import SplitOutputs
 from rafce_ray.study.scored import over_seeds
 from rafce_ray.study_folder import StudyFolder
 

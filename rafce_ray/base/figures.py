@@ -1,7 +1,7 @@
 """The table of every figure that a model is measured by: its title, its task, its direction and what it is made of.
 
 Everything that lists, names, compares or chooses by figures reads :data:`FIGURES`. This module imports no numerics, so that a
-configuration can be checked quickly. The formulas are in :mod:`rafce_ray.metrics`.
+configuration can be checked quickly. The formulas are in :mod:`rafce_ray.metrics.counts`.
 """
 
 from __future__ import annotations

@@ -14,10 +14,10 @@ from rafce_ray.base.errors import DamagedFile
 from rafce_ray.base.figures import monitor_for
 from rafce_ray.base.storage import locate
 from rafce_ray.base.taxonomy import Taxonomy, make_taxonomy, parse_action_unit_token
-from rafce_ray.calibration import Calibration
 from rafce_ray.config import Config
+from rafce_ray.metrics.calibration import Calibration
+from rafce_ray.metrics.split_outputs import SplitOutputs
 from rafce_ray.run_folder import TRIALS, RunFolder
-from rafce_ray.split_outputs import SplitOutputs
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,6 @@ from rafce_ray.base.console import warn
 from rafce_ray.base.errors import RafceError, UsageError
 from rafce_ray.base.figures import FIGURES, MIN_SUPPORT
 from rafce_ray.base.taxonomy import make_taxonomy
-from rafce_ray.calibrate import MIN_POSITIVES
-from rafce_ray.calibration import Calibration, Outputs, calibrated
-from rafce_ray.comparison import Difference, difference, same_images, score
 from rafce_ray.config import Config, differences
 from rafce_ray.doctor.action_units import data_remedy, next_au_weight
 from rafce_ray.doctor.diagnosis import (
@@ -34,10 +31,13 @@ from rafce_ray.doctor.diagnosis import (
 )
 from rafce_ray.doctor.evidence import Evidence, bounds, figure
 from rafce_ray.doctor.training import LEARNT_SHARE, NOISE, learnt_share
-from rafce_ray.intervals import percentile_interval
-from rafce_ray.metrics import bootstrap_figures
+from rafce_ray.metrics.calibrate import MIN_POSITIVES
+from rafce_ray.metrics.calibration import Calibration, Outputs, calibrated
+from rafce_ray.metrics.comparison import Difference, difference, same_images, score
+from rafce_ray.metrics.counts import bootstrap_figures
+from rafce_ray.metrics.intervals import percentile_interval
+from rafce_ray.metrics.split_outputs import SplitOutputs
 from rafce_ray.run_folder import RunFolder
-from rafce_ray.split_outputs import SplitOutputs
 
 
 def classes_never_found(evidence: Evidence) -> list[Diagnosis]:

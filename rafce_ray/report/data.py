@@ -19,7 +19,6 @@ from rafce_ray.base.hardware import choose_device
 from rafce_ray.base.storage import locate
 from rafce_ray.base.taxonomy import ACTION_UNIT_NAMES, Taxonomy, action_unit_code
 from rafce_ray.bundle import load_bundle, read_taxonomy
-from rafce_ray.calibration import Calibration, Outputs, calibrated
 from rafce_ray.config import Config, DataConfig, apply_overrides, build_config
 from rafce_ray.data.dataset import Dataset, open_dataset
 from rafce_ray.data.store import META
@@ -27,9 +26,10 @@ from rafce_ray.doctor.diagnosis import Diagnosis
 from rafce_ray.doctor.evidence import Evidence
 from rafce_ray.doctor.rules import examine_run
 from rafce_ray.evaluate import data_config_for, evaluate_outputs, open_for_bundle, split_outputs
+from rafce_ray.metrics.calibration import Calibration, Outputs, calibrated
+from rafce_ray.metrics.split_outputs import SplitOutputs
 from rafce_ray.report.slices import GroupTable, group_table, read_slices
 from rafce_ray.run_folder import RunFolder
-from rafce_ray.split_outputs import SplitOutputs
 from rafce_ray.study_folder import StudyFolder
 
 Split = Literal["validation", "test", "held-out"]

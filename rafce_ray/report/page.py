@@ -17,7 +17,7 @@ from rafce_ray.base.figures import FIGURES, MAIN, MIN_SUPPORT, WITH_INTERVAL
 from rafce_ray.base.storage import Location, locate
 from rafce_ray.base.taxonomy import ACTION_UNIT_NAMES, parse_action_unit_token
 from rafce_ray.config import Config, flatten
-from rafce_ray.figure_text import (
+from rafce_ray.metrics.text import (
     UNDEFINED,
     against_floor,
     constant_f1,

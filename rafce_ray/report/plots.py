@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from rafce_ray.doctor.evidence import Evidence
-from rafce_ray.figure_text import percent
+from rafce_ray.metrics.text import percent
 
 INK, MUTED, GRID, PAPER = "#1b1f24", "#57606b", "#dde1e6", "#fffffe"
 BLUE, ORANGE, GREEN = "#0072b2", "#d55e00", "#009e73"

@@ -15,8 +15,8 @@ from markupsafe import Markup
 from rafce_ray import __version__
 from rafce_ray.base.figures import FIGURES
 from rafce_ray.base.storage import Location
-from rafce_ray.comparison import Difference
-from rafce_ray.figure_text import UNDEFINED, interval, number, percent
+from rafce_ray.metrics.comparison import Difference
+from rafce_ray.metrics.text import UNDEFINED, interval, number, percent
 from rafce_ray.report.page import REPORT_FILE, number_html, patch_lines, template_environment
 from rafce_ray.report.study_data import Cost, StudyData, by_status, cost, gather_study, unit
 from rafce_ray.report.study_plots import (

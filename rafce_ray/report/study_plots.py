@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from rafce_ray.base.figures import FIGURES, SCORED
-from rafce_ray.figure_text import UNDEFINED, number
+from rafce_ray.metrics.text import UNDEFINED, number
 from rafce_ray.report.plots import BLUE, GREEN, INK, MUTED, ORANGE, PAPER, TEXT_PX, chart
 from rafce_ray.study.rungs import RungEntry
 from rafce_ray.study.trials import Trial

@@ -20,8 +20,8 @@ from starlette.routing import Route
 
 from rafce_ray import __version__
 from rafce_ray.base.taxonomy import Taxonomy
-from rafce_ray.calibration import Probabilities
-from rafce_ray.drift import Light, light_of
+from rafce_ray.metrics.calibration import Probabilities
+from rafce_ray.metrics.drift import Light, light_of
 from rafce_ray.service.answers import to_json
 from rafce_ray.service.edge import within
 from rafce_ray.service.live import Served

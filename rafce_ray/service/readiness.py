@@ -9,9 +9,9 @@ import time
 from PIL import Image
 
 from rafce_ray.base.errors import RafceError
-from rafce_ray.calibration import Probabilities, calibrated
 from rafce_ray.canary import probabilities_apart
 from rafce_ray.inference.build import MAX_DIFFERENCE
+from rafce_ray.metrics.calibration import Probabilities, calibrated
 from rafce_ray.service.batching import Batcher
 from rafce_ray.service.live import Served
 from rafce_ray.service.problems import Problem

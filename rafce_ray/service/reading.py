@@ -11,9 +11,9 @@ from typing import Literal
 
 import cv2
 
-from rafce_ray.drift import Light, light_of
 from rafce_ray.faces.decode import DEFAULT_LIMITS, DecodeError, Limits, decode_image, decode_sized_face
 from rafce_ray.faces.detect import Face, FaceFinder, build_face_finder, given_face, may_be_aligned
+from rafce_ray.metrics.drift import Light, light_of
 from rafce_ray.service.problems import Problem, problem_of_image
 
 Faces = Literal["detect", "aligned"]

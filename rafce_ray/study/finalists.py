@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from rafce_ray.base.errors import RafceError
 from rafce_ray.base.figures import FIGURES
 from rafce_ray.base.taxonomy import Taxonomy
-from rafce_ray.calibration import Calibration
-from rafce_ray.comparison import (
+from rafce_ray.metrics.calibration import Calibration
+from rafce_ray.metrics.comparison import (
     NO_SPREAD,
     Difference,
     OverSeeds,
@@ -23,8 +23,8 @@ from rafce_ray.comparison import (
     mean_half_width,
     pooled_spread,
 )
+from rafce_ray.metrics.split_outputs import SplitOutputs
 from rafce_ray.run_folder import RunFolder
-from rafce_ray.split_outputs import SplitOutputs
 from rafce_ray.study.scored import TaggedOutputs, on_labels_of_first, score_with_losses
 from rafce_ray.study.trials import ENDED, Trial, best_first, read_plan, read_trial
 from rafce_ray.study.verdict import Basis, Finalist, Verdict, improvement, sentences

@@ -16,7 +16,10 @@ from rafce_ray.base.hardware import choose_device
 from rafce_ray.base.storage import Location
 from rafce_ray.base.taxonomy import Taxonomy
 from rafce_ray.bundle import Bundle, load_bundle
-from rafce_ray.comparison import (
+from rafce_ray.data.dataset import Dataset
+from rafce_ray.data.records import Progress
+from rafce_ray.evaluate import data_config_for, open_for_bundle, split_outputs
+from rafce_ray.metrics.comparison import (
     NO_SPREAD,
     Difference,
     OverSeeds,
@@ -26,11 +29,8 @@ from rafce_ray.comparison import (
     difference_of_means,
     mean_half_width,
 )
-from rafce_ray.data.dataset import Dataset
-from rafce_ray.data.records import Progress
-from rafce_ray.evaluate import data_config_for, open_for_bundle, split_outputs
+from rafce_ray.metrics.split_outputs import SplitOutputs
 from rafce_ray.run_folder import RunFolder
-from rafce_ray.split_outputs import SplitOutputs
 from rafce_ray.study.finalists import runs_of
 from rafce_ray.study.scored import TaggedOutputs, on_labels_of_first, over_seeds, score_with_losses
 from rafce_ray.study.verdict import Basis, Verdict, nan_if_null, read_difference

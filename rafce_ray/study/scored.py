@@ -9,14 +9,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rafce_ray.base.taxonomy import Taxonomy
-from rafce_ray.calibration import Calibration, calibrated
-from rafce_ray.comparison import RESAMPLES, OverSeeds, Scored, Spread, mean_draws, pooled_spread, same_images, score
-from rafce_ray.intervals import resample_weights
-from rafce_ray.reliability import SMALLEST
-from rafce_ray.split_outputs import SplitOutputs
+from rafce_ray.metrics.calibration import Calibration, calibrated
+from rafce_ray.metrics.comparison import (
+    RESAMPLES,
+    OverSeeds,
+    Scored,
+    Spread,
+    mean_draws,
+    pooled_spread,
+    same_images,
+    score,
+)
+from rafce_ray.metrics.intervals import resample_weights
+from rafce_ray.metrics.reliability import SMALLEST
+from rafce_ray.metrics.split_outputs import SplitOutputs
 
 LOSSES = ("emotion_loss", "au_loss", "loss")
-"""Mean log losses in nats, as :func:`rafce_ray.metrics.summarise` defines them."""
+"""Mean log losses in nats, as :func:`rafce_ray.metrics.counts.summarise` defines them."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +75,7 @@ def on_labels_of_first(runs: Sequence[TaggedOutputs]) -> Comparable:
 def score_with_losses(
     split: SplitOutputs, taxonomy: Taxonomy, calibration: Calibration, *, resamples: int = RESAMPLES
 ) -> Scored:
-    """:func:`rafce_ray.comparison.score` with LOSSES among the figures, in the same resamples."""
+    """:func:`rafce_ray.metrics.comparison.score` with LOSSES among the figures, in the same resamples."""
     found = score(split, taxonomy, calibration, resamples=resamples)
     sums = _loss_sums(split, calibration)
     drawn = [_losses(weights @ sums) for weights in resample_weights(len(sums), resamples, seed=0)]

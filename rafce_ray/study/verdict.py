@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from rafce_ray.base.figures import FIGURES
-from rafce_ray.comparison import Difference
+from rafce_ray.metrics.comparison import Difference
 
 Basis = Literal["seeds and images", "images only"]
 

@@ -12,9 +12,9 @@ from rafce_ray.ablation.arms import EIGHT_CHANGES, GROUPS, ablation_arms
 from rafce_ray.ablation.results import Ablation, Contrast, Measured, markdown, plot
 from rafce_ray.base.errors import UsageError
 from rafce_ray.cli.ablate import main
-from rafce_ray.comparison import OverSeeds, Spread
 from rafce_ray.config import differences, load_config
 from rafce_ray.data.dataset import prepare
+from rafce_ray.metrics.comparison import OverSeeds, Spread
 
 
 @pytest.fixture(scope="module")

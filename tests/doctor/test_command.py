@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rafce_ray.calibration import Outputs
 from rafce_ray.cli.doctor import main
 from rafce_ray.config import build_config, differences, flatten, load_config, to_yaml
 from rafce_ray.doctor.evidence import Evidence
 from rafce_ray.doctor.rules import examine_live, examine_run, examine_study
+from rafce_ray.metrics.calibration import Outputs
 from rafce_ray.run_folder import RunFolder
 from rafce_ray.study_folder import StudyFolder
 

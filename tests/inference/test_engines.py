@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from rafce_ray.calibration import Outputs, calibrated
 from rafce_ray.canary import draw_images, largest_difference
 from rafce_ray.inference.engines import Engine, OnnxRuntimeEngine, OpenVinoEngine, TorchEngine
 from rafce_ray.inference.graph import to_onnx, to_openvino
+from rafce_ray.metrics.calibration import Outputs, calibrated
 from rafce_ray.predictor import Predictor
 
 pytestmark = pytest.mark.numeric

@@ -9,8 +9,8 @@ import pytest
 
 from rafce_ray.base.console import to_json
 from rafce_ray.cli.report import main
-from rafce_ray.comparison import Difference
-from rafce_ray.figure_text import UNDEFINED
+from rafce_ray.metrics.comparison import Difference
+from rafce_ray.metrics.text import UNDEFINED
 from rafce_ray.report.study_data import cost, gather_study
 from rafce_ray.report.study_page import write_study_report
 from rafce_ray.report.study_plots import group_rungs, value_axis

@@ -18,8 +18,8 @@ import pytest
 from openapi_spec_validator import validate
 from pydantic import TypeAdapter
 
-from rafce_ray.calibration import Outputs
 from rafce_ray.config import apply_overrides
+from rafce_ray.metrics.calibration import Outputs
 from rafce_ray.service import app as app_module
 from rafce_ray.service.answers import NoImageRead, PredictAnswer
 from rafce_ray.service.app import Service

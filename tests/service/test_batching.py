@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rafce_ray.base.errors import RafceError
-from rafce_ray.calibration import Outputs
+from rafce_ray.metrics.calibration import Outputs
 from rafce_ray.service.batching import Batcher, NotFiniteError
 
 

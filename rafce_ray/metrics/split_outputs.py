@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from rafce_ray.base.errors import RafceError
-from rafce_ray.calibration import Outputs
+from rafce_ray.metrics.calibration import Outputs
 
 
 @dataclass(frozen=True)

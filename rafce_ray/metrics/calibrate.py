@@ -15,9 +15,9 @@ from scipy.optimize import minimize, minimize_scalar
 from scipy.special import expit, logsumexp
 from scipy.stats import beta
 
-from rafce_ray.calibration import Calibration, Outputs, Probabilities, calibrated
-from rafce_ray.metrics import HasTargets
-from rafce_ray.reliability import reliability_figures
+from rafce_ray.metrics.calibration import Calibration, Outputs, Probabilities, calibrated
+from rafce_ray.metrics.counts import HasTargets
+from rafce_ray.metrics.reliability import reliability_figures
 
 MIN_POSITIVES = 30
 """Validation positives that an AU needs for a threshold of its own; the others share one."""
@@ -247,7 +247,7 @@ def cross_fitted(
 ) -> dict[str, Any]:
     """What calibration does to images that it was not fitted on: each of FOLDS parts is calibrated by the others.
 
-    ``before`` and ``after`` hold :func:`rafce_ray.reliability.reliability_figures`; ``au_f1_mean_before`` is at 0.5 on raw
+    ``before`` and ``after`` hold :func:`rafce_ray.metrics.reliability.reliability_figures`; ``au_f1_mean_before`` is at 0.5 on raw
     probabilities, ``au_f1_mean_after`` at the other folds' thresholds.
     """
     num_images = len(outputs.emotion)

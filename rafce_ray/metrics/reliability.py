@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rafce_ray.calibration import Probabilities
-from rafce_ray.intervals import percentile_interval, resample_weights
-from rafce_ray.metrics import HasTargets
+from rafce_ray.metrics.calibration import Probabilities
+from rafce_ray.metrics.counts import HasTargets
+from rafce_ray.metrics.intervals import percentile_interval, resample_weights
 
 NUM_BINS = 15
 """Bins of equal mass; fewer where there are not MIN_PER_BIN predictions for each."""
@@ -23,7 +23,7 @@ NUM_BINS = 15
 MIN_PER_BIN = 10
 
 SMALLEST = float(np.finfo(np.float32).tiny)
-"""A probability below this (1e-38) counts as this in a log loss, as it does in :mod:`rafce_ray.metrics`."""
+"""A probability below this (1e-38) counts as this in a log loss, as it does in :mod:`rafce_ray.metrics.counts`."""
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ConfigDict
 
-from rafce_ray.calibration import Probabilities
+from rafce_ray.metrics.calibration import Probabilities
 
 MODERATE = 0.1
 LARGE = 0.25

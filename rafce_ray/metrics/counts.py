@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rafce_ray.base.figures import HEADLINES, MIN_SUPPORT, WITH_INTERVAL
 from rafce_ray.base.taxonomy import ACTION_UNIT_NAMES, Taxonomy
-from rafce_ray.intervals import Ranking, percentile_interval, resample_weights
+from rafce_ray.metrics.intervals import Ranking, percentile_interval, resample_weights
 from rafce_ray.model.network import Logits
 
 NAN = float("nan")

@@ -1,0 +1,1 @@
+"""Figures of predictions: counts, intervals, calibration, comparison, drift."""
