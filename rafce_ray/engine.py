@@ -21,6 +21,7 @@ from rafce_ray.base.console import finite
 from rafce_ray.base.errors import RafceError
 from rafce_ray.base.figures import MAIN
 from rafce_ray.base.hardware import describe_hardware
+from rafce_ray.bundle.evaluate import EVALUATION_BATCH
 from rafce_ray.checkpoint import (
     checkpoint_name,
     clear_scratch,
@@ -29,7 +30,6 @@ from rafce_ray.checkpoint import (
     prune,
 )
 from rafce_ray.data.loader import batch_remark, step_seed, tally
-from rafce_ray.evaluate import EVALUATION_BATCH
 from rafce_ray.faces.preprocess import preprocess
 from rafce_ray.finish import finish
 from rafce_ray.metrics.counts import Counts, count_batch, summarise, with_score

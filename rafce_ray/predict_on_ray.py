@@ -24,14 +24,14 @@ from rafce_ray.base.claim import claimed
 from rafce_ray.base.console import progress_bar, say, warn
 from rafce_ray.base.errors import RafceError, UsageError
 from rafce_ray.base.storage import locate
-from rafce_ray.bundle import MANIFEST, Bundle, find_bundle, load_bundle
+from rafce_ray.bundle.bundle import MANIFEST, Bundle, find_bundle, load_bundle
+from rafce_ray.bundle.engines import TorchEngine
+from rafce_ray.bundle.predictor import Predictor, detector_of, in_words, outcomes, predict_files
+from rafce_ray.bundle.shards import Options, Shards, open_shards, read_plan
 from rafce_ray.config import load_config
 from rafce_ray.faces.detect import FaceFinder, build_face_finder
 from rafce_ray.faces.files import Skipped, Stores, list_images, local_path, read_image, stores_of
 from rafce_ray.faces.loading import MAX_BYTES, load_ahead, load_image
-from rafce_ray.inference.engines import TorchEngine
-from rafce_ray.prediction_shards import Options, Shards, open_shards, read_plan
-from rafce_ray.predictor import Predictor, detector_of, in_words, outcomes, predict_files
 from rafce_ray.ray_environment import check_ray
 from rafce_ray.train.launch import interruptible, ray_cluster
 

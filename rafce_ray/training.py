@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from rafce_ray.base.errors import GateError
 from rafce_ray.base.figures import FIGURES, monitor_for
 from rafce_ray.base.hardware import resolve_precision
-from rafce_ray.bundle import read_weights, save_bundle
+from rafce_ray.bundle.bundle import read_weights, save_bundle
 from rafce_ray.checkpoint import Checkpoint, InvalidCheckpoint, local_bundle, read_trainer_state, save_checkpoint
 from rafce_ray.config import Config, LossConfig
 from rafce_ray.data.audit_checks import audit_command

@@ -13,8 +13,8 @@ import safetensors.torch
 import torch
 
 from rafce_ray.base.taxonomy import make_taxonomy
-from rafce_ray.bundle import BundleError, canary_of, load_bundle, read_weights, save_bundle
-from rafce_ray.canary import check_canary
+from rafce_ray.bundle.bundle import BundleError, canary_of, load_bundle, read_weights, save_bundle
+from rafce_ray.bundle.canary import check_canary
 from rafce_ray.faces.preprocess import Preprocessing, preprocess
 from rafce_ray.metrics.calibration import Calibration
 from rafce_ray.metrics.drift import Bins, DriftReference

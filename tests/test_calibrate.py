@@ -497,10 +497,10 @@ def test_cross_fitting_undoes_positive_weights():
 @pytest.mark.slow
 def test_calibration_lowers_the_log_loss_of_held_out_drawn_faces(drawn_faces, store_dir, tmp_path):
     """Trained with positive weights, calibrated on validation, measured on the test split, which took no part in either."""
-    from rafce_ray.bundle import load_bundle
+    from rafce_ray.bundle.bundle import load_bundle
+    from rafce_ray.bundle.evaluate import evaluate_bundle
     from rafce_ray.data.dataset import open_dataset, prepare
     from rafce_ray.engine import fit
-    from rafce_ray.evaluate import evaluate_bundle
     from rafce_ray.session import Job, LocalSession
 
     config = load_config(

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from rafce_ray.canary import Canary, check_canary, draw_images, largest_difference
+from rafce_ray.bundle.canary import Canary, check_canary, draw_images, largest_difference
 from rafce_ray.metrics.calibration import Calibration, Outputs
 
 pytestmark = pytest.mark.numeric

@@ -101,12 +101,12 @@ assert not {"torch", "ray", "cv2", "sklearn"} & sys.modules.keys()
 
 def test_what_help_says_is_what_the_library_has(capsys):
     """Choices and defaults are written down in ``cli`` again, so that help does not import the library."""
+    from rafce_ray.bundle.evaluate import EVALUATION_BATCH
+    from rafce_ray.bundle.export import FORMATS
     from rafce_ray.cli import arguments, export
     from rafce_ray.config import recipe_names
     from rafce_ray.data.records import SPLITS
     from rafce_ray.data.split import FRACTIONS
-    from rafce_ray.evaluate import EVALUATION_BATCH
-    from rafce_ray.inference.export import FORMATS
     from rafce_ray.registry.promotion import Rules
     from rafce_ray.replay import MAY_MOVE, TOLERANCES
     from rafce_ray.report.data import SPLITS_OF

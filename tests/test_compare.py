@@ -12,7 +12,7 @@ import torch
 from rafce_ray.base.console import to_json
 from rafce_ray.base.errors import UsageError
 from rafce_ray.base.taxonomy import RAFCE_EMOTIONS, SEED18, Taxonomy, make_taxonomy
-from rafce_ray.bundle import save_bundle
+from rafce_ray.bundle.bundle import save_bundle
 from rafce_ray.cli.compare import main
 from rafce_ray.compare import Run, compare, load_run, to_json_record
 from rafce_ray.config import config_hash, load_config
@@ -231,8 +231,8 @@ def test_kept_outputs_of_the_validation_split_are_compared(folders, capsys):
 
 
 def test_the_test_split_is_measured_with_the_bundles(folders, capsys):
-    from rafce_ray.bundle import load_bundle
-    from rafce_ray.evaluate import evaluate_bundle
+    from rafce_ray.bundle.bundle import load_bundle
+    from rafce_ray.bundle.evaluate import evaluate_bundle
 
     assert main([*[folder.place for folder in folders], "--split", "test", "--json", "--device", "cpu"]) == 0
     record = json.loads(capsys.readouterr().out)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rafce_ray.bundle import load_bundle
+from rafce_ray.bundle.bundle import load_bundle
 from rafce_ray.faces.decode import decode_face
 from rafce_ray.metrics.calibration import Probabilities, calibrated
 from rafce_ray.metrics.drift import Bins, DriftReference, Light, binned, build_reference, faces_needed, light_of, psi

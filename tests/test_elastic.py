@@ -8,7 +8,7 @@ from itertools import groupby
 
 import pytest
 
-from rafce_ray.bundle import load_bundle
+from rafce_ray.bundle.bundle import load_bundle
 from rafce_ray.data.dataset import open_dataset, prepare
 from rafce_ray.data.loader import tally
 from rafce_ray.run_folder import RunFolder

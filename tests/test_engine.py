@@ -15,7 +15,7 @@ from torchvision.models import mobilenet_v3_small
 from rafce_ray import training
 from rafce_ray.base.console import to_json
 from rafce_ray.base.errors import GateError, RafceError
-from rafce_ray.bundle import load_bundle
+from rafce_ray.bundle.bundle import load_bundle
 from rafce_ray.checkpoint import TRAINER_STATE, list_checkpoints
 from rafce_ray.config import load_config
 from rafce_ray.data.dataset import open_dataset, prepare

@@ -12,15 +12,15 @@ from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
 from rafce_ray.base.console import finite
 from rafce_ray.base.errors import RafceError, UsageError
 from rafce_ray.base.taxonomy import RAFCE_EMOTIONS, SEED18, make_taxonomy
-from rafce_ray.bundle import Bundle, load_bundle, save_bundle
+from rafce_ray.bundle.bundle import Bundle, load_bundle, save_bundle
+from rafce_ray.bundle.evaluate import data_config_for, evaluate_bundle, open_for_bundle
+from rafce_ray.bundle.predictor import Predictor
 from rafce_ray.cli.evaluate import main
 from rafce_ray.config import load_config
 from rafce_ray.data.dataset import open_dataset, prepare
-from rafce_ray.evaluate import data_config_for, evaluate_bundle, open_for_bundle
 from rafce_ray.faces.preprocess import Preprocessing
 from rafce_ray.metrics.calibration import Calibration
 from rafce_ray.model.network import Architecture, build_model
-from rafce_ray.predictor import Predictor
 
 pytestmark = pytest.mark.numeric
 

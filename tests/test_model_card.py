@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from rafce_ray.base.taxonomy import make_taxonomy
-from rafce_ray.evaluate import evaluate_outputs
+from rafce_ray.bundle.evaluate import evaluate_outputs
+from rafce_ray.bundle.model_card import model_card
 from rafce_ray.metrics.calibration import Calibration, Outputs
 from rafce_ray.metrics.split_outputs import SplitOutputs
 from rafce_ray.model.network import Architecture
-from rafce_ray.model_card import model_card
 
 TAXONOMY = make_taxonomy(("calm", "glad", "sad"), (1, 12, 45))
 CALIBRATION = Calibration(1.25, (0.3, 0.6, 0.5), (1.0,) * 3, (0.0,) * 3, None)
@@ -145,7 +145,7 @@ def test_a_bundle_of_one_task_and_one_without_figures_have_a_card(metrics):
 
 @pytest.mark.slow
 def test_training_may_import_it_without_charts_or_the_engine():
-    code = "import sys, rafce_ray.model_card; print([m for m in sys.modules if m in sys.argv[1:]])"
+    code = "import sys, rafce_ray.bundle.model_card; print([m for m in sys.modules if m in sys.argv[1:]])"
     unwanted = ["matplotlib", "rafce_ray.engine", "rafce_ray.report.page", "ray"]
     done = subprocess.run([sys.executable, "-c", code, *unwanted], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

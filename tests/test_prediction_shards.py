@@ -15,14 +15,14 @@ from rafce_ray.base import object_store
 from rafce_ray.base.claim import claimed
 from rafce_ray.base.errors import Finding, RafceError, UsageError
 from rafce_ray.base.storage import locate
-from rafce_ray.bundle import load_bundle
+from rafce_ray.bundle.bundle import load_bundle
+from rafce_ray.bundle.predictor import Predictor, outcomes, predict_files
+from rafce_ray.bundle.shards import Options, open_shards
 from rafce_ray.cli.predict import main
 from rafce_ray.faces.detect import Box, Face
 from rafce_ray.faces.files import find_images, list_images, read_image, stores_of
 from rafce_ray.faces.loading import LoadedFile, load_image
 from rafce_ray.predict_on_ray import PredictionJob, ShardPredictor, Share, bundle_digest, predict_on_ray, share_out
-from rafce_ray.prediction_shards import Options, open_shards
-from rafce_ray.predictor import Predictor, outcomes, predict_files
 
 OPTIONS = Options("b" * 64, "aligned", None, 2)
 NAMES = [f"/images/{number:02d}.jpg" for number in range(7)]

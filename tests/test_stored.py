@@ -19,11 +19,11 @@ import pytest
 from PIL import Image
 
 from rafce_ray.base.storage import locate
-from rafce_ray.bundle import load_bundle
+from rafce_ray.bundle.bundle import load_bundle
+from rafce_ray.bundle.shards import Shards, open_shards, read_plan
 from rafce_ray.cli import main
 from rafce_ray.config import load_config
 from rafce_ray.data.dataset import open_dataset
-from rafce_ray.prediction_shards import Shards, open_shards, read_plan
 from rafce_ray.run_folder import RunFolder
 from rafce_ray.study.rungs import read_rungs
 from rafce_ray.study_folder import StudyFolder

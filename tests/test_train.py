@@ -17,7 +17,7 @@ from needs import PHOTOGRAPHS
 from processes import running
 
 from rafce_ray.base.errors import GateError, RafceError, UsageError
-from rafce_ray.bundle import load_bundle
+from rafce_ray.bundle.bundle import load_bundle
 from rafce_ray.checkpoint import list_checkpoints
 from rafce_ray.config import load_config
 from rafce_ray.run_folder import RunFolder

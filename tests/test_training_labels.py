@@ -7,12 +7,12 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from rafce_ray.bundle import load_bundle
+from rafce_ray.bundle.bundle import load_bundle
+from rafce_ray.bundle.evaluate import data_config_for, evaluate_bundle, open_for_bundle
 from rafce_ray.config import DataConfig, load_config
 from rafce_ray.data.audit import render
 from rafce_ray.data.dataset import prepare
 from rafce_ray.engine import fit
-from rafce_ray.evaluate import data_config_for, evaluate_bundle, open_for_bundle
 from rafce_ray.run_folder import RunFolder
 from rafce_ray.session import Job, LocalSession
 from rafce_ray.training import choose_splits, describe_targets, open_for_training

@@ -12,7 +12,7 @@ import numpy as np
 
 from rafce_ray.ablation.arms import GROUPS, Arm, arm_of_change
 from rafce_ray.base.figures import MIN_SUPPORT
-from rafce_ray.bundle import read_taxonomy
+from rafce_ray.bundle.bundle import read_taxonomy
 from rafce_ray.metrics.calibration import Calibration
 from rafce_ray.metrics.comparison import (
     RESAMPLES,

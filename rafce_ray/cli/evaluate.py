@@ -15,8 +15,8 @@ def main(argv: list[str]) -> int:
     from rafce_ray.base.console import console
     from rafce_ray.base.hardware import choose_device
     from rafce_ray.base.storage import locate
-    from rafce_ray.bundle import load_bundle
-    from rafce_ray.evaluate import EVALUATION_BATCH, data_config_for, evaluate_bundle, open_for_bundle, render
+    from rafce_ray.bundle.bundle import load_bundle
+    from rafce_ray.bundle.evaluate import EVALUATION_BATCH, data_config_for, evaluate_bundle, open_for_bundle, render
 
     device = choose_device(arguments.device)
     bundle = load_bundle(arguments.bundle)

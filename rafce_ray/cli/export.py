@@ -14,8 +14,8 @@ FORMATS = ("onnx", "openvino", "torch-export")
 def main(argv: list[str]) -> int:
     """``rafce export``; exit code 3 where what was written does not answer as torch does."""
     arguments = _parser().parse_args(argv)
-    from rafce_ray.bundle import load_bundle
-    from rafce_ray.inference.export import DESCRIPTION, export_bundle
+    from rafce_ray.bundle.bundle import load_bundle
+    from rafce_ray.bundle.export import DESCRIPTION, export_bundle
 
     bundle = load_bundle(arguments.bundle)
     difference = export_bundle(bundle, arguments.format, arguments.out)

@@ -17,7 +17,7 @@ from rafce_ray.cli.arguments import BUNDLE_HELP, DEVICE_HELP, command, positive
 if TYPE_CHECKING:
     import torch
 
-    from rafce_ray.bundle import Bundle
+    from rafce_ray.bundle.bundle import Bundle
 
 
 @command
@@ -37,12 +37,12 @@ def _main_here(arguments: argparse.Namespace) -> int:
     import torch
 
     from rafce_ray.base.hardware import choose_device
-    from rafce_ray.bundle import load_bundle
+    from rafce_ray.bundle.bundle import load_bundle
+    from rafce_ray.bundle.output import check_out, open_output
+    from rafce_ray.bundle.predictor import Predictor, outcomes, predict_files
     from rafce_ray.faces.detect import build_face_finder
     from rafce_ray.faces.files import Skipped, find_images
     from rafce_ray.faces.loading import load_ahead, load_file
-    from rafce_ray.prediction_output import check_out, open_output
-    from rafce_ray.predictor import Predictor, outcomes, predict_files
 
     out = check_out(None if arguments.out is None else Path(arguments.out))
     device, skipped = choose_device(arguments.device), Skipped()
@@ -86,7 +86,7 @@ def _num_cores() -> int:
 
 
 def _plan(arguments: argparse.Namespace, bundle: Bundle, device: torch.device, num_files: int) -> str:
-    from rafce_ray.predictor import detector_of
+    from rafce_ray.bundle.predictor import detector_of
 
     detector = detector_of(arguments.faces, arguments.face_model)
     return (
@@ -97,7 +97,7 @@ def _plan(arguments: argparse.Namespace, bundle: Bundle, device: torch.device, n
 
 
 def _summary(arguments: argparse.Namespace, counts: Counter[str]) -> str:
-    from rafce_ray.predictor import in_words
+    from rafce_ray.bundle.predictor import in_words
 
     hint = f"rafce evaluate --bundle {arguments.bundle} measures this bundle on labelled faces."
     if not counts["predicted"]:
@@ -108,7 +108,7 @@ def _summary(arguments: argparse.Namespace, counts: Counter[str]) -> str:
 
 
 def _main_on_ray(arguments: argparse.Namespace) -> int:
-    from rafce_ray.prediction_output import FORMATS
+    from rafce_ray.bundle.output import FORMATS
 
     if arguments.out is None or Path(arguments.out).suffix.lower() in FORMATS:
         found = "none was given" if arguments.out is None else f"found {arguments.out}"

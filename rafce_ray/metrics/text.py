@@ -1,6 +1,6 @@
 """Figures in words: how numbers are written, and the sentences on what a model reached.
 
-Figures are those of :func:`rafce_ray.evaluate.evaluate_outputs`, or an epoch's, with None or NaN where undefined.
+Figures are those of :func:`rafce_ray.bundle.evaluate.evaluate_outputs`, or an epoch's, with None or NaN where undefined.
 """
 
 from __future__ import annotations

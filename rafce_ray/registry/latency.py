@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rafce_ray.predictor import Predictor
+from rafce_ray.bundle.predictor import Predictor
 
 BATCHES = (1, 8)
 MIN_ROUNDS = 5

@@ -15,7 +15,7 @@ from typing import Any
 from rafce_ray.base.errors import RafceError, UsageError, did_you_mean
 from rafce_ray.base.object_store import StorageError
 from rafce_ray.base.storage import Location
-from rafce_ray.bundle import MANIFEST, Bundle, BundleError, find_bundle, load_bundle
+from rafce_ray.bundle.bundle import MANIFEST, Bundle, BundleError, find_bundle, load_bundle
 
 VERSIONS = "versions"
 NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"

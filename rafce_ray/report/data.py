@@ -18,14 +18,14 @@ from rafce_ray.base.errors import RafceError, UsageError
 from rafce_ray.base.hardware import choose_device
 from rafce_ray.base.storage import locate
 from rafce_ray.base.taxonomy import ACTION_UNIT_NAMES, Taxonomy, action_unit_code
-from rafce_ray.bundle import load_bundle, read_taxonomy
+from rafce_ray.bundle.bundle import load_bundle, read_taxonomy
+from rafce_ray.bundle.evaluate import data_config_for, evaluate_outputs, open_for_bundle, split_outputs
 from rafce_ray.config import Config, DataConfig, apply_overrides, build_config
 from rafce_ray.data.dataset import Dataset, open_dataset
 from rafce_ray.data.store import META
 from rafce_ray.doctor.diagnosis import Diagnosis
 from rafce_ray.doctor.evidence import Evidence
 from rafce_ray.doctor.rules import examine_run
-from rafce_ray.evaluate import data_config_for, evaluate_outputs, open_for_bundle, split_outputs
 from rafce_ray.metrics.calibration import Calibration, Outputs, calibrated
 from rafce_ray.metrics.split_outputs import SplitOutputs
 from rafce_ray.report.slices import GroupTable, group_table, read_slices

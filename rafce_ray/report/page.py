@@ -16,6 +16,16 @@ from rafce_ray.base.errors import UsageError
 from rafce_ray.base.figures import FIGURES, MAIN, MIN_SUPPORT, WITH_INTERVAL
 from rafce_ray.base.storage import Location, locate
 from rafce_ray.base.taxonomy import ACTION_UNIT_NAMES, parse_action_unit_token
+from rafce_ray.bundle.model_card import (
+    INTENDED_USE,
+    PERCEIVED,
+    PROHIBITED_USE,
+    SPLIT_NOTES,
+    action_unit_counts,
+    class_counts,
+    label_differences,
+    split_sizes,
+)
 from rafce_ray.config import Config, flatten
 from rafce_ray.metrics.text import (
     UNDEFINED,
@@ -26,16 +36,6 @@ from rafce_ray.metrics.text import (
     number,
     percent,
     summary,
-)
-from rafce_ray.model_card import (
-    INTENDED_USE,
-    PERCEIVED,
-    PROHIBITED_USE,
-    SPLIT_NOTES,
-    action_unit_counts,
-    class_counts,
-    label_differences,
-    split_sizes,
 )
 from rafce_ray.report import plots
 from rafce_ray.report.data import ReportData, Split, gather

@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, with_config
 
 from rafce_ray.base.taxonomy import Taxonomy
-from rafce_ray.faces.detect import Face
-from rafce_ray.prediction import (
+from rafce_ray.bundle.prediction import (
     EmotionPrediction,
     EmotionScore,
     EmotionWithDistribution,
@@ -22,6 +21,7 @@ from rafce_ray.prediction import (
     Prediction,
     Strict,
 )
+from rafce_ray.faces.detect import Face
 from rafce_ray.service.problems import ProblemDocument
 
 _Milliseconds = Annotated[float, Field(ge=0, description="Milliseconds.")]

@@ -18,7 +18,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from rafce_ray import __version__
-from rafce_ray.model_card import PERCEIVED
+from rafce_ray.bundle.model_card import PERCEIVED
 from rafce_ray.service.admin import Promote, Reload, Rollback
 from rafce_ray.service.answers import NoImageRead, PredictAnswer, ReadyStatus, Record, Status, to_json
 from rafce_ray.service.config import ServiceConfig

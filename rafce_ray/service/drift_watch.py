@@ -11,8 +11,8 @@ from collections import deque
 from dataclasses import dataclass
 
 from rafce_ray.base.taxonomy import Taxonomy
+from rafce_ray.bundle.prediction import Prediction
 from rafce_ray.metrics.drift import LARGE, DriftReference, Light, faces_needed, psi
-from rafce_ray.prediction import Prediction
 
 BLOCK_FACES = 50
 WINDOW_BLOCKS = 40

@@ -12,9 +12,9 @@ from datetime import UTC, datetime
 from typing import Protocol
 
 from rafce_ray.base.errors import GateError, RafceError, UsageError
-from rafce_ray.bundle import MANIFEST, WEIGHTS, find_bundle
-from rafce_ray.canary import Canary
-from rafce_ray.predictor import Predictor
+from rafce_ray.bundle.bundle import MANIFEST, WEIGHTS, find_bundle
+from rafce_ray.bundle.canary import Canary
+from rafce_ray.bundle.predictor import Predictor
 from rafce_ray.registry.gates import taxonomy_gate
 from rafce_ray.service.answers import ModelId
 from rafce_ray.service.drift_watch import DriftWatch

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from rafce_ray.base.console import finite
 from rafce_ray.base.taxonomy import ACTION_UNIT_NAMES, Taxonomy, action_unit_code
-from rafce_ray.model_card import INTENDED_USE, PERCEIVED, PROHIBITED_USE
+from rafce_ray.bundle.model_card import INTENDED_USE, PERCEIVED, PROHIBITED_USE
 from rafce_ray.service.answers import ModelId, Record
 from rafce_ray.service.config import ServiceConfig
 from rafce_ray.service.drift_watch import WINDOW_FACES, DriftWatch

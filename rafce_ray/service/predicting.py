@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rafce_ray.bundle.prediction import EmotionScore, Prediction, plain
 from rafce_ray.faces.detect import Pixels
 from rafce_ray.metrics.calibration import Probabilities
 from rafce_ray.metrics.drift import Light
-from rafce_ray.prediction import EmotionScore, Prediction, plain
 from rafce_ray.service.answers import PredictAnswer, Result, Timings, distribution_of, face_answer, to_json
 from rafce_ray.service.batching import Batcher
 from rafce_ray.service.live import Served

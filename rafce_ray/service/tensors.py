@@ -10,8 +10,8 @@ import orjson
 from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
+from rafce_ray.bundle.prediction import Probability
 from rafce_ray.config import explain
-from rafce_ray.prediction import Probability
 from rafce_ray.service.answers import Record
 from rafce_ray.service.problems import Problem
 from rafce_ray.service.requests import decode_base64

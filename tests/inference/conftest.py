@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from rafce_ray.base.taxonomy import make_taxonomy
-from rafce_ray.bundle import Bundle, load_bundle, save_bundle
-from rafce_ray.canary import draw_images
+from rafce_ray.bundle.bundle import Bundle, load_bundle, save_bundle
+from rafce_ray.bundle.canary import draw_images
 from rafce_ray.faces.preprocess import Preprocessing, preprocess
 from rafce_ray.metrics.calibration import Calibration
 from rafce_ray.model.network import Architecture, MultiTaskModel, build_model

@@ -8,11 +8,11 @@ import torch
 
 from rafce_ray.base.errors import UsageError
 from rafce_ray.base.hardware import has_fast_bf16
-from rafce_ray.canary import draw_images
-from rafce_ray.inference import build
-from rafce_ray.inference.build import build_engine, check_inputs, missing_packages
-from rafce_ray.inference.engines import TorchEngine
-from rafce_ray.inference.graph import to_openvino
+from rafce_ray.bundle import build
+from rafce_ray.bundle.build import build_engine, check_inputs, missing_packages
+from rafce_ray.bundle.canary import draw_images
+from rafce_ray.bundle.engines import TorchEngine
+from rafce_ray.bundle.graph import to_openvino
 
 pytestmark = pytest.mark.numeric
 

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from rafce_ray.canary import draw_images, largest_difference
-from rafce_ray.inference.engines import Engine, OnnxRuntimeEngine, OpenVinoEngine, TorchEngine
-from rafce_ray.inference.graph import to_onnx, to_openvino
+from rafce_ray.bundle.canary import draw_images, largest_difference
+from rafce_ray.bundle.engines import Engine, OnnxRuntimeEngine, OpenVinoEngine, TorchEngine
+from rafce_ray.bundle.graph import to_onnx, to_openvino
+from rafce_ray.bundle.predictor import Predictor
 from rafce_ray.metrics.calibration import Outputs, calibrated
-from rafce_ray.predictor import Predictor
 
 pytestmark = pytest.mark.numeric
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from rafce_ray.base.errors import GateError
-from rafce_ray.canary import draw_images
+from rafce_ray.bundle import export
+from rafce_ray.bundle.canary import draw_images
+from rafce_ray.bundle.engines import TorchEngine
+from rafce_ray.bundle.export import export_bundle
+from rafce_ray.bundle.graph import to_openvino
 from rafce_ray.cli.export import main
-from rafce_ray.inference import export
-from rafce_ray.inference.engines import TorchEngine
-from rafce_ray.inference.export import export_bundle
-from rafce_ray.inference.graph import to_openvino
 
 pytestmark = pytest.mark.numeric
 

@@ -12,7 +12,7 @@ import torch
 
 from rafce_ray.base.storage import locate
 from rafce_ray.base.taxonomy import make_taxonomy
-from rafce_ray.bundle import save_bundle
+from rafce_ray.bundle.bundle import save_bundle
 from rafce_ray.faces.preprocess import Preprocessing
 from rafce_ray.metrics.calibration import Calibration
 from rafce_ray.model.network import Architecture, build_model

@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from rafce_ray.base.storage import locate
-from rafce_ray.bundle import load_bundle, save_bundle
+from rafce_ray.bundle.bundle import load_bundle, save_bundle
 from rafce_ray.registry import latency
 from rafce_ray.registry.live import read_history
 from rafce_ray.registry.promotion import Reason, Rules, promote, roll_back

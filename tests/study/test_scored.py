@@ -8,7 +8,7 @@ from scipy.special import log_softmax
 from sklearn.metrics import log_loss
 
 from rafce_ray.base.taxonomy import RAFCE_EMOTIONS, make_taxonomy
-from rafce_ray.evaluate import evaluate_outputs
+from rafce_ray.bundle.evaluate import evaluate_outputs
 from rafce_ray.metrics.calibration import Calibration, Outputs
 from rafce_ray.metrics.split_outputs import SplitOutputs
 from rafce_ray.study.scored import TaggedOutputs, on_labels_of_first, score_with_losses

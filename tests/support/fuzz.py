@@ -528,10 +528,10 @@ def run_all(world: Path, seed: int, numbers: Sequence[int], verbs: Sequence[str]
     os.environ["OMP_NUM_THREADS"] = "1"
     # What every case needs is imported once, before the forks.
     import rafce_ray.ablate
-    import rafce_ray.bundle
+    import rafce_ray.bundle.build
+    import rafce_ray.bundle.bundle
+    import rafce_ray.bundle.predictor
     import rafce_ray.compare
-    import rafce_ray.inference.build
-    import rafce_ray.predictor
     import rafce_ray.registry.promotion
     import rafce_ray.report.page
     import rafce_ray.report.study_page

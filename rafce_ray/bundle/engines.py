@@ -12,9 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rafce_ray.bundle import Bundle
-from rafce_ray.forward import raw_outputs
-from rafce_ray.inference.graph import INPUT, OUTPUTS
+from rafce_ray.bundle.bundle import Bundle
+from rafce_ray.bundle.forward import raw_outputs
+from rafce_ray.bundle.graph import INPUT, OUTPUTS
 from rafce_ray.metrics.calibration import Outputs
 
 if TYPE_CHECKING:

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 from rafce_ray.base.errors import UsageError
 from rafce_ray.base.hardware import has_fast_bf16
-from rafce_ray.bundle import Bundle, canary_of
-from rafce_ray.canary import draw_images, largest_difference
-from rafce_ray.inference.engines import CPU, Engine, OnnxRuntimeEngine, OpenVinoEngine, Precision, TorchEngine
-from rafce_ray.inference.graph import to_onnx, to_openvino
+from rafce_ray.bundle.bundle import Bundle, canary_of
+from rafce_ray.bundle.canary import draw_images, largest_difference
+from rafce_ray.bundle.engines import CPU, Engine, OnnxRuntimeEngine, OpenVinoEngine, Precision, TorchEngine
+from rafce_ray.bundle.graph import to_onnx, to_openvino
 from rafce_ray.metrics.calibration import Outputs
 
 EngineChoice = Literal["auto", "torch", "openvino", "onnxruntime"]

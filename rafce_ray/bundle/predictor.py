@@ -12,12 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rafce_ray.base.taxonomy import ACTION_UNIT_NAMES, action_unit_code
-from rafce_ray.bundle import Bundle
-from rafce_ray.faces.loading import NO_FACE, LoadedFile
-from rafce_ray.inference.engines import Engine, TorchEngine
-from rafce_ray.metrics.calibration import Outputs, Probabilities, calibrated
-from rafce_ray.metrics.consistency import basic_emotion_membership, consistency_of
-from rafce_ray.prediction import (
+from rafce_ray.bundle.bundle import Bundle
+from rafce_ray.bundle.engines import Engine, TorchEngine
+from rafce_ray.bundle.prediction import (
     ActionUnitPrediction,
     BasicEmotionScore,
     ConsistencyRemark,
@@ -27,6 +24,9 @@ from rafce_ray.prediction import (
     FilePrediction,
     Prediction,
 )
+from rafce_ray.faces.loading import NO_FACE, LoadedFile
+from rafce_ray.metrics.calibration import Outputs, Probabilities, calibrated
+from rafce_ray.metrics.consistency import basic_emotion_membership, consistency_of
 
 
 class Predictor:

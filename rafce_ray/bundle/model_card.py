@@ -53,9 +53,9 @@ def model_card(
     audit: dict[str, Any] | None = None,
     targets: dict[str, Any] | None = None,
 ) -> str:
-    """The card of a bundle, from what :func:`rafce_ray.bundle.save_bundle` is given and what the run knows of its data.
+    """The card of a bundle, from what :func:`rafce_ray.bundle.bundle.save_bundle` is given and what the run knows of its data.
 
-    ``metrics``: of :func:`rafce_ray.evaluate.evaluate_outputs` with ``split`` and, if there are any, ``cross_fitted``; empty where nothing
+    ``metrics``: of :func:`rafce_ray.bundle.evaluate.evaluate_outputs` with ``split`` and, if there are any, ``cross_fitted``; empty where nothing
     was measured. ``audit`` and ``targets``: the run's audit.json and targets.json. NaN and None are undefined and written as a dash.
     """
     figures = finite(dict(metrics))

@@ -15,7 +15,8 @@ from rafce_ray.base.console import progress_bar, warn
 from rafce_ray.base.errors import RafceError, UsageError
 from rafce_ray.base.figures import FIGURES, WITH_INTERVAL
 from rafce_ray.base.taxonomy import Taxonomy, class_named, make_taxonomy
-from rafce_ray.bundle import Bundle
+from rafce_ray.bundle.bundle import Bundle
+from rafce_ray.bundle.predictor import Predictor
 from rafce_ray.config import DataConfig, apply_overrides, build_config
 from rafce_ray.data.dataset import Dataset, open_dataset, prepare
 from rafce_ray.data.records import SPLITS, Progress, Targets
@@ -23,7 +24,6 @@ from rafce_ray.metrics.calibration import Calibration, Outputs, Probabilities, c
 from rafce_ray.metrics.counts import count_probabilities, evaluate_probabilities, summarise
 from rafce_ray.metrics.reliability import reliability_figures, risk_coverage
 from rafce_ray.metrics.split_outputs import SplitOutputs
-from rafce_ray.predictor import Predictor
 
 EVALUATION_BATCH = 128
 """Images per forward pass; with another number the last digits of probabilities may differ."""

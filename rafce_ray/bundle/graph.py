@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.nn import functional
 
-from rafce_ray.bundle import Bundle
+from rafce_ray.bundle.bundle import Bundle
 from rafce_ray.faces.preprocess import Preprocessing, resize_and_normalise, to_unit
 from rafce_ray.model.network import Architecture, MultiTaskModel
 

@@ -27,7 +27,8 @@ from rafce_ray.base.console import finite
 from rafce_ray.base.object_store import StorageError
 from rafce_ray.base.storage import Location, locate
 from rafce_ray.base.taxonomy import Taxonomy
-from rafce_ray.bundle_manifest import (
+from rafce_ray.bundle.canary import Canary, canary_from_tensors, canary_to_bytes, draw_canary
+from rafce_ray.bundle.manifest import (
     CANARY,
     FORMAT_VERSION,
     MANIFEST,
@@ -42,7 +43,6 @@ from rafce_ray.bundle_manifest import (
     taxonomy_from_plain,
     taxonomy_to_plain,
 )
-from rafce_ray.canary import Canary, canary_from_tensors, canary_to_bytes, draw_canary
 from rafce_ray.faces.preprocess import Preprocessing
 from rafce_ray.metrics.calibration import Calibration
 from rafce_ray.metrics.consistency import Association

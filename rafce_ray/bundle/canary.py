@@ -13,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from rafce_ray.bundle.forward import raw_outputs
 from rafce_ray.faces.preprocess import Preprocessing
-from rafce_ray.forward import raw_outputs
 from rafce_ray.metrics.calibration import Calibration, Outputs, Probabilities, calibrated
 
 NUM_IMAGES = 4
