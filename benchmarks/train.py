@@ -41,9 +41,9 @@ from rafce_ray.config import load_config
 from rafce_ray.data.dataset import prepare
 from rafce_ray.data.drawing.synthetic import synthesize
 from rafce_ray.data.loader import Batch
-from rafce_ray.engine import autocast, train_epoch
-from rafce_ray.session import Job, LocalSession
-from rafce_ray.training import NUM_LOSS_SUMS, Training
+from rafce_ray.run.loop import autocast, train_epoch
+from rafce_ray.run.session import Job, LocalSession
+from rafce_ray.run.state import NUM_LOSS_SUMS, Training
 
 NICENESS_OF_RAY_WORKERS = 15
 POLL_S = 0.005

@@ -11,7 +11,7 @@ from rafce_ray.base.console import pretty_json, to_json
 from rafce_ray.base.errors import UsageError
 from rafce_ray.base.storage import Location, locate
 from rafce_ray.config import ConfigError, parse_yaml
-from rafce_ray.run_folder import TRIALS, RunFolder
+from rafce_ray.run.folder import TRIALS, RunFolder
 
 
 @dataclass(frozen=True)

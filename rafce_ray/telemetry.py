@@ -28,8 +28,8 @@ from rafce_ray.monitoring.metrics import (
     Sample,
     epoch_samples,
 )
-from rafce_ray.run_folder import RunFolder
-from rafce_ray.session import Job
+from rafce_ray.run.folder import RunFolder
+from rafce_ray.run.session import Job
 
 REFRESH_S = 1.0
 """Below Ray's shortest export interval."""

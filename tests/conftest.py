@@ -170,9 +170,9 @@ def train(tiny_overrides: list[str]) -> Callable[..., dict]:
     """``train(place, *overrides)``: trains into the run folder ``place`` in this process and returns what ``fit`` did."""
     from rafce_ray.config import load_config
     from rafce_ray.data.dataset import prepare
-    from rafce_ray.engine import fit
-    from rafce_ray.run_folder import RunFolder
-    from rafce_ray.session import Job, LocalSession
+    from rafce_ray.run.folder import RunFolder
+    from rafce_ray.run.loop import fit
+    from rafce_ray.run.session import Job, LocalSession
 
     def trained(place: Path, *overrides: str) -> dict:
         named = [f"run.name={place.name}", f"run.storage={place.parent}"]

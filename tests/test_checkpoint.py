@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from rafce_ray.base.storage import Location, locate
-from rafce_ray.checkpoint import (
+from rafce_ray.run.checkpoint import (
     best_valid,
     clear_scratch,
     fault,

@@ -108,9 +108,9 @@ def test_what_help_says_is_what_the_library_has(capsys):
     from rafce_ray.data.records import SPLITS
     from rafce_ray.data.split import FRACTIONS
     from rafce_ray.registry.promotion import Rules
-    from rafce_ray.replay import MAY_MOVE, TOLERANCES
     from rafce_ray.report.data import SPLITS_OF
     from rafce_ray.report.page import REPORT_FILE
+    from rafce_ray.run.replay import MAY_MOVE, TOLERANCES
     from rafce_ray.study.listing import STATUSES
 
     def shown(*argv: str) -> str:

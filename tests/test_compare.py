@@ -14,7 +14,6 @@ from rafce_ray.base.errors import UsageError
 from rafce_ray.base.taxonomy import RAFCE_EMOTIONS, SEED18, Taxonomy, make_taxonomy
 from rafce_ray.bundle.bundle import save_bundle
 from rafce_ray.cli.compare import main
-from rafce_ray.compare import Run, compare, load_run, to_json_record
 from rafce_ray.config import config_hash, load_config
 from rafce_ray.data.dataset import open_dataset, prepare
 from rafce_ray.faces.preprocess import Preprocessing
@@ -22,7 +21,8 @@ from rafce_ray.metrics.calibration import Calibration, Outputs
 from rafce_ray.metrics.comparison import difference, f1_of, score
 from rafce_ray.metrics.split_outputs import SplitOutputs
 from rafce_ray.model.network import Architecture, build_model
-from rafce_ray.run_folder import RunFolder
+from rafce_ray.run.compare import Run, compare, load_run, to_json_record
+from rafce_ray.run.folder import RunFolder
 
 EMOTIONS = tuple(list(RAFCE_EMOTIONS)[:3])
 BOTH = make_taxonomy(EMOTIONS, (1, 12))

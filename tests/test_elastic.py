@@ -11,7 +11,7 @@ import pytest
 from rafce_ray.bundle.bundle import load_bundle
 from rafce_ray.data.dataset import open_dataset, prepare
 from rafce_ray.data.loader import tally
-from rafce_ray.run_folder import RunFolder
+from rafce_ray.run.folder import RunFolder
 
 pytestmark = [pytest.mark.ray, pytest.mark.long]
 
@@ -23,8 +23,8 @@ A_NODE_COMES_AND_GOES = """
 import os, sys, threading, time
 import ray
 from ray.cluster_utils import Cluster
-from rafce_ray.checkpoint import list_checkpoints
-from rafce_ray.run_folder import RunFolder
+from rafce_ray.run.checkpoint import list_checkpoints
+from rafce_ray.run.folder import RunFolder
 from rafce_ray.cli.train import main
 
 folder = RunFolder(sys.argv[1])

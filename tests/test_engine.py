@@ -12,17 +12,17 @@ import torch
 from safetensors.torch import save_file
 from torchvision.models import mobilenet_v3_small
 
-from rafce_ray import training
 from rafce_ray.base.console import to_json
 from rafce_ray.base.errors import GateError, RafceError
 from rafce_ray.bundle.bundle import load_bundle
-from rafce_ray.checkpoint import TRAINER_STATE, list_checkpoints
 from rafce_ray.config import load_config
 from rafce_ray.data.dataset import open_dataset, prepare
 from rafce_ray.data.loader import tally
-from rafce_ray.engine import fit
-from rafce_ray.run_folder import RunFolder
-from rafce_ray.session import Job, LocalSession
+from rafce_ray.run import state
+from rafce_ray.run.checkpoint import TRAINER_STATE, list_checkpoints
+from rafce_ray.run.folder import RunFolder
+from rafce_ray.run.loop import fit
+from rafce_ray.run.session import Job, LocalSession
 
 pytestmark = pytest.mark.numeric
 
@@ -257,7 +257,7 @@ def test_with_reading_disabled_au_f1_is_exactly_what_the_seed_saw(tiny_overrides
         action_units[dataset.indices("train")] = 0.0
         return replace(dataset, targets=replace(dataset.targets, action_units=action_units))
 
-    monkeypatch.setattr(training, "open_dataset", seeds_dataset)
+    monkeypatch.setattr(state, "open_dataset", seeds_dataset)
     run(tiny_overrides, tmp_path / "run")
     last = RunFolder(str(tmp_path / "run")).metrics()[-1]
     assert f"{last['validation']['au_f1_mean']:.4f}" == "0.0000"
@@ -270,14 +270,14 @@ def test_no_validation_images_is_a_refusal(tiny_overrides, tmp_path):
     split = np.where(dataset.targets.split == 1, -1, dataset.targets.split).astype(np.int8)
     without = replace(dataset, targets=replace(dataset.targets, split=split))
     with pytest.raises(GateError, match="validation split has no images"):
-        training.choose_splits(without, job.config)
+        state.choose_splits(without, job.config)
 
 
 def test_rows_with_null_labels_may_be_left_out_of_training_only(tiny_overrides, tmp_path):
     job = make_job(tiny_overrides, tmp_path / "run")
     dataset = open_dataset(job.store, job.taxonomy, "mask")
-    all_rows = training.choose_splits(dataset, job.config)
-    dropped = training.choose_splits(dataset, load_config(overrides=[*tiny_overrides, "data.drop_null_rows=true"]))
+    all_rows = state.choose_splits(dataset, job.config)
+    dropped = state.choose_splits(dataset, load_config(overrides=[*tiny_overrides, "data.drop_null_rows=true"]))
     null = dataset.targets.null_row
     assert null[all_rows.train].any()
     assert set(dropped.train) == {row for row in all_rows.train if not null[row]}
@@ -295,7 +295,7 @@ def test_rows_with_null_labels_may_be_left_out_of_training_only(tiny_overrides, 
 def test_the_monitor_follows_the_tasks_that_are_trained_and_says_so(monitor, task, expected, tiny_overrides, tmp_path):
     job = make_job([*tiny_overrides, f"data.{task}=none", f"optim.monitor={monitor}"], tmp_path / "run")
     dataset = open_dataset(job.store, job.taxonomy, "mask")
-    name, remark = training.resolve_monitor(job.config, dataset)
+    name, remark = state.resolve_monitor(job.config, dataset)
     assert name == expected
     assert (remark is not None) == (expected != monitor)
 
@@ -336,7 +336,7 @@ def test_a_frozen_trunk_stays_as_it_was_and_the_heads_learn(tiny_overrides, tmp_
     save_file(mobilenet_v3_small().state_dict(), tmp_path / "weights.safetensors")
     weights = f"model.weights={tmp_path / 'weights.safetensors'}"
     overrides = [*tiny_overrides, "model.freeze_backbone=true", weights, "optim.epochs=1"]
-    before = training.Training(make_job(overrides, tmp_path / "never"), LocalSession()).model.state_dict()
+    before = state.Training(make_job(overrides, tmp_path / "never"), LocalSession()).model.state_dict()
     after = load_bundle(run(overrides, tmp_path / "run")["bundle"]).model.state_dict()
     changed = {name for name in before if not before[name].equal(after[name])}
     assert changed

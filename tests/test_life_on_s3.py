@@ -12,8 +12,8 @@ import pytest
 from processes import kill_all, running
 
 from rafce_ray.base.storage import locate
-from rafce_ray.checkpoint import list_checkpoints, newest_valid
-from rafce_ray.run_folder import RunFolder
+from rafce_ray.run.checkpoint import list_checkpoints, newest_valid
+from rafce_ray.run.folder import RunFolder
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

@@ -24,15 +24,15 @@ from rafce_ray.base.console import to_json
 from rafce_ray.base.errors import RafceError, UsageError
 from rafce_ray.base.object_store import PAUSES_S, StorageError, ask
 from rafce_ray.base.storage import locate
-from rafce_ray.checkpoint import Checkpoint, list_checkpoints, newest_valid
 from rafce_ray.cli import main as rafce
 from rafce_ray.config import DataConfig, load_config
 from rafce_ray.data.dataset import prepare
-from rafce_ray.engine import fit
 from rafce_ray.registry.versions import add_version, version_names
-from rafce_ray.run_folder import RunFolder
+from rafce_ray.run.checkpoint import Checkpoint, list_checkpoints, newest_valid
+from rafce_ray.run.folder import RunFolder
+from rafce_ray.run.loop import fit
+from rafce_ray.run.session import Job, LocalSession
 from rafce_ray.service.loading import Registry
-from rafce_ray.session import Job, LocalSession
 
 BUSY = OSError(
     "When uploading object 'k': AWS Error SLOW_DOWN during PutObject operation: Please reduce your request rate."
@@ -348,7 +348,7 @@ def test_a_busy_store_is_taken_for_storage(s3_door, s3_place):
 
 SAVES_TWO = """
 import sys, torch
-from rafce_ray.checkpoint import save_checkpoint
+from rafce_ray.run.checkpoint import save_checkpoint
 from rafce_ray.base.storage import locate
 def save_bundle(folder):
     folder.mkdir()

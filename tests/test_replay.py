@@ -15,15 +15,15 @@ from rafce_ray.base.hardware import describe_software
 from rafce_ray.cli.replay import main
 from rafce_ray.config import config_hash, load_config, to_yaml
 from rafce_ray.data.dataset import prepare
-from rafce_ray.replay import plan_replay
-from rafce_ray.reproduction import (
+from rafce_ray.run.folder import RunFolder, open_finished
+from rafce_ray.run.replay import plan_replay
+from rafce_ray.run.reproduction import (
     MISSING,
     Circumstance,
     circumstances_of,
     compare_circumstances,
     compare_figures,
 )
-from rafce_ray.run_folder import RunFolder, open_finished
 from rafce_ray.study.trials import conclude
 from rafce_ray.train import launch as driver
 from rafce_ray.train.launch import named
@@ -400,8 +400,8 @@ def test_altered_records_and_an_edited_configuration_are_told(original, tmp_path
 def test_a_trial_trained_in_one_process_is_replayed_to_the_same_figures(
     overrides, tmp_path, ray_cluster_of_tests, capsys
 ):
-    from rafce_ray.engine import fit
-    from rafce_ray.session import Job, LocalSession
+    from rafce_ray.run.loop import fit
+    from rafce_ray.run.session import Job, LocalSession
 
     trials = tmp_path / "study" / "trials"
     folder = pretend_run(trials / "first", overrides)

@@ -8,11 +8,18 @@ import yaml
 
 from rafce_ray.base.errors import UsageError
 from rafce_ray.base.storage import locate
-from rafce_ray.checkpoint import best_valid, list_checkpoints, newest_valid, prune, read_trainer_state, save_checkpoint
 from rafce_ray.cli.train import main as train
 from rafce_ray.cli.tune import main as tune
 from rafce_ray.config import load_config
-from rafce_ray.run_folder import RunFolder
+from rafce_ray.run.checkpoint import (
+    best_valid,
+    list_checkpoints,
+    newest_valid,
+    prune,
+    read_trainer_state,
+    save_checkpoint,
+)
+from rafce_ray.run.folder import RunFolder
 from rafce_ray.study.rungs import RungEntry, read_rungs, write_rungs
 from rafce_ray.study_folder import StudyFolder
 

@@ -24,7 +24,7 @@ from rafce_ray.bundle.shards import Shards, open_shards, read_plan
 from rafce_ray.cli import main
 from rafce_ray.config import load_config
 from rafce_ray.data.dataset import open_dataset
-from rafce_ray.run_folder import RunFolder
+from rafce_ray.run.folder import RunFolder
 from rafce_ray.study.rungs import read_rungs
 from rafce_ray.study_folder import StudyFolder
 

@@ -12,10 +12,10 @@ from rafce_ray.bundle.evaluate import data_config_for, evaluate_bundle, open_for
 from rafce_ray.config import DataConfig, load_config
 from rafce_ray.data.audit import render
 from rafce_ray.data.dataset import prepare
-from rafce_ray.engine import fit
-from rafce_ray.run_folder import RunFolder
-from rafce_ray.session import Job, LocalSession
-from rafce_ray.training import choose_splits, describe_targets, open_for_training
+from rafce_ray.run.folder import RunFolder
+from rafce_ray.run.loop import fit
+from rafce_ray.run.session import Job, LocalSession
+from rafce_ray.run.state import choose_splits, describe_targets, open_for_training
 
 pytestmark = pytest.mark.numeric
 

@@ -96,8 +96,8 @@ def test_the_seeds_recipe_reaches_the_seeds_au_f1_and_reading_the_labels_is_what
 def test_a_trial_trains_what_its_folder_says_and_its_figures_are_those_of_a_plain_loop(finished, tmp_path):
     from rafce_ray.base.console import to_json
     from rafce_ray.data.dataset import prepare
-    from rafce_ray.engine import fit
-    from rafce_ray.session import Job, LocalSession
+    from rafce_ray.run.loop import fit
+    from rafce_ray.run.session import Job, LocalSession
 
     study = finished.study
     trial = study.trial("labels-read-seed0")

@@ -18,13 +18,13 @@ from rafce_ray.base.console import to_json
 from rafce_ray.base.storage import locate
 from rafce_ray.bundle.bundle import load_bundle
 from rafce_ray.bundle.predictor import Predictor, predict_files
-from rafce_ray.checkpoint import newest_valid
 from rafce_ray.cli import main as rafce
 from rafce_ray.cli.tune import main as tune_command
 from rafce_ray.config import load_config
 from rafce_ray.faces.loading import load_file
 from rafce_ray.registry.live import read_live
 from rafce_ray.registry.versions import version_folder
+from rafce_ray.run.checkpoint import newest_valid
 from rafce_ray.study.config import load_study
 from rafce_ray.study.rungs import read_rungs
 from rafce_ray.study.trials import read_trials

@@ -1,8 +1,8 @@
 import pytest
 
 from rafce_ray.config import load_config
-from rafce_ray.run_folder import RunFolder
-from rafce_ray.watch import RunWatch, duration, epoch_line
+from rafce_ray.run.folder import RunFolder
+from rafce_ray.run.watch import RunWatch, duration, epoch_line
 
 
 def record(epoch: int, accuracy: float | None = 0.5) -> dict:

@@ -3,8 +3,8 @@
 import pytest
 
 from rafce_ray.config import RunConfig
-from rafce_ray.run_folder import RunFolder
-from rafce_ray.worker_changes import WorkerChanges, describe_failures, root_cause
+from rafce_ray.run.folder import RunFolder
+from rafce_ray.run.worker_changes import WorkerChanges, describe_failures, root_cause
 
 
 @pytest.fixture

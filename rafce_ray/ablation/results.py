@@ -26,7 +26,7 @@ from rafce_ray.metrics.comparison import (
     score,
 )
 from rafce_ray.metrics.split_outputs import SplitOutputs
-from rafce_ray.run_folder import RunFolder
+from rafce_ray.run.folder import RunFolder
 from rafce_ray.study.scored import over_seeds
 from rafce_ray.study_folder import StudyFolder
 

@@ -12,7 +12,7 @@ from rafce_ray.base.errors import UsageError
 from rafce_ray.cli.arguments import command
 
 if TYPE_CHECKING:
-    from rafce_ray.compare import Compared
+    from rafce_ray.run.compare import Compared
 
 
 @command
@@ -25,7 +25,7 @@ def main(argv: list[str]) -> int:
         raise UsageError(f"{len(places)} run(s) given: name the run to compare with first, then at least one other.")
     from rafce_ray.base.console import console
     from rafce_ray.base.hardware import choose_device
-    from rafce_ray.compare import compare, load_run, render, to_json_record
+    from rafce_ray.run.compare import compare, load_run, render, to_json_record
 
     choose_device(arguments.device)
     say(f"Comparing {len(places)} runs on the {arguments.split} split; the first, {places[0]}, is the reference.")

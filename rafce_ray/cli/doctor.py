@@ -13,7 +13,7 @@ from rafce_ray.cli.arguments import command
 if TYPE_CHECKING:
     from rafce_ray.doctor.diagnosis import Diagnosis
     from rafce_ray.doctor.evidence import Evidence
-    from rafce_ray.run_folder import RunFolder
+    from rafce_ray.run.folder import RunFolder
 
 
 @command
@@ -22,7 +22,7 @@ def main(argv: list[str]) -> int:
     arguments = _parser().parse_args(argv)
     from rafce_ray.doctor.examination import print_study
     from rafce_ray.doctor.rules import examine_study
-    from rafce_ray.run_folder import RunFolder
+    from rafce_ray.run.folder import RunFolder
     from rafce_ray.study_folder import StudyFolder
 
     folder, study = RunFolder(arguments.place), StudyFolder(arguments.place)
@@ -79,7 +79,7 @@ def _counts(diagnoses: Sequence[Diagnosis]) -> str:
 
 def _baseline(place: str) -> Evidence:
     from rafce_ray.doctor.evidence import Evidence
-    from rafce_ray.run_folder import RunFolder
+    from rafce_ray.run.folder import RunFolder
 
     folder = RunFolder(place)
     if not folder.exists() or folder.outputs("validation") is None:

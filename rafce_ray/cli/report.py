@@ -23,7 +23,7 @@ def main(argv: list[str]) -> int:
     from rafce_ray.report.data import check_run, gather
     from rafce_ray.report.page import render_page, report_place
     from rafce_ray.report.study_data import is_study
-    from rafce_ray.run_folder import RunFolder
+    from rafce_ray.run.folder import RunFolder
     from rafce_ray.study_folder import StudyFolder
 
     choose_device(arguments.device)

@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _summarise(result: dict[str, Any]) -> None:
     from rafce_ray.base.storage import locate
-    from rafce_ray.watch import duration
+    from rafce_ray.run.watch import duration
 
     metrics = result["metrics"]
     figures = ", ".join(

@@ -17,7 +17,7 @@ from rafce_ray.base.taxonomy import Taxonomy, make_taxonomy, parse_action_unit_t
 from rafce_ray.config import Config
 from rafce_ray.metrics.calibration import Calibration
 from rafce_ray.metrics.split_outputs import SplitOutputs
-from rafce_ray.run_folder import TRIALS, RunFolder
+from rafce_ray.run.folder import TRIALS, RunFolder
 
 
 @dataclass(frozen=True)

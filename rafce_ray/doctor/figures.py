@@ -37,7 +37,7 @@ from rafce_ray.metrics.comparison import Difference, difference, same_images, sc
 from rafce_ray.metrics.counts import bootstrap_figures
 from rafce_ray.metrics.intervals import percentile_interval
 from rafce_ray.metrics.split_outputs import SplitOutputs
-from rafce_ray.run_folder import RunFolder
+from rafce_ray.run.folder import RunFolder
 
 
 def classes_never_found(evidence: Evidence) -> list[Diagnosis]:

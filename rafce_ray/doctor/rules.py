@@ -35,11 +35,11 @@ from rafce_ray.doctor.training import (
     underfitting,
     validation_falling,
 )
-from rafce_ray.run_folder import RunFolder
+from rafce_ray.run.folder import RunFolder
 from rafce_ray.study_folder import StudyFolder
 
 if TYPE_CHECKING:
-    from rafce_ray.training import Training
+    from rafce_ray.run.state import Training
 
 Rule = Callable[[Evidence], list[Diagnosis]]
 

@@ -29,7 +29,7 @@ from rafce_ray.doctor.rules import examine_run
 from rafce_ray.metrics.calibration import Calibration, Outputs, calibrated
 from rafce_ray.metrics.split_outputs import SplitOutputs
 from rafce_ray.report.slices import GroupTable, group_table, read_slices
-from rafce_ray.run_folder import RunFolder
+from rafce_ray.run.folder import RunFolder
 from rafce_ray.study_folder import StudyFolder
 
 Split = Literal["validation", "test", "held-out"]

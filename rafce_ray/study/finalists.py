@@ -24,7 +24,7 @@ from rafce_ray.metrics.comparison import (
     pooled_spread,
 )
 from rafce_ray.metrics.split_outputs import SplitOutputs
-from rafce_ray.run_folder import RunFolder
+from rafce_ray.run.folder import RunFolder
 from rafce_ray.study.scored import TaggedOutputs, on_labels_of_first, score_with_losses
 from rafce_ray.study.trials import ENDED, Trial, best_first, read_plan, read_trial
 from rafce_ray.study.verdict import Basis, Finalist, Verdict, improvement, sentences

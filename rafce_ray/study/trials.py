@@ -12,10 +12,10 @@ from rafce_ray.base.console import pretty_json, to_json, warn
 from rafce_ray.base.errors import DamagedFile, RafceError
 from rafce_ray.base.figures import FIGURES, OF_AN_EPOCH
 from rafce_ray.base.storage import Location
-from rafce_ray.checkpoint import list_checkpoints
 from rafce_ray.config import Config, config_hash, flatten
-from rafce_ray.run_folder import RunFolder
-from rafce_ray.session import Job
+from rafce_ray.run.checkpoint import list_checkpoints
+from rafce_ray.run.folder import RunFolder
+from rafce_ray.run.session import Job
 from rafce_ray.study_folder import StudyFolder
 
 TRIAL_FILE = "trial.json"

@@ -27,11 +27,11 @@ from rafce_ray.config import (
 from rafce_ray.data.audit_checks import audit_command
 from rafce_ray.data.dataset import Prepared, prepare
 from rafce_ray.ray_environment import check_ray, dashboard_line, not_started, ray_address
-from rafce_ray.replay import Plan
-from rafce_ray.run_folder import RunFolder
-from rafce_ray.session import Job
-from rafce_ray.watch import RunWatch
-from rafce_ray.worker_changes import root_cause
+from rafce_ray.run.folder import RunFolder
+from rafce_ray.run.replay import Plan
+from rafce_ray.run.session import Job
+from rafce_ray.run.watch import RunWatch
+from rafce_ray.run.worker_changes import root_cause
 
 if TYPE_CHECKING:
     import ray.train

@@ -9,7 +9,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from ray.util.placement_group import PlacementGroup, PlacementGroupID, remove_placement_group
 
 from rafce_ray.base.errors import RafceError
-from rafce_ray.run_folder import RunFolder
+from rafce_ray.run.folder import RunFolder
 from rafce_ray.study.trials import conclude
 from rafce_ray.study_folder import StudyFolder
 from rafce_ray.train.launch import build_trainer

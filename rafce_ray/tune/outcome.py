@@ -12,7 +12,7 @@ from rafce_ray.base.console import pretty_json, progress_bar, say, warn
 from rafce_ray.base.errors import RafceError
 from rafce_ray.config import build_config, to_yaml
 from rafce_ray.report.study_page import write_study_report
-from rafce_ray.run_folder import RunFolder
+from rafce_ray.run.folder import RunFolder
 from rafce_ray.study.config import StudyConfig
 from rafce_ray.study.finalists import best_run, judge, judge_sweep
 from rafce_ray.study.on_test import measure_on_test

@@ -16,7 +16,7 @@ from rafce_ray.config import build_config, differences, flatten, load_config, to
 from rafce_ray.doctor.evidence import Evidence
 from rafce_ray.doctor.rules import examine_live, examine_run, examine_study
 from rafce_ray.metrics.calibration import Outputs
-from rafce_ray.run_folder import RunFolder
+from rafce_ray.run.folder import RunFolder
 from rafce_ray.study_folder import StudyFolder
 
 
@@ -213,7 +213,7 @@ def test_a_run_before_its_first_epoch_has_nothing_to_examine(tmp_path, capsys):
 def test_the_rules_need_no_training_code():
     program = (
         "import sys, rafce_ray.doctor.rules\n"
-        "assert not {'ray', 'rafce_ray.engine', 'rafce_ray.training', 'rafce_ray.bundle.evaluate'} & set(sys.modules)"
+        "assert not {'ray', 'rafce_ray.run.loop', 'rafce_ray.run.state', 'rafce_ray.bundle.evaluate'} & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -18,12 +18,12 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from serving import free_port
 
-from rafce_ray.checkpoint import list_checkpoints
 from rafce_ray.cli.monitor import main as monitor
 from rafce_ray.config import load_config
 from rafce_ray.data.dataset import Readings, prepare
 from rafce_ray.monitoring.compose import DISCOVERY_FILE
-from rafce_ray.run_folder import RunFolder
+from rafce_ray.run.checkpoint import list_checkpoints
+from rafce_ray.run.folder import RunFolder
 from rafce_ray.study.trials import Training
 from rafce_ray.study_folder import StudyFolder
 from rafce_ray.train.launch import launch

@@ -5,10 +5,10 @@ from collections import Counter
 
 import pytest
 
-from rafce_ray.engine import _flat
 from rafce_ray.monitoring import metrics
 from rafce_ray.monitoring.metrics import STATES, Metric, epoch_samples, study_samples
-from rafce_ray.run_folder import RunFolder
+from rafce_ray.run.folder import RunFolder
+from rafce_ray.run.loop import _flat
 from rafce_ray.study.watch import STATES as NAMED_STATES
 
 RECORD = {

@@ -18,7 +18,7 @@ from rafce_ray.cli.report import main
 from rafce_ray.data.dataset import open_dataset, prepare
 from rafce_ray.metrics.text import UNDEFINED
 from rafce_ray.report.page import write_report
-from rafce_ray.run_folder import RunFolder
+from rafce_ray.run.folder import RunFolder
 
 MAX_BYTES = 1_500_000
 

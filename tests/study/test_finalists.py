@@ -15,7 +15,7 @@ from rafce_ray.config import config_hash, load_config
 from rafce_ray.metrics.calibration import Calibration, Outputs
 from rafce_ray.metrics.comparison import score
 from rafce_ray.metrics.split_outputs import SplitOutputs
-from rafce_ray.session import Job
+from rafce_ray.run.session import Job
 from rafce_ray.study.finalists import (
     Verdict,
     best_run,

@@ -11,8 +11,8 @@ from rafce_ray.base.figures import MONITORS, OF_AN_EPOCH
 from rafce_ray.base.taxonomy import make_taxonomy
 from rafce_ray.cli.trials import main
 from rafce_ray.config import config_hash, flatten, load_config
-from rafce_ray.run_folder import RunFolder
-from rafce_ray.session import Job
+from rafce_ray.run.folder import RunFolder
+from rafce_ray.run.session import Job
 from rafce_ray.study.listing import Listing, cell, fitting, ordered
 from rafce_ray.study.trials import TrialPlan, conclude
 from rafce_ray.study_folder import StudyFolder

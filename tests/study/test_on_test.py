@@ -13,9 +13,9 @@ from rafce_ray.bundle.bundle import load_bundle
 from rafce_ray.bundle.evaluate import data_config_for, evaluate_bundle, open_for_bundle
 from rafce_ray.config import config_hash, load_config
 from rafce_ray.data.dataset import prepare
-from rafce_ray.engine import fit
 from rafce_ray.metrics.comparison import Difference
-from rafce_ray.session import Job, LocalSession
+from rafce_ray.run.loop import fit
+from rafce_ray.run.session import Job, LocalSession
 from rafce_ray.study import on_test
 from rafce_ray.study.finalists import Verdict, judge
 from rafce_ray.study.on_test import COMPARED, MeanFigure, OnTest, measure_on_test

@@ -8,10 +8,10 @@ import torch
 
 from rafce_ray.base.figures import FIGURES, OF_AN_EPOCH
 from rafce_ray.base.taxonomy import make_taxonomy
-from rafce_ray.checkpoint import fault, list_checkpoints, save_checkpoint
 from rafce_ray.config import config_hash, flatten, load_config
-from rafce_ray.run_folder import RunFolder
-from rafce_ray.session import Job
+from rafce_ray.run.checkpoint import fault, list_checkpoints, save_checkpoint
+from rafce_ray.run.folder import RunFolder
+from rafce_ray.run.session import Job
 from rafce_ray.study.trials import (
     ENDED,
     Trial,

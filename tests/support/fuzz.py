@@ -531,10 +531,10 @@ def run_all(world: Path, seed: int, numbers: Sequence[int], verbs: Sequence[str]
     import rafce_ray.bundle.build
     import rafce_ray.bundle.bundle
     import rafce_ray.bundle.predictor
-    import rafce_ray.compare
     import rafce_ray.registry.promotion
     import rafce_ray.report.page
     import rafce_ray.report.study_page
+    import rafce_ray.run.compare
     import rafce_ray.serve.command
     import rafce_ray.serve.deployment
     import rafce_ray.train.launch

@@ -5,7 +5,7 @@ from processes import is_alive
 
 from rafce_ray.config import config_hash, load_config
 from rafce_ray.data.dataset import prepare
-from rafce_ray.session import Job
+from rafce_ray.run.session import Job
 from rafce_ray.study.trials import TrialPlan, read_trial
 from rafce_ray.study_folder import StudyFolder
 

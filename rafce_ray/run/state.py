@@ -15,7 +15,6 @@ from rafce_ray.base.errors import GateError
 from rafce_ray.base.figures import FIGURES, monitor_for
 from rafce_ray.base.hardware import resolve_precision
 from rafce_ray.bundle.bundle import read_weights, save_bundle
-from rafce_ray.checkpoint import Checkpoint, InvalidCheckpoint, local_bundle, read_trainer_state, save_checkpoint
 from rafce_ray.config import Config, LossConfig
 from rafce_ray.data.audit_checks import audit_command
 from rafce_ray.data.dataset import Dataset, open_dataset
@@ -32,8 +31,9 @@ from rafce_ray.model.network import (
     load_backbone_weights,
 )
 from rafce_ray.model.optim import build_ema, build_optimizer
-from rafce_ray.run_folder import RunFolder
-from rafce_ray.session import Job, Session
+from rafce_ray.run.checkpoint import Checkpoint, InvalidCheckpoint, local_bundle, read_trainer_state, save_checkpoint
+from rafce_ray.run.folder import RunFolder
+from rafce_ray.run.session import Job, Session
 
 NUM_LOSS_SUMS = 5
 """What is summed over an epoch's steps: loss in all, of emotions, action units and votes, and the gradient norm."""

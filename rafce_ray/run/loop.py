@@ -22,20 +22,20 @@ from rafce_ray.base.errors import RafceError
 from rafce_ray.base.figures import MAIN
 from rafce_ray.base.hardware import describe_hardware
 from rafce_ray.bundle.evaluate import EVALUATION_BATCH
-from rafce_ray.checkpoint import (
+from rafce_ray.data.loader import batch_remark, step_seed, tally
+from rafce_ray.faces.preprocess import preprocess
+from rafce_ray.metrics.counts import Counts, count_batch, summarise, with_score
+from rafce_ray.model.optim import learning_rate
+from rafce_ray.run.checkpoint import (
     checkpoint_name,
     clear_scratch,
     list_checkpoints,
     newest_valid,
     prune,
 )
-from rafce_ray.data.loader import batch_remark, step_seed, tally
-from rafce_ray.faces.preprocess import preprocess
-from rafce_ray.finish import finish
-from rafce_ray.metrics.counts import Counts, count_batch, summarise, with_score
-from rafce_ray.model.optim import learning_rate
-from rafce_ray.session import Job, Session
-from rafce_ray.training import NUM_LOSS_SUMS, Training, resolve_monitor, score_of
+from rafce_ray.run.finish import finish
+from rafce_ray.run.session import Job, Session
+from rafce_ray.run.state import NUM_LOSS_SUMS, Training, resolve_monitor, score_of
 
 PROGRESS_EVERY_S = 1.0
 REMOTE_PROGRESS_EVERY_S = 10.0

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rafce_ray.run_folder import RunFolder
+from rafce_ray.run.folder import RunFolder
 
 ENDS = ("finished", "stopped_early", "diverged")
 """Events with which a run ends."""

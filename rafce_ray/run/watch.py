@@ -18,7 +18,7 @@ from rafce_ray.base.console import console, say, warn
 from rafce_ray.base.errors import DamagedFile
 from rafce_ray.base.storage import Location
 from rafce_ray.config import Config
-from rafce_ray.run_folder import EVENTS_FILE, METRICS_FILE, RunFolder
+from rafce_ray.run.folder import EVENTS_FILE, METRICS_FILE, RunFolder
 
 POLL_S = 0.5
 """Seconds between looks at a folder on a local disk."""

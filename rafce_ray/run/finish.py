@@ -11,7 +11,6 @@ import numpy as np
 from rafce_ray.bundle.bundle import load_bundle, save_bundle
 from rafce_ray.bundle.evaluate import EVALUATION_BATCH, evaluate_outputs, split_outputs
 from rafce_ray.bundle.model_card import model_card
-from rafce_ray.checkpoint import Checkpoint, best_valid, local_bundle
 from rafce_ray.data.dataset import Dataset
 from rafce_ray.metrics.calibrate import cross_fitted, fit_calibration
 from rafce_ray.metrics.calibration import Calibration, calibrated
@@ -19,7 +18,8 @@ from rafce_ray.metrics.consistency import Association, estimate_association
 from rafce_ray.metrics.counts import with_score
 from rafce_ray.metrics.drift import DriftReference, build_reference, light_of
 from rafce_ray.metrics.split_outputs import SplitOutputs
-from rafce_ray.training import Training
+from rafce_ray.run.checkpoint import Checkpoint, best_valid, local_bundle
+from rafce_ray.run.state import Training
 
 
 def finish(training: Training, status: str, monitor: str, reason: str | None = None) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 from rafce_ray.config import RunConfig
-from rafce_ray.run_folder import RunFolder
+from rafce_ray.run.folder import RunFolder
 
 WAITING_TOLD_AFTER_S = 30.0
 """Seconds without room for the workers after which that is said."""

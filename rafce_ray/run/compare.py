@@ -21,8 +21,8 @@ from rafce_ray.config import Config, build_config, differences, flatten
 from rafce_ray.metrics.calibration import Calibration
 from rafce_ray.metrics.comparison import Difference, Scored, comparable_figures, difference, f1_of, same_images, score
 from rafce_ray.metrics.split_outputs import SplitOutputs
-from rafce_ray.reproduction import circumstances_of, compare_circumstances
-from rafce_ray.run_folder import RunFolder, open_finished
+from rafce_ray.run.folder import RunFolder, open_finished
+from rafce_ray.run.reproduction import circumstances_of, compare_circumstances
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""One training run, without Ray: its state, its loop, its folder."""
