@@ -17,8 +17,8 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from rafce_ray.study.folder import StudyFolder
 from rafce_ray.study.trials import Trial, best_first, read_trials
-from rafce_ray.study_folder import StudyFolder
 
 METRIC = "score"
 STUDY = {

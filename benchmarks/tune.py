@@ -28,8 +28,8 @@ from rafce_ray.config import config_hash, load_config
 from rafce_ray.data.dataset import prepare
 from rafce_ray.data.drawing.synthetic import synthesize
 from rafce_ray.run.session import Job
+from rafce_ray.study.folder import StudyFolder
 from rafce_ray.study.trials import TrialPlan
-from rafce_ray.study_folder import StudyFolder
 from rafce_ray.train.launch import ray_cluster
 
 NUM_FACES = 160
@@ -145,8 +145,8 @@ def stop_one(folder: Path, name: str, workers: int) -> int:
     with ray_cluster(config, "benchmark", nested=workers > 1) as (num_cpus, _):
         import ray
 
+        from rafce_ray.study.shares import share_out
         from rafce_ray.tune.scheduler import Control, Course, Unscheduled
-        from rafce_ray.tune.shares import share_out
         from rafce_ray.tune.trials import Listed, Settings, cluster_nodes, run_on_tune
 
         class StopsAfterTwo(Unscheduled):

@@ -23,9 +23,9 @@ from rich.console import Console
 from rich.table import Table
 
 from rafce_ray.data.drawing.synthetic import synthesize
+from rafce_ray.study.folder import StudyFolder
 from rafce_ray.study.rungs import read_rungs
 from rafce_ray.study.trials import read_trials
-from rafce_ray.study_folder import StudyFolder
 
 NUM_FACES = 400
 NUM_TRIALS = 8

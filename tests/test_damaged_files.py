@@ -19,10 +19,10 @@ from rafce_ray.run.folder import RunFolder
 from rafce_ray.run.session import Job
 from rafce_ray.run.watch import RunWatch
 from rafce_ray.study.config import build_study, to_yaml
+from rafce_ray.study.folder import StudyFolder
 from rafce_ray.study.on_test import TEST_FILE
 from rafce_ray.study.rungs import RungEntry, read_rungs, write_rungs
 from rafce_ray.study.trials import TrialPlan
-from rafce_ray.study_folder import StudyFolder
 from rafce_ray.tune.command import ELAPSED_FILE, read_elapsed
 
 REMEDY = re.compile(r"(?<=: )(?:rm|sed -i) .+$", re.MULTILINE)

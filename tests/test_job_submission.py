@@ -16,8 +16,8 @@ import yaml
 from processes import kill_all
 from serving import free_port
 
+from rafce_ray.study.folder import StudyFolder
 from rafce_ray.study.trials import read_trials
-from rafce_ray.study_folder import StudyFolder
 
 REPOSITORY = Path(__file__).parents[1]
 PROGRAMS = Path(sys.executable).parent

@@ -6,15 +6,15 @@ import sys
 import pytest
 import yaml
 
+from rafce_ray.study.folder import StudyFolder
 from rafce_ray.study.trials import read_trials
-from rafce_ray.study_folder import StudyFolder
 
 pytestmark = [pytest.mark.ray, pytest.mark.long]
 
 NODE_DIES = """
 import sys, threading, time
 from ray.cluster_utils import Cluster
-from rafce_ray.study_folder import StudyFolder
+from rafce_ray.study.folder import StudyFolder
 
 cluster = Cluster(initialize_head=True, connect=False, head_node_args={"num_cpus": 0, "include_dashboard": False})
 nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]

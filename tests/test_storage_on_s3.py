@@ -20,8 +20,8 @@ from rafce_ray.run.checkpoint import (
     save_checkpoint,
 )
 from rafce_ray.run.folder import RunFolder
+from rafce_ray.study.folder import StudyFolder
 from rafce_ray.study.rungs import RungEntry, read_rungs, write_rungs
-from rafce_ray.study_folder import StudyFolder
 
 
 def test_a_place_is_written_listed_copied_and_removed_as_on_a_disk(s3_place, tmp_path):

@@ -3,7 +3,7 @@
 import pytest
 
 from rafce_ray.base.errors import UsageError
-from rafce_ray.study_folder import StudyFolder
+from rafce_ray.study.folder import StudyFolder
 
 
 def plan(arms: dict, epochs: int = 3) -> dict:

@@ -23,7 +23,7 @@ def main(argv: list[str]) -> int:
     from rafce_ray.doctor.examination import print_study
     from rafce_ray.doctor.rules import examine_study
     from rafce_ray.run.folder import RunFolder
-    from rafce_ray.study_folder import StudyFolder
+    from rafce_ray.study.folder import StudyFolder
 
     folder, study = RunFolder(arguments.place), StudyFolder(arguments.place)
     baseline = None if arguments.baseline is None else _baseline(arguments.baseline)

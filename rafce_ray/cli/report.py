@@ -12,7 +12,7 @@ from rafce_ray.cli.arguments import DEVICE_HELP, command
 if TYPE_CHECKING:
     from rafce_ray.base.storage import Location
     from rafce_ray.report.data import ReportData
-    from rafce_ray.study_folder import StudyFolder
+    from rafce_ray.study.folder import StudyFolder
 
 
 @command
@@ -24,7 +24,7 @@ def main(argv: list[str]) -> int:
     from rafce_ray.report.page import render_page, report_place
     from rafce_ray.report.study_data import is_study
     from rafce_ray.run.folder import RunFolder
-    from rafce_ray.study_folder import StudyFolder
+    from rafce_ray.study.folder import StudyFolder
 
     choose_device(arguments.device)
     folder, study = RunFolder(arguments.run), StudyFolder(arguments.run)

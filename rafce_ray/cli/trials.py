@@ -13,14 +13,15 @@ from rafce_ray.base.figures import FIGURES
 from rafce_ray.cli.arguments import command, positive
 
 if TYPE_CHECKING:
+    from rafce_ray.study.folder import StudyFolder
     from rafce_ray.study.listing import Listing, Row
-    from rafce_ray.study_folder import StudyFolder
 
 
 @command
 def main(argv: list[str]) -> int:
     """``rafce trials``."""
     arguments = _parser().parse_args(argv)
+    from rafce_ray.study.folder import StudyFolder
     from rafce_ray.study.listing import (
         ascends,
         default_columns,
@@ -30,7 +31,6 @@ def main(argv: list[str]) -> int:
         print_table,
         read_listing,
     )
-    from rafce_ray.study_folder import StudyFolder
 
     study = StudyFolder(arguments.study)
     statuses = _statuses(arguments.status)

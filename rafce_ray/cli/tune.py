@@ -24,9 +24,9 @@ def main(argv: list[str]) -> int:
             "base.data.root is not set: name the folder of labelled faces, for example base.data.root=path/to/RAF-CE."
         )
     from rafce_ray.base.storage import locate
-    from rafce_ray.study_folder import StudyFolder
+    from rafce_ray.study.folder import StudyFolder
+    from rafce_ray.study.plan import first_line
     from rafce_ray.tune.command import tune
-    from rafce_ray.tune.plan import first_line
 
     say(first_line(study, StudyFolder(str(locate(study.storage) / study.name))))
     unused = study.unused_scheduler_keys()

@@ -36,7 +36,7 @@ from rafce_ray.doctor.training import (
     validation_falling,
 )
 from rafce_ray.run.folder import RunFolder
-from rafce_ray.study_folder import StudyFolder
+from rafce_ray.study.folder import StudyFolder
 
 if TYPE_CHECKING:
     from rafce_ray.run.state import Training

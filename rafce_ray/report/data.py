@@ -30,7 +30,7 @@ from rafce_ray.metrics.calibration import Calibration, Outputs, calibrated
 from rafce_ray.metrics.split_outputs import SplitOutputs
 from rafce_ray.report.slices import GroupTable, group_table, read_slices
 from rafce_ray.run.folder import RunFolder
-from rafce_ray.study_folder import StudyFolder
+from rafce_ray.study.folder import StudyFolder
 
 Split = Literal["validation", "test", "held-out"]
 SPLITS_OF: dict[str, tuple[str, ...]] = {

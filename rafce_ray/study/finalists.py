@@ -25,10 +25,10 @@ from rafce_ray.metrics.comparison import (
 )
 from rafce_ray.metrics.split_outputs import SplitOutputs
 from rafce_ray.run.folder import RunFolder
+from rafce_ray.study.folder import StudyFolder
 from rafce_ray.study.scored import TaggedOutputs, on_labels_of_first, score_with_losses
 from rafce_ray.study.trials import ENDED, Trial, best_first, read_plan, read_trial
 from rafce_ray.study.verdict import Basis, Finalist, Verdict, improvement, sentences
-from rafce_ray.study_folder import StudyFolder
 
 __all__ = [
     "Finalist",

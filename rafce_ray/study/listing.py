@@ -19,9 +19,9 @@ from rafce_ray.base.errors import DamagedFile, UsageError
 from rafce_ray.base.figures import FIGURES, OF_AN_EPOCH
 from rafce_ray.config import config_hash, flatten
 from rafce_ray.run.folder import TRIALS, RunFolder
+from rafce_ray.study.folder import StudyFolder
 from rafce_ray.study.trials import ENDED, TRIAL_FILE, best_record, metric_of, read_trials
 from rafce_ray.study.watch import plain
-from rafce_ray.study_folder import StudyFolder
 
 COLUMNS = ("trial", "status", "epochs", "score", "macro_f1_supported", "au_f1_mean", "seconds")
 """Columns that are listed unless others are asked for, before the sampled keys."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from rafce_ray.base.console import to_json
-from rafce_ray.study_folder import StudyFolder
+from rafce_ray.study.folder import StudyFolder
 
 RUNGS_FILE = "rungs.jsonl"
 

@@ -16,7 +16,7 @@ from rafce_ray.config import Config, config_hash, flatten
 from rafce_ray.run.checkpoint import list_checkpoints
 from rafce_ray.run.folder import RunFolder
 from rafce_ray.run.session import Job
-from rafce_ray.study_folder import StudyFolder
+from rafce_ray.study.folder import StudyFolder
 
 TRIAL_FILE = "trial.json"
 TRIALS_TABLE = "trials.jsonl"

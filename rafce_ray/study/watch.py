@@ -18,8 +18,8 @@ from rafce_ray.base.figures import FIGURES
 from rafce_ray.config import Config, differences
 from rafce_ray.run.folder import EVENTS_FILE, METRICS_FILE, PROGRESS_FILE, RunFolder
 from rafce_ray.run.watch import WARNING_EVENTS, Watch, duration
+from rafce_ray.study.folder import StudyFolder
 from rafce_ray.study.trials import TRIAL_FILE, Role, TrialPlan, best_record, read_plan
-from rafce_ray.study_folder import StudyFolder
 
 STATES = {
     "waiting": "waiting",

@@ -21,12 +21,12 @@ from rafce_ray.ray_environment import check_ray
 from rafce_ray.run.state import choose_splits
 from rafce_ray.study.checks import foreseen
 from rafce_ray.study.config import StudyConfig, to_yaml
+from rafce_ray.study.folder import StudyFolder
+from rafce_ray.study.plan import tell_batches, tell_plan, tell_trials
 from rafce_ray.study.proposals import planned_trials, propose
+from rafce_ray.study.shares import Shares, share_out
 from rafce_ray.study.trials import Training, Trial, read_trials
-from rafce_ray.study_folder import StudyFolder
 from rafce_ray.train.launch import ray_cluster, tell_findings
-from rafce_ray.tune.plan import tell_batches, tell_plan, tell_trials
-from rafce_ray.tune.shares import Shares, share_out
 
 ELAPSED_FILE = "elapsed.json"
 REMOVED_SCHEDULER_KEYS = {"perturbation_interval": 4, "quantile_fraction": 0.25, "resample_probability": 0.25}

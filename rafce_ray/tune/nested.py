@@ -10,8 +10,8 @@ from ray.util.placement_group import PlacementGroup, PlacementGroupID, remove_pl
 
 from rafce_ray.base.errors import RafceError
 from rafce_ray.run.folder import RunFolder
+from rafce_ray.study.folder import StudyFolder
 from rafce_ray.study.trials import conclude
-from rafce_ray.study_folder import StudyFolder
 from rafce_ray.train.launch import build_trainer
 from rafce_ray.worker import read_trial_job
 

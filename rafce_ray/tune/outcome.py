@@ -15,10 +15,10 @@ from rafce_ray.report.study_page import write_study_report
 from rafce_ray.run.folder import RunFolder
 from rafce_ray.study.config import StudyConfig
 from rafce_ray.study.finalists import best_run, judge, judge_sweep
+from rafce_ray.study.folder import StudyFolder
 from rafce_ray.study.on_test import measure_on_test
 from rafce_ray.study.trials import Trial, read_trials
 from rafce_ray.study.verdict import Verdict, sentences
-from rafce_ray.study_folder import StudyFolder
 
 
 def conclude_study(study: StudyConfig, folder: StudyFolder, finalists: Sequence[Trial]) -> dict[str, Any]:

@@ -13,7 +13,9 @@ from rafce_ray.config import CARRIED_OUT_BY, Config, ConfigError, config_hash, f
 from rafce_ray.data.dataset import Prepared, Readings
 from rafce_ray.run.session import Job
 from rafce_ray.study.config import StudyConfig
+from rafce_ray.study.folder import StudyFolder
 from rafce_ray.study.proposals import Observed, propose
+from rafce_ray.study.shares import Shares
 from rafce_ray.study.trials import (
     ENDED,
     Role,
@@ -29,10 +31,8 @@ from rafce_ray.study.trials import (
     write_table,
 )
 from rafce_ray.study.watch import SweepWatch
-from rafce_ray.study_folder import StudyFolder
 from rafce_ray.train.launch import provenance_of
 from rafce_ray.tune.scheduler import STOPPED, Concluding, Control, Course, Unscheduled
-from rafce_ray.tune.shares import Shares
 from rafce_ray.tune.trials import Listed, Settings, run_on_tune, stoppable
 
 

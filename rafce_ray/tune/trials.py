@@ -15,11 +15,11 @@ from ray import tune
 from ray.tune.search import Searcher
 
 from rafce_ray.base.console import handled_signals, say, warn
+from rafce_ray.study.folder import StudyFolder
+from rafce_ray.study.shares import Node, Shares
 from rafce_ray.study.trials import TrialPlan
-from rafce_ray.study_folder import StudyFolder
 from rafce_ray.tune.nested import free_workers, nested_trial
 from rafce_ray.tune.scheduler import Concluding, Control
-from rafce_ray.tune.shares import Node, Shares
 from rafce_ray.tune.telemetry import StudyTelemetry
 from rafce_ray.tune.witness import Witness
 from rafce_ray.worker import trial_worker

@@ -7,14 +7,14 @@ import pytest
 from scipy.stats import t as student_t
 
 from rafce_ray.ablate import check_minority, choose_arms
-from rafce_ray.ablation import results as ablation
-from rafce_ray.ablation.arms import EIGHT_CHANGES, GROUPS, ablation_arms
-from rafce_ray.ablation.results import Ablation, Contrast, Measured, markdown, plot
 from rafce_ray.base.errors import UsageError
 from rafce_ray.cli.ablate import main
 from rafce_ray.config import differences, load_config
 from rafce_ray.data.dataset import prepare
 from rafce_ray.metrics.comparison import OverSeeds, Spread
+from rafce_ray.study import ablation as ablation
+from rafce_ray.study.ablation import Ablation, Contrast, Measured, markdown, plot
+from rafce_ray.study.arms import EIGHT_CHANGES, GROUPS, ablation_arms
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from rafce_ray.doctor.evidence import Evidence
 from rafce_ray.doctor.rules import examine_live, examine_run, examine_study
 from rafce_ray.metrics.calibration import Outputs
 from rafce_ray.run.folder import RunFolder
-from rafce_ray.study_folder import StudyFolder
+from rafce_ray.study.folder import StudyFolder
 
 
 @pytest.fixture(scope="module")

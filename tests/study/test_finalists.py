@@ -26,8 +26,8 @@ from rafce_ray.study.finalists import (
     runs_of,
     sentences,
 )
+from rafce_ray.study.folder import StudyFolder
 from rafce_ray.study.trials import Trial, TrialPlan, read_trials
-from rafce_ray.study_folder import StudyFolder
 
 TAXONOMY = make_taxonomy(tuple(list(RAFCE_EMOTIONS)[:4]), (1, 12))
 SIZE = 400

@@ -13,9 +13,9 @@ from rafce_ray.cli.trials import main
 from rafce_ray.config import config_hash, flatten, load_config
 from rafce_ray.run.folder import RunFolder
 from rafce_ray.run.session import Job
+from rafce_ray.study.folder import StudyFolder
 from rafce_ray.study.listing import Listing, cell, fitting, ordered
 from rafce_ray.study.trials import TrialPlan, conclude
-from rafce_ray.study_folder import StudyFolder
 
 TAXONOMY = make_taxonomy(("happy", "sad"), (1, 12))
 

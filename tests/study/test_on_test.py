@@ -18,9 +18,9 @@ from rafce_ray.run.loop import fit
 from rafce_ray.run.session import Job, LocalSession
 from rafce_ray.study import on_test
 from rafce_ray.study.finalists import Verdict, judge
+from rafce_ray.study.folder import StudyFolder
 from rafce_ray.study.on_test import COMPARED, MeanFigure, OnTest, measure_on_test
 from rafce_ray.study.trials import TrialPlan
-from rafce_ray.study_folder import StudyFolder
 
 T2 = 4.302653
 """Student's t, 97.5 %, 2 degrees of freedom."""

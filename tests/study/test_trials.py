@@ -12,6 +12,7 @@ from rafce_ray.config import config_hash, flatten, load_config
 from rafce_ray.run.checkpoint import fault, list_checkpoints, save_checkpoint
 from rafce_ray.run.folder import RunFolder
 from rafce_ray.run.session import Job
+from rafce_ray.study.folder import StudyFolder
 from rafce_ray.study.trials import (
     ENDED,
     Trial,
@@ -25,7 +26,6 @@ from rafce_ray.study.trials import (
     read_trials,
     write_table,
 )
-from rafce_ray.study_folder import StudyFolder
 
 TAXONOMY = make_taxonomy(("happily surprised", "sad"), (1, 12))
 NAN = float("nan")

@@ -10,8 +10,8 @@ from rafce_ray.base.taxonomy import make_taxonomy
 from rafce_ray.config import config_hash, load_config
 from rafce_ray.metrics.counts import Counts, summarise
 from rafce_ray.run.session import Job
+from rafce_ray.study.folder import StudyFolder
 from rafce_ray.study.trials import TrialPlan, best_record, conclude
-from rafce_ray.study_folder import StudyFolder
 
 TAXONOMY = make_taxonomy(("happy", "happily surprised", "sad"), (1, 12, 25))
 CONFUSION = np.array([[30, 6, 4], [8, 20, 2], [5, 1, 24]])

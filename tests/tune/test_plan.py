@@ -11,10 +11,10 @@ from rafce_ray.base.taxonomy import make_taxonomy
 from rafce_ray.cli.tune import main
 from rafce_ray.config import build_config
 from rafce_ray.data.dataset import prepare
+from rafce_ray.study import plan
 from rafce_ray.study.config import StudyConfig, build_study, load_study, to_yaml
-from rafce_ray.study_folder import StudyFolder
-from rafce_ray.tune import command, plan, trials
-from rafce_ray.tune.plan import (
+from rafce_ray.study.folder import StudyFolder
+from rafce_ray.study.plan import (
     asha_rungs,
     first_line,
     largest_model_bytes,
@@ -25,8 +25,9 @@ from rafce_ray.tune.plan import (
     tell_plan,
     tell_trials,
 )
+from rafce_ray.study.shares import Node, Shares
+from rafce_ray.tune import command, trials
 from rafce_ray.tune.scheduler import Control, Course, Halving
-from rafce_ray.tune.shares import Node, Shares
 
 TAXONOMY = make_taxonomy(("happy", "sad"), (1, 12))
 

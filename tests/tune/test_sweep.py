@@ -13,14 +13,14 @@ from rafce_ray.config import CARRIED_OUT_BY, config_hash, flatten
 from rafce_ray.data.dataset import Readings, prepare
 from rafce_ray.run.checkpoint import list_checkpoints, save_checkpoint
 from rafce_ray.study.config import StudyConfig, build_study
+from rafce_ray.study.folder import StudyFolder
 from rafce_ray.study.proposals import Observed, planned_trials, propose
+from rafce_ray.study.shares import Shares
 from rafce_ray.study.space import Domain
 from rafce_ray.study.trials import read_plan, read_trials
-from rafce_ray.study_folder import StudyFolder
 from rafce_ray.tune import command, trials
 from rafce_ray.tune.command import read_elapsed, sweep, ways_of_reading
 from rafce_ray.tune.scheduler import Control, Course, build_scheduler
-from rafce_ray.tune.shares import Shares
 from rafce_ray.tune.sweep import Sweep, start_trial
 from rafce_ray.worker import read_trial_job
 

@@ -6,8 +6,8 @@ from processes import is_alive
 from rafce_ray.config import config_hash, load_config
 from rafce_ray.data.dataset import prepare
 from rafce_ray.run.session import Job
+from rafce_ray.study.folder import StudyFolder
 from rafce_ray.study.trials import TrialPlan, read_trial
-from rafce_ray.study_folder import StudyFolder
 
 pytestmark = pytest.mark.ray
 
@@ -16,8 +16,8 @@ pytestmark = pytest.mark.ray
 def test_a_stopped_trial_gives_back_what_it_held(workers, tiny_overrides, tmp_path, ray_cluster_of_tests, until):
     import ray
 
+    from rafce_ray.study.shares import share_out
     from rafce_ray.tune.scheduler import Control, Course, Unscheduled
-    from rafce_ray.tune.shares import share_out
     from rafce_ray.tune.trials import Listed, Settings, cluster_nodes, run_on_tune
 
     class StopsAfterTwo(Unscheduled):

@@ -4,10 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from rafce_ray.study_folder import StudyFolder
+from rafce_ray.study.folder import StudyFolder
+from rafce_ray.study.shares import Shares
 from rafce_ray.tune import witness
 from rafce_ray.tune.scheduler import Control, Course
-from rafce_ray.tune.shares import Shares
 from rafce_ray.tune.witness import Witness, one_line
 
 TIMEOUT_S = 100.0

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from rafce_ray.ablation.arms import GROUPS, Arm, arm_of_change
 from rafce_ray.base.figures import MIN_SUPPORT
 from rafce_ray.bundle.bundle import read_taxonomy
 from rafce_ray.metrics.calibration import Calibration
@@ -27,8 +26,9 @@ from rafce_ray.metrics.comparison import (
 )
 from rafce_ray.metrics.split_outputs import SplitOutputs
 from rafce_ray.run.folder import RunFolder
+from rafce_ray.study.arms import GROUPS, Arm, arm_of_change
+from rafce_ray.study.folder import StudyFolder
 from rafce_ray.study.scored import over_seeds
-from rafce_ray.study_folder import StudyFolder
 
 FIGURES = {
     "accuracy": "accuracy",

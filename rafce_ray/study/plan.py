@@ -20,10 +20,10 @@ from rafce_ray.data.loader import batch_remark, num_steps
 from rafce_ray.model.network import build_architecture, build_model
 from rafce_ray.study.checks import foreseen
 from rafce_ray.study.config import StudyConfig
+from rafce_ray.study.folder import StudyFolder
 from rafce_ray.study.proposals import planned_trials, propose
+from rafce_ray.study.shares import Shares
 from rafce_ray.study.space import identity
-from rafce_ray.study_folder import StudyFolder
-from rafce_ray.tune.shares import Shares
 
 OPTIMIZER_COPIES = {"adamw": 2, "adam": 2, "sgd": 1}
 """Values that an optimizer keeps for each weight."""
