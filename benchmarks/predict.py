@@ -41,8 +41,8 @@ from rafce_ray.bundle.predictor import Predictor, predict_files
 from rafce_ray.config import load_config
 from rafce_ray.faces.files import find_images
 from rafce_ray.faces.loading import load_ahead, load_file
-from rafce_ray.predict_on_ray import predict_on_ray
 from rafce_ray.train.launch import ray_cluster
+from rafce_ray.train.predict import predict_on_ray
 
 NICENESS_OF_RAY_WORKERS = 15
 BATCH = 64

@@ -235,7 +235,7 @@ def run_ddp_rank(plan: Plan, rank: int) -> None:
 
 def ray_worker(values: dict[str, Any]) -> None:
     """Ray Train's worker function: the same epochs, each followed by a report as in a real run."""
-    from rafce_ray.worker import TrainSession
+    from rafce_ray.train.worker import TrainSession
 
     plan = Plan(**values["plan"])
     session = TrainSession(Job.from_plain(plan.job))

@@ -22,7 +22,7 @@ from rafce_ray.cli.predict import main
 from rafce_ray.faces.detect import Box, Face
 from rafce_ray.faces.files import find_images, list_images, read_image, stores_of
 from rafce_ray.faces.loading import LoadedFile, load_image
-from rafce_ray.predict_on_ray import PredictionJob, ShardPredictor, Share, bundle_digest, predict_on_ray, share_out
+from rafce_ray.train.predict import PredictionJob, ShardPredictor, Share, bundle_digest, predict_on_ray, share_out
 
 OPTIONS = Options("b" * 64, "aligned", None, 2)
 NAMES = [f"/images/{number:02d}.jpg" for number in range(7)]

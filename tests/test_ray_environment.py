@@ -13,12 +13,12 @@ from pathlib import Path
 import grpc
 import pytest
 
-from rafce_ray import ray_environment
 from rafce_ray.base.errors import RafceError, UsageError
 from rafce_ray.config import load_config
-from rafce_ray.ray_environment import check_ray, dashboard_line, ray_folder
+from rafce_ray.train import environment
+from rafce_ray.train.environment import check_ray, dashboard_line, ray_folder
 
-CHECK = "from rafce_ray.ray_environment import check_ray; check_ray()"
+CHECK = "from rafce_ray.train.environment import check_ray; check_ray()"
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +29,7 @@ def surroundings(monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("TMPDIR", "/tmp")
     if "ray" in sys.modules:
         monkeypatch.setattr(sys.modules["ray"], "is_initialized", lambda: False)
-    monkeypatch.setattr(ray_environment, "ANSWER_S", 1.0)
+    monkeypatch.setattr(environment, "ANSWER_S", 1.0)
 
 
 @contextmanager
@@ -133,12 +133,12 @@ def test_a_folder_too_long_for_sockets(name, address, monkeypatch):
     assert f"is {most + 1} bytes long" in refused()
     # Ray's own limit, of the path of its first socket.
     socket_of_ray = f"{'x' * most}/ray/session_2026-01-31_12-00-00_123456_{os.getpid()}/sockets/plasma_store"
-    assert len(socket_of_ray) == ray_environment.SOCKET_PATH_BYTES
+    assert len(socket_of_ray) == environment.SOCKET_PATH_BYTES
 
 
 def test_a_folder_in_which_nothing_can_be_written(monkeypatch, tmp_path):
     (tmp_path / "file").touch()
-    monkeypatch.setattr(ray_environment, "SOCKET_PATH_BYTES", 1000)
+    monkeypatch.setattr(environment, "SOCKET_PATH_BYTES", 1000)
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / "file"))
     said = refused()
     assert said.startswith(f"RAY_TMPDIR={tmp_path / 'file'}: Ray cannot write its files there (Not a directory).")
@@ -208,7 +208,7 @@ def test_a_node_that_does_not_start_in_time_is_one_line_with_its_logs(monkeypatc
     monkeypatch.setattr(ray, "init", init)
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
-    monkeypatch.setattr(ray_environment, "SOCKET_PATH_BYTES", 1000)
+    monkeypatch.setattr(environment, "SOCKET_PATH_BYTES", 1000)
     with (
         pytest.raises(RafceError, match=r"Ray could not be started: The current node timed out .* logs are in"),
         ray_cluster(load_config(), "test"),
@@ -249,24 +249,24 @@ def test_the_dashboards_line_says_how_to_get_past_what_guards_it():
 
 
 def test_another_release_of_ray_is_reported_with_the_tested_one(monkeypatch, capsys):
-    monkeypatch.setattr(ray_environment, "version", lambda package: "2.99.0")
+    monkeypatch.setattr(environment, "version", lambda package: "2.99.0")
     check_ray()
     told = capsys.readouterr().err
     assert "Ray 2.99.0 is installed; rafce_ray is tested with Ray 2.60.0 only" in " ".join(told.split())
     with (
         pytest.raises(RafceError, match=r"Ray 2\.99\.0 has moved a private part of Ray Tune .*pip install"),
-        ray_environment.private_part("Ray Tune"),
+        environment.private_part("Ray Tune"),
     ):
         from ray.tune import no_such_part  # noqa: F401
 
 
 def test_a_missing_ray_is_reported_with_the_command_that_installs_it(monkeypatch):
     def missing(package: str) -> str:
-        raise ray_environment.PackageNotFoundError(package)
+        raise environment.PackageNotFoundError(package)
 
-    monkeypatch.setattr(ray_environment, "version", missing)
+    monkeypatch.setattr(environment, "version", missing)
     with (
         pytest.raises(UsageError, match=r"Ray is not installed\. .*pip install"),
-        ray_environment.private_part("Ray Tune"),
+        environment.private_part("Ray Tune"),
     ):
         from ray.tune import no_such_part  # noqa: F401

@@ -22,7 +22,7 @@ from rafce_ray.config import load_config
 from rafce_ray.run.checkpoint import list_checkpoints
 from rafce_ray.run.folder import RunFolder
 from rafce_ray.train.launch import launch
-from rafce_ray.worker import HUNG_EXIT_CODE
+from rafce_ray.train.worker import HUNG_EXIT_CODE
 
 pytestmark = pytest.mark.ray
 
@@ -137,7 +137,7 @@ import sys, time
 from rafce_ray.config import load_config
 from rafce_ray.run.session import Job
 from rafce_ray.base.taxonomy import make_taxonomy
-from rafce_ray.worker import Watchdog
+from rafce_ray.train.worker import Watchdog
 job = Job(load_config(overrides=["run.hang_timeout_s=4"]), "", make_taxonomy((), (1,)), sys.argv[1], {})
 watchdog = Watchdog(job, rank=3)
 for _ in range(4):

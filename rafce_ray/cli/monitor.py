@@ -11,7 +11,7 @@ from pathlib import Path
 from rafce_ray.base.console import say, warn
 from rafce_ray.base.errors import UsageError
 from rafce_ray.cli.arguments import command
-from rafce_ray.ray_environment import ray_folder
+from rafce_ray.train.environment import ray_folder
 
 PROMETHEUS_PORT, GRAFANA_PORT = 9090, 3000
 """Ray's dashboard looks for both at these ports, unless its cluster was told otherwise."""

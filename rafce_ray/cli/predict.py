@@ -117,7 +117,7 @@ def _main_on_ray(arguments: argparse.Namespace) -> int:
         raise UsageError(f"--device {arguments.device}: with --ray each worker gets its own GPU. Use auto or cpu.")
     if find_spec("ray") is None:
         raise UsageError("--ray: ray is not installed. Install it with pip install 'rafce_ray[ray]'.")
-    from rafce_ray.predict_on_ray import predict_on_ray
+    from rafce_ray.train.predict import predict_on_ray
 
     return predict_on_ray(
         arguments.paths,

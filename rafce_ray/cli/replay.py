@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rafce_ray.base.console import print_json, say, to_json, warn
 from rafce_ray.base.errors import GateError
 from rafce_ray.cli.arguments import command
-from rafce_ray.ray_environment import check_ray
+from rafce_ray.train.environment import check_ray
 
 if TYPE_CHECKING:
     from rafce_ray.run.folder import RunFolder

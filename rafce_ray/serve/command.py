@@ -23,13 +23,13 @@ from typing import Any
 from rafce_ray.base.console import handled_signals, say
 from rafce_ray.base.errors import RafceError, UsageError
 from rafce_ray.base.storage import locate
-from rafce_ray.ray_environment import check_ray, dashboard_line, ray_address
 from rafce_ray.serve.drain import DRAIN_S, drain, outcome
 from rafce_ray.serve.fast_path import fast_path
 from rafce_ray.service.app import num_cores
 from rafce_ray.service.config import ServiceConfig
 from rafce_ray.service.keys import read_keys
 from rafce_ray.service.loading import source_of
+from rafce_ray.train.environment import check_ray, dashboard_line, ray_address
 
 APPLICATION = "rafce"
 READY_S = 120.0

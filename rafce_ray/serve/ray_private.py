@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rafce_ray.ray_environment import private_part
+from rafce_ray.train.environment import private_part
 
 with private_part("Ray Serve"):
     from ray.serve._private.application_state import ApplicationStateManager

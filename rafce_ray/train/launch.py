@@ -26,12 +26,12 @@ from rafce_ray.config import (
 )
 from rafce_ray.data.audit_checks import audit_command
 from rafce_ray.data.dataset import Prepared, prepare
-from rafce_ray.ray_environment import check_ray, dashboard_line, not_started, ray_address
 from rafce_ray.run.folder import RunFolder
 from rafce_ray.run.replay import Plan
 from rafce_ray.run.session import Job
 from rafce_ray.run.watch import RunWatch
 from rafce_ray.run.worker_changes import root_cause
+from rafce_ray.train.environment import check_ray, dashboard_line, not_started, ray_address
 
 if TYPE_CHECKING:
     import ray.train
@@ -102,7 +102,7 @@ def build_trainer(
     from ray.train import FailureConfig, LoggingConfig, RunConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from rafce_ray.worker import train_worker
+    from rafce_ray.train.worker import train_worker
 
     run, folder = job.config.run, RunFolder(job.run_dir)
     storage = folder.location / "ray"
@@ -126,8 +126,8 @@ def build_trainer(
 def _fit(job: Job, num_cpus: float, num_gpus: float) -> dict[str, Any] | None:
     from ray.train import TrainingFailedError
 
-    from rafce_ray.telemetry import command_shown
-    from rafce_ray.worker import ChangesCallback
+    from rafce_ray.train.telemetry import command_shown
+    from rafce_ray.train.worker import ChangesCallback
 
     run, folder = job.config.run, RunFolder(job.run_dir)
     trainer = build_trainer(job, num_cpus, num_gpus, max_failures=run.max_failures, callbacks=[ChangesCallback(job)])

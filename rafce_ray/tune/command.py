@@ -17,7 +17,6 @@ from rafce_ray.base.storage import locate
 from rafce_ray.config import Config, DataConfig, identity_of, with_values
 from rafce_ray.data.dataset import Prepared, Readings, open_dataset, prepare
 from rafce_ray.model.pretrained import check_weights
-from rafce_ray.ray_environment import check_ray
 from rafce_ray.run.state import choose_splits
 from rafce_ray.study.checks import foreseen
 from rafce_ray.study.config import StudyConfig, to_yaml
@@ -26,6 +25,7 @@ from rafce_ray.study.plan import tell_batches, tell_plan, tell_trials
 from rafce_ray.study.proposals import planned_trials, propose
 from rafce_ray.study.shares import Shares, share_out
 from rafce_ray.study.trials import Training, Trial, read_trials
+from rafce_ray.train.environment import check_ray
 from rafce_ray.train.launch import ray_cluster, tell_findings
 
 ELAPSED_FILE = "elapsed.json"

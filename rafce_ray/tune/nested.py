@@ -13,11 +13,11 @@ from rafce_ray.run.folder import RunFolder
 from rafce_ray.study.folder import StudyFolder
 from rafce_ray.study.trials import conclude
 from rafce_ray.train.launch import build_trainer
-from rafce_ray.worker import read_trial_job
+from rafce_ray.train.worker import read_trial_job
 
 
 def nested_trial(plain: dict[str, Any], study: str, metric: str) -> dict[str, Any]:
-    """Ray Tune's function for a trial of several workers; returns how it ended, as :func:`rafce_ray.worker.trial_worker` does."""
+    """Ray Tune's function for a trial of several workers; returns how it ended, as :func:`rafce_ray.train.worker.trial_worker` does."""
     folder = StudyFolder(study)
     try:
         job = read_trial_job(plain, folder)

@@ -1,4 +1,4 @@
-"""What the study's command shows of its trials through Ray's metrics; each trial shows itself (``rafce_ray.telemetry``)."""
+"""What the study's command shows of its trials through Ray's metrics; each trial shows itself (``rafce_ray.train.telemetry``)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rafce_ray.monitoring.metrics import (
     study_samples,
 )
 from rafce_ray.study.trials import ENDED, is_finite, read_plan, read_trials
-from rafce_ray.telemetry import Publisher
+from rafce_ray.train.telemetry import Publisher
 from rafce_ray.tune.scheduler import Course
 
 LOOK_S = 1.0

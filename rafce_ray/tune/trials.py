@@ -18,11 +18,11 @@ from rafce_ray.base.console import handled_signals, say, warn
 from rafce_ray.study.folder import StudyFolder
 from rafce_ray.study.shares import Node, Shares
 from rafce_ray.study.trials import TrialPlan
+from rafce_ray.train.worker import trial_worker
 from rafce_ray.tune.nested import free_workers, nested_trial
 from rafce_ray.tune.scheduler import Concluding, Control
 from rafce_ray.tune.telemetry import StudyTelemetry
 from rafce_ray.tune.witness import Witness
-from rafce_ray.worker import trial_worker
 
 START_TIMEOUT_S = 120.0
 

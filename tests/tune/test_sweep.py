@@ -18,11 +18,11 @@ from rafce_ray.study.proposals import Observed, planned_trials, propose
 from rafce_ray.study.shares import Shares
 from rafce_ray.study.space import Domain
 from rafce_ray.study.trials import read_plan, read_trials
+from rafce_ray.train.worker import read_trial_job
 from rafce_ray.tune import command, trials
 from rafce_ray.tune.command import read_elapsed, sweep, ways_of_reading
 from rafce_ray.tune.scheduler import Control, Course, build_scheduler
 from rafce_ray.tune.sweep import Sweep, start_trial
-from rafce_ray.worker import read_trial_job
 
 SHARES = Shares(workers=1, cpus=2.0, gpus=0.5, at_once=2, fitting=2)
 

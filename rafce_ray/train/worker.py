@@ -36,7 +36,7 @@ from rafce_ray.run.session import Job, LocalSession
 from rafce_ray.run.worker_changes import WorkerChanges, describe_failures, root_cause
 from rafce_ray.study.folder import StudyFolder
 from rafce_ray.study.trials import check_sampled, conclude, read_plan
-from rafce_ray.telemetry import RunTelemetry
+from rafce_ray.train.telemetry import RunTelemetry
 
 HUNG_EXIT_CODE = 75
 STARTING = 4

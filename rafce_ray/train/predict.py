@@ -32,7 +32,7 @@ from rafce_ray.config import load_config
 from rafce_ray.faces.detect import FaceFinder, build_face_finder
 from rafce_ray.faces.files import Skipped, Stores, list_images, local_path, read_image, stores_of
 from rafce_ray.faces.loading import MAX_BYTES, load_ahead, load_image
-from rafce_ray.ray_environment import check_ray
+from rafce_ray.train.environment import check_ray
 from rafce_ray.train.launch import interruptible, ray_cluster
 
 STORE_READERS = 16
