@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from studies import results
 
-from rafce_ray.ablate import ablate
 from rafce_ray.base.errors import UsageError
 from rafce_ray.cli.ablate import main
 from rafce_ray.config import load_config
 from rafce_ray.study.folder import StudyFolder
 from rafce_ray.study.shares import Shares
 from rafce_ray.study.trials import TRIAL_FILE, Training, read_plan
+from rafce_ray.tune.ablation import ablate
 
 pytestmark = pytest.mark.ray
 

@@ -26,7 +26,7 @@ def main(argv: list[str]) -> int:
     from rafce_ray.base.storage import locate
     from rafce_ray.study.folder import StudyFolder
     from rafce_ray.study.plan import first_line
-    from rafce_ray.tune.command import tune
+    from rafce_ray.tune.launch import tune
 
     say(first_line(study, StudyFolder(str(locate(study.storage) / study.name))))
     unused = study.unused_scheduler_keys()

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from scipy.stats import t as student_t
 
-from rafce_ray.ablate import check_minority, choose_arms
 from rafce_ray.base.errors import UsageError
 from rafce_ray.cli.ablate import main
 from rafce_ray.config import differences, load_config
@@ -15,6 +14,7 @@ from rafce_ray.metrics.comparison import OverSeeds, Spread
 from rafce_ray.study import ablation as ablation
 from rafce_ray.study.ablation import Ablation, Contrast, Measured, markdown, plot
 from rafce_ray.study.arms import EIGHT_CHANGES, GROUPS, ablation_arms
+from rafce_ray.tune.ablation import check_minority, choose_arms
 
 
 @pytest.fixture(scope="module")

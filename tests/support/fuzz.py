@@ -527,7 +527,6 @@ def run_all(world: Path, seed: int, numbers: Sequence[int], verbs: Sequence[str]
     # A fork has none of OpenMP's threads, and would wait for them.
     os.environ["OMP_NUM_THREADS"] = "1"
     # What every case needs is imported once, before the forks.
-    import rafce_ray.ablate
     import rafce_ray.bundle.build
     import rafce_ray.bundle.bundle
     import rafce_ray.bundle.predictor
@@ -538,7 +537,8 @@ def run_all(world: Path, seed: int, numbers: Sequence[int], verbs: Sequence[str]
     import rafce_ray.serve.command
     import rafce_ray.serve.deployment
     import rafce_ray.train.launch
-    import rafce_ray.tune.command  # noqa: F401
+    import rafce_ray.tune.ablation
+    import rafce_ray.tune.launch  # noqa: F401
 
     cases = Cases(world, seed, verbs)
     with tempfile.TemporaryDirectory(prefix="fuzz") as place:

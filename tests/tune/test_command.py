@@ -9,7 +9,7 @@ import yaml
 from rafce_ray.base.errors import UsageError
 from rafce_ray.cli.tune import main
 from rafce_ray.study.config import build_study
-from rafce_ray.tune.command import check_mlflow, check_weights_of
+from rafce_ray.tune.launch import check_mlflow, check_weights_of
 from rafce_ray.tune.scheduler import Control
 from rafce_ray.tune.trials import stoppable
 

@@ -26,7 +26,7 @@ from rafce_ray.study.plan import (
     tell_trials,
 )
 from rafce_ray.study.shares import Node, Shares
-from rafce_ray.tune import command, trials
+from rafce_ray.tune import launch, trials
 from rafce_ray.tune.scheduler import Control, Course, Halving
 
 TAXONOMY = make_taxonomy(("happy", "sad"), (1, 12))
@@ -212,7 +212,7 @@ def test_what_a_study_will_do_is_said_before_it_does_it(tmp_path, monkeypatch, c
 @pytest.fixture
 def dry(drawn_faces, store_dir, tmp_path, monkeypatch):
     """A study's file, and a cluster of 3 CPUs that is not started."""
-    monkeypatch.setattr(command, "ray_cluster", lambda config, name, **options: nullcontext((3.0, 0.0)))
+    monkeypatch.setattr(launch, "ray_cluster", lambda config, name, **options: nullcontext((3.0, 0.0)))
     monkeypatch.setattr(trials, "cluster_nodes", lambda: [Node(3.0, 0.0)])
     base = {
         "data": {"root": str(drawn_faces), "store_dir": str(store_dir)},
@@ -245,7 +245,7 @@ def test_a_dry_run_writes_nothing(dry, tmp_path, capsys):
 
 def test_a_study_of_an_earlier_release_goes_on(dry):
     study = load_study(dry)
-    claimed = command.claim_of(study, prepare(study.base_config().data))
+    claimed = launch.claim_of(study, prepare(study.base_config().data))
     assert claimed["scheduler"] == {
         "type": "asha",
         "grace_period": 1,

@@ -19,8 +19,8 @@ from rafce_ray.study.shares import Shares
 from rafce_ray.study.space import Domain
 from rafce_ray.study.trials import read_plan, read_trials
 from rafce_ray.train.worker import read_trial_job
-from rafce_ray.tune import command, trials
-from rafce_ray.tune.command import read_elapsed, sweep, ways_of_reading
+from rafce_ray.tune import launch, trials
+from rafce_ray.tune.launch import read_elapsed, sweep, ways_of_reading
 from rafce_ray.tune.scheduler import Control, Course, build_scheduler
 from rafce_ray.tune.sweep import Sweep, start_trial
 
@@ -383,7 +383,7 @@ def test_a_study_out_of_time_ends_its_sweep_and_goes_on_with_more(bench, until, 
     """The command's sweep, with a fake in the place of Ray Tune that trains what is handed out. The second trial takes 20 s of its clock."""
     trained: list[tuple[str, int]] = []
     now = [0.0]
-    monkeypatch.setattr(command, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(launch, "time", SimpleNamespace(monotonic=lambda: now[0]))
 
     def run_on_tune(supply, scheduler, settings):
         control = scheduler.course.control

@@ -18,7 +18,7 @@ from rafce_ray.study.folder import StudyFolder
 from rafce_ray.study.trials import Training
 from rafce_ray.train.environment import check_ray
 from rafce_ray.train.launch import named, tell_findings
-from rafce_ray.tune.command import shares_of
+from rafce_ray.tune.launch import shares_of
 
 SEED_MINORITY = ("sadly surprised", "fearfully disgusted", "happily fearful", "happily sad")
 """The four classes (4, 8, 12, 13) at F1 = 0 in the seed's log."""
