@@ -77,7 +77,7 @@ def publishing_cost() -> dict[str, float]:
     import ray
     from ray import serve
 
-    from rafce_ray.serve.export import Export
+    from rafce_ray.serve.metrics import Export
 
     @serve.deployment
     class Replica:

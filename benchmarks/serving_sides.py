@@ -21,7 +21,7 @@ from fastapi import FastAPI, UploadFile
 from serving import BATCH, predictor_of
 
 from rafce_ray.faces.decode import decode_face
-from rafce_ray.serve.command import ray_serve
+from rafce_ray.serve.launch import ray_serve
 
 WAIT_S = 0.005
 ANSWER_BYTES = 3000

@@ -23,7 +23,7 @@ def main(argv: list[str]) -> int:
             f"--replicas {arguments.replicas} --port {arguments.port}: at least one replica, and a port from 1 to 65535."
         )
     config = _config(arguments)
-    from rafce_ray.serve.command import serve_until_stopped
+    from rafce_ray.serve.launch import serve_until_stopped
 
     serve_until_stopped(config, arguments.host, arguments.port, arguments.replicas, dashboard=arguments.dashboard)
     return 0

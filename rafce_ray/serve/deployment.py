@@ -16,7 +16,7 @@ from starlette.types import ASGIApp
 
 from rafce_ray.base.errors import RafceError
 from rafce_ray.config import ConfigError, explain
-from rafce_ray.serve.export import Export
+from rafce_ray.serve.metrics import Export
 from rafce_ray.serve.ray_private import MIDDLEWARES, USES_HAPROXY, logs_folder
 from rafce_ray.service import app
 from rafce_ray.service.config import ServiceConfig, read_service_config

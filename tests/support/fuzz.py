@@ -534,8 +534,8 @@ def run_all(world: Path, seed: int, numbers: Sequence[int], verbs: Sequence[str]
     import rafce_ray.report.page
     import rafce_ray.report.study_page
     import rafce_ray.run.compare
-    import rafce_ray.serve.command
     import rafce_ray.serve.deployment
+    import rafce_ray.serve.launch
     import rafce_ray.train.launch
     import rafce_ray.tune.ablation
     import rafce_ray.tune.launch  # noqa: F401
