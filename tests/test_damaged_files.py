@@ -18,7 +18,7 @@ from rafce_ray.config import config_hash
 from rafce_ray.run.folder import RunFolder
 from rafce_ray.run.session import Job
 from rafce_ray.run.watch import RunWatch
-from rafce_ray.study.config import build_study, to_yaml
+from rafce_ray.study.config import build_study, study_yaml
 from rafce_ray.study.folder import StudyFolder
 from rafce_ray.study.on_test import TEST_FILE
 from rafce_ray.study.rungs import RungEntry, read_rungs, write_rungs
@@ -40,7 +40,7 @@ def study(trained_run, tmp_path) -> StudyFolder:
     study = StudyFolder(str(tmp_path / "study"))
     study.claim({"kind": "tune", "may_grow": {}})
     settings = build_study({"name": "study", "num_trials": 2, "space": {"optim.lr": {"choice": [0.001, 0.01]}}})
-    (study.location / "study.yaml").write_bytes(to_yaml(settings).encode())
+    (study.location / "study.yaml").write_bytes(study_yaml(settings).encode())
     for number in range(2):
         folder = study.trial(f"trial_{number:04d}")
         shutil.copytree(trained_run[0], folder.place, ignore=shutil.ignore_patterns("bundle", "checkpoints"))

@@ -13,11 +13,11 @@ from rafce_ray.cli.arguments import JSON_HELP, command
 def main(argv: list[str]) -> int:
     """``rafce tune``; returns the exit code."""
     arguments = _parser().parse_intermixed_args(argv)
-    from rafce_ray.study.config import load_study, to_yaml
+    from rafce_ray.study.config import load_study, study_yaml
 
     study = load_study(arguments.config, arguments.overrides)
     if arguments.print_config:
-        print(to_yaml(study), end="")
+        print(study_yaml(study), end="")
         return 0
     if study.base_config().data.root is None:
         raise UsageError(

@@ -315,7 +315,7 @@ def recipe_values(recipe: str | None) -> dict[str, Any]:
     return {} if recipe is None else read_yaml(RECIPES / f"{recipe}.yaml")
 
 
-def to_yaml(study: StudyConfig) -> str:
+def study_yaml(study: StudyConfig) -> str:
     """The resolved study as YAML that ``--config`` reads back; scheduler keys that nothing reads are left out."""
     plain = study.model_dump(mode="json")
     unread = set(SchedulerConfig.model_fields) - {"type", *SCHEDULER_KEYS[study.scheduler.type]}

@@ -19,7 +19,7 @@ from rafce_ray.data.dataset import Prepared, Readings, open_dataset, prepare
 from rafce_ray.model.pretrained import check_weights
 from rafce_ray.run.state import choose_splits
 from rafce_ray.study.checks import foreseen
-from rafce_ray.study.config import StudyConfig, to_yaml
+from rafce_ray.study.config import StudyConfig, study_yaml
 from rafce_ray.study.folder import StudyFolder
 from rafce_ray.study.plan import tell_batches, tell_plan, tell_trials
 from rafce_ray.study.proposals import planned_trials, propose
@@ -73,7 +73,7 @@ def tune(study: StudyConfig, *, dry_run: bool = False, retry_failed: bool = Fals
         return None
     with claimed(folder.location, "study", key="name"):
         folder.claim(plan)
-        (folder.location / "study.yaml").write_bytes(to_yaml(study).encode())
+        (folder.location / "study.yaml").write_bytes(study_yaml(study).encode())
         if retry_failed:
             reopen_failed(folder, study.metric)
         with cluster as shares:

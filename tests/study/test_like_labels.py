@@ -10,7 +10,7 @@ from rafce_ray.config import ConfigError
 from rafce_ray.data.dataset import prepare
 from rafce_ray.run.session import Job
 from rafce_ray.run.state import choose_splits, describe_targets, open_for_training
-from rafce_ray.study.config import build_study, load_study, to_yaml
+from rafce_ray.study.config import build_study, load_study, study_yaml
 
 BY_NULL_POLICY = {"data.null_policy": {"choice": ["mask", "negative"]}}
 
@@ -39,7 +39,7 @@ def test_trials_that_read_null_differently_are_measured_as_the_base_reads_it(dat
     study = study_of(BY_NULL_POLICY, data)
     assert evaluation_policies(study) == [expected] * 3
     written = tmp_path / "study.yaml"
-    written.write_text(to_yaml(study))
+    written.write_text(study_yaml(study))
     assert load_study(written) == study
     assert evaluation_policies(load_study(written)) == [expected] * 3
 

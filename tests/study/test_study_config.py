@@ -2,7 +2,7 @@ import pytest
 import yaml
 
 from rafce_ray.config import ConfigError, flatten, load_config
-from rafce_ray.study.config import SCHEDULER_KEYS, SchedulerConfig, StudyConfig, build_study, load_study, to_yaml
+from rafce_ray.study.config import SCHEDULER_KEYS, SchedulerConfig, StudyConfig, build_study, load_study, study_yaml
 
 STUDY = """
 name: first
@@ -140,10 +140,10 @@ def test_a_study_written_down_reads_back_the_same(file, tmp_path):
     ):
         study = load_study(file, overrides)
         written = tmp_path / "written.yaml"
-        written.write_text(to_yaml(study))
+        written.write_text(study_yaml(study))
         assert load_study(written) == study
         assert load_study(written).unused_scheduler_keys() == study.unused_scheduler_keys()
-        assert yaml.safe_load(to_yaml(study))["name"] == "first"
+        assert yaml.safe_load(study_yaml(study))["name"] == "first"
 
 
 def test_choices_are_held_as_a_run_holds_them(file):

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rafce_ray.study.config import load_study, to_yaml
+from rafce_ray.study.config import load_study, study_yaml
 from rafce_ray.study.proposals import planned_trials, propose
 
 FOLDER = Path(__file__).parents[2] / "tune_configs"
@@ -32,7 +32,7 @@ def test_each_study_is_usable_as_it_is(file, tmp_path):
     assert (study.base.recipe == "seed_fixed") == (file.stem != "smoke")
     assert study.config_of(propose(study, 1) or {}) != study.base_config()
     written = tmp_path / "study.yaml"
-    written.write_text(to_yaml(study))
+    written.write_text(study_yaml(study))
     assert load_study(written) == study
 
 

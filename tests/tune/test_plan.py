@@ -12,7 +12,7 @@ from rafce_ray.cli.tune import main
 from rafce_ray.config import build_config
 from rafce_ray.data.dataset import prepare
 from rafce_ray.study import plan
-from rafce_ray.study.config import StudyConfig, build_study, load_study, to_yaml
+from rafce_ray.study.config import StudyConfig, build_study, load_study, study_yaml
 from rafce_ray.study.folder import StudyFolder
 from rafce_ray.study.plan import (
     asha_rungs,
@@ -221,7 +221,7 @@ def dry(drawn_faces, store_dir, tmp_path, monkeypatch):
     }
     study = build(base=base, storage=str(tmp_path / "runs"), scheduler={"grace_period": 1})
     file = tmp_path / "study.yaml"
-    file.write_text(to_yaml(study))
+    file.write_text(study_yaml(study))
     return file
 
 
