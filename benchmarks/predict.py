@@ -39,8 +39,7 @@ from serving import write_faces, write_model
 from rafce_ray.bundle.bundle import load_bundle
 from rafce_ray.bundle.predictor import Predictor, predict_files
 from rafce_ray.config import load_config
-from rafce_ray.faces.files import find_images
-from rafce_ray.faces.loading import load_ahead, load_file
+from rafce_ray.faces.files import find_images, load_ahead, load_file
 from rafce_ray.train.launch import ray_cluster
 from rafce_ray.train.predict import predict_on_ray
 

@@ -29,8 +29,7 @@ from rafce_ray.bundle.predictor import Predictor, predict_files
 from rafce_ray.cli.predict import main
 from rafce_ray.faces.decode import decode_face
 from rafce_ray.faces.detect import Box, Face
-from rafce_ray.faces.files import Skipped, file_name, find_images, local_path
-from rafce_ray.faces.loading import LoadedFile, load_file
+from rafce_ray.faces.files import LoadedFile, Skipped, file_name, find_images, load_file, local_path
 from rafce_ray.faces.preprocess import Preprocessing, preprocess
 from rafce_ray.metrics.calibration import Calibration
 from rafce_ray.model.network import Architecture, build_model

@@ -20,8 +20,7 @@ from rafce_ray.bundle.predictor import Predictor, outcomes, predict_files
 from rafce_ray.bundle.shards import Options, open_shards
 from rafce_ray.cli.predict import main
 from rafce_ray.faces.detect import Box, Face
-from rafce_ray.faces.files import find_images, list_images, read_image, stores_of
-from rafce_ray.faces.loading import LoadedFile, load_image
+from rafce_ray.faces.files import LoadedFile, find_images, list_images, load_image, read_image, stores_of
 from rafce_ray.train.predict import PredictionJob, ShardPredictor, Share, bundle_digest, predict_on_ray, share_out
 
 OPTIONS = Options("b" * 64, "aligned", None, 2)

@@ -21,7 +21,7 @@ from rafce_ray.bundle.predictor import Predictor, predict_files
 from rafce_ray.cli import main as rafce
 from rafce_ray.cli.tune import main as tune_command
 from rafce_ray.config import load_config
-from rafce_ray.faces.loading import load_file
+from rafce_ray.faces.files import load_file
 from rafce_ray.registry.live import read_live
 from rafce_ray.registry.versions import version_folder
 from rafce_ray.run.checkpoint import newest_valid

@@ -24,7 +24,7 @@ from rafce_ray.bundle.prediction import (
     FilePrediction,
     Prediction,
 )
-from rafce_ray.faces.loading import NO_FACE, LoadedFile
+from rafce_ray.faces.files import NO_FACE, LoadedFile
 from rafce_ray.metrics.calibration import Outputs, Probabilities, calibrated
 from rafce_ray.metrics.consistency import basic_emotion_membership, consistency_of
 

@@ -41,8 +41,7 @@ def _main_here(arguments: argparse.Namespace) -> int:
     from rafce_ray.bundle.output import check_out, open_output
     from rafce_ray.bundle.predictor import Predictor, outcomes, predict_files
     from rafce_ray.faces.detect import build_face_finder
-    from rafce_ray.faces.files import Skipped, find_images
-    from rafce_ray.faces.loading import load_ahead, load_file
+    from rafce_ray.faces.files import Skipped, find_images, load_ahead, load_file
 
     out = check_out(None if arguments.out is None else Path(arguments.out))
     device, skipped = choose_device(arguments.device), Skipped()

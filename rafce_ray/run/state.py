@@ -19,8 +19,7 @@ from rafce_ray.config import Config, LossConfig
 from rafce_ray.data.audit_checks import audit_command
 from rafce_ray.data.dataset import Dataset, open_dataset
 from rafce_ray.data.loader import Batch, ImageSource, TrainLoader, check_shares
-from rafce_ray.faces.augment import build_augmentation
-from rafce_ray.faces.preprocess import Preprocessing, resize_and_normalise, to_unit
+from rafce_ray.faces.preprocess import Preprocessing, build_augmentation, resize_and_normalise, to_unit
 from rafce_ray.metrics.calibration import Calibration
 from rafce_ray.model.losses import MultiTaskLoss, Objective, build_loss, class_weights
 from rafce_ray.model.network import (

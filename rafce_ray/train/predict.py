@@ -30,8 +30,17 @@ from rafce_ray.bundle.predictor import Predictor, detector_of, in_words, outcome
 from rafce_ray.bundle.shards import Options, Shards, open_shards, read_plan
 from rafce_ray.config import load_config
 from rafce_ray.faces.detect import FaceFinder, build_face_finder
-from rafce_ray.faces.files import Skipped, Stores, list_images, local_path, read_image, stores_of
-from rafce_ray.faces.loading import MAX_BYTES, load_ahead, load_image
+from rafce_ray.faces.files import (
+    MAX_BYTES,
+    Skipped,
+    Stores,
+    list_images,
+    load_ahead,
+    load_image,
+    local_path,
+    read_image,
+    stores_of,
+)
 from rafce_ray.train.environment import check_ray
 from rafce_ray.train.launch import interruptible, ray_cluster
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rafce_ray.base.errors import UsageError
-from rafce_ray.faces.augment import build_augmentation
+from rafce_ray.faces.preprocess import build_augmentation
 
 pytestmark = pytest.mark.numeric
 

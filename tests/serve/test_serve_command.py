@@ -30,7 +30,7 @@ from rafce_ray.base.storage import locate
 from rafce_ray.bundle.bundle import Bundle, load_bundle
 from rafce_ray.bundle.predictor import Predictor, predict_files
 from rafce_ray.faces.decode import decode_face
-from rafce_ray.faces.loading import load_file
+from rafce_ray.faces.files import load_file
 from rafce_ray.registry.versions import version_folder
 
 pytestmark = pytest.mark.ray

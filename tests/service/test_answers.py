@@ -13,7 +13,7 @@ from PIL import Image
 from rafce_ray.base.console import to_json as standard_json
 from rafce_ray.bundle.predictor import Predictor, predict_files
 from rafce_ray.faces.detect import build_face_finder
-from rafce_ray.faces.loading import load_file
+from rafce_ray.faces.files import load_file
 from rafce_ray.service.answers import distribution_of, face_answer, to_json
 
 ORIENTATION = 0x0112

@@ -11,7 +11,7 @@ from needs import PHOTOGRAPHS
 
 from rafce_ray.base.errors import UsageError
 from rafce_ray.faces.detect import Box, Face, build_face_finder
-from rafce_ray.faces.loading import load_file
+from rafce_ray.faces.files import load_file
 from rafce_ray.service import reading
 from rafce_ray.service.problems import Problem
 from rafce_ray.service.reading import Reader
