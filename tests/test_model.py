@@ -19,13 +19,13 @@ from rafce_ray.model.network import (
     MultiTaskModel,
     build_architecture,
     build_model,
+    build_trunk,
     freeze_backbone,
     initialise_au_bias,
     load_backbone_weights,
     sinusoids,
 )
 from rafce_ray.model.optim import build_optimizer
-from rafce_ray.model.trunk import build_trunk
 
 pytestmark = pytest.mark.numeric
 
