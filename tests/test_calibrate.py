@@ -12,16 +12,18 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
 
 from rafce_ray.config import load_config
-from rafce_ray.metrics.calibrate import (
+from rafce_ray.metrics.calibration import (
     FOLDS,
     MIN_POSITIVES,
+    Calibration,
+    Outputs,
+    calibrated,
     choose_thresholds,
     choose_trust_limit,
     cross_fitted,
     fit_calibration,
+    reliability_figures,
 )
-from rafce_ray.metrics.calibration import Calibration, Outputs, calibrated
-from rafce_ray.metrics.reliability import reliability_figures
 
 pytestmark = pytest.mark.numeric
 

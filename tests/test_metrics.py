@@ -19,13 +19,15 @@ from sklearn.metrics import (
 from rafce_ray.base.taxonomy import RAFCE_EMOTIONS, SEED18, Taxonomy, make_taxonomy
 from rafce_ray.metrics.counts import (
     Counts,
+    Ranking,
     component_overlap,
     count_batch,
     count_probabilities,
     evaluate_probabilities,
+    percentile_interval,
+    resample_weights,
     summarise,
 )
-from rafce_ray.metrics.intervals import Ranking, percentile_interval, resample_weights
 from rafce_ray.model.network import Logits
 
 RAFCE = make_taxonomy(tuple(RAFCE_EMOTIONS), SEED18)

@@ -10,8 +10,17 @@ import pytest
 from scipy.special import expit, softmax
 from sklearn.metrics import brier_score_loss, log_loss
 
-from rafce_ray.metrics.calibration import Calibration, Outputs, Probabilities, calibrated
-from rafce_ray.metrics.reliability import MIN_PER_BIN, NUM_BINS, equal_mass_bins, reliability_figures, risk_coverage
+from rafce_ray.metrics.calibration import (
+    MIN_PER_BIN,
+    NUM_BINS,
+    Calibration,
+    Outputs,
+    Probabilities,
+    calibrated,
+    equal_mass_bins,
+    reliability_figures,
+    risk_coverage,
+)
 
 NAN = math.nan
 

@@ -20,9 +20,15 @@ from rafce_ray.bundle.predictor import Predictor
 from rafce_ray.config import DataConfig, apply_overrides, build_config
 from rafce_ray.data.dataset import Dataset, open_dataset, prepare
 from rafce_ray.data.records import SPLITS, Progress, Targets
-from rafce_ray.metrics.calibration import Calibration, Outputs, Probabilities, calibrated
+from rafce_ray.metrics.calibration import (
+    Calibration,
+    Outputs,
+    Probabilities,
+    calibrated,
+    reliability_figures,
+    risk_coverage,
+)
 from rafce_ray.metrics.counts import count_probabilities, evaluate_probabilities, summarise
-from rafce_ray.metrics.reliability import reliability_figures, risk_coverage
 from rafce_ray.metrics.split_outputs import SplitOutputs
 
 EVALUATION_BATCH = 128
@@ -93,7 +99,7 @@ def evaluate_outputs(outputs: SplitOutputs, taxonomy: Taxonomy, calibration: Cal
     """The figures of :func:`rafce_ray.metrics.counts.evaluate_probabilities` under a calibration, and what it does.
 
     ``au_f1_mean_at_half``, and ``f1_at_half`` per AU: F1 at 0.5 of the network's own probabilities. ``reliability``: ``before`` and
-    ``after`` calibration (:func:`rafce_ray.metrics.reliability.reliability_figures`). ``risk_coverage``: see there. ``unsure``: share of
+    ``after`` calibration (:func:`rafce_ray.metrics.calibration.reliability_figures`). ``risk_coverage``: see there. ``unsure``: share of
     images marked unsure and the accuracy of the others, None without a limit.
     """
     raw = calibrated(outputs.outputs, Calibration.uncalibrated(taxonomy.num_action_units))

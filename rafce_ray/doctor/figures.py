@@ -31,11 +31,9 @@ from rafce_ray.doctor.diagnosis import (
 )
 from rafce_ray.doctor.evidence import Evidence, bounds, figure
 from rafce_ray.doctor.training import LEARNT_SHARE, NOISE, learnt_share
-from rafce_ray.metrics.calibrate import MIN_POSITIVES
-from rafce_ray.metrics.calibration import Calibration, Outputs, calibrated
+from rafce_ray.metrics.calibration import MIN_POSITIVES, Calibration, Outputs, calibrated
 from rafce_ray.metrics.comparison import Difference, difference, same_images, score
-from rafce_ray.metrics.counts import bootstrap_figures
-from rafce_ray.metrics.intervals import percentile_interval
+from rafce_ray.metrics.counts import bootstrap_figures, percentile_interval
 from rafce_ray.metrics.split_outputs import SplitOutputs
 from rafce_ray.run.folder import RunFolder
 

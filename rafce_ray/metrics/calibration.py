@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import ConfigDict
-from scipy.special import expit, softmax
+from scipy.optimize import minimize, minimize_scalar
+from scipy.special import expit, logsumexp, softmax
+from scipy.stats import beta
+
+from rafce_ray.metrics.counts import HasTargets, percentile_interval, resample_weights
 
 
 @dataclass(frozen=True)
@@ -87,3 +91,429 @@ def calibrated(outputs: Outputs, calibration: Calibration) -> Probabilities:
     if calibration.au_shifts:
         action_units = action_units + np.array(calibration.au_shifts)
     return Probabilities(emotion, expit(action_units))
+
+
+MIN_POSITIVES = 30
+"""Validation positives that an AU needs for a threshold of its own; the others share one."""
+
+POOLED_SLOPE_DEVIATION = 1.0
+POOLED_SHARE_DEVIATION = 0.5
+"""Prior standard deviations of what all AUs have in common: the log slope, and the share of the positive weights that is undone."""
+
+SLOPE_DEVIATION = 0.25
+SHIFT_DEVIATION = 0.25
+"""Prior standard deviations of an AU's own log slope and shift around what all AUs have in common."""
+
+FOLDS = 5
+"""Folds of the cross-fitted figures."""
+
+RISK_LEVEL = 0.95
+"""Confidence with which the error above the limit of trust is at most what was asked for."""
+
+
+@dataclass(frozen=True)
+class _Rows:
+    emotion: NDArray[np.int64]
+    action_units: NDArray[np.floating]
+
+
+def fit_calibration(
+    outputs: Outputs,
+    targets: HasTargets,
+    *,
+    pos_weights: NDArray[np.floating] | None = None,
+    max_error: float | None = None,
+) -> tuple[Calibration, list[str]]:
+    """A calibration from the raw outputs and targets of a validation split, and remarks on what could not be done.
+
+    ``pos_weights`` (A,) are those that the AU loss had: a positive weight of w makes the odds of a network that has learnt all it
+    can w times too high, which the shifts undo as far as validation shows it. ``max_error``: the error that is accepted among
+    emotions that are not marked unsure.
+    """
+    remarks: list[str] = []
+    temperature = _fit_temperature(outputs.emotion, targets.emotion)
+    slopes, shifts = _fit_action_units(outputs.action_units, targets.action_units, pos_weights)
+    calibration = Calibration(temperature, (0.5,) * len(slopes), tuple(slopes), tuple(shifts))
+    found = calibrated(outputs, calibration)
+    thresholds, remark = choose_thresholds(found.action_units, targets.action_units)
+    remarks += [remark] if remark else []
+    unsure_below = None
+    if max_error is not None and found.emotion.shape[1]:
+        unsure_below, remark = choose_trust_limit(found.emotion, targets.emotion, max_error)
+        remarks += [remark] if remark else []
+    return replace(calibration, au_thresholds=thresholds, unsure_below=unsure_below), remarks
+
+
+def _fit_temperature(logits: NDArray[np.float32], emotion: NDArray[np.integer]) -> float:
+    """The temperature of least log loss on the known images, log T with a standard normal prior; 1 where none is known."""
+    known = emotion >= 0
+    if not logits.shape[1] or not known.any():
+        return 1.0
+    scores, label = logits[known].astype(np.float64), emotion[known]
+
+    def cost(log_temperature: float) -> float:
+        scaled = scores * np.exp(-log_temperature)
+        of_true = scaled[np.arange(len(label)), label]
+        return float((logsumexp(scaled, axis=1) - of_true).sum() + log_temperature**2 / 2)
+
+    found = float(minimize_scalar(cost, bounds=(-4.0, 4.0), method="bounded", options={"xatol": 1e-6}).x)
+    # The search is a local one.
+    return float(np.exp(found)) if cost(found) < cost(0.0) else 1.0
+
+
+def _fit_action_units(
+    logits: NDArray[np.float32], action_units: NDArray[np.floating], pos_weights: NDArray[np.floating] | None
+) -> tuple[list[float], list[float]]:
+    """Slopes and shifts: Platt scaling of each AU, with a prior around what all AUs have in common, which rare AUs mostly keep."""
+    num_aus = logits.shape[1]
+    log_weights = np.zeros(num_aus) if pos_weights is None else np.log(np.asarray(pos_weights, dtype=np.float64))
+    log_slope, share = _fit_pooled(logits, action_units, log_weights)
+    fitted = [
+        _fit_one(logits[:, column].astype(np.float64), action_units[:, column], log_slope, 0.0 - share * log_weight)
+        for column, log_weight in enumerate(log_weights.tolist())
+    ]
+    return [slope for slope, _ in fitted], [shift for _, shift in fitted]
+
+
+def _fit_pooled(
+    logits: NDArray[np.float32], action_units: NDArray[np.floating], log_weights: NDArray[np.float64]
+) -> tuple[float, float]:
+    """The log slope of all AUs together, and the share of their log weights to take off; (0, 1) where nothing is known.
+
+    A network learns its positive weights over epochs, for its biases start at the base rates: the share says how far it has come.
+    """
+    known = ~np.isnan(action_units)
+    scores, positive = logits[known].astype(np.float64), action_units[known] == 1
+    weight = np.broadcast_to(log_weights, logits.shape)[known]
+
+    def cost(parameters: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        scaled = np.exp(parameters[0]) * scores - parameters[1] * weight
+        off = np.array([parameters[0] / POOLED_SLOPE_DEVIATION, (parameters[1] - 1.0) / POOLED_SHARE_DEVIATION])
+        residual = expit(scaled) - positive
+        slopes = np.array([(residual * np.exp(parameters[0]) * scores).sum(), -(residual * weight).sum()])
+        gradient = slopes + off / [POOLED_SLOPE_DEVIATION, POOLED_SHARE_DEVIATION]
+        return _log_loss(scaled, positive) + float(off @ off) / 2, gradient
+
+    log_slope, share = minimize(
+        cost, np.array([0.0, 1.0]), jac=True, method="L-BFGS-B", bounds=[(-3.0, 3.0), (None, None)]
+    ).x
+    return float(log_slope), float(share)
+
+
+def _fit_one(
+    logits: NDArray[np.float64], target: NDArray[np.floating], log_slope: float, shift: float
+) -> tuple[float, float]:
+    """Slope and shift of one AU with a prior around (exp ``log_slope``, ``shift``), which are kept where nothing is known."""
+    known = ~np.isnan(target)
+    scores, positive = logits[known], target[known] == 1
+    centre, deviation = np.array([log_slope, shift]), np.array([SLOPE_DEVIATION, SHIFT_DEVIATION])
+
+    def cost(parameters: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        scaled = np.exp(parameters[0]) * scores + parameters[1]
+        off = (parameters - centre) / deviation
+        residual = expit(scaled) - positive
+        gradient = np.array([(residual * np.exp(parameters[0]) * scores).sum(), residual.sum()]) + off / deviation
+        return _log_loss(scaled, positive) + float(off @ off) / 2, gradient
+
+    found = minimize(cost, centre, jac=True, method="L-BFGS-B", bounds=[(-3.0, 3.0), (None, None)]).x
+    return float(np.exp(found[0])), float(found[1])
+
+
+def _log_loss(logits: NDArray[np.float64], positive: NDArray[np.bool_]) -> float:
+    """Sum, in nats, of the log losses of logits."""
+    return float(np.logaddexp(0.0, np.where(positive, -logits, logits)).sum())
+
+
+def choose_thresholds(
+    probabilities: NDArray[np.floating], action_units: NDArray[np.floating]
+) -> tuple[tuple[float, ...], str | None]:
+    """A threshold per AU (A,) that maximises its F1, and a remark on those that have none of their own.
+
+    An AU with under MIN_POSITIVES positives takes the one threshold at which the mean F1 of all AUs with positives is highest:
+    its own would be luck. Without any positive that is 0.5.
+    """
+    num_aus = probabilities.shape[1]
+    if num_aus == 0:
+        return (), None
+    positives = (action_units == 1).sum(axis=0)
+    shared = _shared_threshold(probabilities, action_units)
+    own = positives >= MIN_POSITIVES
+    thresholds = tuple(
+        _best_threshold(probabilities[:, column], action_units[:, column]) if own[column] else shared
+        for column in range(num_aus)
+    )
+    if own.all():
+        return thresholds, None
+    return thresholds, (
+        f"{int((~own).sum())} of {num_aus} action units have under {MIN_POSITIVES} validation positives and share the threshold {shared:.3f}"
+    )
+
+
+def _best_threshold(probability: NDArray[np.floating], target: NDArray[np.floating]) -> float:
+    """The threshold of highest F1: midway between two neighbouring probabilities, among equals the one nearest to 0.5."""
+    cuts, f1 = _f1_at_cuts(probability, target)
+    best = np.flatnonzero(f1 >= f1.max() - 1e-12)
+    return float(cuts[best[np.argmin(np.abs(cuts[best] - 0.5))]])
+
+
+def _f1_at_cuts(
+    probability: NDArray[np.floating], target: NDArray[np.floating]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Thresholds between all distinct probabilities of known elements, rising, and the F1 at each."""
+    known = ~np.isnan(target)
+    order = np.argsort(-probability[known], kind="stable")
+    score, positive = probability[known][order].astype(np.float64), target[known][order] == 1
+    last_of_run = np.append(score[1:] != score[:-1], True)
+    predicted = np.flatnonzero(last_of_run) + 1
+    hits = np.cumsum(positive)[last_of_run]
+    f1 = 2 * hits / (predicted + positive.sum())
+    ends = score[last_of_run]
+    cuts = (ends + np.append(ends[1:], 0.0)) / 2
+    return cuts[::-1], f1[::-1]
+
+
+def _shared_threshold(probabilities: NDArray[np.floating], action_units: NDArray[np.floating]) -> float:
+    """The one threshold, on a grid of thousandths, of highest mean F1 over the AUs that have positives."""
+    grid = np.arange(1, 1000) / 1000
+    curves = []
+    for column in range(probabilities.shape[1]):
+        if not (action_units[:, column] == 1).any():
+            continue
+        _, f1 = _f1_at_cuts(probabilities[:, column], action_units[:, column])
+        # Between two cuts nothing changes but at a probability: the lowest probability at or above t tells the F1 at t.
+        distinct = np.unique(probabilities[~np.isnan(action_units[:, column]), column])
+        curves.append(np.append(f1, 0.0)[np.searchsorted(distinct.astype(np.float64), grid, side="left")])
+    if not curves:
+        return 0.5
+    mean = np.mean(curves, axis=0)
+    best = np.flatnonzero(mean >= mean.max() - 1e-12)
+    return float(grid[best[np.argmin(np.abs(grid[best] - 0.5))]])
+
+
+def choose_trust_limit(
+    emotion_probabilities: NDArray[np.floating], emotion: NDArray[np.integer], max_error: float
+) -> tuple[float, str | None]:
+    """The confidence below which an emotion is marked unsure, so that of the others at most ``max_error`` are wrong.
+
+    The lowest confidence of which this holds: among the images at and above it, the upper 95 % bound (Clopper and Pearson, one-sided)
+    of the error is at most ``max_error``. 1, and a remark, where it holds of none.
+    """
+    known = np.flatnonzero(emotion >= 0)
+    confidence = emotion_probabilities[known].max(axis=1).astype(np.float64)
+    wrong = emotion_probabilities[known].argmax(axis=1) != emotion[known]
+    order = np.argsort(-confidence, kind="stable")
+    # Images of equal confidence are answered together or not at all.
+    ends = np.flatnonzero(np.diff(confidence[order], append=-1.0))
+    answered, errors = ends + 1, np.cumsum(wrong[order])[ends]
+    bound = np.where(errors < answered, beta.ppf(RISK_LEVEL, errors + 1, np.maximum(answered - errors, 1)), 1.0)
+    allowed = np.flatnonzero(bound <= max_error)
+    if not len(allowed):
+        lowest = f"{bound.min():.3f}" if len(bound) else "unknown"
+        return 1.0, (
+            f"no confidence keeps the error at or below calibration.max_error={max_error}: every emotion is marked unsure "
+            f"(the lowest bound that validation supports is {lowest}). Raise it, or label more validation images."
+        )
+    return float(confidence[order[ends[allowed[-1]]]]), None
+
+
+def cross_fitted(
+    outputs: Outputs, targets: HasTargets, *, pos_weights: NDArray[np.floating] | None = None, seed: int = 0
+) -> dict[str, Any]:
+    """What calibration does to images that it was not fitted on: each of FOLDS parts is calibrated by the others.
+
+    ``before`` and ``after`` hold :func:`rafce_ray.metrics.calibration.reliability_figures`; ``au_f1_mean_before`` is at 0.5 on raw
+    probabilities, ``au_f1_mean_after`` at the other folds' thresholds.
+    """
+    num_images = len(outputs.emotion)
+    fold_of = np.random.default_rng([seed, 2]).permutation(np.arange(num_images) % FOLDS)
+    emotion, action_units = np.zeros(outputs.emotion.shape), np.zeros(outputs.action_units.shape)
+    active = np.zeros(outputs.action_units.shape, dtype=bool)
+    for fold in range(min(FOLDS, num_images)):
+        held_out = fold_of == fold
+        calibration, _ = fit_calibration(
+            _rows(outputs, ~held_out), _target_rows(targets, ~held_out), pos_weights=pos_weights
+        )
+        found = calibrated(_rows(outputs, held_out), calibration)
+        emotion[held_out], action_units[held_out] = found.emotion, found.action_units
+        active[held_out] = found.action_units >= np.array(calibration.au_thresholds)
+    raw = calibrated(outputs, Calibration.uncalibrated(outputs.action_units.shape[1]))
+    return {
+        "folds": FOLDS,
+        "before": reliability_figures(raw, targets),
+        "after": reliability_figures(Probabilities(emotion, action_units), targets),
+        "au_f1_mean_before": _mean_f1(raw.action_units >= 0.5, targets.action_units),
+        "au_f1_mean_after": _mean_f1(active, targets.action_units),
+    }
+
+
+def _rows(outputs: Outputs, rows: NDArray[np.bool_]) -> Outputs:
+    return Outputs(outputs.emotion[rows], outputs.action_units[rows])
+
+
+def _target_rows(targets: HasTargets, rows: NDArray[np.bool_]) -> _Rows:
+    return _Rows(targets.emotion[rows], targets.action_units[rows])
+
+
+def _mean_f1(active: NDArray[np.bool_], action_units: NDArray[np.floating]) -> float:
+    """Mean F1 over AUs with positives, from decisions (N, A); NaN where there are none."""
+    positive, negative = action_units == 1, action_units == 0
+    tp, fp, fn = (active & positive).sum(axis=0), (active & negative).sum(axis=0), (~active & positive).sum(axis=0)
+    occurs = tp + fn > 0
+    return float(np.mean((2 * tp / np.maximum(2 * tp + fp + fn, 1))[occurs])) if occurs.any() else float("nan")
+
+
+NUM_BINS = 15
+"""Bins of equal mass; fewer where there are not MIN_PER_BIN predictions for each."""
+
+MIN_PER_BIN = 10
+
+SMALLEST = float(np.finfo(np.float32).tiny)
+"""A probability below this (1e-38) counts as this in a log loss, as it does in :mod:`rafce_ray.metrics.counts`."""
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """Predictions as rows: the image each belongs to, its probability, whether it came true, and its share of both scores."""
+
+    image: NDArray[np.int64]
+    confidence: NDArray[np.float64]
+    hit: NDArray[np.float64]
+    nll: NDArray[np.float64]
+    brier: NDArray[np.float64]
+
+
+def reliability_figures(
+    probabilities: Probabilities, targets: HasTargets, *, resamples: int = 1000, seed: int = 0
+) -> dict[str, Any]:
+    """``emotion`` and ``action_units``, each None where nothing of it is predicted and known, else
+
+    * nll: mean log loss in nats, per image or known element; brier: mean squared distance to the truth, over all classes
+      (0 to 2) or per element (0 to 1); ece in [0, 1];
+    * intervals: bootstrap 95 % over images; that of the ECE as :func:`_ece_interval` says;
+    * bins: of the ECE, each with ``confidence``, ``hits`` (shares) and ``count``.
+    """
+    num_images = len(probabilities.emotion)
+    return {
+        name: None if not len(scored.image) else _figures(scored, num_images, resamples, seed)
+        for name, scored in (
+            ("emotion", _score_emotions(probabilities.emotion, targets.emotion)),
+            ("action_units", _score_action_units(probabilities.action_units, targets.action_units)),
+        )
+    }
+
+
+def _score_emotions(probability: NDArray[np.floating], emotion: NDArray[np.integer]) -> _Scored:
+    image = np.flatnonzero(emotion >= 0) if probability.shape[1] else np.zeros(0, dtype=np.int64)
+    found = probability[image].astype(np.float64)
+    if not len(image):
+        nothing = np.zeros(0)
+        return _Scored(image, nothing, nothing, nothing, nothing)
+    true = np.eye(found.shape[1])[emotion[image]]
+    of_true = (found * true).sum(axis=1)
+    hit = (found.argmax(axis=1) == emotion[image]).astype(np.float64)
+    return _Scored(
+        image, found.max(axis=1), hit, -np.log(np.maximum(of_true, SMALLEST)), ((found - true) ** 2).sum(axis=1)
+    )
+
+
+def _score_action_units(probability: NDArray[np.floating], action_units: NDArray[np.floating]) -> _Scored:
+    image, column = np.nonzero(~np.isnan(action_units)) if probability.shape[1] else (np.zeros(0, dtype=np.int64),) * 2
+    found = probability[image, column].astype(np.float64) if len(image) else np.zeros(0)
+    hit = (action_units[image, column] == 1).astype(np.float64) if len(image) else np.zeros(0)
+    of_true = np.where(hit == 1, found, 1 - found)
+    return _Scored(image, found, hit, -np.log(np.maximum(of_true, SMALLEST)), (found - hit) ** 2)
+
+
+def _figures(scored: _Scored, num_images: int, resamples: int, seed: int) -> dict[str, Any]:
+    bin_of = equal_mass_bins(scored.confidence)
+    num_bins = int(bin_of.max()) + 1
+    per_image = np.zeros((num_images, 3 + 2 * num_bins))
+    np.add.at(per_image[:, :3], scored.image, np.stack([scored.nll, scored.brier, np.ones_like(scored.nll)], axis=1))
+    np.add.at(per_image, (scored.image, 3 + bin_of), scored.confidence)
+    np.add.at(per_image, (scored.image, 3 + num_bins + bin_of), scored.hit)
+    nll, brier, gaps = _from_sums(per_image.sum(axis=0)[None], num_bins)
+    draws = [_from_sums(weights @ per_image, num_bins) for weights in resample_weights(num_images, resamples, seed)]
+    drawn_nll, drawn_brier, drawn_gaps = (np.concatenate(parts) for parts in zip(*draws, strict=True))
+    counts = np.bincount(bin_of, minlength=num_bins)
+    means = [
+        np.bincount(bin_of, weights=values, minlength=num_bins) / counts for values in (scored.confidence, scored.hit)
+    ]
+    return {
+        "nll": float(nll[0]),
+        "brier": float(brier[0]),
+        "ece": float(np.abs(gaps).sum()),
+        "intervals": {
+            "nll": percentile_interval(drawn_nll),
+            "brier": percentile_interval(drawn_brier),
+            "ece": _ece_interval(gaps[0], drawn_gaps),
+        },
+        "bins": [
+            {"confidence": float(confidence), "hits": float(hits), "count": int(count)}
+            for confidence, hits, count in zip(*means, counts, strict=True)
+        ],
+    }
+
+
+def equal_mass_bins(confidence: NDArray[np.floating]) -> NDArray[np.int64]:
+    """The bin (n,) from 0 of each prediction: sorted by confidence, cut into bins whose sizes differ by at most one.
+
+    There are 15, or fewer so that each holds 10; equal confidences may fall into neighbouring bins.
+    """
+    num_bins = max(1, min(NUM_BINS, len(confidence) // MIN_PER_BIN))
+    bin_of = np.empty(len(confidence), dtype=np.int64)
+    for number, members in enumerate(np.array_split(np.argsort(confidence, kind="stable"), num_bins)):
+        bin_of[members] = number
+    return bin_of
+
+
+def _from_sums(sums: NDArray[np.float64], num_bins: int) -> tuple[NDArray[np.float64], ...]:
+    """Log loss (R,), Brier score (R,) and gaps (R, bins) of sums (R, 3 + 2 * bins): log loss, Brier, predictions, confidence per
+    bin, hits per bin. A bin's gap is its mean confidence minus its share of hits, times its share of the predictions."""
+    count = np.where(sums[:, 2] > 0, sums[:, 2], np.nan)
+    gaps = (sums[:, 3 : 3 + num_bins] - sums[:, 3 + num_bins :]) / count[:, None]
+    return sums[:, 0] / count, sums[:, 1] / count, gaps
+
+
+def _ece_interval(gaps: NDArray[np.float64], drawn: NDArray[np.float64]) -> list[float]:
+    """A 95 % interval of the ECE from the gaps (bins,) of the data and those (R, bins) of resamples; it contains the measured ECE.
+
+    Noise adds distance: a perfectly calibrated model's ECE is above 0, and a resample's above the measured one. The low end is
+    therefore the measured ECE less what noise alone reaches (97.5th percentile of the distances between drawn and measured gaps; by
+    the triangle inequality the true ECE is no lower), at least 0. The high end is the resamples' 97.5th percentile less their bias.
+    """
+    measured = float(np.abs(gaps).sum())
+    distances = np.abs(drawn).sum(axis=1)
+    _, noise = percentile_interval(np.abs(drawn - gaps).sum(axis=1))
+    _, high = percentile_interval(distances - (np.nanmean(distances) - measured))
+    return [max(0.0, measured - noise), max(measured, high)]
+
+
+def risk_coverage(emotion_probabilities: NDArray[np.floating], emotion: NDArray[np.integer]) -> dict[str, Any] | None:
+    """What abstaining on the least confident images would save; None where no emotion is known.
+
+    ``curve``: at most 100 points with ``coverage`` (share of images answered, most confident first), ``risk`` (share of those
+    that are wrong) and ``confidence`` (the lowest answered). ``aurc``: mean risk over all coverages (Geifman and El-Yaniv 2017).
+    Images of equal confidence are answered in an order that is unknown: each counts as wrong as they are on average.
+    """
+    known = np.flatnonzero(emotion >= 0)
+    if not len(known) or not emotion_probabilities.shape[1]:
+        return None
+    confidence = emotion_probabilities[known].max(axis=1).astype(np.float64)
+    wrong = emotion_probabilities[known].argmax(axis=1) != emotion[known]
+    _, tie = np.unique(confidence, return_inverse=True)
+    expected_wrong = (np.bincount(tie, weights=wrong) / np.bincount(tie))[tie]
+    order = np.argsort(-confidence, kind="stable")
+    answered = np.arange(1, len(order) + 1)
+    risk = np.cumsum(expected_wrong[order]) / answered
+    shown = np.unique(np.linspace(0, len(order) - 1, min(100, len(order))).round().astype(int))
+    return {
+        "aurc": float(risk.mean()),
+        "curve": [
+            {
+                "coverage": float(answered[i] / len(order)),
+                "risk": float(risk[i]),
+                "confidence": float(confidence[order[i]]),
+            }
+            for i in shown
+        ],
+    }

@@ -12,8 +12,7 @@ from rafce_ray.bundle.bundle import load_bundle, save_bundle
 from rafce_ray.bundle.evaluate import EVALUATION_BATCH, evaluate_outputs, split_outputs
 from rafce_ray.bundle.model_card import model_card
 from rafce_ray.data.dataset import Dataset
-from rafce_ray.metrics.calibrate import cross_fitted, fit_calibration
-from rafce_ray.metrics.calibration import Calibration, calibrated
+from rafce_ray.metrics.calibration import Calibration, calibrated, cross_fitted, fit_calibration
 from rafce_ray.metrics.consistency import Association, estimate_association
 from rafce_ray.metrics.counts import with_score
 from rafce_ray.metrics.drift import DriftReference, build_reference, light_of

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from rafce_ray.base.console import to_json
 from rafce_ray.base.figures import FIGURES
-from rafce_ray.metrics.intervals import resample_weights
+from rafce_ray.metrics.counts import resample_weights
 from rafce_ray.study.trials import Trial, is_finite
 
 MIN_TRIALS = 10

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rafce_ray.base.taxonomy import Taxonomy
-from rafce_ray.metrics.calibration import Calibration, calibrated
+from rafce_ray.metrics.calibration import SMALLEST, Calibration, calibrated
 from rafce_ray.metrics.comparison import (
     RESAMPLES,
     OverSeeds,
@@ -20,8 +20,7 @@ from rafce_ray.metrics.comparison import (
     same_images,
     score,
 )
-from rafce_ray.metrics.intervals import resample_weights
-from rafce_ray.metrics.reliability import SMALLEST
+from rafce_ray.metrics.counts import resample_weights
 from rafce_ray.metrics.split_outputs import SplitOutputs
 
 LOSSES = ("emotion_loss", "au_loss", "loss")
