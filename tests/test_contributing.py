@@ -9,7 +9,7 @@ import yaml
 from rafce_ray import config
 from rafce_ray.base.figures import FIGURES, MAIN, MONITORS, OF_AN_EPOCH
 from rafce_ray.base.taxonomy import make_taxonomy
-from rafce_ray.bundle.build import _COMPILERS, FASTEST_FIRST, PACKAGES, EngineChoice
+from rafce_ray.bundle.engines import _COMPILERS, FASTEST_FIRST, PACKAGES, EngineChoice
 from rafce_ray.cli.arguments import ENGINES
 from rafce_ray.config import BACKBONES, LossConfig, flatten
 from rafce_ray.doctor.diagnosis import SMALLER_BACKBONE

@@ -17,12 +17,17 @@ from numpy.typing import NDArray
 
 from rafce_ray.base.console import pretty_json
 from rafce_ray.base.errors import GateError, UsageError
-from rafce_ray.bundle.build import MAX_DIFFERENCE, check_inputs, missing_packages
-from rafce_ray.bundle.bundle import Bundle
+from rafce_ray.bundle.bundle import Bundle, taxonomy_to_plain
 from rafce_ray.bundle.canary import largest_difference
-from rafce_ray.bundle.engines import OnnxRuntimeEngine, OpenVinoEngine, named_outputs
+from rafce_ray.bundle.engines import (
+    MAX_DIFFERENCE,
+    OnnxRuntimeEngine,
+    OpenVinoEngine,
+    check_inputs,
+    missing_packages,
+    named_outputs,
+)
 from rafce_ray.bundle.graph import INPUT, export_program, output_names, to_onnx, to_openvino
-from rafce_ray.bundle.manifest import taxonomy_to_plain
 from rafce_ray.metrics.calibration import Outputs
 
 DESCRIPTION = "export.json"

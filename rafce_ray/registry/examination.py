@@ -5,8 +5,8 @@ from __future__ import annotations
 from rafce_ray.base.errors import RafceError
 from rafce_ray.base.hardware import choose_device
 from rafce_ray.base.storage import Location
-from rafce_ray.bundle.build import EngineChoice, build_engine
 from rafce_ray.bundle.bundle import Bundle, BundleError
+from rafce_ray.bundle.engines import EngineChoice, build_engine
 from rafce_ray.bundle.predictor import Predictor
 from rafce_ray.registry.gates import canary_gate, latency_gate, metrics_gate, taxonomy_gate
 from rafce_ray.registry.live import Gate

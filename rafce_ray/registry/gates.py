@@ -6,9 +6,9 @@ import math
 from typing import Any
 
 from rafce_ray.base.figures import FIGURES, SCORED
-from rafce_ray.bundle.build import MAX_DIFFERENCE
 from rafce_ray.bundle.bundle import Bundle
 from rafce_ray.bundle.canary import check_canary
+from rafce_ray.bundle.engines import MAX_DIFFERENCE
 from rafce_ray.bundle.predictor import Predictor
 from rafce_ray.metrics.counts import combined_score
 from rafce_ray.registry.latency import ms_per_face

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from rafce_ray.base.errors import RafceError
 from rafce_ray.base.hardware import choose_device
 from rafce_ray.base.storage import locate
-from rafce_ray.bundle.build import MAX_DIFFERENCE, build_engine
 from rafce_ray.bundle.bundle import MODEL_CARD, Bundle, BundleError, canary_of, find_bundle, load_bundle
 from rafce_ray.bundle.canary import check_canary, draw_images
+from rafce_ray.bundle.engines import MAX_DIFFERENCE, build_engine
 from rafce_ray.bundle.predictor import Predictor
 from rafce_ray.registry.live import read_live
 from rafce_ray.registry.versions import SHORT_SHA, place_of_version, read_version, version_folder

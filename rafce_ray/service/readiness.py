@@ -9,8 +9,8 @@ import time
 from PIL import Image
 
 from rafce_ray.base.errors import RafceError
-from rafce_ray.bundle.build import MAX_DIFFERENCE
 from rafce_ray.bundle.canary import probabilities_apart
+from rafce_ray.bundle.engines import MAX_DIFFERENCE
 from rafce_ray.metrics.calibration import Probabilities, calibrated
 from rafce_ray.service.batching import Batcher
 from rafce_ray.service.live import Served

@@ -8,10 +8,9 @@ import torch
 
 from rafce_ray.base.errors import UsageError
 from rafce_ray.base.hardware import has_fast_bf16
-from rafce_ray.bundle import build
-from rafce_ray.bundle.build import build_engine, check_inputs, missing_packages
+from rafce_ray.bundle import engines
 from rafce_ray.bundle.canary import draw_images
-from rafce_ray.bundle.engines import TorchEngine
+from rafce_ray.bundle.engines import TorchEngine, build_engine, check_inputs, missing_packages
 from rafce_ray.bundle.graph import to_openvino
 
 pytestmark = pytest.mark.numeric
@@ -21,7 +20,7 @@ CPU = torch.device("cpu")
 
 def without(monkeypatch, *absent: str) -> None:
     """As if these packages were not installed."""
-    monkeypatch.setattr(build, "find_spec", lambda name: None if name in absent else object())
+    monkeypatch.setattr(engines, "find_spec", lambda name: None if name in absent else object())
 
 
 def test_auto_on_a_cpu_is_openvino(bundle):
@@ -44,8 +43,8 @@ def test_auto_is_torch_where_nothing_else_is_installed(bundle, monkeypatch, thir
 
 
 def test_auto_on_a_gpu_is_torch():
-    assert build._choose("auto", torch.device("cuda")) == "torch"
-    assert build._choose("openvino", torch.device("cuda")) == "openvino"
+    assert engines._choose("auto", torch.device("cuda")) == "torch"
+    assert engines._choose("openvino", torch.device("cuda")) == "openvino"
 
 
 def test_an_engine_that_is_asked_for_and_not_installed(bundle, monkeypatch):
@@ -59,13 +58,13 @@ def test_missing_packages_are_found():
 
 
 def test_an_engine_that_answers_otherwise_is_not_used(bundle, other_bundle, monkeypatch):
-    monkeypatch.setattr(build, "to_openvino", lambda _: to_openvino(other_bundle))
+    monkeypatch.setattr(engines, "to_openvino", lambda _: to_openvino(other_bundle))
     engine, remarks = build_engine(bundle, "openvino", CPU, 1, "fp32")
     assert engine.name == "torch"
     figure = re.match(r"openvino in fp32 is off torch by (\S+) in a probability; at most 0.001 is allowed", remarks[0])
     images, expected = check_inputs(bundle)
     found = TorchEngine(other_bundle).outputs(images)
-    assert float(figure[1]) == pytest.approx(build.largest_difference(found, expected, bundle.calibration), rel=0.1)
+    assert float(figure[1]) == pytest.approx(engines.largest_difference(found, expected, bundle.calibration), rel=0.1)
     assert remarks[1:] == ("engine: torch answers instead of openvino.",)
     np.testing.assert_array_equal(engine.outputs(images).emotion, expected.emotion)
 
@@ -74,7 +73,7 @@ def test_a_converter_that_fails(bundle, monkeypatch):
     def fails(_: object) -> None:
         raise RuntimeError("no rule for this operation\nand more")
 
-    monkeypatch.setattr(build, "to_openvino", fails)
+    monkeypatch.setattr(engines, "to_openvino", fails)
     engine, remarks = build_engine(bundle, threads=1)
     assert engine.name == "torch"
     assert remarks[0] == "openvino cannot run this model (RuntimeError: no rule for this operation)."
@@ -93,7 +92,7 @@ def test_bf16_is_used_or_told(bundle):
 def test_the_check_sees_the_canary_and_more(bundle):
     images, expected = check_inputs(bundle)
     np.testing.assert_array_equal(images[:4], bundle.canary.images)
-    assert len(images) == 4 + build.NUM_SEEDED
+    assert len(images) == 4 + engines.NUM_SEEDED
     assert not np.array_equal(images[:4], images[4:8])
     np.testing.assert_allclose(expected.emotion[:4], bundle.canary.outputs.emotion, atol=1e-5)
-    assert draw_images(40, 1, seed=build.SEED).shape == (1, 40, 40, 3)
+    assert draw_images(40, 1, seed=engines.SEED).shape == (1, 40, 40, 3)

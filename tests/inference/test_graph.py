@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from rafce_ray.bundle.canary import draw_images
-from rafce_ray.bundle.forward import raw_outputs
+from rafce_ray.bundle.canary import draw_images, raw_outputs
 from rafce_ray.bundle.graph import Graph, output_names, resize_matrix
 from rafce_ray.faces.preprocess import Preprocessing, resize_and_normalise, to_unit
 

@@ -527,8 +527,8 @@ def run_all(world: Path, seed: int, numbers: Sequence[int], verbs: Sequence[str]
     # A fork has none of OpenMP's threads, and would wait for them.
     os.environ["OMP_NUM_THREADS"] = "1"
     # What every case needs is imported once, before the forks.
-    import rafce_ray.bundle.build
     import rafce_ray.bundle.bundle
+    import rafce_ray.bundle.engines
     import rafce_ray.bundle.predictor
     import rafce_ray.registry.promotion
     import rafce_ray.report.page
