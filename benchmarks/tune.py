@@ -145,7 +145,7 @@ def stop_one(folder: Path, name: str, workers: int) -> int:
     with ray_cluster(config, "benchmark", nested=workers > 1) as (num_cpus, _):
         import ray
 
-        from rafce_ray.study.shares import share_out
+        from rafce_ray.study.plan import share_out
         from rafce_ray.tune.scheduler import Control, Course, Unscheduled
         from rafce_ray.tune.trials import Listed, Settings, cluster_nodes, run_on_tune
 

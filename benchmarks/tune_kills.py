@@ -24,8 +24,7 @@ from rich.table import Table
 
 from rafce_ray.data.drawing.synthetic import synthesize
 from rafce_ray.study.folder import StudyFolder
-from rafce_ray.study.rungs import read_rungs
-from rafce_ray.study.trials import read_trials
+from rafce_ray.study.trials import read_rungs, read_trials
 
 NUM_FACES = 400
 NUM_TRIALS = 8

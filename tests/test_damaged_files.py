@@ -21,8 +21,7 @@ from rafce_ray.run.watch import RunWatch
 from rafce_ray.study.config import build_study, study_yaml
 from rafce_ray.study.folder import StudyFolder
 from rafce_ray.study.on_test import TEST_FILE
-from rafce_ray.study.rungs import RungEntry, read_rungs, write_rungs
-from rafce_ray.study.trials import TrialPlan
+from rafce_ray.study.trials import RungEntry, TrialPlan, read_rungs, write_rungs
 from rafce_ray.tune.launch import ELAPSED_FILE, read_elapsed
 
 REMEDY = re.compile(r"(?<=: )(?:rm|sed -i) .+$", re.MULTILINE)

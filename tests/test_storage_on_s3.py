@@ -21,7 +21,7 @@ from rafce_ray.run.checkpoint import (
 )
 from rafce_ray.run.folder import RunFolder
 from rafce_ray.study.folder import StudyFolder
-from rafce_ray.study.rungs import RungEntry, read_rungs, write_rungs
+from rafce_ray.study.trials import RungEntry, read_rungs, write_rungs
 
 
 def test_a_place_is_written_listed_copied_and_removed_as_on_a_disk(s3_place, tmp_path):

@@ -26,7 +26,7 @@ from rafce_ray.config import load_config
 from rafce_ray.data.dataset import open_dataset
 from rafce_ray.run.folder import RunFolder
 from rafce_ray.study.folder import StudyFolder
-from rafce_ray.study.rungs import read_rungs
+from rafce_ray.study.trials import read_rungs
 
 ARCHIVE = Path(__file__).parent / "stored" / "stored.tar.xz"
 WHEN_AND_WHERE = {"images_per_s", "data_wait", "elapsed_s", "seconds", "time", "run", "run_dir", "bundle"}

@@ -13,7 +13,7 @@ from rafce_ray.base.errors import UsageError
 from rafce_ray.cli.ablate import main
 from rafce_ray.config import load_config
 from rafce_ray.study.folder import StudyFolder
-from rafce_ray.study.shares import Shares
+from rafce_ray.study.plan import Shares
 from rafce_ray.study.trials import TRIAL_FILE, Training, read_plan
 from rafce_ray.tune.ablation import ablate
 

@@ -27,8 +27,7 @@ from rafce_ray.registry.versions import version_folder
 from rafce_ray.run.checkpoint import newest_valid
 from rafce_ray.study.config import load_study
 from rafce_ray.study.folder import StudyFolder
-from rafce_ray.study.rungs import read_rungs
-from rafce_ray.study.trials import read_trials
+from rafce_ray.study.trials import read_rungs, read_trials
 from rafce_ray.tune.launch import tune
 
 pytestmark = pytest.mark.ray

@@ -22,8 +22,7 @@ def main(argv: list[str]) -> int:
         )
     if arguments.seeds < 1:
         raise UsageError(f"--seeds {arguments.seeds}: expected at least 1; 3 tell luck from effect.")
-    from rafce_ray.study.ablation import markdown, plot
-    from rafce_ray.study.arms import ablated_keys, ablation_arms
+    from rafce_ray.study.ablation import ablated_keys, ablation_arms, markdown, plot
     from rafce_ray.tune.ablation import ablate
 
     varied = ablated_keys(ablation_arms(base)) - {"data.action_units"}

@@ -15,8 +15,7 @@ from rafce_ray.doctor.rules import examine_study
 from rafce_ray.report.study_plots import Emphasis, Field, emphasise
 from rafce_ray.study.folder import StudyFolder
 from rafce_ray.study.on_test import OnTest
-from rafce_ray.study.rungs import RungEntry, read_rungs
-from rafce_ray.study.trials import Trial, best_first, read_trials
+from rafce_ray.study.trials import RungEntry, Trial, best_first, read_rungs, read_trials
 from rafce_ray.study.verdict import Verdict
 
 SAVING = ("stopped_by_scheduler", "stopped_early")

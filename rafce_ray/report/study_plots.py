@@ -14,8 +14,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from rafce_ray.base.figures import FIGURES, SCORED
 from rafce_ray.metrics.text import UNDEFINED, number
 from rafce_ray.report.plots import BLUE, GREEN, INK, MUTED, ORANGE, PAPER, TEXT_PX, chart
-from rafce_ray.study.rungs import RungEntry
-from rafce_ray.study.trials import Trial
+from rafce_ray.study.trials import RungEntry, Trial
 from rafce_ray.study.watch import plain
 
 LOG_SPAN = 10.0

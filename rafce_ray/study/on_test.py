@@ -31,9 +31,8 @@ from rafce_ray.metrics.comparison import (
 )
 from rafce_ray.metrics.split_outputs import SplitOutputs
 from rafce_ray.run.folder import RunFolder
-from rafce_ray.study.finalists import runs_of
+from rafce_ray.study.finalists import TaggedOutputs, on_labels_of_first, over_seeds, runs_of, score_with_losses
 from rafce_ray.study.folder import StudyFolder
-from rafce_ray.study.scored import TaggedOutputs, on_labels_of_first, over_seeds, score_with_losses
 from rafce_ray.study.verdict import Basis, Verdict, nan_if_null, read_difference
 
 TEST_FILE = "test.json"

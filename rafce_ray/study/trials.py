@@ -257,3 +257,36 @@ def prune_to_best(checkpoints: Location, best_epoch: int) -> str | None:
 def is_finite(value: float | None) -> bool:
     """Whether a figure is there and finite."""
     return value is not None and math.isfinite(value)
+
+
+RUNGS_FILE = "rungs.jsonl"
+
+
+@dataclass(frozen=True)
+class RungEntry:
+    """One decision: ``score`` (higher is better) of a trial at the rung of epoch ``milestone``; ``cutoff`` of those there before it.
+
+    ``cutoff`` is None for the first of a rung; ``action`` is ``continue`` or ``stop``.
+    """
+
+    trial: str
+    bracket: int
+    milestone: float
+    epoch: int
+    score: float
+    cutoff: float | None
+    action: str
+
+
+def read_rungs(study: StudyFolder) -> list[RungEntry]:
+    """All decisions so far; none where nothing was decided. DamagedFile where one cannot be read."""
+    file, remedy = study.location / RUNGS_FILE, "The study's command then makes that decision again; all others stay."
+    try:
+        return [RungEntry(**record) for record in file.read_records(remedy)]
+    except TypeError as error:
+        raise file.damaged(error, "The study's command then makes all decisions again.") from None
+
+
+def write_rungs(study: StudyFolder, entries: Sequence[RungEntry]) -> None:
+    """Replace the file, whole or not at all."""
+    (study.location / RUNGS_FILE).write_bytes("".join(to_json(asdict(one)) + "\n" for one in entries).encode())

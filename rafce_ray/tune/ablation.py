@@ -12,8 +12,7 @@ from rafce_ray.base.storage import locate
 from rafce_ray.config import Config, identity_of, with_values
 from rafce_ray.data.dataset import Prepared, Readings, prepare
 from rafce_ray.data.loader import batch_remark
-from rafce_ray.study.ablation import Ablation, read_ablation, trial_name
-from rafce_ray.study.arms import Arm, ablated_keys, ablation_arms
+from rafce_ray.study.ablation import Ablation, Arm, ablated_keys, ablation_arms, read_ablation, trial_name
 from rafce_ray.study.folder import StudyFolder
 from rafce_ray.study.trials import Training
 from rafce_ray.train.environment import check_ray

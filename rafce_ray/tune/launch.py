@@ -21,9 +21,8 @@ from rafce_ray.run.state import choose_splits
 from rafce_ray.study.checks import foreseen
 from rafce_ray.study.config import StudyConfig, study_yaml
 from rafce_ray.study.folder import StudyFolder
-from rafce_ray.study.plan import tell_batches, tell_plan, tell_trials
+from rafce_ray.study.plan import Shares, share_out, tell_batches, tell_plan, tell_trials
 from rafce_ray.study.proposals import planned_trials, propose
-from rafce_ray.study.shares import Shares, share_out
 from rafce_ray.study.trials import Training, Trial, read_trials
 from rafce_ray.train.environment import check_ray
 from rafce_ray.train.launch import ray_cluster, tell_findings

@@ -16,8 +16,7 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule
 
 from rafce_ray.study.config import StudyConfig
 from rafce_ray.study.folder import StudyFolder
-from rafce_ray.study.rungs import RungEntry, read_rungs, write_rungs
-from rafce_ray.study.trials import conclude
+from rafce_ray.study.trials import RungEntry, conclude, read_rungs, write_rungs
 from rafce_ray.tune.nested import free_workers
 from rafce_ray.tune.ray_private import Named, PatientMedian, enter_rung, remember_results, results_of, rungs_of
 

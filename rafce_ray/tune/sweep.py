@@ -14,8 +14,8 @@ from rafce_ray.data.dataset import Prepared, Readings
 from rafce_ray.run.session import Job
 from rafce_ray.study.config import StudyConfig
 from rafce_ray.study.folder import StudyFolder
+from rafce_ray.study.plan import Shares
 from rafce_ray.study.proposals import Observed, propose
-from rafce_ray.study.shares import Shares
 from rafce_ray.study.trials import (
     ENDED,
     Role,

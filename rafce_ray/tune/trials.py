@@ -16,7 +16,7 @@ from ray.tune.search import Searcher
 
 from rafce_ray.base.console import handled_signals, say, warn
 from rafce_ray.study.folder import StudyFolder
-from rafce_ray.study.shares import Node, Shares
+from rafce_ray.study.plan import Node, Shares
 from rafce_ray.study.trials import TrialPlan
 from rafce_ray.train.worker import trial_worker
 from rafce_ray.tune.nested import free_workers, nested_trial

@@ -13,7 +13,7 @@ from ray.exceptions import RayActorError
 from rafce_ray.base.console import warn
 from rafce_ray.base.errors import RafceError
 from rafce_ray.run.folder import PROGRESS_FILE
-from rafce_ray.study.shares import Shares
+from rafce_ray.study.plan import Shares
 from rafce_ray.study.trials import conclude
 from rafce_ray.tune.nested import free_workers
 from rafce_ray.tune.scheduler import Course

@@ -12,8 +12,7 @@ from rafce_ray.config import differences, load_config
 from rafce_ray.data.dataset import prepare
 from rafce_ray.metrics.comparison import OverSeeds, Spread
 from rafce_ray.study import ablation as ablation
-from rafce_ray.study.ablation import Ablation, Contrast, Measured, markdown, plot
-from rafce_ray.study.arms import EIGHT_CHANGES, GROUPS, ablation_arms
+from rafce_ray.study.ablation import EIGHT_CHANGES, GROUPS, Ablation, Contrast, Measured, ablation_arms, markdown, plot
 from rafce_ray.tune.ablation import check_minority, choose_arms
 
 

@@ -25,7 +25,7 @@ from rafce_ray.monitoring.compose import DISCOVERY_FILE
 from rafce_ray.run.checkpoint import list_checkpoints
 from rafce_ray.run.folder import RunFolder
 from rafce_ray.study.folder import StudyFolder
-from rafce_ray.study.shares import Shares
+from rafce_ray.study.plan import Shares
 from rafce_ray.study.trials import Training
 from rafce_ray.train.launch import launch
 

@@ -15,6 +15,8 @@ from rafce_ray.study import plan
 from rafce_ray.study.config import StudyConfig, build_study, load_study, study_yaml
 from rafce_ray.study.folder import StudyFolder
 from rafce_ray.study.plan import (
+    Node,
+    Shares,
     asha_rungs,
     first_line,
     largest_model_bytes,
@@ -25,7 +27,6 @@ from rafce_ray.study.plan import (
     tell_plan,
     tell_trials,
 )
-from rafce_ray.study.shares import Node, Shares
 from rafce_ray.tune import launch, trials
 from rafce_ray.tune.scheduler import Control, Course, Halving
 

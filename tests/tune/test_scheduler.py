@@ -10,7 +10,7 @@ from ray.tune.schedulers import ASHAScheduler, MedianStoppingRule, TrialSchedule
 
 from rafce_ray.config import load_config
 from rafce_ray.study.folder import StudyFolder
-from rafce_ray.study.rungs import read_rungs
+from rafce_ray.study.trials import read_rungs
 from rafce_ray.tune.scheduler import Concluding, Control, Course, Halving, Median, Unscheduled
 
 STOP, CONTINUE = TrialScheduler.STOP, TrialScheduler.CONTINUE

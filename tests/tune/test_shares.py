@@ -4,7 +4,7 @@ import pytest
 
 from rafce_ray.base.errors import UsageError
 from rafce_ray.config import RunConfig, build_config
-from rafce_ray.study.shares import NESTED_MEMORY_BYTES, Node, Shares, share_out
+from rafce_ray.study.plan import NESTED_MEMORY_BYTES, Node, Shares, share_out
 
 
 def run(**values) -> RunConfig:

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.ray
 def test_a_stopped_trial_gives_back_what_it_held(workers, tiny_overrides, tmp_path, ray_cluster_of_tests, until):
     import ray
 
-    from rafce_ray.study.shares import share_out
+    from rafce_ray.study.plan import share_out
     from rafce_ray.tune.scheduler import Control, Course, Unscheduled
     from rafce_ray.tune.trials import Listed, Settings, cluster_nodes, run_on_tune
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from rafce_ray.study.folder import StudyFolder
-from rafce_ray.study.shares import Shares
+from rafce_ray.study.plan import Shares
 from rafce_ray.tune import witness
 from rafce_ray.tune.scheduler import Control, Course
 from rafce_ray.tune.witness import Witness, one_line
