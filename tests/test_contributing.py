@@ -12,7 +12,7 @@ from rafce_ray.base.taxonomy import make_taxonomy
 from rafce_ray.bundle.engines import _COMPILERS, FASTEST_FIRST, PACKAGES, EngineChoice
 from rafce_ray.cli.arguments import ENGINES
 from rafce_ray.config import BACKBONES, LossConfig, flatten
-from rafce_ray.doctor.diagnosis import SMALLER_BACKBONE
+from rafce_ray.doctor.evidence import SMALLER_BACKBONE
 from rafce_ray.doctor.figures import ONLY_FOR_ACTION_UNITS
 from rafce_ray.metrics.counts import Counts, summarise
 from rafce_ray.model.losses import AU_LOSSES

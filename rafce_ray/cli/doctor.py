@@ -11,8 +11,7 @@ from rafce_ray.base.errors import LEVELS, UsageError
 from rafce_ray.cli.arguments import command
 
 if TYPE_CHECKING:
-    from rafce_ray.doctor.diagnosis import Diagnosis
-    from rafce_ray.doctor.evidence import Evidence
+    from rafce_ray.doctor.evidence import Diagnosis, Evidence
     from rafce_ray.run.folder import RunFolder
 
 
@@ -20,8 +19,7 @@ if TYPE_CHECKING:
 def main(argv: list[str]) -> int:
     """``rafce doctor``; exit code 0 whatever is found, 2 where there is neither a run nor a study."""
     arguments = _parser().parse_args(argv)
-    from rafce_ray.doctor.examination import print_study
-    from rafce_ray.doctor.rules import examine_study
+    from rafce_ray.doctor.rules import examine_study, print_study
     from rafce_ray.run.folder import RunFolder
     from rafce_ray.study.folder import StudyFolder
 
@@ -52,8 +50,7 @@ def main(argv: list[str]) -> int:
 
 
 def _doctor_run(folder: RunFolder, baseline: Evidence | None, *, json: bool) -> None:
-    from rafce_ray.doctor.examination import print_diagnoses
-    from rafce_ray.doctor.rules import examine_run
+    from rafce_ray.doctor.rules import examine_run, print_diagnoses
 
     num_epochs, result = len(folder.metrics()), folder.result()
     state = "in training" if result is None else str(result["status"]).replace("_", " ")

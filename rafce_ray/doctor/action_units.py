@@ -16,8 +16,7 @@ from rafce_ray.base.errors import Level
 from rafce_ray.base.figures import FIGURES
 from rafce_ray.data.rafce import ACTION_UNIT_FILE
 from rafce_ray.data.records import MAX_UNREADABLE_SHARE
-from rafce_ray.doctor.diagnosis import Cause, Diagnosis, Step, audit_command, diagnose
-from rafce_ray.doctor.evidence import Evidence, bounds, figure
+from rafce_ray.doctor.evidence import Cause, Diagnosis, Evidence, Step, audit_command, bounds, diagnose, figure
 
 EPOCHS_TO_LEARN_AUS = 5
 """Epochs with an AU loss after which AU-F1 should have left 0 (the seed's rule)."""

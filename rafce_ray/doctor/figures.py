@@ -15,13 +15,16 @@ from rafce_ray.base.figures import FIGURES, MIN_SUPPORT
 from rafce_ray.base.taxonomy import make_taxonomy
 from rafce_ray.config import Config, differences
 from rafce_ray.doctor.action_units import data_remedy, next_au_weight
-from rafce_ray.doctor.diagnosis import (
+from rafce_ray.doctor.evidence import (
     Cause,
     Diagnosis,
+    Evidence,
     Step,
     audit_command,
+    bounds,
     changes_of,
     diagnose,
+    figure,
     loss_trend,
     more_epochs,
     next_capacity,
@@ -29,7 +32,6 @@ from rafce_ray.doctor.diagnosis import (
     still_learning,
     train_command,
 )
-from rafce_ray.doctor.evidence import Evidence, bounds, figure
 from rafce_ray.doctor.training import LEARNT_SHARE, NOISE, learnt_share
 from rafce_ray.metrics.calibration import MIN_POSITIVES, Calibration, Outputs, calibrated
 from rafce_ray.metrics.comparison import Difference, difference, same_images, score

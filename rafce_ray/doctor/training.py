@@ -9,15 +9,17 @@ import numpy as np
 
 from rafce_ray.config import Config
 from rafce_ray.data.loader import batch_remark, num_steps
-from rafce_ray.doctor.diagnosis import (
+from rafce_ray.doctor.evidence import (
     STILL_FALLING,
     TAIL_EPOCHS,
     Cause,
     Diagnosis,
+    Evidence,
     Step,
     Verdict,
     best_is_last,
     diagnose,
+    figure,
     late_fall,
     loss_trend,
     more_epochs,
@@ -28,7 +30,6 @@ from rafce_ray.doctor.diagnosis import (
     still_learning,
     strongly_regularised,
 )
-from rafce_ray.doctor.evidence import Evidence, figure
 
 LARGEST_GAP = 0.30
 """Train-validation gap from which a run overfits (the seed's rule)."""

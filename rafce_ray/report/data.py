@@ -23,8 +23,7 @@ from rafce_ray.bundle.evaluate import data_config_for, evaluate_outputs, open_fo
 from rafce_ray.config import Config, DataConfig, apply_overrides, build_config
 from rafce_ray.data.dataset import Dataset, open_dataset
 from rafce_ray.data.store import META
-from rafce_ray.doctor.diagnosis import Diagnosis
-from rafce_ray.doctor.evidence import Evidence
+from rafce_ray.doctor.evidence import Diagnosis, Evidence
 from rafce_ray.doctor.rules import examine_run
 from rafce_ray.metrics.calibration import Calibration, Outputs, calibrated
 from rafce_ray.metrics.split_outputs import SplitOutputs

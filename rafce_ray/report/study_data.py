@@ -10,7 +10,7 @@ from typing import Any
 from rafce_ray.base.console import warn
 from rafce_ray.base.errors import LEVELS, DamagedFile, UsageError
 from rafce_ray.config import Config, differences, flatten, parse_yaml
-from rafce_ray.doctor.diagnosis import Diagnosis
+from rafce_ray.doctor.evidence import Diagnosis
 from rafce_ray.doctor.rules import examine_study
 from rafce_ray.report.study_plots import Emphasis, Field, emphasise
 from rafce_ray.study.folder import StudyFolder

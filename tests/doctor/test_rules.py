@@ -11,8 +11,7 @@ import pytest
 from rafce_ray.base.taxonomy import make_taxonomy
 from rafce_ray.bundle.evaluate import evaluate_outputs
 from rafce_ray.config import apply_overrides, build_config, flatten, load_config
-from rafce_ray.doctor.diagnosis import Diagnosis, as_yaml
-from rafce_ray.doctor.evidence import Evidence
+from rafce_ray.doctor.evidence import Diagnosis, Evidence, as_yaml
 from rafce_ray.doctor.figures import calibration_noise, largest_recall
 from rafce_ray.doctor.rules import examine, examine_live
 from rafce_ray.metrics.calibration import Calibration, Outputs
