@@ -38,8 +38,7 @@ def main(argv: list[str]) -> int:
 
 def _list(registry: Location, arguments: argparse.Namespace) -> None:
     from rafce_ray.registry.live import read_live
-    from rafce_ray.registry.summary import summary_of
-    from rafce_ray.registry.versions import list_versions
+    from rafce_ray.registry.versions import list_versions, summary_of
 
     live = read_live(registry)
     rows = [summary_of(version, live) for version in list_versions(registry)]
@@ -57,8 +56,7 @@ def _list(registry: Location, arguments: argparse.Namespace) -> None:
 def _show(registry: Location, arguments: argparse.Namespace) -> None:
     from rafce_ray.base.console import console
     from rafce_ray.registry.live import read_history, read_live
-    from rafce_ray.registry.summary import summary_of
-    from rafce_ray.registry.versions import read_version
+    from rafce_ray.registry.versions import read_version, summary_of
 
     live = read_live(registry)
     if arguments.version is None:

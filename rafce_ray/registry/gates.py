@@ -3,16 +3,61 @@
 from __future__ import annotations
 
 import math
+import statistics
+import time
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
+from rafce_ray.base.errors import RafceError
 from rafce_ray.base.figures import FIGURES, SCORED
-from rafce_ray.bundle.bundle import Bundle
+from rafce_ray.base.hardware import choose_device
+from rafce_ray.base.storage import Location
+from rafce_ray.bundle.bundle import Bundle, BundleError
 from rafce_ray.bundle.canary import check_canary
-from rafce_ray.bundle.engines import MAX_DIFFERENCE
+from rafce_ray.bundle.engines import MAX_DIFFERENCE, EngineChoice, build_engine
 from rafce_ray.bundle.predictor import Predictor
 from rafce_ray.metrics.counts import combined_score
-from rafce_ray.registry.latency import ms_per_face
 from rafce_ray.registry.live import Gate, Verdict
+from rafce_ray.registry.versions import load_stored
+
+BATCHES = (1, 8)
+MIN_ROUNDS = 5
+MAX_ROUNDS = 25
+BUDGET_S = 5.0
+"""Seconds after which no more rounds of a batch size are begun, once there are MIN_ROUNDS."""
+
+WARM_UPS = 3
+
+
+def ms_per_face(predictors: Sequence[Predictor]) -> list[dict[str, float]]:
+    """Of each model, by batch size, the median milliseconds of a forward pass divided by its faces.
+
+    The models take turns, so that whatever else the machine does meets them alike.
+    """
+    found: list[dict[str, float]] = [{} for _ in predictors]
+    for batch in BATCHES:
+        images = [_images(predictor, batch) for predictor in predictors]
+        times: list[list[float]] = [[] for _ in predictors]
+        until = time.perf_counter() + BUDGET_S
+        for turn in range(-WARM_UPS, MAX_ROUNDS):
+            if turn >= MIN_ROUNDS and time.perf_counter() > until:
+                break
+            for predictor, faces, taken in zip(predictors, images, times, strict=True):
+                since = time.perf_counter()
+                predictor.outputs(faces)
+                if turn >= 0:
+                    taken.append(1000 * (time.perf_counter() - since) / batch)
+        for one, taken in zip(found, times, strict=True):
+            one[str(batch)] = statistics.median(taken)
+    return found
+
+
+def _images(predictor: Predictor, batch: int) -> np.ndarray:
+    px = predictor.bundle.preprocessing.stored_px
+    return np.random.default_rng(0).integers(0, 256, (batch, px, px, 3), dtype=np.uint8)
+
 
 NO_LIVE = "Nothing is live yet."
 
@@ -184,3 +229,57 @@ def _number(value: object) -> float | None:
     if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
         return float(value)
     return None
+
+
+def examine(
+    folder: Location, live: Location | None, *, max_latency_ratio: float, engine: EngineChoice
+) -> tuple[tuple[Gate, ...], Bundle | None]:
+    """What every gate finds of the version in ``folder``, and its bundle; takes seconds.
+
+    Without a ``live`` version there is nothing to compare with; one that cannot be read makes every comparing gate say no. The
+    bundle is None where it cannot be read: nothing is then compared.
+    """
+    gates, candidate = verify(folder, engine)
+    if candidate is None:
+        return gates, None
+    try:
+        other = None if live is None else _build(load_stored(live), engine)
+    except RafceError as error:
+        detail = f"The live version cannot be read, so nothing can be compared with it: {error}"
+        return (
+            *gates,
+            Gate(name="taxonomy", verdict="refused", detail=detail),
+            Gate(name="metrics", verdict="refused", detail=detail),
+            Gate(name="latency", verdict="refused", detail=detail),
+        ), candidate.bundle
+    theirs = None if other is None else other.bundle
+    compared = (
+        taxonomy_gate(candidate.bundle, theirs),
+        metrics_gate(candidate.bundle, theirs),
+        latency_gate(candidate, other, max_ratio=max_latency_ratio),
+    )
+    return (*gates, *compared), candidate.bundle
+
+
+def verify(folder: Location, engine: EngineChoice) -> tuple[tuple[Gate, ...], Predictor | None]:
+    """Whether a version is whole and answers as stored; without a predictor where it cannot be read."""
+    try:
+        bundle = load_stored(folder)
+    except BundleError as error:
+        return (damaged(error),), None
+    num_values = sum(tensor.numel() for tensor in bundle.model.state_dict().values())
+    detail = f"sha256 {bundle.weights_sha256[:12]}… as in the manifest; {num_values:,} values, all finite."
+    figures = {"sha256": bundle.weights_sha256, "num_values": num_values}
+    predictor = _build(bundle, engine)
+    return (Gate(name="integrity", verdict="passed", detail=detail, figures=figures), canary_gate(predictor)), predictor
+
+
+def damaged(error: BundleError) -> Gate:
+    """The gate that a bundle does not pass that cannot be loaded."""
+    return Gate(name="integrity", verdict="refused", detail=str(error))
+
+
+def _build(bundle: Bundle, engine: EngineChoice) -> Predictor:
+    # What there is to remark of an engine is told where it serves.
+    built, _ = build_engine(bundle, engine, choose_device("auto"))
+    return Predictor(bundle, engine=built)

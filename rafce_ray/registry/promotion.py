@@ -11,7 +11,7 @@ from rafce_ray.base.errors import GateError, UsageError
 from rafce_ray.base.storage import Location
 from rafce_ray.bundle.bundle import BundleError, find_bundle
 from rafce_ray.bundle.engines import EngineChoice
-from rafce_ray.registry.examination import damaged, examine, verify
+from rafce_ray.registry.gates import damaged, examine, verify
 from rafce_ray.registry.live import Gate, LiveRecord, read_live, replace_live
 from rafce_ray.registry.versions import add_version, is_name, version_folder, version_names
 

@@ -22,8 +22,7 @@ from rafce_ray.base.storage import Location, locate
 from rafce_ray.config import explain
 from rafce_ray.registry.live import read_live
 from rafce_ray.registry.promotion import Outcome, Reason, Refused, Rules, promote, roll_back
-from rafce_ray.registry.summary import summary_of
-from rafce_ray.registry.versions import is_name, list_versions, version_names
+from rafce_ray.registry.versions import is_name, list_versions, summary_of, version_names
 from rafce_ray.service.answers import Record
 from rafce_ray.service.keys import KEY_ID
 from rafce_ray.service.problems import Problem, problem_response, sentence, shown

@@ -16,7 +16,7 @@ from rafce_ray.bundle.bundle import save_bundle
 from rafce_ray.faces.preprocess import Preprocessing
 from rafce_ray.metrics.calibration import Calibration
 from rafce_ray.model.network import Architecture, build_model
-from rafce_ray.registry import latency
+from rafce_ray.registry import gates
 from rafce_ray.registry.promotion import Reason, Rules, promote, take_candidate
 
 EMOTIONS = ("happily surprised", "calm", "sadly angry")
@@ -52,7 +52,7 @@ def one_round() -> Iterator[None]:
     """Times of the tiny network are of no interest, so they are taken once."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (("MIN_ROUNDS", 1), ("MAX_ROUNDS", 1), ("WARM_UPS", 0)):
-            patch.setattr(latency, name, value)
+            patch.setattr(gates, name, value)
         yield
 
 

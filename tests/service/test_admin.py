@@ -11,7 +11,7 @@ import pytest
 
 from rafce_ray.base.storage import locate
 from rafce_ray.bundle.bundle import load_bundle, save_bundle
-from rafce_ray.registry import latency
+from rafce_ray.registry import gates
 from rafce_ray.registry.live import read_history
 from rafce_ray.registry.promotion import Reason, Rules, promote, roll_back
 from rafce_ray.registry.versions import add_version
@@ -28,7 +28,7 @@ def quick_gates() -> Iterator[None]:
     """Times of the tiny network are taken once, and say nothing."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (("MIN_ROUNDS", 1), ("MAX_ROUNDS", 1), ("WARM_UPS", 0)):
-            patch.setattr(latency, name, value)
+            patch.setattr(gates, name, value)
         patch.setattr(Rules, "__init__", _never_slow)
         yield
 
