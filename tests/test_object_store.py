@@ -32,7 +32,7 @@ from rafce_ray.run.checkpoint import Checkpoint, list_checkpoints, newest_valid
 from rafce_ray.run.folder import RunFolder
 from rafce_ray.run.loop import fit
 from rafce_ray.run.session import Job, LocalSession
-from rafce_ray.service.loading import Registry
+from rafce_ray.service.live import Registry
 
 BUSY = OSError(
     "When uploading object 'k': AWS Error SLOW_DOWN during PutObject operation: Please reduce your request rate."

@@ -42,7 +42,7 @@ OF_RAY = ("/-/healthz", "/-/routes")
 
 def middlewares() -> list[Middleware]:
     """For this process: of a replica, or of a Python proxy. Bounds the headers that its HTTP server will read."""
-    HTTP_PROTOCOLS["auto"] = "rafce_ray.service.http_protocol:BoundedHttpProtocol"
+    HTTP_PROTOCOLS["auto"] = "rafce_ray.service.edge:BoundedHttpProtocol"
     try:
         serve.get_replica_context()
     except RayServeException:

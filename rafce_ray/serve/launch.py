@@ -28,7 +28,7 @@ from rafce_ray.serve.fast_path import fast_path
 from rafce_ray.service.app import num_cores
 from rafce_ray.service.config import ServiceConfig
 from rafce_ray.service.keys import read_keys
-from rafce_ray.service.loading import source_of
+from rafce_ray.service.live import source_of
 from rafce_ray.train.environment import check_ray, dashboard_line, ray_address
 
 APPLICATION = "rafce"

@@ -16,22 +16,18 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from rafce_ray.service.admin import admin_routes
-from rafce_ray.service.admission import Admission
 from rafce_ray.service.answers import ReadyStatus, Status, to_json
-from rafce_ray.service.batching import Batcher
+from rafce_ray.service.batching import Admission, Batcher
 from rafce_ray.service.config import ServiceConfig
 from rafce_ray.service.documents import document_routes
 from rafce_ray.service.edge import Edge, within
 from rafce_ray.service.keys import Keys
-from rafce_ray.service.live import LiveModel, Served
-from rafce_ray.service.loading import load_served, source_of
+from rafce_ray.service.live import LiveModel, Served, load_served, source_of
 from rafce_ray.service.meter import Meter
-from rafce_ray.service.model_info import model_info
+from rafce_ray.service.model_info import Readiness, model_info
 from rafce_ray.service.open_inference import open_inference_routes
-from rafce_ray.service.predicting import Context, predict
+from rafce_ray.service.predicting import Context, Reader, predict
 from rafce_ray.service.problems import EXCEPTION_HANDLERS, REQUEST_ID, Problem, deadline_passed
-from rafce_ray.service.readiness import Readiness
-from rafce_ray.service.reading import Reader
 from rafce_ray.service.requests import BodyRules, declared_bytes, read_request
 
 HUNG_S = 60.0

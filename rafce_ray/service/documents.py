@@ -23,9 +23,9 @@ from rafce_ray.service.admin import Promote, Reload, Rollback
 from rafce_ray.service.answers import NoImageRead, PredictAnswer, ReadyStatus, Record, Status, to_json
 from rafce_ray.service.config import ServiceConfig
 from rafce_ray.service.model_info import ModelInfo
+from rafce_ray.service.open_inference import InferAnswer, InferError, InferModel, InferRequest
 from rafce_ray.service.problems import MEDIA_TYPE, PROBLEM_TYPES, ProblemDocument, ProblemType
 from rafce_ray.service.requests import Options, PredictRequest
-from rafce_ray.service.tensors import InferAnswer, InferError, InferModel, InferRequest
 
 Document = dict[str, Any]
 

@@ -26,7 +26,7 @@ from python_multipart.multipart import parse_options_header
 from starlette.types import Receive
 
 from rafce_ray.bundle.prediction import Strict
-from rafce_ray.service.admission import Place
+from rafce_ray.service.batching import Place
 from rafce_ray.service.problems import Problem, nearest, sentence, shown
 
 RAW = (b"image/jpeg", b"image/png", b"image/webp", b"application/octet-stream")

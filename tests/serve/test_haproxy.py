@@ -27,8 +27,7 @@ from rafce_ray.serve.fast_path import fast_path
 from rafce_ray.serve.haproxy import UNREADABLE, UnknownConfiguration, mended
 from rafce_ray.serve.ingress import NoReplica, Steered
 from rafce_ray.service.config import Limits
-from rafce_ray.service.edge import Edge
-from rafce_ray.service.http_protocol import BoundedHttpProtocol
+from rafce_ray.service.edge import BoundedHttpProtocol, Edge
 from rafce_ray.service.local_peers import Callers
 
 WRITTEN = """\

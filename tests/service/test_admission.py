@@ -3,7 +3,7 @@ import random
 
 import pytest
 
-from rafce_ray.service.admission import Admission
+from rafce_ray.service.batching import Admission
 from rafce_ray.service.problems import Problem
 
 

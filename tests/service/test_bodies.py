@@ -8,7 +8,7 @@ from urllib.parse import quote
 import httpx
 import pytest
 
-from rafce_ray.service.admission import Admission
+from rafce_ray.service.batching import Admission
 from rafce_ray.service.problems import Problem
 from rafce_ray.service.requests import (
     PARSED_ON_THE_LOOP_BYTES,

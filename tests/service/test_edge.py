@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
 
-from rafce_ray.service.admission import Admission
+from rafce_ray.service.batching import Admission
 from rafce_ray.service.config import Limits
 from rafce_ray.service.edge import Edge, within
 from rafce_ray.service.keys import KEY_ID

@@ -9,8 +9,8 @@ import uvicorn
 from starlette.requests import Request
 from starlette.responses import Response
 
-from rafce_ray.service import http_protocol
-from rafce_ray.service.http_protocol import MAX_HEADER_BYTES, BoundedHttpProtocol
+from rafce_ray.service import edge
+from rafce_ray.service.edge import MAX_HEADER_BYTES, BoundedHttpProtocol
 
 REQUEST = b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n"
 
@@ -23,7 +23,7 @@ async def app(scope, receive, send):
 @pytest.fixture
 def connection(monkeypatch) -> Iterator[socket.socket]:
     """A client of a server whose time for headers is 0.2 s."""
-    monkeypatch.setattr(http_protocol, "HEADER_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(edge, "HEADER_TIMEOUT_S", 0.2)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         server = uvicorn.Server(

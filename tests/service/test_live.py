@@ -18,8 +18,7 @@ import torch
 from rafce_ray.base.errors import GateError, RafceError, UsageError
 from rafce_ray.bundle.bundle import MANIFEST, WEIGHTS, BundleError, load_bundle
 from rafce_ray.service.config import ServiceConfig, read_service_config
-from rafce_ray.service.live import BundleFolder, LiveModel, Served, Target
-from rafce_ray.service.loading import load_served
+from rafce_ray.service.live import BundleFolder, LiveModel, Served, Target, load_served
 from rafce_ray.service.meter import Meter
 
 

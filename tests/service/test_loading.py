@@ -11,8 +11,7 @@ from rafce_ray.base.storage import Location, locate
 from rafce_ray.registry.live import LiveRecord, read_live, replace_live
 from rafce_ray.registry.versions import add_version, read_version
 from rafce_ray.service.config import read_service_config
-from rafce_ray.service.live import BundleFolder
-from rafce_ray.service.loading import load_served, source_of
+from rafce_ray.service.live import BundleFolder, load_served, source_of
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import httpx
 import numpy as np
 import pytest
 
-from rafce_ray.service.tensors import InferAnswer, InferModel
+from rafce_ray.service.open_inference import InferAnswer, InferModel
 
 INFER = "/v2/models/rafce/infer"
 

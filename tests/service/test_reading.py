@@ -12,9 +12,9 @@ from needs import PHOTOGRAPHS
 from rafce_ray.base.errors import UsageError
 from rafce_ray.faces.detect import Box, Face, build_face_finder
 from rafce_ray.faces.files import load_file
-from rafce_ray.service import reading
+from rafce_ray.service import predicting
+from rafce_ray.service.predicting import Reader
 from rafce_ray.service.problems import Problem
-from rafce_ray.service.reading import Reader
 
 PX = 40
 
@@ -40,7 +40,7 @@ class Finder:
 @pytest.fixture
 def reader_of_counted_faces(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Reader, Finder]]:
     finder = Finder()
-    monkeypatch.setattr(reading, "build_face_finder", lambda model: finder)
+    monkeypatch.setattr(predicting, "build_face_finder", lambda model: finder)
     with ThreadPoolExecutor(1, "images") as pool:
         yield Reader(pool, 1, max_faces=2), finder
 
