@@ -21,9 +21,9 @@ from rich.console import Console
 from rich.table import Table
 
 from rafce_ray.config import DataConfig
-from rafce_ray.data.dataset import open_dataset, prepare
 from rafce_ray.data.drawing.synthetic import synthesize
-from rafce_ray.data.rafce import ACTION_UNIT_FILE, EMOTION_FILE, PARTITION_FILE, VOTES_FILE
+from rafce_ray.data.label_file import ACTION_UNIT_FILE, EMOTION_FILE, PARTITION_FILE, VOTES_FILE
+from rafce_ray.data.loader import open_dataset, prepare
 
 NUM_DRAWN = 300
 MAX_GROWTH = 1.10

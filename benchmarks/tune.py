@@ -25,8 +25,8 @@ from rich.console import Console
 from rich.table import Table
 
 from rafce_ray.config import config_hash, load_config
-from rafce_ray.data.dataset import prepare
 from rafce_ray.data.drawing.synthetic import synthesize
+from rafce_ray.data.loader import prepare
 from rafce_ray.run.session import Job
 from rafce_ray.study.folder import StudyFolder
 from rafce_ray.study.trials import TrialPlan

@@ -169,7 +169,7 @@ def tiny_overrides(drawn_faces: Path, store_dir: Path) -> list[str]:
 def train(tiny_overrides: list[str]) -> Callable[..., dict]:
     """``train(place, *overrides)``: trains into the run folder ``place`` in this process and returns what ``fit`` did."""
     from rafce_ray.config import load_config
-    from rafce_ray.data.dataset import prepare
+    from rafce_ray.data.loader import prepare
     from rafce_ray.run.folder import RunFolder
     from rafce_ray.run.loop import fit
     from rafce_ray.run.session import Job, LocalSession

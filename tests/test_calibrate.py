@@ -501,7 +501,7 @@ def test_calibration_lowers_the_log_loss_of_held_out_drawn_faces(drawn_faces, st
     """Trained with positive weights, calibrated on validation, measured on the test split, which took no part in either."""
     from rafce_ray.bundle.bundle import load_bundle
     from rafce_ray.bundle.evaluate import evaluate_bundle
-    from rafce_ray.data.dataset import open_dataset, prepare
+    from rafce_ray.data.loader import open_dataset, prepare
     from rafce_ray.run.loop import fit
     from rafce_ray.run.session import Job, LocalSession
 

@@ -15,7 +15,7 @@ from rafce_ray.base.taxonomy import RAFCE_EMOTIONS, SEED18, Taxonomy, make_taxon
 from rafce_ray.bundle.bundle import save_bundle
 from rafce_ray.cli.compare import main
 from rafce_ray.config import config_hash, load_config
-from rafce_ray.data.dataset import open_dataset, prepare
+from rafce_ray.data.loader import open_dataset, prepare
 from rafce_ray.faces.preprocess import Preprocessing
 from rafce_ray.metrics.calibration import Calibration, Outputs
 from rafce_ray.metrics.comparison import difference, f1_of, score

@@ -9,8 +9,7 @@ from itertools import groupby
 import pytest
 
 from rafce_ray.bundle.bundle import load_bundle
-from rafce_ray.data.dataset import open_dataset, prepare
-from rafce_ray.data.loader import tally
+from rafce_ray.data.loader import open_dataset, prepare, tally
 from rafce_ray.run.folder import RunFolder
 
 pytestmark = [pytest.mark.ray, pytest.mark.long]

@@ -16,8 +16,7 @@ from rafce_ray.base.console import to_json
 from rafce_ray.base.errors import GateError, RafceError
 from rafce_ray.bundle.bundle import load_bundle
 from rafce_ray.config import load_config
-from rafce_ray.data.dataset import open_dataset, prepare
-from rafce_ray.data.loader import tally
+from rafce_ray.data.loader import open_dataset, prepare, tally
 from rafce_ray.run import state
 from rafce_ray.run.checkpoint import TRAINER_STATE, list_checkpoints
 from rafce_ray.run.folder import RunFolder

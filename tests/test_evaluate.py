@@ -17,7 +17,7 @@ from rafce_ray.bundle.evaluate import data_config_for, evaluate_bundle, open_for
 from rafce_ray.bundle.predictor import Predictor
 from rafce_ray.cli.evaluate import main
 from rafce_ray.config import load_config
-from rafce_ray.data.dataset import open_dataset, prepare
+from rafce_ray.data.loader import open_dataset, prepare
 from rafce_ray.faces.preprocess import Preprocessing
 from rafce_ray.metrics.calibration import Calibration
 from rafce_ray.model.network import Architecture, build_model

@@ -26,7 +26,7 @@ from rafce_ray.base.object_store import PAUSES_S, StorageError, ask
 from rafce_ray.base.storage import locate
 from rafce_ray.cli import main as rafce
 from rafce_ray.config import DataConfig, load_config
-from rafce_ray.data.dataset import prepare
+from rafce_ray.data.loader import prepare
 from rafce_ray.registry.versions import add_version, version_names
 from rafce_ray.run.checkpoint import Checkpoint, list_checkpoints, newest_valid
 from rafce_ray.run.folder import RunFolder

@@ -14,7 +14,7 @@ from rafce_ray.base.errors import UsageError
 from rafce_ray.base.hardware import describe_software
 from rafce_ray.cli.replay import main
 from rafce_ray.config import config_hash, load_config, to_yaml
-from rafce_ray.data.dataset import prepare
+from rafce_ray.data.loader import prepare
 from rafce_ray.run.folder import RunFolder, open_finished
 from rafce_ray.run.replay import plan_replay
 from rafce_ray.run.reproduction import (

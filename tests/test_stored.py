@@ -23,7 +23,7 @@ from rafce_ray.bundle.bundle import load_bundle
 from rafce_ray.bundle.shards import Shards, open_shards, read_plan
 from rafce_ray.cli import main
 from rafce_ray.config import load_config
-from rafce_ray.data.dataset import open_dataset
+from rafce_ray.data.loader import open_dataset
 from rafce_ray.run.folder import RunFolder
 from rafce_ray.study.folder import StudyFolder
 from rafce_ray.study.trials import read_rungs

@@ -80,7 +80,7 @@ def test_a_run_on_ray_leaves_a_bundle_with_the_figures_it_reports(trained):
 
 
 def test_ray_and_a_plain_loop_give_the_same_weights(trained, overrides, tmp_path):
-    from rafce_ray.data.dataset import prepare
+    from rafce_ray.data.loader import prepare
     from rafce_ray.run.loop import fit
     from rafce_ray.run.session import Job, LocalSession
 

@@ -11,7 +11,7 @@ from rafce_ray.bundle.bundle import load_bundle
 from rafce_ray.bundle.evaluate import data_config_for, evaluate_bundle, open_for_bundle
 from rafce_ray.config import DataConfig, load_config
 from rafce_ray.data.audit import render
-from rafce_ray.data.dataset import prepare
+from rafce_ray.data.loader import prepare
 from rafce_ray.run.folder import RunFolder
 from rafce_ray.run.loop import fit
 from rafce_ray.run.session import Job, LocalSession

@@ -95,7 +95,7 @@ def test_the_seeds_recipe_reaches_the_seeds_au_f1_and_reading_the_labels_is_what
 
 def test_a_trial_trains_what_its_folder_says_and_its_figures_are_those_of_a_plain_loop(finished, tmp_path):
     from rafce_ray.base.console import to_json
-    from rafce_ray.data.dataset import prepare
+    from rafce_ray.data.loader import prepare
     from rafce_ray.run.loop import fit
     from rafce_ray.run.session import Job, LocalSession
 
@@ -127,7 +127,7 @@ def test_a_trial_that_cannot_be_trained_is_named_and_does_not_stop_the_others(
     overrides, ray_cluster_of_tests, tmp_path, capsys
 ):
     """Two trainings, one of which has images that its network cannot cut into patches."""
-    from rafce_ray.data.dataset import Readings, prepare
+    from rafce_ray.data.loader import Readings, prepare
     from rafce_ray.tune.sweep import train_seeds
     from rafce_ray.tune.trials import Settings
 

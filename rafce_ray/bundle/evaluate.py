@@ -18,7 +18,7 @@ from rafce_ray.base.taxonomy import Taxonomy, class_named, make_taxonomy
 from rafce_ray.bundle.bundle import Bundle
 from rafce_ray.bundle.predictor import Predictor
 from rafce_ray.config import DataConfig, apply_overrides, build_config
-from rafce_ray.data.dataset import Dataset, open_dataset, prepare
+from rafce_ray.data.loader import Dataset, open_dataset, prepare
 from rafce_ray.data.records import SPLITS, Progress, Targets
 from rafce_ray.metrics.calibration import (
     Calibration,

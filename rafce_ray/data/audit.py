@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import json
+import os
+import shlex
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,13 +20,531 @@ from rich.table import Table
 from rich.text import Text
 
 from rafce_ray.base.console import LEVEL_STYLES, printable
-from rafce_ray.base.errors import LEVELS, Finding, GateError
-from rafce_ray.base.taxonomy import Taxonomy
+from rafce_ray.base.errors import LEVELS, Evidence, Finding, GateError, Level
+from rafce_ray.base.taxonomy import (
+    PERHAPS_UNKNOWN_WORDS,
+    RAFCE_EMOTIONS,
+    SEED18,
+    UNKNOWN_WORDS,
+    Taxonomy,
+    action_unit_code,
+    label_key,
+    parse_action_unit_token,
+)
 from rafce_ray.config import DataConfig
-from rafce_ray.data.audit_checks import audit_command, count_action_units, label_findings, tokens_outside
+from rafce_ray.data import label_file
 from rafce_ray.data.audit_images import image_findings
-from rafce_ray.data.labels import read_labels, resolve_targets, resolve_taxonomy
-from rafce_ray.data.records import SPLITS, Labels, Progress, Targets
+from rafce_ray.data.labels import in_label_order, read_labels, resolve_targets, resolve_taxonomy
+from rafce_ray.data.records import (
+    MAX_UNREADABLE_SHARE,
+    SPLITS,
+    Labels,
+    NearImage,
+    Progress,
+    Targets,
+    counted,
+    evidence_of,
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What every check looks at; ``usable`` marks train rows that have an image, whose action units are
+    counted in ``train_known`` and ``train_positives`` (A,)."""
+
+    labels: Labels
+    taxonomy: Taxonomy
+    targets: Targets
+    data: DataConfig
+    usable: npt.NDArray[np.bool_]
+    train_known: npt.NDArray[np.int64]
+    train_positives: npt.NDArray[np.int64]
+
+    @property
+    def has_rafce_classes(self) -> bool:
+        """Whether layout and classes are RAF-CE's, so that its published counts say what is natural."""
+        return self.labels.layout == "rafce" and self.taxonomy.emotions == tuple(RAFCE_EMOTIONS)
+
+    @property
+    def all_images_missing(self) -> bool:
+        """Whether no row has an image. That alone is refused; its consequences are not reported."""
+        paths = self.labels.table["image_path"]
+        return len(paths) > 0 and paths.null_count == len(paths)
+
+    def split_sizes(self) -> dict[str, int]:
+        """Labelled rows per split."""
+        return {split: int((self.targets.split == code).sum()) for code, split in enumerate(SPLITS)}
+
+    def rows(
+        self, mask: npt.NDArray[np.bool_], file: str | None, line_column: str, value_column: str | None
+    ) -> tuple[Evidence, ...]:
+        """Evidence for label rows, with their line."""
+        table = self.labels.table
+        return evidence_of(
+            Evidence(
+                str(table["name"][row].as_py()) + (f": {table[value_column][row].as_py()!r}" if value_column else ""),
+                file,
+                table[line_column][row].as_py(),
+            )
+            for row in np.flatnonzero(mask).tolist()
+        )
+
+
+def count_action_units(
+    action_units: npt.NDArray[np.float32], rows: npt.NDArray[np.bool_]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Known and positive elements per action unit, (A,) each, among the rows (N,) of the targets (N, A)."""
+    # Column by column: copies of the whole matrix would show in the memory of large datasets.
+    known = np.zeros(action_units.shape[1], np.int64)
+    positives = np.zeros(action_units.shape[1], np.int64)
+    for column in range(action_units.shape[1]):
+        values = action_units[rows, column]
+        known[column] = np.count_nonzero(~np.isnan(values))
+        positives[column] = np.count_nonzero(values == 1)
+    return known, positives
+
+
+def tokens_outside(token_counts: Mapping[str, int], taxonomy: Taxonomy) -> dict[str, int]:
+    """Action-unit tokens, as written, that are readable but not in the vocabulary, the most frequent first."""
+    numbers = {token: parse_action_unit_token(token) for token in token_counts}
+    outside = [token for token, one in numbers.items() if one is not None and one not in taxonomy.action_units]
+    return {token: token_counts[token] for token in sorted(outside, key=lambda token: (-token_counts[token], token))}
+
+
+def value_counts(column: pa.ChunkedArray) -> list[tuple[str, int]]:
+    """Distinct values that are not null, with their counts, the most frequent first."""
+    counts = pc.value_counts(pc.drop_null(column)).to_pylist()
+    return sorted(((item["values"], item["counts"]) for item in counts), key=lambda pair: -pair[1])
+
+
+def audit_command(data: DataConfig, root: str | None = None, **changed: str) -> str:
+    """The command that audits the data as they are read here; ``root``: where they are, unless ``data.root`` says it.
+
+    ``changed``: keys of the section ``data`` to add, with their text.
+    """
+    keys = ("layout", "images", "encoding", "au_threshold")
+    given = {key: getattr(data, key) for key in keys if getattr(data, key) != DataConfig.model_fields[key].default}
+    given |= changed
+    return shlex.join(["rafce", "data", "audit", root or str(data.root), *(f"data.{k}={v}" for k, v in given.items())])
+
+
+MIN_CLASS_IMAGES = 10
+"""A class with fewer images in a split is pointed out."""
+
+WITHOUT_SPLITS = ("no_split_column", "no_split_folders", "no_partition_file")
+"""Refusals of a dataset of which no image is in a split."""
+
+_MAX_MISSING_SHARE = 0.05
+
+
+def label_findings(labels: Labels, taxonomy: Taxonomy, targets: Targets, data: DataConfig) -> list[Finding]:
+    """All findings of labels and file names that reading them did not report."""
+    has_image = np.asarray(pc.is_valid(labels.table["image_path"]))
+    usable = (targets.split == SPLITS.index("train")) & has_image
+    case = Case(labels, taxonomy, targets, data, usable, *count_action_units(targets.action_units, usable))
+    checks: tuple[Callable[[Case], Iterator[Finding]], ...] = (
+        _check_tasks,
+        _check_splits,
+        _check_known_sizes,
+        _check_files,
+        _check_emotions,
+        _check_spellings,
+        _check_number_of_classes,
+        _check_class_sizes,
+        _check_targets,
+        _check_unreadable,
+        _check_vocabulary,
+        _check_each,
+        _check_token_shapes,
+    )
+    if any(finding.code in WITHOUT_SPLITS for finding in labels.findings):
+        # The other checks look at splits.
+        checks = (_check_tasks, _check_files)
+    return [finding for check in checks for finding in check(case)]
+
+
+def _check_tasks(case: Case) -> Iterator[Finding]:
+    labels, taxonomy = case.labels, case.taxonomy
+    if not taxonomy.emotions and not taxonomy.action_units:
+        message = "there is neither an emotion nor an action unit to train"
+        remedy = "Set data.emotions or data.action_units to what the labels hold."
+        yield Finding("refusal", "nothing_to_train", message, remedy)
+        return
+    if not labels.has_emotions:
+        level: Level = "warning" if isinstance(case.data.emotions, tuple) else "info"
+        yield Finding(level, "action_units_only", "there are no emotion labels: action units are trained alone")
+    if not labels.has_action_units:
+        level = "warning" if isinstance(case.data.action_units, tuple) else "info"
+        yield Finding(level, "emotions_only", "there are no action-unit labels: emotions are trained alone")
+
+
+def _check_splits(case: Case) -> Iterator[Finding]:
+    sizes = case.split_sizes()
+    evidence = tuple(Evidence(f"{split}: {size} rows") for split, size in sizes.items())
+    if not case.usable.any() and case.labels.table["image_path"].null_count < case.labels.table.num_rows:
+        message = "no image is in the train split"
+        yield Finding("refusal", "no_train_images", message, "Assign images to train.", 1, evidence)
+    if not sizes["validation"]:
+        message = "no image is in the validation split: the best epoch cannot be chosen"
+        yield Finding("error", "no_validation_images", message, "Assign images to validation.", 1, evidence)
+    if not sizes["test"]:
+        yield Finding("info", "no_test_images", "no image is in the test split", "", 1, evidence)
+    if 0 < sizes["train"] < max(sizes.values()):
+        message = "train is not the largest split: the partition codes look swapped"
+        remedy = "In RAF-CE's files 0 is train, 1 test and 2 validation."
+        yield Finding("warning", "partitions_look_swapped", message, remedy, 1, evidence)
+
+
+def _check_known_sizes(case: Case) -> Iterator[Finding]:
+    """Compare with the published sizes, where the dataset is RAF-CE by its classes and its size."""
+    sizes, known = case.split_sizes(), label_file.SPLIT_SIZES
+    close_in_size = abs(case.labels.table.num_rows - label_file.NUM_LABELLED) <= 0.02 * label_file.NUM_LABELLED
+    two_match = len(set(sizes.values()) & set(known.values())) >= 2
+    if not case.has_rafce_classes or not (close_in_size or two_match) or sizes == known:
+        return
+    evidence = tuple(Evidence(f"{split}: {sizes[split]} rows, RAF-CE has {known[split]}") for split in SPLITS)
+    swapped = abs(sizes["test"] - known["validation"]) + abs(sizes["validation"] - known["test"])
+    straight = abs(sizes["test"] - known["test"]) + abs(sizes["validation"] - known["validation"])
+    if swapped < straight and sizes["train"] == max(sizes.values()):
+        message = "test and validation have each other's size: the partition codes look swapped"
+        remedy = "In RAF-CE's files 1 is test (909 images) and 2 validation (931)."
+        yield Finding("warning", "partitions_look_swapped", message, remedy, 1, evidence)
+        return
+    message = "the split sizes are not RAF-CE's"
+    yield Finding(
+        "warning", "split_sizes_differ", message, "Compare the label files with the published ones.", 1, evidence
+    )
+
+
+def _check_files(case: Case) -> Iterator[Finding]:
+    labels = case.labels
+    paths = labels.table["image_path"]
+    num_missing = paths.null_count
+    if num_missing:
+        missing = np.asarray(pc.is_null(paths))
+        share = num_missing / len(paths)
+        level: Level = "refusal" if num_missing == len(paths) else "error" if share > _MAX_MISSING_SHARE else "warning"
+        message = f"{num_missing} of {len(paths)} labelled images are missing from {labels.image_root}"
+        line_column = "emotion_line" if labels.has_emotions else "au_line"
+        evidence = case.rows(missing, labels.emotion_file or labels.au_file, line_column, None)
+        remedy = "Add the images, or name their folder with data.images=FOLDER."
+        near = labels.near_images
+        if near:
+            kinds = Counter(image.difference for image in near.values())
+            alike = ", ".join(f"{number} {difference}" for difference, number in kinds.items())
+            message += f"; files of nearly these names lie there: {alike}"
+            evidence = tuple(
+                replace(item, detail=f"{item.detail}: {near[item.detail].path} is there")
+                if item.detail in near
+                else item
+                for item in sorted(evidence, key=lambda item: item.detail not in near)
+            )
+            remedy = _near_remedy(case, near)
+        yield Finding(level, "missing_images", message, remedy, num_missing, evidence)
+    if labels.num_extra_images:
+        message = f"{labels.num_extra_images} images have no label row and are not used"
+        yield Finding("info", "extra_images", message, "", labels.num_extra_images)
+
+
+def _near_remedy(case: Case, near: dict[str, NearImage]) -> str:
+    """The command that sets the images' folder, where only that differs; else the advice to correct the names."""
+    folders = {os.path.split(image.path)[0] for image in near.values()}
+    if {image.difference for image in near.values()} == {"in another folder"} and len(folders) == 1:
+        [folder] = folders
+        if folder and not any("/" in name or "\\" in name for name in near):
+            return f"Name their folder: {audit_command(case.data, images=folder)}"
+    return "Write the names as the files are named, relative to the folder of images; or rename the files."
+
+
+def _check_emotions(case: Case) -> Iterator[Finding]:
+    labels, taxonomy = case.labels, case.taxonomy
+    if not taxonomy.emotions:
+        return
+    written = labels.table["emotion"]
+    words = UNKNOWN_WORDS | PERHAPS_UNKNOWN_WORDS
+    says_unknown = pa.array([text for text, _ in value_counts(written) if label_key(text) in words], pa.string())
+    is_unknown = (case.targets.emotion < 0) & np.asarray(pc.is_in(written, says_unknown))
+    num_written = len(written) - written.null_count - int(is_unknown.sum())
+    unknown = np.asarray(pc.is_valid(written)) & (case.targets.emotion < 0) & ~is_unknown
+    yield from _unknown_findings(case, is_unknown)
+    if unknown.any():
+        count = int(unknown.sum())
+        share = count / num_written
+        names = (
+            ", ".join(taxonomy.emotions)
+            if taxonomy.num_emotions <= 4
+            else f"the {taxonomy.num_emotions} of the taxonomy"
+        )
+        level: Level = "refusal" if share > MAX_UNREADABLE_SHARE else "warning"
+        message = (
+            f"{count} of {num_written} emotion labels ({share:.1%}) name no known class; these emotions are unknown"
+        )
+        remedy = f"Known are {names}, or their numbers from 0. Set data.emotions=[...] if the dataset has others."
+        evidence = case.rows(unknown, labels.emotion_file, "emotion_line", "emotion")
+        yield Finding(level, "unknown_classes", message, remedy, count, evidence)
+    if not (case.targets.emotion[case.usable] >= 0).any() and not case.all_images_missing:
+        message = "there are emotion labels, but no train image has a known one"
+        remedy = "Check data.emotions and the split column; data.emotions=none leaves the task out."
+        evidence = tuple(Evidence(f"{count} rows say {text!r}") for text, count in value_counts(written)[:10])
+        yield Finding("refusal", "no_emotion_targets", message, remedy, 1, evidence)
+    codes = {int(text) for text, _ in value_counts(written) if text.isdecimal()}
+    if (
+        codes
+        and min(codes) == 1
+        and max(codes) == taxonomy.num_emotions
+        and not set(map(str, codes)) & set(taxonomy.emotions)
+    ):
+        message = f"class numbers run from 1 to {max(codes)}: they look as if they started at 1, not at 0"
+        yield Finding("error", "classes_look_one_based", message, "Subtract 1 from every class number.")
+
+
+def _unknown_findings(case: Case, is_unknown: npt.NDArray[np.bool_]) -> Iterator[Finding]:
+    """Words that stand for no label. A word that may also be a class is refused if data.emotions lists no classes."""
+    counts = value_counts(case.labels.table["emotion"].filter(pa.array(is_unknown)))
+    may_be_class = [(text, count) for text, count in counts if label_key(text) in PERHAPS_UNKNOWN_WORDS]
+    if case.data.emotions != "auto" or case.taxonomy.emotions == tuple(RAFCE_EMOTIONS):
+        may_be_class = []
+    sure = [pair for pair in counts if pair not in may_be_class]
+    if may_be_class:
+        classes = _class_names(case)
+        with_them = in_label_order([*classes, *(text for text, _ in may_be_class)])
+        message = f"{_counts(may_be_class)}: that may be a class, or say that the emotion is unknown"
+        as_class = _with_emotions(case, with_them)
+        remedy = f"If it is unknown: `{_with_emotions(case, classes)}`. If it is a class: `{as_class}`."
+        yield _words_finding(case, may_be_class, "refusal", "class_or_unknown", message, remedy)
+    if sure:
+        remedy = "If that is a class, list it in data.emotions."
+        yield _words_finding(case, sure, "info", "emotions_unknown", f"{_counts(sure)}: read as unknown", remedy)
+
+
+def _words_finding(
+    case: Case, words: list[tuple[str, int]], level: Level, code: str, message: str, remedy: str
+) -> Finding:
+    mask = np.asarray(pc.is_in(case.labels.table["emotion"], pa.array([text for text, _ in words])))
+    evidence = case.rows(mask, case.labels.emotion_file, "emotion_line", "emotion")
+    return Finding(level, code, message, remedy, int(mask.sum()), evidence)
+
+
+def _counts(words: list[tuple[str, int]]) -> str:
+    total = sum(count for _, count in words)
+    listed = repr(words[0][0]) if len(words) == 1 else ", ".join(f"{text!r} ({count})" for text, count in words)
+    return f"{counted(total, 'emotion label')} {'says' if total == 1 else 'say'} {listed}"
+
+
+def _with_emotions(case: Case, names: list[str]) -> str:
+    """The command that audits the data with these classes. Training takes the same option."""
+    return audit_command(case.data, emotions=json.dumps(names, ensure_ascii=False))
+
+
+def _spellings(case: Case) -> dict[str, list[tuple[str, int]]]:
+    """Spellings of each class with their counts, the most frequent first, by :func:`label_key`."""
+    groups: dict[str, list[tuple[str, int]]] = {}
+    for text, count in value_counts(case.labels.table["emotion"]):
+        if label_key(text) not in UNKNOWN_WORDS | PERHAPS_UNKNOWN_WORDS:
+            groups.setdefault(label_key(text), []).append((text, count))
+    return groups
+
+
+def _class_names(case: Case) -> list[str]:
+    """The classes of the labels as they would be listed, each in its most frequent spelling."""
+    return in_label_order(spellings[0][0] for spellings in _spellings(case).values())
+
+
+def _shown(text: str) -> str:
+    """In quotes, with what cannot be seen in an editor (combining marks, no-break spaces) as its code."""
+    return f"'{text}'" if text.isascii() or text == unicodedata.normalize("NFKC", text) else ascii(text)
+
+
+def _check_spellings(case: Case) -> Iterator[Finding]:
+    """Class names that differ only as spellings do: classes of their own where nothing says that they are one."""
+    if case.data.emotions != "auto" or not case.taxonomy.emotions or case.taxonomy.emotions == tuple(RAFCE_EMOTIONS):
+        return
+    several = [spellings for spellings in _spellings(case).values() if len(spellings) > 1]
+    if not several:
+        return
+    table = case.labels.table
+    evidence = []
+    for spellings in several:
+        first = pc.index(table["emotion"], spellings[-1][0]).as_py()
+        told = ", ".join(f"{_shown(text)} ({counted(count, 'row')})" for text, count in spellings)
+        evidence.append(Evidence(told, case.labels.emotion_file, table["emotion_line"][first].as_py()))
+    names = "; ".join(item.detail for item in evidence[:3])
+    message = f"classes with more than one spelling: {names}" + ("; ..." if len(several) > 3 else "")
+    remedy = (
+        f"To train each as one class: `{_with_emotions(case, _class_names(case))}`. "
+        f"To keep them apart: `{_with_emotions(case, list(case.taxonomy.emotions))}`."
+    )
+    yield Finding("refusal", "spellings_of_classes", message, remedy, len(several), tuple(evidence))
+
+
+def _check_number_of_classes(case: Case) -> Iterator[Finding]:
+    """Refuse a single class: there is nothing to learn."""
+    known = case.targets.emotion[case.usable & (case.targets.emotion >= 0)]
+    if len(np.unique(known)) != 1:
+        return
+    name = case.taxonomy.emotions[int(known[0])]
+    message = f"all {len(known)} train images with a known emotion say {name!r}: there is nothing to learn"
+    remedy = "Add images of other classes to the train split"
+    if case.train_positives.any():
+        remedy += "; to train the action units alone: data.emotions=none"
+    counts = value_counts(case.labels.table["emotion"])[:10]
+    evidence = tuple(Evidence(f"{counted(count, 'row')} of all splits: {text!r}") for text, count in counts)
+    yield Finding("refusal", "one_class", message, f"{remedy}.", 1, evidence)
+
+
+def _check_class_sizes(case: Case) -> Iterator[Finding]:
+    """Small classes: worth knowing; a warning where the class should be larger, or where nothing is known of it."""
+    sizes = case.split_sizes()
+    few: dict[Level, list[tuple[str, str, Evidence]]] = {"info": [], "warning": []}
+    for code, split in enumerate(SPLITS):
+        if not sizes[split]:
+            continue
+        known = case.targets.emotion[(case.targets.split == code) & (case.targets.emotion >= 0)]
+        for label, count in enumerate(np.bincount(known, minlength=case.taxonomy.num_emotions).tolist()):
+            if count >= MIN_CLASS_IMAGES:
+                continue
+            level: Level = "warning" if split == "train" else "info"
+            if case.has_rafce_classes:
+                expected = label_file.CLASS_COUNTS[split][label] * sizes[split] / label_file.SPLIT_SIZES[split]
+                level = "warning" if label_file.is_surprisingly_few(count, expected) else "info"
+            name = case.taxonomy.emotions[label]
+            few[level].append((split, name, Evidence(f"{split}: {count} images of {name}")))
+    for level, found in few.items():
+        if found:
+            evidence = tuple(one for _, _, one in found)
+            message = (
+                f"{len({name for _, name, _ in found})} of {case.taxonomy.num_emotions} classes have under {MIN_CLASS_IMAGES} images in "
+                f"{' or '.join(dict.fromkeys(split for split, _, _ in found))}: their figures mean little"
+            )
+            remedy = "Add images of these classes, or look at macro-F1 over supported classes."
+            yield Finding(level, "classes_under_10", message, remedy, len(evidence), evidence)
+
+
+def _check_targets(case: Case) -> Iterator[Finding]:
+    labels, data = case.labels, case.data
+    if not labels.has_action_units or data.action_units == "none":
+        return
+    if not case.taxonomy.action_units:
+        wanted = (
+            f"{data.min_train_positives} train positives" if data.action_units == "auto" else "a column in the table"
+        )
+        message = f"no action unit of the vocabulary {data.action_units!r} has {wanted}"
+        remedy = "Set data.action_units to a list, to auto with a lower data.min_train_positives, or to none."
+        yield Finding("refusal", "no_action_unit_positives", message, remedy)
+        return
+    if case.train_positives.any() or case.all_images_missing:
+        return
+    states = dict(value_counts(labels.table["au_state"]))
+    evidence = _unreadable(labels)
+    evidence += [Evidence(f"{count} rows are {state}") for state, count in states.items()]
+    message = "there are action-unit labels, but no train image has a positive one: there is nothing to learn"
+    remedy = (
+        "Check how the labels are written (1+4+25 in RAF-CE's file; 1, 0 or blank in a table) and data.action_units; "
+        "data.action_units=none leaves the task out."
+    )
+    yield Finding("refusal", "no_action_unit_positives", message, remedy, 1, tuple(evidence))
+
+
+def _unreadable(labels: Labels) -> list[Evidence]:
+    """Where reading found action-unit labels that it could not read."""
+    found = (finding for finding in labels.findings if finding.code == "unreadable_action_units")
+    return [evidence for finding in found for evidence in finding.evidence]
+
+
+def _check_unreadable(case: Case) -> Iterator[Finding]:
+    """Refuse where more than one in a hundred labels that say something cannot be read."""
+    labels = case.labels
+    if case.data.action_units == "none":
+        return
+    states = dict(value_counts(labels.table["au_state"]))
+    unreadable = states.get("unreadable", 0)
+    labelled = unreadable + states.get("full", 0) + states.get("partial", 0)
+    if not labelled or unreadable / labelled <= MAX_UNREADABLE_SHARE:
+        return
+    reported = _unreadable(labels)
+    mask = np.asarray(pc.equal(labels.table["au_state"], "unreadable"))
+    evidence = tuple(reported) or case.rows(mask, labels.au_file, "au_line", None)
+    share = unreadable / labelled
+    message = (
+        f"{unreadable} of {labelled} non-null action-unit rows ({share:.1%}) cannot be read; "
+        f"at most {MAX_UNREADABLE_SHARE:.0%} may be"
+    )
+    remedy = "Write action units as numbers joined by '+', such as 1+4+L12, or null; in a table as 1, 0 or blank."
+    yield Finding("refusal", "too_many_unreadable_action_units", message, remedy, unreadable, evidence)
+
+
+def _check_vocabulary(case: Case) -> Iterator[Finding]:
+    labels, taxonomy, data = case.labels, case.taxonomy, case.data
+    if not taxonomy.action_units:
+        return
+    level: Level
+    wanted = (
+        SEED18 if data.action_units == "seed18" else data.action_units if isinstance(data.action_units, tuple) else ()
+    )
+    left_out = [number for number in wanted if number not in taxonomy.action_units]
+    if left_out:
+        level = "info" if data.action_units == "seed18" else "warning"
+        message = f"no column for {', '.join(map(action_unit_code, left_out))}: left out of the vocabulary"
+        yield Finding(level, "action_units_without_column", message, "", len(left_out))
+    if outside := tokens_outside(labels.token_counts, taxonomy):
+        evidence = evidence_of(Evidence(f"{token}: {count}") for token, count in outside.items())
+        message = f"{sum(outside.values())} action-unit tokens of {len(outside)} kinds are outside the vocabulary"
+        remedy = f"data.action_units=auto takes every action unit with {data.min_train_positives} train positives."
+        # The makers of a table chose its columns: each one that is left out is reported.
+        enough = max(outside.values()) >= data.min_train_positives
+        chosen = labels.layout != "table" or isinstance(data.action_units, tuple)
+        level = "warning" if enough and not chosen else "info"
+        yield Finding(level, "tokens_outside_vocabulary", message, remedy, sum(outside.values()), evidence)
+
+
+def _check_each(case: Case) -> Iterator[Finding]:
+    if not case.train_positives.any():
+        return
+    never: dict[Level, list[Evidence]] = {"info": [], "warning": []}
+    always = []
+    num_reference = label_file.SPLIT_SIZES["train"] - label_file.NUM_NULL_TRAIN
+    for number, count, num_known in zip(
+        case.taxonomy.action_units, case.train_positives.tolist(), case.train_known.tolist(), strict=True
+    ):
+        code = action_unit_code(number)
+        if count == 0:
+            level: Level = "warning"
+            if case.has_rafce_classes and case.data.action_units == "seed18":
+                expected = label_file.TRAIN_POSITIVES.get(number, 0) * num_known / num_reference
+                level = "warning" if label_file.is_surprisingly_few(0, expected) else "info"
+            never[level].append(Evidence(f"{code}: 0 of {num_known} known train rows"))
+        elif count == num_known:
+            always.append(Evidence(f"{code}: all {num_known} known train rows"))
+    for level, evidence in never.items():
+        if evidence:
+            message = f"{len(evidence)} action units of the vocabulary have no positive in train and cannot be learned"
+            remedy = "Leave them out: data.action_units=auto, or a list."
+            yield Finding(level, "action_units_without_positives", message, remedy, len(evidence), tuple(evidence))
+    if always:
+        message = (
+            f"{len(always)} action units are present in every known train row: the model would learn to always say yes"
+        )
+        remedy = "If null means that none is there, set data.null_policy=negative; else leave them out."
+        yield Finding("warning", "action_units_without_negatives", message, remedy, len(always), tuple(always))
+
+
+def _check_token_shapes(case: Case) -> Iterator[Finding]:
+    """Tokens that are more than a number: read as their base action unit, and counted."""
+    if case.labels.layout != "rafce":
+        return
+    shaped = [
+        (token, count)
+        for token, count in case.labels.token_counts.items()
+        if not token.isdecimal() and parse_action_unit_token(token) is not None
+    ]
+    if not shaped:
+        return
+    shaped.sort(key=lambda item: -item[1])
+    total = sum(count for _, count in shaped)
+    evidence = evidence_of(Evidence(f"{token}: {count}") for token, count in shaped)
+    message = f"{total} action-unit tokens carry a side, prefix or intensity and count for their base action unit"
+    yield Finding("info", "shaped_tokens", message, "", total, evidence)
+
 
 _EVIDENCE_IN_MESSAGE = 5
 

@@ -25,7 +25,7 @@ from rafce_ray.base.taxonomy import (
     make_taxonomy,
 )
 from rafce_ray.config import DataConfig
-from rafce_ray.data import rafce, table
+from rafce_ray.data import label_file, table
 from rafce_ray.data.label_file import refuse_broken_link
 from rafce_ray.data.listing import image_columns, list_images
 from rafce_ray.data.records import LABEL_SCHEMA, NUM_VOTES, SPLIT_NAMES, SPLITS, EvidenceList, Labels, Targets, counted
@@ -62,7 +62,7 @@ def _read_labels(root: Location, data: DataConfig) -> Labels:
             f"data.root={data.root!r}: nothing is there. Give the folder of the label files, or a CSV or Parquet table."
         )
     found = table.find_table(root)
-    in_rafce_layout = rafce.is_rafce(root)
+    in_rafce_layout = label_file.is_rafce(root)
     if data.layout == "auto" and found is not None and in_rafce_layout:
         raise UsageError(
             f"{root}: holds RAF-CE's label files and {found.name}. Choose: data.layout=rafce or data.layout=table."
@@ -70,15 +70,15 @@ def _read_labels(root: Location, data: DataConfig) -> Labels:
     if data.layout in ("auto", "table") and found is not None:
         return table.read(found, data)
     if data.layout in ("auto", "rafce") and in_rafce_layout:
-        return rafce.read(root, data.images, data.encoding)
+        return label_file.read(root, data.images, data.encoding)
     in_folders = _read_class_folders(root, data) if data.layout in ("auto", "folders") else None
     if in_folders is not None:
         return in_folders
     expected = {
-        "rafce": f"{rafce.EMOTION_FILE} or {rafce.ACTION_UNIT_FILE}",
+        "rafce": f"{label_file.EMOTION_FILE} or {label_file.ACTION_UNIT_FILE}",
         "table": " or ".join(table.TABLE_NAMES),
         "folders": "class folders such as train/smiling/",
-        "auto": f"{rafce.EMOTION_FILE}, {rafce.ACTION_UNIT_FILE}, a table {' or '.join(table.TABLE_NAMES)}, or class "
+        "auto": f"{label_file.EMOTION_FILE}, {label_file.ACTION_UNIT_FILE}, a table {' or '.join(table.TABLE_NAMES)}, or class "
         "folders such as train/smiling/",
     }
     raise UsageError(

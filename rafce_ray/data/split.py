@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 from rafce_ray.base.errors import GateError, UsageError
 from rafce_ray.base.storage import Location, locate
 from rafce_ray.config import DataConfig
-from rafce_ray.data import rafce, table
-from rafce_ray.data.audit_checks import WITHOUT_SPLITS
+from rafce_ray.data import label_file, table
+from rafce_ray.data.audit import WITHOUT_SPLITS
 from rafce_ray.data.label_file import title_key
 from rafce_ray.data.labels import read_labels
 from rafce_ray.data.records import SPLITS, Labels
@@ -78,7 +78,7 @@ def write_split(
     if cells is not None:
         written.write_bytes(_copied(cells, split_of))
     elif labels.layout == "rafce":
-        code_of = {split: code for code, split in rafce.PARTITIONS.items()}
+        code_of = {split: code for code, split in label_file.PARTITIONS.items()}
         written.write_bytes("".join(f"{name} {code_of[split]}\n" for name, split in split_of.items()).encode())
     else:
         rows = zip(names, split_of.values(), labels.table["emotion"].to_pylist(), strict=True)
@@ -182,7 +182,7 @@ def _labelled(labels_table: pa.Table) -> tuple[npt.NDArray[np.int64], npt.NDArra
 
 def _target(labels: Labels, source: Location | None) -> Location:
     if labels.layout == "rafce":
-        return labels.root / rafce.PARTITION_FILE
+        return labels.root / label_file.PARTITION_FILE
     name = "labels.csv" if source is None else source.name
     stem, _, ending = name.rpartition(".")
     return labels.root / f"{stem}.split.{ending}"

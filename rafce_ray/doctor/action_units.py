@@ -14,7 +14,7 @@ import numpy as np
 
 from rafce_ray.base.errors import Level
 from rafce_ray.base.figures import FIGURES
-from rafce_ray.data.rafce import ACTION_UNIT_FILE
+from rafce_ray.data.label_file import ACTION_UNIT_FILE
 from rafce_ray.data.records import MAX_UNREADABLE_SHARE
 from rafce_ray.doctor.evidence import Cause, Diagnosis, Evidence, Step, audit_command, bounds, diagnose, figure
 

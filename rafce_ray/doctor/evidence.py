@@ -18,7 +18,7 @@ from rafce_ray.base.figures import monitor_for
 from rafce_ray.base.storage import locate
 from rafce_ray.base.taxonomy import Taxonomy, make_taxonomy, parse_action_unit_token
 from rafce_ray.config import Config, flatten, parse_yaml
-from rafce_ray.data import audit_checks
+from rafce_ray.data import audit
 from rafce_ray.data.table import TABLE_EXTENSIONS
 from rafce_ray.metrics.calibration import Calibration
 from rafce_ray.metrics.split_outputs import SplitOutputs
@@ -297,7 +297,7 @@ def resume_command(evidence: Evidence, patch: Mapping[str, Any]) -> str | None:
 
 def audit_command(evidence: Evidence) -> str:
     """The command that shows what is in the labels."""
-    return audit_checks.audit_command(evidence.config.data, _found_root(evidence))
+    return audit.audit_command(evidence.config.data, _found_root(evidence))
 
 
 def _command(evidence: Evidence, patch: Mapping[str, Any], storage: str | None, name: str) -> str:

@@ -21,7 +21,7 @@ from rafce_ray.base.taxonomy import ACTION_UNIT_NAMES, Taxonomy, action_unit_cod
 from rafce_ray.bundle.bundle import load_bundle, read_taxonomy
 from rafce_ray.bundle.evaluate import data_config_for, evaluate_outputs, open_for_bundle, split_outputs
 from rafce_ray.config import Config, DataConfig, apply_overrides, build_config
-from rafce_ray.data.dataset import Dataset, open_dataset
+from rafce_ray.data.loader import Dataset, open_dataset
 from rafce_ray.data.store import META
 from rafce_ray.doctor.evidence import Diagnosis, Evidence
 from rafce_ray.doctor.rules import examine_run

@@ -11,7 +11,7 @@ import numpy as np
 from rafce_ray.bundle.bundle import load_bundle, save_bundle
 from rafce_ray.bundle.evaluate import EVALUATION_BATCH, evaluate_outputs, split_outputs
 from rafce_ray.bundle.model_card import model_card
-from rafce_ray.data.dataset import Dataset
+from rafce_ray.data.loader import Dataset
 from rafce_ray.metrics.calibration import Calibration, calibrated, cross_fitted, fit_calibration
 from rafce_ray.metrics.consistency import Association, estimate_association
 from rafce_ray.metrics.counts import with_score

@@ -16,7 +16,7 @@ from rafce_ray.base.errors import UsageError
 from rafce_ray.base.hardware import choose_device, describe_hardware, describe_software
 from rafce_ray.base.storage import Location, locate
 from rafce_ray.config import LONGEST_NAME, Config, apply_overrides, build_config, config_hash, differences
-from rafce_ray.data.dataset import Prepared, prepare
+from rafce_ray.data.loader import Prepared, prepare
 from rafce_ray.run.folder import TRIALS, RunFolder
 from rafce_ray.run.reproduction import (
     Circumstance,

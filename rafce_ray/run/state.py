@@ -16,9 +16,8 @@ from rafce_ray.base.figures import FIGURES, monitor_for
 from rafce_ray.base.hardware import resolve_precision
 from rafce_ray.bundle.bundle import read_weights, save_bundle
 from rafce_ray.config import Config, LossConfig
-from rafce_ray.data.audit_checks import audit_command
-from rafce_ray.data.dataset import Dataset, open_dataset
-from rafce_ray.data.loader import Batch, ImageSource, TrainLoader, check_shares
+from rafce_ray.data.audit import audit_command
+from rafce_ray.data.loader import Batch, Dataset, ImageSource, TrainLoader, check_shares, open_dataset
 from rafce_ray.faces.preprocess import Preprocessing, build_augmentation, resize_and_normalise, to_unit
 from rafce_ray.metrics.calibration import Calibration
 from rafce_ray.model.losses import MultiTaskLoss, Objective, build_loss, class_weights

@@ -17,7 +17,7 @@ from rafce_ray.base.storage import Location
 from rafce_ray.base.taxonomy import Taxonomy
 from rafce_ray.bundle.bundle import Bundle, load_bundle
 from rafce_ray.bundle.evaluate import data_config_for, open_for_bundle, split_outputs
-from rafce_ray.data.dataset import Dataset
+from rafce_ray.data.loader import Dataset
 from rafce_ray.data.records import Progress
 from rafce_ray.metrics.comparison import (
     NO_SPREAD,

@@ -24,8 +24,8 @@ from rafce_ray.config import (
     config_hash,
     differences,
 )
-from rafce_ray.data.audit_checks import audit_command
-from rafce_ray.data.dataset import Prepared, prepare
+from rafce_ray.data.audit import audit_command
+from rafce_ray.data.loader import Prepared, prepare
 from rafce_ray.run.folder import RunFolder
 from rafce_ray.run.replay import Plan
 from rafce_ray.run.session import Job

@@ -10,8 +10,7 @@ from rafce_ray.base.console import progress_bar, say, warn
 from rafce_ray.base.errors import UsageError, did_you_mean
 from rafce_ray.base.storage import locate
 from rafce_ray.config import Config, identity_of, with_values
-from rafce_ray.data.dataset import Prepared, Readings, prepare
-from rafce_ray.data.loader import batch_remark
+from rafce_ray.data.loader import Prepared, Readings, batch_remark, prepare
 from rafce_ray.study.ablation import Ablation, Arm, ablated_keys, ablation_arms, read_ablation, trial_name
 from rafce_ray.study.folder import StudyFolder
 from rafce_ray.study.trials import Training

@@ -15,7 +15,7 @@ from rafce_ray.base.console import progress_bar, say, to_json
 from rafce_ray.base.errors import RafceError, UsageError
 from rafce_ray.base.storage import locate
 from rafce_ray.config import Config, DataConfig, identity_of, with_values
-from rafce_ray.data.dataset import Prepared, Readings, open_dataset, prepare
+from rafce_ray.data.loader import Prepared, Readings, open_dataset, prepare
 from rafce_ray.model.pretrained import check_weights
 from rafce_ray.run.state import choose_splits
 from rafce_ray.study.checks import foreseen

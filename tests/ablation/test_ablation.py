@@ -9,7 +9,7 @@ from scipy.stats import t as student_t
 from rafce_ray.base.errors import UsageError
 from rafce_ray.cli.ablate import main
 from rafce_ray.config import differences, load_config
-from rafce_ray.data.dataset import prepare
+from rafce_ray.data.loader import prepare
 from rafce_ray.metrics.comparison import OverSeeds, Spread
 from rafce_ray.study import ablation as ablation
 from rafce_ray.study.ablation import EIGHT_CHANGES, GROUPS, Ablation, Contrast, Measured, ablation_arms, markdown, plot

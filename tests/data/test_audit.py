@@ -13,9 +13,9 @@ from PIL import Image, features
 from rafce_ray.base.console import to_json
 from rafce_ray.base.errors import GateError
 from rafce_ray.config import DataConfig
-from rafce_ray.data import rafce
+from rafce_ray.data import label_file
 from rafce_ray.data.audit import Audit, audit, require_trainable
-from rafce_ray.data.dataset import prepare
+from rafce_ray.data.loader import prepare
 
 LONDON = PHOTOGRAPHS / "london_smiles"
 CODES = {"train": 0, "test": 1, "validation": 2}
@@ -276,12 +276,14 @@ def test_classes_numbered_from_one_are_pointed_out(make_faces):
     assert "classes_look_one_based" in levels(audited(root, images=False))
 
 
-def write_rafce_sized(root: Path, codes: dict[str, int], num: dict[str, int] = rafce.SPLIT_SIZES) -> Path:
+def write_rafce_sized(root: Path, codes: dict[str, int], num: dict[str, int] = label_file.SPLIT_SIZES) -> Path:
     """Label files with RAF-CE's class counts; every image file is the same."""
     (root / "aligned").mkdir(parents=True)
     image = root / "one.jpg"
     cv2.imwrite(str(image), np.zeros((16, 16, 3), np.uint8))
-    rows = [(split, label) for split in num for label in np.repeat(range(14), rafce.CLASS_COUNTS[split])[: num[split]]]
+    rows = [
+        (split, label) for split in num for label in np.repeat(range(14), label_file.CLASS_COUNTS[split])[: num[split]]
+    ]
     for i in range(len(rows)):
         (root / "aligned" / f"{i:04d}_aligned.jpg").hardlink_to(image)
     lines = {
@@ -312,10 +314,14 @@ def test_split_sizes_are_compared_with_rafce_where_it_is_rafce(tmp_path):
 
 
 def test_known_class_counts_tell_natural_from_missing():
-    assert rafce.is_surprisingly_few(0, 8.0)
-    assert not rafce.is_surprisingly_few(0, 6.0)
-    assert not rafce.is_surprisingly_few(6, 6.0)
-    assert sum(map(sum, rafce.CLASS_COUNTS.values())) == rafce.NUM_LABELLED == sum(rafce.SPLIT_SIZES.values())
+    assert label_file.is_surprisingly_few(0, 8.0)
+    assert not label_file.is_surprisingly_few(0, 6.0)
+    assert not label_file.is_surprisingly_few(6, 6.0)
+    assert (
+        sum(map(sum, label_file.CLASS_COUNTS.values()))
+        == label_file.NUM_LABELLED
+        == sum(label_file.SPLIT_SIZES.values())
+    )
 
 
 def test_the_json_holds_everything_and_no_nan(make_faces):

@@ -12,9 +12,9 @@ from rafce_ray.base.taxonomy import make_taxonomy
 from rafce_ray.bundle.evaluate import open_for_bundle
 from rafce_ray.config import DataConfig, build_config, config_hash, load_config
 from rafce_ray.data.audit import audit
-from rafce_ray.data.dataset import prepare
 from rafce_ray.data.label_file import title_key
 from rafce_ray.data.labels import read_labels, resolve_targets, resolve_taxonomy
+from rafce_ray.data.loader import prepare
 from rafce_ray.data.store import store_key
 from rafce_ray.train.launch import tell_findings
 

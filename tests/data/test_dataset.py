@@ -4,8 +4,8 @@ import pytest
 from rafce_ray.base.errors import GateError
 from rafce_ray.base.taxonomy import make_taxonomy
 from rafce_ray.config import DataConfig
-from rafce_ray.data.dataset import open_dataset, prepare
 from rafce_ray.data.labels import read_labels, resolve_targets
+from rafce_ray.data.loader import open_dataset, prepare
 
 
 def config(root, store_dir, **data):

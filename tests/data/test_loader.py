@@ -4,8 +4,8 @@ import torch
 
 from rafce_ray.base.errors import UsageError
 from rafce_ray.base.taxonomy import make_taxonomy
-from rafce_ray.data.dataset import Dataset
 from rafce_ray.data.loader import (
+    Dataset,
     ImageSource,
     TrainLoader,
     balancing_weights,

@@ -7,7 +7,7 @@ from needs import PHOTOGRAPHS
 from rafce_ray.base.errors import UsageError
 from rafce_ray.base.taxonomy import Taxonomy, make_taxonomy
 from rafce_ray.config import DataConfig
-from rafce_ray.data import rafce
+from rafce_ray.data import label_file
 from rafce_ray.data.labels import Labels, read_labels, resolve_targets, resolve_taxonomy
 
 LONDON = PHOTOGRAPHS / "london_smiles"
@@ -178,7 +178,7 @@ def test_of_two_candidates_the_very_name_is_taken_and_the_other_reported(make_fa
 def test_a_folder_without_label_files_is_refused_with_what_was_expected(tmp_path):
     with pytest.raises(UsageError, match=r"RAFCE_emolabel\.txt"):
         read(tmp_path)
-    (tmp_path / rafce.PARTITION_FILE).write_text("a.jpg 0")
+    (tmp_path / label_file.PARTITION_FILE).write_text("a.jpg 0")
     with pytest.raises(UsageError, match=r"neither RAFCE_emolabel\.txt nor RAFCE_AUlabel\.txt"):
         read(tmp_path)
 

@@ -14,8 +14,8 @@ from rafce_ray.base.errors import GateError, UsageError
 from rafce_ray.cli import main
 from rafce_ray.config import DataConfig
 from rafce_ray.data.audit import audit, audit_command
-from rafce_ray.data.dataset import prepare
 from rafce_ray.data.labels import read_labels
+from rafce_ray.data.loader import prepare
 from rafce_ray.data.split import assign, write_split
 
 

@@ -16,8 +16,8 @@ from rafce_ray.base.storage import Location
 from rafce_ray.base.taxonomy import make_taxonomy
 from rafce_ray.config import DataConfig
 from rafce_ray.data import store
-from rafce_ray.data.dataset import open_dataset
 from rafce_ray.data.labels import read_labels
+from rafce_ray.data.loader import open_dataset
 from rafce_ray.data.store import (
     IMAGES,
     META,

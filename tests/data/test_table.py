@@ -15,8 +15,8 @@ from rafce_ray.base.taxonomy import RAFCE_EMOTIONS
 from rafce_ray.cli import main
 from rafce_ray.config import DataConfig, load_config
 from rafce_ray.data.audit import audit
-from rafce_ray.data.dataset import prepare
 from rafce_ray.data.labels import read_labels, resolve_targets, resolve_taxonomy
+from rafce_ray.data.loader import prepare
 from rafce_ray.data.store import store_key
 
 TABLE = """name,split,emotion,AU1,AU12,age

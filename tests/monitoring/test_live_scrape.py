@@ -20,7 +20,7 @@ from serving import free_port
 
 from rafce_ray.cli.monitor import main as monitor
 from rafce_ray.config import load_config
-from rafce_ray.data.dataset import Readings, prepare
+from rafce_ray.data.loader import Readings, prepare
 from rafce_ray.monitoring.compose import DISCOVERY_FILE
 from rafce_ray.run.checkpoint import list_checkpoints
 from rafce_ray.run.folder import RunFolder

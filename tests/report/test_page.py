@@ -15,7 +15,7 @@ from rafce_ray.base.errors import UsageError
 from rafce_ray.bundle.bundle import load_bundle
 from rafce_ray.bundle.evaluate import evaluate_bundle
 from rafce_ray.cli.report import main
-from rafce_ray.data.dataset import open_dataset, prepare
+from rafce_ray.data.loader import open_dataset, prepare
 from rafce_ray.metrics.text import UNDEFINED
 from rafce_ray.report.page import write_report
 from rafce_ray.run.folder import RunFolder

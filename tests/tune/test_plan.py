@@ -10,7 +10,7 @@ from rafce_ray.base.storage import locate
 from rafce_ray.base.taxonomy import make_taxonomy
 from rafce_ray.cli.tune import main
 from rafce_ray.config import build_config
-from rafce_ray.data.dataset import prepare
+from rafce_ray.data.loader import prepare
 from rafce_ray.study import plan
 from rafce_ray.study.config import StudyConfig, build_study, load_study, study_yaml
 from rafce_ray.study.folder import StudyFolder

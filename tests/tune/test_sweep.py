@@ -10,7 +10,7 @@ from ray import cloudpickle
 
 from rafce_ray.base.errors import GateError, RafceError
 from rafce_ray.config import CARRIED_OUT_BY, config_hash, flatten
-from rafce_ray.data.dataset import Readings, prepare
+from rafce_ray.data.loader import Readings, prepare
 from rafce_ray.run.checkpoint import list_checkpoints, save_checkpoint
 from rafce_ray.study.config import StudyConfig, build_study
 from rafce_ray.study.folder import StudyFolder

@@ -32,7 +32,7 @@ from rafce_ray.base.errors import UsageError
 from rafce_ray.base.taxonomy import BASIC_EMOTIONS, RAFCE_EMOTIONS
 from rafce_ray.data.drawing.paint import draw_face
 from rafce_ray.data.drawing.shape import Action, sample_person, sample_scene
-from rafce_ray.data.rafce import CLASS_COUNTS, NUM_LABELLED, NUM_NULL_TRAIN, TRAIN_POSITIVES
+from rafce_ray.data.label_file import CLASS_COUNTS, NUM_LABELLED, NUM_NULL_TRAIN, TRAIN_POSITIVES
 
 SPLITS = ("train", "test", "validation")
 """Splits in the order of RAF-CE's partition codes 0, 1, 2."""
