@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import ray
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
+from ray.util.placement_group import PlacementGroup, PlacementGroupID, remove_placement_group
 
+from rafce_ray.run.folder import RunFolder
 from rafce_ray.study.config import StudyConfig
 from rafce_ray.study.folder import StudyFolder
 from rafce_ray.study.trials import RungEntry, conclude, read_rungs, write_rungs
-from rafce_ray.tune.nested import free_workers
 from rafce_ray.tune.ray_private import Named, PatientMedian, enter_rung, remember_results, results_of, rungs_of
 
 STOPPED = "stopped_by_scheduler"
@@ -240,3 +242,19 @@ def build_scheduler(study: StudyConfig, course: Course) -> Concluding:
     if settings.type == "median":
         return Median(course, grace_period=settings.grace_period)
     return Unscheduled(course)
+
+
+def free_workers(folder: RunFolder) -> None:
+    """Give back what the workers of a trial that has ended still hold.
+
+    When Tune stops a trial, its trainer's controller trains on or dies with it, and frees nothing; Ray's own cleaner does so some seconds
+    after its death, and not at all where it cannot reach the cluster's state (no dashboard, several clusters on a machine). So rank 0
+    writes its placement group down, and its removal ends the workers, and with them a controller that still lives.
+    """
+    placed = {str(event["placement_group"]) for event in folder.events() if event["event"] == "placed"}
+    if not placed:
+        return
+    table = ray.util.placement_group_table()
+    for group in placed:
+        if table.get(group, {}).get("state") not in (None, "REMOVED"):
+            remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(group))))

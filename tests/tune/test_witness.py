@@ -6,9 +6,9 @@ import pytest
 
 from rafce_ray.study.folder import StudyFolder
 from rafce_ray.study.plan import Shares
-from rafce_ray.tune import witness
+from rafce_ray.tune import trials
 from rafce_ray.tune.scheduler import Control, Course
-from rafce_ray.tune.witness import Witness, one_line
+from rafce_ray.tune.trials import Witness, one_line
 
 TIMEOUT_S = 100.0
 
@@ -19,7 +19,7 @@ class Start:
     def __init__(self, study: StudyFolder, monkeypatch: pytest.MonkeyPatch) -> None:
         course = Course(study, "score", 4, Control())
         self._now = 1000.0
-        monkeypatch.setattr(witness, "time", SimpleNamespace(monotonic=lambda: self._now))
+        monkeypatch.setattr(trials, "time", SimpleNamespace(monotonic=lambda: self._now))
         self._witness = Witness(course, Shares(workers=1, cpus=1.0, gpus=0.0, at_once=1, fitting=1), TIMEOUT_S)
         self.trial = SimpleNamespace(config={"trial": "trial_0000"}, status="RUNNING", pickled_error_file=None)
 
@@ -36,8 +36,8 @@ class Start:
 @pytest.fixture
 def study(tmp_path, monkeypatch) -> StudyFolder:
     """On a cluster of 4 CPUs, one of which is free."""
-    monkeypatch.setattr(witness.ray, "cluster_resources", lambda: {"CPU": 4.0})
-    monkeypatch.setattr(witness.ray, "available_resources", lambda: {"CPU": 1.0})
+    monkeypatch.setattr(trials.ray, "cluster_resources", lambda: {"CPU": 4.0})
+    monkeypatch.setattr(trials.ray, "available_resources", lambda: {"CPU": 1.0})
     study = StudyFolder(str(tmp_path / "study"))
     (study.trial("trial_0000").location / "config.yaml").write_bytes(b"")
     return study
