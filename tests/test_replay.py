@@ -15,15 +15,15 @@ from rafce_ray.base.hardware import describe_software
 from rafce_ray.cli.replay import main
 from rafce_ray.config import config_hash, load_config, to_yaml
 from rafce_ray.data.loader import prepare
-from rafce_ray.run.folder import RunFolder, open_finished
-from rafce_ray.run.replay import plan_replay
-from rafce_ray.run.reproduction import (
+from rafce_ray.run.compare import (
     MISSING,
     Circumstance,
     circumstances_of,
     compare_circumstances,
     compare_figures,
 )
+from rafce_ray.run.folder import RunFolder, open_finished
+from rafce_ray.run.replay import plan_replay
 from rafce_ray.study.trials import conclude
 from rafce_ray.train import launch as driver
 from rafce_ray.train.launch import named

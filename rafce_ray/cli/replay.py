@@ -12,8 +12,8 @@ from rafce_ray.cli.arguments import command
 from rafce_ray.train.environment import check_ray
 
 if TYPE_CHECKING:
+    from rafce_ray.run.compare import Circumstance, Comparison
     from rafce_ray.run.folder import RunFolder
-    from rafce_ray.run.reproduction import Circumstance, Comparison
 
 
 @command
@@ -23,9 +23,9 @@ def main(argv: list[str]) -> int:
     check_ray()
     from rafce_ray.base.console import console
     from rafce_ray.config import config_hash
+    from rafce_ray.run.compare import circumstances_of, compare_circumstances
     from rafce_ray.run.folder import open_finished
     from rafce_ray.run.replay import circumstances_table, compare_runs, data_changes, plan_replay
-    from rafce_ray.run.reproduction import circumstances_of, compare_circumstances
     from rafce_ray.train.launch import train_again
 
     original = open_finished(arguments.run)

@@ -17,8 +17,7 @@ from rafce_ray.base.hardware import choose_device, describe_hardware, describe_s
 from rafce_ray.base.storage import Location, locate
 from rafce_ray.config import LONGEST_NAME, Config, apply_overrides, build_config, config_hash, differences
 from rafce_ray.data.loader import Prepared, prepare
-from rafce_ray.run.folder import TRIALS, RunFolder
-from rafce_ray.run.reproduction import (
+from rafce_ray.run.compare import (
     Circumstance,
     Comparison,
     Records,
@@ -28,6 +27,7 @@ from rafce_ray.run.reproduction import (
     shown,
     software_circumstances,
 )
+from rafce_ray.run.folder import TRIALS, RunFolder
 
 TOLERANCES = {"cpu": 1e-6, "cuda": 1e-2}
 """Difference up to which figures count as equal, by device: a GPU's kernels add up in another order each time, and training
