@@ -12,7 +12,6 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 from rafce_ray.base.errors import RafceError
 
@@ -20,8 +19,6 @@ log = logging.getLogger(__name__)
 
 PAUSES_S = (1.0, 2.0, 4.0, 8.0)
 """Seconds between two tries; with pyarrow's own, an outage of about 45 s is waited for."""
-
-Answer = TypeVar("Answer")
 
 _UNREACHABLE = re.compile(r"NETWORK_CONNECTION|curlCode|Could ?n.t resolve host|\bUNAVAILABLE\b")
 _MAY_PASS = re.compile(

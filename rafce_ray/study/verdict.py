@@ -83,7 +83,7 @@ class Verdict:
             **{
                 **record,
                 **differences,
-                "ranked": tuple(_finalist(one) for one in record["ranked"]),
+                "ranked": tuple(_read_finalist(one) for one in record["ranked"]),
                 "over_runner_up": None if runner_up is None else read_difference(runner_up),
                 "sweep_gain": nan_if_null(record["sweep_gain"]),
                 "remarks": tuple(record["remarks"]),
@@ -101,7 +101,7 @@ def read_difference(record: dict[str, Any]) -> Difference:
     return Difference(*(nan_if_null(record[key]) for key in ("value", "low", "high")))
 
 
-def _finalist(record: dict[str, Any]) -> Finalist:
+def _read_finalist(record: dict[str, Any]) -> Finalist:
     numbers = {key: nan_if_null(record[key]) for key in ("sweep_score", "mean", "low", "high")}
     by_seed = {
         "scores": {int(seed): nan_if_null(value) for seed, value in record["scores"].items()},

@@ -112,7 +112,7 @@ import sys
 from pathlib import Path
 from datetime import UTC, datetime
 from rafce_ray.base.errors import GateError
-from rafce_ray import claim
+from rafce_ray.base import claim
 from rafce_ray.registry.live import LiveRecord, read_live, replace_live
 from rafce_ray.base.storage import locate
 claim.PAUSE_S = (0.001, 0.01)
