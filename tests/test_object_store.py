@@ -19,11 +19,10 @@ import boto3
 import pytest
 from serving import free_port
 
-from rafce_ray.base import object_store, storage
+from rafce_ray.base import storage
 from rafce_ray.base.console import to_json
 from rafce_ray.base.errors import RafceError, UsageError
-from rafce_ray.base.object_store import PAUSES_S, StorageError, ask
-from rafce_ray.base.storage import locate
+from rafce_ray.base.storage import PAUSES_S, StorageError, ask, locate
 from rafce_ray.cli import main as rafce
 from rafce_ray.config import DataConfig, load_config
 from rafce_ray.data.loader import prepare
@@ -48,14 +47,14 @@ PARTLY_DELETED = OSError(
 def no_pauses(monkeypatch) -> list[float]:
     """The pauses that would have been made."""
     made: list[float] = []
-    monkeypatch.setattr(object_store.time, "sleep", made.append)
+    monkeypatch.setattr(storage.time, "sleep", made.append)
     return made
 
 
 @pytest.fixture(autouse=True)
 def met_for_the_first_time():
     """No store has answered yet, and no connection of another test, with its credentials, is used."""
-    object_store._has_answered.clear()
+    storage._has_answered.clear()
     storage._filesystem.cache_clear()
     yield
     storage._filesystem.cache_clear()

@@ -11,7 +11,7 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 
-from rafce_ray.base import object_store
+from rafce_ray.base import storage
 from rafce_ray.base.claim import claimed
 from rafce_ray.base.errors import Finding, RafceError, UsageError
 from rafce_ray.base.storage import locate
@@ -193,12 +193,12 @@ class Store:
 @pytest.mark.parametrize(
     ("message", "num_asked"),
     [
-        ("AWS Error SLOW_DOWN during GetObject operation", 1 + len(object_store.PAUSES_S)),
+        ("AWS Error SLOW_DOWN during GetObject operation", 1 + len(storage.PAUSES_S)),
         ("AWS Error ACCESS_DENIED during GetObject operation", 1),
     ],
 )
 def test_a_store_that_fails_ends_the_run_instead_of_making_rows(message, num_asked, monkeypatch):
-    monkeypatch.setattr(object_store, "PAUSES_S", (0.0,) * len(object_store.PAUSES_S))
+    monkeypatch.setattr(storage, "PAUSES_S", (0.0,) * len(storage.PAUSES_S))
     store = Store(message)
     read = partial(read_image, stores={"s3://faces": store}, max_bytes=3)
     with pytest.raises(RafceError, match=r"s3://faces/a\.png: .*"):

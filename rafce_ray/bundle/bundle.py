@@ -26,8 +26,7 @@ from torch import Tensor, nn
 
 from rafce_ray.base.console import finite
 from rafce_ray.base.errors import RafceError
-from rafce_ray.base.object_store import StorageError
-from rafce_ray.base.storage import Location, locate
+from rafce_ray.base.storage import Location, StorageError, locate
 from rafce_ray.base.taxonomy import ACTION_UNIT_NAMES, Taxonomy, action_unit_code, parse_action_unit_token
 from rafce_ray.bundle.canary import Canary, canary_from_tensors, canary_to_bytes, draw_canary
 from rafce_ray.faces.preprocess import Preprocessing

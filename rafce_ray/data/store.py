@@ -28,8 +28,7 @@ from filelock import FileLock, Timeout
 
 from rafce_ray.base.console import say
 from rafce_ray.base.errors import GateError, RafceError
-from rafce_ray.base.object_store import StorageError
-from rafce_ray.base.storage import Location, locate
+from rafce_ray.base.storage import Location, StorageError, locate
 from rafce_ray.config import DataConfig
 from rafce_ray.data.records import Labels, Progress, advancing
 from rafce_ray.faces.decode import DECODER_VERSION, FILE_LIMITS, DecodeError, decode_face

@@ -19,8 +19,7 @@ import pyarrow.fs as pafs
 
 from rafce_ray.base.console import printable
 from rafce_ray.base.errors import Finding, UsageError
-from rafce_ray.base.object_store import StorageError, ask
-from rafce_ray.base.storage import Location, locate
+from rafce_ray.base.storage import Location, StorageError, ask, locate
 from rafce_ray.faces.decode import (
     FILE_LIMITS,
     HEAD_BYTES,

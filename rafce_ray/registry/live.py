@@ -10,8 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rafce_ray.base.claim import SILENT_S, held
 from rafce_ray.base.console import pretty_json
 from rafce_ray.base.errors import GateError, RafceError
-from rafce_ray.base.object_store import StorageError
-from rafce_ray.base.storage import Location
+from rafce_ray.base.storage import Location, StorageError
 
 LIVE = "live.json"
 HISTORY = "history"

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rafce_ray.base.errors import RafceError, UsageError, did_you_mean
-from rafce_ray.base.object_store import StorageError
-from rafce_ray.base.storage import Location
+from rafce_ray.base.storage import Location, StorageError
 from rafce_ray.bundle.bundle import MANIFEST, Bundle, BundleError, find_bundle, load_bundle
 from rafce_ray.registry.live import LiveRecord
 

@@ -20,8 +20,7 @@ from typing import Any
 import torch
 
 from rafce_ray.base.errors import RafceError
-from rafce_ray.base.object_store import StorageError
-from rafce_ray.base.storage import Location
+from rafce_ray.base.storage import Location, StorageError
 
 MANIFEST = "manifest.json"
 TRAINER_STATE = "trainer_state.pt"

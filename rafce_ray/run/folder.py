@@ -9,8 +9,7 @@ from typing import Any
 
 from rafce_ray.base.console import pretty_json, to_json, warn
 from rafce_ray.base.errors import DamagedFile, RafceError, UsageError
-from rafce_ray.base.object_store import StorageError
-from rafce_ray.base.storage import Location, locate
+from rafce_ray.base.storage import Location, StorageError, locate
 from rafce_ray.config import Config, ConfigError, build_config, parse_yaml, to_yaml
 from rafce_ray.metrics.split_outputs import SplitOutputs
 
