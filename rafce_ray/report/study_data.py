@@ -13,10 +13,10 @@ from rafce_ray.config import Config, differences, flatten, parse_yaml
 from rafce_ray.doctor.evidence import Diagnosis
 from rafce_ray.doctor.rules import examine_study
 from rafce_ray.report.study_plots import Emphasis, Field, emphasise
+from rafce_ray.study.finalists import Verdict
 from rafce_ray.study.folder import StudyFolder
 from rafce_ray.study.on_test import OnTest
 from rafce_ray.study.trials import RungEntry, Trial, best_first, read_rungs, read_trials
-from rafce_ray.study.verdict import Verdict
 
 SAVING = ("stopped_by_scheduler", "stopped_early")
 """Statuses whose epochs not trained were saved; those of a trial that diverged or failed were lost, others may still come."""

@@ -32,10 +32,10 @@ from rafce_ray.report.study_plots import (
     rung_charts,
     score_by_value,
 )
+from rafce_ray.study.finalists import Finalist, sentences
 from rafce_ray.study.folder import StudyFolder
 from rafce_ray.study.importance import parameter_importance
 from rafce_ray.study.trials import Trial, best_first
-from rafce_ray.study.verdict import Finalist, sentences
 from rafce_ray.study.watch import STATES, plain, roughly
 
 SHOWN_TRIALS = 6

@@ -31,9 +31,18 @@ from rafce_ray.metrics.comparison import (
 )
 from rafce_ray.metrics.split_outputs import SplitOutputs
 from rafce_ray.run.folder import RunFolder
-from rafce_ray.study.finalists import TaggedOutputs, on_labels_of_first, over_seeds, runs_of, score_with_losses
+from rafce_ray.study.finalists import (
+    Basis,
+    TaggedOutputs,
+    Verdict,
+    nan_if_null,
+    on_labels_of_first,
+    over_seeds,
+    read_difference,
+    runs_of,
+    score_with_losses,
+)
 from rafce_ray.study.folder import StudyFolder
-from rafce_ray.study.verdict import Basis, Verdict, nan_if_null, read_difference
 
 TEST_FILE = "test.json"
 

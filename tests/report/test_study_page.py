@@ -14,9 +14,9 @@ from rafce_ray.metrics.text import UNDEFINED
 from rafce_ray.report.study_data import cost, gather_study
 from rafce_ray.report.study_page import write_study_report
 from rafce_ray.report.study_plots import group_rungs, value_axis
+from rafce_ray.study.finalists import Finalist, Verdict
 from rafce_ray.study.on_test import MeanFigure, OnTest
 from rafce_ray.study.trials import read_rungs, read_trials
-from rafce_ray.study.verdict import Finalist, Verdict
 
 SECTIONS = (
     *("winner", "test", "trials", "parallel", "values", "importance"),
