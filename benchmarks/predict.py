@@ -37,7 +37,7 @@ from rich.table import Table
 from serving import write_faces, write_model
 
 from rafce_ray.bundle.bundle import load_bundle
-from rafce_ray.bundle.predictor import Predictor, predict_files
+from rafce_ray.bundle.model import Predictor, predict_files
 from rafce_ray.config import load_config
 from rafce_ray.faces.files import find_images, load_ahead, load_file
 from rafce_ray.train.launch import ray_cluster

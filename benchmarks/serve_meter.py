@@ -17,7 +17,7 @@ import numpy as np
 from rich.console import Console
 
 from rafce_ray.base.taxonomy import RAFCE_EMOTIONS, SEED18, make_taxonomy
-from rafce_ray.bundle.prediction import ActionUnitPrediction, EmotionPrediction, Prediction
+from rafce_ray.bundle.model import ActionUnitPrediction, EmotionPrediction, Prediction
 from rafce_ray.metrics.drift import Bins, DriftReference, Light, light_of
 from rafce_ray.service.drift_watch import DriftWatch
 from rafce_ray.service.meter import Meter

@@ -84,7 +84,7 @@ def surroundings():
     ours = {key: value for key, value in os.environ.items() if key.startswith(("RAY", "RAFCE"))}
     return ours, torch.initial_seed(), torch.get_num_threads(), list(logging.getLogger().handlers), os.listdir()
 before = surroundings()
-import rafce_ray.train.launch, rafce_ray.bundle.predictor, rafce_ray.bundle.evaluate, rafce_ray.run.loop
+import rafce_ray.train.launch, rafce_ray.bundle.model, rafce_ray.bundle.evaluate, rafce_ray.run.loop
 assert surroundings() == before, (before, surroundings())
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)

@@ -14,7 +14,7 @@ from rafce_ray.base.errors import RafceError, UsageError
 from rafce_ray.base.taxonomy import RAFCE_EMOTIONS, SEED18, make_taxonomy
 from rafce_ray.bundle.bundle import Bundle, load_bundle, save_bundle
 from rafce_ray.bundle.evaluate import data_config_for, evaluate_bundle, open_for_bundle
-from rafce_ray.bundle.predictor import Predictor
+from rafce_ray.bundle.model import Predictor
 from rafce_ray.cli.evaluate import main
 from rafce_ray.config import load_config
 from rafce_ray.data.loader import open_dataset, prepare

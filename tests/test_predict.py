@@ -25,7 +25,7 @@ from rafce_ray.base.hardware import choose_device
 from rafce_ray.base.taxonomy import make_taxonomy
 from rafce_ray.bundle import output
 from rafce_ray.bundle.bundle import Bundle, load_bundle, save_bundle
-from rafce_ray.bundle.predictor import Predictor, predict_files
+from rafce_ray.bundle.model import Predictor, predict_files
 from rafce_ray.cli.predict import main
 from rafce_ray.faces.decode import decode_face
 from rafce_ray.faces.detect import Box, Face

@@ -16,7 +16,7 @@ from rafce_ray.base.claim import claimed
 from rafce_ray.base.errors import Finding, RafceError, UsageError
 from rafce_ray.base.storage import locate
 from rafce_ray.bundle.bundle import load_bundle
-from rafce_ray.bundle.predictor import Predictor, outcomes, predict_files
+from rafce_ray.bundle.model import Predictor, outcomes, predict_files
 from rafce_ray.bundle.shards import Options, open_shards
 from rafce_ray.cli.predict import main
 from rafce_ray.faces.detect import Box, Face

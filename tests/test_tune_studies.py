@@ -17,7 +17,7 @@ from studies import results
 from rafce_ray.base.console import to_json
 from rafce_ray.base.storage import locate
 from rafce_ray.bundle.bundle import load_bundle
-from rafce_ray.bundle.predictor import Predictor, predict_files
+from rafce_ray.bundle.model import Predictor, predict_files
 from rafce_ray.cli import main as rafce
 from rafce_ray.cli.tune import main as tune_command
 from rafce_ray.config import load_config

@@ -18,7 +18,7 @@ from rafce_ray.base.errors import UsageError
 from rafce_ray.base.hardware import has_fast_bf16
 from rafce_ray.bundle.bundle import Bundle, canary_of
 from rafce_ray.bundle.canary import draw_images, largest_difference, raw_outputs
-from rafce_ray.bundle.graph import INPUT, OUTPUTS, to_onnx, to_openvino
+from rafce_ray.bundle.export import INPUT, OUTPUTS, to_onnx, to_openvino
 from rafce_ray.metrics.calibration import Outputs
 
 if TYPE_CHECKING:

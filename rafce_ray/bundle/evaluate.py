@@ -16,7 +16,7 @@ from rafce_ray.base.errors import RafceError, UsageError
 from rafce_ray.base.figures import FIGURES, WITH_INTERVAL
 from rafce_ray.base.taxonomy import Taxonomy, class_named, make_taxonomy
 from rafce_ray.bundle.bundle import Bundle
-from rafce_ray.bundle.predictor import Predictor
+from rafce_ray.bundle.model import Predictor
 from rafce_ray.config import DataConfig, apply_overrides, build_config
 from rafce_ray.data.loader import Dataset, open_dataset, prepare
 from rafce_ray.data.records import SPLITS, Progress, Targets

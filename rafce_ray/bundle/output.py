@@ -19,7 +19,7 @@ from rafce_ray.base.console import write_json_line
 from rafce_ray.base.errors import RafceError, UsageError
 from rafce_ray.base.taxonomy import Taxonomy
 from rafce_ray.bundle.bundle import Bundle
-from rafce_ray.bundle.prediction import FacePrediction, FilePrediction
+from rafce_ray.bundle.model import FacePrediction, FilePrediction
 
 FORMATS = (".jsonl", ".csv", ".parquet")
 ROWS_PER_GROUP = 1024

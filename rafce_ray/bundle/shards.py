@@ -22,8 +22,8 @@ from rafce_ray.base.console import pretty_json
 from rafce_ray.base.errors import RafceError, UsageError
 from rafce_ray.base.storage import Location
 from rafce_ray.bundle.bundle import Bundle
+from rafce_ray.bundle.model import FilePrediction
 from rafce_ray.bundle.output import flat_schema, table_rows
-from rafce_ray.bundle.prediction import FilePrediction
 
 FORMAT_VERSION = 1
 PLAN_FILE = "plan.json"

@@ -38,8 +38,8 @@ def _main_here(arguments: argparse.Namespace) -> int:
 
     from rafce_ray.base.hardware import choose_device
     from rafce_ray.bundle.bundle import load_bundle
+    from rafce_ray.bundle.model import Predictor, outcomes, predict_files
     from rafce_ray.bundle.output import check_out, open_output
-    from rafce_ray.bundle.predictor import Predictor, outcomes, predict_files
     from rafce_ray.faces.detect import build_face_finder
     from rafce_ray.faces.files import Skipped, find_images, load_ahead, load_file
 
@@ -85,7 +85,7 @@ def _num_cores() -> int:
 
 
 def _plan(arguments: argparse.Namespace, bundle: Bundle, device: torch.device, num_files: int) -> str:
-    from rafce_ray.bundle.predictor import detector_of
+    from rafce_ray.bundle.model import detector_of
 
     detector = detector_of(arguments.faces, arguments.face_model)
     return (
@@ -96,7 +96,7 @@ def _plan(arguments: argparse.Namespace, bundle: Bundle, device: torch.device, n
 
 
 def _summary(arguments: argparse.Namespace, counts: Counter[str]) -> str:
-    from rafce_ray.bundle.predictor import in_words
+    from rafce_ray.bundle.model import in_words
 
     hint = f"rafce evaluate --bundle {arguments.bundle} measures this bundle on labelled faces."
     if not counts["predicted"]:

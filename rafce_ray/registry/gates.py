@@ -17,7 +17,7 @@ from rafce_ray.base.storage import Location
 from rafce_ray.bundle.bundle import Bundle, BundleError
 from rafce_ray.bundle.canary import check_canary
 from rafce_ray.bundle.engines import MAX_DIFFERENCE, EngineChoice, build_engine
-from rafce_ray.bundle.predictor import Predictor
+from rafce_ray.bundle.model import Predictor
 from rafce_ray.metrics.counts import combined_score
 from rafce_ray.registry.live import Gate, Verdict
 from rafce_ray.registry.versions import load_stored

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, with_config
 
 from rafce_ray.base.taxonomy import Taxonomy
-from rafce_ray.bundle.prediction import (
+from rafce_ray.bundle.model import (
     EmotionPrediction,
     EmotionScore,
     EmotionWithDistribution,

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rafce_ray.base.errors import RafceError
-from rafce_ray.bundle.predictor import Predictor
+from rafce_ray.bundle.model import Predictor
 from rafce_ray.metrics.calibration import Probabilities, calibrated
 from rafce_ray.service.meter import Meter
 from rafce_ray.service.problems import Problem

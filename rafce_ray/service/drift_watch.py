@@ -11,7 +11,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from rafce_ray.base.taxonomy import Taxonomy
-from rafce_ray.bundle.prediction import Prediction
+from rafce_ray.bundle.model import Prediction
 from rafce_ray.metrics.drift import LARGE, DriftReference, Light, faces_needed, psi
 
 BLOCK_FACES = 50

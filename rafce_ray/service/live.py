@@ -26,7 +26,7 @@ from rafce_ray.bundle.bundle import (
 )
 from rafce_ray.bundle.canary import Canary, check_canary, draw_images
 from rafce_ray.bundle.engines import MAX_DIFFERENCE, build_engine
-from rafce_ray.bundle.predictor import Predictor
+from rafce_ray.bundle.model import Predictor
 from rafce_ray.registry.gates import taxonomy_gate
 from rafce_ray.registry.live import read_live
 from rafce_ray.registry.versions import SHORT_SHA, place_of_version, read_version, version_folder

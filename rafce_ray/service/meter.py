@@ -11,7 +11,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from rafce_ray.bundle.prediction import Prediction
+from rafce_ray.bundle.model import Prediction
 from rafce_ray.service.problems import PROBLEM_TYPES
 
 Labels = tuple[str, ...]

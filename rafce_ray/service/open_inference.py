@@ -23,7 +23,7 @@ from starlette.routing import Route
 
 from rafce_ray import __version__
 from rafce_ray.base.taxonomy import Taxonomy
-from rafce_ray.bundle.prediction import Probability
+from rafce_ray.bundle.model import Probability
 from rafce_ray.config import explain
 from rafce_ray.metrics.calibration import Probabilities
 from rafce_ray.metrics.drift import Light, light_of

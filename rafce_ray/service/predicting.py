@@ -14,7 +14,7 @@ from typing import Literal
 import cv2
 import numpy as np
 
-from rafce_ray.bundle.prediction import EmotionScore, Prediction, plain
+from rafce_ray.bundle.model import EmotionScore, Prediction, plain
 from rafce_ray.faces.decode import DEFAULT_LIMITS, DecodeError, Limits, decode_image, decode_sized_face
 from rafce_ray.faces.detect import Face, FaceFinder, Pixels, build_face_finder, given_face, may_be_aligned
 from rafce_ray.metrics.calibration import Probabilities

@@ -25,7 +25,7 @@ from pydantic import Field
 from python_multipart.multipart import parse_options_header
 from starlette.types import Receive
 
-from rafce_ray.bundle.prediction import Strict
+from rafce_ray.bundle.model import Strict
 from rafce_ray.service.batching import Place
 from rafce_ray.service.problems import Problem, nearest, sentence, shown
 

@@ -8,7 +8,7 @@ import pytest
 from rafce_ray.base.taxonomy import make_taxonomy
 from rafce_ray.bundle.bundle import load_bundle
 from rafce_ray.bundle.canary import draw_canary
-from rafce_ray.bundle.predictor import Predictor
+from rafce_ray.bundle.model import Predictor
 from rafce_ray.registry import gates
 from rafce_ray.registry.gates import canary_gate, latency_gate, metrics_gate, taxonomy_gate
 

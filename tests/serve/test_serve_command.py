@@ -28,7 +28,7 @@ from serving import Server, free_port, start_service
 
 from rafce_ray.base.storage import locate
 from rafce_ray.bundle.bundle import Bundle, load_bundle
-from rafce_ray.bundle.predictor import Predictor, predict_files
+from rafce_ray.bundle.model import Predictor, predict_files
 from rafce_ray.faces.decode import decode_face
 from rafce_ray.faces.files import load_file
 from rafce_ray.registry.versions import version_folder

@@ -15,7 +15,7 @@ import uvicorn
 from PIL import Image
 
 from rafce_ray.bundle.bundle import load_bundle
-from rafce_ray.bundle.predictor import Predictor
+from rafce_ray.bundle.model import Predictor
 from rafce_ray.service.app import Service, build_app
 from rafce_ray.service.config import read_service_config
 

@@ -11,7 +11,7 @@ from matplotlib import cbook
 from PIL import Image
 
 from rafce_ray.base.console import to_json as standard_json
-from rafce_ray.bundle.predictor import Predictor, predict_files
+from rafce_ray.bundle.model import Predictor, predict_files
 from rafce_ray.faces.detect import build_face_finder
 from rafce_ray.faces.files import load_file
 from rafce_ray.service.answers import distribution_of, face_answer, to_json
@@ -183,7 +183,7 @@ def test_the_distribution_is_all_classes_by_index_and_sums_to_one(client, predic
 
 
 def test_records_are_written_as_the_standard_library_would(predictor, faces):
-    from rafce_ray.bundle.prediction import plain
+    from rafce_ray.bundle.model import plain
     from rafce_ray.faces.detect import given_face
 
     images = faces(1)

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from rafce_ray.base.taxonomy import make_taxonomy
-from rafce_ray.bundle.prediction import ActionUnitPrediction, EmotionPrediction, Prediction
+from rafce_ray.bundle.model import ActionUnitPrediction, EmotionPrediction, Prediction
 from rafce_ray.metrics.drift import Bins, DriftReference, Light, psi
 from rafce_ray.service.drift_watch import WINDOW_FACES, DriftWatch
 

@@ -529,7 +529,7 @@ def run_all(world: Path, seed: int, numbers: Sequence[int], verbs: Sequence[str]
     # What every case needs is imported once, before the forks.
     import rafce_ray.bundle.bundle
     import rafce_ray.bundle.engines
-    import rafce_ray.bundle.predictor
+    import rafce_ray.bundle.model
     import rafce_ray.registry.promotion
     import rafce_ray.report.page
     import rafce_ray.report.study_page
