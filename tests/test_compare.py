@@ -17,9 +17,8 @@ from rafce_ray.cli.compare import main
 from rafce_ray.config import config_hash, load_config
 from rafce_ray.data.loader import open_dataset, prepare
 from rafce_ray.faces.preprocess import Preprocessing
-from rafce_ray.metrics.calibration import Calibration, Outputs
+from rafce_ray.metrics.calibration import Calibration, Outputs, SplitOutputs
 from rafce_ray.metrics.comparison import difference, f1_of, score
-from rafce_ray.metrics.split_outputs import SplitOutputs
 from rafce_ray.model.network import Architecture, build_model
 from rafce_ray.run.compare import Run, compare, load_run, to_json_record
 from rafce_ray.run.folder import RunFolder

@@ -12,7 +12,7 @@ from scipy.stats import t as student_t
 from rafce_ray.base.errors import UsageError
 from rafce_ray.base.figures import WITH_INTERVAL
 from rafce_ray.base.taxonomy import RAFCE_EMOTIONS, make_taxonomy
-from rafce_ray.metrics.calibration import Calibration, Outputs
+from rafce_ray.metrics.calibration import Calibration, Outputs, SplitOutputs
 from rafce_ray.metrics.comparison import (
     NO_SPREAD,
     OverSeeds,
@@ -28,7 +28,6 @@ from rafce_ray.metrics.comparison import (
     score,
 )
 from rafce_ray.metrics.counts import evaluate_probabilities
-from rafce_ray.metrics.split_outputs import SplitOutputs
 
 TAXONOMY = make_taxonomy(tuple(list(RAFCE_EMOTIONS)[:4]), (1, 12))
 CALIBRATION = Calibration(1.5, (0.4, 0.6))

@@ -8,9 +8,8 @@ from PIL import Image
 
 from rafce_ray.bundle.bundle import load_bundle
 from rafce_ray.faces.decode import decode_face
-from rafce_ray.metrics.calibration import Probabilities, calibrated
+from rafce_ray.metrics.calibration import Probabilities, SplitOutputs, calibrated
 from rafce_ray.metrics.drift import Bins, DriftReference, Light, binned, build_reference, faces_needed, light_of, psi
-from rafce_ray.metrics.split_outputs import SplitOutputs
 
 
 def test_two_bins_by_hand():

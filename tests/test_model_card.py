@@ -9,8 +9,7 @@ import pytest
 from rafce_ray.base.taxonomy import make_taxonomy
 from rafce_ray.bundle.evaluate import evaluate_outputs
 from rafce_ray.bundle.model_card import model_card
-from rafce_ray.metrics.calibration import Calibration, Outputs
-from rafce_ray.metrics.split_outputs import SplitOutputs
+from rafce_ray.metrics.calibration import Calibration, Outputs, SplitOutputs
 from rafce_ray.model.network import Architecture
 
 TAXONOMY = make_taxonomy(("calm", "glad", "sad"), (1, 12, 45))

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from rafce_ray.base.errors import RafceError
-from rafce_ray.metrics.calibration import Outputs
-from rafce_ray.metrics.split_outputs import SplitOutputs
+from rafce_ray.metrics.calibration import Outputs, SplitOutputs
 
 pytestmark = pytest.mark.numeric
 

@@ -24,12 +24,12 @@ from rafce_ray.metrics.calibration import (
     Calibration,
     Outputs,
     Probabilities,
+    SplitOutputs,
     calibrated,
     reliability_figures,
     risk_coverage,
 )
 from rafce_ray.metrics.counts import count_probabilities, evaluate_probabilities, summarise
-from rafce_ray.metrics.split_outputs import SplitOutputs
 
 EVALUATION_BATCH = 128
 """Images per forward pass; with another number the last digits of probabilities may differ."""

@@ -20,8 +20,7 @@ from rafce_ray.base.taxonomy import Taxonomy, make_taxonomy, parse_action_unit_t
 from rafce_ray.config import Config, flatten, parse_yaml
 from rafce_ray.data import audit
 from rafce_ray.data.table import TABLE_EXTENSIONS
-from rafce_ray.metrics.calibration import Calibration
-from rafce_ray.metrics.split_outputs import SplitOutputs
+from rafce_ray.metrics.calibration import Calibration, SplitOutputs
 from rafce_ray.run.folder import TRIALS, RunFolder
 
 

@@ -33,10 +33,9 @@ from rafce_ray.doctor.evidence import (
     train_command,
 )
 from rafce_ray.doctor.training import LEARNT_SHARE, NOISE, learnt_share
-from rafce_ray.metrics.calibration import MIN_POSITIVES, Calibration, Outputs, calibrated
+from rafce_ray.metrics.calibration import MIN_POSITIVES, Calibration, Outputs, SplitOutputs, calibrated
 from rafce_ray.metrics.comparison import Difference, difference, same_images, score
 from rafce_ray.metrics.counts import bootstrap_figures, percentile_interval
-from rafce_ray.metrics.split_outputs import SplitOutputs
 from rafce_ray.run.folder import RunFolder
 
 

@@ -18,9 +18,8 @@ from scipy.stats import t as student_t
 from rafce_ray.base.errors import UsageError
 from rafce_ray.base.figures import FIGURES, WITH_INTERVAL
 from rafce_ray.base.taxonomy import Taxonomy
-from rafce_ray.metrics.calibration import Calibration, Outputs, calibrated
+from rafce_ray.metrics.calibration import Calibration, Outputs, SplitOutputs, calibrated
 from rafce_ray.metrics.counts import bootstrap_figures, evaluate_probabilities, percentile_interval
-from rafce_ray.metrics.split_outputs import SplitOutputs
 
 
 def f1_of(name: str) -> str:

@@ -25,8 +25,7 @@ from rafce_ray.data.loader import Dataset, open_dataset
 from rafce_ray.data.store import META
 from rafce_ray.doctor.evidence import Diagnosis, Evidence
 from rafce_ray.doctor.rules import examine_run
-from rafce_ray.metrics.calibration import Calibration, Outputs, calibrated
-from rafce_ray.metrics.split_outputs import SplitOutputs
+from rafce_ray.metrics.calibration import Calibration, Outputs, SplitOutputs, calibrated
 from rafce_ray.report.slices import GroupTable, group_table, read_slices
 from rafce_ray.run.folder import RunFolder
 from rafce_ray.study.folder import StudyFolder

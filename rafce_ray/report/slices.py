@@ -20,9 +20,8 @@ from rafce_ray.base.errors import UsageError
 from rafce_ray.base.storage import locate
 from rafce_ray.base.taxonomy import Taxonomy
 from rafce_ray.data.label_file import csv_rows, find_name, open_text
-from rafce_ray.metrics.calibration import Calibration, Outputs, calibrated
+from rafce_ray.metrics.calibration import Calibration, Outputs, SplitOutputs, calibrated
 from rafce_ray.metrics.counts import evaluate_probabilities
-from rafce_ray.metrics.split_outputs import SplitOutputs
 
 _LONG = ("name", "column", "value")
 

@@ -19,9 +19,8 @@ from rafce_ray.base.taxonomy import Taxonomy
 from rafce_ray.bundle.bundle import load_bundle
 from rafce_ray.bundle.evaluate import data_config_for, open_for_bundle, split_outputs
 from rafce_ray.config import Config, build_config, differences, flatten
-from rafce_ray.metrics.calibration import Calibration
+from rafce_ray.metrics.calibration import Calibration, SplitOutputs
 from rafce_ray.metrics.comparison import Difference, Scored, comparable_figures, difference, f1_of, same_images, score
-from rafce_ray.metrics.split_outputs import SplitOutputs
 from rafce_ray.run.folder import RunFolder, open_finished
 
 ENDS = ("finished", "stopped_early", "diverged")

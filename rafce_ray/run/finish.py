@@ -12,11 +12,10 @@ from rafce_ray.bundle.bundle import load_bundle, save_bundle
 from rafce_ray.bundle.evaluate import EVALUATION_BATCH, evaluate_outputs, split_outputs
 from rafce_ray.bundle.model_card import model_card
 from rafce_ray.data.loader import Dataset
-from rafce_ray.metrics.calibration import Calibration, calibrated, cross_fitted, fit_calibration
+from rafce_ray.metrics.calibration import Calibration, SplitOutputs, calibrated, cross_fitted, fit_calibration
 from rafce_ray.metrics.consistency import Association, estimate_association
 from rafce_ray.metrics.counts import with_score
 from rafce_ray.metrics.drift import DriftReference, build_reference, light_of
-from rafce_ray.metrics.split_outputs import SplitOutputs
 from rafce_ray.run.checkpoint import Checkpoint, best_valid, local_bundle
 from rafce_ray.run.state import Training
 

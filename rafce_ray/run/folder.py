@@ -11,7 +11,7 @@ from rafce_ray.base.console import pretty_json, to_json, warn
 from rafce_ray.base.errors import DamagedFile, RafceError, UsageError
 from rafce_ray.base.storage import Location, StorageError, locate
 from rafce_ray.config import Config, ConfigError, build_config, parse_yaml, to_yaml
-from rafce_ray.metrics.split_outputs import SplitOutputs
+from rafce_ray.metrics.calibration import SplitOutputs
 
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FILE = "events.jsonl"

@@ -13,7 +13,7 @@ import numpy as np
 from rafce_ray.base.figures import MIN_SUPPORT
 from rafce_ray.bundle.bundle import read_taxonomy
 from rafce_ray.config import Config, flatten, load_config, with_values
-from rafce_ray.metrics.calibration import Calibration
+from rafce_ray.metrics.calibration import Calibration, SplitOutputs
 from rafce_ray.metrics.comparison import (
     RESAMPLES,
     OverSeeds,
@@ -25,7 +25,6 @@ from rafce_ray.metrics.comparison import (
     same_images,
     score,
 )
-from rafce_ray.metrics.split_outputs import SplitOutputs
 from rafce_ray.run.folder import RunFolder
 from rafce_ray.study.finalists import over_seeds
 from rafce_ray.study.folder import StudyFolder

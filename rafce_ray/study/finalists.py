@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from rafce_ray.base.errors import RafceError
 from rafce_ray.base.figures import FIGURES
 from rafce_ray.base.taxonomy import Taxonomy
-from rafce_ray.metrics.calibration import SMALLEST, Calibration, calibrated
+from rafce_ray.metrics.calibration import SMALLEST, Calibration, SplitOutputs, calibrated
 from rafce_ray.metrics.comparison import (
     NO_SPREAD,
     RESAMPLES,
@@ -29,7 +29,6 @@ from rafce_ray.metrics.comparison import (
     score,
 )
 from rafce_ray.metrics.counts import resample_weights
-from rafce_ray.metrics.split_outputs import SplitOutputs
 from rafce_ray.run.folder import RunFolder
 from rafce_ray.study.folder import StudyFolder
 from rafce_ray.study.trials import ENDED, Trial, best_first, read_plan, read_trial

@@ -19,6 +19,7 @@ from rafce_ray.bundle.bundle import Bundle, load_bundle
 from rafce_ray.bundle.evaluate import data_config_for, open_for_bundle, split_outputs
 from rafce_ray.data.loader import Dataset
 from rafce_ray.data.records import Progress
+from rafce_ray.metrics.calibration import SplitOutputs
 from rafce_ray.metrics.comparison import (
     NO_SPREAD,
     Difference,
@@ -29,7 +30,6 @@ from rafce_ray.metrics.comparison import (
     difference_of_means,
     mean_half_width,
 )
-from rafce_ray.metrics.split_outputs import SplitOutputs
 from rafce_ray.run.folder import RunFolder
 from rafce_ray.study.finalists import (
     Basis,

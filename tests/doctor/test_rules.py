@@ -14,8 +14,7 @@ from rafce_ray.config import apply_overrides, build_config, flatten, load_config
 from rafce_ray.doctor.evidence import Diagnosis, Evidence, as_yaml
 from rafce_ray.doctor.figures import calibration_noise, largest_recall
 from rafce_ray.doctor.rules import examine, examine_live
-from rafce_ray.metrics.calibration import Calibration, Outputs
-from rafce_ray.metrics.split_outputs import SplitOutputs
+from rafce_ray.metrics.calibration import Calibration, Outputs, SplitOutputs
 
 EMOTIONS = ("happily surprised", "sadly angry", "fearfully disgusted")
 AUS = ("AU1", "AU12")

@@ -9,8 +9,7 @@ from sklearn.metrics import log_loss
 
 from rafce_ray.base.taxonomy import RAFCE_EMOTIONS, make_taxonomy
 from rafce_ray.bundle.evaluate import evaluate_outputs
-from rafce_ray.metrics.calibration import Calibration, Outputs
-from rafce_ray.metrics.split_outputs import SplitOutputs
+from rafce_ray.metrics.calibration import Calibration, Outputs, SplitOutputs
 from rafce_ray.study.finalists import TaggedOutputs, on_labels_of_first, score_with_losses
 
 TAXONOMY = make_taxonomy(tuple(list(RAFCE_EMOTIONS)[:4]), (1, 12))
