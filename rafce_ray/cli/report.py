@@ -22,7 +22,7 @@ def main(argv: list[str]) -> int:
     from rafce_ray.base.hardware import choose_device
     from rafce_ray.report.data import check_run, gather
     from rafce_ray.report.page import render_page, report_place
-    from rafce_ray.report.study_data import is_study
+    from rafce_ray.report.study_page import is_study
     from rafce_ray.run.folder import RunFolder
     from rafce_ray.study.folder import StudyFolder
 
@@ -59,8 +59,7 @@ def main(argv: list[str]) -> int:
 
 def _report_study(study: StudyFolder, arguments: argparse.Namespace) -> None:
     from rafce_ray.report.page import report_place
-    from rafce_ray.report.study_data import gather_study
-    from rafce_ray.report.study_page import render_study
+    from rafce_ray.report.study_page import gather_study, render_study
     from rafce_ray.study.trials import metric_of
 
     options = {

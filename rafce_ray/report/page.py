@@ -38,8 +38,7 @@ from rafce_ray.metrics.text import (
     summary,
 )
 from rafce_ray.report import plots
-from rafce_ray.report.data import ReportData, Split, gather
-from rafce_ray.report.slices import MIN_GROUP
+from rafce_ray.report.data import MIN_GROUP, ReportData, Split, gather
 from rafce_ray.run.compare import distinct
 from rafce_ray.run.folder import RunFolder
 from rafce_ray.run.watch import duration

@@ -10,7 +10,7 @@ from rafce_ray.base.console import to_json
 from rafce_ray.base.errors import UsageError
 from rafce_ray.base.taxonomy import make_taxonomy
 from rafce_ray.metrics.calibration import Calibration, Outputs, SplitOutputs, calibrated
-from rafce_ray.report.slices import MIN_GROUP, group_table, read_slices
+from rafce_ray.report.data import MIN_GROUP, group_table, read_slices
 
 TAXONOMY = make_taxonomy(("calm", "glad", "sad"), (1, 12))
 

@@ -11,8 +11,7 @@ from rafce_ray.base.console import to_json
 from rafce_ray.cli.report import main
 from rafce_ray.metrics.comparison import Difference
 from rafce_ray.metrics.text import UNDEFINED
-from rafce_ray.report.study_data import cost, gather_study
-from rafce_ray.report.study_page import write_study_report
+from rafce_ray.report.study_page import cost, gather_study, write_study_report
 from rafce_ray.report.study_plots import group_rungs, value_axis
 from rafce_ray.study.finalists import Finalist, Verdict
 from rafce_ray.study.on_test import MeanFigure, OnTest
