@@ -41,8 +41,7 @@ from rafce_ray.config import load_config
 from rafce_ray.data.drawing.synthetic import synthesize
 from rafce_ray.data.loader import Batch, prepare
 from rafce_ray.run.loop import autocast, train_epoch
-from rafce_ray.run.session import Job, LocalSession
-from rafce_ray.run.state import NUM_LOSS_SUMS, Training
+from rafce_ray.run.state import NUM_LOSS_SUMS, Job, LocalSession, Training
 
 NICENESS_OF_RAY_WORKERS = 15
 POLL_S = 0.005

@@ -27,7 +27,7 @@ from rich.table import Table
 from rafce_ray.config import config_hash, load_config
 from rafce_ray.data.drawing.synthetic import synthesize
 from rafce_ray.data.loader import prepare
-from rafce_ray.run.session import Job
+from rafce_ray.run.state import Job
 from rafce_ray.study.folder import StudyFolder
 from rafce_ray.study.trials import TrialPlan
 from rafce_ray.train.launch import ray_cluster

@@ -172,7 +172,7 @@ def train(tiny_overrides: list[str]) -> Callable[..., dict]:
     from rafce_ray.data.loader import prepare
     from rafce_ray.run.folder import RunFolder
     from rafce_ray.run.loop import fit
-    from rafce_ray.run.session import Job, LocalSession
+    from rafce_ray.run.state import Job, LocalSession
 
     def trained(place: Path, *overrides: str) -> dict:
         named = [f"run.name={place.name}", f"run.storage={place.parent}"]

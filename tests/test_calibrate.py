@@ -503,7 +503,7 @@ def test_calibration_lowers_the_log_loss_of_held_out_drawn_faces(drawn_faces, st
     from rafce_ray.bundle.evaluate import evaluate_bundle
     from rafce_ray.data.loader import open_dataset, prepare
     from rafce_ray.run.loop import fit
-    from rafce_ray.run.session import Job, LocalSession
+    from rafce_ray.run.state import Job, LocalSession
 
     config = load_config(
         overrides=[

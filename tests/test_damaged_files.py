@@ -16,7 +16,7 @@ from rafce_ray.cli.report import main as report
 from rafce_ray.cli.trials import main as trials
 from rafce_ray.config import config_hash
 from rafce_ray.run.folder import RunFolder
-from rafce_ray.run.session import Job
+from rafce_ray.run.state import Job
 from rafce_ray.run.watch import RunWatch
 from rafce_ray.study.config import build_study, study_yaml
 from rafce_ray.study.folder import StudyFolder

@@ -21,7 +21,7 @@ from rafce_ray.run import state
 from rafce_ray.run.checkpoint import TRAINER_STATE, list_checkpoints
 from rafce_ray.run.folder import RunFolder
 from rafce_ray.run.loop import fit
-from rafce_ray.run.session import Job, LocalSession
+from rafce_ray.run.state import Job, LocalSession
 
 pytestmark = pytest.mark.numeric
 

@@ -30,7 +30,7 @@ from rafce_ray.registry.versions import add_version, version_names
 from rafce_ray.run.checkpoint import Checkpoint, list_checkpoints, newest_valid
 from rafce_ray.run.folder import RunFolder
 from rafce_ray.run.loop import fit
-from rafce_ray.run.session import Job, LocalSession
+from rafce_ray.run.state import Job, LocalSession
 from rafce_ray.service.live import Registry
 
 BUSY = OSError(

@@ -401,7 +401,7 @@ def test_a_trial_trained_in_one_process_is_replayed_to_the_same_figures(
     overrides, tmp_path, ray_cluster_of_tests, capsys
 ):
     from rafce_ray.run.loop import fit
-    from rafce_ray.run.session import Job, LocalSession
+    from rafce_ray.run.state import Job, LocalSession
 
     trials = tmp_path / "study" / "trials"
     folder = pretend_run(trials / "first", overrides)

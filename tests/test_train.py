@@ -82,7 +82,7 @@ def test_a_run_on_ray_leaves_a_bundle_with_the_figures_it_reports(trained):
 def test_ray_and_a_plain_loop_give_the_same_weights(trained, overrides, tmp_path):
     from rafce_ray.data.loader import prepare
     from rafce_ray.run.loop import fit
-    from rafce_ray.run.session import Job, LocalSession
+    from rafce_ray.run.state import Job, LocalSession
 
     config = load_config(overrides=[*overrides, "run.checkpoint_every_steps=2"])
     prepared = prepare(config.data)
@@ -135,7 +135,7 @@ def test_a_worker_that_finishes_no_step_ends_itself(tiny_overrides, tmp_path):
     program = """
 import sys, time
 from rafce_ray.config import load_config
-from rafce_ray.run.session import Job
+from rafce_ray.run.state import Job
 from rafce_ray.base.taxonomy import make_taxonomy
 from rafce_ray.train.worker import Watchdog
 job = Job(load_config(overrides=["run.hang_timeout_s=4"]), "", make_taxonomy((), (1,)), sys.argv[1], {})

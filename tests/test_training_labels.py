@@ -14,8 +14,7 @@ from rafce_ray.data.audit import render
 from rafce_ray.data.loader import prepare
 from rafce_ray.run.folder import RunFolder
 from rafce_ray.run.loop import fit
-from rafce_ray.run.session import Job, LocalSession
-from rafce_ray.run.state import choose_splits, describe_targets, open_for_training
+from rafce_ray.run.state import Job, LocalSession, choose_splits, describe_targets, open_for_training
 
 pytestmark = pytest.mark.numeric
 

@@ -97,7 +97,7 @@ def test_a_trial_trains_what_its_folder_says_and_its_figures_are_those_of_a_plai
     from rafce_ray.base.console import to_json
     from rafce_ray.data.loader import prepare
     from rafce_ray.run.loop import fit
-    from rafce_ray.run.session import Job, LocalSession
+    from rafce_ray.run.state import Job, LocalSession
 
     study = finished.study
     trial = study.trial("labels-read-seed0")

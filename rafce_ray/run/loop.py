@@ -34,8 +34,7 @@ from rafce_ray.run.checkpoint import (
     prune,
 )
 from rafce_ray.run.finish import finish
-from rafce_ray.run.session import Job, Session
-from rafce_ray.run.state import NUM_LOSS_SUMS, Training, resolve_monitor, score_of
+from rafce_ray.run.state import NUM_LOSS_SUMS, Job, Session, Training, resolve_monitor, score_of
 
 PROGRESS_EVERY_S = 1.0
 REMOTE_PROGRESS_EVERY_S = 10.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from rafce_ray.base.errors import GateError
 from rafce_ray.base.figures import FIGURES, monitor_for
 from rafce_ray.base.hardware import resolve_precision
+from rafce_ray.base.taxonomy import Taxonomy
 from rafce_ray.bundle.bundle import read_weights, save_bundle
-from rafce_ray.config import Config, LossConfig
+from rafce_ray.config import Config, LossConfig, build_config
 from rafce_ray.data.audit import audit_command
 from rafce_ray.data.loader import Batch, Dataset, ImageSource, TrainLoader, check_shares, open_dataset
 from rafce_ray.faces.preprocess import Preprocessing, build_augmentation, resize_and_normalise, to_unit
@@ -31,7 +32,100 @@ from rafce_ray.model.network import (
 from rafce_ray.model.optim import build_ema, build_optimizer
 from rafce_ray.run.checkpoint import Checkpoint, InvalidCheckpoint, local_bundle, read_trainer_state, save_checkpoint
 from rafce_ray.run.folder import RunFolder
-from rafce_ray.run.session import Job, Session
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a worker needs: the configuration, the decoded store, the resolved taxonomy, the run folder, where it came from."""
+
+    config: Config
+    store: str
+    taxonomy: Taxonomy
+    run_dir: str
+    provenance: dict[str, Any]
+
+    def to_plain(self) -> dict[str, Any]:
+        """As plain JSON values: what Ray Train carries to the workers and shows on its dashboard."""
+        return {
+            "config": self.config.model_dump(mode="json"),
+            "store": self.store,
+            "taxonomy": asdict(self.taxonomy),
+            "run_dir": self.run_dir,
+            "provenance": self.provenance,
+        }
+
+    @classmethod
+    def from_plain(cls, plain: dict[str, Any]) -> Job:
+        """The job that :meth:`to_plain` wrote."""
+        taxonomy = plain["taxonomy"]
+        components = tuple(None if pair is None else (pair[0], pair[1]) for pair in taxonomy["components"])
+        return cls(
+            config=build_config(plain["config"]),
+            store=plain["store"],
+            taxonomy=Taxonomy(tuple(taxonomy["emotions"]), components, tuple(taxonomy["action_units"])),
+            run_dir=plain["run_dir"],
+            provenance=plain["provenance"],
+        )
+
+
+class Session(Protocol):
+    """One worker's view of the group that trains together."""
+
+    rank: int
+    num_workers: int
+    device: torch.device
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """The module whose gradients are averaged over workers."""
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Element-wise sum over workers, on the CPU; every worker must call it."""
+
+    def broadcast(self, value: str | None) -> str | None:
+        """Rank 0's value; every worker must call it."""
+
+    def share_buffers(self, module: nn.Module) -> None:
+        """Give every worker rank 0's buffers (batch-norm statistics), in place."""
+
+    def alive(self) -> None:
+        """Called after every step: a worker that stops calling it counts as hung."""
+
+    def report(self, record: dict[str, Any]) -> None:
+        """One finished epoch; plain floats, ints, strings and None only."""
+
+
+class LocalSession:
+    """The loop in this process alone: tests, benchmarks, machines without Ray."""
+
+    rank = 0
+    num_workers = 1
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+        self.records: list[dict[str, Any]] = []
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """The module itself."""
+        return module
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The values themselves, on the CPU."""
+        return values.detach().cpu()
+
+    def broadcast(self, value: str | None) -> str | None:
+        """The value itself."""
+        return value
+
+    def share_buffers(self, module: nn.Module) -> None:
+        """Nothing to share."""
+
+    def alive(self) -> None:
+        """Nobody watches."""
+
+    def report(self, record: dict[str, Any]) -> None:
+        """Keep the record in ``records``."""
+        self.records.append(record)
+
 
 NUM_LOSS_SUMS = 5
 """What is summed over an epoch's steps: loss in all, of emotions, action units and votes, and the gradient norm."""

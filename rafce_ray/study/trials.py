@@ -15,7 +15,7 @@ from rafce_ray.base.storage import Location
 from rafce_ray.config import Config, config_hash, flatten
 from rafce_ray.run.checkpoint import list_checkpoints
 from rafce_ray.run.folder import RunFolder
-from rafce_ray.run.session import Job
+from rafce_ray.run.state import Job
 from rafce_ray.study.folder import StudyFolder
 
 TRIAL_FILE = "trial.json"

@@ -28,7 +28,7 @@ from rafce_ray.data.audit import audit_command
 from rafce_ray.data.loader import Prepared, prepare
 from rafce_ray.run.folder import RunFolder
 from rafce_ray.run.replay import Plan
-from rafce_ray.run.session import Job
+from rafce_ray.run.state import Job
 from rafce_ray.run.watch import RunWatch
 from rafce_ray.run.worker_changes import root_cause
 from rafce_ray.train.environment import check_ray, dashboard_line, not_started, ray_address

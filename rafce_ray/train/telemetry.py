@@ -29,7 +29,7 @@ from rafce_ray.monitoring.metrics import (
     epoch_samples,
 )
 from rafce_ray.run.folder import RunFolder
-from rafce_ray.run.session import Job
+from rafce_ray.run.state import Job
 
 REFRESH_S = 1.0
 """Below Ray's shortest export interval."""

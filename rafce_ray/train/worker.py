@@ -32,7 +32,7 @@ from rafce_ray.base.errors import RafceError
 from rafce_ray.doctor.rules import report_findings
 from rafce_ray.run.folder import RunFolder
 from rafce_ray.run.loop import fit
-from rafce_ray.run.session import Job, LocalSession
+from rafce_ray.run.state import Job, LocalSession
 from rafce_ray.run.worker_changes import WorkerChanges, describe_failures, root_cause
 from rafce_ray.study.folder import StudyFolder
 from rafce_ray.study.trials import check_sampled, conclude, read_plan
@@ -62,7 +62,7 @@ def train_worker(plain_job: dict[str, Any]) -> dict[str, Any] | None:
 
 
 class TrainSession:
-    """A Ray Train worker's :class:`rafce_ray.run.session.Session`; ends its own process when no step is finished for too long."""
+    """A Ray Train worker's :class:`rafce_ray.run.state.Session`; ends its own process when no step is finished for too long."""
 
     def __init__(self, job: Job) -> None:
         context = ray.train.get_context()
@@ -213,7 +213,7 @@ def read_trial_job(plain: dict[str, Any], study: StudyFolder) -> Job:
 
 
 class TrialSession(LocalSession):
-    """A :class:`rafce_ray.run.session.Session` of one process inside a Ray Tune trial."""
+    """A :class:`rafce_ray.run.state.Session` of one process inside a Ray Tune trial."""
 
     def __init__(self, job: Job) -> None:
         use_gpu = bool(ray.get_gpu_ids())

@@ -11,7 +11,7 @@ from typing import Any
 from rafce_ray.base.console import say, to_json, warn
 from rafce_ray.config import CARRIED_OUT_BY, Config, ConfigError, config_hash, flatten, with_values
 from rafce_ray.data.loader import Prepared, Readings
-from rafce_ray.run.session import Job
+from rafce_ray.run.state import Job
 from rafce_ray.study.config import StudyConfig
 from rafce_ray.study.folder import StudyFolder
 from rafce_ray.study.plan import Shares

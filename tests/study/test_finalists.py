@@ -14,7 +14,7 @@ from rafce_ray.base.taxonomy import RAFCE_EMOTIONS, make_taxonomy
 from rafce_ray.config import config_hash, load_config
 from rafce_ray.metrics.calibration import Calibration, Outputs, SplitOutputs
 from rafce_ray.metrics.comparison import score
-from rafce_ray.run.session import Job
+from rafce_ray.run.state import Job
 from rafce_ray.study.finalists import (
     Verdict,
     best_run,

@@ -8,8 +8,7 @@ import pytest
 from rafce_ray.base.figures import monitors_of
 from rafce_ray.config import ConfigError
 from rafce_ray.data.loader import prepare
-from rafce_ray.run.session import Job
-from rafce_ray.run.state import choose_splits, describe_targets, open_for_training
+from rafce_ray.run.state import Job, choose_splits, describe_targets, open_for_training
 from rafce_ray.study.config import build_study, load_study, study_yaml
 
 BY_NULL_POLICY = {"data.null_policy": {"choice": ["mask", "negative"]}}

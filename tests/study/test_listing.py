@@ -12,7 +12,7 @@ from rafce_ray.base.taxonomy import make_taxonomy
 from rafce_ray.cli.trials import main
 from rafce_ray.config import config_hash, flatten, load_config
 from rafce_ray.run.folder import RunFolder
-from rafce_ray.run.session import Job
+from rafce_ray.run.state import Job
 from rafce_ray.study.folder import StudyFolder
 from rafce_ray.study.listing import Listing, cell, fitting, ordered
 from rafce_ray.study.trials import TrialPlan, conclude

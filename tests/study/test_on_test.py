@@ -15,7 +15,7 @@ from rafce_ray.config import config_hash, load_config
 from rafce_ray.data.loader import prepare
 from rafce_ray.metrics.comparison import Difference
 from rafce_ray.run.loop import fit
-from rafce_ray.run.session import Job, LocalSession
+from rafce_ray.run.state import Job, LocalSession
 from rafce_ray.study import on_test
 from rafce_ray.study.finalists import Verdict, judge
 from rafce_ray.study.folder import StudyFolder

@@ -9,7 +9,7 @@ import yaml
 from rafce_ray.base.taxonomy import make_taxonomy
 from rafce_ray.config import config_hash, load_config
 from rafce_ray.metrics.counts import Counts, summarise
-from rafce_ray.run.session import Job
+from rafce_ray.run.state import Job
 from rafce_ray.study.folder import StudyFolder
 from rafce_ray.study.trials import TrialPlan, best_record, conclude
 

@@ -5,7 +5,7 @@ from processes import is_alive
 
 from rafce_ray.config import config_hash, load_config
 from rafce_ray.data.loader import prepare
-from rafce_ray.run.session import Job
+from rafce_ray.run.state import Job
 from rafce_ray.study.folder import StudyFolder
 from rafce_ray.study.trials import TrialPlan, read_trial
 
