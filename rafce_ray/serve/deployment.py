@@ -20,7 +20,7 @@ from rafce_ray.serve.metrics import Export
 from rafce_ray.serve.ray_private import MIDDLEWARES, USES_HAPROXY, logs_folder
 from rafce_ray.service import app
 from rafce_ray.service.config import ServiceConfig, read_service_config
-from rafce_ray.service.logs import log_as_json
+from rafce_ray.service.edge import log_as_json
 
 log = logging.getLogger(__name__.replace("serve", "service"))
 

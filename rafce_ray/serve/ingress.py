@@ -17,9 +17,8 @@ from uvicorn.config import HTTP_PROTOCOLS
 
 from rafce_ray.serve.haproxy import PEER
 from rafce_ray.serve.ray_private import HAS_USER_THREAD, USES_HAPROXY
-from rafce_ray.service.config import Limits
+from rafce_ray.service.config import Callers, Limits
 from rafce_ray.service.edge import Edge
-from rafce_ray.service.local_peers import Callers
 from rafce_ray.service.problems import REQUEST_ID, Problem, problem_response, request_id_of
 
 STEERING = frozenset(

@@ -32,8 +32,8 @@ from rafce_ray.registry.live import read_live
 from rafce_ray.registry.versions import SHORT_SHA, place_of_version, read_version, version_folder
 from rafce_ray.service.answers import ModelId
 from rafce_ray.service.config import ServiceConfig
-from rafce_ray.service.drift_watch import DriftWatch
 from rafce_ray.service.meter import Meter
+from rafce_ray.service.model_info import DriftWatch
 
 log = logging.getLogger(__name__)
 

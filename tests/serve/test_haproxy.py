@@ -26,9 +26,8 @@ from starlette.responses import Response
 from rafce_ray.serve.fast_path import fast_path
 from rafce_ray.serve.haproxy import UNREADABLE, UnknownConfiguration, mended
 from rafce_ray.serve.ingress import NoReplica, Steered
-from rafce_ray.service.config import Limits
+from rafce_ray.service.config import Callers, Limits
 from rafce_ray.service.edge import BoundedHttpProtocol, Edge
-from rafce_ray.service.local_peers import Callers
 
 WRITTEN = """\
 global

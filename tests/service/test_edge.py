@@ -17,11 +17,9 @@ from starlette.responses import HTMLResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
 
 from rafce_ray.service.batching import Admission
-from rafce_ray.service.config import Limits
-from rafce_ray.service.edge import Edge, within
+from rafce_ray.service.config import Callers, Limits
+from rafce_ray.service.edge import LOGGER, Edge, JsonLines, within
 from rafce_ray.service.keys import KEY_ID
-from rafce_ray.service.local_peers import Callers
-from rafce_ray.service.logs import LOGGER, JsonLines
 from rafce_ray.service.problems import EXCEPTION_HANDLERS, REQUEST_ID, Problem, deadline_passed
 from rafce_ray.service.requests import declared_bytes, read_body
 

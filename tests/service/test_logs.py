@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from rafce_ray.service import logs
-from rafce_ray.service.logs import LOGGER, JsonLines, log_as_json
+from rafce_ray.service import edge
+from rafce_ray.service.edge import LOGGER, JsonLines, log_as_json
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def test_a_file_takes_everything_and_the_stream_warnings_alone(tmp_path):
 
 @pytest.mark.usefixtures("stream")
 def test_a_full_file_is_kept_beside_and_no_line_is_lost(tmp_path, monkeypatch):
-    monkeypatch.setattr(logs, "MAX_FILE_BYTES", 1000)
+    monkeypatch.setattr(edge, "MAX_FILE_BYTES", 1000)
     log_as_json(io.StringIO(), tmp_path / "service.log")
     for number in range(20):
         logging.getLogger(LOGGER).info("request", extra={"fields": {"number": number}})
@@ -89,7 +89,7 @@ def test_lines_that_come_fast_are_written_together_and_none_waits_for_the_next(t
         return [json.loads(line)["event"] for line in file.read_text().splitlines()]
 
     logger = logging.getLogger(LOGGER)
-    monkeypatch.setattr(logs, "FLUSH_S", 600)
+    monkeypatch.setattr(edge, "FLUSH_S", 600)
     log_as_json(io.StringIO(), file)
     for event in ("alone", "fast", "faster"):
         logger.info(event)
@@ -97,7 +97,7 @@ def test_lines_that_come_fast_are_written_together_and_none_waits_for_the_next(t
     logger.warning("slow")
     assert events() == ["alone", "fast", "faster", "slow"]
 
-    monkeypatch.setattr(logs, "FLUSH_S", 0.5)
+    monkeypatch.setattr(edge, "FLUSH_S", 0.5)
     log_as_json(io.StringIO(), file)
     logger.info("earlier")
     time.sleep(1.6)
