@@ -126,7 +126,7 @@ def build_trainer(
 def _fit(job: Job, num_cpus: float, num_gpus: float) -> dict[str, Any] | None:
     from ray.train import TrainingFailedError
 
-    from rafce_ray.train.telemetry import command_shown
+    from rafce_ray.train.worker import command_shown
     from rafce_ray.train.worker import ChangesCallback
 
     run, folder = job.config.run, RunFolder(job.run_dir)
