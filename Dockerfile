@@ -19,6 +19,7 @@ RUN mkdir rafce_ray \
         --editable ".[serve,export,mlflow]"
 
 COPY rafce_ray rafce_ray
+COPY rafce_drawing rafce_drawing
 COPY tune_configs tune_configs
 # What cannot run here is better known now.
 RUN python -m rafce_ray.tune --help > /dev/null \

@@ -34,6 +34,7 @@ check: install
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
+	$(RUN)/lint-imports
 	$(RUN)/hadolint Dockerfile
 
 format: install

@@ -19,8 +19,8 @@ from rich.console import Console
 from rafce_ray.base.taxonomy import RAFCE_EMOTIONS, SEED18, make_taxonomy
 from rafce_ray.bundle.model import ActionUnitPrediction, EmotionPrediction, Prediction
 from rafce_ray.metrics.drift import Bins, DriftReference, Light, light_of
+from rafce_ray.service.live import DriftWatch
 from rafce_ray.service.meter import Meter
-from rafce_ray.service.model_info import DriftWatch
 
 ROUNDS = 20_000
 TAXONOMY = make_taxonomy(tuple(RAFCE_EMOTIONS), SEED18)

@@ -22,12 +22,12 @@ import psutil
 import torch
 from PIL import Image
 
+from rafce_drawing.labelled import synthesize
 from rafce_ray.base.hardware import choose_device
 from rafce_ray.base.taxonomy import RAFCE_EMOTIONS, SEED18, make_taxonomy
 from rafce_ray.bundle.bundle import load_bundle, save_bundle
 from rafce_ray.bundle.engines import build_engine
 from rafce_ray.bundle.model import Predictor
-from rafce_ray.data.drawing.synthetic import synthesize
 from rafce_ray.faces.preprocess import Preprocessing
 from rafce_ray.metrics.calibration import Calibration
 from rafce_ray.model.network import Architecture, build_model

@@ -20,8 +20,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from rafce_drawing.labelled import synthesize
 from rafce_ray.config import DataConfig
-from rafce_ray.data.drawing.synthetic import synthesize
 from rafce_ray.data.label_file import ACTION_UNIT_FILE, EMOTION_FILE, PARTITION_FILE, VOTES_FILE
 from rafce_ray.data.loader import open_dataset, prepare
 

@@ -35,10 +35,10 @@ from rich.table import Table
 from torch import nn
 from torch.utils.data import DataLoader
 
+from rafce_drawing.labelled import synthesize
 from rafce_ray.base.console import progress_bar
 from rafce_ray.base.hardware import choose_device, describe_hardware, describe_software
 from rafce_ray.config import load_config
-from rafce_ray.data.drawing.synthetic import synthesize
 from rafce_ray.data.loader import Batch, prepare
 from rafce_ray.run.loop import autocast, train_epoch
 from rafce_ray.run.state import NUM_LOSS_SUMS, Job, LocalSession, Training

@@ -24,8 +24,8 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from rafce_drawing.labelled import synthesize
 from rafce_ray.config import config_hash, load_config
-from rafce_ray.data.drawing.synthetic import synthesize
 from rafce_ray.data.loader import prepare
 from rafce_ray.run.state import Job
 from rafce_ray.study.folder import StudyFolder

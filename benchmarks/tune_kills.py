@@ -22,7 +22,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from rafce_ray.data.drawing.synthetic import synthesize
+from rafce_drawing.labelled import synthesize
 from rafce_ray.study.folder import StudyFolder
 from rafce_ray.study.trials import read_rungs, read_trials
 

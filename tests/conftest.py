@@ -136,7 +136,7 @@ def made_once(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureR
 @pytest.fixture(scope="session")
 def drawn_faces(made_once: Callable[..., Path]) -> Path:
     """160 drawn faces in RAF-CE's layout."""
-    from rafce_ray.data.drawing.synthetic import synthesize
+    from rafce_drawing.labelled import synthesize
 
     return made_once("faces", lambda place: synthesize(place, num_images=160, seed=5, processes=1))
 

@@ -182,7 +182,7 @@ def _split(arguments: argparse.Namespace, given: list[str]) -> int:
 
 
 def _synthesize(arguments: argparse.Namespace, _: list[str]) -> int:
-    from rafce_ray.data.drawing.synthetic import synthesize
+    from rafce_drawing.labelled import synthesize
 
     say(f"Drawing {arguments.num_images} labelled faces, and some without a label, into {arguments.out}.")
     with ExitStack() as stack:

@@ -126,8 +126,7 @@ def build_trainer(
 def _fit(job: Job, num_cpus: float, num_gpus: float) -> dict[str, Any] | None:
     from ray.train import TrainingFailedError
 
-    from rafce_ray.train.worker import command_shown
-    from rafce_ray.train.worker import ChangesCallback
+    from rafce_ray.train.worker import ChangesCallback, command_shown
 
     run, folder = job.config.run, RunFolder(job.run_dir)
     trainer = build_trainer(job, num_cpus, num_gpus, max_failures=run.max_failures, callbacks=[ChangesCallback(job)])

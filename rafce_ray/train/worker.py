@@ -6,9 +6,11 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import cache
 from typing import Any
+
 import ray
 import ray.train
 import ray.train.torch
@@ -25,22 +27,11 @@ from ray.train.v2._internal.execution.controller.state import (
     TrainControllerState,
 )
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
+from ray.util.metrics import Counter, Gauge
 from torch import Tensor, nn
+
 from rafce_ray.base.errors import RafceError
 from rafce_ray.doctor.rules import report_findings
-from rafce_ray.run.folder import RunFolder
-from rafce_ray.run.loop import fit
-from rafce_ray.run.state import Job, LocalSession
-from rafce_ray.run.worker_changes import WorkerChanges, describe_failures, root_cause
-from rafce_ray.study.folder import StudyFolder
-from rafce_ray.study.trials import check_sampled, conclude, read_plan
-import threading
-import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from functools import cache
-from typing import Any
-from ray.util.metrics import Counter, Gauge
 from rafce_ray.monitoring.metrics import (
     COMMAND,
     INVALID_CHECKPOINTS,
@@ -52,7 +43,11 @@ from rafce_ray.monitoring.metrics import (
     epoch_samples,
 )
 from rafce_ray.run.folder import RunFolder
-from rafce_ray.run.state import Job
+from rafce_ray.run.loop import fit
+from rafce_ray.run.state import Job, LocalSession
+from rafce_ray.run.worker_changes import WorkerChanges, describe_failures, root_cause
+from rafce_ray.study.folder import StudyFolder
+from rafce_ray.study.trials import check_sampled, conclude, read_plan
 
 REFRESH_S = 1.0
 """Below Ray's shortest export interval."""

@@ -34,8 +34,7 @@ from rafce_ray.study.folder import StudyFolder
 from rafce_ray.study.plan import Node, Shares
 from rafce_ray.study.trials import ENDED, TrialPlan, conclude, is_finite, read_plan, read_trials
 from rafce_ray.train.launch import build_trainer
-from rafce_ray.train.worker import Publisher
-from rafce_ray.train.worker import read_trial_job, trial_worker
+from rafce_ray.train.worker import Publisher, read_trial_job, trial_worker
 from rafce_ray.tune.scheduler import Concluding, Control, Course, free_workers
 
 LOOK_S = 1.0

@@ -9,11 +9,7 @@ import cv2
 import numpy as np
 import pytest
 
-from rafce_ray.base.errors import UsageError
-from rafce_ray.base.taxonomy import parse_action_unit_token
-from rafce_ray.data.drawing.paint import draw_face
-from rafce_ray.data.drawing.shape import HAIR_STYLES, Action, Person, Scene, sample_person, sample_scene
-from rafce_ray.data.drawing.synthetic import (
+from rafce_drawing.labelled import (
     ODD_ACTIONS,
     action_unit_rates,
     component_indices,
@@ -25,6 +21,10 @@ from rafce_ray.data.drawing.synthetic import (
     split_counts,
     synthesize,
 )
+from rafce_drawing.paint import draw_face
+from rafce_drawing.shape import HAIR_STYLES, Action, Person, Scene, sample_person, sample_scene
+from rafce_ray.base.errors import UsageError
+from rafce_ray.base.taxonomy import parse_action_unit_token
 
 LABEL_FILES = ("RAFCE_emolabel.txt", "RAFCE_partition.txt", "RAFCE_AUlabel.txt", "distribution.txt")
 

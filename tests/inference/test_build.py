@@ -10,8 +10,7 @@ from rafce_ray.base.errors import UsageError
 from rafce_ray.base.hardware import has_fast_bf16
 from rafce_ray.bundle import engines
 from rafce_ray.bundle.canary import draw_images
-from rafce_ray.bundle.engines import TorchEngine, build_engine, check_inputs, missing_packages
-from rafce_ray.bundle.export import to_openvino
+from rafce_ray.bundle.engines import TorchEngine, build_engine, check_inputs, missing_packages, to_openvino
 
 pytestmark = pytest.mark.numeric
 

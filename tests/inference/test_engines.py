@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from rafce_ray.bundle.canary import draw_images, largest_difference
-from rafce_ray.bundle.engines import Engine, OnnxRuntimeEngine, OpenVinoEngine, TorchEngine
-from rafce_ray.bundle.export import to_onnx, to_openvino
+from rafce_ray.bundle.engines import Engine, OnnxRuntimeEngine, OpenVinoEngine, TorchEngine, to_onnx, to_openvino
 from rafce_ray.bundle.model import Predictor
 from rafce_ray.metrics.calibration import Outputs, calibrated
 

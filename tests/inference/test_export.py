@@ -10,8 +10,8 @@ import torch
 from rafce_ray.base.errors import GateError
 from rafce_ray.bundle import export
 from rafce_ray.bundle.canary import draw_images
-from rafce_ray.bundle.engines import TorchEngine
-from rafce_ray.bundle.export import export_bundle, to_openvino
+from rafce_ray.bundle.engines import TorchEngine, to_openvino
+from rafce_ray.bundle.export import export_bundle
 from rafce_ray.cli.export import main
 
 pytestmark = pytest.mark.numeric

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from rafce_ray.bundle.canary import draw_images, raw_outputs
-from rafce_ray.bundle.export import Graph, output_names, resize_matrix
+from rafce_ray.bundle.engines import Graph, output_names, resize_matrix
 from rafce_ray.faces.preprocess import Preprocessing, resize_and_normalise, to_unit
 
 pytestmark = pytest.mark.numeric

@@ -8,7 +8,7 @@ import pytest
 from rafce_ray.base.taxonomy import make_taxonomy
 from rafce_ray.bundle.model import ActionUnitPrediction, EmotionPrediction, Prediction
 from rafce_ray.metrics.drift import Bins, DriftReference, Light, psi
-from rafce_ray.service.model_info import WINDOW_FACES, DriftWatch
+from rafce_ray.service.live import WINDOW_FACES, DriftWatch
 
 TAXONOMY = make_taxonomy(("glad", "sad"), (12,))
 REFERENCE = DriftReference(

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
 
-from rafce_ray.data.drawing.shape import (
+from rafce_drawing.shape import (
     EYE_Y,
     SIGN,
     Action,

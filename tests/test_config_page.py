@@ -4,9 +4,9 @@ import re
 from pathlib import Path
 
 import pytest
+from config_page import reference
 
 from rafce_ray.config import Config, ConfigError, flatten, load_config
-from rafce_ray.config_reference import reference
 from rafce_ray.service.config import ServiceConfig, read_service_config
 
 PAGE = Path(__file__).parents[1] / "docs" / "config.md"
@@ -22,7 +22,7 @@ def rows(title: str) -> dict[str, tuple[str, ...]]:
 
 def test_the_page_is_what_the_code_says():
     assert PAGE.read_text() == reference(), (
-        "docs/config.md is not what the code says; write it again: python -m rafce_ray.config_reference > docs/config.md"
+        "docs/config.md is not what the code says; write it again: python docs/config_page.py > docs/config.md"
     )
 
 

@@ -1,4 +1,4 @@
-"""Every key of every configuration as one Markdown page, from the code: ``python -m rafce_ray.config_reference > docs/config.md``."""
+"""Every key of every configuration as one Markdown page, from the code: ``python docs/config_page.py > docs/config.md``."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _TYPES = {str: "text", int: "whole number", float: "number", bool: "true or fals
 
 HEAD = """# Configuration
 
-Every key that can be set, with its type, default and range. `python -m rafce_ray.config_reference > docs/config.md` writes this page from the
+Every key that can be set, with its type, default and range. `python docs/config_page.py > docs/config.md` writes this page from the
 code, and a test holds it against the code. An unknown key, a wrong type or a value out of range is an error that names the key, what was found,
 what was expected and the nearest known key; all faults are told at once.
 

@@ -28,10 +28,10 @@ import numpy as np
 from numpy.random import Generator, SeedSequence
 from numpy.typing import NDArray
 
+from rafce_drawing.paint import draw_face
+from rafce_drawing.shape import Action, sample_person, sample_scene
 from rafce_ray.base.errors import UsageError
 from rafce_ray.base.taxonomy import BASIC_EMOTIONS, RAFCE_EMOTIONS
-from rafce_ray.data.drawing.paint import draw_face
-from rafce_ray.data.drawing.shape import Action, sample_person, sample_scene
 from rafce_ray.data.label_file import CLASS_COUNTS, NUM_LABELLED, NUM_NULL_TRAIN, TRAIN_POSITIVES
 
 SPLITS = ("train", "test", "validation")
@@ -113,7 +113,7 @@ class FaceLabel:
 @cache
 def prototypes() -> Prototypes:
     """The package's table of prototypes, with AUs in ascending order."""
-    table = json.loads(resources.files("rafce_ray.data.drawing").joinpath("facs_prototypes.json").read_text("utf-8"))
+    table = json.loads(resources.files("rafce_drawing").joinpath("facs_prototypes.json").read_text("utf-8"))
     positives = {int(key): count for key, count in table["rare_train_positives"].items()}
     positives |= {action_unit: count for action_unit, count in TRAIN_POSITIVES.items() if count > 0}
     action_units = tuple(sorted(positives))
