@@ -24,10 +24,6 @@ def modules() -> list[str]:
     ]
 
 
-
-
-
-
 @pytest.mark.slow
 def test_the_core_and_its_benchmark_import_where_ray_is_not_installed():
     core = [name for name in modules() if name.split(".")[1] not in MAY_IMPORT_RAY]

@@ -23,7 +23,7 @@ from rafce_ray import cli
 from rafce_ray.base.errors import UsageError
 from rafce_ray.base.hardware import choose_device
 from rafce_ray.base.taxonomy import make_taxonomy
-from rafce_ray.bundle import output
+from rafce_ray.bundle import writing
 from rafce_ray.bundle.bundle import Bundle, load_bundle, save_bundle
 from rafce_ray.bundle.model import Predictor, predict_files
 from rafce_ray.cli.predict import main
@@ -240,9 +240,9 @@ def test_table_files_hold_the_same(capsys, bundle_path, folder, tmp_path):
 
 
 def test_several_faces_are_several_rows_and_many_rows_several_groups(predictor, tmp_path, monkeypatch):
-    monkeypatch.setattr(output, "ROWS_PER_GROUP", 4)
+    monkeypatch.setattr(writing, "ROWS_PER_GROUP", 4)
     file = LoadedFile("x", 9, 9, tuple(Face(Box(i, 0, 1, 1), "box", one) for i, one in enumerate(faces(3))), None)
-    with output.open_output(tmp_path / "out.parquet", predictor.bundle, 1) as write:
+    with writing.open_output(tmp_path / "out.parquet", predictor.bundle, 1) as write:
         for result in predict_files(predictor, [file] * 4, batch_size=5, top_k=1):
             write(result)
     table = pq.ParquetFile(tmp_path / "out.parquet")
@@ -254,7 +254,7 @@ def test_nothing_is_left_of_an_output_that_failed(predictor, tmp_path):
     for ending in ("jsonl", "csv", "parquet"):
         with (
             pytest.raises(RuntimeError),
-            output.open_output(tmp_path / f"out.{ending}", predictor.bundle, 1),
+            writing.open_output(tmp_path / f"out.{ending}", predictor.bundle, 1),
         ):
             raise RuntimeError
     assert list(tmp_path.iterdir()) == []
@@ -557,4 +557,4 @@ def test_what_is_closed_is_a_row_or_one_line(closed_folder):
     for out in (folder / "out.csv", closed_folder / "out.csv"):
         if out.parent == folder or os.geteuid() == 65534:
             with pytest.raises(UsageError, match=r"cannot be written \(Permission denied\)"):
-                output.check_out(out)
+                writing.check_out(out)

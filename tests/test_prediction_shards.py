@@ -17,7 +17,7 @@ from rafce_ray.base.errors import Finding, RafceError, UsageError
 from rafce_ray.base.storage import locate
 from rafce_ray.bundle.bundle import load_bundle
 from rafce_ray.bundle.model import Predictor, outcomes, predict_files
-from rafce_ray.bundle.shards import Options, open_shards
+from rafce_ray.bundle.writing import Options, open_shards
 from rafce_ray.cli.predict import main
 from rafce_ray.faces.detect import Box, Face
 from rafce_ray.faces.files import LoadedFile, find_images, list_images, load_image, read_image, stores_of

@@ -20,7 +20,7 @@ from PIL import Image
 
 from rafce_ray.base.storage import locate
 from rafce_ray.bundle.bundle import load_bundle
-from rafce_ray.bundle.shards import Shards, open_shards, read_plan
+from rafce_ray.bundle.writing import Shards, open_shards, read_plan
 from rafce_ray.cli import main
 from rafce_ray.config import load_config
 from rafce_ray.data.loader import open_dataset

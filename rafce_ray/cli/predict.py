@@ -39,7 +39,7 @@ def _main_here(arguments: argparse.Namespace) -> int:
     from rafce_ray.base.hardware import choose_device
     from rafce_ray.bundle.bundle import load_bundle
     from rafce_ray.bundle.model import Predictor, outcomes, predict_files
-    from rafce_ray.bundle.output import check_out, open_output
+    from rafce_ray.bundle.writing import check_out, open_output
     from rafce_ray.faces.detect import build_face_finder
     from rafce_ray.faces.files import Skipped, find_images, load_ahead, load_file
 
@@ -107,7 +107,7 @@ def _summary(arguments: argparse.Namespace, counts: Counter[str]) -> str:
 
 
 def _main_on_ray(arguments: argparse.Namespace) -> int:
-    from rafce_ray.bundle.output import FORMATS
+    from rafce_ray.bundle.writing import FORMATS
 
     if arguments.out is None or Path(arguments.out).suffix.lower() in FORMATS:
         found = "none was given" if arguments.out is None else f"found {arguments.out}"

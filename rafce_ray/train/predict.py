@@ -27,7 +27,7 @@ from rafce_ray.base.storage import locate
 from rafce_ray.bundle.bundle import MANIFEST, Bundle, find_bundle, load_bundle
 from rafce_ray.bundle.engines import TorchEngine
 from rafce_ray.bundle.model import Predictor, detector_of, in_words, outcomes, predict_files
-from rafce_ray.bundle.shards import Options, Shards, open_shards, read_plan
+from rafce_ray.bundle.writing import Options, Shards, open_shards, read_plan
 from rafce_ray.config import load_config
 from rafce_ray.faces.detect import FaceFinder, build_face_finder
 from rafce_ray.faces.files import (
