@@ -1,8 +1,10 @@
-"""What docs/design.md promises of the whole: who imports ray, that the core runs without it, that documents tell the truth."""
+"""What docs/design.md promises of the whole: the core runs without ray, and documents tell the truth. import-linter holds the rest."""
 
+import ast
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -58,9 +60,48 @@ def test_the_readme_names_every_verb_and_the_guide_every_recipe():
     assert [recipe for recipe in recipe_names() if f"`{recipe}`" not in guide] == []
 
 
-def test_the_design_names_every_module():
+def room_of(name: str) -> str:
+    return name.split(".")[1]
+
+
+def picture() -> str:
+    """Which room imports which, from the imports of all modules, also those inside functions; rooms in the order of import-linter."""
+    settings = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    layers = next(one["layers"] for one in settings if one["id"] == "layers")
+    rooms = [room for layer in reversed(layers) for room in reversed(layer.split(" | "))]
+    arrows = set()
+    for path in PACKAGE.rglob("*.py"):
+        here = path.relative_to(PACKAGE).with_suffix("").parts[0]
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        checks = [node for node in nodes if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)]
+        for_types = {inner for node in checks for inner in node.body}
+        for node in nodes:
+            if isinstance(node, ast.ImportFrom) and node not in for_types:
+                package, _, rest = f"{node.module}.".partition(".")
+                targets = [rest.split(".")[0]] if rest else [one.name for one in node.names]
+                arrows |= {(here, one) for one in targets if package == "rafce_ray" and path.name != "__main__.py"}
+    lines = [" " * 10 + " ".join(rooms)]
+    for room in rooms:
+        cells = ["·" if room == other else "●" if (room, other) in arrows else " " for other in rooms]
+        marks = " ".join(cell.center(len(other)) for cell, other in zip(cells, rooms, strict=True))
+        lines.append(f"{room:<10}{marks}".rstrip())
+    return "\n".join(lines)
+
+
+def test_the_design_shows_the_rooms_and_their_imports():
     design = (REPOSITORY / "docs" / "design.md").read_text()
-    missing = [
-        name for name in modules() if name.count(".") == 1 and not re.search(rf"\b{name.split('.')[1]}\b", design)
-    ]
-    assert missing == []
+    assert f"```\n{picture()}\n```" in design, picture()
+    rows = re.findall(r"^\| `(\w+)(?:/|\.py)` \|", design, re.MULTILINE)
+    assert sorted(rows) == sorted({room_of(name) for name in modules()} - {"predict"})
+
+
+def test_the_design_names_files_that_are_there():
+    design = (REPOSITORY / "docs" / "design.md").read_text()
+    ten = re.findall(r"^\| \d+ \| `([\w/]+\.py)` \|", design, re.MULTILINE)
+    assert len(ten) == 10
+    assert [name for name in ten if not (PACKAGE / name).exists()] == []
+    flow = re.findall(
+        r"\b((?:data|faces|model|metrics|run|bundle|service)\.(?!safetensors|json)[a-z_]+)\b",
+        design.partition("How a face flows")[2].partition("## Decisions")[0],
+    )
+    assert [name for name in flow if f"rafce_ray.{name}" not in modules()] == []

@@ -30,7 +30,12 @@ NEVER = (
 )
 """What may lie in a checkout and must stay there."""
 
-NEEDED = ("rafce_ray/train.py", "rafce_ray/recipes/best.yaml", "tune_configs/smoke.yaml")
+NEEDED = (
+    "rafce_ray/train/launch.py",
+    "rafce_drawing/paint.py",
+    "rafce_ray/recipes/best.yaml",
+    "tune_configs/smoke.yaml",
+)
 CACHED = "rafce_ray/data/__pycache__/table.cpython-311.pyc"
 
 
@@ -101,6 +106,7 @@ def test_the_image_gets_files_by_name_and_dependencies_by_the_lock():
     assert copied == [
         ["pyproject.toml", "constraints.txt", "README.md", "LICENSE", "./"],
         ["rafce_ray", "rafce_ray"],
+        ["rafce_drawing", "rafce_drawing"],
         ["tune_configs", "tune_configs"],
     ]
     commands = [part for name, rest in instructions() if name == "RUN" for part in rest.split("&&")]
