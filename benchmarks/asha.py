@@ -1,7 +1,8 @@
 """ASHA against the full grid of the same 24 configurations: share of the epochs spent, and the score of the winner.
 
-Both sides are real studies run by the same command, one with ``scheduler.type=none`` and one with ``asha``; the same seed makes a
-configuration's epochs the same on both. Run: python benchmarks/asha.py --faces FOLDER [--out benchmarks/results/asha.json]
+Both sides are real studies run by the same command, one with ``scheduler.type=none`` and one with ``asha``; the same
+seed makes a configuration's epochs the same on both. Run: python benchmarks/asha.py --faces FOLDER [--out
+benchmarks/results/asha.json]
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""HTTP requests at about 0.1 ms of CPU each: closed loops (so many in flight) and open loops (a rate, whatever comes back)."""
+"""HTTP requests at about 0.1 ms of CPU each: closed loops (so many in flight) and open loops (a rate, whatever comes
+back).
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ ANSWER_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What became of one request: ``due`` (``time.monotonic``), seconds from then to its last byte, status (0: no answer), body."""
+    """What became of one request: ``due`` (``time.monotonic``), seconds from then to its last byte, status (0: no
+    answer), body.
+    """
 
     due: float
     seconds: float
@@ -106,7 +110,9 @@ class Connection(asyncio.Protocol):
 
 
 async def closed_loop(port: int, requests: Sequence[bytes], clients: int, seconds: float) -> list[Reply]:
-    """``clients`` that each send the next request when they have their answer; those in flight at the end are waited for."""
+    """``clients`` that each send the next request when they have their answer; those in flight at the end are waited
+    for.
+    """
     following, stop = itertools.cycle(requests), time.monotonic() + seconds
     found: list[Reply] = []
 
@@ -123,7 +129,9 @@ async def closed_loop(port: int, requests: Sequence[bytes], clients: int, second
 async def open_loop(
     port: int, requests: Sequence[bytes], rate: float, seconds: float, most_in_flight: int = 400
 ) -> list[Reply]:
-    """``rate`` requests a second, evenly, whatever becomes of those before; a reply's seconds count from when it was due."""
+    """``rate`` requests a second, evenly, whatever becomes of those before; a reply's seconds count from when it was
+    due.
+    """
     following, begin = itertools.cycle(requests), time.monotonic()
     idle: list[Connection] = []
     room, found = asyncio.Semaphore(most_in_flight), []

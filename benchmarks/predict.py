@@ -1,12 +1,15 @@
 """Prediction of large folders on Ray beside one process: images per second, and memory by the number of files.
 
-Throughput, windows in turn, all at the niceness of Ray's workers, aligned JPEG faces of 112 px, a resnet18 of random weights:
+Throughput, windows in turn, all at the niceness of Ray's workers, aligned JPEG faces of 112 px, a resnet18 of random
+weights:
   limit      decode and batched forward in one process as `rafce predict` does it, nothing written
   1 worker   `rafce predict --ray` with one worker, which has all CPUs
   2 workers  the same with two, which share them
-A window of the sides on Ray is a run of its own; its rate is that from the first finished shards on (`whole`: with the start of the workers).
+A window of the sides on Ray is a run of its own; its rate is that from the first finished shards on (`whole`: with the
+start of the workers).
 
-Memory: the command in processes of its own; the largest sum of what they hold (PSS: a page shared by three counts a third for each), by part.
+Memory: the command in processes of its own; the largest sum of what they hold (PSS: a page shared by three counts a
+third for each), by part.
 
   python benchmarks/predict.py --throughput [--windows 5] [--images 4000] [--out benchmarks/results/predict.json]
   python benchmarks/predict.py --memory 2000 50000 [--out benchmarks/results/predict.json]
@@ -141,7 +144,9 @@ def throughput(folder: Path, bundle: Path, images: Path, windows: int) -> dict[s
 
 
 def measure_on_ray(bundle: Path, images: Path, out: Path, workers: int) -> tuple[float, float]:
-    """Images per second once each worker has a shard behind it, by the times of the files written, and of the whole call."""
+    """Images per second once each worker has a shard behind it, by the times of the files written, and of the whole
+    call.
+    """
     began = time.time()
     predict_on_ray(
         [str(images)],
@@ -162,7 +167,9 @@ def measure_on_ray(bundle: Path, images: Path, out: Path, workers: int) -> tuple
 
 
 def memory(folder: Path, bundle: Path, images: Path) -> dict[str, Any]:
-    """Peak memory of all processes of one command, in MiB, by part and in all; the peaks need not be at the same moment."""
+    """Peak memory of all processes of one command, in MiB, by part and in all; the peaks need not be at the same
+    moment.
+    """
     command = [sys.executable, "-m", "rafce_ray.predict", str(images), "--bundle", str(bundle), "--faces", "aligned"]
     command += [
         "--ray",

@@ -1,8 +1,10 @@
-"""A rolling restart under load: photographs that are sent without a pause while one endpoint after the other ends and starts again.
+"""A rolling restart under load: photographs that are sent without a pause while one endpoint after the other ends and
+starts again.
 
-Two `rafce serve` processes stand behind a load balancer, an HAProxy of its own. It asks `/readyz` every second, as Kubernetes would, and sends
-a request to the other endpoint only where the connection was refused: no request is sent twice. One restart of a repeat ends the first
-endpoint with SIGTERM and starts it again, the other one does the same with the second. A request is lost when its answer is not 200.
+Two `rafce serve` processes stand behind a load balancer, an HAProxy of its own. It asks `/readyz` every second, as
+Kubernetes would, and sends a request to the other endpoint only where the connection was refused: no request is sent
+twice. One restart of a repeat ends the first endpoint with SIGTERM and starts it again, the other one does the same
+with the second. A request is lost when its answer is not 200.
 
   python benchmarks/rolling_restart.py [--repeats 5] [--clients 8] [--photo FILE] [--bundle BUNDLE] [--out FILE]
 """

@@ -1,4 +1,5 @@
-"""An S3 server of one's own: moto behind a door that counts requests and, when told to, answers 503 by chance, refuses, or holds back.
+"""An S3 server of one's own: moto behind a door that counts requests and, when told to, answers 503 by chance, refuses,
+or holds back.
 
 ``python s3_server.py PORT`` serves on the loopback interface. :class:`Door` is how another process tells it what to do.
 """
@@ -34,9 +35,9 @@ class Door:
     def set(self, **orders: Any) -> None:
         """What to do with requests from now on; the counts begin again.
 
-        ``faults``: share of requests that are answered 503, drawn with ``seed``. ``deny``: methods that are answered 403. ``signed``:
-        requests without credentials are answered 403. ``hold``: requests that fit this pattern of ``OPERATION bucket/key`` are not
-        answered before the next order, and then with 503.
+        ``faults``: share of requests that are answered 503, drawn with ``seed``. ``deny``: methods that are answered
+        403. ``signed``: requests without credentials are answered 403. ``hold``: requests that fit this pattern of
+        ``OPERATION bucket/key`` are not answered before the next order, and then with 503.
         """
         body = json.dumps(orders).encode()
         urllib.request.urlopen(urllib.request.Request(f"http://{self.endpoint}{DOOR}", body), timeout=60).close()
@@ -51,7 +52,9 @@ class Door:
             self.set()
 
     def told(self) -> dict[str, Any]:
-        """Since the last order: ``requests`` by operation, ``faults`` among them, how many are ``held``, and the ``log`` of all."""
+        """Since the last order: ``requests`` by operation, ``faults`` among them, how many are ``held``, and the
+        ``log`` of all.
+        """
         with urllib.request.urlopen(f"http://{self.endpoint}{DOOR}", timeout=60) as response:
             return dict(json.load(response))
 

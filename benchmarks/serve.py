@@ -1,14 +1,17 @@
 """The endpoint beside what it could be: requests a second, latency, and CPU milliseconds a request by process.
 
-Sides, all started before the first window and loaded in turn (the others are suspended), with the same bundle (a resnet18), threads and niceness:
+Sides, all started before the first window and loaded in turn (the others are suspended), with the same bundle (a
+resnet18), threads and niceness:
   limit     decode and batched forward in one process, without HTTP
   raw       `rafce serve`, an image a request as its body
   form      the same as a multipart form
   litserve  LitServe with the same engine, batches and decoder; a multipart form
   fastapi   FastAPI and torch, one request at a time; a multipart form
   python    `rafce serve` behind Ray Serve's default proxy, which is written in Python; raw body
-  constant  Ray Serve on the path of `rafce serve`, with an application that reads the body and answers the same bytes to all
-Beside them, windows with one client (`single`), at half of the capacity that was measured before (`half`), and with eight images a request.
+  constant  Ray Serve on the path of `rafce serve`, with an application that reads the body and answers the same bytes
+  to all
+Beside them, windows with one client (`single`), at half of the capacity that was measured before (`half`), and with
+eight images a request.
 
   python benchmarks/serve.py [--windows 5] [--seconds 8] [--engine openvino] [--out benchmarks/results/serve.json]
 """
@@ -178,7 +181,10 @@ class Bench:
 
 
 def warm(server: Server, requests: list[bytes]) -> None:
-    """Ask until all is answered: HAProxy asks a replica that was suspended only when it has seen it answer. SystemExit after a minute."""
+    """Ask until all is answered: HAProxy asks a replica that was suspended only when it has seen it answer.
+
+    SystemExit after a minute.
+    """
     deadline = time.monotonic() + 60
     while any(reply.status != 200 for reply in asyncio.run(closed_loop(server.port, requests, CLIENTS, WARM_S))):
         if time.monotonic() > deadline:
@@ -216,7 +222,10 @@ def summary(windows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def show(figures: dict[str, Any]) -> None:
-    title = f"{figures['model']}, {figures['engine']}, {figures['payload']}, {figures['windows']} windows of {figures['seconds']:g} s"
+    title = (
+        f"{figures['model']}, {figures['engine']}, {figures['payload']}, {figures['windows']} windows of "
+        f"{figures['seconds']:g} s"
+    )
     table = Table(title=title)
     for column in ("side", "requests/s", "least-most", "p50 ms", "p99 ms", "not 200", "CPU ms a request"):
         table.add_column(column)

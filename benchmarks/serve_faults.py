@@ -1,13 +1,15 @@
-"""What the endpoint does where things go wrong: bad inputs, swaps of the model, a killed replica, overload, and a long time.
+"""What the endpoint does where things go wrong: bad inputs, swaps of the model, a killed replica, overload, and a long
+time.
 
-Each part starts `rafce serve` with a resnet18 at 112 px, measures its capacity with 32 clients and then loads it at a part of it:
-  bad       10,000 bad inputs (tests/service/bad_inputs.py) as fast as two clients send them, beside valid requests at a third of capacity
-  swap      five times 60 s at half of capacity, in which POST /v1/admin/promote makes another version live
-  kill      kill -9 of one of two replicas at half of capacity
-  overload  three times capacity for 60 s
-  soak      20 minutes at half of capacity: memory of every process
+Each part starts `rafce serve` with a resnet18 at 112 px, measures its capacity with 32 clients and then loads it at a
+part of it:
+  bad       10,000 bad inputs (tests/service/bad_inputs.py) as fast as two clients send them, beside valid requests at a
+  third of capacity swap      five times 60 s at half of capacity, in which POST /v1/admin/promote makes another version
+  live kill      kill -9 of one of two replicas at half of capacity overload  three times capacity for 60 s soak      20
+  minutes at half of capacity: memory of every process
 
-  python benchmarks/serve_faults.py [bad swap kill overload soak] [--seconds 60] [--soak-minutes 20] [--out benchmarks/results/serve_faults.json]
+  python benchmarks/serve_faults.py [bad swap kill overload soak] [--seconds 60] [--soak-minutes 20] [--out
+  benchmarks/results/serve_faults.json]
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""What the endpoint's metrics cost: microseconds on the event loop for a request of one face, and milliseconds to publish them.
+"""What the endpoint's metrics cost: microseconds on the event loop for a request of one face, and milliseconds to
+publish them.
 
-The loop's part is timed by itself, with 14 emotions and 18 action units. With `--publish` Ray is started, and a replica's thread is
-timed as it publishes every series once.
+The loop's part is timed by itself, with 14 emotions and 18 action units. With `--publish` Ray is started, and a
+replica's thread is timed as it publishes every series once.
 
   python benchmarks/serve_meter.py [--publish]
 """

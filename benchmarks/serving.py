@@ -1,4 +1,6 @@
-"""What the programs that measure the endpoint share: a bundle and faces to send, servers as processes, their CPU time by part."""
+"""What the programs that measure the endpoint share: a bundle and faces to send, servers as processes, their CPU time
+by part.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ START_S = 180
 
 
 def keep_the_client_going() -> None:
-    """Keep Python from looking for garbage among all that was imported: it would stop the client, and the server would seem slow."""
+    """Keep Python from looking for garbage among all that was imported: it would stop the client, and the server would
+    seem slow.
+    """
     gc.collect()
     gc.freeze()
 
@@ -117,7 +121,8 @@ class Server:
     def pause(self) -> None:
         """Let none of its processes run until :meth:`resume`: idle servers take a tenth of a core each.
 
-        But for HAProxy, which takes nothing while it is idle: suspended with all else, it was gone at times when they went on.
+        But for HAProxy, which takes nothing while it is idle: suspended with all else, it was gone at times when they
+        went on.
         """
         for process, part in self.parts():
             if part != "proxy":
@@ -158,7 +163,10 @@ PARTS = (
 
 
 def start_service(*arguments: str, environment: dict[str, str] | None = None, port: int | None = None) -> Server:
-    """``rafce serve`` with these arguments, without Ray's dashboard; returns when it is ready. By default on a free port."""
+    """``rafce serve`` with these arguments, without Ray's dashboard; returns when it is ready.
+
+    By default on a free port.
+    """
     port = port or free_port()
     argv = [sys.executable, "-m", "rafce_ray.serve", "--port", str(port), "--no-dashboard", *arguments]
     server = Server(_started(argv, environment, stdout=subprocess.PIPE), port)
@@ -206,7 +214,8 @@ def _started(argv: list[str], environment: dict[str, str] | None, **options: obj
 def free_port() -> int:
     """A port of the loopback interface that nobody listens on now.
 
-    It lies below the ports that the system and Ray give out by themselves, so that nobody else gets it before it is used.
+    It lies below the ports that the system and Ray give out by themselves, so that nobody else gets it before it is
+    used.
     """
     while True:
         with socket.socket() as one, suppress(OSError):

@@ -1,6 +1,8 @@
-"""What ``serve.py`` compares with: the same bundle behind LitServe, behind FastAPI one request at a time, without any HTTP; and HTTP without it.
+"""What ``serve.py`` compares with: the same bundle behind LitServe, behind FastAPI one request at a time, without any
+HTTP; and HTTP without it.
 
-Run by ``serve.py``: python benchmarks/serving_sides.py litserve|fastapi BUNDLE ENGINE PORT, limit BUNDLE ENGINE FACES or constant PORT
+Run by ``serve.py``: python benchmarks/serving_sides.py litserve|fastapi BUNDLE ENGINE PORT, limit BUNDLE ENGINE FACES
+or constant PORT
 """
 
 from __future__ import annotations
@@ -76,7 +78,9 @@ def serve_fastapi(bundle: str, engine: str, port: int) -> None:
 
 
 def serve_constant(port: int) -> None:
-    """Bytes that never change from Ray Serve, on the path that ``rafce serve`` takes: what any endpoint of Serve costs at least."""
+    """Bytes that never change from Ray Serve, on the path that ``rafce serve`` takes: what any endpoint of Serve costs
+    at least.
+    """
     answer = b"x" * ANSWER_BYTES
 
     async def application(scope, receive, send) -> None:
@@ -102,7 +106,8 @@ def serve_constant(port: int) -> None:
 
 
 def limit(bundle: str, engine: str, faces: str) -> None:
-    """On a line ``BATCH SECONDS``: decode and predict batches for so long, then print images, CPU seconds and median forward seconds.
+    """On a line ``BATCH SECONDS``: decode and predict batches for so long, then print images, CPU seconds and median
+    forward seconds.
 
     The next batch is decoded while the model runs, as a server does.
     """

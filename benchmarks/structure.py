@@ -1,8 +1,10 @@
-"""How the package is cut: files and lines, who imports whom, circles, what touches Ray, and the CPU time of the command line.
+"""How the package is cut: files and lines, who imports whom, circles, what touches Ray, and the CPU time of the command
+line.
 
-Source is read, not imported, so that any checkout can be measured. An import is *at the top* where loading the module runs it; others
-are inside functions. Imports for type checkers alone, and modules named in strings (``rafce`` loads its verbs so), are not counted.
-A room is a folder of the package or a top-level module; an arrow is a pair of rooms of which one imports the other.
+Source is read, not imported, so that any checkout can be measured. An import is *at the top* where loading the module
+runs it; others are inside functions. Imports for type checkers alone, and modules named in strings (``rafce`` loads its
+verbs so), are not counted. A room is a folder of the package or a top-level module; an arrow is a pair of rooms of
+which one imports the other.
 
 Run: python benchmarks/structure.py [CHECKOUT] [--json] [--no-times] [--out benchmarks/results/structure.json]
 """
@@ -167,7 +169,9 @@ def is_public_class(node: ast.stmt) -> bool:
 
 
 def circles(modules: dict[str, Module], *, everywhere: bool) -> list[list[str]]:
-    """Sets of modules that import each other, directly or through others: strongly connected components (Tarjan), largest first."""
+    """Sets of modules that import each other, directly or through others: strongly connected components (Tarjan),
+    largest first.
+    """
     index: dict[str, int] = {}
     low: dict[str, int] = {}
     stack: list[str] = []

@@ -1,8 +1,8 @@
 """What a trial costs beyond its training: seconds from the end of one trial to the first step of the next, and memory.
 
-Each side is a real study by the command itself, one trial at a time, several studies of each, interleaved; figures come from the
-trials' own events. ``in process``: one worker, inside the Tune trial, processes reused. ``nested``: two workers through Ray Train.
-``freed``: seconds from the scheduler's stop until all CPUs of the cluster are free again.
+Each side is a real study by the command itself, one trial at a time, several studies of each, interleaved; figures come
+from the trials' own events. ``in process``: one worker, inside the Tune trial, processes reused. ``nested``: two
+workers through Ray Train. ``freed``: seconds from the scheduler's stop until all CPUs of the cluster are free again.
 Memory is what each of two trials that run at a time adds (USS: pages of its own; the decoded images are shared pages).
 Run: python benchmarks/tune.py [--runs 3] [--trials 6] [--out benchmarks/results/tune.json]
 """
@@ -116,7 +116,9 @@ def measure(folder: Path, name: str, resources: dict[str, int], num_trials: int)
 
 
 def measure_stop(folder: Path, number: int, workers: int) -> float:
-    """Seconds from the stop of a trial after its second epoch until the cluster's CPUs are free, in a process of its own."""
+    """Seconds from the stop of a trial after its second epoch until the cluster's CPUs are free, in a process of its
+    own.
+    """
     name = f"stop-{workers}-{number}"
     command = [sys.executable, __file__, "--stop", str(folder), name, str(workers)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -215,7 +217,8 @@ def show(figures: dict[str, dict[str, float | int]]) -> None:
     console.print(table)
     mine, nested = figures["in process"]["following_s"], figures["nested"]["following_s"]
     console.print(
-        f"A following trial starts {mine:g} s after the one before it (goal: {GOAL_S} s); nested {nested:g} s, {nested / mine:.1f} times that."
+        f"A following trial starts {mine:g} s after the one before it (goal: {GOAL_S} s); nested {nested:g} s, "
+        f"{nested / mine:.1f} times that."
     )
 
 

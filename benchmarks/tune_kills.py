@@ -1,8 +1,9 @@
-"""kill -9 of a study's driver at random moments: trials run again, epochs repeated, and ASHA's rungs against the undisturbed study's.
+"""kill -9 of a study's driver at random moments: trials run again, epochs repeated, and ASHA's rungs against the
+undisturbed study's.
 
-Both studies are the command itself, one trial at a time, so that reports come in one order. The disturbed one is killed at random
-moments and given again until it ends. An epoch counts as repeated when Ray Tune was told of it twice.
-Run: python benchmarks/tune_kills.py [--kills 5] [--seed 0] [--out benchmarks/results/tune_kills.json]
+Both studies are the command itself, one trial at a time, so that reports come in one order. The disturbed one is killed
+at random moments and given again until it ends. An epoch counts as repeated when Ray Tune was told of it twice. Run:
+python benchmarks/tune_kills.py [--kills 5] [--seed 0] [--out benchmarks/results/tune_kills.json]
 """
 
 from __future__ import annotations
@@ -80,7 +81,9 @@ def run_undisturbed(folder: Path) -> tuple[StudyFolder, float]:
 def run_disturbed(
     folder: Path, num_kills: int, moments: random.Random, took: float
 ) -> tuple[StudyFolder, list[dict[str, float]]]:
-    """The study killed ``num_kills`` times, each time some random seconds after an epoch was reported since its start."""
+    """The study killed ``num_kills`` times, each time some random seconds after an epoch was reported since its
+    start.
+    """
     study = StudyFolder(str(folder / "runs" / "disturbed"))
     kills = []
     for _ in range(num_kills):

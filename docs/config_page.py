@@ -1,4 +1,6 @@
-"""Every key of every configuration as one Markdown page, from the code: ``python docs/config_page.py > docs/config.md``."""
+"""Every key of every configuration as one Markdown page, from the code: ``python docs/config_page.py >
+docs/config.md``.
+"""
 
 from __future__ import annotations
 
@@ -36,35 +38,41 @@ _TYPES = {str: "text", int: "whole number", float: "number", bool: "true or fals
 
 HEAD = """# Configuration
 
-Every key that can be set, with its type, default and range. `python docs/config_page.py > docs/config.md` writes this page from the
-code, and a test holds it against the code. An unknown key, a wrong type or a value out of range is an error that names the key, what was found,
-what was expected and the nearest known key; all faults are told at once.
+Every key that can be set, with its type, default and range.
+`python docs/config_page.py > docs/config.md` writes this page from the code, and a test compares both.
+An unknown key, a wrong type or a value out of range is an error.
+It names the key, what was found, what was expected and the nearest known key. All faults are reported at once.
 
-On the command line, a key whose type is text takes the text after `=` as it stands, also `~`, `#`, `[` and `: `. `null` or nothing after `=` is null
-where the key may be null; `'key="null"'`, in quotes, is the text.
-All other values, and YAML and JSON files, are read as YAML 1.2: `010` is 10, `1e-3` is a number, and `no`, `12:30` and `2026-11-25` are text.
-In a file, `optim.lr: 1e-3` is the same as `optim: {lr: 1e-3}`. A key that is set twice is an error that names both lines.
+On the command line, a key whose type is text takes the text after `=` as it is, also `~`, `#`, `[` and `: `.
+`null` or nothing after `=` is null where the key may be null; `'key="null"'`, in quotes, is the text.
+
+All other values, and YAML and JSON files, are read as YAML 1.2.
+So `010` is 10, `1e-3` is a number, and `no`, `12:30` and `2026-11-25` are text.
+In a file, `optim.lr: 1e-3` is the same as `optim: {lr: 1e-3}`.
+A key that is set twice is an error that names both lines.
 """
 
 PARTS: tuple[tuple[str, type[BaseModel], str], ...] = (
     (
         "A run",
         Config,
-        "`rafce train`: `section.key=value` on the command line, or the sections of a YAML file (`--config FILE`). Precedence: defaults, then "
-        "`--recipe`, then the file, then the command line. `rafce train --print-config` shows all of them, resolved.",
+        "`rafce train`: `section.key=value` on the command line, or the sections of a YAML file (`--config FILE`). "
+        "Precedence: defaults, then `--recipe`, then the file, then the command line. `rafce train --print-config` "
+        "shows all of them, resolved.",
     ),
     (
         "A study",
         StudyConfig,
-        "`rafce tune --config FILE`: a YAML file, with `key=value` over it. `base.SECTION.KEY=value` sets a run's key for every trial, "
-        "`space.SECTION.KEY=DOMAIN` what is searched, `space.SECTION.KEY=null` takes a key out of the search. A domain is written as "
-        f"`{HOW_TO_WRITE}`; `when: {{other.key: [values]}}` beside it makes it apply only where other keys have these values.",
+        "`rafce tune --config FILE`: a YAML file, with `key=value` over it. `base.SECTION.KEY=value` sets a run's key "
+        "for every trial, `space.SECTION.KEY=DOMAIN` what is searched, `space.SECTION.KEY=null` takes a key out of the "
+        f"search. A domain is written as `{HOW_TO_WRITE}`; `when: {{other.key: [values]}}` beside it makes it apply "
+        "only where other keys have these values.",
     ),
     (
         "A service",
         ServiceConfig,
-        "`rafce serve`: `key=value` on the command line, and `args` of an application in `serve/*.yaml`. `--bundle`, `--registry`, `--engine` "
-        "and `--keys` set `bundle`, `registry`, `engine` and `keys_file`.",
+        "`rafce serve`: `key=value` on the command line, and `args` of an application in `serve/*.yaml`. `--bundle`, "
+        "`--registry`, `--engine` and `--keys` set `bundle`, `registry`, `engine` and `keys_file`.",
     ),
 )
 

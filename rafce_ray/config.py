@@ -79,8 +79,8 @@ def _action_unit_numbers(value: Any) -> Any:
 def _single_imbalance_correction(value: Any) -> Any:
     if isinstance(value, list | tuple):
         raise ValueError(
-            f"{list(value)} names {len(value)} corrections: two at once over-correct (the seed did that). Choose one of "
-            "none, class_weights, logit_adjustment, oversampling"
+            f"{list(value)} names {len(value)} corrections: two at once over-correct (the seed did that). Choose one "
+            "of none, class_weights, logit_adjustment, oversampling"
         )
     return value
 
@@ -91,8 +91,8 @@ def _number_or_range_of_workers(value: Any) -> Any:
     in_range = all(type(number) is int and 1 <= number <= MOST_WORKERS for number in numbers)
     if not in_range or len(numbers) != expected or numbers != sorted(numbers):
         raise ValueError(
-            f"found {value!r}; write how many workers train, from 1 to {MOST_WORKERS}, or the least and the most of them where "
-            "machines come and go, for example [1, 4]"
+            f"found {value!r}; write how many workers train, from 1 to {MOST_WORKERS}, or the least and the most of "
+            "them where machines come and go, for example [1, 4]"
         )
     return value
 
@@ -183,14 +183,15 @@ class DataConfig(Section):
     )
     emotions: Literal["auto", "none"] | tuple[str, ...] = Field(
         "auto",
-        description="Class names in label order. auto: RAF-CE's fourteen, or the distinct values of a table that uses others. "
-        "A listed class takes labels in any spelling of it (letter case, blanks); a word for unknown is a class where "
-        "it is listed. "
+        description="Class names in label order. auto: RAF-CE's fourteen, or the distinct values of a table that uses "
+        "others. A listed class takes labels in any spelling of it (letter case, blanks); a word for unknown is a "
+        "class where it is listed. "
         "none: do not train emotions.",
     )
     action_units: Literal["seed18", "auto", "none"] | ActionUnitList = Field(
         "seed18",
-        description="Vocabulary: the seed's 18 AUs, auto (at least min_train_positives train positives), a list, or none.",
+        description="Vocabulary: the seed's 18 AUs, auto (at least min_train_positives train positives), a list, or "
+        "none.",
     )
     min_train_positives: int = Field(50, ge=1, description="Train positives an AU needs to enter the auto vocabulary.")
     null_policy: Literal["mask", "negative"] = Field(
@@ -208,8 +209,8 @@ class DataConfig(Section):
     )
     action_unit_targets: Literal["labels", "all_zero"] = Field(
         "labels",
-        description="labels: what the AU labels say. all_zero: every AU target in training is 0, as the seed's parser made them; "
-        "only to reproduce its failure.",
+        description="labels: what the AU labels say. all_zero: every AU target in training is 0, as the seed's parser "
+        "made them; only to reproduce its failure.",
     )
     drop_null_rows: bool = Field(
         False, description="Leave rows whose AU label is null out of training (not out of evaluation)."
@@ -342,7 +343,8 @@ class CalibrationConfig(Section):
         None,
         gt=0,
         lt=1,
-        description="Error accepted among emotions that are not marked unsure (share, 95 % confidence); null: none is marked.",
+        description="Error accepted among emotions that are not marked unsure (share, 95 % confidence); null: none is "
+        "marked.",
     )
 
 
@@ -356,8 +358,9 @@ class RunConfig(Section):
     seed: int = Field(0, ge=0, lt=2**31, description="Seed of initial weights, epoch order, augmentation and dropout.")
     num_workers: Annotated[int | tuple[int, int], BeforeValidator(_number_or_range_of_workers)] = Field(
         1,
-        description="Ray Train workers (data-parallel): a number, or [least, most] where machines come and go. Training then goes on with "
-        "as many as there is room for; a change of their number goes on from the newest checkpoint.",
+        description="Ray Train workers (data-parallel): a number, or [least, most] where machines come and go. "
+        "Training then goes on with as many as there is room for; a change of their number goes on from the newest "
+        "checkpoint.",
     )
     resize_interval_s: float = Field(
         60.0,
@@ -432,25 +435,29 @@ class Config(Section):
             )
         if self.loss.au_start_epoch >= self.optim.epochs and self.loss.au_start_epoch > 0:
             raise ValueError(
-                f"loss.au_start_epoch={self.loss.au_start_epoch} is not before the last of optim.epochs={self.optim.epochs}: "
-                "the AU loss would never come in. Lower it, or set data.action_units=none."
+                f"loss.au_start_epoch={self.loss.au_start_epoch} is not before the last of "
+                f"optim.epochs={self.optim.epochs}: the AU loss would never come in. Lower it, or set "
+                "data.action_units=none."
             )
         if self.optim.warmup_epochs >= self.optim.epochs and self.optim.schedule == "cosine" and self.optim.epochs > 1:
             raise ValueError(
-                f"optim.warmup_epochs={self.optim.warmup_epochs} leaves nothing of optim.epochs={self.optim.epochs}. Lower it."
+                f"optim.warmup_epochs={self.optim.warmup_epochs} leaves nothing of optim.epochs={self.optim.epochs}. "
+                "Lower it."
             )
         if self.data.action_unit_targets == "all_zero" and self.data.action_units == "none":
             raise ValueError(
-                "data.action_unit_targets=all_zero with data.action_units=none: there are no targets to make zero. Set one of them back."
+                "data.action_unit_targets=all_zero with data.action_units=none: there are no targets to make zero. Set "
+                "one of them back."
             )
         if self.calibration.max_error is not None and not self.calibration.enabled:
             raise ValueError(
-                "calibration.max_error needs calibrated confidences. Set calibration.enabled=true, or calibration.max_error=null."
+                "calibration.max_error needs calibrated confidences. Set calibration.enabled=true, or "
+                "calibration.max_error=null."
             )
         if self.optim.batch_size < 2 * self.run.most_workers:
             raise ValueError(
-                f"optim.batch_size={self.optim.batch_size} leaves fewer than 2 images a step for each of {self.run.most_workers} workers. "
-                "Lower run.num_workers or raise optim.batch_size."
+                f"optim.batch_size={self.optim.batch_size} leaves fewer than 2 images a step for each of "
+                f"{self.run.most_workers} workers. Lower run.num_workers or raise optim.batch_size."
             )
         if self.run.name is not None and (fault := name_fault(self.run.name)) is not None:
             raise ValueError(f"run.name: {fault}")
@@ -483,7 +490,8 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), *
     if recipe is not None:
         if recipe not in recipe_names():
             raise ConfigError(
-                f"unknown recipe {recipe!r}{did_you_mean(recipe, recipe_names())}. Recipes: {', '.join(recipe_names())}."
+                f"unknown recipe {recipe!r}{did_you_mean(recipe, recipe_names())}. Recipes: "
+                f"{', '.join(recipe_names())}."
             )
         values = read_yaml(RECIPES / f"{recipe}.yaml")
     if path is not None:

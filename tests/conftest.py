@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 from needs import NEEDS
 
-# Only tests of the GPU see one, so that all others have the same figures everywhere. Each of pytest's processes reads this file.
+# Only tests of the GPU see one, so that all others have the same figures everywhere. Each of pytest's processes reads
+# this file.
 os.environ.setdefault("RAFCE_TEST_GPUS", os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
@@ -87,7 +88,9 @@ def one_thread():
 
 @pytest.fixture(scope="session", autouse=True)
 def bf16_flag():
-    """``RAFCE_TEST_FAST_BF16=0`` or ``1``: PyTorch reports bf16 arithmetic, or does not, whatever this processor has."""
+    """``RAFCE_TEST_FAST_BF16=0`` or ``1``: PyTorch reports bf16 arithmetic, or does not, whatever this processor
+    has.
+    """
     if "RAFCE_TEST_FAST_BF16" not in os.environ:
         yield
         return
@@ -116,7 +119,9 @@ def no_waiting_for_the_disk():
 
 @pytest.fixture(scope="session")
 def made_once(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Callable[..., Path]:
-    """``made_once(name, make)``: the folder ``name``, made by ``make(place)`` in whichever of this run's processes asks first."""
+    """``made_once(name, make)``: the folder ``name``, made by ``make(place)`` in whichever of this run's processes asks
+    first.
+    """
     own = tmp_path_factory.getbasetemp()
     shared = own.parent if hasattr(request.config, "workerinput") else own
 
@@ -167,7 +172,9 @@ def tiny_overrides(drawn_faces: Path, store_dir: Path) -> list[str]:
 
 @pytest.fixture(scope="session")
 def train(tiny_overrides: list[str]) -> Callable[..., dict]:
-    """``train(place, *overrides)``: trains into the run folder ``place`` in this process and returns what ``fit`` did."""
+    """``train(place, *overrides)``: trains into the run folder ``place`` in this process and returns what ``fit``
+    did.
+    """
     from rafce_ray.config import load_config
     from rafce_ray.data.loader import prepare
     from rafce_ray.run.folder import RunFolder
@@ -194,7 +201,9 @@ def train(tiny_overrides: list[str]) -> Callable[..., dict]:
 
 @pytest.fixture(scope="session")
 def trained_run(made_once: Callable[..., Path], train: Callable[..., dict]) -> tuple[Path, dict]:
-    """The folder of a run of three epochs with checkpoints inside them, which tests only read, and what ``fit`` returned."""
+    """The folder of a run of three epochs with checkpoints inside them, which tests only read, and what ``fit``
+    returned.
+    """
 
     def make(place: Path) -> None:
         returned = train(place / "tiny", "run.checkpoint_every_steps=2")
@@ -206,7 +215,8 @@ def trained_run(made_once: Callable[..., Path], train: Callable[..., dict]) -> t
 
 @pytest.fixture(scope="session")
 def write_bundle() -> Callable[..., Path]:
-    """``write_bundle(path, seed=0, emotions=..., drift_reference=None, with_canary=True)``: a MobileNet at 32 px of random weights, stored at 40 px.
+    """``write_bundle(path, seed=0, emotions=..., drift_reference=None, with_canary=True)``: a MobileNet at 32 px of
+    random weights, stored at 40 px.
 
     Its answers differ clearly from face to face. It tells AUs 1, 12 and 25.
     """
@@ -254,7 +264,9 @@ def write_bundle() -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def even_reference() -> Callable[..., object]:
-    """``even_reference(num_emotions, num_action_units)``: of 1,200 images, spread evenly over all classes and bins; each AU in half of them."""
+    """``even_reference(num_emotions, num_action_units)``: of 1,200 images, spread evenly over all classes and bins;
+    each AU in half of them.
+    """
     from rafce_ray.metrics.drift import Bins, DriftReference
 
     def spread(num_bins: int) -> tuple[int, ...]:
@@ -275,7 +287,9 @@ def even_reference() -> Callable[..., object]:
 
 @pytest.fixture(scope="session")
 def s3_endpoint() -> Iterator[str]:
-    """``host:port`` of an S3 server of this session's own (moto behind a door), empty, which takes the credentials that the environment now has."""
+    """``host:port`` of an S3 server of this session's own (moto behind a door), empty, which takes the credentials that
+    the environment now has.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -314,7 +328,9 @@ def s3_door(s3_endpoint: str):
 
 @pytest.fixture(scope="session")
 def s3_place(s3_endpoint: str) -> Callable[[str], str]:
-    """Names a place in a new bucket ``faces`` of the session's S3 server, or in another: ``s3_place("runs")``, ``s3_place("runs", "other")``."""
+    """Names a place in a new bucket ``faces`` of the session's S3 server, or in another: ``s3_place("runs")``,
+    ``s3_place("runs", "other")``.
+    """
     import boto3
 
     boto3.client("s3", endpoint_url=f"http://{s3_endpoint}").create_bucket(Bucket="faces")
@@ -337,7 +353,8 @@ def metric_names() -> Callable[[str], set[str]]:
 def ray_cluster_of_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of one local Ray cluster with a dashboard for all tests that need one, under a short private folder.
 
-    Code in this process is connected to it. A test has a cluster of its own only where it breaks the cluster itself, or serves.
+    Code in this process is connected to it. A test has a cluster of its own only where it breaks the cluster itself, or
+    serves.
     """
     import matplotlib
 
@@ -407,7 +424,9 @@ def with_gpus(on_its_own: dict[str, str]) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def until() -> Callable[..., None]:
-    """``until(condition, describe, program=None)``: waits; fails with ``describe()`` where the program ends before, or after minutes."""
+    """``until(condition, describe, program=None)``: waits; fails with ``describe()`` where the program ends before, or
+    after minutes.
+    """
 
     def wait(
         condition: Callable[[], object], describe: Callable[[], object] = str, program: subprocess.Popen | None = None

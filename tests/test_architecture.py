@@ -1,4 +1,7 @@
-"""What docs/design.md promises of the whole: the core runs without ray, and documents tell the truth. import-linter holds the rest."""
+"""What docs/design.md promises of the whole: the core runs without ray, and documents tell the truth.
+
+import-linter holds the rest.
+"""
 
 import ast
 import re
@@ -65,7 +68,9 @@ def room_of(name: str) -> str:
 
 
 def picture() -> str:
-    """Which room imports which, from the imports of all modules, also those inside functions; rooms in the order of import-linter."""
+    """Which room imports which, from the imports of all modules, also those inside functions; rooms in the order of
+    import-linter.
+    """
     settings = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
     layers = next(one["layers"] for one in settings if one["id"] == "layers")
     rooms = [room for layer in reversed(layers) for room in reversed(layer.split(" | "))]
@@ -80,11 +85,11 @@ def picture() -> str:
                 package, _, rest = f"{node.module}.".partition(".")
                 targets = [rest.split(".")[0]] if rest else [one.name for one in node.names]
                 arrows |= {(here, one) for one in targets if package == "rafce_ray" and path.name != "__main__.py"}
-    lines = [" " * 10 + " ".join(rooms)]
+    lines = [" " * 12 + " ".join(rooms)]
     for room in rooms:
         cells = ["·" if room == other else "●" if (room, other) in arrows else " " for other in rooms]
         marks = " ".join(cell.center(len(other)) for cell, other in zip(cells, rooms, strict=True))
-        lines.append(f"{room:<10}{marks}".rstrip())
+        lines.append(f"  {room:<10}{marks}".rstrip())
     return "\n".join(lines)
 
 

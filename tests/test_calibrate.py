@@ -1,4 +1,6 @@
-"""Calibration fitted on validation: against known truths, independent references, brute force and hand-computed cases."""
+"""Calibration fitted on validation: against known truths, independent references, brute force and hand-computed
+cases.
+"""
 
 import math
 from dataclasses import dataclass, replace
@@ -116,7 +118,10 @@ def test_without_validation_data_the_positive_weight_is_undone_exactly():
 
 @pytest.mark.parametrize("told", [True, False])
 def test_the_shift_of_a_positive_weight_is_found(told):
-    """A loss with positive weight w is least at odds w times too high: logits log(w) too high. With enough data also untold."""
+    """A loss with positive weight w is least at odds w times too high: logits log(w) too high.
+
+    With enough data also untold.
+    """
     generator = np.random.default_rng(2)
     true_logits = generator.normal(-1.5, 1.5, size=(4000, 2))
     action_units = (generator.random((4000, 2)) < expit(true_logits)).astype(np.float32)
@@ -236,7 +241,9 @@ def repeated(values: list[float], times: int) -> np.ndarray:
 
 
 def test_a_threshold_lies_midway_between_probabilities():
-    """30 positives at 0.8 and 0.6, negatives at 0.7 and 0.2: at 0.4 tp 30, fp 15: F1 60 / 75; at 0.75 tp 15: F1 30 / 45."""
+    """30 positives at 0.8 and 0.6, negatives at 0.7 and 0.2: at 0.4 tp 30, fp 15: F1 60 / 75; at 0.75 tp 15: F1 30 /
+    45.
+    """
     probability, target = repeated([0.8, 0.7, 0.6, 0.2], 15), repeated([1, 0, 1, 0], 15)
     thresholds, remark = choose_thresholds(probability, target)
     assert thresholds == (pytest.approx(0.4),)
@@ -330,7 +337,9 @@ def test_all_positive_says_present_of_all():
 
 
 def test_thresholds_hold_for_the_probabilities_that_they_were_chosen_on():
-    """Written down and read back, they decide as they did: F1 through the bundle's own reader is the best that there is."""
+    """Written down and read back, they decide as they did: F1 through the bundle's own reader is the best that there
+    is.
+    """
     generator = np.random.default_rng(7)
     action_units = (generator.random((400, 3)) < 0.3).astype(np.float32)
     outputs, targets = of_action_units(generator.normal(size=(400, 3)) + action_units, action_units)
@@ -355,7 +364,9 @@ def upper_bound(errors: int, answered: int) -> float:
 
 
 def test_the_limit_of_trust_by_hand():
-    """40 right at 0.9, then 10 of 20 wrong at 0.8, then 100 right at 0.7: the bounds are scipy's Clopper-Pearson ones."""
+    """40 right at 0.9, then 10 of 20 wrong at 0.8, then 100 right at 0.7: the bounds are scipy's Clopper-Pearson
+    ones.
+    """
     probability, emotion = confident([0.9] * 40 + [0.8] * 20 + [0.7] * 100, [1] * 40 + [0, 1] * 10 + [1] * 100)
     bounds = {0.9: upper_bound(0, 40), 0.8: upper_bound(10, 60), 0.7: upper_bound(10, 160)}
     assert bounds[0.9] < bounds[0.7] < 0.11 < bounds[0.8] < 0.27
@@ -451,7 +462,9 @@ def test_cross_fitted_figures_come_from_the_other_folds():
 
 
 def test_cross_fitted_figures_do_not_flatter():
-    """Where there is nothing to learn, thresholds tuned on the images that they are measured on look better than they are."""
+    """Where there is nothing to learn, thresholds tuned on the images that they are measured on look better than they
+    are.
+    """
     gains, honest = [], []
     for seed in range(5):
         outputs, targets = noise_case(150, seed)
@@ -498,7 +511,9 @@ def test_cross_fitting_undoes_positive_weights():
 
 @pytest.mark.slow
 def test_calibration_lowers_the_log_loss_of_held_out_drawn_faces(drawn_faces, store_dir, tmp_path):
-    """Trained with positive weights, calibrated on validation, measured on the test split, which took no part in either."""
+    """Trained with positive weights, calibrated on validation, measured on the test split, which took no part in
+    either.
+    """
     from rafce_ray.bundle.bundle import load_bundle
     from rafce_ray.bundle.evaluate import evaluate_bundle
     from rafce_ray.data.loader import open_dataset, prepare

@@ -1,4 +1,6 @@
-"""Who may work in a folder: one program at a time, anyone who comes after one that died, and one kind of thing a folder."""
+"""Who may work in a folder: one program at a time, anyone who comes after one that died, and one kind of thing a
+folder.
+"""
 
 import json
 import os

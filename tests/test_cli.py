@@ -66,9 +66,11 @@ def run(*argv):
             code = error.code
     return [argv, code, [name for name in HEAVY if name in sys.modules]]
 
-more = [["train", "--recipe"], ["evaluate", "--split", "x"], ["report"], ["data", "adit"], ["bundle", "promte"], ["bundle", "list"]]
+more = [["train", "--recipe"], ["evaluate", "--split", "x"], ["report"], ["data", "adit"], ["bundle", "promte"]]
+more += [["bundle", "list"]]
 done = [run("--version"), run("trian")]
-done += [run(verb, "--help") for verb in VERBS] + [run(verb, "--xyzzy") for verb in VERBS] + [run(*argv) for argv in more]
+done += [run(verb, "--help") for verb in VERBS] + [run(verb, "--xyzzy") for verb in VERBS]
+done += [run(*argv) for argv in more]
 print(json.dumps(done))
 """
 
@@ -192,7 +194,10 @@ def test_a_full_disk_is_told_in_a_line(capsys):
 
 
 def test_a_reader_of_standard_output_that_goes_away_ends_a_command_quietly():
-    body = "import itertools, rafce_ray.base.console as c; c.run_main(lambda _: any(map(c.print_json, itertools.repeat({}))), [])"
+    body = (
+        "import itertools, rafce_ray.base.console as c; c.run_main(lambda _: any(map(c.print_json, "
+        "itertools.repeat({}))), [])"
+    )
     with subprocess.Popen([sys.executable, "-c", body], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.close()
         assert process.stderr.read() == b""

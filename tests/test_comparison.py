@@ -1,4 +1,6 @@
-"""Models compared on the same images and configurations over seeds: what pairing adds, what must not be paired, how luck adds up."""
+"""Models compared on the same images and configurations over seeds: what pairing adds, what must not be paired, how
+luck adds up.
+"""
 
 from __future__ import annotations
 

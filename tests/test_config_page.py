@@ -1,4 +1,6 @@
-"""docs/config.md is what the code says, and what it says of defaults and ranges is true of the configuration as it is read."""
+"""docs/config.md is what the code says, and what it says of defaults and ranges is true of the configuration as it is
+read.
+"""
 
 import re
 from pathlib import Path

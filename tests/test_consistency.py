@@ -15,7 +15,8 @@ def test_association_is_smoothed_towards_the_prevalence():
     emotion = np.array([0, 0, 0, 0, 1, -1])
     action_units = np.array([[1, NAN], [1, NAN], [1, NAN], [NAN, NAN], [0, NAN], [0, NAN]], dtype=np.float32)
     found = estimate_association(emotion, action_units, 3)
-    # Overall: 3 of 5 known, (3 + 1) / (5 + 2); class 0: 3 of 3 known, (3 + 10 p) / (3 + 10); class 1: 0 of 1; class 2: none.
+    # Overall: 3 of 5 known, (3 + 1) / (5 + 2); class 0: 3 of 3 known, (3 + 10 p) / (3 + 10); class 1: 0 of 1; class 2:
+    # none.
     p = 4 / 7
     assert found.overall == (pytest.approx(p), None)
     assert [row[0] for row in found.given_emotion] == pytest.approx([(3 + 10 * p) / 13, 10 * p / 11, p])
@@ -36,7 +37,8 @@ ASSOCIATION = Association(
 
 
 def test_score_and_contradictions_by_hand():
-    # AU 0 absent though 90 % have it, AU 1 present though 4 % have it, AU 2 present though 5 % have it, AU 3 is not known of.
+    # AU 0 absent though 90 % have it, AU 1 present though 4 % have it, AU 2 present though 5 % have it, AU 3 is not
+    # known of.
     found = consistency_of(ASSOCIATION, 0, np.array([False, True, True, True]))
     assert found.score == pytest.approx((0.1 / 0.9 * 0.04 / 0.96 * 0.05 / 0.95) ** (1 / 3))
     # AU 2 is rare everywhere (6 %): its presence says nothing against this emotion.

@@ -1,4 +1,6 @@
-"""Files of a run or a study that were cut short: named with the reason and a remedy that works when pasted, and done without where possible."""
+"""Files of a run or a study that were cut short: named with the reason and a remedy that works when pasted, and done
+without where possible.
+"""
 
 import re
 import shutil

@@ -1,4 +1,6 @@
-"""A run whose machines come and go: it goes on with what is left, grows again, and no epoch misses or repeats an image."""
+"""A run whose machines come and go: it goes on with what is left, grows again, and no epoch misses or repeats an
+image.
+"""
 
 import json
 import math

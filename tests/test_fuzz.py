@@ -1,4 +1,6 @@
-"""No input of a user ends in a traceback: some cases of each command by the fuzz of tests/support/fuzz.py, the same ones each time."""
+"""No input of a user ends in a traceback: some cases of each command by the fuzz of tests/support/fuzz.py, the same
+ones each time.
+"""
 
 import shutil
 import subprocess

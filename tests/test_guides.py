@@ -1,4 +1,5 @@
-"""Every command that a page shows is run, in the order of the pages, or says why not; what a page shows of an output is what is printed.
+"""Every command that a page shows is run, in the order of the pages, or says why not; what a page shows of an output is
+what is printed.
 
 A fenced block whose info string begins with ``sh`` holds commands. What follows says what becomes of them:
 
@@ -7,8 +8,9 @@ A fenced block whose info string begins with ``sh`` holds commands. What follows
 * ``cluster``, ``long``, ``checkout``: they are not run, and the text before the block says why (``NOT_RUN``);
 * paths of tests: these run the same commands on what they have.
 
-A block ``json output`` or ``text output`` shows what the commands before it print: of JSON the keys and types count, of text all words;
-numbers may be others, and ``...`` stands for anything. An output before the first command of a page is held against all that the page prints.
+A block ``json output`` or ``text output`` shows what the commands before it print: of JSON the keys and types count, of
+text all words; numbers may be others, and ``...`` stands for anything. An output before the first command of a page is
+held against all that the page prints.
 """
 
 import json
@@ -219,7 +221,9 @@ class Walk:
 
 @pytest.fixture(scope="module")
 def walk_to(ray_cluster_of_tests, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], None]]:
-    """``walk_to(page)``: goes through the pages up to this one, each once; trains on the cluster of the session, which saves starts."""
+    """``walk_to(page)``: goes through the pages up to this one, each once; trains on the cluster of the session, which
+    saves starts.
+    """
     import ray
 
     folder = tmp_path_factory.mktemp("walk") / "here"

@@ -1,4 +1,6 @@
-"""`ray job submit` on a cluster of two machines: the code goes there without data, results stay, the same command goes on."""
+"""`ray job submit` on a cluster of two machines: the code goes there without data, results stay, the same command goes
+on.
+"""
 
 import json
 import os
@@ -28,7 +30,9 @@ pytestmark = [pytest.mark.ray, pytest.mark.long]
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[tuple[Path, dict[str, str]]]:
-    """Two machines' worth of Ray: a head that computes nothing and a worker; its folder, and the environment of those who submit."""
+    """Two machines' worth of Ray: a head that computes nothing and a worker; its folder, and the environment of those
+    who submit.
+    """
     folder = Path(f"/tmp/j{os.getpid()}")
     port, dashboard = free_port(), free_port()
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}

@@ -1,4 +1,6 @@
-"""A run on an object store that answers one request in twenty with 503: trained, killed with its whole cluster, and resumed on another one."""
+"""A run on an object store that answers one request in twenty with 503: trained, killed with its whole cluster, and
+resumed on another one.
+"""
 
 import re
 import signal
@@ -24,7 +26,9 @@ SAVED = re.compile(r"^PutObject .*/checkpoints/(epoch_\d+_step_\d+)/manifest\.js
 
 @dataclass(frozen=True)
 class Life:
-    """What a run on S3 left behind: the newest checkpoint when it was killed, those written before and after, and what the store was asked."""
+    """What a run on S3 left behind: the newest checkpoint when it was killed, those written before and after, and what
+    the store was asked.
+    """
 
     folder: RunFolder
     first_code: int

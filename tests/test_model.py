@@ -329,7 +329,9 @@ def test_a_fixed_batch_overfits(backbone: str, settings: dict[str, object]):
 
 @pytest.mark.parametrize("backbone", ["resnet18", "efficientnet_b0", "mobilenet_v3_small"])
 def test_batch_statistics_keep_up_with_the_weights_on_small_data(backbone):
-    """torchvision's MobileNetV3 has 0.01: after a hundred steps its statistics would still be a third of the initial ones."""
+    """torchvision's MobileNetV3 has 0.01: after a hundred steps its statistics would still be a third of the initial
+    ones.
+    """
     norms = [layer for layer in build_trunk(backbone, 64).modules() if isinstance(layer, nn.BatchNorm2d)]
     assert len(norms) > 15
     assert {layer.momentum for layer in norms} == {0.1}

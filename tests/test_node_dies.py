@@ -24,7 +24,8 @@ study = StudyFolder(sys.argv[1])
 
 def kill_one_when_two_train():
     # An epoch's figures are written before its checkpoint: with two epochs told, one is surely saved.
-    while sum(len(study.trial(name).metrics()) > 1 and study.trial(name).result() is None for name in study.trial_names()) < 2:
+    trials = lambda: map(study.trial, study.trial_names())
+    while sum(len(one.metrics()) > 1 and one.result() is None for one in trials()) < 2:
         time.sleep(0.1)
     cluster.remove_node(nodes[0], allow_graceful=False)
     print("node removed", file=sys.stderr, flush=True)

@@ -1,4 +1,6 @@
-"""Object stores: what is tried again and what is not, what errors say, and that nothing half-written is taken for whole."""
+"""Object stores: what is tried again and what is not, what errors say, and that nothing half-written is taken for
+whole.
+"""
 
 import errno
 import json
@@ -354,7 +356,8 @@ def save_bundle(folder):
     (folder / "model.safetensors").write_bytes(bytes(21 * 2**20))
     (folder / "bundle.json").write_text("{}")
 for epoch in (1, 2):
-    save_checkpoint(locate(sys.argv[1]), epoch=epoch, step=0, score=epoch / 10, state={"epoch": torch.tensor(epoch)}, save_bundle=save_bundle)
+    save_checkpoint(locate(sys.argv[1]), epoch=epoch, step=0, score=epoch / 10, state={"epoch": torch.tensor(epoch)},
+                    save_bundle=save_bundle)
 """
 
 

@@ -375,7 +375,8 @@ def test_pictures_are_known_by_content_and_all_else_is_counted(tmp_path, monkeyp
     assert skipped.counts == {".mp4": 1, ".txt": 1, "without ending": 4, "hidden": 5}
     told = skipped.in_words()
     assert told.startswith(
-        "Skipped 11 files that are not images: 1 .mp4, 1 .txt, 5 hidden, 4 without ending. MP4 video is not read. Convert "
+        "Skipped 11 files that are not images: 1 .mp4, 1 .txt, 5 hidden, 4 without ending. MP4 video is not read. "
+        "Convert "
     )
     assert "ffmpeg -i in/clip.MP4 -vf fps=1 in/clip_%05d.png" in told
 

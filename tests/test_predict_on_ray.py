@@ -1,4 +1,6 @@
-"""Prediction on a cluster: what local prediction says, whatever was killed on the way, and from and to an object store."""
+"""Prediction on a cluster: what local prediction says, whatever was killed on the way, and from and to an object
+store.
+"""
 
 import json
 import os

@@ -219,8 +219,10 @@ def test_a_store_that_fails_ends_the_run_instead_of_making_rows(message, num_ask
     ],
 )
 def test_a_cluster_is_shared_out_machine_by_machine(nodes, given, share):
-    """16 + 10 CPUs for two workers: 10 each, since a worker lives on one machine. With GPUs only machines that have some count: 10 CPUs
-    and 2 GPUs hold two workers of up to 5 CPUs, 4 CPUs and 1 GPU one of up to 4."""
+    """16 + 10 CPUs for two workers: 10 each, since a worker lives on one machine.
+
+    With GPUs only machines that have some count: 10 CPUs and 2 GPUs hold two workers of up to 5 CPUs, 4 CPUs and 1 GPU
+    one of up to 4."""
     assert share_out(nodes, **{"num_shards": 100, "workers": None, "use_gpu": None} | given) == share
 
 

@@ -1,4 +1,6 @@
-"""What is told of RAY_ADDRESS and RAY_TMPDIR before Ray starts: the variable, the reason and a remedy that works when pasted."""
+"""What is told of RAY_ADDRESS and RAY_TMPDIR before Ray starts: the variable, the reason and a remedy that works when
+pasted.
+"""
 
 import os
 import re

@@ -1,4 +1,6 @@
-"""Whether probabilities mean what they say: against hand-computed cases, scikit-learn, plain Python and simulated truths."""
+"""Whether probabilities mean what they say: against hand-computed cases, scikit-learn, plain Python and simulated
+truths.
+"""
 
 import json
 import math
@@ -136,7 +138,9 @@ def test_bins_have_equal_mass():
 
 
 def test_a_sure_mistake_costs_what_its_logit_says():
-    """In single precision the probability of a logit of 25 is 1, and the loss of the opposite would be that of 1e-38: 87 nats."""
+    """In single precision the probability of a logit of 25 is 1, and the loss of the opposite would be that of 1e-38:
+    87 nats.
+    """
     found = calibrated(
         Outputs(np.zeros((1, 0), np.float32), np.array([[25.0]], np.float32)), Calibration.uncalibrated(1)
     )

@@ -72,7 +72,8 @@ def test_equal_records_are_equal_whatever_their_timings_and_places():
     found = compare_figures({1: EPOCH, None: RESULT}, {1: again, None: result}, 0.0)
     assert found.equal
     assert found.largest.size == 0.0
-    # epoch, lr, loss, grad_norm, accuracy, au_f1_mean, 4 of the confusion, name and F1 of a class and an AU; status, best epoch.
+    # epoch, lr, loss, grad_norm, accuracy, au_f1_mean, 4 of the confusion, name and F1 of a class and an AU; status,
+    # best epoch.
     assert found.num_figures == 14 + 2
 
 

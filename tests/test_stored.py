@@ -1,4 +1,5 @@
-"""What released versions wrote is read, and goes on, with the same figures: ``tests/stored/make.py`` says how it was made.
+"""What released versions wrote is read, and goes on, with the same figures: ``tests/stored/make.py`` says how it was
+made.
 
 Tests chdir into the unpacked archive, whose paths are relative; its trunk is at ``~/trunk.safetensors``.
 """
@@ -89,7 +90,10 @@ def expected(name: str) -> list[dict]:
 
 
 def differences(found: object, wanted: object, tolerance: float, place: str = "") -> list[str]:
-    """Where ``found`` lacks or contradicts something of ``wanted``; it may have more keys. Numbers may differ by the tolerance."""
+    """Where ``found`` lacks or contradicts something of ``wanted``; it may have more keys.
+
+    Numbers may differ by the tolerance.
+    """
     if isinstance(wanted, dict):
         lacking = [f"{place}.{key}: missing" for key in wanted if not isinstance(found, dict) or key not in found]
         both = [key for key in wanted if isinstance(found, dict) and key in found and key not in WHEN_AND_WHERE]
@@ -191,7 +195,9 @@ def test_an_ablation_that_has_ended_trains_nothing_and_finds_the_same(stored, ra
 
 @pytest.fixture
 def copy(on_its_own, tmp_path, monkeypatch) -> Callable[..., None]:
-    """``copy(*arguments)``: ``rafce`` as a program in an unpacked archive of the test's own, which is the working directory."""
+    """``copy(*arguments)``: ``rafce`` as a program in an unpacked archive of the test's own, which is the working
+    directory.
+    """
     monkeypatch.chdir(unpack(tmp_path))
     variables = {"HOME": str(tmp_path), "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
 

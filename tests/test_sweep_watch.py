@@ -94,8 +94,10 @@ def test_a_trial_is_told_when_it_starts_and_when_it_ends_each_once(study, capsys
     watch._update()
     watch._update()
     assert lines(capsys) == [
-        "trial_0000 out of patience after 3 of 8 epochs, score 0.4200 at epoch 2 (the best so far) [1/3 ended, under a minute left]",
-        "trial_0001 stopped by scheduler after 2 of 8 epochs, score 0.2500 at epoch 2: 0.25 is below the cutoff 0.30 at epoch 2 [2/3 ended, under a minute left]",
+        "trial_0000 out of patience after 3 of 8 epochs, score 0.4200 at epoch 2 (the best so far) [1/3 ended, under a "
+        "minute left]",
+        "trial_0001 stopped by scheduler after 2 of 8 epochs, score 0.2500 at epoch 2: 0.25 is below the cutoff 0.30 "
+        "at epoch 2 [2/3 ended, under a minute left]",
         "trial_0002: optim.lr 0.001 (base: 0.0005)",
         "warning: trial_0002 failed after 0 of 8 epochs: OutOfMemoryError: no memory left [3/3 ended]",
     ]

@@ -1,4 +1,6 @@
-"""The test runner: every test is in one tier, what failed or was skipped is counted, and CI lets nothing be skipped that it could run."""
+"""The test runner: every test is in one tier, what failed or was skipped is counted, and CI lets nothing be skipped
+that it could run.
+"""
 
 import os
 import signal
@@ -33,8 +35,10 @@ REPORT = f"""<testsuites><testsuite>
 <testcase classname="tests.a" name="bad" time="0.25"><error message="its teardown fails too">text</error></testcase>
 <testcase classname="tests.a" name="worse" time="0.5"><error message="no">text</error></testcase>
 <testcase classname="tests.a" name="known" time="0"><skipped type="pytest.xfail" message="">a.py:1</skipped></testcase>
-<testcase classname="tests.b" name="gpu" time="0"><skipped type="pytest.skip" message="{GPU}">b.py:1</skipped></testcase>
-<testcase classname="tests.b" name="page" time="0"><skipped type="pytest.skip" message="{CHROMIUM}">b.py:2</skipped></testcase>
+<testcase classname="tests.b" name="gpu" time="0">
+<skipped type="pytest.skip" message="{GPU}">b.py:1</skipped></testcase>
+<testcase classname="tests.b" name="page" time="0">
+<skipped type="pytest.skip" message="{CHROMIUM}">b.py:2</skipped></testcase>
 </testsuite></testsuites>"""
 
 
@@ -137,7 +141,10 @@ sys.path.insert(0, {str(Path(tiers.__file__).parent)!r})
 import tiers
 # A shell starts programs in the background with it ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-slow_end = "import sys, time\\ntry:\\n    print('ready', flush=True)\\n    while True: time.sleep(0.05)\\nfinally:\\n    time.sleep(1); print('torn down', flush=True)"
+slow_end = (
+    "import sys, time\\ntry:\\n    print('ready', flush=True)\\n    while True: time.sleep(0.05)\\n"
+    "finally:\\n    time.sleep(1); print('torn down', flush=True)"
+)
 print(tiers.wait_for(subprocess.Popen([sys.executable, "-c", slow_end])))
 """
     process = subprocess.Popen(

@@ -38,7 +38,9 @@ def overrides(tiny_overrides, tmp_path_factory) -> list[str]:
 
 @dataclass(frozen=True)
 class Finished:
-    """An ablation that ended, lost the result of one trial and was started again: what was told, and when each result was written, ns."""
+    """An ablation that ended, lost the result of one trial and was started again: what was told, and when each result
+    was written, ns.
+    """
 
     study: StudyFolder
     out: str

@@ -1,4 +1,6 @@
-"""Whole studies by the command itself: undisturbed on a disk; on an object store interrupted, killed, finished and promoted; with a crash."""
+"""Whole studies by the command itself: undisturbed on a disk; on an object store interrupted, killed, finished and
+promoted; with a crash.
+"""
 
 import json
 import os
@@ -130,7 +132,9 @@ def test_a_study_that_has_ended_trains_nothing_again(undisturbed, study_file, ca
 
 @dataclass(frozen=True)
 class Disturbed:
-    """A study with data, stores and results on S3, which answers one request in twenty with 503; interrupted, then killed, then finished."""
+    """A study with data, stores and results on S3, which answers one request in twenty with 503; interrupted, then
+    killed, then finished.
+    """
 
     study: StudyFolder
     interrupted: tuple[int, str]

@@ -81,11 +81,13 @@ def claimed(folder: Location, kind: Kind, *, key: str) -> Iterator[None]:
 
 @contextmanager
 def held(folder: Location, *, patience_s: float = 0.0) -> Iterator[Callable[[], None]]:
-    """Hold the folder, whatever it is, while the block lasts; yields a check to call before a write that must not be late.
+    """Hold the folder, whatever it is, while the block lasts; yields a check to call before a write that must not be
+    late.
 
     Raises:
         UsageError: another program works in it. With ``patience_s``, RafceError after waiting that long for it.
-        RafceError (from the check): another program may have taken the folder, since the storage did not answer for long.
+        RafceError (from the check): another program may have taken the folder, since the storage did not answer for
+            long.
     """
     own = folder / f".claim-{uuid.uuid4().hex}.json"
     me = {"host": socket.gethostname(), "machine": _machine(), "pid": os.getpid(), "started": _start_of(os.getpid())}
@@ -101,8 +103,8 @@ def held(folder: Location, *, patience_s: float = 0.0) -> Iterator[Callable[[], 
     def check() -> None:
         if lost.is_set() or time.monotonic() - written_at > SILENT_S / 2:
             raise RafceError(
-                f"{folder.shown}: the storage took more than {SILENT_S / 2:.0f} s to answer, so another program may work "
-                "in it by now. Nothing was changed; give the command again."
+                f"{folder.shown}: the storage took more than {SILENT_S / 2:.0f} s to answer, so another program may "
+                "work in it by now. Nothing was changed; give the command again."
             )
 
     def beat() -> None:
@@ -222,7 +224,9 @@ class _Claim:
 
 
 def _take(own: Location, write: Callable[..., None], patience_s: float) -> None:
-    """Write the claim and hold it once it is the only one; an error where another program holds the folder for too long."""
+    """Write the claim and hold it once it is the only one; an error where another program holds the folder for too
+    long.
+    """
     give_up = time.monotonic() + patience_s
     for number in count(1):
         write(holds=False)

@@ -1,4 +1,6 @@
-"""What every command shares at the terminal: standard error for people, exit codes, progress bars, plain when not a terminal."""
+"""What every command shares at the terminal: standard error for people, exit codes, progress bars, plain when not a
+terminal.
+"""
 
 from __future__ import annotations
 
@@ -94,7 +96,9 @@ MOST_COLUMNS = 10_000
 
 
 def run_main(main: Callable[[list[str]], int], argv: list[str] | None) -> int:
-    """Run a command's body and turn its errors into messages and exit codes: 0 done, 1 failed, 2 usage, 3 a gate said no."""
+    """Run a command's body and turn its errors into messages and exit codes: 0 done, 1 failed, 2 usage, 3 a gate said
+    no.
+    """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     if os.environ.get("COLUMNS", "").isdigit() and int(os.environ["COLUMNS"]) > MOST_COLUMNS:
         os.environ["COLUMNS"] = str(MOST_COLUMNS)
@@ -136,7 +140,10 @@ def _failed(text: str, exit_code: int) -> int:
 
 @contextmanager
 def handled_signals(handler: Callable[[int, Any], None], numbers: Iterable[int]) -> Iterator[None]:
-    """``handler`` takes these signals while the block lasts. ValueError outside of the main thread, if there are any."""
+    """``handler`` takes these signals while the block lasts.
+
+    ValueError outside of the main thread, if there are any.
+    """
     before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
@@ -200,9 +207,12 @@ RATE_KNOWN_S = 1.0
 
 @contextmanager
 def progress_bar(description: str, total: int | None, *, rate_over_s: float = 30.0) -> Iterator[Callable[[int], None]]:
-    """A bar with count, rate and time left; yields ``advance(n)``. Where standard error is no terminal: one line at the end of each tenth.
+    """A bar with count, rate and time left; yields ``advance(n)``.
 
-    The bar's rate is that of the last ``rate_over_s`` seconds, in which ``advance`` should have been called several times.
+    Where standard error is no terminal: one line at the end of each tenth.
+
+    The bar's rate is that of the last ``rate_over_s`` seconds, in which ``advance`` should have been called several
+    times.
     """
     if not _console().is_terminal:
         yield _plain_progress(description, total)

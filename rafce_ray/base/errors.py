@@ -38,7 +38,10 @@ class GateError(RafceError):
 
 
 Level = Literal["refusal", "serious", "error", "warning", "info"]
-"""How much a finding matters, the most serious first. A refusal stops the work. Data have errors, runs have serious findings."""
+"""How much a finding matters, the most serious first. A refusal stops the work.
+
+Data have errors, runs have serious findings.
+"""
 
 LEVELS: tuple[Level, ...] = get_args(Level)
 
@@ -61,7 +64,8 @@ class Evidence:
 class Finding:
     """What was found in data, in an image file or in a run: how much it matters, what was seen, and the remedy.
 
-    ``code`` names the kind and never changes. ``count`` says how often it was seen, ``evidence`` holds the first places.
+    ``code`` names the kind and never changes. ``count`` says how often it was seen, ``evidence`` holds the first
+    places.
     """
 
     level: Level

@@ -1,7 +1,7 @@
 """The table of every figure that a model is measured by: its title, its task, its direction and what it is made of.
 
-Everything that lists, names, compares or chooses by figures reads :data:`FIGURES`. This module imports no numerics, so that a
-configuration can be checked quickly. The formulas are in :mod:`rafce_ray.metrics.counts`.
+Everything that lists, names, compares or chooses by figures reads :data:`FIGURES`. This module imports no numerics, so
+that a configuration can be checked quickly. The formulas are in :mod:`rafce_ray.metrics.counts`.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ MIN_SUPPORT = 10
 class Figure:
     """One number that measures a model.
 
-    ``task``: the task that it measures; ``both`` is whichever of the two the model has. ``source``: what it is made of. Figures of
-    ``counts`` and of a ``ranking`` have bootstrap intervals, a mean ``loss`` has none. ``monitored``: may choose the best epoch
-    (``optim.monitor``) and the best trial (``metric`` of a study). ``floor``: the figure beside it that no model at all reaches.
+    ``task``: the task that it measures; ``both`` is whichever of the two the model has. ``source``: what it is made of.
+    Figures of ``counts`` and of a ``ranking`` have bootstrap intervals, a mean ``loss`` has none. ``monitored``: may
+    choose the best epoch (``optim.monitor``) and the best trial (``metric`` of a study). ``floor``: the figure beside
+    it that no model at all reaches.
     """
 
     name: str
@@ -85,7 +86,9 @@ SCORED = ("macro_f1_supported", "au_f1_mean")
 
 
 def monitor_for(wanted: str, *, emotions: bool, action_units: bool) -> str:
-    """The figure that chooses where these tasks are trained: the one that is wanted, or one of the task that is there."""
+    """The figure that chooses where these tasks are trained: the one that is wanted, or one of the task that is
+    there.
+    """
     if FIGURES[wanted].task == "emotion" and not emotions:
         return "au_f1_mean"
     return "macro_f1" if FIGURES[wanted].task == "action_units" and not action_units else wanted

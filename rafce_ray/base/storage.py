@@ -111,7 +111,10 @@ def explain(uri: str, error: OSError) -> str:
     if _NO_PERMISSION.search(text):
         return f"the credentials may not do this: {what} {_credentials(scheme)}"
     if _CERTIFICATE.search(text):
-        return f"{what} Add its authority to the machine's certificates, or name it with tls_ca_file_path=FILE in the URI's query."
+        return (
+            f"{what} Add its authority to the machine's certificates, or name it with tls_ca_file_path=FILE in the "
+            "URI's query."
+        )
     if _OTHER_REGION.search(text):
         return f"{what} Name the bucket's region in the URI: s3://{bucket}/...?region=REGION."
     if _UNREACHABLE.search(text):
@@ -142,7 +145,10 @@ def _credentials(scheme: str) -> str:
             if found
             else "Used were the machine's own, if any"
         )
-        return f"{used}. Set GOOGLE_APPLICATION_CREDENTIALS to the file of an account that may read, write and delete there."
+        return (
+            f"{used}. Set GOOGLE_APPLICATION_CREDENTIALS to the file of an account that may read, write and delete "
+            "there."
+        )
     key, profile = os.environ.get("AWS_ACCESS_KEY_ID"), os.environ.get("AWS_PROFILE")
     file = Path(os.environ.get("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials")).expanduser()
     if key:
@@ -150,10 +156,13 @@ def _credentials(scheme: str) -> str:
     elif file.is_file():
         used = f"Used was the profile {profile or 'default'!r} of {file}"
     else:
-        used = f"There are none: AWS_ACCESS_KEY_ID is not set and there is no {file}, so at most the machine's role was used"
+        used = (
+            f"There are none: AWS_ACCESS_KEY_ID is not set and there is no {file}, so at most the machine's role "
+            "was used"
+        )
     return (
-        f"{used}. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or AWS_PROFILE, or the machine's role) to credentials that may read, "
-        "write and delete there."
+        f"{used}. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or AWS_PROFILE, or the machine's role) to "
+        "credentials that may read, write and delete there."
     )
 
 
@@ -166,8 +175,8 @@ def _address(scheme: str, uri: str) -> str:
         return f"Check {variable}={os.environ[variable]} and the network."
     if scheme == "s3":
         return (
-            "Check the network; a store other than Amazon's is named in the URI's query (endpoint_override=HOST:PORT&scheme=http) or by "
-            "AWS_ENDPOINT_URL."
+            "Check the network; a store other than Amazon's is named in the URI's query "
+            "(endpoint_override=HOST:PORT&scheme=http) or by AWS_ENDPOINT_URL."
         )
     return "Check the network and GOOGLE_APPLICATION_CREDENTIALS."
 
@@ -194,7 +203,8 @@ _URI = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]+://")
 class Location:
     """A file or folder on a filesystem; ``/`` joins, ``local`` is its path where it is local and None elsewhere.
 
-    On an object store every method raises :class:`rafce_ray.base.storage.StorageError` where the store refuses or does not recover.
+    On an object store every method raises :class:`rafce_ray.base.storage.StorageError` where the store refuses or does
+    not recover.
     """
 
     filesystem: pafs.FileSystem
@@ -242,7 +252,9 @@ class Location:
 
     @property
     def command(self) -> str:
-        """The place as an argument of a shell command: as :attr:`shown`, quoted where need be (a URI's query has ``?`` and ``&``)."""
+        """The place as an argument of a shell command: as :attr:`shown`, quoted where need be (a URI's query has ``?``
+        and ``&``).
+        """
         return shlex.quote(self.shown)
 
     def info(self) -> pafs.FileInfo:
@@ -259,7 +271,9 @@ class Location:
         return next(name for name in names if not (self / name).exists())
 
     def is_broken_link(self) -> bool:
-        """Whether it is a link on this machine that leads to nothing, or to itself; :meth:`exists` says False of one."""
+        """Whether it is a link on this machine that leads to nothing, or to itself; :meth:`exists` says False of
+        one.
+        """
         return self.local is not None and self.local.is_symlink() and not self.exists()
 
     def is_dir(self) -> bool:
@@ -354,8 +368,9 @@ class Location:
         """
         if self.local is not None and UPLOADED in self.local.parts:
             raise UsageError(
-                f"{self.uri} lies in the copy of the working directory that Ray made for this job and removes after it: nothing would be "
-                "left. Set storage to a folder that all machines share, or to a URI such as s3://bucket/runs."
+                f"{self.uri} lies in the copy of the working directory that Ray made for this job and removes after "
+                "it: nothing would be left. Set storage to a folder that all machines share, or to a URI such as "
+                "s3://bucket/runs."
             )
         probe = self / f".writable-{uuid.uuid4().hex[:8]}"
         try:
@@ -366,7 +381,9 @@ class Location:
             raise UsageError(f"{self.uri} cannot be used as storage: {_why(error)}") from error
 
     def check_reachable(self) -> None:
-        """Look whether something is there; UsageError with the reason where that cannot be told, or there is no such bucket."""
+        """Look whether something is there; UsageError with the reason where that cannot be told, or there is no such
+        bucket.
+        """
         try:
             if self.info().type != pafs.FileType.NotFound or self.local is not None:
                 return
@@ -394,7 +411,10 @@ class Location:
         self._ask(lambda: _copy(pafs.LocalFileSystem(), str(file), self.filesystem, self.path))
 
     def upload(self, folder: Path) -> None:
-        """Put a local folder here. On a local filesystem it appears whole or not at all; elsewhere its JSON files, which describe it, go last."""
+        """Put a local folder here.
+
+        On a local filesystem it appears whole or not at all; elsewhere its JSON files, which describe it, go last.
+        """
         local = self.local
         if local is None:
             # Not pyarrow's copy of folders: it writes an empty object for every folder and each one above it.
@@ -431,7 +451,8 @@ class Location:
 def locate(place: str | Path) -> Location:
     """A :class:`Location` from a local path (made absolute, ``~`` expanded) or a pyarrow filesystem URI.
 
-    Object stores other than AWS are named in the URI (``s3://bucket/p?endpoint_override=host:9000&scheme=http``) or by AWS_ENDPOINT_URL.
+    Object stores other than AWS are named in the URI (``s3://bucket/p?endpoint_override=host:9000&scheme=http``) or by
+    AWS_ENDPOINT_URL.
 
     Raises:
         UsageError: the URI's scheme is unknown, its parts cannot be read, it is not UTF-8, it holds a secret, or its
@@ -450,8 +471,8 @@ def locate(place: str | Path) -> Location:
     root, _, _ = rest.partition("/")
     if scheme == "s3" and "@" in root:
         raise UsageError(
-            f"s3://…@{root.rpartition('@')[2]} holds credentials, which would be written into configurations and logs. Leave them out of "
-            "the URI, and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE."
+            f"s3://…@{root.rpartition('@')[2]} holds credentials, which would be written into configurations and logs. "
+            "Leave them out of the URI, and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE."
         )
     try:
         path_text = str(pafs.FileSystem.from_uri(text)[1])
@@ -460,7 +481,8 @@ def locate(place: str | Path) -> Location:
         raise UsageError(f"{text} cannot be reached: {explain(text, error)}") from error
     except (pa.ArrowInvalid, ValueError) as error:
         raise UsageError(
-            f"{text!r} is not a place that can be reached: {error}. Give a local path or a URI such as s3://bucket/path."
+            f"{text!r} is not a place that can be reached: {error}. Give a local path or a URI such as "
+            "s3://bucket/path."
         ) from error
 
 

@@ -1,8 +1,9 @@
 """A bundle: all that is needed to predict, and nothing else, in one folder without any pickle.
 
-``model.safetensors`` holds the weights, ``canary.safetensors`` a few images with the answers that torch gave for them. ``bundle.json``
-holds the sha256 of both, the architecture, the taxonomy with names, the preprocessing, the calibration, the association of emotions and
-action units, the reference that drift is told by, metrics and provenance. ``MODEL_CARD.md`` tells people.
+``model.safetensors`` holds the weights, ``canary.safetensors`` a few images with the answers that torch gave for them.
+``bundle.json`` holds the sha256 of both, the architecture, the taxonomy with names, the preprocessing, the calibration,
+the association of emotions and action units, the reference that drift is told by, metrics and provenance.
+``MODEL_CARD.md`` tells people.
 """
 
 from __future__ import annotations
@@ -36,8 +37,9 @@ from rafce_ray.metrics.drift import DriftReference
 from rafce_ray.model.network import Architecture, MultiTaskModel, build_model
 
 FORMAT_VERSION = 4
-"""Version of the layout that this code writes. It also reads version 1, which had no association, 2, which had no canary, and 3, which had no
-reference for drift."""
+"""Version of the layout that this code writes.
+
+It also reads version 1, which had no association, 2, which had no canary, and 3, which had no reference for drift."""
 
 MANIFEST = "bundle.json"
 WEIGHTS = "model.safetensors"
@@ -79,7 +81,8 @@ def refuse_pickles(folder: Path) -> None:
         if path.suffix.lower() in _PICKLE_SUFFIXES or start.startswith(_PICKLE_STARTS):
             raise BundleError(
                 f"{path}: looks like a pickle, which can run any code when it is read. A bundle holds JSON, "
-                "safetensors and Markdown only: get it from its source again, or remove the file if you know what it is."
+                "safetensors and Markdown only: get it from its source again, or remove the file if you know what it "
+                "is."
             )
 
 
@@ -135,7 +138,8 @@ def describe_file(name: str, content: bytes) -> dict[str, Any]:
 
 
 def read_file(folder: Path, manifest: Mapping[str, Any], key: str, name: str) -> bytes:
-    """The content of the file that the manifest's ``key`` describes, which must be called ``name``, after its sha256 was checked.
+    """The content of the file that the manifest's ``key`` describes, which must be called ``name``, after its sha256
+    was checked.
 
     Raises:
         BundleError: it cannot be read, or is not the one that the manifest describes.
@@ -211,8 +215,8 @@ __all__ = [
 class Bundle:
     """A loaded bundle; ``model`` is in evaluation mode on the CPU, ``path`` is where the bundle was read from.
 
-    ``canary`` is None where the bundle was written without one: see :func:`canary_of`. ``drift_reference`` is None in bundles of earlier
-    versions and in those that nothing was measured of, such as a checkpoint's.
+    ``canary`` is None where the bundle was written without one: see :func:`canary_of`. ``drift_reference`` is None in
+    bundles of earlier versions and in those that nothing was measured of, such as a checkpoint's.
     """
 
     model: MultiTaskModel
@@ -244,10 +248,13 @@ def save_bundle(
     model_card: str | None = None,
     with_canary: bool = True,
 ) -> str:
-    """Write a bundle; the folder, which must be new, appears whole or not at all. Returns the sha256 of the weights file.
+    """Write a bundle; the folder, which must be new, appears whole or not at all.
 
-    ``metrics`` and ``provenance`` hold plain JSON values; NaN becomes null. ``model_card`` is Markdown. ``with_canary`` runs
-    a copy of the model on the CPU once, in evaluation mode; nothing random is drawn, and the model is left as it was.
+    Returns the sha256 of the weights file.
+
+    ``metrics`` and ``provenance`` hold plain JSON values; NaN becomes null. ``model_card`` is Markdown. ``with_canary``
+    runs a copy of the model on the CPU once, in evaluation mode; nothing random is drawn, and the model is left as it
+    was.
 
     Raises:
         BundleError: the folder exists, or taxonomy, architecture, preprocessing and calibration do not fit together.
@@ -301,7 +308,8 @@ def load_bundle(place: str | Path) -> Bundle:
 
     Raises:
         BundleError: there is none, or it may not be used: unknown version, missing or unknown keys, weights cut short,
-            altered, of other names, shapes or types than the architecture's, or not finite, a canary likewise, or a pickle in the folder.
+            altered, of other names, shapes or types than the architecture's, or not finite, a canary likewise, or a
+            pickle in the folder.
     """
     location = find_bundle(place)
     local = location.local
@@ -314,7 +322,10 @@ def load_bundle(place: str | Path) -> Bundle:
 
 
 def find_bundle(place: str | Path) -> Location:
-    """The bundle folder at ``place`` or, where that is a run folder, in its ``bundle/``. BundleError where there is none."""
+    """The bundle folder at ``place`` or, where that is a run folder, in its ``bundle/``.
+
+    BundleError where there is none.
+    """
     location = locate(place)
     try:
         for candidate in (location, location / "bundle"):
@@ -423,8 +434,8 @@ def _check_weights(path: Path, found: Mapping[str, Tensor], expected: Mapping[st
     missing, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     if missing or unknown:
         raise BundleError(
-            f"{path}: {len(missing)} tensors are missing ({_few(missing)}) and {len(unknown)} are unknown ({_few(unknown)}): "
-            "the weights belong to another architecture. Get the bundle again."
+            f"{path}: {len(missing)} tensors are missing ({_few(missing)}) and {len(unknown)} are unknown "
+            f"({_few(unknown)}): the weights belong to another architecture. Get the bundle again."
         )
     for name, tensor in found.items():
         wanted = expected[name]
@@ -436,7 +447,8 @@ def _check_weights(path: Path, found: Mapping[str, Tensor], expected: Mapping[st
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             count = int((~torch.isfinite(tensor)).sum())
             raise BundleError(
-                f"{path}: {name} has {count:,} values that are NaN or infinite: its training diverged. Use another bundle."
+                f"{path}: {name} has {count:,} values that are NaN or infinite: its training diverged. Use another "
+                "bundle."
             )
 
 

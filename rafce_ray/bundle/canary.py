@@ -1,4 +1,6 @@
-"""Canary inputs: a few drawn images with the raw outputs that torch gave for them, by which every later answer can be checked."""
+"""Canary inputs: a few drawn images with the raw outputs that torch gave for them, by which every later answer can be
+checked.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,9 @@ CANARY_SEED = 20170
 
 @dataclass(frozen=True)
 class Canary:
-    """``images`` (N, S, S, 3) uint8 of the bundle's ``stored_px`` a side, and torch's raw fp32 ``outputs`` for them on a CPU."""
+    """``images`` (N, S, S, 3) uint8 of the bundle's ``stored_px`` a side, and torch's raw fp32 ``outputs`` for them on
+    a CPU.
+    """
 
     images: NDArray[np.uint8]
     outputs: Outputs
@@ -77,7 +81,9 @@ def draw_images(px: int, num_images: int = NUM_IMAGES, seed: int = CANARY_SEED) 
 
 
 def draw_canary(model: nn.Module, preprocessing: Preprocessing) -> Canary:
-    """The canary of a model, computed on a copy of it on the CPU: its mode, its device and its gradients stay as they are."""
+    """The canary of a model, computed on a copy of it on the CPU: its mode, its device and its gradients stay as they
+    are.
+    """
     images = draw_images(preprocessing.stored_px)
     cpu = torch.device("cpu")
     reference = copy.deepcopy(model).to(cpu).eval()
@@ -121,7 +127,10 @@ def canary_to_bytes(canary: Canary) -> bytes:
 def canary_from_tensors(
     tensors: Mapping[str, NDArray[Any]], stored_px: int, num_emotions: int, num_action_units: int
 ) -> Canary:
-    """The canary that a file's tensors are. ValueError where a name, shape or type is another than the model's, or a value not finite."""
+    """The canary that a file's tensors are.
+
+    ValueError where a name, shape or type is another than the model's, or a value not finite.
+    """
     count = len(tensors["images"]) if "images" in tensors else 0
     expected = {
         "images": (np.dtype(np.uint8), (count, stored_px, stored_px, 3)),

@@ -38,7 +38,8 @@ CPU = torch.device("cpu")
 class Engine(Protocol):
     """Runs a network: ``name`` (torch, openvino or onnxruntime), and the ``device`` on which it computes.
 
-    An engine may be called from any thread, by one at a time. What it says of a face does not depend on its batch-mates (1e-6).
+    An engine may be called from any thread, by one at a time. What it says of a face does not depend on its batch-mates
+    (1e-6).
     """
 
     @property
@@ -54,7 +55,10 @@ class Engine(Protocol):
         """Where it computes."""
 
     def outputs(self, images: NDArray[np.uint8] | Tensor) -> Outputs:
-        """Raw outputs of (B, S, S, 3) uint8 RGB faces of the bundle's ``stored_px`` a side. ValueError: another dtype or shape."""
+        """Raw outputs of (B, S, S, 3) uint8 RGB faces of the bundle's ``stored_px`` a side.
+
+        ValueError: another dtype or shape.
+        """
 
 
 class TorchEngine:
@@ -83,7 +87,8 @@ class TorchEngine:
 class OpenVinoEngine:
     """An exported graph on a CPU by OpenVINO.
 
-    ``model`` is a converted graph or the .xml file of one. ``precision`` becomes what the processor really computes with.
+    ``model`` is a converted graph or the .xml file of one. ``precision`` becomes what the processor really computes
+    with.
     """
 
     name = "openvino"
@@ -192,12 +197,13 @@ def build_engine(
     threads: int | None = None,
     precision: PrecisionChoice = "auto",
 ) -> tuple[Engine, tuple[str, ...]]:
-    """The engine for a bundle, and what there is to be said of it: why it is not, or does not compute as, was asked for.
+    """The engine for a bundle, and what there is to be said of it: why it is not, or does not compute as, was asked
+    for.
 
-    ``auto`` is torch on a GPU, else the first of ``FASTEST_FIRST`` that is installed, else torch. Any other than torch is compared with
-    torch on a CPU, and torch answers where a probability is further off than ``MAX_DIFFERENCE``. ``threads`` (None: as the engine likes)
-    are those of one forward pass on a CPU. ``precision`` bf16, which only OpenVINO has, is held to the same difference, else fp32;
-    ``auto`` tries it where the processor has it.
+    ``auto`` is torch on a GPU, else the first of ``FASTEST_FIRST`` that is installed, else torch. Any other than torch
+    is compared with torch on a CPU, and torch answers where a probability is further off than ``MAX_DIFFERENCE``.
+    ``threads`` (None: as the engine likes) are those of one forward pass on a CPU. ``precision`` bf16, which only
+    OpenVINO has, is held to the same difference, else fp32; ``auto`` tries it where the processor has it.
 
     Raises:
         UsageError: the engine that was asked for is not installed.
@@ -242,7 +248,9 @@ def missing_packages(packages: tuple[str, ...]) -> list[str]:
 def _checked_engine(
     name: str, bundle: Bundle, threads: int | None, precision: PrecisionChoice
 ) -> tuple[Engine | None, list[str]]:
-    """The engine in the first precision in which it answers as torch does, None where there is none; and what went wrong."""
+    """The engine in the first precision in which it answers as torch does, None where there is none; and what went
+    wrong.
+    """
     remarks: list[str] = []
     images, expected = check_inputs(bundle)
     try:
@@ -254,7 +262,8 @@ def _checked_engine(
                 log.info("%s (%s) differs from torch by at most %.2g", name, engine.precision, difference)
                 return engine, remarks
             remarks.append(
-                f"{name} in {engine.precision} is off torch by {difference:.2g} in a probability; at most {MAX_DIFFERENCE:g} is allowed."
+                f"{name} in {engine.precision} is off torch by {difference:.2g} in a probability; at most "
+                f"{MAX_DIFFERENCE:g} is allowed."
             )
     # Converters and runtimes raise whatever they like; the service goes on with torch and says so.
     except Exception as error:
@@ -309,14 +318,15 @@ class Graph(nn.Module):
         """Logits of (B, S, S, 3) uint8 faces, emotion first."""
         inputs = resize_and_normalise(to_unit(images), self.normalisation)
         if self.resize is not None:
-            # After the normalisation, not before as in preprocess: it is the same, since each row of the matrix sums to 1, and
-            # OpenVINO fuses what follows a product of matrices wrongly.
+            # After the normalisation, not before as in preprocess: it is the same, since each row of the matrix sums to
+            # 1, and OpenVINO fuses what follows a product of matrices wrongly.
             inputs = self.resize @ inputs @ self.resize.T
         return tuple(values for values in self.model(inputs) if values is not None)
 
 
 def resize_matrix(preprocessing: Preprocessing) -> Tensor | None:
-    """R (P, S) with ``R @ image @ R.T`` the preprocessing's antialiased resize of a channel (S, S); None where nothing is resized.
+    """R (P, S) with ``R @ image @ R.T`` the preprocessing's antialiased resize of a channel (S, S); None where nothing
+    is resized.
 
     Other runtimes lack torch's antialiased interpolation, which is linear and works on rows and columns by themselves.
     """

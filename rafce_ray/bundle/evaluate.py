@@ -98,9 +98,9 @@ def split_outputs(
 def evaluate_outputs(outputs: SplitOutputs, taxonomy: Taxonomy, calibration: Calibration) -> dict[str, Any]:
     """The figures of :func:`rafce_ray.metrics.counts.evaluate_probabilities` under a calibration, and what it does.
 
-    ``au_f1_mean_at_half``, and ``f1_at_half`` per AU: F1 at 0.5 of the network's own probabilities. ``reliability``: ``before`` and
-    ``after`` calibration (:func:`rafce_ray.metrics.calibration.reliability_figures`). ``risk_coverage``: see there. ``unsure``: share of
-    images marked unsure and the accuracy of the others, None without a limit.
+    ``au_f1_mean_at_half``, and ``f1_at_half`` per AU: F1 at 0.5 of the network's own probabilities. ``reliability``:
+    ``before`` and ``after`` calibration (:func:`rafce_ray.metrics.calibration.reliability_figures`). ``risk_coverage``:
+    see there. ``unsure``: share of images marked unsure and the accuracy of the others, None without a limit.
     """
     raw = calibrated(outputs.outputs, Calibration.uncalibrated(taxonomy.num_action_units))
     found = calibrated(outputs.outputs, calibration)
@@ -149,8 +149,9 @@ def data_config_for(bundle: Bundle, overrides: Sequence[str]) -> DataConfig:
     differs = data.null_policy_in_evaluation != data.null_policy
     if differs and "data.null_policy" in given and "data.evaluation_null_policy" not in given:
         warn(
-            f"data.null_policy={data.null_policy} is for train images only: null in validation and test is read as in this bundle's training, by "
-            f"data.evaluation_null_policy={data.evaluation_null_policy}. Set that key to read them otherwise."
+            f"data.null_policy={data.null_policy} is for train images only: null in validation and test is read as in "
+            f"this bundle's training, by data.evaluation_null_policy={data.evaluation_null_policy}. Set that key to "
+            "read them otherwise."
         )
     # Codes of action units mean the same everywhere, so the bundle's are read whatever training's vocabulary was.
     return data.model_copy(update={"action_units": bundle.taxonomy.action_units or "none"})

@@ -46,7 +46,8 @@ Runner = Callable[[NDArray[np.uint8]], Outputs]
 def export_bundle(bundle: Bundle, file_format: str, out: Path) -> float:
     """Write the graph and its description into the new folder ``out``, which appears whole or not at all.
 
-    ``file_format``: one of ``FORMATS``. Returns the largest difference from torch in a probability, found with what was written.
+    ``file_format``: one of ``FORMATS``. Returns the largest difference from torch in a probability, found with what was
+    written.
 
     Raises:
         UsageError: the folder exists, or a package is missing.
@@ -58,7 +59,8 @@ def export_bundle(bundle: Bundle, file_format: str, out: Path) -> float:
     missing = missing_packages(packages)
     if missing:
         raise UsageError(
-            f"--format {file_format}: {', '.join(missing)} is not installed. Install it with pip install {' '.join(missing)}."
+            f"--format {file_format}: {', '.join(missing)} is not installed. Install it with pip install "
+            f"{' '.join(missing)}."
         )
     out.parent.mkdir(parents=True, exist_ok=True)
     beside = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.tmp")
@@ -69,8 +71,8 @@ def export_bundle(bundle: Bundle, file_format: str, out: Path) -> float:
         difference = largest_difference(run(images), expected, bundle.calibration)
         if not difference <= MAX_DIFFERENCE:
             raise GateError(
-                f"{file_format}: the exported graph is off torch by {difference:.2g} in a probability; at most {MAX_DIFFERENCE:g} is "
-                "allowed, so it was not kept. Choose another format."
+                f"{file_format}: the exported graph is off torch by {difference:.2g} in a probability; at most "
+                f"{MAX_DIFFERENCE:g} is allowed, so it was not kept. Choose another format."
             )
         description = _describe(bundle, file_format, beside, difference)
         (beside / DESCRIPTION).write_bytes(pretty_json(description))

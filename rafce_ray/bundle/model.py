@@ -1,4 +1,6 @@
-"""Faces in, named emotions and action units out: the ``Predictor`` that prediction, evaluation and the endpoint share."""
+"""Faces in, named emotions and action units out: the ``Predictor`` that prediction, evaluation and the endpoint
+share.
+"""
 
 from __future__ import annotations
 
@@ -51,8 +53,8 @@ class BasicEmotionScore(Strict):
     probability: Annotated[
         Probability,
         Field(
-            description="Probability, 0 to 1, that it is one of the two behind the compound emotion; these sum to 2 where every class is a "
-            "compound one."
+            description="Probability, 0 to 1, that it is one of the two behind the compound emotion; these sum to 2 "
+            "where every class is a compound one."
         ),
     ]
 
@@ -104,8 +106,8 @@ class ConsistencyRemark(Strict):
     contradicting: Annotated[
         tuple[str, ...],
         Field(
-            description="Codes of action units whose state is rare in this emotion: in at most 10 % of its images, and at most half as "
-            "often as elsewhere."
+            description="Codes of action units whose state is rare in this emotion: in at most 10 % of its images, and "
+            "at most half as often as elsewhere."
         ),
     ]
 
@@ -134,8 +136,8 @@ class FacePrediction(Strict):
     alignment: Annotated[
         Alignment,
         Field(
-            description="What the crop was aligned by: both eyes; the detector's box alone (roll unknown); a landmark detector; or given "
-            "(the picture was said to be an aligned face)."
+            description="What the crop was aligned by: both eyes; the detector's box alone (roll unknown); a landmark "
+            "detector; or given (the picture was said to be an aligned face)."
         ),
     ]
     emotion: Annotated[
@@ -192,7 +194,8 @@ def plain(value: Any) -> Any:
 class Predictor:
     """A bundle ready to predict: evaluation mode, no gradients; a face's result does not depend on its batch-mates.
 
-    ``engine`` runs the network; by default torch does, in fp32 on ``device``, to which the bundle's model is then moved.
+    ``engine`` runs the network; by default torch does, in fp32 on ``device``, to which the bundle's model is then
+    moved.
     """
 
     def __init__(self, bundle: Bundle, device: torch.device | str = "cpu", engine: Engine | None = None) -> None:
@@ -241,7 +244,8 @@ class Predictor:
         )
         if not emotion:
             return Prediction(None, found, None)
-        # Plain lists: a face has a few dozen numbers, and each call into NumPy costs a busy server more than all of them.
+        # Plain lists: a face has a few dozen numbers, and each call into NumPy costs a busy server more than all of
+        # them.
         order = sorted(range(len(emotion)), key=lambda index: -emotion[index])[: max(1, top_k)]
         top = tuple(EmotionScore(taxonomy.emotions[index], index, emotion[index]) for index in order)
         unsure = calibration.unsure_below is not None and top[0].probability < calibration.unsure_below
@@ -288,7 +292,9 @@ def _predict_waiting(
 
 
 def outcomes(result: FilePrediction) -> Counter[str]:
-    """What one file adds to the counts ``files``, ``predicted`` (files), ``faces``, ``no_face`` and ``broken`` (files)."""
+    """What one file adds to the counts ``files``, ``predicted`` (files), ``faces``, ``no_face`` and ``broken``
+    (files).
+    """
     if result.problem is None:
         return Counter(files=1, predicted=1, faces=len(result.faces))
     return Counter({"files": 1, NO_FACE if result.problem.code == NO_FACE else "broken": 1})

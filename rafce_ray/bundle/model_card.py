@@ -1,6 +1,7 @@
 """``MODEL_CARD.md``: what a bundle is, what of it to believe and what not to do with it, in Markdown for people.
 
-Sections follow Mitchell et al. 2019 ("Model Cards for Model Reporting"). Every number is one of the bundle's own figures.
+Sections follow Mitchell et al. 2019 ("Model Cards for Model Reporting"). Every number is one of the bundle's own
+figures.
 """
 
 from __future__ import annotations
@@ -19,25 +20,27 @@ from rafce_ray.metrics.text import UNDEFINED, against_floor, constant_f1, headli
 from rafce_ray.model.network import Architecture
 
 PERCEIVED = (
-    "The outputs are perceived expression: what people would say that a face shows. They are not what the person feels, and nothing "
-    "about a person's character, health or intent follows from them."
+    "The outputs are perceived expression: what people would say that a face shows. They are not what the person "
+    "feels, and nothing about a person's character, health or intent follows from them."
 )
 INTENDED_USE = (
     "Research on facial expression, and tools whose users know of the model and agree to it.",
     "Faces like those it was trained on: one face an image, cut out and aligned, of the same kind of photographs.",
 )
 PROHIBITED_USE = (
-    "Inferring emotions of people at work or in education: prohibited in the European Union, except for medical or safety reasons "
-    "(AI Act, Regulation (EU) 2024/1689, Article 5(1)(f)).",
+    "Inferring emotions of people at work or in education: prohibited in the European Union, except for medical or "
+    "safety reasons (AI Act, Regulation (EU) 2024/1689, Article 5(1)(f)).",
     "Use on people who have not been told that the system is in operation (AI Act, Article 50(3)).",
     "Decisions about a person, and any claim of what somebody truly feels, thinks or intends.",
 )
 SPLIT_NOTES = {
-    "validation": "These figures are of the validation split. It chose the best epoch, the temperature and the thresholds, so they are "
-    "optimistic. Cross-fitted figures calibrate each fifth of the split by the other four; they still share the choice of epoch.",
-    "test": "These figures are of the test split, which chose nothing in this run. They stay honest as long as nobody chooses by them.",
-    "held-out": "These figures are of the validation and test splits together, which gives groups enough images. The validation part chose "
-    "the best epoch, the temperature and the thresholds, so they are a little optimistic.",
+    "validation": "These figures are of the validation split. It chose the best epoch, the temperature and the "
+    "thresholds, so they are optimistic. Cross-fitted figures calibrate each fifth of the split by the other four; "
+    "they still share the choice of epoch.",
+    "test": "These figures are of the test split, which chose nothing in this run. They stay honest as long as nobody "
+    "chooses by them.",
+    "held-out": "These figures are of the validation and test splits together, which gives groups enough images. The "
+    "validation part chose the best epoch, the temperature and the thresholds, so they are a little optimistic.",
 }
 
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]#|~])")
@@ -53,10 +56,12 @@ def model_card(
     audit: dict[str, Any] | None = None,
     targets: dict[str, Any] | None = None,
 ) -> str:
-    """The card of a bundle, from what :func:`rafce_ray.bundle.bundle.save_bundle` is given and what the run knows of its data.
+    """The card of a bundle, from what :func:`rafce_ray.bundle.bundle.save_bundle` is given and what the run knows of
+    its data.
 
-    ``metrics``: of :func:`rafce_ray.bundle.evaluate.evaluate_outputs` with ``split`` and, if there are any, ``cross_fitted``; empty where nothing
-    was measured. ``audit`` and ``targets``: the run's audit.json and targets.json. NaN and None are undefined and written as a dash.
+    ``metrics``: of :func:`rafce_ray.bundle.evaluate.evaluate_outputs` with ``split`` and, if there are any,
+    ``cross_fitted``; empty where nothing was measured. ``audit`` and ``targets``: the run's audit.json and
+    targets.json. NaN and None are undefined and written as a dash.
     """
     figures = finite(dict(metrics))
     config = provenance.get("config", {})
@@ -96,8 +101,8 @@ def _what_it_is(taxonomy: Taxonomy, architecture: Architecture, figures: Mapping
     ]
     lines = [
         "## What it is",
-        f"A {architecture.backbone} network{' with ' + ' and '.join(extras) if extras else ''} that reads {' and '.join(reads)} from an aligned face "
-        f"of {architecture.image_px} px a side. {PERCEIVED}",
+        f"A {architecture.backbone} network{' with ' + ' and '.join(extras) if extras else ''} that reads "
+        f"{' and '.join(reads)} from an aligned face of {architecture.image_px} px a side. {PERCEIVED}",
     ]
     reached = headline(figures, str(figures.get("split", "validation"))) if figures else None
     return "\n\n".join([*lines, *([f"**{reached}**"] if reached else [])])
@@ -189,8 +194,9 @@ def _calibration(taxonomy: Taxonomy, calibration: Calibration, figures: Mapping[
         lines.append(_table(("task", "calibration", "ECE (95 % interval)", "log loss", "Brier score"), rows))
     if held_out and taxonomy.num_action_units:
         lines.append(
-            f"Mean AU-F1 is {number(held_out.get('au_f1_mean_before'))} with thresholds of 0.5 on the network's own probabilities, and "
-            f"{number(held_out.get('au_f1_mean_after'))} with thresholds chosen on other images (cross-fitted)."
+            f"Mean AU-F1 is {number(held_out.get('au_f1_mean_before'))} with thresholds of 0.5 on the network's own "
+            f"probabilities, and {number(held_out.get('au_f1_mean_after'))} with thresholds chosen on other images "
+            "(cross-fitted)."
         )
     return "\n\n".join(lines)
 
@@ -211,7 +217,10 @@ def _per_class(figures: Mapping[str, Any]) -> str:
         for entry in figures["per_class"]
     ]
     head = ("emotion", "images", "floor", "F1", "95 % interval", "precision", "recall")
-    return f"## Per emotion\n\n{_table(head, rows)}\n\nFloor: F1 of always naming this class. {UNDEFINED}: undefined, not 0."
+    return (
+        f"## Per emotion\n\n{_table(head, rows)}\n\nFloor: F1 of always naming this class. {UNDEFINED}: undefined, "
+        "not 0."
+    )
 
 
 def _per_action_unit(figures: Mapping[str, Any]) -> str:
@@ -252,8 +261,10 @@ def _limits(figures: Mapping[str, Any], audit: dict[str, Any] | None, targets: d
     lines = [
         *_limits_of_figures(figures),
         *(f"Training did not see what the labels say. {_text(one)}" for one in label_differences(audit, targets)),
-        "Labels of expressions are the votes or codes of people, who often disagree: no model can agree with all of them.",
-        "Nothing here says how figures differ between groups of people. `rafce report RUN --slices FILE.csv` measures that.",
+        "Labels of expressions are the votes or codes of people, who often disagree: no model can agree with all of "
+        "them.",
+        "Nothing here says how figures differ between groups of people. `rafce report RUN --slices FILE.csv` measures "
+        "that.",
         "Intervals hold the luck of which images were measured, not what another seed of training would change.",
     ]
     return "\n".join(["## Limits and known failures\n", *(f"* {line}" for line in lines)])
@@ -287,7 +298,10 @@ def _limits_of_figures(figures: Mapping[str, Any]) -> Iterator[str]:
             yield f"{text}: {', '.join(entry['action_unit'] for entry in chosen)}."
     floor, bounds = figures.get("majority_accuracy"), figures.get("intervals", {}).get("accuracy")
     if floor is not None and bounds is not None and bounds[0] is not None and bounds[0] <= floor:
-        yield f"Its accuracy cannot be told apart from always naming the commonest class ({percent(floor)}), or is below it."
+        yield (
+            f"Its accuracy cannot be told apart from always naming the commonest class ({percent(floor)}), or is "
+            "below it."
+        )
 
 
 def _provenance(provenance: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
@@ -337,7 +351,8 @@ Record = dict[str, Any] | None
 
 @dataclass(frozen=True)
 class Count:
-    """Of one class or action unit in one split: images or positives by the labels and as trained, and known AU elements as trained.
+    """Of one class or action unit in one split: images or positives by the labels and as trained, and known AU elements
+    as trained.
 
     None where the run has no record of it.
     """
@@ -358,7 +373,9 @@ class Count:
 
 
 def class_counts(audit: Record, targets: Record) -> dict[str, dict[str, Count]]:
-    """Images ``[class][split]``, in the order of the labels; empty where emotions are not trained or nothing is on record."""
+    """Images ``[class][split]``, in the order of the labels; empty where emotions are not trained or nothing is on
+    record.
+    """
     names = _keys(audit, targets, "classes")
     return {
         name: {
@@ -370,7 +387,9 @@ def class_counts(audit: Record, targets: Record) -> dict[str, dict[str, Count]]:
 
 
 def action_unit_counts(audit: Record, targets: Record) -> dict[str, dict[str, Count]]:
-    """Positives ``[code][split]``, in the order of the vocabulary; empty where AUs are not trained or nothing is on record."""
+    """Positives ``[code][split]``, in the order of the vocabulary; empty where AUs are not trained or nothing is on
+    record.
+    """
     codes = _keys(audit, targets, "action_units")
     found = {}
     for code in codes:
@@ -389,7 +408,9 @@ def action_unit_counts(audit: Record, targets: Record) -> dict[str, dict[str, Co
 
 
 def split_sizes(audit: Record, targets: Record) -> dict[str, dict[str, int | None]]:
-    """Per split: labelled ``rows``, those with an image, null AU labels, unknown emotions, and images as ``trained``."""
+    """Per split: labelled ``rows``, those with an image, null AU labels, unknown emotions, and images as
+    ``trained``.
+    """
     return {
         split: {key: _get(_labels(audit), split, name) for key, name in _SIZES.items()}
         | {"trained": _get(targets, split, "num_images")}
@@ -406,7 +427,8 @@ _SIZES = {
 
 
 def label_differences(audit: Record, targets: Record) -> list[str]:
-    """Sentences on where training saw other targets than the labels say; empty where it saw the same, or one of both is not on record.
+    """Sentences on where training saw other targets than the labels say; empty where it saw the same, or one of both is
+    not on record.
 
     The gravest first: action units and classes whose labels were lost altogether.
     """
@@ -421,7 +443,8 @@ def label_differences(audit: Record, targets: Record) -> list[str]:
             if gone:
                 total = sum(count.labels or 0 for count in gone.values())
                 lost.append(
-                    f"In {split} the labels hold {total:,} {unit} of {_named(what, list(gone))}, and training saw none of them."
+                    f"In {split} the labels hold {total:,} {unit} of {_named(what, list(gone))}, and training saw none "
+                    "of them."
                 )
             rest = {name: count for name, count in differing.items() if name not in gone}
             if rest:
@@ -429,8 +452,8 @@ def label_differences(audit: Record, targets: Record) -> list[str]:
                     f"{name} {count.trained:,} of {count.labels:,}" for name, count in list(rest.items())[:3]
                 )
                 changed.append(
-                    f"In {split} training saw another number of {unit} than the labels hold for {_named(what, list(rest))} ({examples}"
-                    f"{', ...' if len(rest) > 3 else ''})."
+                    f"In {split} training saw another number of {unit} than the labels hold for "
+                    f"{_named(what, list(rest))} ({examples}{', ...' if len(rest) > 3 else ''})."
                 )
     return lost + changed
 

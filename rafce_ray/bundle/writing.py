@@ -1,8 +1,9 @@
-"""Predictions of many files as a folder of Parquet files, each of one shard of the listing, so that a run can be taken up again.
+"""Predictions of many files as a folder of Parquet files, each of one shard of the listing, so that a run can be taken
+up again.
 
-``plan.json`` pins what every shard comes from, ``.listing.parquet`` holds the names of the images, a row group a shard, and
-``predictions/part-00000.parquet`` the rows of shard 0; its footer says how many files and faces are in it. A shard is there whole or not
-at all, so what is there need not be predicted again.
+``plan.json`` pins what every shard comes from, ``.listing.parquet`` holds the names of the images, a row group a shard,
+and ``predictions/part-00000.parquet`` the rows of shard 0; its footer says how many files and faces are in it. A shard
+is there whole or not at all, so what is there need not be predicted again.
 """
 
 from __future__ import annotations
@@ -110,7 +111,9 @@ def _write_line(stream: TextIO, result: FilePrediction, model: str) -> None:
 
 @contextmanager
 def table_rows(writer: pacsv.CSVWriter | pq.ParquetWriter, schema: pa.Schema, model: str) -> Iterator[Write]:
-    """Yields ``write(result)``, which keeps some rows at a time; the last ones are written when the block ends without an error."""
+    """Yields ``write(result)``, which keeps some rows at a time; the last ones are written when the block ends without
+    an error.
+    """
     rows: list[dict[str, Any]] = []
 
     def flush() -> None:
@@ -128,9 +131,12 @@ def table_rows(writer: pacsv.CSVWriter | pq.ParquetWriter, schema: pa.Schema, mo
 
 
 def flat_schema(taxonomy: Taxonomy, top_k: int, *, distribution: bool = False) -> pa.Schema:
-    """Columns of a row a face. ``face`` counts from 0; a file without faces has one row with ``error_code``; null is unknown.
+    """Columns of a row a face.
 
-    ``distribution``: also each emotion's probability under its own name, which rows have of faces predicted with all emotions as ``top``.
+    ``face`` counts from 0; a file without faces has one row with ``error_code``; null is unknown.
+
+    ``distribution``: also each emotion's probability under its own name, which rows have of faces predicted with all
+    emotions as ``top``.
     """
     fields = [
         ("path", pa.string()),
@@ -226,8 +232,8 @@ FOOTER_READERS = 16
 class Options:
     """What every row depends on, beside the image.
 
-    ``bundle_sha256`` is that of the bundle's manifest, which names its weights' and has the calibration; ``face_model_sha256`` is None
-    for the bundled cascades and for aligned faces.
+    ``bundle_sha256`` is that of the bundle's manifest, which names its weights' and has the calibration;
+    ``face_model_sha256`` is None for the bundled cascades and for aligned faces.
     """
 
     bundle_sha256: str
@@ -315,8 +321,8 @@ class Shards:
         strange = [name for name in names if name not in expected]
         if strange:
             raise RafceError(
-                f"{self.predictions / strange[0]}: is none of the {len(expected)} shards of {PLAN_FILE}, and whoever reads the folder would "
-                "read it. Move it elsewhere, then give the same command again."
+                f"{self.predictions / strange[0]}: is none of the {len(expected)} shards of {PLAN_FILE}, and whoever "
+                "reads the folder would read it. Move it elsewhere, then give the same command again."
             )
         with ThreadPoolExecutor(FOOTER_READERS, thread_name_prefix="footers") as pool:
             return dict(pool.map(self._counts, [expected[name] for name in names]))
@@ -350,8 +356,8 @@ class Shards:
         missing = [shard for shard in range(self.plan.num_shards) if shard not in finished]
         if missing:
             raise RafceError(
-                f"{self.predictions}: {len(missing)} of {self.plan.num_shards} shards are missing, {_file_name(missing[0])} first. "
-                "The same command predicts them."
+                f"{self.predictions}: {len(missing)} of {self.plan.num_shards} shards are missing, "
+                f"{_file_name(missing[0])} first. The same command predicts them."
             )
         totals = sum(finished.values(), Counter())
         for info in self.predictions.list():
@@ -370,7 +376,8 @@ class Shards:
 def open_shards(
     folder: Location, options: Options, shard_files: int | None, list_files: Callable[[], Iterator[str]]
 ) -> Shards:
-    """The shards of a folder: planned now from ``list_files()``, or those of its plan, if it is one of the same images and options.
+    """The shards of a folder: planned now from ``list_files()``, or those of its plan, if it is one of the same images
+    and options.
 
     ``shard_files``: None takes those of the plan or ``DEFAULT_SHARD_FILES``.
 
@@ -400,8 +407,8 @@ def read_plan(folder: Location) -> Plan | None:
         version = plain.pop("format_version")
         if version != FORMAT_VERSION:
             raise RafceError(
-                f"{place}: is of version {version}; this program reads {FORMAT_VERSION}. Choose another --out, or predict with the version that "
-                "began it."
+                f"{place}: is of version {version}; this program reads {FORMAT_VERSION}. Choose another --out, or "
+                "predict with the version that began it."
             )
         return Plan(Options(**plain.pop("options")), **plain)
     except FileNotFoundError:
@@ -415,8 +422,9 @@ def _make_plan(folder: Location, options: Options, shard_files: int, list_files:
     others = [info.base_name for info in folder.list() if not info.base_name.startswith(".")]
     if others:
         raise UsageError(
-            f"--out {folder.shown}: holds something else ({', '.join(others[:3])}{', ...' if len(others) > 3 else ''}), and nothing of it is "
-            "touched. Name a new folder."
+            f"--out {folder.shown}: holds something else "
+            f"({', '.join(others[:3])}{', ...' if len(others) > 3 else ''}), and nothing of it is touched. Name a new "
+            "folder."
         )
     place, digest, num_files = folder / LISTING_FILE, hashlib.sha256(), 0
     files = list_files()
@@ -440,9 +448,8 @@ def _refuse_other_options(folder: Location, plan: Plan, options: Options, shard_
     changed = [f"  {key}: {there[key]} there, {here[key]} here" for key in there if there[key] != here[key]]
     if changed:
         raise UsageError(
-            f"--out {folder.shown}: holds predictions of another bundle or with other options, and rows of both would be mixed:\n"
-            + "\n".join(changed)
-            + "\nGive the same ones to go on, or another --out."
+            f"--out {folder.shown}: holds predictions of another bundle or with other options, and rows of both would "
+            "be mixed:\n" + "\n".join(changed) + "\nGive the same ones to go on, or another --out."
         )
 
 
@@ -451,8 +458,9 @@ def _refuse_other_images(shards: Shards, num_files: int, list_files: Callable[[]
     listed = (name for shard in range(plan.num_shards) for name in shards.paths(shard))
     first = next((pair for pair in zip_longest(listed, list_files()) if pair[0] != pair[1]), (None, None))
     raise UsageError(
-        f"--out {shards.folder.shown}: was begun with other images: {plan.num_files:,} files there, {num_files:,} now; the first that differs "
-        f"is {first[0] or 'none'} there, {first[1] or 'none'} now. Give the same images to go on, or another --out for these."
+        f"--out {shards.folder.shown}: was begun with other images: {plan.num_files:,} files there, {num_files:,} now; "
+        f"the first that differs is {first[0] or 'none'} there, {first[1] or 'none'} now. Give the same images to go "
+        "on, or another --out for these."
     )
 
 

@@ -1,7 +1,8 @@
-"""The commands: ``rafce VERB ...`` runs ``rafce_ray.cli.VERB``, which reads the arguments, calls the library and prints.
+"""The commands: ``rafce VERB ...`` runs ``rafce_ray.cli.VERB``, which reads the arguments, calls the library and
+prints.
 
-Nothing imports this package but the ``rafce`` script and ``__main__`` modules. Its modules import the library inside of functions, after
-the arguments have been checked: a usage is printed at once, without torch or ray.
+Nothing imports this package but the ``rafce`` script and ``__main__`` modules. Its modules import the library inside of
+functions, after the arguments have been checked: a usage is printed at once, without torch or ray.
 """
 
 from __future__ import annotations

@@ -29,7 +29,8 @@ def main(argv: list[str]) -> int:
     set_in_vain = [text for text in arguments.overrides if text.partition("=")[0].strip() in varied]
     if set_in_vain:
         raise UsageError(
-            f"{set_in_vain[0]!r}: the arms set this key themselves. Leave it out, or train with it: rafce train {set_in_vain[0]}"
+            f"{set_in_vain[0]!r}: the arms set this key themselves. Leave it out, or train with it: rafce train "
+            f"{set_in_vain[0]}"
         )
     study, ablation = ablate(
         base,
@@ -45,11 +46,13 @@ def main(argv: list[str]) -> int:
     if arguments.json:
         print_json(ablation.to_json())
     say(
-        f"made {study.location.shown}: ablation.md, ablation.json, ablation.svg; next: rafce doctor {study.location.shown}"
+        f"made {study.location.shown}: ablation.md, ablation.json, ablation.svg; next: rafce doctor "
+        f"{study.location.shown}"
     )
     if ablation.missing:
         say(
-            f"{len(ablation.missing)} trials have no result and are left out: {', '.join(ablation.missing)}. The same command goes on with them."
+            f"{len(ablation.missing)} trials have no result and are left out: {', '.join(ablation.missing)}. The same "
+            "command goes on with them."
         )
     return 1 if ablation.missing else 0
 
@@ -57,9 +60,10 @@ def main(argv: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="rafce ablate",
-        description="Run an ablation: eight training changes, alone and combined, over several seeds. If it was interrupted, the same "
-        "command continues it.",
-        epilog="Example: rafce ablate data.root=faces model.backbone=mobilenet_v3_small model.image_px=64 optim.epochs=24",
+        description="Run an ablation: eight training changes, alone and combined, over several seeds. If it was "
+        "interrupted, the same command continues it.",
+        epilog="Example: rafce ablate data.root=faces model.backbone=mobilenet_v3_small model.image_px=64 "
+        "optim.epochs=24",
     )
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="configuration keys: data and size of the runs"
@@ -71,7 +75,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--minority",
         metavar="A,B",
-        help="classes whose F1 is shown, by name or number (default: the seed's four without a hit, or the four rarest)",
+        help="classes whose F1 is shown, by name or number (default: the seed's four without a hit, or the four "
+        "rarest)",
     )
     parser.add_argument(
         "--concurrent", type=int, help="trials that run at the same time (default: one per GPU, or per CPU)"

@@ -19,7 +19,9 @@ JSON_HELP = "print the result as one JSON line on standard output"
 
 
 def command(body: Callable[[list[str]], int]) -> Callable[..., int]:
-    """A verb's ``main``: takes the process's arguments unless it is given some, and turns errors into messages and exit codes."""
+    """A verb's ``main``: takes the process's arguments unless it is given some, and turns errors into messages and exit
+    codes.
+    """
 
     @wraps(body)
     def main(argv: list[str] | None = None) -> int:

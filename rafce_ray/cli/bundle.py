@@ -143,8 +143,8 @@ def _what_is_live(registry: Location, live: LiveRecord | None) -> str:
         return f"Nothing is live. Next: rafce bundle promote {registry.command} BUNDLE"
     before = f", before it {live.before[0]}" if live.before else ""
     return (
-        f"Live is {live.version} since {live.since:%Y-%m-%d %H:%M} UTC ({live.action} by {live.by}: {live.why}){before}. "
-        f"Next: rafce serve --registry {registry.command}"
+        f"Live is {live.version} since {live.since:%Y-%m-%d %H:%M} UTC ({live.action} by {live.by}: "
+        f"{live.why}){before}. Next: rafce serve --registry {registry.command}"
     )
 
 
@@ -208,7 +208,8 @@ def _print_rows(columns: Sequence[str], rows: Any) -> None:
 def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     parser = argparse.ArgumentParser(
         prog="rafce bundle",
-        description="Manage model versions in a registry, a folder on a disk or an object store: list, add, promote and roll back.",
+        description="Manage model versions in a registry, a folder on a disk or an object store: list, add, promote "
+        "and roll back.",
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     _verb(verbs, "list", _list, "list all versions and the live one")

@@ -54,8 +54,9 @@ def _names(places: Sequence[str]) -> list[str]:
 def _say_what_it_means(compared: Compared, split: str) -> None:
     num_intervals = sum(len(one) for one in compared.against_first)
     say(
-        f"real: the paired bootstrap 95 % interval over {len(compared.runs[0].outputs.names):,} images leaves 0 out; of {num_intervals} intervals about "
-        f"{math.ceil(num_intervals / 20)} would by chance. Another seed moves figures too: train several before you believe a small difference."
+        f"real: the paired bootstrap 95 % interval over {len(compared.runs[0].outputs.names):,} images leaves 0 out; "
+        f"of {num_intervals} intervals about {math.ceil(num_intervals / 20)} would by chance. Another seed moves "
+        "figures too: train several before you believe a small difference."
     )
     if split == "validation":
         say("Validation chose each run's best epoch and thresholds. Next: the same with --split test.")
@@ -66,8 +67,8 @@ def _say_what_it_means(compared: Compared, split: str) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="rafce compare",
-        description="Compare runs on the same images: how their configurations differ, their figures with confidence intervals, and "
-        "their differences from the first run with paired bootstrap intervals.",
+        description="Compare runs on the same images: how their configurations differ, their figures with confidence "
+        "intervals, and their differences from the first run with paired bootstrap intervals.",
         epilog="Example: rafce compare runs/BASELINE runs/NEW --split test",
     )
     parser.add_argument(

@@ -42,8 +42,8 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
         "audit",
         usage="%(prog)s ROOT [--json FILE] [--labels-only] [--config FILE] [--recipe NAME] [data.key=value ...]",
         help="check labels and images of a dataset before training",
-        description="Check labels and images of a dataset: what it contains, and errors with their files and lines. Exit code 3: the "
-        "dataset may not be trained on.",
+        description="Check labels and images of a dataset: what it contains, and errors with their files and lines. "
+        "Exit code 3: the dataset may not be trained on.",
     )
     verb.add_argument("root", help="folder in RAF-CE's layout, or a CSV or Parquet table, or a folder that holds one")
     verb.add_argument("--json", metavar="FILE", help="write the whole audit as JSON; - for standard output")
@@ -73,7 +73,8 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     verb = verbs.add_parser(
         "synthesize",
         help="draw labelled demo faces in RAF-CE's layout",
-        description="Draw synthetic labelled faces with RAF-CE's layout, class proportions and label noise, to try the commands.",
+        description="Draw synthetic labelled faces with RAF-CE's layout, class proportions and label noise, to try the "
+        "commands.",
     )
     verb.add_argument("--out", required=True, type=local_path, metavar="DIR", help="new folder")
     verb.add_argument("--num-images", type=int, default=4549, metavar="N", help="labelled faces (default %(default)s)")

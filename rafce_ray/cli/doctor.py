@@ -35,7 +35,8 @@ def main(argv: list[str]) -> int:
         say("")
         say(
             f"{_counts([diagnosis for trial in trials for diagnosis in trial.diagnoses])} in {len(trials)} trials"
-            f"{f', {len(running)} of which have not ended' if running else ''}; all of one trial: rafce doctor {(study.trials / 'NAME').command}"
+            f"{f', {len(running)} of which have not ended' if running else ''}; all of one trial: rafce doctor "
+            f"{(study.trials / 'NAME').command}"
         )
         if arguments.json:
             told = {trial.evidence.name: [one.to_json() for one in trial.diagnoses] for trial in trials}
@@ -43,8 +44,8 @@ def main(argv: list[str]) -> int:
     else:
         folder.location.check_reachable()
         raise UsageError(
-            f"{folder.location} is neither a run (it has no config.yaml) nor a study (it has no trials). Give the folder that training "
-            "printed, such as runs/NAME."
+            f"{folder.location} is neither a run (it has no config.yaml) nor a study (it has no trials). Give the "
+            "folder that training printed, such as runs/NAME."
         )
     return 0
 
@@ -81,7 +82,8 @@ def _baseline(place: str) -> Evidence:
     folder = RunFolder(place)
     if not folder.exists() or folder.outputs("validation") is None:
         raise UsageError(
-            f"--baseline {place}: is no run that has ended (config.yaml or outputs_validation.parquet is missing). Give the folder of a finished run."
+            f"--baseline {place}: is no run that has ended (config.yaml or outputs_validation.parquet is missing). "
+            "Give the folder of a finished run."
         )
     return Evidence.of_run(folder)
 
@@ -89,7 +91,8 @@ def _baseline(place: str) -> Evidence:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="rafce doctor",
-        description="Diagnose a run or a study: what is wrong, why, and which run to try next. Also works while the run is training.",
+        description="Diagnose a run or a study: what is wrong, why, and which run to try next. Also works while the "
+        "run is training.",
         epilog="Example: rafce doctor runs/NAME",
     )
     parser.add_argument(

@@ -30,8 +30,9 @@ def main(argv: list[str]) -> int:
     for table in render(figures):
         console.print(table)
     say(
-        f"{figures['num_images']:,} images measured ({figures['emotion_known']:,} with an emotion, {figures['au_known']:,} known "
-        f"AU labels); intervals are bootstrap percentiles over images. Next: rafce predict --bundle {locate(arguments.bundle).command} PHOTO..."
+        f"{figures['num_images']:,} images measured ({figures['emotion_known']:,} with an emotion, "
+        f"{figures['au_known']:,} known AU labels); intervals are bootstrap percentiles over images. Next: rafce "
+        f"predict --bundle {locate(arguments.bundle).command} PHOTO..."
     )
     if arguments.json:
         source = {"bundle": bundle.path, "weights_sha256": bundle.weights_sha256, "data_root": data.root}

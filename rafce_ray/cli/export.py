@@ -20,9 +20,9 @@ def main(argv: list[str]) -> int:
     bundle = load_bundle(arguments.bundle)
     difference = export_bundle(bundle, arguments.format, arguments.out)
     say(
-        f"{arguments.out}: {bundle.architecture.backbone} of {bundle.path} as {arguments.format}, any batch of uint8 faces of "
-        f"{bundle.preprocessing.stored_px} px; off torch by at most {difference:.2g} in a probability. {DESCRIPTION} tells its "
-        "inputs, outputs, classes and calibration."
+        f"{arguments.out}: {bundle.architecture.backbone} of {bundle.path} as {arguments.format}, any batch of uint8 "
+        f"faces of {bundle.preprocessing.stored_px} px; off torch by at most {difference:.2g} in a probability. "
+        f"{DESCRIPTION} tells its inputs, outputs, classes and calibration."
     )
     return 0
 
@@ -30,8 +30,8 @@ def main(argv: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="rafce export",
-        description="Export a model to ONNX, OpenVINO or torch.export, preprocessing included, and compare the exported model with "
-        "PyTorch. Exit code 3: they differ.",
+        description="Export a model to ONNX, OpenVINO or torch.export, preprocessing included, and compare the "
+        "exported model with PyTorch. Exit code 3: they differ.",
     )
     parser.add_argument("--bundle", required=True, help=BUNDLE_HELP)
     parser.add_argument("--format", required=True, choices=FORMATS, help="format to export to")

@@ -46,8 +46,9 @@ def main(argv: list[str]) -> int:
     say(f"Wrote {arguments.write}: compose.yaml, prometheus/ with alert rules, grafana/ with dashboards.")
     if ray is not None and not (ray / DISCOVERY_FILE).exists():
         warn(
-            f"{ray / DISCOVERY_FILE} does not exist: no Ray cluster with a dashboard was started with this folder on this "
-            "machine. Start one first, or name Ray's folder with --ray-folder or another machine's dashboard with --cluster."
+            f"{ray / DISCOVERY_FILE} does not exist: no Ray cluster with a dashboard was started with this folder on "
+            "this machine. Start one first, or name Ray's folder with --ray-folder or another machine's dashboard with "
+            "--cluster."
         )
     compose = shlex.quote(str(arguments.write / "compose.yaml"))
     say(f"Start both: docker compose -f {compose} up -d    Stop both: docker compose -f {compose} down")
@@ -63,7 +64,8 @@ def main(argv: list[str]) -> int:
     ):
         if port != usual:
             say(
-                f"For the metrics page of Ray's dashboard, start the cluster with RAY_{name}_HOST=http://127.0.0.1:{port}"
+                "For the metrics page of Ray's dashboard, start the cluster with "
+                f"RAY_{name}_HOST=http://127.0.0.1:{port}"
             )
     return 0
 
@@ -71,7 +73,8 @@ def main(argv: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="rafce monitor",
-        description="Write a folder with a docker compose file, Prometheus and Grafana configuration, alert rules and dashboards for a Ray cluster.",
+        description="Write a folder with a docker compose file, Prometheus and Grafana configuration, alert rules and "
+        "dashboards for a Ray cluster.",
     )
     parser.add_argument("--write", type=Path, required=True, metavar="DIR", help="folder to write")
     place = parser.add_mutually_exclusive_group()

@@ -49,7 +49,8 @@ def _main_here(arguments: argparse.Namespace) -> int:
     finder = None if arguments.faces == "aligned" else build_face_finder(arguments.face_model)
     bundle = load_bundle(arguments.bundle)
     predictor = Predictor(bundle, device)
-    # A core is left to reading: OpenMP's threads wait in a busy loop, which cost a factor of 10 where they had to share.
+    # A core is left to reading: OpenMP's threads wait in a busy loop, which cost a factor of 10 where they had to
+    # share.
     torch.set_num_threads(min(torch.get_num_threads(), max(1, _num_cores() - 1)))
     say(_plan(arguments, bundle, predictor.device, num_files))
     load = partial(load_file, finder=finder, px=bundle.preprocessing.stored_px)
@@ -89,8 +90,8 @@ def _plan(arguments: argparse.Namespace, bundle: Bundle, device: torch.device, n
 
     detector = detector_of(arguments.faces, arguments.face_model)
     return (
-        f"Predicting {num_files:,} image files on {device}: faces {detector}; {bundle.architecture.backbone} of {bundle.path} "
-        f"({bundle.taxonomy.num_emotions} emotions, {bundle.taxonomy.num_action_units} action units); "
+        f"Predicting {num_files:,} image files on {device}: faces {detector}; {bundle.architecture.backbone} of "
+        f"{bundle.path} ({bundle.taxonomy.num_emotions} emotions, {bundle.taxonomy.num_action_units} action units); "
         f"results to {arguments.out or 'standard output as JSON lines'}."
     )
 
@@ -141,15 +142,17 @@ def _refuse_cluster_options(arguments: argparse.Namespace) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="rafce predict",
-        description="Predict the emotions and action units of all faces in image files. Writes one JSON line per file to standard output, or "
-        "one row per face to a CSV or Parquet file; with --ray, predicts on a Ray cluster and writes a folder of Parquet files.",
+        description="Predict the emotions and action units of all faces in image files. Writes one JSON line per file "
+        "to standard output, or one row per face to a CSV or Parquet file; with --ray, predicts on a Ray cluster and "
+        "writes a folder of Parquet files.",
     )
     parser.add_argument("paths", nargs="*", metavar="PATH", help="image files, folders (searched recursively) or globs")
     parser.add_argument("--bundle", required=True, help=BUNDLE_HELP)
     parser.add_argument(
         "--out",
         metavar="FILE",
-        help="new file to write: .jsonl, .csv or .parquet; with --ray a folder or URI, in which the same command resumes",
+        help="new file to write: .jsonl, .csv or .parquet; with --ray a folder or URI, in which the same command "
+        "resumes",
     )
     parser.add_argument(
         "--faces",
@@ -165,7 +168,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="auto", help=DEVICE_HELP)
     cluster = parser.add_argument_group(
         "on a cluster",
-        "the cluster of RAY_ADDRESS, or a local one; paths may be URIs (s3://...), and every machine must see local paths",
+        "the cluster of RAY_ADDRESS, or a local one; paths may be URIs (s3://...), and every machine must see local "
+        "paths",
     )
     cluster.add_argument(
         "--ray",

@@ -32,8 +32,8 @@ def main(argv: list[str]) -> int:
     plan = plan_replay(original, arguments.overrides)
     run = plan.config.run
     say(
-        f"Training {original.location} again: {plan.config.model.backbone}, {len(original.metrics())} epochs with seed {run.seed}; "
-        f"the replay goes to {run.storage}/{run.name}, the original is not touched."
+        f"Training {original.location} again: {plan.config.model.backbone}, {len(original.metrics())} epochs with seed "
+        f"{run.seed}; the replay goes to {run.storage}/{run.name}, the original is not touched."
     )
     for key, (trained, now) in plan.edited.items():
         warn(f"config.yaml was edited after training: {key} is {now!r} in it, {trained!r} was trained with and is now.")
@@ -80,7 +80,8 @@ def _conclude(
     if comparison.only_in_replay:
         names = ", ".join(comparison.only_in_replay[:3])
         say(
-            f"{len(comparison.only_in_replay)} figures are only in the replay ({names}, ...): this version records more."
+            f"{len(comparison.only_in_replay)} figures are only in the replay ({names}, ...): this version records "
+            "more."
         )
     if comparison.equal:
         largest = comparison.largest
@@ -89,8 +90,8 @@ def _conclude(
         although = f", although these differ: {', '.join(others)}" if others else ""
         say(
             f"equal within {comparison.tolerance:g}: {comparison.num_figures:,} figures, largest difference "
-            f"{0.0 if largest is None else largest.size:.3g}{where}; {weights}{although}. The replay is in {replay.location}; "
-            f"next: rafce report {original.location.command} shows what holds."
+            f"{0.0 if largest is None else largest.size:.3g}{where}; {weights}{although}. The replay is in "
+            f"{replay.location}; next: rafce report {original.location.command} shows what holds."
         )
         return 0
     from rafce_ray.run.replay import SHOWN_DIFFERENCES
@@ -101,8 +102,9 @@ def _conclude(
     if len(comparison.beyond) > SHOWN_DIFFERENCES:
         say(f"  and {len(comparison.beyond) - SHOWN_DIFFERENCES:,} more, all in {replay.location / 'replay.json'}")
     raise GateError(
-        f"{replay.location} is not {original.location}: {len(comparison.beyond):,} of {comparison.num_figures:,} figures differ by more than "
-        f"{comparison.tolerance:g}. The first: {first}. The largest: {comparison.largest}. Also, {weights}.\n{_causes(circumstances, same_weights)}"
+        f"{replay.location} is not {original.location}: {len(comparison.beyond):,} of {comparison.num_figures:,} "
+        f"figures differ by more than {comparison.tolerance:g}. The first: {first}. The largest: {comparison.largest}. "
+        f"Also, {weights}.\n{_causes(circumstances, same_weights)}"
     )
 
 
@@ -117,15 +119,18 @@ def _causes(circumstances: Sequence[Circumstance], same_weights: bool | None) ->
         if one.verdict != "same"
     ]
     if not lines:
-        return "No circumstance that is known differs: the original's records were altered, or its hardware does not compute the same twice."
+        return (
+            "No circumstance that is known differs: the original's records were altered, or its hardware does not "
+            "compute the same twice."
+        )
     return "What differs, or is not known to be the same:\n" + "\n".join(lines)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="rafce replay",
-        description="Reproduce a finished run: train it again with its configuration, seed and data, and compare all figures of every "
-        "epoch. The original is not changed. Exit code 3: figures differ, or the data have changed.",
+        description="Reproduce a finished run: train it again with its configuration, seed and data, and compare all "
+        "figures of every epoch. The original is not changed. Exit code 3: figures differ, or the data have changed.",
         epilog="Example: rafce replay runs/NAME   or: rafce replay runs/STUDY/trials/NAME",
     )
     parser.add_argument(
@@ -140,8 +145,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--tolerance",
         type=float,
-        help="difference up to which figures count as equal, relative where they are above 1 (default 1e-06; 0.01 on a GPU, whose "
-        "kernels do not add in the same order each time)",
+        help="difference up to which figures count as equal, relative where they are above 1 (default 1e-06; 0.01 on a "
+        "GPU, whose kernels do not add in the same order each time)",
     )
     parser.add_argument("--anyway", action="store_true", help="train even if the data have changed")
     parser.add_argument("--json", action="store_true", help="print the comparison as one JSON line on standard output")

@@ -71,8 +71,8 @@ def _report_study(study: StudyFolder, arguments: argparse.Namespace) -> None:
     given = [option for option, is_given in options.items() if is_given]
     if given:
         raise UsageError(
-            f"{', '.join(given)}: means something for one run only, and {study.location} is a study. Leave it out, or give one of its trials, "
-            f"{(study.trials / 'NAME').shown}."
+            f"{', '.join(given)}: means something for one run only, and {study.location} is a study. Leave it out, or "
+            f"give one of its trials, {(study.trials / 'NAME').shown}."
         )
     place = report_place(study.location, arguments.out)
     say(f"Reporting on the study {study.location}, to {place}.")
@@ -128,7 +128,8 @@ def _parser() -> argparse.ArgumentParser:
         "--split",
         choices=("validation", "test", "held-out"),
         default="validation",
-        help="images to report figures of: validation, as measured in training (default); test, measured now; held-out, both together",
+        help="images to report figures of: validation, as measured in training (default); test, measured now; "
+        "held-out, both together",
     )
     parser.add_argument(
         "--slices",

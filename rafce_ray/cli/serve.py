@@ -20,7 +20,8 @@ def main(argv: list[str]) -> int:
     arguments = _parser().parse_intermixed_args(argv)
     if arguments.replicas < 1 or not 0 < arguments.port < 2**16:
         raise UsageError(
-            f"--replicas {arguments.replicas} --port {arguments.port}: at least one replica, and a port from 1 to 65535."
+            f"--replicas {arguments.replicas} --port {arguments.port}: at least one replica, and a port from 1 to "
+            "65535."
         )
     config = _config(arguments)
     from rafce_ray.serve.launch import serve_until_stopped
@@ -38,8 +39,8 @@ def _config(arguments: argparse.Namespace) -> ServiceConfig:
     loopback = _is_loopback(arguments.host)
     if not loopback and arguments.keys is None:
         raise UsageError(
-            f"--host {arguments.host} lets other machines connect, which needs keys. Make one with: python -m rafce_ray.service.keys new NAME "
-            "--file keys.json, and give --keys keys.json; or leave --host out."
+            f"--host {arguments.host} lets other machines connect, which needs keys. Make one with: python -m "
+            "rafce_ray.service.keys new NAME --file keys.json, and give --keys keys.json; or leave --host out."
         )
     values: dict[str, Any] = {"engine": arguments.engine, "loopback_only": loopback}
     for key, value in (("bundle", arguments.bundle), ("registry", arguments.registry)):

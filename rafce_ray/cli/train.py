@@ -30,8 +30,8 @@ def main(argv: list[str]) -> int:
 
     config = named(config)
     say(
-        f"training {config.model.backbone} at {config.model.image_px} px on {config.data.root} for up to {config.optim.epochs} epochs with "
-        f"{config.run.workers_shown}; "
+        f"training {config.model.backbone} at {config.model.image_px} px on {config.data.root} for up to "
+        f"{config.optim.epochs} epochs with {config.run.workers_shown}; "
         f"results go to {(locate(config.run.storage) / str(config.run.name)).shown}"
     )
     result = launch(config, resume=arguments.resume)
@@ -44,8 +44,8 @@ def main(argv: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="rafce train",
-        description="Train a model for compound emotions and action units on Ray Train. If training was interrupted, the same command "
-        "resumes it from the newest valid checkpoint.",
+        description="Train a model for compound emotions and action units on Ray Train. If training was interrupted, "
+        "the same command resumes it from the newest valid checkpoint.",
         epilog="Example: rafce train --recipe demo data.root=demo/faces optim.epochs=5",
     )
     parser.add_argument(
@@ -74,17 +74,20 @@ def _summarise(result: dict[str, Any]) -> None:
     took, run_dir = duration(result["elapsed_s"]), locate(result["run_dir"]).command
     if result["status"] == "diverged":
         warn(
-            f"diverged after {result['epochs']} epochs: a loss was not finite. For why, and the next configuration: rafce doctor {run_dir}"
+            f"diverged after {result['epochs']} epochs: a loss was not finite. For why, and the next configuration: "
+            f"rafce doctor {run_dir}"
         )
     if result["bundle"] is None:
         return
     say(
-        f"{result['status'].replace('_', ' ')} after {result['epochs']} epochs in {took}; best epoch {result['best_epoch']} on validation: {figures}"
+        f"{result['status'].replace('_', ' ')} after {result['epochs']} epochs in {took}; best epoch "
+        f"{result['best_epoch']} on validation: {figures}"
     )
     say(_calibrated(metrics))
     bundle, report = locate(result["bundle"]).command, (locate(result["run_dir"]) / "report.html").command
     say(
-        f"made {bundle} and {report}; next: rafce doctor {run_dir}   or: rafce evaluate --bundle {bundle}   or: rafce predict --bundle {bundle} PHOTO..."
+        f"made {bundle} and {report}; next: rafce doctor {run_dir}   or: rafce evaluate --bundle {bundle}   or: rafce "
+        f"predict --bundle {bundle} PHOTO..."
     )
 
 
@@ -101,7 +104,8 @@ def _calibrated(metrics: dict[str, Any]) -> str:
     ]
     if _is_number(held_out["au_f1_mean_before"]):
         changes.append(
-            f"AU-F1 {held_out['au_f1_mean_before']:.4f} at 0.5 -> {held_out['au_f1_mean_after']:.4f} at tuned thresholds"
+            f"AU-F1 {held_out['au_f1_mean_before']:.4f} at 0.5 -> {held_out['au_f1_mean_after']:.4f} at tuned "
+            "thresholds"
         )
     return f"calibrated on validation (cross-fitted): {', '.join(changes)}"
 

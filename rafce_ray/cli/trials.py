@@ -69,7 +69,8 @@ def _statuses(text: str | None) -> list[str]:
     for name in statuses:
         if name not in STATUSES:
             raise UsageError(
-                f"--status {name}: no trial has such a status{did_you_mean(name, STATUSES) or '.'} Known: {', '.join(STATUSES)}."
+                f"--status {name}: no trial has such a status{did_you_mean(name, STATUSES) or '.'} Known: "
+                f"{', '.join(STATUSES)}."
             )
     return statuses
 
@@ -118,7 +119,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--status",
         metavar="S[,S]",
-        help="keep trials with one of these statuses: finished, stopped_early, stopped_by_scheduler, diverged, failed, interrupted, waiting",
+        help="keep trials with one of these statuses: finished, stopped_early, stopped_by_scheduler, diverged, failed, "
+        "interrupted, waiting",
     )
     parser.add_argument("--columns", metavar="a,b", help="columns to list")
     parser.add_argument("--top", type=positive, metavar="N", help="list only the first N")

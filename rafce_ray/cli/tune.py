@@ -44,8 +44,8 @@ def main(argv: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="rafce tune",
-        description="Tune hyperparameters on Ray Tune, train the best configurations again with other seeds, and measure the winner on the "
-        "test split. If a study was interrupted, the same command continues it.",
+        description="Tune hyperparameters on Ray Tune, train the best configurations again with other seeds, and "
+        "measure the winner on the test split. If a study was interrupted, the same command continues it.",
         epilog="Example: rafce tune --config tune_configs/regularization.yaml base.data.root=PATH num_trials=12",
     )
     parser.add_argument(

@@ -413,8 +413,9 @@ def _check_class_sizes(case: Case) -> Iterator[Finding]:
         if found:
             evidence = tuple(one for _, _, one in found)
             message = (
-                f"{len({name for _, name, _ in found})} of {case.taxonomy.num_emotions} classes have under {MIN_CLASS_IMAGES} images in "
-                f"{' or '.join(dict.fromkeys(split for split, _, _ in found))}: their figures mean little"
+                f"{len({name for _, name, _ in found})} of {case.taxonomy.num_emotions} classes have under "
+                f"{MIN_CLASS_IMAGES} images in {' or '.join(dict.fromkeys(split for split, _, _ in found))}: their "
+                "figures mean little"
             )
             remedy = "Add images of these classes, or look at macro-F1 over supported classes."
             yield Finding(level, "classes_under_10", message, remedy, len(evidence), evidence)
@@ -572,7 +573,8 @@ class SplitSummary:
 class Audit:
     """The whole of what was found; ``findings`` are sorted with the gravest first.
 
-    Null is read by ``null_policy`` in train and by ``evaluation_null_policy`` in the other splits: so are the counts of ``splits``.
+    Null is read by ``null_policy`` in train and by ``evaluation_null_policy`` in the other splits: so are the counts of
+    ``splits``.
     """
 
     root: str

@@ -1,4 +1,6 @@
-"""How label files are written: lines, encodings, quotes and action units of text files, and titles of tables' columns."""
+"""How label files are written: lines, encodings, quotes and action units of text files, and titles of tables'
+columns.
+"""
 
 from __future__ import annotations
 

@@ -78,8 +78,8 @@ def _read_labels(root: Location, data: DataConfig) -> Labels:
         "rafce": f"{label_file.EMOTION_FILE} or {label_file.ACTION_UNIT_FILE}",
         "table": " or ".join(table.TABLE_NAMES),
         "folders": "class folders such as train/smiling/",
-        "auto": f"{label_file.EMOTION_FILE}, {label_file.ACTION_UNIT_FILE}, a table {' or '.join(table.TABLE_NAMES)}, or class "
-        "folders such as train/smiling/",
+        "auto": f"{label_file.EMOTION_FILE}, {label_file.ACTION_UNIT_FILE}, a table {' or '.join(table.TABLE_NAMES)}, "
+        "or class folders such as train/smiling/",
     }
     raise UsageError(
         f"{root}: no labels found; expected {expected[data.layout]}. Point data.root at the folder that holds them."

@@ -1,7 +1,9 @@
-"""Epoch order, oversampling and batches. Nothing random is saved: an order comes from (seed, epoch), a step's draws from its seed.
+"""Epoch order, oversampling and batches.
 
-Every worker knows the whole order and every label, so the number of known labels in the global batch, by which losses are
-divided, needs no communication.
+Nothing random is saved: an order comes from (seed, epoch), a step's draws from its seed.
+
+Every worker knows the whole order and every label, so the number of known labels in the global batch, by which losses
+are divided, needs no communication.
 """
 
 from __future__ import annotations
@@ -166,11 +168,11 @@ def prepare(data: DataConfig, *, progress: Progress | None = None, for_training:
 class Batch(NamedTuple):
     """One worker's part of a global batch, on its device.
 
-    images (B, S, S, 3) uint8 as stored, or (B, 3, P, P) float once prepared for the network; emotion (B,) int64, -1 unknown;
-    action_units (B, A) float, 1 / 0 / NaN unknown; votes (B, 6) float in the order of ``BASIC_EMOTIONS``, summing to 1, NaN
-    unknown. The norms are scalars over the global batch of all workers: emotion_norm is the sum of the class weights of known
-    emotions (their number without weights), au_norm the number of known AU elements, votes_norm the number of images with votes.
-    rows (B,) int64 says which rows of the dataset these images are.
+    images (B, S, S, 3) uint8 as stored, or (B, 3, P, P) float once prepared for the network; emotion (B,) int64, -1
+    unknown; action_units (B, A) float, 1 / 0 / NaN unknown; votes (B, 6) float in the order of ``BASIC_EMOTIONS``,
+    summing to 1, NaN unknown. The norms are scalars over the global batch of all workers: emotion_norm is the sum of
+    the class weights of known emotions (their number without weights), au_norm the number of known AU elements,
+    votes_norm the number of images with votes. rows (B,) int64 says which rows of the dataset these images are.
     """
 
     images: Tensor
@@ -193,7 +195,9 @@ def step_seed(*parts: int) -> int:
 
 
 def epoch_order(indices: np.ndarray, seed: int, epoch: int, sampling_weights: np.ndarray | None = None) -> np.ndarray:
-    """The order of one epoch: a permutation of ``indices``, or as many draws with replacement by ``sampling_weights``."""
+    """The order of one epoch: a permutation of ``indices``, or as many draws with replacement by
+    ``sampling_weights``.
+    """
     generator = np.random.default_rng([seed, epoch])
     if sampling_weights is None:
         return generator.permutation(indices)
@@ -201,7 +205,9 @@ def epoch_order(indices: np.ndarray, seed: int, epoch: int, sampling_weights: np
 
 
 def balancing_weights(emotion: np.ndarray) -> np.ndarray:
-    """Sampling weights that make every class equally frequent; images without an emotion label weigh as the mean image."""
+    """Sampling weights that make every class equally frequent; images without an emotion label weigh as the mean
+    image.
+    """
     known = emotion >= 0
     counts = np.bincount(emotion[known])
     weights = np.ones(len(emotion))
@@ -226,8 +232,8 @@ def check_shares(num_images: int, batch_size: int, num_workers: int) -> None:
     """UsageError where a step leaves a worker fewer than 2 images, of which batch statistics cannot be taken."""
     if num_images // num_steps(num_images, batch_size) < 2 * num_workers:
         raise UsageError(
-            f"{num_images} train images in batches of {batch_size} leave fewer than 2 a step for each of {num_workers} workers. "
-            "Lower run.num_workers or raise optim.batch_size."
+            f"{num_images} train images in batches of {batch_size} leave fewer than 2 a step for each of {num_workers} "
+            "workers. Lower run.num_workers or raise optim.batch_size."
         )
 
 
@@ -246,8 +252,9 @@ def tally(rows: np.ndarray) -> Tensor:
 class TrainLoader:
     """Batches of the train split for one of ``num_workers`` workers.
 
-    An epoch uses every image exactly once (oversampling: as many draws), in ``steps_per_epoch`` global batches whose sizes
-    differ by at most one (``batch_sizes``, by step), so that no batch is ragged. Where the stored images fit on the device, they stay there.
+    An epoch uses every image exactly once (oversampling: as many draws), in ``steps_per_epoch`` global batches whose
+    sizes differ by at most one (``batch_sizes``, by step), so that no batch is ragged. Where the stored images fit on
+    the device, they stay there.
     """
 
     def __init__(

@@ -320,7 +320,9 @@ _CHUNK = 2048
 
 @dataclass(frozen=True)
 class StoreHandle:
-    """A whole store: its local folder, where other nodes find it (``uri``), whether and why it was just built, what it holds."""
+    """A whole store: its local folder, where other nodes find it (``uri``), whether and why it was just built, what it
+    holds.
+    """
 
     path: Path
     uri: str

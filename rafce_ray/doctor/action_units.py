@@ -1,7 +1,7 @@
 """The doctor's rules on action units (AUs): an F1 that stays at 0, and the balance between both tasks.
 
-The seed saw AU-F1 0.0000 and raised the weight of the AU loss, but its parser had read no label. So these rules look at the data first,
-then at the predictions, and at the weight last: it is never raised where no target is positive.
+The seed saw AU-F1 0.0000 and raised the weight of the AU loss, but its parser had read no label. So these rules look at
+the data first, then at the predictions, and at the weight last: it is never raised where no target is positive.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ MANY_HIDDEN = 0.5
 """Share of masked AU elements from which the mask could matter."""
 
 AP_LIFT = 1.25
-"""Mean average precision over mean prevalence from which a ranking tells something: on small splits luck alone reaches a few percent."""
+"""Mean average precision over mean prevalence from which a ranking tells something: on small splits luck alone reaches
+a few percent.
+"""
 
 AU_WEIGHT_STEPS = (1.0, 2.0, 3.0)
 """The seed's ladder of AU loss weights; beyond its end weight is not what is missing."""
@@ -41,7 +43,9 @@ POS_WEIGHT_CAP = 10.0
 
 
 def au_f1_zero(evidence: Evidence) -> list[Diagnosis]:
-    """AU-F1 is 0 after five epochs with an AU loss, or training ended so; or it must be, since no target is positive."""
+    """AU-F1 is 0 after five epochs with an AU loss, or training ended so; or it must be, since no target is
+    positive.
+    """
     if not evidence.action_units or not evidence.records:
         return []
     active = sum(figure(record, "au_weight") > 0 for record in evidence.records)
@@ -82,11 +86,13 @@ def data_remedy(evidence: Evidence) -> Step:
     if evidence.config.data.action_unit_targets == "all_zero" and evidence.labelled_positives != 0:
         return Step(
             {"data.action_unit_targets": "labels"},
-            "Train on what the labels say: data.action_unit_targets=labels. Leave loss.au_weight as it is: no weight makes a positive out of none.",
+            "Train on what the labels say: data.action_unit_targets=labels. Leave loss.au_weight as it is: no weight "
+            "makes a positive out of none.",
         )
     return Step(
         {},
-        "Look at the labels before anything else. Leave loss.au_weight as it is: no weight makes a positive out of none.",
+        "Look at the labels before anything else. Leave loss.au_weight as it is: no weight makes a positive out of "
+        "none.",
         audit_command(evidence),
     )
 
@@ -99,7 +105,10 @@ def next_au_weight(weight: float) -> float | None:
 def _au_never_trained(evidence: Evidence) -> list[Diagnosis]:
     loss, epochs = evidence.config.loss, len(evidence.records)
     if loss.au_weight > 0:
-        seen = f"The AU loss never came in: loss.au_start_epoch={loss.au_start_epoch}, training ended after {epochs} epochs ({evidence.status})."
+        seen = (
+            f"The AU loss never came in: loss.au_start_epoch={loss.au_start_epoch}, training ended after {epochs} "
+            f"epochs ({evidence.status})."
+        )
         patch: dict[str, Any] = {"loss.au_start_epoch": epochs // 2}
         advice = "Let the AU loss start earlier, or be more patient."
         cause = Cause("the curriculum outlasts the training", "confirmed", f"loss.au_start_epoch={loss.au_start_epoch}")
@@ -130,7 +139,8 @@ def _cause_tree(evidence: Evidence, active: int) -> list[Cause]:
             Cause(
                 "the weight of the AU loss is too low",
                 "ruled out",
-                f"the AU loss is {loss:.2g} because there is nothing to find, not because of its weight ({evidence.config.loss.au_weight:g})",
+                f"the AU loss is {loss:.2g} because there is nothing to find, not because of its weight "
+                f"({evidence.config.loss.au_weight:g})",
             ),
         ]
         return causes
@@ -200,7 +210,10 @@ def _null_rows(evidence: Evidence) -> Cause:
         return Cause(text, "unknown", "the run folder has no audit.json")
     train = evidence.audit["splits"]["train"]
     share = train["num_null"] / max(train["num_rows"], 1)
-    found = f"{train['num_null']:,} of {train['num_rows']:,} train rows are null ({share:.1%}), read as data.null_policy={evidence.config.data.null_policy}"
+    found = (
+        f"{train['num_null']:,} of {train['num_rows']:,} train rows are null ({share:.1%}), read as "
+        f"data.null_policy={evidence.config.data.null_policy}"
+    )
     return Cause(text, "possible" if share > MANY_NULL_ROWS else "ruled out", found)
 
 
@@ -262,7 +275,8 @@ def _remedy(evidence: Evidence, causes: Sequence[Cause], active: int) -> Step:
         )
         return Step(
             {"loss.pos_weight_cap": POS_WEIGHT_CAP},
-            f"Weigh positives up: loss.pos_weight_cap={POS_WEIGHT_CAP:g}, which calibration undoes in the probabilities.{more}",
+            f"Weigh positives up: loss.pos_weight_cap={POS_WEIGHT_CAP:g}, which calibration undoes in the "
+            f"probabilities.{more}",
         )
     if collapse.verdict == "confirmed":
         return Step({}, "Predict with the bundle, whose thresholds are fitted; F1 at 0.5 says nothing here.")
@@ -272,12 +286,14 @@ def _remedy(evidence: Evidence, causes: Sequence[Cause], active: int) -> Step:
     if step is None:
         return Step(
             {},
-            f"Do not raise loss.au_weight={config.loss.au_weight:g} any further: beyond 3 it is not what is missing. Look at single AUs' labels and faces.",
+            f"Do not raise loss.au_weight={config.loss.au_weight:g} any further: beyond 3 it is not what is missing. "
+            "Look at single AUs' labels and faces.",
             audit_command(evidence),
         )
     return Step(
         {"loss.au_weight": step},
-        f"The data and the predictions leave the weight: raise loss.au_weight from {config.loss.au_weight:g} to {step:g}.",
+        f"The data and the predictions leave the weight: raise loss.au_weight from {config.loss.au_weight:g} to "
+        f"{step:g}.",
     )
 
 
@@ -320,12 +336,15 @@ PROBED_EPOCHS = 5
 MIN_PROBED_EPOCHS = 3
 
 CONFLICT = -0.1
-"""Median cosine below which gradients are in conflict. Of five epochs three are then below; single epochs of healthy runs were
-seen down to -0.13, their medians above 0.1."""
+"""Median cosine below which gradients are in conflict.
+
+Of five epochs three are then below; single epochs of healthy runs were seen down to -0.13, their medians above 0.1."""
 
 
 def task_balance(evidence: Evidence) -> list[Diagnosis]:
-    """Which weight to change where emotion and AU loss, or their gradients on the trunk, are more than 10x apart or in conflict."""
+    """Which weight to change where emotion and AU loss, or their gradients on the trunk, are more than 10x apart or in
+    conflict.
+    """
     active = [record for record in evidence.records if figure(record, "au_weight") > 0]
     if not evidence.emotions or not evidence.action_units or len(active) < MIN_PROBED_EPOCHS:
         return []
@@ -348,7 +367,9 @@ def task_balance(evidence: Evidence) -> list[Diagnosis]:
 
 
 def _ratio(records: list[dict[str, Any]], emotion: str, action_units: str) -> float:
-    """Median over epochs of the emotion figure over the weighted AU figure; NaN where fewer than three epochs have both."""
+    """Median over epochs of the emotion figure over the weighted AU figure; NaN where fewer than three epochs have
+    both.
+    """
     ratios = []
     for record in records:
         weighted = figure(record, "au_weight") * figure(record, action_units)
@@ -381,7 +402,8 @@ def _without_targets(evidence: Evidence, losses: float) -> list[Diagnosis]:
             evidence,
             "losses_apart",
             "info",
-            f"The emotion loss ({value:.3g}) is {_apart(losses)} the weighted AU loss ({weighted:.2g}): no train target is positive, see au_f1_zero.",
+            f"The emotion loss ({value:.3g}) is {_apart(losses)} the weighted AU loss ({weighted:.2g}): no train "
+            "target is positive, see au_f1_zero.",
             remedy,
             [
                 Cause("there is nothing to find in the AU targets", "confirmed", "0 positive AU targets in train"),
@@ -394,8 +416,8 @@ def _without_targets(evidence: Evidence, losses: float) -> list[Diagnosis]:
 def _gradients_apart(evidence: Evidence, gradients: float, losses: float) -> Diagnosis:
     weaker, stronger = ("AU", "emotion") if gradients > 1 else ("emotion", "AU")
     seen = (
-        f"On the trunk the {stronger} gradient is {_apart(gradients)} the {weaker} gradient (norms with {_weights(evidence)}, median of the "
-        f"last epochs): the {weaker} task hardly shapes what both see."
+        f"On the trunk the {stronger} gradient is {_apart(gradients)} the {weaker} gradient (norms with "
+        f"{_weights(evidence)}, median of the last epochs): the {weaker} task hardly shapes what both see."
     )
     causes = [
         Cause("the AU targets hold nothing to find", *_targets_verdict(evidence)),
@@ -412,14 +434,18 @@ def _gradients_apart(evidence: Evidence, gradients: float, losses: float) -> Dia
 
 def _losses_apart(evidence: Evidence, losses: float, gradients: float) -> Diagnosis:
     larger, smaller = ("emotion", "AU") if losses > 1 else ("AU", "emotion")
-    seen = f"The {larger} loss is {_apart(losses)} the {smaller} loss (train, with {_weights(evidence)}, median of the last epochs)."
+    seen = (
+        f"The {larger} loss is {_apart(losses)} the {smaller} loss (train, with {_weights(evidence)}, median of "
+        "the last epochs)."
+    )
     causes = [Cause("the AU targets hold nothing to find", *_targets_verdict(evidence))]
     if math.isfinite(gradients):
         causes.append(
             Cause(
                 "one task drowns the other",
                 "ruled out",
-                f"their gradients on the trunk are {_apart(gradients)} apart: losses of different kinds need not be alike",
+                f"their gradients on the trunk are {_apart(gradients)} apart: losses of different kinds need not be "
+                "alike",
             )
         )
         advice = "Leave loss.au_weight as it is: what moves the trunk is in balance."
@@ -445,7 +471,10 @@ def _change_weight(evidence: Evidence, code: str, seen: str, causes: list[Cause]
         advice = "Find out first whether any AU target is positive; until then leave loss.au_weight as it is."
         return diagnose(evidence, code, "warning", seen, advice, causes)
     if changed == weight or (changed < weight) != (ratio < 1):
-        advice = f"Leave loss.au_weight={weight:g}: it is as high as it should be. Look at the AU labels and at single AUs' F1."
+        advice = (
+            f"Leave loss.au_weight={weight:g}: it is as high as it should be. Look at the AU labels and at "
+            "single AUs' F1."
+        )
         return diagnose(evidence, code, "warning", seen, advice, causes)
     advice = f"{'Raise' if changed > weight else 'Lower'} loss.au_weight from {weight:g} to {changed:g}."
     return diagnose(evidence, code, "warning", seen, Step({"loss.au_weight": changed}, advice), causes)
@@ -457,8 +486,8 @@ def _conflict(evidence: Evidence, recent: list[dict[str, Any]], gradients: float
         return []
     weight = evidence.config.loss.au_weight
     seen = (
-        f"On the trunk the two tasks pull against each other: cosine {float(np.median(cosines)):.2f} between their gradients (median of the "
-        f"last {len(cosines)} epochs; {', '.join(f'{value:.2f}' for value in cosines)})."
+        f"On the trunk the two tasks pull against each other: cosine {float(np.median(cosines)):.2f} between their "
+        f"gradients (median of the last {len(cosines)} epochs; {', '.join(f'{value:.2f}' for value in cosines)})."
     )
     causes = [
         Cause("one task drowns the other", "ruled out", f"their weighted norms are {_apart(gradients)} apart"),
@@ -475,8 +504,8 @@ def _conflict(evidence: Evidence, recent: list[dict[str, Any]], gradients: float
         patch: dict[str, Any] = {"loss.au_weight": raised}
     else:
         advice = (
-            f"Lower loss.au_weight from {weight:g} to {weight / 2:g}; if emotions gain nothing by it, loss.au_stop_gradient=true keeps "
-            "the AU loss out of the trunk."
+            f"Lower loss.au_weight from {weight:g} to {weight / 2:g}; if emotions gain nothing by it, "
+            "loss.au_stop_gradient=true keeps the AU loss out of the trunk."
         )
         patch = {"loss.au_weight": weight / 2}
     return [diagnose(evidence, "gradients_in_conflict", "warning", seen, Step(patch, advice), causes)]

@@ -28,8 +28,9 @@ from rafce_ray.run.folder import TRIALS, RunFolder
 class Evidence:
     """A run as it is on record. What is not known is None or empty; numbers that are undefined are None, never NaN.
 
-    ``place`` is the run folder. ``records`` are its epochs, ``outputs`` the finished model's raw outputs on validation, ``calibration``
-    that of its bundle. ``baseline``: the emotion-only run to compare with. ``next_name`` and ``next_storage``: where the next run goes.
+    ``place`` is the run folder. ``records`` are its epochs, ``outputs`` the finished model's raw outputs on validation,
+    ``calibration`` that of its bundle. ``baseline``: the emotion-only run to compare with. ``next_name`` and
+    ``next_storage``: where the next run goes.
     """
 
     config: Config
@@ -162,7 +163,9 @@ class Evidence:
 
     @property
     def train_positives(self) -> int | None:
-        """Positive AU targets that training sees; without targets.json at least as many as are certain, None where none is."""
+        """Positive AU targets that training sees; without targets.json at least as many as are certain, None where none
+        is.
+        """
         if self.targets is not None:
             return _positives(self.targets["train"])
         if self.config.data.action_unit_targets == "all_zero":
@@ -225,8 +228,8 @@ class Cause:
 class Diagnosis(Finding):
     """A finding of a run: ``message`` holds the numbers, ``causes`` come in the order to look at them.
 
-    ``patch`` maps dotted configuration keys to the values of the next run; empty where no setting mends it. ``command`` runs that
-    next run, or shows the data; empty where there is nothing to run.
+    ``patch`` maps dotted configuration keys to the values of the next run; empty where no setting mends it. ``command``
+    runs that next run, or shows the data; empty where there is nothing to run.
     """
 
     causes: tuple[Cause, ...] = ()
@@ -253,7 +256,9 @@ class Diagnosis(Finding):
 
 @dataclass(frozen=True)
 class Step:
-    """What to do next: a change of the configuration, in words, and the command; None: the one that trains with the change."""
+    """What to do next: a change of the configuration, in words, and the command; None: the one that trains with the
+    change.
+    """
 
     patch: dict[str, Any]
     text: str
@@ -263,7 +268,9 @@ class Step:
 def diagnose(
     evidence: Evidence, code: str, level: Level, message: str, next_step: Step | str, causes: Sequence[Cause] = ()
 ) -> Diagnosis:
-    """A diagnosis with its next step, or with words where no setting helps; the patch leaves out what the configuration already has."""
+    """A diagnosis with its next step, or with words where no setting helps; the patch leaves out what the configuration
+    already has.
+    """
     step = Step({}, next_step) if isinstance(next_step, str) else next_step
     changes = changes_of(evidence.config, step.patch)
     command = step.command
@@ -284,7 +291,8 @@ def train_command(evidence: Evidence, patch: Mapping[str, Any], *, name: str | N
 
 
 def resume_command(evidence: Evidence, patch: Mapping[str, Any]) -> str | None:
-    """``rafce train --resume``: the run itself goes on, which it may with more epochs or patience; None where it cannot from here.
+    """``rafce train --resume``: the run itself goes on, which it may with more epochs or patience; None where it cannot
+    from here.
 
     A trial must not outgrow its study, and a run is resumed with the data.root that it was started with.
     """
@@ -318,7 +326,9 @@ def _command(evidence: Evidence, patch: Mapping[str, Any], storage: str | None, 
 
 
 def _moved_root(evidence: Evidence) -> str | None:
-    """Where the data are, if data.root does not lead there from here: a relative one is meant from where the run was started."""
+    """Where the data are, if data.root does not lead there from here: a relative one is meant from where the run was
+    started.
+    """
     root, found = evidence.config.data.root, _found_root(evidence)
     if root is None or found is None or root == found or locate(root).exists():
         return None
@@ -430,14 +440,16 @@ def significant(value: float) -> float:
 
 
 def late_fall(evidence: Evidence) -> float:
-    """Share by which the train loss of emotions (of AUs, where they are alone) fell over the last three epochs; NaN where unknown."""
+    """Share by which the train loss of emotions (of AUs, where they are alone) fell over the last three epochs; NaN
+    where unknown.
+    """
     losses = evidence.series(f"train.{'emotion_loss' if evidence.emotions else 'au_loss'}")
     return 1 - losses[-1] / losses[-1 - TAIL_EPOCHS] if len(losses) > TAIL_EPOCHS else math.nan
 
 
 def still_learning(evidence: Evidence) -> bool:
-    """Whether the run ended before it had learnt what it could: its train loss still fell, the last epoch is the best, or there are
-    too few epochs to tell."""
+    """Whether the run ended before it had learnt what it could: its train loss still fell, the last epoch is the best,
+    or there are too few epochs to tell."""
     fall = late_fall(evidence)
     return math.isnan(fall) or fall > STILL_FALLING or best_is_last(evidence)
 
@@ -447,7 +459,10 @@ def loss_trend(evidence: Evidence) -> str:
     fall = late_fall(evidence)
     if math.isnan(fall):
         return f"there are {len(evidence.records)} epochs only"
-    return f"the train loss {'fell' if fall >= 0 else 'rose'} by {abs(fall):.1%} over the last {TAIL_EPOCHS} of {len(evidence.records)} epochs"
+    return (
+        f"the train loss {'fell' if fall >= 0 else 'rose'} by {abs(fall):.1%} over the last {TAIL_EPOCHS} of "
+        f"{len(evidence.records)} epochs"
+    )
 
 
 def strongly_regularised(config: Config) -> bool:

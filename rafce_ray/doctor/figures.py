@@ -1,4 +1,6 @@
-"""The doctor's rules on what figures mean: classes never found, AUs no better than a constant, calibration, noise, and the baseline."""
+"""The doctor's rules on what figures mean: classes never found, AUs no better than a constant, calibration, noise, and
+the baseline.
+"""
 
 from __future__ import annotations
 
@@ -79,7 +81,8 @@ def _never_found(evidence: Evidence, entries: list[dict[str, Any]]) -> Diagnosis
         Cause(
             "frequent classes push them aside",
             "possible",
-            f"predicted {predicted} times in all; loss.imbalance={imbalance}, model.compositional_head={str(head).lower()}",
+            f"predicted {predicted} times in all; loss.imbalance={imbalance}, "
+            f"model.compositional_head={str(head).lower()}",
         ),
     ]
     if absent:
@@ -97,7 +100,9 @@ def _never_found(evidence: Evidence, entries: list[dict[str, Any]]) -> Diagnosis
 
 
 def _for_rare_classes(evidence: Evidence) -> Step:
-    """One correction for rare classes, then the head that lets them share data with common ones; never two corrections."""
+    """One correction for rare classes, then the head that lets them share data with common ones; never two
+    corrections.
+    """
     config = evidence.config
     if config.loss.imbalance == "none":
         return Step(
@@ -118,7 +123,8 @@ def _for_rare_classes(evidence: Evidence) -> Step:
 
 def _too_few(evidence: Evidence, entries: list[dict[str, Any]]) -> Diagnosis:
     listed = ", ".join(
-        f"{entry['emotion']} ({entry['support']} image{'s' if entry['support'] > 1 else ''}: any recall up to {largest_recall(entry['support']):.0%} fits)"
+        f"{entry['emotion']} ({entry['support']} image{'s' if entry['support'] > 1 else ''}: any recall up to "
+        f"{largest_recall(entry['support']):.0%} fits)"
         for entry in entries
     )
     return diagnose(
@@ -140,7 +146,9 @@ def largest_recall(count: int) -> float:
 
 
 def action_units_below_floor(evidence: Evidence) -> list[Diagnosis]:
-    """AUs whose F1, at the bundle's thresholds, is not above that of always saying present: paired bootstrap of validation."""
+    """AUs whose F1, at the bundle's thresholds, is not above that of always saying present: paired bootstrap of
+    validation.
+    """
     outputs, calibration = evidence.outputs, evidence.calibration
     trained = any(figure(record, "au_weight") > 0 for record in evidence.records)
     if outputs is None or calibration is None or not (trained and evidence.action_units and evidence.train_positives):
@@ -158,8 +166,8 @@ def action_units_below_floor(evidence: Evidence) -> list[Diagnosis]:
         for entry in weak
     )
     seen = (
-        f"{len(weak)} of {len(supported)} action units with {MIN_SUPPORT} or more validation positives are not read better than by "
-        f"always saying 'present': F1 {listed}."
+        f"{len(weak)} of {len(supported)} action units with {MIN_SUPPORT} or more validation positives are not read "
+        f"better than by always saying 'present': F1 {listed}."
     )
     causes = [_few_examples(evidence, [entry["action_unit"] for entry in weak]), _shared_threshold(evidence, weak)]
     if 2 * len(weak) > len(supported):
@@ -221,8 +229,8 @@ def at_majority_floor(evidence: Evidence) -> list[Diagnosis]:
     learnt = learnt_share(evidence)
     step = next_regularisation(evidence.config) if learnt >= LEARNT_SHARE else next_capacity(evidence)
     seen = (
-        f"Validation accuracy {accuracy:.1%} (95 % interval {low:.1%} to {high:.1%}) is not shown to be above {floor:.1%}, what always "
-        "naming the commonest class gets."
+        f"Validation accuracy {accuracy:.1%} (95 % interval {low:.1%} to {high:.1%}) is not shown to be above "
+        f"{floor:.1%}, what always naming the commonest class gets."
     )
     imbalance = evidence.config.loss.imbalance
     recall = f"mean recall {figure(metrics, 'uar'):.1%}, by guessing {1 / len(evidence.emotions):.1%}"
@@ -256,10 +264,14 @@ def improvement_within_noise(evidence: Evidence) -> list[Diagnosis]:
         return []
     value = figure(evidence.metrics, monitor)
     seen = (
-        f"The best epoch's {monitor}, {value:.3f}, has the 95 % interval {low:.3f} to {high:.3f} on {evidence.metrics['num_images']:,} validation "
-        f"images, and {_epochs(others)} within it: which of them is best is luck."
+        f"The best epoch's {monitor}, {value:.3f}, has the 95 % interval {low:.3f} to {high:.3f} on "
+        f"{evidence.metrics['num_images']:,} validation images, and {_epochs(others)} within it: which of them is best "
+        "is luck."
     )
-    advice = f"Call no difference below about {(high - low) / 2:.3f} an improvement. Compare runs with the paired interval of rafce compare, over more than one seed."
+    advice = (
+        f"Call no difference below about {(high - low) / 2:.3f} an improvement. Compare runs with the paired "
+        "interval of rafce compare, over more than one seed."
+    )
     return [diagnose(evidence, "improvement_within_noise", "info", seen, advice)]
 
 
@@ -274,7 +286,9 @@ HIGH_ECE = 0.05
 
 
 def miscalibrated(evidence: Evidence) -> list[Diagnosis]:
-    """At the end: confidences that are off by more than 5 points and more than noise, on images that calibration was not fitted on."""
+    """At the end: confidences that are off by more than 5 points and more than noise, on images that calibration was
+    not fitted on.
+    """
     enabled = evidence.config.calibration.enabled
     measured = evidence.metrics.get("cross_fitted") if enabled else evidence.metrics.get("reliability")
     after = (measured or {}).get("after") or {}
@@ -288,7 +302,10 @@ def miscalibrated(evidence: Evidence) -> list[Diagnosis]:
             found.append(f"{title} {error:.3f} (true confidences would show {noise:.3f} on as many images, by chance)")
     if not found:
         return []
-    seen = f"Confidences are off: expected calibration error of {', of '.join(found)}, on validation images that no calibration was fitted on."
+    seen = (
+        f"Confidences are off: expected calibration error of {', of '.join(found)}, on validation images that no "
+        "calibration was fitted on."
+    )
     causes = [
         Cause(
             "calibration is switched off",
@@ -311,10 +328,11 @@ def miscalibrated(evidence: Evidence) -> list[Diagnosis]:
 
 
 def calibration_noise(bins: Sequence[dict[str, Any]]) -> tuple[float, float]:
-    """Mean and standard deviation of the calibration error that confidences as true as can be show in such bins, by chance.
+    """Mean and standard deviation of the calibration error that confidences as true as can be show in such bins, by
+    chance.
 
-    The hits of a bin of n then lie about its confidence c with variance c (1 - c) / n; their mean absolute distance is sqrt(2 / pi) times
-    the standard deviation (normal approximation).
+    The hits of a bin of n then lie about its confidence c with variance c (1 - c) / n; their mean absolute distance is
+    sqrt(2 / pi) times the standard deviation (normal approximation).
     """
     if not bins:
         return math.nan, math.nan
@@ -376,7 +394,9 @@ def with_baseline(evidence: Evidence, candidates: Sequence[Evidence]) -> Evidenc
 
 
 def emotion_only_runs(folders: Sequence[RunFolder]) -> list[Evidence]:
-    """Those of some run folders that are ended runs without AUs; one that cannot be read is left out, and that is said."""
+    """Those of some run folders that are ended runs without AUs; one that cannot be read is left out, and that is
+    said.
+    """
     found = []
     for folder in folders:
         try:
@@ -412,7 +432,8 @@ def against_baseline(evidence: Evidence) -> list[Diagnosis]:
             evidence,
             "no_baseline",
             "info",
-            "Whether AUs help the emotions is unknown: there is no emotion-only run of the same data and budget beside this one.",
+            "Whether AUs help the emotions is unknown: there is no emotion-only run of the same data and budget beside "
+            "this one.",
             Step(
                 patch,
                 "Train one, then ask again.",
@@ -430,7 +451,8 @@ def compare_emotions(one: Evidence, other: Evidence) -> dict[str, Difference]:
     """
     if one.emotions != other.emotions:
         raise UsageError(
-            f"{other.name} knows the emotions {list(other.emotions)}, {one.name} {list(one.emotions)}: compare runs of the same classes."
+            f"{other.name} knows the emotions {list(other.emotions)}, {one.name} {list(one.emotions)}: compare runs of "
+            "the same classes."
         )
     if one.outputs is None or other.outputs is None:
         raise UsageError(f"{other.name} has no outputs on validation: it has not ended. Give a finished run.")
@@ -446,7 +468,8 @@ def _compare(evidence: Evidence, baseline: Evidence) -> Diagnosis:
     real = next(iter(signs)) if len(signs) == 1 else 0.0
     outcome = {1.0: "better than", -1.0: "worse than", 0.0: "not shown to be other than"}[real]
     shown = "; ".join(
-        f"{FIGURES[name].title} {one.value:+.3f} (95 % paired interval {one.low:+.3f} to {one.high:+.3f}{'' if one.is_real else ', within noise'})"
+        f"{FIGURES[name].title} {one.value:+.3f} (95 % paired interval {one.low:+.3f} to "
+        f"{one.high:+.3f}{'' if one.is_real else ', within noise'})"
         for name, one in found.items()
         if math.isfinite(one.value)
     )
@@ -462,7 +485,8 @@ def _compare(evidence: Evidence, baseline: Evidence) -> Diagnosis:
         Cause(
             "it is the luck of the seed",
             "possible",
-            f"seeds {evidence.config.run.seed} and {baseline.config.run.seed}, one run each; the interval is about images only",
+            f"seeds {evidence.config.run.seed} and {baseline.config.run.seed}, one run each; the interval is about "
+            "images only",
         ),
     ]
     remedy = _after_comparison(evidence, real)
@@ -481,8 +505,8 @@ def _after_comparison(evidence: Evidence, real: float) -> Step:
     weight = evidence.config.loss.au_weight
     return Step(
         {"loss.au_weight": weight / 2},
-        f"AUs cost the emotions something: lower loss.au_weight from {weight:g} to {weight / 2:g}, keep the AU loss out of the trunk "
-        "(loss.au_stop_gradient=true), or let it come in later (loss.au_start_epoch).",
+        f"AUs cost the emotions something: lower loss.au_weight from {weight:g} to {weight / 2:g}, keep the AU loss "
+        "out of the trunk (loss.au_stop_gradient=true), or let it come in later (loss.au_start_epoch).",
     )
 
 

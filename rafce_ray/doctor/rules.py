@@ -55,7 +55,8 @@ LIVE_RULES: tuple[Rule, ...] = (
     learning_rate_too_high,
     task_balance,
 )
-"""Rules that say something while a run trains: they look at epoch records and targets only, and cost next to nothing."""
+"""Rules that say something while a run trains: they look at epoch records and targets only, and cost next to nothing.
+"""
 
 RULES: tuple[Rule, ...] = (
     *LIVE_RULES,
@@ -85,7 +86,8 @@ def examine_live(
     audit: dict[str, Any] | None,
     records: Sequence[dict[str, Any]],
 ) -> list[Diagnosis]:
-    """What the rules find that make sense while a run trains, gravest first; ``records`` are its epochs so far, the newest last.
+    """What the rules find that make sense while a run trains, gravest first; ``records`` are its epochs so far, the
+    newest last.
 
     The same finding comes again after every epoch that shows it: tell each ``code`` once.
     """
@@ -103,7 +105,9 @@ def report_findings(training: Training, records: list[dict[str, Any]]) -> None:
 
 
 def examine_run(folder: RunFolder, baseline: Evidence | None = None) -> list[Diagnosis]:
-    """All findings of a run, compared with ``baseline`` or, without one, with the nearest emotion-only run beside it."""
+    """All findings of a run, compared with ``baseline`` or, without one, with the nearest emotion-only run beside
+    it.
+    """
     evidence = Evidence.of_run(folder, baseline)
     if baseline is None:
         evidence = with_baseline(evidence, emotion_only_runs(siblings(folder)))
@@ -140,7 +144,9 @@ def examine_study(study: StudyFolder, baseline: Evidence | None = None) -> list[
 
 
 def best_trial(trials: Sequence[Trial]) -> Trial | None:
-    """The ended trial of the best monitored figure (macro-F1 over supported classes where trials monitor different ones)."""
+    """The ended trial of the best monitored figure (macro-F1 over supported classes where trials monitor different
+    ones).
+    """
     ended = [trial for trial in trials if trial.evidence.metrics]
     monitors = {trial.evidence.monitor for trial in ended}
     monitor = monitors.pop() if len(monitors) == 1 else "macro_f1_supported"
@@ -162,7 +168,10 @@ SHOWN_TRIALS = 5
 
 
 def print_diagnoses(diagnoses: Sequence[Diagnosis]) -> None:
-    """Print findings at the terminal; levels and verdicts are words, colour only repeats them. Commands stay on one line."""
+    """Print findings at the terminal; levels and verdicts are words, colour only repeats them.
+
+    Commands stay on one line.
+    """
     for number, diagnosis in enumerate(diagnoses, start=1):
         heading = Text.assemble(
             "\n", (f"{number}. {diagnosis.level}", LEVEL_STYLES[diagnosis.level]), f": {diagnosis.code}"

@@ -1,4 +1,6 @@
-"""The doctor's rules on the course of a training: the learning rate, overfitting, underfitting, validation that falls, an early end."""
+"""The doctor's rules on the course of a training: the learning rate, overfitting, underfitting, validation that falls,
+an early end.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,10 @@ CURVE_EPOCHS = 5
 """Epochs that a rule on a curve needs."""
 
 NOISE = 2.0
-"""Standard errors beyond which an accuracy has changed. Epochs share their images, so that their noise is smaller still."""
+"""Standard errors beyond which an accuracy has changed.
+
+Epochs share their images, so that their noise is smaller still.
+"""
 
 LEARNT_SHARE = 0.25
 """Share of the way from the commonest class to perfection that a run which has learnt goes on train images."""
@@ -47,11 +52,14 @@ STEPS_AN_EPOCH = 4
 """Steps an epoch at least that a smaller batch size is chosen for."""
 
 SMALL_GAP = 0.10
-"""Gap below which a low train accuracy is no price of strong regularisation on a small train split, but underfitting."""
+"""Gap below which a low train accuracy is no price of strong regularisation on a small train split, but underfitting.
+"""
 
 
 def overfitting(evidence: Evidence) -> list[Diagnosis]:
-    """Train minus validation, both on natural images in evaluation mode, is above 30 points at the last or the best epoch."""
+    """Train minus validation, both on natural images in evaluation mode, is above 30 points at the last or the best
+    epoch.
+    """
     name, title = ("accuracy", "accuracy") if evidence.emotions else ("au_f1_mean", "mean AU-F1")
     worst = max((evidence.best, evidence.last), key=lambda record: _defined(figure(record, f"gap.{name}")))
     gap = figure(worst, f"gap.{name}")
@@ -61,8 +69,8 @@ def overfitting(evidence: Evidence) -> list[Diagnosis]:
     step = next_regularisation(evidence.config)
     data, model, optim = evidence.config.data, evidence.config.model, evidence.config.optim
     seen = (
-        f"The train-validation gap in {title} is {100 * gap:.1f} points at epoch {worst['epoch']} (train {train:.1%}, validation {validation:.1%}); "
-        f"above {100 * LARGEST_GAP:.0f} a model remembers more than it has understood."
+        f"The train-validation gap in {title} is {100 * gap:.1f} points at epoch {worst['epoch']} (train {train:.1%}, "
+        f"validation {validation:.1%}); above {100 * LARGEST_GAP:.0f} a model remembers more than it has understood."
     )
     best_gap = figure(evidence.best, f"gap.{name}")
     if worst is not evidence.best and not best_gap > LARGEST_GAP:
@@ -83,14 +91,16 @@ def overfitting(evidence: Evidence) -> list[Diagnosis]:
         Cause(
             "regularisation is too weak",
             "possible",
-            f"model.dropout={model.dropout:g}, optim.weight_decay={optim.weight_decay:g}, optim.grad_clip={optim.grad_clip:g}",
+            f"model.dropout={model.dropout:g}, optim.weight_decay={optim.weight_decay:g}, "
+            f"optim.grad_clip={optim.grad_clip:g}",
         ),
         Cause("the model is too large for the data", "possible", f"{model.backbone} on {_train_images(evidence)}"),
     ]
     advice = (
         step.text
         if step
-        else "The ladder of dropout, weight decay, clipping and smaller backbones is spent: only more train images help."
+        else "The ladder of dropout, weight decay, clipping and smaller backbones is spent: only more train images "
+        "help."
     )
     return [diagnose(evidence, "overfitting", "warning", seen, Step(step.patch if step else {}, advice), causes)]
 
@@ -111,8 +121,9 @@ def validation_falling(evidence: Evidence) -> list[Diagnosis]:
     train_now = float(np.mean(train[-TAIL_EPOCHS:]))
     unlearns = train[at] - train_now > NOISE * standard_error(train[at], figure(best, "train_natural.emotion_known"))
     seen = (
-        f"Validation accuracy fell from {values[at]:.1%} at epoch {best['epoch']} to {now:.1%} (mean of the last {TAIL_EPOCHS}; one standard error "
-        f"is {100 * error:.1f} points), while train accuracy went from {train[at]:.1%} to {train_now:.1%}."
+        f"Validation accuracy fell from {values[at]:.1%} at epoch {best['epoch']} to {now:.1%} (mean of the last "
+        f"{TAIL_EPOCHS}; one standard error is {100 * error:.1f} points), while train accuracy went from "
+        f"{train[at]:.1%} to {train_now:.1%}."
     )
     steered = _au_gradient_dominates(evidence)
     causes = _falling_causes(evidence, unlearns=unlearns, steered=steered, train_now=train_now)
@@ -130,7 +141,10 @@ def _falling_causes(evidence: Evidence, *, unlearns: bool, steered: bool | None,
     elif steered is None:
         weight = ("unknown", f"loss.au_weight={config.loss.au_weight:g}; no gradients on record")
     else:
-        found = f"loss.au_weight={config.loss.au_weight:g}; the AU gradient on the trunk is the {'larger' if steered else 'smaller'} one"
+        found = (
+            f"loss.au_weight={config.loss.au_weight:g}; the AU gradient on the trunk is the "
+            f"{'larger' if steered else 'smaller'} one"
+        )
         weight = ("possible" if steered else "ruled out", found)
     return [
         Cause("overfitting", "ruled out" if unlearns else "confirmed", trend),
@@ -164,7 +178,9 @@ def _against_falling(config: Config, *, unlearns: bool, steered: bool) -> Step |
 
 
 def _au_gradient_dominates(evidence: Evidence) -> bool | None:
-    """Whether the weighted AU gradient is the larger one on the trunk, by the median of the last epochs; None where unknown."""
+    """Whether the weighted AU gradient is the larger one on the trunk, by the median of the last epochs; None where
+    unknown.
+    """
     if evidence.config.loss.au_stop_gradient:
         return False
     recent = evidence.records[-CURVE_EPOCHS:]
@@ -189,8 +205,8 @@ def underfitting(evidence: Evidence) -> list[Diagnosis]:
         return []
     config, step = evidence.config, next_capacity(evidence)
     seen = (
-        f"The model underfits: at its best epoch ({record['epoch']}) even train accuracy is {train:.1%}, where naming the commonest class "
-        f"gets {majority:.1%}, and the gap to validation is {100 * gap:.1f} points."
+        f"The model underfits: at its best epoch ({record['epoch']}) even train accuracy is {train:.1%}, where naming "
+        f"the commonest class gets {majority:.1%}, and the gap to validation is {100 * gap:.1f} points."
     )
     causes = [
         Cause(
@@ -201,7 +217,8 @@ def underfitting(evidence: Evidence) -> list[Diagnosis]:
         Cause(
             "regularisation or augmentation is too strong",
             "possible" if strongly_regularised(config) or config.data.augmentation == "strong" else "ruled out",
-            f"model.dropout={config.model.dropout:g}, optim.weight_decay={config.optim.weight_decay:g}, data.augmentation={config.data.augmentation}",
+            f"model.dropout={config.model.dropout:g}, optim.weight_decay={config.optim.weight_decay:g}, "
+            f"data.augmentation={config.data.augmentation}",
         ),
         Cause(
             "the trunk cannot learn",
@@ -218,7 +235,9 @@ def underfitting(evidence: Evidence) -> list[Diagnosis]:
 
 
 def learnt_share(evidence: Evidence) -> float:
-    """Share of the way from the commonest class to perfection on natural train images at the best epoch; NaN where undefined."""
+    """Share of the way from the commonest class to perfection on natural train images at the best epoch; NaN where
+    undefined.
+    """
     train, majority = (figure(evidence.best, f"train_natural.{name}") for name in ("accuracy", "majority_accuracy"))
     return (train - majority) / (1 - majority) if majority < 1 else math.nan
 
@@ -240,7 +259,9 @@ def batch_of_all_images(evidence: Evidence) -> list[Diagnosis]:
 
 
 def train_longer(evidence: Evidence) -> list[Diagnosis]:
-    """All epochs were used, and the run was still improving: the last epoch is the best, or one near it and the train loss still fell."""
+    """All epochs were used, and the run was still improving: the last epoch is the best, or one near it and the train
+    loss still fell.
+    """
     num_epochs = len(evidence.records)
     if evidence.status != "finished" or num_epochs < TAIL_EPOCHS:
         return []
@@ -286,7 +307,9 @@ SAFE_CLIP = 1.0
 """Gradient norm at which the seed's fixed recipe clips."""
 
 RISEN = 1.10
-"""Train loss over its lowest from which it has risen: an epoch's mean over a few thousand images is steadier than a tenth."""
+"""Train loss over its lowest from which it has risen: an epoch's mean over a few thousand images is steadier than a
+tenth.
+"""
 
 SWING = 1.05
 """Train loss over that of the epoch before from which the epoch went the wrong way."""
@@ -320,7 +343,10 @@ def diverged(evidence: Evidence) -> list[Diagnosis]:
     optim, epochs = evidence.config.optim, len(evidence.records)
     what = "a train loss" if evidence.status == "diverged" else f"the validation {' and '.join(undefined)}"
     epoch = epochs + 1 if evidence.status == "diverged" else epochs
-    seen = f"Training diverged: {what} was not finite in epoch {epoch} (optim.lr={optim.lr:g}, optim.grad_clip={optim.grad_clip:g})."
+    seen = (
+        f"Training diverged: {what} was not finite in epoch {epoch} (optim.lr={optim.lr:g}, "
+        f"optim.grad_clip={optim.grad_clip:g})."
+    )
     if evidence.ended:
         best = (evidence.result or {}).get("best_epoch")
         seen += (
@@ -377,7 +403,8 @@ def learning_rate_too_high(evidence: Evidence) -> list[Diagnosis]:
     signs = []
     if risen:
         signs.append(
-            f"the train loss rose from {lowest:.3f} at epoch {settled[int(losses.argmin())]['epoch']} to {losses[-1]:.3f}"
+            f"the train loss rose from {lowest:.3f} at epoch {settled[int(losses.argmin())]['epoch']} to "
+            f"{losses[-1]:.3f}"
         )
     if swings:
         signs.append(
@@ -418,8 +445,8 @@ def learning_rate_too_low(evidence: Evidence) -> list[Diagnosis]:
         return []
     faster = significant(optim.lr * FASTER)
     seen = (
-        f"The train loss fell in every epoch after the warm-up, but by {fall:.1%} in all ({losses[0]:.3f} to {losses[-1]:.3f} in {len(losses)} "
-        f"epochs), with optim.lr={optim.lr:g}."
+        f"The train loss fell in every epoch after the warm-up, but by {fall:.1%} in all ({losses[0]:.3f} to "
+        f"{losses[-1]:.3f} in {len(losses)} epochs), with optim.lr={optim.lr:g}."
     )
     causes = [
         Cause(

@@ -180,7 +180,9 @@ FILE_LIMITS = Limits(formats=READ_FORMATS)
 
 @dataclass(frozen=True)
 class SizedFace:
-    """An aligned face (px, px, 3) uint8 RGB, and the width and height in px of the upright picture that it came from."""
+    """An aligned face (px, px, 3) uint8 RGB, and the width and height in px of the upright picture that it came
+    from.
+    """
 
     pixels: NDArray[np.uint8]
     width: int

@@ -113,7 +113,9 @@ def given_face(pixels: Pixels, width: int, height: int) -> Face:
 
 
 def may_be_aligned(width: int, height: int) -> bool:
-    """Whether an image in which no face was found may be an aligned face itself, which fills it too much to be found."""
+    """Whether an image in which no face was found may be an aligned face itself, which fills it too much to be
+    found.
+    """
     return width == height and width <= MAX_ALIGNED_PX
 
 
@@ -302,7 +304,8 @@ def _turned(grey: Pixels, roll: float) -> tuple[Pixels, Points]:
 
 
 def align_face(photograph: Pixels, eyes: Points, places: Points, px: int) -> Pixels:
-    """The aligned crop: rotated, scaled and moved so that ``eyes`` (2, 2) come to rest at ``places``, shares of its side.
+    """The aligned crop: rotated, scaled and moved so that ``eyes`` (2, 2) come to rest at ``places``, shares of its
+    side.
 
     Pixels beyond the photograph repeat its edge. A large face is cut at its own resolution and then averaged down.
     """

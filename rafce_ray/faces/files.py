@@ -118,7 +118,8 @@ def find_images(places: Sequence[str], skipped: Skipped | None = None) -> Iterat
 
 
 def list_images(places: Sequence[str], skipped: Skipped | None = None) -> Iterator[str]:
-    """As :func:`find_images`, by names that hold on every machine: absolute paths, and ``scheme://bucket/key`` on object stores.
+    """As :func:`find_images`, by names that hold on every machine: absolute paths, and ``scheme://bucket/key`` on
+    object stores.
 
     A place may also be a URI of a file or a folder; a URI's query is no part of the names. Files of a store are images
     by their ending alone: a look into each would be a request.
@@ -141,7 +142,10 @@ def _store_of(place: str) -> Location | None:
 
 
 def stores_of(places: Sequence[str]) -> Stores:
-    """The object stores among ``places``. UsageError where two of them are buckets of one name at different addresses."""
+    """The object stores among ``places``.
+
+    UsageError where two of them are buckets of one name at different addresses.
+    """
     stores: dict[str, pafs.FileSystem] = {}
     for place in places:
         location = _store_of(place)
@@ -346,7 +350,9 @@ def load_file(path: Path, *, finder: FaceFinder | None, px: int) -> LoadedFile:
 
 
 def load_image(path: str, read: Callable[[str], bytes], *, finder: FaceFinder | None, px: int) -> LoadedFile:
-    """:func:`load_file` for what ``read(path)`` gives; an OSError of it is a problem of this file, but a StorageError, which is raised."""
+    """:func:`load_file` for what ``read(path)`` gives; an OSError of it is a problem of this file, but a StorageError,
+    which is raised.
+    """
     width = height = None
     # What a remedy calls the file: that of a store is converted where it has been copied to.
     name = path.rpartition("/")[2] if "://" in path else path

@@ -71,10 +71,10 @@ Augmentation = Callable[[Tensor], Tensor]
 def build_augmentation(level: str) -> Augmentation:
     """A function from images (B, 3, S, S) float32 in [0, 1] to changed ones of the same shape, device and range.
 
-    none: as they are. light: half of them mirrored; turned by up to 10 degrees, moved by up to 5 % of the side, scaled by
-    0.9-1.1, edges repeated. strong: turned by up to 20 degrees, moved by up to 10 %, scaled by 0.8-1.2; brightness
-    and contrast 0.7-1.3, 20 % grey, 20 % blurred, half with a rectangle of 2-15 % of the area blacked out.
-    All randomness comes from torch's global generator, so a seed set before a call determines its result.
+    none: as they are. light: half of them mirrored; turned by up to 10 degrees, moved by up to 5 % of the side, scaled
+    by 0.9-1.1, edges repeated. strong: turned by up to 20 degrees, moved by up to 10 %, scaled by 0.8-1.2; brightness
+    and contrast 0.7-1.3, 20 % grey, 20 % blurred, half with a rectangle of 2-15 % of the area blacked out. All
+    randomness comes from torch's global generator, so a seed set before a call determines its result.
 
     Raises:
         UsageError: an unknown level.

@@ -1,4 +1,6 @@
-"""What turns a network's raw outputs into the probabilities and decisions that are reported: the record, and its one reader."""
+"""What turns a network's raw outputs into the probabilities and decisions that are reported: the record, and its one
+reader.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ from rafce_ray.metrics.counts import HasTargets, percentile_interval, resample_w
 
 @dataclass(frozen=True)
 class Outputs:
-    """Raw outputs of N faces: logits ``emotion`` (N, E) and ``action_units`` (N, A) float32; (N, 0) for a task not predicted."""
+    """Raw outputs of N faces: logits ``emotion`` (N, E) and ``action_units`` (N, A) float32; (N, 0) for a task not
+    predicted.
+    """
 
     emotion: NDArray[np.float32]
     action_units: NDArray[np.float32]
@@ -37,8 +41,8 @@ class Outputs:
 class Probabilities:
     """Probabilities in [0, 1] of N faces, in the order of the taxonomy.
 
-    ``emotion`` (N, E) float64, rows sum to 1; ``action_units`` (N, A) float64, each by itself. A task that the model does
-    not have is (N, 0).
+    ``emotion`` (N, E) float64, rows sum to 1; ``action_units`` (N, A) float64, each by itself. A task that the model
+    does not have is (N, 0).
     """
 
     emotion: NDArray[np.float64]
@@ -50,8 +54,9 @@ class Calibration:
     """What makes probabilities and decisions of logits.
 
     Emotion logits are divided by ``temperature`` before the softmax. The logit z of AU j becomes the probability
-    sigmoid(``au_slopes[j]`` * z + ``au_shifts[j]``); empty tuples stand for slopes of 1 and shifts of 0. AU j is active from
-    probability ``au_thresholds[j]``. An emotion whose probability is below ``unsure_below`` is marked unsure; None: none is.
+    sigmoid(``au_slopes[j]`` * z + ``au_shifts[j]``); empty tuples stand for slopes of 1 and shifts of 0. AU j is active
+    from probability ``au_thresholds[j]``. An emotion whose probability is below ``unsure_below`` is marked unsure;
+    None: none is.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -84,7 +89,9 @@ class Calibration:
 
 
 def calibrated(outputs: Outputs, calibration: Calibration) -> Probabilities:
-    """The probabilities of raw outputs, in float64: in float32 a logit above 17 would be certainty, and infinitely wrong in a log loss."""
+    """The probabilities of raw outputs, in float64: in float32 a logit above 17 would be certainty, and infinitely
+    wrong in a log loss.
+    """
     emotion = outputs.emotion.astype(np.float64)
     if emotion.shape[1]:
         emotion = softmax(emotion / calibration.temperature, axis=1)
@@ -101,7 +108,9 @@ MIN_POSITIVES = 30
 
 POOLED_SLOPE_DEVIATION = 1.0
 POOLED_SHARE_DEVIATION = 0.5
-"""Prior standard deviations of what all AUs have in common: the log slope, and the share of the positive weights that is undone."""
+"""Prior standard deviations of what all AUs have in common: the log slope, and the share of the positive weights that
+is undone.
+"""
 
 SLOPE_DEVIATION = 0.25
 SHIFT_DEVIATION = 0.25
@@ -129,9 +138,9 @@ def fit_calibration(
 ) -> tuple[Calibration, list[str]]:
     """A calibration from the raw outputs and targets of a validation split, and remarks on what could not be done.
 
-    ``pos_weights`` (A,) are those that the AU loss had: a positive weight of w makes the odds of a network that has learnt all it
-    can w times too high, which the shifts undo as far as validation shows it. ``max_error``: the error that is accepted among
-    emotions that are not marked unsure.
+    ``pos_weights`` (A,) are those that the AU loss had: a positive weight of w makes the odds of a network that has
+    learnt all it can w times too high, which the shifts undo as far as validation shows it. ``max_error``: the error
+    that is accepted among emotions that are not marked unsure.
     """
     remarks: list[str] = []
     temperature = _fit_temperature(outputs.emotion, targets.emotion)
@@ -148,7 +157,9 @@ def fit_calibration(
 
 
 def _fit_temperature(logits: NDArray[np.float32], emotion: NDArray[np.integer]) -> float:
-    """The temperature of least log loss on the known images, log T with a standard normal prior; 1 where none is known."""
+    """The temperature of least log loss on the known images, log T with a standard normal prior; 1 where none is
+    known.
+    """
     known = emotion >= 0
     if not logits.shape[1] or not known.any():
         return 1.0
@@ -167,7 +178,9 @@ def _fit_temperature(logits: NDArray[np.float32], emotion: NDArray[np.integer]) 
 def _fit_action_units(
     logits: NDArray[np.float32], action_units: NDArray[np.floating], pos_weights: NDArray[np.floating] | None
 ) -> tuple[list[float], list[float]]:
-    """Slopes and shifts: Platt scaling of each AU, with a prior around what all AUs have in common, which rare AUs mostly keep."""
+    """Slopes and shifts: Platt scaling of each AU, with a prior around what all AUs have in common, which rare AUs
+    mostly keep.
+    """
     num_aus = logits.shape[1]
     log_weights = np.zeros(num_aus) if pos_weights is None else np.log(np.asarray(pos_weights, dtype=np.float64))
     log_slope, share = _fit_pooled(logits, action_units, log_weights)
@@ -183,7 +196,8 @@ def _fit_pooled(
 ) -> tuple[float, float]:
     """The log slope of all AUs together, and the share of their log weights to take off; (0, 1) where nothing is known.
 
-    A network learns its positive weights over epochs, for its biases start at the base rates: the share says how far it has come.
+    A network learns its positive weights over epochs, for its biases start at the base rates: the share says how far it
+    has come.
     """
     known = ~np.isnan(action_units)
     scores, positive = logits[known].astype(np.float64), action_units[known] == 1
@@ -206,7 +220,9 @@ def _fit_pooled(
 def _fit_one(
     logits: NDArray[np.float64], target: NDArray[np.floating], log_slope: float, shift: float
 ) -> tuple[float, float]:
-    """Slope and shift of one AU with a prior around (exp ``log_slope``, ``shift``), which are kept where nothing is known."""
+    """Slope and shift of one AU with a prior around (exp ``log_slope``, ``shift``), which are kept where nothing is
+    known.
+    """
     known = ~np.isnan(target)
     scores, positive = logits[known], target[known] == 1
     centre, deviation = np.array([log_slope, shift]), np.array([SLOPE_DEVIATION, SHIFT_DEVIATION])
@@ -232,8 +248,8 @@ def choose_thresholds(
 ) -> tuple[tuple[float, ...], str | None]:
     """A threshold per AU (A,) that maximises its F1, and a remark on those that have none of their own.
 
-    An AU with under MIN_POSITIVES positives takes the one threshold at which the mean F1 of all AUs with positives is highest:
-    its own would be luck. Without any positive that is 0.5.
+    An AU with under MIN_POSITIVES positives takes the one threshold at which the mean F1 of all AUs with positives is
+    highest: its own would be luck. Without any positive that is 0.5.
     """
     num_aus = probabilities.shape[1]
     if num_aus == 0:
@@ -248,12 +264,15 @@ def choose_thresholds(
     if own.all():
         return thresholds, None
     return thresholds, (
-        f"{int((~own).sum())} of {num_aus} action units have under {MIN_POSITIVES} validation positives and share the threshold {shared:.3f}"
+        f"{int((~own).sum())} of {num_aus} action units have under {MIN_POSITIVES} validation positives and share the "
+        f"threshold {shared:.3f}"
     )
 
 
 def _best_threshold(probability: NDArray[np.floating], target: NDArray[np.floating]) -> float:
-    """The threshold of highest F1: midway between two neighbouring probabilities, among equals the one nearest to 0.5."""
+    """The threshold of highest F1: midway between two neighbouring probabilities, among equals the one nearest to
+    0.5.
+    """
     cuts, f1 = _f1_at_cuts(probability, target)
     best = np.flatnonzero(f1 >= f1.max() - 1e-12)
     return float(cuts[best[np.argmin(np.abs(cuts[best] - 0.5))]])
@@ -298,8 +317,8 @@ def choose_trust_limit(
 ) -> tuple[float, str | None]:
     """The confidence below which an emotion is marked unsure, so that of the others at most ``max_error`` are wrong.
 
-    The lowest confidence of which this holds: among the images at and above it, the upper 95 % bound (Clopper and Pearson, one-sided)
-    of the error is at most ``max_error``. 1, and a remark, where it holds of none.
+    The lowest confidence of which this holds: among the images at and above it, the upper 95 % bound (Clopper and
+    Pearson, one-sided) of the error is at most ``max_error``. 1, and a remark, where it holds of none.
     """
     known = np.flatnonzero(emotion >= 0)
     confidence = emotion_probabilities[known].max(axis=1).astype(np.float64)
@@ -313,8 +332,9 @@ def choose_trust_limit(
     if not len(allowed):
         lowest = f"{bound.min():.3f}" if len(bound) else "unknown"
         return 1.0, (
-            f"no confidence keeps the error at or below calibration.max_error={max_error}: every emotion is marked unsure "
-            f"(the lowest bound that validation supports is {lowest}). Raise it, or label more validation images."
+            f"no confidence keeps the error at or below calibration.max_error={max_error}: every emotion is marked "
+            f"unsure (the lowest bound that validation supports is {lowest}). Raise it, or label more validation "
+            "images."
         )
     return float(confidence[order[ends[allowed[-1]]]]), None
 
@@ -324,8 +344,8 @@ def cross_fitted(
 ) -> dict[str, Any]:
     """What calibration does to images that it was not fitted on: each of FOLDS parts is calibrated by the others.
 
-    ``before`` and ``after`` hold :func:`rafce_ray.metrics.calibration.reliability_figures`; ``au_f1_mean_before`` is at 0.5 on raw
-    probabilities, ``au_f1_mean_after`` at the other folds' thresholds.
+    ``before`` and ``after`` hold :func:`rafce_ray.metrics.calibration.reliability_figures`; ``au_f1_mean_before`` is at
+    0.5 on raw probabilities, ``au_f1_mean_after`` at the other folds' thresholds.
     """
     num_images = len(outputs.emotion)
     fold_of = np.random.default_rng([seed, 2]).permutation(np.arange(num_images) % FOLDS)
@@ -376,7 +396,9 @@ SMALLEST = float(np.finfo(np.float32).tiny)
 
 @dataclass(frozen=True)
 class _Scored:
-    """Predictions as rows: the image each belongs to, its probability, whether it came true, and its share of both scores."""
+    """Predictions as rows: the image each belongs to, its probability, whether it came true, and its share of both
+    scores.
+    """
 
     image: NDArray[np.int64]
     confidence: NDArray[np.float64]
@@ -390,8 +412,8 @@ def reliability_figures(
 ) -> dict[str, Any]:
     """``emotion`` and ``action_units``, each None where nothing of it is predicted and known, else
 
-    * nll: mean log loss in nats, per image or known element; brier: mean squared distance to the truth, over all classes
-      (0 to 2) or per element (0 to 1); ece in [0, 1];
+    * nll: mean log loss in nats, per image or known element; brier: mean squared distance to the truth, over all
+      classes (0 to 2) or per element (0 to 1); ece in [0, 1];
     * intervals: bootstrap 95 % over images; that of the ECE as :func:`_ece_interval` says;
     * bins: of the ECE, each with ``confidence``, ``hits`` (shares) and ``count``.
     """
@@ -470,19 +492,22 @@ def equal_mass_bins(confidence: NDArray[np.floating]) -> NDArray[np.int64]:
 
 
 def _from_sums(sums: NDArray[np.float64], num_bins: int) -> tuple[NDArray[np.float64], ...]:
-    """Log loss (R,), Brier score (R,) and gaps (R, bins) of sums (R, 3 + 2 * bins): log loss, Brier, predictions, confidence per
-    bin, hits per bin. A bin's gap is its mean confidence minus its share of hits, times its share of the predictions."""
+    """Log loss (R,), Brier score (R,) and gaps (R, bins) of sums (R, 3 + 2 * bins): log loss, Brier, predictions,
+    confidence per bin, hits per bin. A bin's gap is its mean confidence minus its share of hits, times its share of the
+    predictions."""
     count = np.where(sums[:, 2] > 0, sums[:, 2], np.nan)
     gaps = (sums[:, 3 : 3 + num_bins] - sums[:, 3 + num_bins :]) / count[:, None]
     return sums[:, 0] / count, sums[:, 1] / count, gaps
 
 
 def _ece_interval(gaps: NDArray[np.float64], drawn: NDArray[np.float64]) -> list[float]:
-    """A 95 % interval of the ECE from the gaps (bins,) of the data and those (R, bins) of resamples; it contains the measured ECE.
+    """A 95 % interval of the ECE from the gaps (bins,) of the data and those (R, bins) of resamples; it contains the
+    measured ECE.
 
-    Noise adds distance: a perfectly calibrated model's ECE is above 0, and a resample's above the measured one. The low end is
-    therefore the measured ECE less what noise alone reaches (97.5th percentile of the distances between drawn and measured gaps; by
-    the triangle inequality the true ECE is no lower), at least 0. The high end is the resamples' 97.5th percentile less their bias.
+    Noise adds distance: a perfectly calibrated model's ECE is above 0, and a resample's above the measured one. The low
+    end is therefore the measured ECE less what noise alone reaches (97.5th percentile of the distances between drawn
+    and measured gaps; by the triangle inequality the true ECE is no lower), at least 0. The high end is the resamples'
+    97.5th percentile less their bias.
     """
     measured = float(np.abs(gaps).sum())
     distances = np.abs(drawn).sum(axis=1)
@@ -494,9 +519,10 @@ def _ece_interval(gaps: NDArray[np.float64], drawn: NDArray[np.float64]) -> list
 def risk_coverage(emotion_probabilities: NDArray[np.floating], emotion: NDArray[np.integer]) -> dict[str, Any] | None:
     """What abstaining on the least confident images would save; None where no emotion is known.
 
-    ``curve``: at most 100 points with ``coverage`` (share of images answered, most confident first), ``risk`` (share of those
-    that are wrong) and ``confidence`` (the lowest answered). ``aurc``: mean risk over all coverages (Geifman and El-Yaniv 2017).
-    Images of equal confidence are answered in an order that is unknown: each counts as wrong as they are on average.
+    ``curve``: at most 100 points with ``coverage`` (share of images answered, most confident first), ``risk`` (share of
+    those that are wrong) and ``confidence`` (the lowest answered). ``aurc``: mean risk over all coverages (Geifman and
+    El-Yaniv 2017). Images of equal confidence are answered in an order that is unknown: each counts as wrong as they
+    are on average.
     """
     known = np.flatnonzero(emotion >= 0)
     if not len(known) or not emotion_probabilities.shape[1]:
@@ -524,7 +550,9 @@ def risk_coverage(emotion_probabilities: NDArray[np.floating], emotion: NDArray[
 
 @dataclass(frozen=True)
 class SplitOutputs:
-    """Row i of all of it is image ``names[i]``: emotion (N,) int64, -1 unknown; action_units (N, A) float32, NaN unknown."""
+    """Row i of all of it is image ``names[i]``: emotion (N,) int64, -1 unknown; action_units (N, A) float32, NaN
+    unknown.
+    """
 
     names: list[str]
     emotion: NDArray[np.int64]

@@ -1,8 +1,9 @@
 """Models compared on the same images, and configurations over several seeds: which differences are more than luck.
 
-Two models resampled together, image by image, share the luck of which images were drawn. The interval of their difference is then far
-narrower than their own intervals suggest. Over seeds, two kinds of luck are added up. Other seeds: the standard deviation over
-seeds, pooled over all configurations, since three seeds alone say little of their own spread. Other images: the paired bootstrap.
+Two models resampled together, image by image, share the luck of which images were drawn. The interval of their
+difference is then far narrower than their own intervals suggest. Over seeds, two kinds of luck are added up. Other
+seeds: the standard deviation over seeds, pooled over all configurations, since three seeds alone say little of their
+own spread. Other images: the paired bootstrap.
 """
 
 from __future__ import annotations
@@ -44,7 +45,10 @@ class Scored:
 
 @dataclass(frozen=True)
 class Difference:
-    """Of a figure, one model minus another; ``low`` to ``high``: paired bootstrap 95 % interval. NaN where undefined."""
+    """Of a figure, one model minus another; ``low`` to ``high``: paired bootstrap 95 % interval.
+
+    NaN where undefined.
+    """
 
     value: float
     low: float
@@ -86,8 +90,9 @@ def same_images(splits: Sequence[SplitOutputs]) -> list[SplitOutputs]:
         extra = sorted(row_of.keys() - set(first.names))
         if missing or extra:
             raise UsageError(
-                f"number {number} was measured on {len(other.names)} images, the first on {len(first.names)}: {len(missing)} of the first's are "
-                f"not among them{_example(missing)}, {len(extra)} are not among the first's{_example(extra)}. Compare runs of the same data and split."
+                f"number {number} was measured on {len(other.names)} images, the first on {len(first.names)}: "
+                f"{len(missing)} of the first's are not among them{_example(missing)}, {len(extra)} are not among the "
+                f"first's{_example(extra)}. Compare runs of the same data and split."
             )
         rows = np.array([row_of[name] for name in first.names], dtype=np.int64)
         outputs = Outputs(other.outputs.emotion[rows], other.outputs.action_units[rows])
@@ -158,7 +163,9 @@ class OverSeeds:
 
 @dataclass(frozen=True)
 class Spread:
-    """Standard deviation over seeds, and the degrees of freedom that it was estimated with: NaN and 0 where it is unknown."""
+    """Standard deviation over seeds, and the degrees of freedom that it was estimated with: NaN and 0 where it is
+    unknown.
+    """
 
     deviation: float
     freedom: float
@@ -203,7 +210,9 @@ def mean_half_width(one: OverSeeds, spread: Spread) -> float:
 
 
 def difference_of_means(one: OverSeeds, other: OverSeeds, spread: Spread) -> tuple[float, float]:
-    """``one`` minus ``other``, and the half-width of its 95 % interval over seeds (and images, where both have draws); NaN where unknown."""
+    """``one`` minus ``other``, and the half-width of its 95 % interval over seeds (and images, where both have draws);
+    NaN where unknown.
+    """
     sides = [one.defined, other.defined]
     if not all(len(values) for values in sides):
         return math.nan, math.nan

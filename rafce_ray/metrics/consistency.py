@@ -1,6 +1,8 @@
-"""How what was read of one face fits together: the basic emotions behind a compound one, and action units against emotions.
+"""How what was read of one face fits together: the basic emotions behind a compound one, and action units against
+emotions.
 
-What action units (AUs) go with an emotion is estimated on the user's own train split: textbook prototypes often fail in the wild.
+What action units (AUs) go with an emotion is estimated on the user's own train split: textbook prototypes often fail in
+the wild.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ PRIOR_IMAGES = 10.0
 """Images of the overall prevalence that are added to each class: a class of six images does not make a rule."""
 
 CONTRADICTION = 0.1
-"""An AU contradicts an emotion if its state has at most this probability under it, and at most half of what it has overall."""
+"""An AU contradicts an emotion if its state has at most this probability under it, and at most half of what it has
+overall.
+"""
 
 
 @dataclass(frozen=True)
@@ -47,8 +51,9 @@ class Association:
 class Consistency:
     """How well the action units of a face go with its emotion; information only, nothing is decided by it.
 
-    ``score`` in (0, 1]: geometric mean over the AUs of the probability of the state each is in, relative to that of its more
-    usual state, both given the emotion; 1: every AU is as it mostly is in that emotion. ``contradicting`` are columns of AUs.
+    ``score`` in (0, 1]: geometric mean over the AUs of the probability of the state each is in, relative to that of its
+    more usual state, both given the emotion; 1: every AU is as it mostly is in that emotion. ``contradicting`` are
+    columns of AUs.
     """
 
     score: float
@@ -60,7 +65,8 @@ def estimate_association(
 ) -> Association:
     """From train targets: emotion (N,) with -1 unknown; action_units (N, A) 1, 0 or NaN unknown.
 
-    P(AU | e) = (positives + 10 p) / (known + 10) over the images of class e, p = (positives + 1) / (known + 2) over all.
+    P(AU | e) = (positives + 10 p) / (known + 10) over the images of class e, p = (positives + 1) / (known + 2) over
+    all.
     """
     known, positive = ~np.isnan(action_units), action_units == 1
     prevalence = (positive.sum(axis=0) + 1.0) / (known.sum(axis=0) + 2.0)
@@ -92,8 +98,8 @@ def consistency_of(association: Association, label: int, active: Sequence[bool])
 def basic_emotion_probabilities(emotion: NDArray[np.floating], taxonomy: Taxonomy) -> NDArray[np.float64]:
     """(N, B): probability that each of ``taxonomy.basic_emotions`` is one of the two behind the compound emotion.
 
-    The sum of the probabilities (N, E) of the classes that it is part of: over all basic emotions they sum to 2 where every class
-    is a compound one.
+    The sum of the probabilities (N, E) of the classes that it is part of: over all basic emotions they sum to 2 where
+    every class is a compound one.
     """
     return np.asarray(emotion, dtype=np.float64) @ basic_emotion_membership(taxonomy)
 

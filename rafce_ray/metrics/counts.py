@@ -1,7 +1,7 @@
 """Every figure of a model, from counts that are summed over batches and workers and divided once, at the end.
 
-An emotion is predicted by the highest score, an action unit (AU) where its probability is at least its threshold. Undefined is NaN,
-never 0: the F1 of a class or AU that does not occur in the data is not a failure of the model.
+An emotion is predicted by the highest score, an action unit (AU) where its probability is at least its threshold.
+Undefined is NaN, never 0: the F1 of a class or AU that does not occur in the data is not a failure of the model.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ CHUNK_WEIGHTS = 4_000_000
 
 
 def resample_weights(size: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
-    """Weights (r, size) float32 of ``resamples`` draws in all, chunk by chunk; each row sums to ``size``. Same seed, same draws."""
+    """Weights (r, size) float32 of ``resamples`` draws in all, chunk by chunk; each row sums to ``size``.
+
+    Same seed, same draws.
+    """
     if size == 0:
         yield np.zeros((resamples, 0), dtype=np.float32)
         return
@@ -40,7 +43,9 @@ def resample_weights(size: int, resamples: int, seed: int) -> Iterator[np.ndarra
 
 
 def percentile_interval(values: np.ndarray) -> list[float]:
-    """[low, high] of the 95 % percentile interval of draws (R,), NaN ones left out; [NaN, NaN] where none is defined."""
+    """[low, high] of the 95 % percentile interval of draws (R,), NaN ones left out; [NaN, NaN] where none is
+    defined.
+    """
     defined = values[~np.isnan(values)]
     if not len(defined):
         return [float("nan"), float("nan")]
@@ -50,8 +55,8 @@ def percentile_interval(values: np.ndarray) -> list[float]:
 
 @dataclass(frozen=True)
 class Ranking:
-    """Known elements of one action unit by falling score: the image of each (n,), whether it is positive (n,) float32, and the last
-    position of every run of equal scores that has a positive in it (where precision counts)."""
+    """Known elements of one action unit by falling score: the image of each (n,), whether it is positive (n,) float32,
+    and the last position of every run of equal scores that has a positive in it (where precision counts)."""
 
     image: np.ndarray
     positive: np.ndarray
@@ -69,7 +74,8 @@ class Ranking:
         return cls(image, positive.astype(np.float32), ends[num_positives > 0])
 
     def average_precision(self, weights: np.ndarray) -> np.ndarray:
-        """Average precision (R,) under image weights (R, N) float32, as scikit-learn defines it; NaN where no positive has weight.
+        """Average precision (R,) under image weights (R, N) float32, as scikit-learn defines it; NaN where no positive
+        has weight.
 
         Equal scores share one threshold. Sums of weights are exact below 2^24.
         """
@@ -90,8 +96,8 @@ NAN = float("nan")
 class Counts:
     """Sums over evaluated images, from which every figure follows; add those of batches or workers with ``+``.
 
-    confusion (E, E) int64 [true, predicted] over images of known emotion; au_tp, au_fp, au_fn, au_tn (A,) int64 over known
-    elements; loss sums in nats over the known images and elements that ``emotion_known`` and ``au_known`` count.
+    confusion (E, E) int64 [true, predicted] over images of known emotion; au_tp, au_fp, au_fn, au_tn (A,) int64 over
+    known elements; loss sums in nats over the known images and elements that ``emotion_known`` and ``au_known`` count.
     """
 
     confusion: np.ndarray
@@ -168,7 +174,8 @@ def count_probabilities(
     action_units: np.ndarray,
     thresholds: float | Sequence[float] = 0.5,
 ) -> Counts:
-    """Counts from probabilities (N, E) and (N, A), E or A 0 for a task that is not predicted; targets as in :func:`count_batch`.
+    """Counts from probabilities (N, E) and (N, A), E or A 0 for a task that is not predicted; targets as in
+    :func:`count_batch`.
 
     A probability that single precision has rounded to 0 counts as its smallest normal number, 1e-38, in the loss.
     """
@@ -203,7 +210,9 @@ def _count(outcomes: Outcomes, num_emotions: int, emotion_loss_sum: float, au_lo
 
 @dataclass(frozen=True)
 class Outcomes:
-    """What each image came to: cell (N,) is true * E + predicted, -1 where the emotion is unknown; tp, fp, fn, tn (N, A) bool."""
+    """What each image came to: cell (N,) is true * E + predicted, -1 where the emotion is unknown; tp, fp, fn, tn (N,
+    A) bool.
+    """
 
     cell: np.ndarray
     tp: np.ndarray
@@ -290,7 +299,8 @@ def figures(counts: Counts, overlap: np.ndarray, supported: np.ndarray) -> dict[
 
 
 def combined_score(macro_f1_supported: Any, au_f1_mean: Any, au_share: float = 0.5) -> np.ndarray:
-    """The one figure of both tasks: ``(1 - au_share) macro_f1_supported + au_share au_f1_mean``, or the one that is defined.
+    """The one figure of both tasks: ``(1 - au_share) macro_f1_supported + au_share au_f1_mean``, or the one that is
+    defined.
 
     These are the figures of SCORED.
     """
@@ -311,15 +321,18 @@ def with_score(summary: dict[str, Any], au_share: float) -> dict[str, Any]:
 def summarise(counts: Counts, taxonomy: Taxonomy, min_support: int = MIN_SUPPORT) -> dict[str, Any]:
     """Every figure of the counts as plain floats, ints and lists; NaN is undefined.
 
-    * accuracy, uar (mean recall), macro_f1 over classes that occur; ``*_supported`` over those with ``min_support`` images.
-    * component_accuracy: mean over images of the share (0, 1/2, 1) of the true class's two basic emotions that the predicted
-      class has; component_both: share of images with both. Over images whose true class has components.
-    * au_f1_mean over AUs with positives; au_floor_mean of the same AUs' floors: the F1 of always saying present, 2p / (1 + p).
+    * accuracy, uar (mean recall), macro_f1 over classes that occur; ``*_supported`` over those with ``min_support``
+      images.
+    * component_accuracy: mean over images of the share (0, 1/2, 1) of the true class's two basic emotions that the
+      predicted class has; component_both: share of images with both. Over images whose true class has components.
+    * au_f1_mean over AUs with positives; au_floor_mean of the same AUs' floors: the F1 of always saying present, 2p /
+      (1 + p).
     * score: :func:`combined_score`, both tasks with the same share.
     * emotion_loss, au_loss in nats per known image and element; loss is their sum, or the one that is defined.
     * majority_accuracy: of always naming the commonest class. confusion [true][predicted]. per_class and per_au.
 
-    Outputs that are not finite make the task's losses not finite; its figures are then NaN, not those of a random guess.
+    Outputs that are not finite make the task's losses not finite; its figures are then NaN, not those of a random
+    guess.
     """
     support = counts.confusion.sum(axis=1)
     positives = counts.au_tp + counts.au_fn
@@ -358,7 +371,9 @@ def summarise(counts: Counts, taxonomy: Taxonomy, min_support: int = MIN_SUPPORT
 
 
 def component_overlap(taxonomy: Taxonomy) -> np.ndarray:
-    """(E, E): share of the basic emotions of true class i that class j has too; row NaN where i has no known components."""
+    """(E, E): share of the basic emotions of true class i that class j has too; row NaN where i has no known
+    components.
+    """
     overlap = np.full((taxonomy.num_emotions, taxonomy.num_emotions), NAN)
     for i, true in enumerate(taxonomy.components):
         if true is not None:
@@ -412,10 +427,10 @@ def evaluate_probabilities(
 ) -> dict[str, Any]:
     """All of :func:`summarise`, average precision, and bootstrap 95 % intervals, from probabilities (N, E) and (N, A).
 
-    Adds ``num_images``, ``au_ap_mean`` and, per AU, ``ap`` and ``threshold``. ``intervals`` holds [low, high] of every figure in
-    WITH_INTERVAL; ``f1_interval`` stands in every entry of per_class and per_au. They are percentiles over
-    ``resamples`` draws of N images with replacement; a class or AU that a draw misses is left out of that draw's means. Which
-    classes count as supported is fixed by the whole data. [NaN, NaN] where a figure is defined in no draw.
+    Adds ``num_images``, ``au_ap_mean`` and, per AU, ``ap`` and ``threshold``. ``intervals`` holds [low, high] of every
+    figure in WITH_INTERVAL; ``f1_interval`` stands in every entry of per_class and per_au. They are percentiles over
+    ``resamples`` draws of N images with replacement; a class or AU that a draw misses is left out of that draw's means.
+    Which classes count as supported is fixed by the whole data. [NaN, NaN] where a figure is defined in no draw.
     """
     counts = count_probabilities(
         emotion_probabilities, au_probabilities, targets.emotion, targets.action_units, thresholds

@@ -1,11 +1,14 @@
-"""Whether faces look, and are answered, as validation's did: the population stability index (PSI) of counts against a reference.
+"""Whether faces look, and are answered, as validation's did: the population stability index (PSI) of counts against a
+reference.
 
-PSI = sum over bins of (q - p) ln(q / p), where p are the reference's shares of the bins and q those of now: 0 for equal shares, the same
-both ways, without an upper bound. Half a face is added to every bin on both sides: one that is empty on one side would make it infinite.
+PSI = sum over bins of (q - p) ln(q / p), where p are the reference's shares of the bins and q those of now: 0 for equal
+shares, the same both ways, without an upper bound. Half a face is added to every bin on both sides: one that is empty
+on one side would make it infinite.
 
-By convention up to 0.1 is no change worth a look, and from 0.25 on a large one (N. Siddiqi, Credit Risk Scorecards, Wiley 2006). The
-convention knows nothing of the number of faces. Where nothing has changed, N of them against M give (bins - 1)(1 / N + 1 / M) on average
-(B. Yurdakul and J. Naranjo, Journal of Risk Model Validation 14(4), 2020); where that is above ``MAX_NOISE`` no index is told.
+By convention up to 0.1 is no change worth a look, and from 0.25 on a large one (N. Siddiqi, Credit Risk Scorecards,
+Wiley 2006). The convention knows nothing of the number of faces. Where nothing has changed, N of them against M give
+(bins - 1)(1 / N + 1 / M) on average (B. Yurdakul and J. Naranjo, Journal of Risk Model Validation 14(4), 2020); where
+that is above ``MAX_NOISE`` no index is told.
 """
 
 from __future__ import annotations
@@ -47,7 +50,9 @@ class Light(NamedTuple):
 
 @dataclass(frozen=True)
 class Bins:
-    """Values in bins: ``counts[i]`` lie from ``edges[i - 1]`` up to, but not at, ``edges[i]``; the first and the last bin are open."""
+    """Values in bins: ``counts[i]`` lie from ``edges[i - 1]`` up to, but not at, ``edges[i]``; the first and the last
+    bin are open.
+    """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
@@ -68,10 +73,11 @@ class Bins:
 
 @dataclass(frozen=True)
 class DriftReference:
-    """What validation's faces looked like and how the finished model answered them, as counts of ``num_images``: no image is kept.
+    """What validation's faces looked like and how the finished model answered them, as counts of ``num_images``: no
+    image is kept.
 
-    ``emotions``: by predicted class; ``action_units``: by AU, those that were active; ``confidence``: probability of the predicted
-    class. A task that the model lacks is empty, or None.
+    ``emotions``: by predicted class; ``action_units``: by AU, those that were active; ``confidence``: probability of
+    the predicted class. A task that the model lacks is empty, or None.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -95,7 +101,9 @@ class DriftReference:
             raise ValueError(f"action_units {list(self.action_units)}: expected counts up to {self.num_images:,}")
 
     def counts(self, action_unit_codes: Sequence[str]) -> dict[str, tuple[int, ...]]:
-        """Counts by statistic: ``emotion``, ``confidence``, ``brightness``, ``contrast``, and each AU by its code (inactive, active)."""
+        """Counts by statistic: ``emotion``, ``confidence``, ``brightness``, ``contrast``, and each AU by its code
+        (inactive, active).
+        """
         units = zip(action_unit_codes, self.action_units, strict=True)
         return dict(self._partitions()) | {code: (self.num_images - active, active) for code, active in units}
 
@@ -108,7 +116,9 @@ class DriftReference:
 
 
 def psi(reference: Sequence[int], found: Sequence[int]) -> float:
-    """The population stability index between two sets of counts of the same bins, with half a face added to every bin."""
+    """The population stability index between two sets of counts of the same bins, with half a face added to every
+    bin.
+    """
     num_reference, num_found = (sum(counts) + _ADDED * len(counts) for counts in (reference, found))
     total = 0.0
     for before, now in zip(reference, found, strict=True):
@@ -118,7 +128,9 @@ def psi(reference: Sequence[int], found: Sequence[int]) -> float:
 
 
 def faces_needed(reference: Sequence[int]) -> int | None:
-    """Faces from which a PSI against these counts may be told; None: never, the reference itself has too few, or a single bin."""
+    """Faces from which a PSI against these counts may be told; None: never, the reference itself has too few, or a
+    single bin.
+    """
     if len(reference) < 2 or sum(reference) == 0:
         return None
     left = MAX_NOISE / (len(reference) - 1) - 1 / sum(reference)

@@ -1,6 +1,7 @@
 """Figures in words: how numbers are written, and the sentences on what a model reached.
 
-Figures are those of :func:`rafce_ray.bundle.evaluate.evaluate_outputs`, or an epoch's, with None or NaN where undefined.
+Figures are those of :func:`rafce_ray.bundle.evaluate.evaluate_outputs`, or an epoch's, with None or NaN where
+undefined.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ def constant_f1(support: int, known: int) -> float | None:
 
 
 def against_floor(entry: Mapping[str, Any]) -> str | None:
-    """Of an AU's F1 and interval: ``above`` or ``below`` its floor, ``unclear`` where the floor lies inside; None where unknown."""
+    """Of an AU's F1 and interval: ``above`` or ``below`` its floor, ``unclear`` where the floor lies inside; None where
+    unknown.
+    """
     bounds, floor = entry.get("f1_interval"), entry.get("floor")
     if floor is None or bounds is None or bounds[0] is None or not math.isfinite(bounds[0]) or not math.isfinite(floor):
         return None
@@ -51,8 +54,8 @@ def headline(figures: Mapping[str, Any], split: str) -> str | None:
     parts = []
     if figures["emotion_known"] and figures["accuracy"] is not None:
         parts.append(
-            f"names {percent(figures['accuracy'])} of emotions right (always the commonest class: {percent(figures['majority_accuracy'])}), "
-            f"with a macro-F1 of {number(figures['macro_f1'])}"
+            f"names {percent(figures['accuracy'])} of emotions right (always the commonest class: "
+            f"{percent(figures['majority_accuracy'])}), with a macro-F1 of {number(figures['macro_f1'])}"
         )
     if figures["au_f1_mean"] is not None and figures["au_known"]:
         start = "reads action units with a mean F1 of" if not parts else "a mean AU-F1 of"
@@ -64,7 +67,9 @@ def headline(figures: Mapping[str, Any], split: str) -> str | None:
 
 
 def summary(figures: Mapping[str, Any]) -> list[str]:
-    """What was reached, a sentence or two a task, each number with its interval and what no model at all would reach."""
+    """What was reached, a sentence or two a task, each number with its interval and what no model at all would
+    reach.
+    """
     return [*_emotion_summary(figures), *_au_summary(figures)]
 
 
@@ -79,10 +84,14 @@ def _emotion_summary(figures: Mapping[str, Any]) -> list[str]:
     occurring = sum(entry["support"] > 0 for entry in figures["per_class"])
     supported = sum(entry["support"] >= MIN_SUPPORT for entry in figures["per_class"])
     parts = (
-        f"The emotion is right on {percent(accuracy)} of {figures['emotion_known']:,} images{_within(bounds, percent)}; always naming the "
-        f"commonest class would be right on {percent(floor)}{verdict}."
+        f"The emotion is right on {percent(accuracy)} of {figures['emotion_known']:,} "
+        f"images{_within(bounds, percent)}; always naming the commonest class would be right on "
+        f"{percent(floor)}{verdict}."
     )
-    f1 = f"Macro-F1 is {number(figures['macro_f1'])}{_within(_bounds(figures, 'macro_f1'), number)} over the {occurring} classes that occur"
+    f1 = (
+        f"Macro-F1 is {number(figures['macro_f1'])}{_within(_bounds(figures, 'macro_f1'), number)} over the "
+        f"{occurring} classes that occur"
+    )
     if supported and supported != occurring:
         f1 += (
             f", {number(figures['macro_f1_supported'])} over the {supported} of them with at least {MIN_SUPPORT} images"
@@ -102,16 +111,16 @@ def _au_summary(figures: Mapping[str, Any]) -> list[str]:
         else f"F1 of {with_positives[0]['action_unit']}"
     )
     reached = (
-        f"{whose} is {number(figures['au_f1_mean'])}{_within(_bounds(figures, 'au_f1_mean'), number)}; always saying \u201cpresent\u201d "
-        f"gives {number(figures['au_floor_mean'])}."
+        f"{whose} is {number(figures['au_f1_mean'])}{_within(_bounds(figures, 'au_f1_mean'), number)}; always saying "
+        f"\u201cpresent\u201d gives {number(figures['au_floor_mean'])}."
     )
     if None in verdicts or not many:
         return [reached]
     counted = {verdict: verdicts.count(verdict) for verdict in ("above", "unclear", "below")}
     return [
         reached,
-        f"{counted['above']} of {len(with_positives)} lie above that floor with their whole interval, {counted['below']} below it; "
-        f"{counted['unclear']} cannot be told apart from it.",
+        f"{counted['above']} of {len(with_positives)} lie above that floor with their whole interval, "
+        f"{counted['below']} below it; {counted['unclear']} cannot be told apart from it.",
     ]
 
 

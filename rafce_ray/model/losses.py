@@ -1,8 +1,8 @@
 """The training loss: masked AU loss, emotion cross-entropy, crowd votes, and how the tasks are balanced.
 
-Unknown targets (emotion -1, NaN action units or votes) contribute nothing, not even to the mean: every sum is divided by the
-number of known targets in the global batch of all workers, which the loader knows (the ``*_norm`` fields of a batch).
-Summing a loss over workers therefore gives what one worker with the whole batch computes.
+Unknown targets (emotion -1, NaN action units or votes) contribute nothing, not even to the mean: every sum is divided
+by the number of known targets in the global batch of all workers, which the loader knows (the ``*_norm`` fields of a
+batch). Summing a loss over workers therefore gives what one worker with the whole batch computes.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ SMALLEST_PROBABILITY = 1e-8
 class Losses(NamedTuple):
     """Scalars. ``total`` is to be differentiated; the others are this worker's share of each task's global mean.
 
-    ``emotion``, ``action_units`` and ``votes`` carry no task weight: summed over workers they are the global means. A task
-    that the model does not have, or of which nothing is known, is 0.
+    ``emotion``, ``action_units`` and ``votes`` carry no task weight: summed over workers they are the global means. A
+    task that the model does not have, or of which nothing is known, is 0.
     """
 
     total: Tensor
@@ -47,9 +47,9 @@ class Losses(NamedTuple):
 class LossSettings:
     """Plain settings of :class:`MultiTaskLoss`; arrays are None where they are not used.
 
-    class_weights (E,): weight of each class in the emotion loss. logit_offset (E,): added to the emotion logits in training
-    only (tau * log prior). pos_weights (A,): weight of positive elements. vote_shares (E, 6): share of each basic emotion
-    in each class, rows summing to 1; needed where ``votes_weight`` is above 0.
+    class_weights (E,): weight of each class in the emotion loss. logit_offset (E,): added to the emotion logits in
+    training only (tau * log prior). pos_weights (A,): weight of positive elements. vote_shares (E, 6): share of each
+    basic emotion in each class, rows summing to 1; needed where ``votes_weight`` is above 0.
     """
 
     au_loss: str = "bce"
@@ -66,8 +66,9 @@ class MultiTaskLoss(nn.Module):
     """Emotion loss + AU weight * AU loss + votes weight * vote loss.
 
     With ``task_weighting="uncertainty"`` each of the two main terms L becomes ``exp(-s) * L + s / 2`` with a learned
-    log-variance s (Kendall et al. 2018, arXiv 1705.07115); the AU weight still multiplies its whole term, so that a curriculum
-    works as ever. ``s`` is a parameter of this module: the optimizer and DDP see it through :class:`Objective`.
+    log-variance s (Kendall et al. 2018, arXiv 1705.07115); the AU weight still multiplies its whole term, so that a
+    curriculum works as ever. ``s`` is a parameter of this module: the optimizer and DDP see it through
+    :class:`Objective`.
     """
 
     class_weights: Tensor | None
@@ -163,7 +164,8 @@ AU_LOSSES = {"bce": binary_cross_entropy, "asymmetric": asymmetric_loss}
 def votes_loss(logits: Tensor, votes: Tensor, vote_shares: Tensor) -> Tensor:
     """Sum over images with votes of KL(votes || predicted basic emotions), in nats.
 
-    The prediction is softmax(logits) (B, E) times ``vote_shares`` (E, 6). A row of ``votes`` (B, 6) with any NaN is unknown.
+    The prediction is softmax(logits) (B, E) times ``vote_shares`` (E, 6). A row of ``votes`` (B, 6) with any NaN is
+    unknown.
     """
     known = ~torch.isnan(votes).any(dim=1, keepdim=True)
     votes = torch.where(known, votes.float(), 0.0)
@@ -174,8 +176,8 @@ def votes_loss(logits: Tensor, votes: Tensor, vote_shares: Tensor) -> Tensor:
 class Objective(nn.Module):
     """Model and loss as one module: what DDP wraps, so that learned task weights are synchronised too.
 
-    DDP averages gradients over workers, while the losses are shares of a global mean: ``total`` is therefore multiplied by
-    ``num_workers``, and the averaged gradient is the gradient of the global mean.
+    DDP averages gradients over workers, while the losses are shares of a global mean: ``total`` is therefore multiplied
+    by ``num_workers``, and the averaged gradient is the gradient of the global mean.
     """
 
     def __init__(self, model: nn.Module, loss: MultiTaskLoss, num_workers: int = 1) -> None:
@@ -229,7 +231,8 @@ def build_loss(
 
 
 def class_weights(counts: np.ndarray, beta: float) -> np.ndarray:
-    """Effective-number weights (E,) of Cui et al. 2019 (arXiv 1901.05555): (1 - beta) / (1 - beta^n), mean 1 over classes present.
+    """Effective-number weights (E,) of Cui et al. 2019 (arXiv 1901.05555): (1 - beta) / (1 - beta^n), mean 1 over
+    classes present.
 
     ``counts`` (E,) are train images per class. A class without any gets weight 1: it is never a target, and only label
     smoothing sees its weight. beta = 0 weighs all alike; beta -> 1 approaches 1/n.
@@ -257,7 +260,8 @@ def pos_weights(positives: np.ndarray, negatives: np.ndarray, cap: float) -> np.
 def log_prior(counts: np.ndarray) -> np.ndarray:
     """Log share (E,) of each class among train images, for logit adjustment (Menon et al. 2021, arXiv 2007.07314).
 
-    A class without train images counts as half an image, which keeps the prior finite and below every class that has one.
+    A class without train images counts as half an image, which keeps the prior finite and below every class that has
+    one.
 
     Raises:
         ValueError: no class has any image.
@@ -271,7 +275,8 @@ def log_prior(counts: np.ndarray) -> np.ndarray:
 
 
 def vote_shares(taxonomy: Taxonomy) -> np.ndarray:
-    """Share (E, 6) of each basic emotion, in the order of ``BASIC_EMOTIONS``, in each class: half for each of its two components.
+    """Share (E, 6) of each basic emotion, in the order of ``BASIC_EMOTIONS``, in each class: half for each of its two
+    components.
 
     Raises:
         UsageError: a class has no known components, or one that votes are not given for.

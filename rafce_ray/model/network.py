@@ -1,7 +1,7 @@
 """The network: a torchvision trunk with an emotion head and an action-unit head, and two options on top of them.
 
-* AU attention: one learned query per action unit looks at the trunk's feature map; the unit's logit comes from what it saw,
-  and the emotion head reads the pooled features together with all that the units saw.
+* AU attention: one learned query per action unit looks at the trunk's feature map; the unit's logit comes from what it
+  saw, and the emotion head reads the pooled features together with all that the units saw.
 * Compositional emotion head: six basic-emotion scores, of which each compound class adds its two, beside a flat head.
 """
 
@@ -38,8 +38,8 @@ class Features(NamedTuple):
 class ConvTrunk(nn.Module):
     """A convolutional torchvision network without its classifier; ``body`` keeps torchvision's parameter names.
 
-    The map is the last feature map. The pooled features are its mean, through the LayerNorm with which ConvNeXt's classifier
-    begins where there is one.
+    The map is the last feature map. The pooled features are its mean, through the LayerNorm with which ConvNeXt's
+    classifier begins where there is one.
     """
 
     def __init__(self, body: OrderedDict[str, nn.Module], norm: nn.Module | None, num_features: int) -> None:
@@ -86,13 +86,14 @@ def build_trunk(backbone: str, image_px: int) -> ConvTrunk | VitTrunk:
     if backbone.startswith("vit"):
         return VitTrunk(get_model(backbone, weights=None, image_size=image_px))
     if backbone.startswith("resnet"):
-        # Residual branches that begin at zero let a deep ResNet learn from scratch (Goyal et al. 2017, arXiv 1706.02677).
+        # Residual branches that begin at zero let a deep ResNet learn from scratch (Goyal et al. 2017, arXiv
+        # 1706.02677).
         network = get_model(backbone, weights=None, zero_init_residual=True)
         return ConvTrunk(_children(network, without=("avgpool", "fc")), None, network.fc.in_features)
     network = get_model(backbone, weights=None)
     for layer in network.modules():
-        # MobileNetV3's 0.01 is meant for ImageNet's hundreds of thousands of steps: on a few thousand faces the statistics would lag
-        # behind the weights for ten epochs, in which every face gets the same answer.
+        # MobileNetV3's 0.01 is meant for ImageNet's hundreds of thousands of steps: on a few thousand faces the
+        # statistics would lag behind the weights for ten epochs, in which every face gets the same answer.
         if isinstance(layer, nn.BatchNorm2d):
             layer.momentum = BATCH_NORM_MOMENTUM
     body = _children(network, without=("avgpool", "classifier"))
@@ -168,8 +169,9 @@ class Architecture:
     def _check_components(self) -> None:
         if len(self.components) != self.num_emotions or all(pair is None for pair in self.components):
             raise UsageError(
-                "model.compositional_head=true needs compound classes whose two basic emotions are known (RAF-CE's names, such as "
-                f"'happily surprised'); found {list(self.components)} for {self.num_emotions} classes. Set it to false."
+                "model.compositional_head=true needs compound classes whose two basic emotions are known (RAF-CE's "
+                f"names, such as 'happily surprised'); found {list(self.components)} for {self.num_emotions} classes. "
+                "Set it to false."
             )
         if any(index not in range(self.num_basic) for pair in self.components if pair is not None for index in pair):
             raise UsageError(f"components {list(self.components)} name basic emotions outside 0..{self.num_basic - 1}.")
@@ -209,7 +211,8 @@ def build_architecture(model: ModelConfig, taxonomy: Taxonomy, *, au_stop_gradie
 
 
 class AuAttention(nn.Module):
-    """One learned query per action unit attends over the feature map (B, C, h, w); returns tokens (B, A, ATTENTION_DIM).
+    """One learned query per action unit attends over the feature map (B, C, h, w); returns tokens (B, A,
+    ATTENTION_DIM).
 
     Fixed two-dimensional sinusoids tell where on the face a feature lies; nothing depends on the image size.
     """
@@ -237,7 +240,9 @@ class AuAttention(nn.Module):
 
 
 def sinusoids(height: int, width: int, dim: int, device: torch.device) -> Tensor:
-    """Positions of an h x w grid as (h * w, dim) float32 in [-1, 1]: a quarter of the channels each for sin, cos of row, column."""
+    """Positions of an h x w grid as (h * w, dim) float32 in [-1, 1]: a quarter of the channels each for sin, cos of
+    row, column.
+    """
     frequencies = torch.exp(torch.arange(dim // 4, device=device) * (-math.log(100.0) / (dim // 4)))
     rows = torch.arange(height, device=device)[:, None] * frequencies
     columns = torch.arange(width, device=device)[:, None] * frequencies
@@ -265,8 +270,8 @@ class AuHead(nn.Module):
 class EmotionHead(nn.Module):
     """Logits (B, E): a flat linear head; the compositional one adds ``s_i + s_j`` of the two basic emotions of a class.
 
-    With basic scores s the whole logit of class (i, j) is ``flat(x) + s_i + s_j + b_ij``, where ``b_ij`` is the flat head's
-    bias. A class without components keeps its flat logit.
+    With basic scores s the whole logit of class (i, j) is ``flat(x) + s_i + s_j + b_ij``, where ``b_ij`` is the flat
+    head's bias. A class without components keeps its flat logit.
     """
 
     membership: Tensor
@@ -308,8 +313,9 @@ def _membership(architecture: Architecture) -> Tensor:
 class MultiTaskModel(nn.Module):
     """Trunk, dropout and both heads; a task with no outputs has no head and None for its logits.
 
-    ``au_stop_gradient`` keeps the tasks apart: the AU head reads detached features, so the AU loss never reaches the trunk;
-    under AU attention the emotion head then reads detached tokens, so the emotion loss never reaches the AU branch.
+    ``au_stop_gradient`` keeps the tasks apart: the AU head reads detached features, so the AU loss never reaches the
+    trunk; under AU attention the emotion head then reads detached tokens, so the emotion loss never reaches the AU
+    branch.
     """
 
     def __init__(self, architecture: Architecture) -> None:
@@ -365,14 +371,16 @@ def build_model(architecture: Architecture) -> MultiTaskModel:
 
 
 def load_backbone_weights(model: MultiTaskModel, weights: str) -> WeightsReport:
-    """Load ``weights`` into the trunk: none, a torchvision name (DEFAULT, IMAGENET1K_V2, ...), or a torch or safetensors file.
+    """Load ``weights`` into the trunk: none, a torchvision name (DEFAULT, IMAGENET1K_V2, ...), or a torch or
+    safetensors file.
 
-    Wrappers and prefixes of training scripts are seen through, heads are left out, position embeddings of a vision transformer
-    are interpolated to the image size. Counters of batches seen (``num_batches_tracked``) may be missing.
+    Wrappers and prefixes of training scripts are seen through, heads are left out, position embeddings of a vision
+    transformer are interpolated to the image size. Counters of batches seen (``num_batches_tracked``) may be missing.
 
     Raises:
         UsageError: no such file or torchvision name.
-        WeightsError: a failed download, a file that cannot be read safely, shapes that differ, less than 90 % of the trunk,
+        WeightsError: a failed download, a file that cannot be read safely, shapes that differ, less than 90 % of the
+            trunk,
             numbers that are not finite, or a network that expects other pixel values.
     """
     architecture = model.architecture
@@ -389,8 +397,8 @@ def freeze_backbone(model: MultiTaskModel) -> None:
 def initialise_au_bias(model: MultiTaskModel, prevalence: np.ndarray) -> None:
     """Set the AU biases to logit(prevalence), so that the first predictions are the base rates.
 
-    ``prevalence`` is (A,), the share of positives among known train elements; NaN (no known element) leaves a bias of 0.
-    Shares beyond PREVALENCE_LIMIT of 0 and 1 are brought to it. Without an AU head nothing is done.
+    ``prevalence`` is (A,), the share of positives among known train elements; NaN (no known element) leaves a bias of
+    0. Shares beyond PREVALENCE_LIMIT of 0 and 1 are brought to it. Without an AU head nothing is done.
 
     Raises:
         ValueError: the length is not A, or a share is outside [0, 1].

@@ -22,8 +22,8 @@ NOT_DECAYED = frozenset({"class_token", "pos_embedding", "queries"})
 def build_optimizer(module: nn.Module, name: str, *, lr: float, weight_decay: float) -> Optimizer:
     """An optimizer over the trainable parameters: adamw, adam (decay as an L2 term) or sgd (Nesterov momentum 0.9).
 
-    Weight matrices and kernels decay; biases, norms, other parameters with a single axis longer than 1, tokens and position
-    embeddings do not. The fused kernels update all parameters in one pass, on CUDA and on the CPU.
+    Weight matrices and kernels decay; biases, norms, other parameters with a single axis longer than 1, tokens and
+    position embeddings do not. The fused kernels update all parameters in one pass, on CUDA and on the CPU.
 
     Raises:
         UsageError: an unknown name, or nothing to train.
@@ -56,8 +56,8 @@ def _decays(key: str, parameter: Tensor) -> bool:
 def learning_rate(step: int, *, total_steps: int, warmup_steps: int, lr: float, schedule: str) -> float:
     """The learning rate of a step (0-based, counted from the start of the run).
 
-    Linear warm-up over ``warmup_steps``, the last of which runs at ``lr``; then ``constant``, or half a ``cosine`` that would
-    reach 0 at step ``total_steps`` and stays there.
+    Linear warm-up over ``warmup_steps``, the last of which runs at ``lr``; then ``constant``, or half a ``cosine`` that
+    would reach 0 at step ``total_steps`` and stays there.
 
     Raises:
         UsageError: an unknown schedule.
@@ -75,8 +75,8 @@ def learning_rate(step: int, *, total_steps: int, warmup_steps: int, lr: float, 
 def build_ema(module: nn.Module, decay: float) -> AveragedModel | None:
     """An exponential moving average of parameters and buffers, on the module's device; None for a decay of 0.
 
-    After n updates the next one keeps a share of min(decay, (1 + n) / (10 + n)), so that the average of a short run is not its
-    initial weights. The first update copies. Integer buffers are always copied.
+    After n updates the next one keeps a share of min(decay, (1 + n) / (10 + n)), so that the average of a short run is
+    not its initial weights. The first update copies. Integer buffers are always copied.
     """
     if decay <= 0:
         return None

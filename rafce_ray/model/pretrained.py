@@ -1,8 +1,8 @@
 """Weights for the trunk from torchvision or from a file; what does not fit is refused, with the reason.
 
-Weights that load without an error and are wrong all the same are the danger: half of the keys missing, another depth, or a
-network trained on other pixel values, such as the VGGFace2 ResNet-50 in Caffe's style (BGR 0-255, stride on the 1x1
-convolution), whose keys and shapes are torchvision's.
+Weights that load without an error and are wrong all the same are the danger: half of the keys missing, another depth,
+or a network trained on other pixel values, such as the VGGFace2 ResNet-50 in Caffe's style (BGR 0-255, stride on the
+1x1 convolution), whose keys and shapes are torchvision's.
 """
 
 from __future__ import annotations
@@ -57,9 +57,10 @@ class WeightsError(RafceError):
 class WeightsReport:
     """What was loaded into the trunk.
 
-    ``loaded`` counts tensors, ``missing`` names trunk tensors that keep their fresh values, ``unexpected`` names file tensors
-    that belong nowhere (heads are not counted as such, but as ``num_head_tensors``). ``coverage`` is the smaller of the
-    shares of tensors and of numbers filled; 0 for ``source`` none. ``warnings`` are to be shown to the user.
+    ``loaded`` counts tensors, ``missing`` names trunk tensors that keep their fresh values, ``unexpected`` names file
+    tensors that belong nowhere (heads are not counted as such, but as ``num_head_tensors``). ``coverage`` is the
+    smaller of the shares of tensors and of numbers filled; 0 for ``source`` none. ``warnings`` are to be shown to the
+    user.
     """
 
     source: str
@@ -93,8 +94,8 @@ def load_weights(body: nn.Module, weights: str, *, backbone: str, image_px: int)
     renamed = {_torchvision_key(key): tensor for key, tensor in found.items()}
     if len(renamed) < len(found):
         raise WeightsError(
-            f"model.weights={weights}: {len(found) - len(renamed)} keys are the same once prefixes such as 'module.' are taken off: "
-            "the file holds more than one network. Save the one that is meant."
+            f"model.weights={weights}: {len(found) - len(renamed)} keys are the same once prefixes such as 'module.' "
+            "are taken off: the file holds more than one network. Save the one that is meant."
         )
     if backbone.startswith("vit"):
         renamed = _interpolated(renamed, image_px)
@@ -119,8 +120,8 @@ def _load(body: nn.Module, found: Mapping[str, Tensor], source: str, backbone: s
     where = f"model.weights={source} for model.backbone={backbone}"
     if differing:
         raise WeightsError(
-            f"{where}: {len(differing)} tensors have another shape, such as {_examples(differing)}. These are weights of another "
-            "network: set model.backbone to it, or choose other weights."
+            f"{where}: {len(differing)} tensors have another shape, such as {_examples(differing)}. These are weights "
+            "of another network: set model.backbone to it, or choose other weights."
         )
     if coverage < MIN_COVERAGE:
         raise WeightsError(
@@ -141,28 +142,32 @@ def _load(body: nn.Module, found: Mapping[str, Tensor], source: str, backbone: s
 
 
 def _refuse_other_pixels(found: Mapping[str, Tensor], where: str) -> tuple[str, ...]:
-    """Refuse a ResNet made for pixels of 0-255 or converted from Caffe, as far as its numbers tell; returns warnings."""
+    """Refuse a ResNet made for pixels of 0-255 or converted from Caffe, as far as its numbers tell; returns
+    warnings.
+    """
     remedy = (
-        "This program feeds RGB scaled to [0, 1] and normalised with ImageNet's mean and standard deviation: take weights trained "
-        "that way, in torchvision's layout."
+        "This program feeds RGB scaled to [0, 1] and normalised with ImageNet's mean and standard deviation: take "
+        "weights trained that way, in torchvision's layout."
     )
     if "conv1.weight" in found and "bn1.running_var" in found:
         filters = found["conv1.weight"].double().square().sum(dim=(1, 2, 3)).clamp_min(1e-12)
         scale = float((found["bn1.running_var"].double() / filters).median())
         if scale > MAX_INPUT_SCALE:
             raise WeightsError(
-                f"{where}: the first layer's statistics say that the network was trained on pixels of 0-255 (variance ratio "
-                f"{scale:.0f}, around 1 expected), as the VGGFace2 ResNet-50 in Caffe's style was (BGR, stride on the 1x1 "
-                f"convolution). It would load without an error and see noise. {remedy}"
+                f"{where}: the first layer's statistics say that the network was trained on pixels of 0-255 (variance "
+                f"ratio {scale:.0f}, around 1 expected), as the VGGFace2 ResNet-50 in Caffe's style was (BGR, stride "
+                f"on the 1x1 convolution). It would load without an error and see noise. {remedy}"
             )
     if "fc.weight" in found and len(found["fc.weight"]) == VGGFACE2_IDENTITIES:
         if not any(key.endswith("num_batches_tracked") for key in found):
             raise WeightsError(
-                f"{where}: a classifier of {VGGFACE2_IDENTITIES} identities (VGGFace2) without PyTorch's batch counters marks a "
-                f"conversion from Caffe, whose ResNet-50 has its stride on the 1x1 convolution and reads BGR 0-255. {remedy}"
+                f"{where}: a classifier of {VGGFACE2_IDENTITIES} identities (VGGFace2) without PyTorch's batch "
+                "counters marks a conversion from Caffe, whose ResNet-50 has its stride on the 1x1 convolution and "
+                f"reads BGR 0-255. {remedy}"
             )
         return (
-            "trained on VGGFace2 identities: make sure that it was with RGB, ImageNet's normalisation and torchvision's ResNet",
+            "trained on VGGFace2 identities: make sure that it was with RGB, ImageNet's normalisation and "
+            "torchvision's ResNet",
         )
     return ()
 
@@ -183,7 +188,10 @@ def check_weights(weights: str, backbone: str) -> None:
 
 def _caffe_names(unexpected: tuple[str, ...]) -> str:
     if any("7x7_s2" in key or "1x1_reduce" in key for key in unexpected):
-        return " The names are Caffe's: even renamed, that network has its stride on the 1x1 convolution and reads BGR 0-255."
+        return (
+            " The names are Caffe's: even renamed, that network has its stride on the 1x1 convolution and reads "
+            "BGR 0-255."
+        )
     return ""
 
 
@@ -195,7 +203,8 @@ def _existing(path: Path) -> Path:
     # Not pathlib's, which raises for a name that is too long.
     if not os.path.isfile(path):
         raise UsageError(
-            f"model.weights: there is no file {path}. Give a path that every worker can read, a torchvision name, or none."
+            f"model.weights: there is no file {path}. Give a path that every worker can read, a torchvision name, or "
+            "none."
         )
     return path
 
@@ -210,8 +219,9 @@ def _read_file(path: Path) -> dict[str, Tensor]:
         )
     except pickle.UnpicklingError:
         raise WeightsError(
-            f"model.weights: {path} holds pickled objects beside tensors, or is no torch file; it is not opened, because that could "
-            "run code. Save the bare state dict (torch.save(model.state_dict(), ...)) or convert it to safetensors."
+            f"model.weights: {path} holds pickled objects beside tensors, or is no torch file; it is not opened, "
+            "because that could run code. Save the bare state dict (torch.save(model.state_dict(), ...)) or convert it "
+            "to safetensors."
         ) from None
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise WeightsError(f"model.weights: {path} cannot be read ({error}). Is it complete?") from None
@@ -242,7 +252,8 @@ def _known_name(backbone: str, name: str) -> WeightsEnum:
     choices = get_model_weights(backbone)
     if name not in choices.__members__:
         raise UsageError(
-            f"model.weights: found {name!r}; expected none, a file, or one of torchvision's for {backbone}: {', '.join(choices.__members__)}."
+            f"model.weights: found {name!r}; expected none, a file, or one of torchvision's for {backbone}: "
+            f"{', '.join(choices.__members__)}."
         )
     return choices[name]
 
@@ -253,13 +264,15 @@ def _download(backbone: str, name: str) -> dict[str, Tensor]:
         return dict(choice.get_state_dict(progress=False, check_hash=True))
     except (urllib.error.URLError, OSError, RuntimeError) as error:
         raise WeightsError(
-            f"model.weights={name}: {choice.url} could not be downloaded ({error}). Download it where there is a network, "
-            "and give the file's path as model.weights; or train from scratch with model.weights=none."
+            f"model.weights={name}: {choice.url} could not be downloaded ({error}). Download it where there is a "
+            "network, and give the file's path as model.weights; or train from scratch with model.weights=none."
         ) from None
 
 
 def _interpolated(found: dict[str, Tensor], image_px: int) -> dict[str, Tensor]:
-    """Position embeddings for another image size; what is no square grid with a class token is left as it is, and refused later."""
+    """Position embeddings for another image size; what is no square grid with a class token is left as it is, and
+    refused later.
+    """
     positions = found.get("encoder.pos_embedding")
     if (
         positions is None

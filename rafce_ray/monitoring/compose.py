@@ -1,7 +1,8 @@
 """The configuration of Prometheus and Grafana for a Ray cluster, with a compose file that starts both.
 
-Both containers use the host's network, since Ray's metrics ports may listen on loopback alone, and both listen on loopback.
-Ray's folder is mounted at its own path, so that ``prometheus.yml`` also works for a Prometheus outside of a container.
+Both containers use the host's network, since Ray's metrics ports may listen on loopback alone, and both listen on
+loopback. Ray's folder is mounted at its own path, so that ``prometheus.yml`` also works for a Prometheus outside of a
+container.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ import yaml
 HERE = Path(__file__).parent
 IMAGES = {"prometheus": "prom/prometheus:v3.5.0", "grafana": "grafana/grafana:12.0.2"}
 DISCOVERY_FILE = "prom_metrics_service_discovery.json"
-"""Ray's head writes the metrics ports of all nodes into it every five seconds. The one in Ray's folder is the newest cluster's."""
+"""Ray's head writes the metrics ports of all nodes into it every five seconds.
+
+The one in Ray's folder is the newest cluster's.
+"""
 
 RAY_DASHBOARDS = Path("session_latest", "metrics", "grafana", "dashboards")
 DATASOURCE = "Prometheus"
@@ -30,8 +34,8 @@ def configuration(
 ) -> dict[str, str]:
     """Every file by its path below the folder: compose file, scraping, alert rules, provisioning and dashboards.
 
-    ``ray``: folder of Ray's temporary files on the head node; None: ask the dashboard at ``cluster`` (HOST:PORT) for the metrics
-    ports, with the token in ``token_file`` where the cluster needs one.
+    ``ray``: folder of Ray's temporary files on the head node; None: ask the dashboard at ``cluster`` (HOST:PORT) for
+    the metrics ports, with the token in ``token_file`` where the cluster needs one.
     """
     discovery: dict[str, Any]
     if ray is not None:

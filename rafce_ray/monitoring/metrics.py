@@ -1,8 +1,9 @@
-"""What training and tuning show: every metric's name, tags and meaning, and which figure of an epoch record or a study it is.
+"""What training and tuning show: every metric's name, tags and meaning, and which figure of an epoch record or a study
+it is.
 
-Ray puts ``ray_`` before each name. What is undefined is NaN, which Ray does not export: such a series is absent, never 0. Tags have few
-values each: a run's or a study's name, a task, a split, an AU. A run's series are shown while it trains, so that they are as many as what
-trains at a time.
+Ray puts ``ray_`` before each name. What is undefined is NaN, which Ray does not export: such a series is absent, never
+0. Tags have few values each: a run's or a study's name, a task, a split, an AU. A run's series are shown while it
+trains, so that they are as many as what trains at a time.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ IMAGES_PER_S = _of_run("images_per_s", "Images trained a second in the epoch, al
 DATA_WAIT = _of_run("data_wait_ratio", "Share of the epoch in which training waited for images, 0 to 1.")
 GRAD_NORM = _of_run(
     "grad_norm",
-    "Norm of the gradient: of the whole loss before clipping, mean over steps; of each task's unweighted loss at the trunk.",
+    "Norm of the gradient: of the whole loss before clipping, mean over steps; of each task's unweighted loss at the "
+    "trunk.",
     "task",
 )
 GRADIENT_COSINE = _of_run("gradient_cosine", "Cosine between both tasks' gradients at the trunk, -1 to 1.")
@@ -109,7 +111,9 @@ STATES = ("waiting", "running", "finished", "stopped_by_scheduler", "stopped_ear
 
 
 def epoch_samples(run: str, record: Mapping[str, float | None]) -> list[Sample]:
-    """The gauges of an epoch record as ``engine`` reports it (flat keys, None where undefined); a figure that it lacks has no gauge."""
+    """The gauges of an epoch record as ``engine`` reports it (flat keys, None where undefined); a figure that it lacks
+    has no gauge.
+    """
     samples = [Sample(metric, (run,), _number(record[key])) for key, metric in ONE_OF_A_RUN.items() if key in record]
     for split in SPLITS:
         losses = {task: f"{split}/{key}" for key, task in LOSSES.items()}
@@ -136,7 +140,10 @@ def epoch_samples(run: str, record: Mapping[str, float | None]) -> list[Sample]:
 def study_samples(
     study: str, states: Counter[tuple[str, str]], metric: str, best: float | None, last_report: float
 ) -> list[Sample]:
-    """The gauges of a study. ``states``: trials by (role, state); ``best``: of ``metric``, None before any; ``last_report``: Unix time."""
+    """The gauges of a study.
+
+    ``states``: trials by (role, state); ``best``: of ``metric``, None before any; ``last_report``: Unix time.
+    """
     roles = sorted({"sweep", *(role for role, _ in states)})
     return [
         *(Sample(TRIALS, (study, role, state), float(states[role, state])) for role in roles for state in STATES),

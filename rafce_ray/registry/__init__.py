@@ -1,1 +1,3 @@
-"""Versions of bundles in one folder, which of them is live and why: what is served, promoted past gates, and rolled back."""
+"""Versions of bundles in one folder, which of them is live and why: what is served, promoted past gates, and rolled
+back.
+"""

@@ -76,8 +76,8 @@ def canary_gate(candidate: Predictor) -> Gate:
         "tolerance": MAX_DIFFERENCE,
     }
     detail = (
-        f"Probabilities of {figures['num_images']} stored images are off by at most {off:.1e} ({candidate.engine.name}); "
-        f"{MAX_DIFFERENCE:g} is allowed."
+        f"Probabilities of {figures['num_images']} stored images are off by at most {off:.1e} "
+        f"({candidate.engine.name}); {MAX_DIFFERENCE:g} is allowed."
     )
     verdict: Verdict = "passed" if off <= MAX_DIFFERENCE else "refused"
     return Gate(name="canary", verdict=verdict, detail=detail, figures=figures)
@@ -111,10 +111,11 @@ def taxonomy_gate(candidate: Bundle, live: Bundle | None) -> Gate:
 
 
 def metrics_gate(candidate: Bundle, live: Bundle | None) -> Gate:
-    """Whether the candidate's figures, as its bundle stores them, reach the lower end of the live version's 95 % intervals.
+    """Whether the candidate's figures, as its bundle stores them, reach the lower end of the live version's 95 %
+    intervals.
 
-    Compared is the score (equal parts of both tasks' figures), or the one figure that the live version has; part by part where
-    the live version's score has no interval. Figures of other data are shown and never pass.
+    Compared is the score (equal parts of both tasks' figures), or the one figure that the live version has; part by
+    part where the live version's score has no interval. Figures of other data are shown and never pass.
     """
     ours, theirs = _figures(candidate), {} if live is None else _figures(live)
     if live is None or not theirs:
@@ -127,7 +128,8 @@ def metrics_gate(candidate: Bundle, live: Bundle | None) -> Gate:
             f"The candidate's bundle has no {' and no '.join(missing)}, the live version's has.", figures
         )
     told = "; ".join(
-        f"{FIGURES[one['figure']].title} {one['candidate']:.3f} against {one['live']:.3f} (95 % interval {one['low']:.3f} to {one['high']:.3f})"
+        f"{FIGURES[one['figure']].title} {one['candidate']:.3f} against {one['live']:.3f} (95 % interval "
+        f"{one['low']:.3f} to {one['high']:.3f})"
         if one["low"] is not None
         else f"{FIGURES[one['figure']].title} {one['candidate']:.3f} against {one['live']:.3f} (no interval)"
         for one in comparisons
@@ -135,8 +137,8 @@ def metrics_gate(candidate: Bundle, live: Bundle | None) -> Gate:
     figures["data_differs"] = differs = _data_differences(candidate, live)
     if differs:
         return _refused_metrics(
-            f"Measured on other data than the live version ({'; '.join(differs)}), so this says nothing: {told}. Measure both with "
-            "rafce evaluate on the same data and, if the candidate holds, overrule this.",
+            f"Measured on other data than the live version ({'; '.join(differs)}), so this says nothing: {told}. "
+            "Measure both with rafce evaluate on the same data and, if the candidate holds, overrule this.",
             figures,
         )
     if any(one["low"] is None for one in comparisons):
@@ -149,7 +151,9 @@ def metrics_gate(candidate: Bundle, live: Bundle | None) -> Gate:
 
 
 def latency_gate(candidate: Predictor, live: Predictor | None, *, max_ratio: float) -> Gate:
-    """Whether the candidate takes at most ``max_ratio`` times as long for a face as the live version, alone and in a batch; takes seconds."""
+    """Whether the candidate takes at most ``max_ratio`` times as long for a face as the live version, alone and in a
+    batch; takes seconds.
+    """
     measured = ms_per_face([candidate] if live is None else [candidate, live])
     engine = candidate.engine.name
     figures: dict[str, Any] = {"engine": engine, "max_ratio": max_ratio, "candidate_ms_per_face": measured[0]}
@@ -236,8 +240,8 @@ def examine(
 ) -> tuple[tuple[Gate, ...], Bundle | None]:
     """What every gate finds of the version in ``folder``, and its bundle; takes seconds.
 
-    Without a ``live`` version there is nothing to compare with; one that cannot be read makes every comparing gate say no. The
-    bundle is None where it cannot be read: nothing is then compared.
+    Without a ``live`` version there is nothing to compare with; one that cannot be read makes every comparing gate say
+    no. The bundle is None where it cannot be read: nothing is then compared.
     """
     gates, candidate = verify(folder, engine)
     if candidate is None:

@@ -1,4 +1,6 @@
-"""Which version is live, since when, why and what was before: ``live.json``; and every such record there ever was, in ``history/``."""
+"""Which version is live, since when, why and what was before: ``live.json``; and every such record there ever was, in
+``history/``.
+"""
 
 from __future__ import annotations
 
@@ -35,15 +37,17 @@ class Gate(_Record):
 
     @property
     def may_be_overruled(self) -> bool:
-        """Whether force helps: a bundle that is damaged or answers otherwise than when it was made is served by no service."""
+        """Whether force helps: a bundle that is damaged or answers otherwise than when it was made is served by no
+        service.
+        """
         return self.name not in ("integrity", "canary")
 
 
 class LiveRecord(_Record):
     """One change of what is live.
 
-    ``number`` counts the changes from 1. ``sha256``: of the version's weights. ``by``: whoever did it. ``overruled``: names of
-    gates that said no. ``before``: the versions that a rollback goes back to, the next first.
+    ``number`` counts the changes from 1. ``sha256``: of the version's weights. ``by``: whoever did it. ``overruled``:
+    names of gates that said no. ``before``: the versions that a rollback goes back to, the next first.
     """
 
     format_version: Literal[1] = 1
@@ -109,8 +113,9 @@ def _overtaken(registry: Location, now: LiveRecord | None) -> str:
     if now is None:
         return f"{registry.shown}: {LIVE} was removed meanwhile. Nothing was changed; find out who did it."
     return (
-        f"{registry.shown}: {now.by} made {now.version} live meanwhile ({now.action} number {now.number}, {now.since:%Y-%m-%d %H:%M:%S} UTC: "
-        f"{now.why}), so this was checked against a version that is no longer live. Nothing was changed; give the command again to check against {now.version}."
+        f"{registry.shown}: {now.by} made {now.version} live meanwhile ({now.action} number {now.number}, "
+        f"{now.since:%Y-%m-%d %H:%M:%S} UTC: {now.why}), so this was checked against a version that is no longer live. "
+        f"Nothing was changed; give the command again to check against {now.version}."
     )
 
 
@@ -140,6 +145,6 @@ def _read(file: Location) -> LiveRecord | None:
         fault = error.errors()[0]
         place = ".".join(map(str, fault["loc"])) or "the file"
         raise RafceError(
-            f"{file.shown}: {place}: {fault['msg']}. It was altered, or written by another version of rafce_ray: restore it from "
-            f"its copy in {HISTORY}/, or use that version."
+            f"{file.shown}: {place}: {fault['msg']}. It was altered, or written by another version of rafce_ray: "
+            f"restore it from its copy in {HISTORY}/, or use that version."
         ) from None

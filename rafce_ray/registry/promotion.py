@@ -84,7 +84,8 @@ def take_candidate(registry: Location, source: str, name: str | None = None) -> 
     if is_name(source) and source in version_names(registry):
         if name is not None:
             raise UsageError(
-                f"{source!r} is a version already and keeps its name; --as names a bundle that is added. Write ./{source} for a folder."
+                f"{source!r} is a version already and keeps its name; --as names a bundle that is added. Write "
+                f"./{source} for a folder."
             )
         return source, False
     try:
@@ -136,7 +137,8 @@ def promote(registry: Location, version: str, reason: Reason, rules: Rules) -> O
 def roll_back(registry: Location, reason: Reason, rules: Rules) -> Outcome:
     """Make live again what was before; again, and it is what was before that.
 
-    Only whether the version is whole and answers as stored is asked: it was live, and something is wrong with what is now.
+    Only whether the version is whole and answers as stored is asked: it was live, and something is wrong with what is
+    now.
 
     Raises:
         Refused: it is not whole any more.
@@ -174,7 +176,13 @@ def _refusal(registry: Location, version: str | None, gates: tuple[Gate, ...]) -
     said = "\n".join(f"  {gate.name}: {gate.detail}" for gate in refusing)
     what = "the bundle" if version is None else version
     if all(gate.may_be_overruled for gate in refusing):
-        remedy = f"Choose another version, or overrule with: rafce bundle promote {registry.command} {version} --force --why TEXT"
+        remedy = (
+            f"Choose another version, or overrule with: rafce bundle promote {registry.command} {version} "
+            "--force --why TEXT"
+        )
     else:
-        remedy = "No service would serve it, so force does not help: get the bundle again from its source, or choose another."
+        remedy = (
+            "No service would serve it, so force does not help: get the bundle again from its source, or choose "
+            "another."
+        )
     return Refused(f"{what} was not made live, and nothing was changed:\n{said}\n{remedy}", version, gates)

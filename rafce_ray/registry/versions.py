@@ -30,7 +30,10 @@ _NAMES = "names are 1 to 64 letters, digits, dots, dashes and underscores, and s
 
 @dataclass(frozen=True)
 class Version:
-    """A version as its manifest tells it, which may be broken: ``problem`` then says how. ``added``: UTC, None where unknown."""
+    """A version as its manifest tells it, which may be broken: ``problem`` then says how.
+
+    ``added``: UTC, None where unknown.
+    """
 
     name: str
     added: datetime | None
@@ -111,7 +114,8 @@ def local_copy(place: Location) -> Iterator[Path]:
 
 
 def add_version(registry: Location, source: str, name: str | None = None) -> tuple[str, bool]:
-    """Copy a bundle, or a run folder's, into the registry; its name, by default the start of its weights' sha256, and whether it is new.
+    """Copy a bundle, or a run folder's, into the registry; its name, by default the start of its weights' sha256, and
+    whether it is new.
 
     What is there already under this name with the same content is left as it is.
 
@@ -162,11 +166,13 @@ def _load_copy(copy: Path, source: Location) -> Bundle:
 
 
 def _check_same(folder: Location, copy: Path) -> None:
-    """UsageError where a version is another bundle than this one: a manifest holds its weights' sha256, so it tells them apart."""
+    """UsageError where a version is another bundle than this one: a manifest holds its weights' sha256, so it tells
+    them apart.
+    """
     if (folder / MANIFEST).read_bytes() != (copy / MANIFEST).read_bytes():
         raise UsageError(
-            f"{folder.shown}: this version is there already and is another bundle; versions are never altered. Give the new one a "
-            "name of its own with --as NAME."
+            f"{folder.shown}: this version is there already and is another bundle; versions are never altered. Give "
+            "the new one a name of its own with --as NAME."
         )
 
 
@@ -176,8 +182,8 @@ def _check_stored(folder: Location) -> None:
         load_stored(folder)
     except BundleError as error:
         raise BundleError(
-            f"{error} What was stored is not what was copied: the storage failed, or another program stored under this name at the "
-            "same time. Remove the folder and add the bundle again."
+            f"{error} What was stored is not what was copied: the storage failed, or another program stored under this "
+            "name at the same time. Remove the folder and add the bundle again."
         ) from error
 
 

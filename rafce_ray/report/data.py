@@ -1,4 +1,6 @@
-"""All that a run's report shows, gathered from its folder and, for other splits than validation, measured on the data."""
+"""All that a run's report shows, gathered from its folder and, for other splits than validation, measured on the
+data.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,10 @@ _LONG = ("name", "column", "value")
 
 @dataclass(frozen=True)
 class SliceFile:
-    """Attributes of images: ``columns[attribute][image name]`` is a value, without those that are blank. ``names`` are all images."""
+    """Attributes of images: ``columns[attribute][image name]`` is a value, without those that are blank.
+
+    ``names`` are all images.
+    """
 
     place: str
     names: tuple[str, ...]
@@ -95,8 +100,8 @@ def _check_header(place: str, line: int, header: list[str]) -> None:
         raise UsageError(f"{place}:{line}: column {doubled[0]!r} is there twice. Name each column once.")
     if "name" not in header or len(header) < 2:
         raise UsageError(
-            f"{place}:{line}: the header is {', '.join(map(repr, header))}. Expected comma-separated columns: name and at least one "
-            "attribute, or name,column,value."
+            f"{place}:{line}: the header is {', '.join(map(repr, header))}. Expected comma-separated columns: name and "
+            "at least one attribute, or name,column,value."
         )
     if "" in header:
         raise UsageError(f"{place}:{line}: column {header.index('') + 1} has no name. Name it, or take it out.")
@@ -129,7 +134,8 @@ def _read_long(place: str, header: list[str], rows: list[tuple[int, list[str]]])
             raise UsageError(f"{place}:{line}: column 'column' is blank. Name the attribute.")
         if (name, column) in first_line:
             raise UsageError(
-                f"{place}:{line}: column 'column': {column!r} of {name!r} is on line {first_line[name, column]} already. Keep one."
+                f"{place}:{line}: column 'column': {column!r} of {name!r} is on line {first_line[name, column]} "
+                "already. Keep one."
             )
         first_line[name, column] = line
         values_of = columns.setdefault(column, {})
@@ -148,7 +154,9 @@ MAX_NUMBERS = 10
 """Distinct numbers, in the file, up to which each is a group of its own; more are cut into ranges."""
 
 MIN_NUMBER_SHARE = 0.9
-"""Share of numbers among a column's values from which it is one of numbers; other values, such as NA, are groups beside the ranges."""
+"""Share of numbers among a column's values from which it is one of numbers; other values, such as NA, are groups beside
+the ranges.
+"""
 
 MAX_RANGES = 4
 
@@ -183,7 +191,10 @@ class Group:
 
 @dataclass(frozen=True)
 class Column:
-    """The groups of one attribute. ``remark`` says how they were made or why there are none; ``num_unknown`` images have no value."""
+    """The groups of one attribute.
+
+    ``remark`` says how they were made or why there are none; ``num_unknown`` images have no value.
+    """
 
     name: str
     remark: str
@@ -193,7 +204,10 @@ class Column:
 
 @dataclass(frozen=True)
 class GroupTable:
-    """All attributes. ``num_unmatched``: names in the file that are no image measured here, with the first few of them."""
+    """All attributes.
+
+    ``num_unmatched``: names in the file that are no image measured here, with the first few of them.
+    """
 
     place: str
     num_names: int
@@ -235,8 +249,8 @@ def group_table(split: SplitOutputs, taxonomy: Taxonomy, calibration: Calibratio
     unmatched = [name for name in slices.names if name not in here]
     if len(unmatched) == len(slices.names):
         raise UsageError(
-            f"{slices.place}: column 'name': none of its {len(unmatched)} names ({unmatched[0]!r}, ...) is one of the {len(here)} "
-            f"images measured ({split.names[0]!r}, ...). Write the names as the labels do."
+            f"{slices.place}: column 'name': none of its {len(unmatched)} names ({unmatched[0]!r}, ...) is one of the "
+            f"{len(here)} images measured ({split.names[0]!r}, ...). Write the names as the labels do."
         )
     everything = np.ones(len(split.names), dtype=bool)
     return GroupTable(
@@ -284,7 +298,9 @@ def _why_none(name: str, num_values: int, num_distinct: int, is_unknown: bool) -
 
 
 def _ranges(found: Sequence[str | None]) -> tuple[list[tuple[str, NDArray[np.bool_]]], str]:
-    """Ranges of numbers, cut near the quantiles of the images measured into MAX_RANGES, or fewer so that each holds MIN_GROUP; never under 2."""
+    """Ranges of numbers, cut near the quantiles of the images measured into MAX_RANGES, or fewer so that each holds
+    MIN_GROUP; never under 2.
+    """
     numbers = np.array([float(one) if one is not None and _NUMBER.fullmatch(one) else np.nan for one in found])
     known = numbers[~np.isnan(numbers)]
     if not len(known):
@@ -387,8 +403,11 @@ def gather(
     store: str | None = None,
     device: str = "auto",
 ) -> ReportData:
-    """Everything for the page. ``slices``: a CSV of attributes; ``images=False`` reads no pixel; ``store``: where the decoded images are,
-    by default the one with the run's fingerprint under ``data.store_dir``; ``overrides``: ``data.key=value`` where the data have moved.
+    """Everything for the page.
+
+    ``slices``: a CSV of attributes; ``images=False`` reads no pixel; ``store``: where the decoded images are, by
+    default the one with the run's fingerprint under ``data.store_dir``; ``overrides``: ``data.key=value`` where the
+    data have moved.
 
     Raises:
         UsageError: there is no run here, or what is asked for cannot be had of it; the slices file is malformed.
@@ -408,7 +427,8 @@ def gather(
             groups = group_table(measured.outputs, taxonomy, calibration, slice_file)
     elif slice_file is not None:
         raise UsageError(
-            f"{folder.location}: --slices needs the finished model's outputs, and the run has none. Finish it, or leave --slices out."
+            f"{folder.location}: --slices needs the finished model's outputs, and the run has none. Finish it, or "
+            "leave --slices out."
         )
     if mistakes is not None and images:
         mistakes = mistakes.with_thumbnails(
@@ -436,7 +456,8 @@ def check_run(folder: RunFolder) -> None:
     if study.trial_names():
         names = study.trial_names()
         raise UsageError(
-            f"{folder.location}: is a study of {len(names)} trials. Give one of them, for example {study.trial(names[0]).location}."
+            f"{folder.location}: is a study of {len(names)} trials. Give one of them, for example "
+            f"{study.trial(names[0]).location}."
         )
     folder.location.check_reachable()
     what = "is no run folder: there is no config.yaml in it" if folder.location.exists() else "nothing is there"
@@ -451,8 +472,8 @@ def _from_files(run: Evidence) -> _Measured:
     if record is None:
         return _Measured(None, "No epoch has ended yet: there are no figures.")
     how = (
-        f"Measured in training after epoch {run.best['epoch']}: without calibration, with thresholds of 0.5, and without intervals. "
-        "There is no finished bundle."
+        f"Measured in training after epoch {run.best['epoch']}: without calibration, with thresholds of 0.5, and "
+        "without intervals. There is no finished bundle."
     )
     return _Measured(record | {"num_images": record["emotion_known"] or None}, how)
 
@@ -470,8 +491,8 @@ def _from_data(folder: RunFolder, split: Split, overrides: Sequence[str], device
     trained_on = bundle.provenance.get("data_fingerprint")
     if dataset.fingerprint != trained_on:
         remarks.append(
-            f"The data have changed since training, or are others: their fingerprint is {dataset.fingerprint}, training's was {trained_on}. "
-            "Images of this split may have been trained on."
+            f"The data have changed since training, or are others: their fingerprint is {dataset.fingerprint}, "
+            f"training's was {trained_on}. Images of this split may have been trained on."
         )
     how = f"Measured on the finished bundle, with its calibration, on {' and '.join(SPLITS_OF[split])} images."
     return _Measured(figures, how, outputs, dataset, remarks)
@@ -487,11 +508,14 @@ def _concatenate(parts: Sequence[SplitOutputs]) -> SplitOutputs:
 
 
 def _with_data(run: Evidence, overrides: Sequence[str], split: Split) -> Config:
-    """The run's configuration with other places of its data, which validation figures have no use for beyond the store."""
+    """The run's configuration with other places of its data, which validation figures have no use for beyond the
+    store.
+    """
     others = [text for text in overrides if not text.startswith("data.store_dir=")]
     if split == "validation" and others:
         raise UsageError(
-            f"{others[0]!r}: validation figures are the run's own, measured on its own data. Give --split test to measure other data."
+            f"{others[0]!r}: validation figures are the run's own, measured on its own data. Give --split test to "
+            "measure other data."
         )
     return build_config(apply_overrides(run.config.model_dump(mode="json"), overrides))
 
@@ -528,7 +552,9 @@ class Mistake:
 
 @dataclass(frozen=True)
 class Mistakes:
-    """The surest mistakes of each task, the surest first, and how many there are in all; ``why_no_images`` where there are none."""
+    """The surest mistakes of each task, the surest first, and how many there are in all; ``why_no_images`` where there
+    are none.
+    """
 
     emotions: tuple[Mistake, ...]
     num_wrong_emotions: int
@@ -563,7 +589,8 @@ class Mistakes:
 
 
 def find_mistakes(split: SplitOutputs, taxonomy: Taxonomy, calibration: Calibration) -> Mistakes:
-    """The most confident wrong emotions, and the action units decided wrongly whose probability is farthest from the truth.
+    """The most confident wrong emotions, and the action units decided wrongly whose probability is farthest from the
+    truth.
 
     At most one action unit an image, so that one odd picture does not fill the list.
     """
@@ -618,7 +645,8 @@ def _au_mistake(
 def open_stored(
     data: DataConfig, provenance: dict[str, Any] | None, taxonomy: Taxonomy, store: str | None = None
 ) -> Dataset:
-    """The run's decoded images, from ``store`` or from the store under ``data.store_dir`` that has the run's fingerprint.
+    """The run's decoded images, from ``store`` or from the store under ``data.store_dir`` that has the run's
+    fingerprint.
 
     Nothing is decoded anew, and the original files are not looked at.
 
@@ -641,8 +669,8 @@ def _find_store(store_dir: str, fingerprint: str | None) -> str:
         except (ValueError, OSError):
             continue
     raise RafceError(
-        f"no decoded store in {place} has the run's fingerprint {fingerprint}. Name its folder with data.store_dir=FOLDER, or build it "
-        "again with rafce evaluate."
+        f"no decoded store in {place} has the run's fingerprint {fingerprint}. Name its folder with "
+        "data.store_dir=FOLDER, or build it again with rafce evaluate."
     )
 
 

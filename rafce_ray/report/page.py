@@ -1,4 +1,6 @@
-"""A run's report as one HTML page: what of it is shown, in which order and in which words; the template says how it looks."""
+"""A run's report as one HTML page: what of it is shown, in which order and in which words; the template says how it
+looks.
+"""
 
 from __future__ import annotations
 
@@ -78,9 +80,11 @@ def write_report(
     store: str | None = None,
     device: str = "auto",
 ) -> Location:
-    """Write a run's report and return where it is: ``report.html`` in the run's folder, replaced if it is there, or ``out``, which must be new.
+    """Write a run's report and return where it is: ``report.html`` in the run's folder, replaced if it is there, or
+    ``out``, which must be new.
 
-    The other arguments are those of :func:`rafce_ray.report.data.gather`. Validation figures are the run's own and cost no forward pass.
+    The other arguments are those of :func:`rafce_ray.report.data.gather`. Validation figures are the run's own and cost
+    no forward pass.
 
     Raises:
         UsageError: there is no run here, ``out`` exists, or what is asked for cannot be had of it.
@@ -241,7 +245,8 @@ def _alerts(data: ReportData) -> Iterator[tuple[str, str]]:
         yield (
             "warning",
             (
-                f"This run has not finished: {len(run.records)} of {run.config.optim.epochs} epochs are on record. The page shows what is there."
+                f"This run has not finished: {len(run.records)} of {run.config.optim.epochs} epochs are on record. The "
+                "page shows what is there."
             ),
         )
     if not run.audit:
@@ -304,7 +309,9 @@ def _epochs(data: ReportData) -> list[dict[str, Any]]:
 
 
 def _confusion(data: ReportData) -> dict[str, list[dict[str, Any]]]:
-    """``rows`` of the confusion matrix, and the ``commonest`` confusions, most images first; empty where the outputs were not finite."""
+    """``rows`` of the confusion matrix, and the ``commonest`` confusions, most images first; empty where the outputs
+    were not finite.
+    """
     names, matrix = data.taxonomy.emotions, (data.figures or {}).get("confusion", [])
     if any(count is None for row in matrix for count in row):
         return {"rows": [], "commonest": []}
@@ -345,7 +352,9 @@ def _per_au(data: ReportData) -> list[dict[str, Any]]:
 
 
 def _calibration_rows(data: ReportData) -> Iterator[dict[str, Any]]:
-    """Log loss, Brier and calibration error of each task: before, after, and after on images that the fit did not see."""
+    """Log loss, Brier and calibration error of each task: before, after, and after on images that the fit did not
+    see.
+    """
     reliability = None if data.figures is None else data.figures.get("reliability")
     if reliability is None:
         return
@@ -385,7 +394,8 @@ def _provenance(data: ReportData) -> Iterator[tuple[str, str]]:
         hardware = started[-1].get("hardware", {})
         yield (
             "hardware",
-            f"{hardware.get('name')} ({hardware.get('device')}, {hardware.get('threads')} threads), {started[-1].get('precision')}",
+            f"{hardware.get('name')} ({hardware.get('device')}, {hardware.get('threads')} threads), "
+            f"{started[-1].get('precision')}",
         )
         if workers := distinct(started, "num_workers"):
             yield "workers", workers

@@ -148,7 +148,9 @@ def gradient_curves(run: Evidence) -> Markup | None:
 
 
 def reliability_diagrams(reliability: Mapping[str, Any]) -> Markup | None:
-    """Share of hits against confidence, before and after calibration, for each task that is known; None where none is."""
+    """Share of hits against confidence, before and after calibration, for each task that is known; None where none
+    is.
+    """
     panels = [
         (title, key)
         for title, key in (("Emotions", "emotion"), ("Action units", "action_units"))
@@ -180,7 +182,9 @@ def reliability_diagrams(reliability: Mapping[str, Any]) -> Markup | None:
 
 
 def risk_coverage_curve(risk_coverage: Mapping[str, Any], unsure_below: float | None) -> Markup:
-    """Share of wrong answers among the most confident share of images; the limit of trust is marked where there is one."""
+    """Share of wrong answers among the most confident share of images; the limit of trust is marked where there is
+    one.
+    """
     curve = risk_coverage["curve"]
 
     def draw(axes: Sequence[Axes]) -> None:
@@ -203,7 +207,10 @@ def risk_coverage_curve(risk_coverage: Mapping[str, Any], unsure_below: float | 
         axis.set(xlim=(0, 1.02), ylim=(0, min(1.0, max(0.1, 1.25 * max(risk)))))
         axis.set(xlabel="coverage: share of images answered, the surest first", ylabel="risk: share wrong")
 
-    label = f"Risk-coverage curve: {curve[-1]['risk']:.1%} wrong with every image answered; area under it {risk_coverage['aurc']:.3f}."
+    label = (
+        f"Risk-coverage curve: {curve[-1]['risk']:.1%} wrong with every image answered; area under it "
+        f"{risk_coverage['aurc']:.3f}."
+    )
     return chart("risk-coverage", 1, 300, draw, label, max_panels=1.45)
 
 
@@ -244,7 +251,10 @@ def _inline(svg: str, name: str, label: str, width_px: int) -> Markup:
     view = re.search(r'viewBox="[^"]+"', svg)
     if opening is None or view is None:
         raise AssertionError("matplotlib writes an svg element with a viewBox")
-    start = f'<svg class="chart" role="img" aria-label="{escape(label)}" {view.group()} style="--width:{width_px}" xmlns:xlink="http://www.w3.org/1999/xlink">'
+    start = (
+        f'<svg class="chart" role="img" aria-label="{escape(label)}" {view.group()} style="--width:{width_px}" '
+        'xmlns:xlink="http://www.w3.org/1999/xlink">'
+    )
     return Markup(start + svg[opening.end() :])
 
 

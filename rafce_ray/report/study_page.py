@@ -1,4 +1,6 @@
-"""A study's page: which trial won and what is known of it, then how the sweep came to it; the template says how it looks."""
+"""A study's page: which trial won and what is known of it, then how the sweep came to it; the template says how it
+looks.
+"""
 
 from __future__ import annotations
 
@@ -48,15 +50,18 @@ from rafce_ray.study.trials import RungEntry, Trial, best_first, read_rungs, rea
 from rafce_ray.study.watch import STATES, plain, roughly
 
 SAVING = ("stopped_by_scheduler", "stopped_early")
-"""Statuses whose epochs not trained were saved; those of a trial that diverged or failed were lost, others may still come."""
+"""Statuses whose epochs not trained were saved; those of a trial that diverged or failed were lost, others may still
+come.
+"""
 
 
 @dataclass(frozen=True)
 class Cost:
     """What some trials cost. ``seconds`` and ``seconds_saved``: of one CPU core or one GPU, as :func:`unit` says.
 
-    ``epochs_saved``: epochs not trained because of early stopping; ``seconds_saved``: those at each trial's own mean seconds an
-    epoch. ``num_unmeasured``: trials stopped before their first epoch, whose ``seconds_saved`` nobody knows: they are left out.
+    ``epochs_saved``: epochs not trained because of early stopping; ``seconds_saved``: those at each trial's own mean
+    seconds an epoch. ``num_unmeasured``: trials stopped before their first epoch, whose ``seconds_saved`` nobody knows:
+    they are left out.
     """
 
     num_trials: int
@@ -113,9 +118,9 @@ STUDY_SETTINGS, FINALISTS, TEST = "study.yaml", "finalists.json", "test.json"
 class StudyData:
     """A study as its page shows it. ``trials`` are the sweep's, ``finalists`` their repetitions with other seeds.
 
-    ``configs``: of every trial, by name. ``settings``: study.yaml, ``settings_text`` as it is written. ``provenances``: of every
-    trial that has one. ``findings``: the doctor's over all trials, each with the trials that have it; it is told as of the first of
-    them, the best ranked.
+    ``configs``: of every trial, by name. ``settings``: study.yaml, ``settings_text`` as it is written. ``provenances``:
+    of every trial that has one. ``findings``: the doctor's over all trials, each with the trials that have it; it is
+    told as of the first of them, the best ranked.
     """
 
     study: StudyFolder
@@ -160,7 +165,10 @@ class StudyData:
 
     @cached_property
     def values(self) -> dict[str, dict[str, Any]]:
-        """What each trial was trained with, by sampled key; keys that do not apply to it are absent. The base has its own of all keys."""
+        """What each trial was trained with, by sampled key; keys that do not apply to it are absent.
+
+        The base has its own of all keys.
+        """
         values = {trial.name: dict(trial.plan.values) for trial in self.trials}
         if self.base is not None:
             own = flatten(self.configs[self.base.name])
@@ -212,7 +220,8 @@ def gather_study(study: StudyFolder, metric: str) -> StudyData:
     """
     if not is_study(study):
         raise UsageError(
-            f"{study.location}: is no study of rafce tune: there is no {STUDY_SETTINGS} in it. Give the folder that the sweep printed."
+            f"{study.location}: is no study of rafce tune: there is no {STUDY_SETTINGS} in it. Give the folder that "
+            "the sweep printed."
         )
     found = read_trials(study, metric)
     folders = {trial.name: study.trial(trial.name) for trial in found}
@@ -248,7 +257,9 @@ def _record(study: StudyFolder, name: str) -> dict[str, Any] | None:
 
 
 def _findings(study: StudyFolder, ranked: Sequence[str]) -> list[tuple[Diagnosis, tuple[str, ...]]]:
-    """Each code once with its trials, gravest first and then by the number of trials; told as of the best trial at its gravest."""
+    """Each code once with its trials, gravest first and then by the number of trials; told as of the best trial at its
+    gravest.
+    """
     found: dict[str, dict[str, Diagnosis]] = {}
     for trial in examine_study(study):
         for diagnosis in trial.diagnoses:
@@ -422,7 +433,8 @@ def _alerts(data: StudyData) -> Iterator[tuple[str, str]]:
     if len(fingerprints) > 1:
         yield (
             "serious",
-            f"The trials were not trained on the same data: there are {len(fingerprints)} fingerprints. Their scores cannot be compared.",
+            f"The trials were not trained on the same data: there are {len(fingerprints)} fingerprints. Their scores "
+            "cannot be compared.",
         )
     if data.verdict is None:
         planned = data.settings.get("num_trials")
@@ -470,7 +482,9 @@ BROKEN = ("failed", "diverged")
 
 
 def state(status: str) -> str:
-    """A trial's status for people; one without an end may be in training or interrupted, which its folder cannot tell."""
+    """A trial's status for people; one without an end may be in training or interrupted, which its folder cannot
+    tell.
+    """
     return STATES.get(status, "not ended")
 
 
@@ -519,7 +533,9 @@ def change_rows(data: StudyData) -> list[tuple[str, str, str]]:
 
 
 def finalists_table(data: StudyData) -> dict[str, Any] | None:
-    """The verdict's rows and the seeds of its columns; intervals and scores also as places between the lowest and the highest of all."""
+    """The verdict's rows and the seeds of its columns; intervals and scores also as places between the lowest and the
+    highest of all.
+    """
     if data.verdict is None:
         return None
     shown = data.verdict.ranked if data.verdict.retrained else data.verdict.ranked[:NOT_RETRAINED]

@@ -26,7 +26,9 @@ FEW_VALUES = 4
 
 @dataclass(frozen=True)
 class ValueAxis:
-    """The axis of one sampled key. ``categories``: values as written, in order; numbers are spread evenly too where they are few.
+    """The axis of one sampled key.
+
+    ``categories``: values as written, in order; numbers are spread evenly too where they are few.
 
     ``low`` and ``high`` bound the numbers of the other kinds.
     """
@@ -117,8 +119,8 @@ class Emphasis:
 class Field:
     """A sweep's trials as its charts show them.
 
-    ``choices``: every sampled key, with the values that it chose from where they were listed; ``values``: by trial, absent where a key
-    does not apply.
+    ``choices``: every sampled key, with the values that it chose from where they were listed; ``values``: by trial,
+    absent where a key does not apply.
     """
 
     trials: Sequence[Trial]
@@ -141,7 +143,10 @@ class Field:
 
 
 def emphasise(ranked: Sequence[Trial], winner: Trial | None, base: Trial | None, *, judged: bool) -> list[Emphasis]:
-    """The winner, the next best and the base, ``ranked`` being the best first. ``judged``: the winner was found, not only the best so far."""
+    """The winner, the next best and the base, ``ranked`` being the best first.
+
+    ``judged``: the winner was found, not only the best so far.
+    """
     first = [] if winner is None else [winner]
     best = (first + [trial for trial in ranked if trial not in first])[:NUM_EMPHASISED]
 
@@ -162,7 +167,9 @@ def roles_of(trial: Trial, winner: Trial | None, base: Trial | None, *, judged: 
 
 
 def parallel_coordinates(field: Field) -> Markup | None:
-    """Every trial a line over the axes of what was sampled, the score last and better upwards; None without a scored trial."""
+    """Every trial a line over the axes of what was sampled, the score last and better upwards; None without a scored
+    trial.
+    """
     scored = [trial for trial in field.trials if trial.score is not None]
     axes = field.axes
     if not scored or not axes:
@@ -235,7 +242,9 @@ def score_by_value(field: Field) -> Iterator[Markup]:
 
 
 def columns(num_charts: int) -> int | None:
-    """How many small charts a row's width is shared out to; None: to those that there are, which leaves the legend its place."""
+    """How many small charts a row's width is shared out to; None: to those that there are, which leaves the legend its
+    place.
+    """
     return COLUMNS if num_charts >= COLUMNS else None
 
 
@@ -280,7 +289,9 @@ def _scatter(panel: Axes, axis: ValueAxis, field: Field) -> None:
 
 
 def point_of(trial: Trial) -> dict[str, Any]:
-    """How a trial that does not stand out is drawn: full where it came to its own end, hollow where it did not, crossed where it broke."""
+    """How a trial that does not stand out is drawn: full where it came to its own end, hollow where it did not, crossed
+    where it broke.
+    """
     common = {"color": MUTED, "linestyle": "none", "markersize": 5.5}
     if trial.status in ("failed", "diverged"):
         return {**common, "marker": "x", "markeredgewidth": 1.4}
@@ -360,7 +371,8 @@ def _row_of_rungs(rungs: Sequence[Rung], start: int, all_rungs: Sequence[Rung]) 
             panel.set(title=f"Epoch {rung.milestone:g}{bracket}", xlabel="order of arrival")
 
     told = "; ".join(
-        f"epoch {rung.milestone:g}: {len(rung.entries)} trials, {len(rung.stopped)} stopped, last cutoff {number(rung.cutoff)}"
+        f"epoch {rung.milestone:g}: {len(rung.entries)} trials, {len(rung.stopped)} stopped, last cutoff "
+        f"{number(rung.cutoff)}"
         for rung in rungs
     )
     return chart(f"rungs-{start}", len(rungs), 260, draw, f"ASHA's rungs. {told}.", columns(len(all_rungs)))
@@ -396,7 +408,9 @@ def _draw_rung(panel: Axes, rung: Rung) -> None:
 
 
 def learning_curves(field: Field) -> Markup | None:
-    """The metric of every trial by epoch, the end of those that did not come to their own end marked; None before any epoch."""
+    """The metric of every trial by epoch, the end of those that did not come to their own end marked; None before any
+    epoch.
+    """
     drawn = [trial for trial in field.trials if any(value is not None for _, value in trial.curve)]
     if not drawn:
         return None

@@ -1,8 +1,8 @@
 """Checkpoints that can be believed: written beside and renamed, with a manifest of sha256 sums written last.
 
-``checkpoints/epoch_0003_step_00000/`` holds ``trainer_state.pt`` (optimizer and counters), ``bundle/`` (the weights, ready
-to predict with) and ``manifest.json``. A checkpoint counts only if every file in its manifest is there and unaltered, so a
-resume steps back to the newest one that holds, which Ray Train's own snapshot cannot do.
+``checkpoints/epoch_0003_step_00000/`` holds ``trainer_state.pt`` (optimizer and counters), ``bundle/`` (the weights,
+ready to predict with) and ``manifest.json``. A checkpoint counts only if every file in its manifest is there and
+unaltered, so a resume steps back to the newest one that holds, which Ray Train's own snapshot cannot do.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ SCRATCH_PREFIX = ".writing-"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One checkpoint: ``epoch`` epochs and ``step`` steps of the next are done; ``score`` of the last whole epoch, higher is better."""
+    """One checkpoint: ``epoch`` epochs and ``step`` steps of the next are done; ``score`` of the last whole epoch,
+    higher is better.
+    """
 
     location: Location
     epoch: int
@@ -96,7 +98,10 @@ def save_checkpoint(
 
 
 def list_checkpoints(folder: Location) -> tuple[list[Checkpoint], list[InvalidCheckpoint]]:
-    """All checkpoints of a run whose manifest can be read, oldest first, and those without one. Contents are not yet checked."""
+    """All checkpoints of a run whose manifest can be read, oldest first, and those without one.
+
+    Contents are not yet checked.
+    """
     found, invalid = [], []
     for info in folder.list():
         name = info.base_name
@@ -144,7 +149,9 @@ def newest_valid(folder: Location) -> tuple[Checkpoint | None, list[InvalidCheck
 
 
 def best_valid(folder: Location) -> tuple[Checkpoint | None, list[InvalidCheckpoint]]:
-    """The whole-epoch checkpoint with the best score that holds (the earliest among equals), and better ones that do not."""
+    """The whole-epoch checkpoint with the best score that holds (the earliest among equals), and better ones that do
+    not.
+    """
     found, invalid = list_checkpoints(folder)
     for checkpoint in _best_first(found):
         reason = fault(checkpoint)
@@ -179,7 +186,8 @@ def read_trainer_state(checkpoint: Checkpoint) -> dict[str, Any]:
     )
     if not isinstance(state, dict):
         raise RafceError(
-            f"{checkpoint.location / TRAINER_STATE}: holds a {type(state).__name__}, expected a mapping. Delete this checkpoint."
+            f"{checkpoint.location / TRAINER_STATE}: holds a {type(state).__name__}, expected a mapping. Delete this "
+            "checkpoint."
         )
     return state
 

@@ -73,7 +73,9 @@ def circumstances_of(folder: RunFolder) -> dict[str, str | None]:
 
 
 def distinct(records: Iterable[Mapping[str, Any]], key: str) -> str | None:
-    """What a key holds in records that have it; where that changes from record to record, every value once: ``2 then 4``."""
+    """What a key holds in records that have it; where that changes from record to record, every value once: ``2 then
+    4``.
+    """
     return " then ".join(dict.fromkeys(str(one[key]) for one in records if key in one)) or None
 
 
@@ -92,7 +94,9 @@ def compare_circumstances(
 NOT_COMPARED = frozenset(
     {"images_per_s", "data_wait", "elapsed_s", "num_workers", "run_dir", "bundle", "weights_sha256"}
 )
-"""Timings, places and the number of workers, which is a circumstance; and the weights, of which no more than equality can be said."""
+"""Timings, places and the number of workers, which is a circumstance; and the weights, of which no more than equality
+can be said.
+"""
 
 MISSING = "missing"
 
@@ -104,8 +108,8 @@ Records = Mapping[int | None, Mapping[str, Any]]
 class FigureDifference:
     """One figure of both runs; ``epoch`` None: of the finished model.
 
-    ``size`` is |original - replay|, divided by the larger of both where that is above 1 (counts, norms); infinite where one is
-    missing or undefined, or where it is no number and differs.
+    ``size`` is |original - replay|, divided by the larger of both where that is above 1 (counts, norms); infinite where
+    one is missing or undefined, or where it is no number and differs.
     """
 
     epoch: int | None
@@ -121,7 +125,8 @@ class FigureDifference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """``num_figures`` of the original compared; those ``beyond`` the tolerance by epoch, and the ``largest`` difference of all.
+    """``num_figures`` of the original compared; those ``beyond`` the tolerance by epoch, and the ``largest`` difference
+    of all.
 
     ``only_in_replay`` are figures that the original did not record.
     """
@@ -214,8 +219,8 @@ class Run:
 class Compared:
     """Runs of which the first is the reference.
 
-    ``scored`` goes by run; ``against_first`` by run and figure, empty for the first; a figure that cannot be compared is not in
-    it, and ``remarks`` say why.
+    ``scored`` goes by run; ``against_first`` by run and figure, empty for the first; a figure that cannot be compared
+    is not in it, and ``remarks`` say why.
     """
 
     runs: tuple[Run, ...]
@@ -244,7 +249,8 @@ def compare(runs: Sequence[Run], *, resamples: int = 1000) -> Compared:
         ):
             changed = int((~((ours == theirs) | (np.isnan(ours) & np.isnan(theirs)))).any(axis=1).sum())
             remarks.append(
-                f"{changed} images have other AU labels in {other.name} than in {first.name}: both are measured by those of {first.name}."
+                f"{changed} images have other AU labels in {other.name} than in {first.name}: both are measured by "
+                f"those of {first.name}."
             )
             aligned[number] = replace(aligned[number], action_units=ours)
     scored = [
@@ -264,12 +270,13 @@ def _check_emotions(first: Run, other: Run) -> None:
     ours, theirs = first.taxonomy, other.taxonomy
     if ours.emotions and theirs.emotions and ours.emotions != theirs.emotions:
         raise UsageError(
-            f"{first.name} tells the emotions {list(ours.emotions)}, {other.name} {list(theirs.emotions)}: these are other questions. "
-            "Compare runs with the same data.emotions."
+            f"{first.name} tells the emotions {list(ours.emotions)}, {other.name} {list(theirs.emotions)}: these are "
+            "other questions. Compare runs with the same data.emotions."
         )
     if not comparable_figures(ours, theirs):
         raise UsageError(
-            f"{first.name} and {other.name} tell nothing in common: {_described(ours)} and {_described(theirs)}. Compare runs of the same task."
+            f"{first.name} and {other.name} tell nothing in common: {_described(ours)} and {_described(theirs)}. "
+            "Compare runs of the same task."
         )
 
 
@@ -278,14 +285,15 @@ def _data_remarks(first: Run, other: Run) -> list[str]:
     fingerprints = [run.circumstances["data fingerprint"] for run in (first, other)]
     if fingerprints[0] != fingerprints[1]:
         remarks.append(
-            f"{other.name} was trained on other data than {first.name} (fingerprint {str(fingerprints[1])[:12]}, {str(fingerprints[0])[:12]}); "
-            "the images compared here have the same names and emotions."
+            f"{other.name} was trained on other data than {first.name} (fingerprint {str(fingerprints[1])[:12]}, "
+            f"{str(fingerprints[0])[:12]}); the images compared here have the same names and emotions."
         )
     ours, theirs = first.taxonomy, other.taxonomy
     if ours.action_units != theirs.action_units:
         remarks.append(
-            f"action units are not compared: {first.name} tells {_described(replace(ours, emotions=(), components=()))}, "
-            f"{other.name} {_described(replace(theirs, emotions=(), components=()))}."
+            f"action units are not compared: {first.name} tells "
+            f"{_described(replace(ours, emotions=(), components=()))}, {other.name} "
+            f"{_described(replace(theirs, emotions=(), components=()))}."
         )
     if ours.emotions != theirs.emotions:
         silent = other if ours.emotions else first
@@ -301,7 +309,8 @@ def _described(taxonomy: Taxonomy) -> str:
 
 
 def load_run(place: str, name: str, split: str, *, data: Sequence[str] = (), device: str = "auto") -> Run:
-    """A finished run with its bundle's raw outputs on a split: those that it kept, else measured now on its data (``data``: overrides).
+    """A finished run with its bundle's raw outputs on a split: those that it kept, else measured now on its data
+    (``data``: overrides).
 
     Raises:
         UsageError: there is no finished run with a bundle at that place.
@@ -334,7 +343,9 @@ def _ending(folder: RunFolder) -> str:
 
 
 def render(compared: Compared) -> list[Table]:
-    """Tables for the terminal: configurations, figures with their own intervals, differences to the first, classes and AUs that differ."""
+    """Tables for the terminal: configurations, figures with their own intervals, differences to the first, classes and
+    AUs that differ.
+    """
     runs = compared.runs
     tables = []
     table = _table("configuration", runs)

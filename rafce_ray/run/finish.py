@@ -21,7 +21,8 @@ from rafce_ray.run.state import Training
 
 
 def finish(training: Training, status: str, monitor: str, reason: str | None = None) -> dict[str, Any]:
-    """Write the bundle of the best epoch, measured as ``rafce evaluate`` measures it, and the run's result; rank 0 only.
+    """Write the bundle of the best epoch, measured as ``rafce evaluate`` measures it, and the run's result; rank 0
+    only.
 
     ``reason``: why it did not come to a good end.
     """
@@ -86,7 +87,9 @@ def _write_bundle(training: Training, best: Checkpoint) -> tuple[str, dict[str, 
 
 
 def _calibrate(training: Training, outputs: SplitOutputs) -> tuple[Calibration, dict[str, Any]]:
-    """The calibration of a validation split's raw outputs, and its figures; what could not be done becomes a warning."""
+    """The calibration of a validation split's raw outputs, and its figures; what could not be done becomes a
+    warning.
+    """
     taxonomy, settings = training.job.taxonomy, training.config.calibration
     calibration = Calibration.uncalibrated(taxonomy.num_action_units)
     if not settings.enabled:
@@ -116,13 +119,18 @@ def _association(dataset: Dataset, train: np.ndarray) -> Association | None:
 
 
 def _drift_reference(training: Training, outputs: SplitOutputs, calibration: Calibration) -> DriftReference | None:
-    """What validation's faces look like and how they are answered; None, with a warning, where an answer is no finite number."""
+    """What validation's faces look like and how they are answered; None, with a warning, where an answer is no finite
+    number.
+    """
     dataset = training.dataset
     indices = dataset.indices("validation")
     batches = (indices[start : start + EVALUATION_BATCH] for start in range(0, len(indices), EVALUATION_BATCH))
     lights = [light_of(face) for batch in batches for face in dataset.images.gather(batch)]
     reference = build_reference(calibrated(outputs.outputs, calibration), calibration.au_thresholds, lights)
     if reference is None:
-        message = "the model gives values that are not finite on validation: the bundle keeps no reference, and an endpoint cannot tell drift"
+        message = (
+            "the model gives values that are not finite on validation: the bundle keeps no reference, and an "
+            "endpoint cannot tell drift"
+        )
         training.folder.add_event("drift", message=message)
     return reference

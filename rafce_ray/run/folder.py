@@ -1,4 +1,6 @@
-"""What a run leaves behind: configuration, provenance, audit, targets, epochs, events, checkpoints, result, bundle, raw outputs, report."""
+"""What a run leaves behind: configuration, provenance, audit, targets, epochs, events, checkpoints, result, bundle, raw
+outputs, report.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +62,10 @@ class RunFolder:
         return (self.location / "config.yaml").exists()
 
     def start(self, config: Config, provenance: dict[str, Any], audit: dict[str, Any]) -> None:
-        """Write down what this run is and what its data are like, before any work. The configuration goes last: with it, a run exists."""
+        """Write down what this run is and what its data are like, before any work.
+
+        The configuration goes last: with it, a run exists.
+        """
         (self.location / "audit.json").write_bytes(pretty_json(audit))
         (self.location / "provenance.json").write_bytes(pretty_json(provenance))
         (self.location / "config.yaml").write_bytes(to_yaml(config).encode())
@@ -70,7 +75,9 @@ class RunFolder:
         return self._read("audit.json")
 
     def write_targets(self, targets: dict[str, Any]) -> None:
-        """Write down what the network is trained towards: per split, images, classes and action units as training sees them."""
+        """Write down what the network is trained towards: per split, images, classes and action units as training sees
+        them.
+        """
         (self.location / "targets.json").write_bytes(pretty_json(targets))
 
     def targets(self) -> dict[str, Any] | None:
@@ -171,9 +178,10 @@ class RunFolder:
     def add_event(self, kind: str, **details: Any) -> None:
         """Append one event to the run's log; ``message`` in ``details`` is what a person is told.
 
-        The log is ``events.jsonl``, one JSON object a line, made to be gathered by a log collector: ``time`` (Unix, seconds), ``run`` (the
-        folder's name), of a trial ``study``, ``event`` (started, resumed, warning, finding, invalid_checkpoint, hung_worker, ...), and what
-        the event adds. Figures are in ``metrics.jsonl``, one line an epoch. A person reads the messages on the terminal as they come.
+        The log is ``events.jsonl``, one JSON object a line, made to be gathered by a log collector: ``time`` (Unix,
+        seconds), ``run`` (the folder's name), of a trial ``study``, ``event`` (started, resumed, warning, finding,
+        invalid_checkpoint, hung_worker, ...), and what the event adds. Figures are in ``metrics.jsonl``, one line an
+        epoch. A person reads the messages on the terminal as they come.
         """
         who = {"run": self.location.name} if self.study is None else {"run": self.location.name, "study": self.study}
         line = to_json({"time": round(time.time(), 3), **who, "event": kind, **details}) + "\n"
@@ -213,7 +221,10 @@ class RunFolder:
 
 
 def open_finished(place: str) -> RunFolder:
-    """The run folder at a path or URI; ``STUDY/TRIAL`` is the study's trial. UsageError where there is none, or its run has not ended."""
+    """The run folder at a path or URI; ``STUDY/TRIAL`` is the study's trial.
+
+    UsageError where there is none, or its run has not ended.
+    """
     location = locate(place)
     # Resolved, "." and a link have the run's own name.
     folder = RunFolder(place if location.local is None else str(location.local.resolve()))
@@ -229,6 +240,7 @@ def open_finished(place: str) -> RunFolder:
         raise UsageError(f"{folder.location} is no run: it has no config.yaml. {remedy}")
     if folder.result() is None:
         raise UsageError(
-            f"{folder.location} has not finished: it has no result.json. Give the command that started it again; it goes on from where it was."
+            f"{folder.location} has not finished: it has no result.json. Give the command that started it again; it "
+            "goes on from where it was."
         )
     return folder

@@ -1,4 +1,5 @@
-"""The one epoch loop, as ordinary PyTorch, for every way of running it; it meets the outside through a small ``Session``.
+"""The one epoch loop, as ordinary PyTorch, for every way of running it; it meets the outside through a small
+``Session``.
 
 A resume needs only (epoch, step): every order and every random draw comes from (seed, epoch, step, rank). On a CPU an
 interrupted run and an undisturbed one therefore end with the same weights, bit for bit.
@@ -112,7 +113,8 @@ def _announce(training: Training, remark: str | None) -> None:
     weights = training.weights_report
     training.folder.add_event(
         "started",
-        message=f"{session.num_workers} worker(s) on {session.device.type}, {training.precision}; backbone weights: {weights.summary}",
+        message=f"{session.num_workers} worker(s) on {session.device.type}, {training.precision}; backbone weights: "
+        f"{weights.summary}",
         pid=os.getpid(),
         num_workers=session.num_workers,
         precision=training.precision,
@@ -148,8 +150,8 @@ def _resume(training: Training) -> None:
 def train_epoch(training: Training, wrapped: nn.Module) -> dict[str, Any]:
     """One epoch, or what is left of it, with ``wrapped`` (the objective as the session wrapped it).
 
-    Returns its record: the losses as means over its steps, the images that it used, images/s over all workers, share of time spent
-    waiting for data.
+    Returns its record: the losses as means over its steps, the images that it used, images/s over all workers, share of
+    time spent waiting for data.
 
     Raises:
         RafceError: the epoch did not use the images that it was to use, each as often as drawn.
@@ -206,15 +208,17 @@ def train_epoch(training: Training, wrapped: nn.Module) -> dict[str, Any]:
 
 
 def _images_used(training: Training, used: torch.Tensor) -> dict[str, Any]:
-    """The number and checksum of the images of the epoch that has ended, ``used`` by all workers, whoever came and went."""
+    """The number and checksum of the images of the epoch that has ended, ``used`` by all workers, whoever came and
+    went.
+    """
     epoch = training.progress.epoch
     drawn = tally(training.loader.order(epoch))
     if not torch.equal(used, drawn):
         checkpoint = training.folder.checkpoints / checkpoint_name(epoch, 0)
         raise RafceError(
-            f"epoch {epoch + 1} used {int(used[0])} images where {int(drawn[0])} were drawn, or not each as often as drawn: its figures would "
-            f"not be what they say. To train it again from its start, delete every checkpoint newer than {checkpoint.name} in "
-            f"{training.folder.checkpoints} and give the command again."
+            f"epoch {epoch + 1} used {int(used[0])} images where {int(drawn[0])} were drawn, or not each as often as "
+            "drawn: its figures would not be what they say. To train it again from its start, delete every checkpoint "
+            f"newer than {checkpoint.name} in {training.folder.checkpoints} and give the command again."
         )
     return {"used": int(used[0]), "checksum": f"{int(used[1]) % 2**64:016x}"}
 
@@ -284,10 +288,11 @@ def _gap(train: dict[str, Any], validation: dict[str, Any]) -> dict[str, float]:
 
 
 def _probe_gradients(training: Training) -> dict[str, float] | None:
-    """How both tasks pull at the trunk: norms of their unweighted gradients and the cosine between them; None for one task alone.
+    """How both tasks pull at the trunk: norms of their unweighted gradients and the cosine between them; None for one
+    task alone.
 
-    On the same few natural train images every epoch, in evaluation mode: nothing random is drawn and no statistics move, so training
-    is as it would be without the probe.
+    On the same few natural train images every epoch, in evaluation mode: nothing random is drawn and no statistics
+    move, so training is as it would be without the probe.
     """
     parameters = [one for one in training.model.trunk.parameters() if one.requires_grad]
     taxonomy = training.job.taxonomy
@@ -324,7 +329,9 @@ def _advance(training: Training, score: float) -> None:
 
 
 def _flat(record: dict[str, Any]) -> dict[str, float | None]:
-    """The scalars of an epoch record as ``validation/macro_f1``, and ``validation/au_f1/AU12``: plain numbers, None where undefined."""
+    """The scalars of an epoch record as ``validation/macro_f1``, and ``validation/au_f1/AU12``: plain numbers, None
+    where undefined.
+    """
     units = record["validation"]["per_au"]
     flat: dict[str, float | None] = {f"validation/au_f1/{one['action_unit']}": finite(one["f1"]) for one in units}
     for key, value in record.items():

@@ -30,8 +30,8 @@ from rafce_ray.run.compare import (
 from rafce_ray.run.folder import TRIALS, RunFolder
 
 TOLERANCES = {"cpu": 1e-6, "cuda": 1e-2}
-"""Difference up to which figures count as equal, by device: a GPU's kernels add up in another order each time, and training
-lets such differences grow."""
+"""Difference up to which figures count as equal, by device: a GPU's kernels add up in another order each time, and
+training lets such differences grow."""
 
 MAY_MOVE = ("data.root", "data.images", "data.store_dir")
 """Keys that a replay may set: the same data may lie elsewhere, which their fingerprint tells."""
@@ -41,7 +41,9 @@ SHOWN_DIFFERENCES = 10
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be trained again: the configuration that trained the original, the replay's, and what is known before it runs."""
+    """What is to be trained again: the configuration that trained the original, the replay's, and what is known before
+    it runs.
+    """
 
     trained: Config
     config: Config
@@ -59,7 +61,8 @@ def plan_replay(original: RunFolder, overrides: Sequence[str] = ()) -> Plan:
     """Read what trained a finished run, prepare its data, and compare what can be compared before training.
 
     Raises:
-        UsageError: an override is not one of MAY_MOVE, the run took over another's weights, or the data are not where the run had them.
+        UsageError: an override is not one of MAY_MOVE, the run took over another's weights, or the data are not where
+            the run had them.
         GateError: the data may not be trained on any more.
     """
     if wrong := [text for text in overrides if text.partition("=")[0].strip() not in MAY_MOVE]:
@@ -100,25 +103,28 @@ def plan_replay(original: RunFolder, overrides: Sequence[str] = ()) -> Plan:
 
 
 def _refuse_unrepeatable(original: RunFolder) -> None:
-    """UsageError for a trial that was stopped early or whose weights come from another trial: its configuration does not repeat it."""
+    """UsageError for a trial that was stopped early or whose weights come from another trial: its configuration does
+    not repeat it.
+    """
     result = original.result() or {}
     if result.get("status") in ("stopped_by_scheduler", "failed"):
         raise UsageError(
-            f"{original.location} did not come to its own end ({result['status'].replace('_', ' ')} after {result['epochs']} epochs), so there "
-            "are no final figures to repeat. To train its configuration to the end: "
-            f"rafce train --config {(original.location / 'config.yaml').command} run.name=NAME run.storage=FOLDER"
+            f"{original.location} did not come to its own end ({result['status'].replace('_', ' ')} after "
+            f"{result['epochs']} epochs), so there are no final figures to repeat. To train its configuration to the "
+            f"end: rafce train --config {(original.location / 'config.yaml').command} run.name=NAME run.storage=FOLDER"
         )
     # Population-based training is gone, but its trials are still on disk.
     if any(event["event"] == "adopted" for event in original.events()):
         raise UsageError(
-            f"{original.location} is a trial of population-based training and took over the weights of another trial. Its configuration does "
-            f"not give the same figures. To train its last values from scratch: rafce train --config {(original.location / 'config.yaml').command} "
-            "run.name=NAME run.storage=FOLDER"
+            f"{original.location} is a trial of population-based training and took over the weights of another trial. "
+            "Its configuration does not give the same figures. To train its last values from scratch: rafce train "
+            f"--config {(original.location / 'config.yaml').command} run.name=NAME run.storage=FOLDER"
         )
 
 
 def _place_beside(location: Location) -> tuple[str, str]:
-    """Storage and name of a replay: beside its run; that of a trial in ``replays`` beside ``trials``, whose readers must not count it.
+    """Storage and name of a replay: beside its run; that of a trial in ``replays`` beside ``trials``, whose readers
+    must not count it.
 
     The first name that is free, or whose replay was interrupted and goes on.
     """
@@ -147,7 +153,9 @@ def _records(folder: RunFolder) -> Records:
 
 
 def data_changes(original: RunFolder, plan: Plan) -> str:
-    """What is known of a change of the data: the fingerprint tells that there is one, the audits' counts may tell which."""
+    """What is known of a change of the data: the fingerprint tells that there is one, the audits' counts may tell
+    which.
+    """
     before: Records = {None: original.audit() or {}}
     now: Records = {None: json.loads(to_json(plan.prepared.audit.to_json()))}
     changed = [one for one in compare_figures(before, now, 0.0).beyond if isinstance(one.original, int | float)]
@@ -155,8 +163,9 @@ def data_changes(original: RunFolder, plan: Plan) -> str:
         f"{one.figure} {shown(one.original)}, now {shown(one.replay)}" for one in changed[:SHOWN_DIFFERENCES]
     )
     return (
-        f"the data of {original.location} have changed since it was trained: {counts or 'labels count the same, so images or single labels changed'}. "
-        f"Restore them, or add data.root=PATH if they lie elsewhere; --anyway trains on what is there now."
+        f"the data of {original.location} have changed since it was trained: "
+        f"{counts or 'labels count the same, so images or single labels changed'}. Restore them, or add data.root=PATH "
+        "if they lie elsewhere; --anyway trains on what is there now."
     )
 
 

@@ -1,4 +1,6 @@
-"""A run's state: the network, its optimizer, its data and how far it has come; building it, saving it, taking it up again."""
+"""A run's state: the network, its optimizer, its data and how far it has come; building it, saving it, taking it up
+again.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ from rafce_ray.run.folder import RunFolder
 
 @dataclass(frozen=True)
 class Job:
-    """All that a worker needs: the configuration, the decoded store, the resolved taxonomy, the run folder, where it came from."""
+    """All that a worker needs: the configuration, the decoded store, the resolved taxonomy, the run folder, where it
+    came from.
+    """
 
     config: Config
     store: str
@@ -150,10 +154,11 @@ class Progress:
 
 @dataclass(frozen=True)
 class Splits:
-    """Rows of the dataset: all that is trained on, all of validation, and the natural train images that measure the gap.
+    """Rows of the dataset: all that is trained on, all of validation, and the natural train images that measure the
+    gap.
 
-    The gap's images keep the labels that training sees: where ``data.evaluation_null_policy`` reads null otherwise, the gap of AU
-    figures holds that difference too.
+    The gap's images keep the labels that training sees: where ``data.evaluation_null_policy`` reads null otherwise, the
+    gap of AU figures holds that difference too.
     """
 
     train: np.ndarray
@@ -308,7 +313,8 @@ class Training:
 
 
 def open_for_training(job: Job) -> Dataset:
-    """The job's dataset: train rows as training sees them, the others as they are measured (``data.evaluation_null_policy``).
+    """The job's dataset: train rows as training sees them, the others as they are measured
+    (``data.evaluation_null_policy``).
 
     With ``data.action_unit_targets=all_zero`` no known AU of the train split is present, as the seed had it.
     """
@@ -322,7 +328,8 @@ def open_for_training(job: Job) -> Dataset:
 
 
 def describe_targets(dataset: Dataset, splits: Splits) -> dict[str, Any]:
-    """Per split, what training sees: ``num_images``, images per class, known elements and positives per action unit (by code).
+    """Per split, what training sees: ``num_images``, images per class, known elements and positives per action unit (by
+    code).
 
     Those of validation and test are what the model is measured on.
     """
@@ -362,7 +369,8 @@ def choose_splits(dataset: Dataset, config: Config) -> Splits:
 
 
 def resolve_monitor(config: Config, dataset: Dataset) -> tuple[str, str | None]:
-    """The metric that chooses the best epoch, and a remark where it is not the configured one because that task is not trained.
+    """The metric that chooses the best epoch, and a remark where it is not the configured one because that task is not
+    trained.
 
     Raises:
         GateError: the metric is undefined on this validation split.
@@ -376,11 +384,13 @@ def resolve_monitor(config: Config, dataset: Dataset) -> tuple[str, str | None]:
     targets = dataset.targets
     if FIGURES[monitor].task == "emotion" and not (targets.emotion[validation] >= 0).any():
         raise GateError(
-            f"optim.monitor={monitor} is undefined: no validation image has an emotion label. Label some, or monitor au_f1_mean."
+            f"optim.monitor={monitor} is undefined: no validation image has an emotion label. Label some, or monitor "
+            "au_f1_mean."
         )
     if FIGURES[monitor].task == "action_units" and not (targets.action_units[validation] == 1).any():
         raise GateError(
-            f"optim.monitor={monitor} is undefined: no validation image has a positive action unit. Label some, or monitor macro_f1."
+            f"optim.monitor={monitor} is undefined: no validation image has a positive action unit. Label some, or "
+            "monitor macro_f1."
         )
     return monitor, remark
 

@@ -13,7 +13,10 @@ WAITING_TOLD_AFTER_S = 30.0
 
 
 class WorkerChanges:
-    """Tells each failure of a run's workers, each change of their number with its cause, and a wait for room. ``clock``: in seconds."""
+    """Tells each failure of a run's workers, each change of their number with its cause, and a wait for room.
+
+    ``clock``: in seconds.
+    """
 
     def __init__(self, folder: RunFolder, run: RunConfig, clock: Callable[[], float] = time.monotonic) -> None:
         self._folder, self._run, self._clock = folder, run, clock
@@ -50,7 +53,9 @@ class WorkerChanges:
         self._folder.add_event("waiting_for_room", message=message, num_workers=least)
 
     def started(self, num_workers: int, lost: Sequence[int] = ()) -> None:
-        """So many workers are there and begin; the ranks ``lost`` of those before them were on machines that are no more."""
+        """So many workers are there and begin; the ranks ``lost`` of those before them were on machines that are no
+        more.
+        """
         before, cause = self._num_workers, self._cause
         self._num_workers, self._cause = num_workers, None
         self._waiting_since, self._waiting_told = None, False
@@ -65,8 +70,8 @@ class WorkerChanges:
         epoch, step = self._reached()
         self._folder.add_event(
             "resized",
-            message=f"going on with {num_workers} worker{'s' if num_workers > 1 else ''} instead of {before} in epoch {epoch}, "
-            f"after step {step} or later: {cause}",
+            message=f"going on with {num_workers} worker{'s' if num_workers > 1 else ''} instead of {before} in epoch "
+            f"{epoch}, after step {step} or later: {cause}",
             num_workers=num_workers,
             before=before,
             cause=cause,
@@ -75,7 +80,9 @@ class WorkerChanges:
         )
 
     def _reached(self) -> tuple[int, int]:
-        """The epoch, from 1, and the steps of it that are surely done: an epoch of less than a second shows no progress of its own."""
+        """The epoch, from 1, and the steps of it that are surely done: an epoch of less than a second shows no progress
+        of its own.
+        """
         progress = self._folder.progress()
         return max((len(self._folder.metrics()) + 1, 0), (progress.get("epoch", 1), progress.get("step", 0)))
 

@@ -36,7 +36,8 @@ class LiveVersion(BaseModel):
 SETTINGS: Mapping[str, Any] = {
     "name": "rafce",
     "user_config": {"version": ""},
-    # The service bounds what is in work by itself (limits.max_requests) and refuses at once; Serve's bounds lie behind it.
+    # The service bounds what is in work by itself (limits.max_requests) and refuses at once; Serve's bounds lie behind
+    # it.
     "max_ongoing_requests": 512,
     "max_queued_requests": 64,
     "backpressure_config": {"status_code": 429, "retry_after_s": 1.0},
@@ -56,7 +57,8 @@ class FaceService:
 
     def __init__(self, config: ServiceConfig) -> None:
         """Load and verify the model. RafceError where it may not be served."""
-        # Standard error is Serve's log, in which a line costs as much as all else that a request does on the event loop.
+        # Standard error is Serve's log, in which a line costs as much as all else that a request does on the event
+        # loop.
         log_as_json(file=log_file())
         if not USES_HAPROXY or not MIDDLEWARES:
             log.warning(

@@ -27,21 +27,26 @@ MAX_FOLDER_BYTES = 20
 """A Unix socket's path has at most 107 bytes; Ray puts a folder with a name of 56 between this one and its sockets."""
 
 DRAINING_S = 3
-"""A replica that is to go stays reachable for so long, while HAProxy learns of it; one that comes later is tried elsewhere."""
+"""A replica that is to go stays reachable for so long, while HAProxy learns of it; one that comes later is tried
+elsewhere.
+"""
 
 
 def fast_path(folder: Path, *, host: str | None = None, free_ports: bool = True) -> dict[str, str]:
-    """Variables for one cluster that serves; makes ``folder``, readable by its owner alone, with the program that Ray starts.
+    """Variables for one cluster that serves; makes ``folder``, readable by its owner alone, with the program that Ray
+    starts.
 
-    ``host``: where HAProxy takes requests, while replicas listen where Serve's ``http_options.host`` says. ``free_ports``: choose
-    ports for HAProxy's statistics and the like that are free now, so that several clusters fit on one machine.
+    ``host``: where HAProxy takes requests, while replicas listen where Serve's ``http_options.host`` says.
+    ``free_ports``: choose ports for HAProxy's statistics and the like that are free now, so that several clusters fit
+    on one machine.
 
     Raises:
         UsageError: the folder's path is too long.
     """
     if len(os.fsencode(folder.absolute())) > MAX_FOLDER_BYTES:
         raise UsageError(
-            f"{folder}: the path has more than {MAX_FOLDER_BYTES} bytes, too many for HAProxy's sockets in it. Choose one like /tmp/rafce."
+            f"{folder}: the path has more than {MAX_FOLDER_BYTES} bytes, too many for HAProxy's sockets in it. Choose "
+            "one like /tmp/rafce."
         )
     folder = folder.absolute()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -77,8 +82,8 @@ def variables(folder: Path) -> dict[str, str]:
         # Silence, not duration: the service has its own deadlines, shorter than these.
         "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "30",
         "RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S": "60",
-        # A prediction changes nothing: one whose replica died before it answered is asked of another, once, so that a request
-        # that is deadly by itself takes two replicas at most. Changes are not asked again (haproxy.NO_RETRY).
+        # A prediction changes nothing: one whose replica died before it answered is asked of another, once, so that a
+        # request that is deadly by itself takes two replicas at most. Changes are not asked again (haproxy.NO_RETRY).
         "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
         "RAY_SERVE_HAPROXY_RETRIES": "1",
         # A proxy that is not ready after three times Ray's 5 s is killed, even where the machine is only busy.
@@ -93,14 +98,16 @@ def variables(folder: Path) -> dict[str, str]:
         "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1000",
         # At Ray's 0.1 s the controller's loop takes 4 % of a core; HAProxy finds by itself what has died.
         "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
-        # By default replicas and proxies hand on what they counted, and the log monitor lists its folder, ten times a second.
+        # By default replicas and proxies hand on what they counted, and the log monitor lists its folder, ten times a
+        # second.
         "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "2000",
         "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0",
         "LOG_NAME_UPDATE_INTERVAL_S": "5",
         # Ray's workers run at nice 15: whatever else computes on the machine would come before the requests.
         "RAY_worker_niceness": "0",
         "RAY_SERVE_LOG_TO_STDERR": "0",
-        # glibc's allocator would keep the memory of large pictures, a heap for each thread that decodes: it goes back at once.
+        # glibc's allocator would keep the memory of large pictures, a heap for each thread that decodes: it goes back
+        # at once.
         "MALLOC_MMAP_THRESHOLD_": str(2**21),
         "MALLOC_ARENA_MAX": "2",
     }

@@ -19,10 +19,13 @@ PEER = "x-forwarded-for"
 """The header in which a replica is told the client's address; what a client sends in it is overwritten."""
 
 NO_RETRY = "http-request disable-l7-retry if { path_beg /v1/admin }"
-"""A change may have been made by the replica that died before it said so: made again, a rollback would go back twice."""
+"""A change may have been made by the replica that died before it said so: made again, a rollback would go back twice.
+"""
 
 TIMEOUTS = ("http-request 10s", "check 10s")
-"""Of a request's headers; and of the answer to a health check, by default its period: a replica that is merely busy is not down."""
+"""Of a request's headers; and of the answer to a health check, by default its period: a replica that is merely busy is
+not down.
+"""
 
 OWN_STATUSES = (400, 404, 408, 500, 502, 503, 504)
 """What HAProxy answers by itself, from files named ``STATUS.json`` with the variables :data:`ID` and :data:`PATH`."""

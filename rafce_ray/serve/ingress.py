@@ -1,8 +1,8 @@
 """What stands between a replica's own HTTP server and Ray Serve, which trusts headers that any client can send.
 
 Ray calls :func:`middlewares` in every process that listens (``RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH``, set by
-:mod:`rafce_ray.serve.fast_path`): the replicas, and Python proxies. Behind HAProxy there is one of these, which gets what
-no replica can take.
+:mod:`rafce_ray.serve.fast_path`): the replicas, and Python proxies. Behind HAProxy there is one of these, which gets
+what no replica can take.
 """
 
 from __future__ import annotations
@@ -31,10 +31,15 @@ STEERING = frozenset(
         b"x_session_id",
     )
 )
-"""Headers by which a client could lift Serve's timeout, keep it from cancelling, or make it fail: it decodes them as UTF-8."""
+"""Headers by which a client could lift Serve's timeout, keep it from cancelling, or make it fail: it decodes them as
+UTF-8.
+"""
 
 LOCALHOST = ("127.0.0.1", "::1")
-"""Whence HAProxy asks the replicas of its own machine. From anywhere else the header that names the client may be anybody's."""
+"""Whence HAProxy asks the replicas of its own machine.
+
+From anywhere else the header that names the client may be anybody's.
+"""
 
 OF_RAY = ("/-/healthz", "/-/routes")
 
@@ -46,14 +51,15 @@ def middlewares() -> list[Middleware]:
         serve.get_replica_context()
     except RayServeException:
         return [Middleware(NoReplica if USES_HAPROXY else Steered, own=())]
-    # The service watches for clients that leave and has its own deadline. Where it runs on the server's event loop, Serve
-    # need do neither: without, it reads no further ahead than the service does, and costs less.
+    # The service watches for clients that leave and has its own deadline. Where it runs on the server's event loop,
+    # Serve need do neither: without, it reads no further ahead than the service does, and costs less.
     own = ((b"x-request-disconnect-disabled", b"?1"), (b"x-request-timeout-seconds", b"0"))
     return [Middleware(Steered, own=() if HAS_USER_THREAD else own)]
 
 
 class Steered:
-    """Takes from requests what would steer Serve, and gives ``own`` headers instead; makes Serve's own answers problems.
+    """Takes from requests what would steer Serve, and gives ``own`` headers instead; makes Serve's own answers
+    problems.
 
     The peer that the application sees is the client that HAProxy names, if it is HAProxy who asks.
     """

@@ -56,7 +56,8 @@ def serve_until_stopped(config: ServiceConfig, host: str, port: int, replicas: i
     check_ray()
     url = f"http://{_reachable(host)}:{port}"
     say(
-        f"serving {what} at {url} with {replicas} replica{'s' if replicas > 1 else ''}: starting Ray takes about 20 s; Ctrl-C ends it"
+        f"serving {what} at {url} with {replicas} replica{'s' if replicas > 1 else ''}: starting Ray takes about 20 s; "
+        "Ctrl-C ends it"
     )
     stop = threading.Event()
     # Again within: Ray takes SIGTERM for itself when it starts.

@@ -1,10 +1,11 @@
 """The service's numbers as Ray's metrics, which the node's agent hands to Prometheus with ``ray_`` before their names.
 
-A call of Ray's costs tens of microseconds, too much for every request: a thread of its own brings what has been counted.
+A call of Ray's costs tens of microseconds, too much for every request: a thread of its own brings what has been
+counted.
 
-Ray's histograms take one value a call, and the agent replaces each by the middle of its bucket, so that their sum is a guess. What has
-been counted is exact: it goes out as gauges under the names that Prometheus gives a histogram, ``_bucket`` by ``le``, ``_sum`` and
-``_count``, which ``rate`` and ``histogram_quantile`` read like any other's.
+Ray's histograms take one value a call, and the agent replaces each by the middle of its bucket, so that their sum is a
+guess. What has been counted is exact: it goes out as gauges under the names that Prometheus gives a histogram,
+``_bucket`` by ``le``, ``_sum`` and ``_count``, which ``rate`` and ``histogram_quantile`` read like any other's.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ class _Exported(Protocol):
 
 
 class Export:
-    """Publishes what ``measured`` gives, every ``period_s`` seconds, until it is closed; to be made in a replica, whose name its series get."""
+    """Publishes what ``measured`` gives, every ``period_s`` seconds, until it is closed; to be made in a replica, whose
+    name its series get.
+    """
 
     def __init__(self, measured: Callable[[], Meter], period_s: float = PERIOD_S) -> None:
         self._measured = measured
@@ -79,7 +82,8 @@ class _Counter:
             tags = dict(zip(self._counter.labels, labels, strict=True))
             before = self._published.get(labels)
             if before is None:
-                # `inc` refuses 0, without which a series begins with its first event, of which `rate` then knows nothing.
+                # `inc` refuses 0, without which a series begins with its first event, of which `rate` then knows
+                # nothing.
                 self._metric._record(0.0, tags)
                 before = 0
             if value > before:

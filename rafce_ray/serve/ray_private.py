@@ -31,8 +31,8 @@ def remember_ingress() -> None:
     """Let Serve's controller keep an application's replicas reachable while it builds the application again.
 
     Ray calls this once in the controller (``RAY_SERVE_CONTROLLER_CALLBACK_IMPORT_PATH``, set by
-    :mod:`rafce_ray.serve.fast_path`). The controller forgets which deployment takes requests as soon as the arguments of
-    an application are deployed again, until it has built the application; if the build fails, for good. HAProxy then
+    :mod:`rafce_ray.serve.fast_path`). The controller forgets which deployment takes requests as soon as the arguments
+    of an application are deployed again, until it has built the application; if the build fails, for good. HAProxy then
     finds no replica, although all of them run: a typo in a YAML file would end the service. So the last known one is
     remembered.
     """

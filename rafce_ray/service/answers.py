@@ -1,6 +1,7 @@
 """What the service answers, written as JSON: the records that are sent, and what ``/openapi.json`` says of them.
 
-The records are plain dataclasses: an answer is not validated while a client waits. A test holds real answers against them.
+The records are plain dataclasses: an answer is not validated while a client waits. A test holds real answers against
+them.
 """
 
 from __future__ import annotations

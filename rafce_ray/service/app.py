@@ -1,4 +1,6 @@
-"""The service as one ASGI application: ``Service`` is what outlives a request, ``build_app`` its routes with the edge around them."""
+"""The service as one ASGI application: ``Service`` is what outlives a request, ``build_app`` its routes with the edge
+around them.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,10 @@ class Service:
     """A model ready to answer, with all that its requests share; one event loop uses it."""
 
     def __init__(self, config: ServiceConfig) -> None:
-        """Load, verify and warm the model: takes seconds. RafceError where it may not be served, UsageError where a file is missing."""
+        """Load, verify and warm the model: takes seconds.
+
+        RafceError where it may not be served, UsageError where a file is missing.
+        """
         limits, cores = config.limits, num_cores()
         self.config = config
         self.keys = Keys(None if config.keys_file is None else Path(config.keys_file))

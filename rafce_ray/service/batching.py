@@ -63,7 +63,9 @@ class Batcher:
         self._thread.start()
 
     async def probabilities(self, predictor: Predictor, faces: NDArray[np.uint8]) -> Batched:
-        """Of (B, S, S, 3) uint8 faces, calibrated; B may exceed a batch. Cancelled before its batch begins, it costs nothing.
+        """Of (B, S, S, 3) uint8 faces, calibrated; B may exceed a batch.
+
+        Cancelled before its batch begins, it costs nothing.
 
         Raises:
             NotFiniteError: the model gave a value that is no number for one of the faces.
@@ -115,7 +117,9 @@ class Batcher:
         _deliver([(waiting, RafceError("the service is shutting down.")) for waiting in self._left(following)])
 
     def _gather(self, first: _Waiting) -> tuple[list[_Waiting], _Waiting | None, bool]:
-        """The batch that begins with ``first``, the one that did not fit into it any more, and whether the thread is to end."""
+        """The batch that begins with ``first``, the one that did not fit into it any more, and whether the thread is to
+        end.
+        """
         batch = [] if first.future.cancelled() else [first]
         num_faces = len(first.faces) if batch else 0
         while not self._queue.empty():
@@ -155,7 +159,9 @@ def _joined(parts: Sequence[Batched]) -> Batched:
 
 
 def _run(batch: Sequence[_Waiting]) -> list[_Outcome]:
-    """What became of each request of a batch; whatever an engine raises is its requests' outcome and ends nothing else."""
+    """What became of each request of a batch; whatever an engine raises is its requests' outcome and ends nothing
+    else.
+    """
     started = time.monotonic()
     predictor = batch[0].predictor
     try:

@@ -187,8 +187,9 @@ class Limits(Section):
     def _one_request_fits(self) -> Self:
         if self.max_bytes < self.max_body_bytes:
             raise ValueError(
-                f"limits.max_bytes: found {self.max_bytes:,}, less than limits.max_body_bytes ({self.max_body_bytes:,}), "
-                "so the largest request could never be admitted. Raise the one or lower the other."
+                f"limits.max_bytes: found {self.max_bytes:,}, less than limits.max_body_bytes "
+                f"({self.max_body_bytes:,}), so the largest request could never be admitted. Raise the one or lower "
+                "the other."
             )
         return self
 
@@ -248,8 +249,8 @@ class ServiceConfig(Section):
     def _strangers_need_keys(self) -> Self:
         if not self.loopback_only and self.keys_file is None:
             raise ValueError(
-                "loopback_only: found false without keys_file; others than this machine are served with keys only. Make one "
-                "with python -m rafce_ray.service.keys new NAME --file keys.json and set keys_file: keys.json."
+                "loopback_only: found false without keys_file; others than this machine are served with keys only. "
+                "Make one with python -m rafce_ray.service.keys new NAME --file keys.json and set keys_file: keys.json."
             )
         if self.keys_file is None and (self.allowed_hosts or ANY in self.allow_origins):
             key, found = ("allowed_hosts", self.allowed_hosts) if self.allowed_hosts else ("allow_origins", (ANY,))

@@ -1,4 +1,5 @@
-"""What people and programs read of the service: ``/docs``, ``/openapi.json``, the page of each problem, and the page at ``/``.
+"""What people and programs read of the service: ``/docs``, ``/openapi.json``, the page of each problem, and the page at
+``/``.
 
 All of it is made once, at the start; nothing in it comes from a request, and no page loads anything from elsewhere.
 Addresses are relative, so that they work below a prefix that a proxy puts before the service.
@@ -208,9 +209,9 @@ def _predict(config: ServiceConfig) -> Document:
     return {
         "operationId": "predict",
         "summary": "Emotions and action units of every face in one or several pictures",
-        "description": "One picture as the body, options in the query; or several as JSON or as a form, each with a result of its own: a "
-        f"picture that cannot be read does not fail its neighbours. At most {config.limits.max_images} pictures and "
-        f"{config.limits.max_body_bytes:,} bytes a request.",
+        "description": "One picture as the body, options in the query; or several as JSON or as a form, each with a "
+        "result of its own: a picture that cannot be read does not fail its neighbours. At most "
+        f"{config.limits.max_images} pictures and {config.limits.max_body_bytes:,} bytes a request.",
         **_security(config),
         "parameters": [
             {
@@ -257,8 +258,9 @@ def _infer(config: ServiceConfig) -> Document:
     return {
         "operationId": "infer",
         "summary": "Open Inference Protocol: probabilities of aligned faces",
-        "description": "One input: `images` (FP32 or UINT8, shape (B, S, S, 3), RGB, whole numbers of 0 to 255, S as in the model's "
-        "metadata) or `image_bytes` (BYTES, shape (B), base64 of image files that are an aligned face each).",
+        "description": "One input: `images` (FP32 or UINT8, shape (B, S, S, 3), RGB, whole numbers of 0 to 255, S as "
+        "in the model's metadata) or `image_bytes` (BYTES, shape (B), base64 of image files that are an aligned face "
+        "each).",
         **_security(config),
         "requestBody": {"required": True, "content": {JSON: {"schema": {"$ref": _REF + "InferRequest"}}}},
         "responses": {

@@ -1,7 +1,8 @@
 """Around the whole application: what no handler should have to think of.
 
 Headers and bodies are bounded while they come in, a refused client still gets to read its answer, every answer has a
-request id and security headers, every request is counted and has one line in the log, and a failure tells a client nothing but its id.
+request id and security headers, every request is counted and has one line in the log, and a failure tells a client
+nothing but its id.
 """
 
 from __future__ import annotations
@@ -284,7 +285,8 @@ class _Exchange:
 
 
 async def within(work: Awaitable[T], receive: Receive, deadline: float, late: Problem) -> T:
-    """The result of ``work``, which is cancelled when the client goes away or at ``deadline`` (``loop.time()`` seconds).
+    """The result of ``work``, which is cancelled when the client goes away or at ``deadline`` (``loop.time()``
+    seconds).
 
     For after the body has been read: it is what notices that nobody waits for the answer any more.
 
@@ -447,9 +449,11 @@ class JsonLines(logging.Formatter):
 
 
 class _BufferedFile(RotatingFileHandler):
-    """Writes a line at once while it is quiet; where lines come fast, those of ``FLUSH_S`` together, which a process that is killed loses.
+    """Writes a line at once while it is quiet; where lines come fast, those of ``FLUSH_S`` together, which a process
+    that is killed loses.
 
-    A system call lets other threads in, and the event loop would wait for them at every line. A warning is never kept waiting.
+    A system call lets other threads in, and the event loop would wait for them at every line. A warning is never kept
+    waiting.
     """
 
     def __init__(self, file: Path) -> None:

@@ -65,7 +65,8 @@ class KeyFile(BaseModel):
 
 
 class Keys:
-    """The keys of a file, read again when the file changes; without a file everybody may predict and nobody administrate.
+    """The keys of a file, read again when the file changes; without a file everybody may predict and nobody
+    administrate.
 
     A new file that cannot be used is told in the log, and the old keys stay.
     """
@@ -140,7 +141,9 @@ class _WrongKeys:
         self._counts: OrderedDict[str, tuple[float, int]] = OrderedDict()
 
     def count(self, scope: MutableMapping[str, Any]) -> None:
-        """Count one more; Problem ``too_many_wrong_keys`` from the ``MAX_WRONG_KEYS`` + 1st on until their time is over."""
+        """Count one more; Problem ``too_many_wrong_keys`` from the ``MAX_WRONG_KEYS`` + 1st on until their time is
+        over.
+        """
         peer, now = (scope.get("client") or ("",))[0], self._clock()
         since, number = self._counts.get(peer, (now, 0))
         if now - since >= WRONG_KEYS_S:

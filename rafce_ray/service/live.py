@@ -1,4 +1,6 @@
-"""The model that answers: loaded, verified and warmed beside the one before, then put in its place by one assignment."""
+"""The model that answers: loaded, verified and warmed beside the one before, then put in its place by one
+assignment.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Target:
-    """What is to be served: a version and its bundle. ``stamp`` changes whenever the bundle may have; None version: the weights' sha256.
+    """What is to be served: a version and its bundle.
+
+    ``stamp`` changes whenever the bundle may have; None version: the weights' sha256.
 
     ``force``: whoever chose it accepts another taxonomy than that of the model before.
     """
@@ -81,14 +85,15 @@ class BundleFolder:
     def find(self, version: str) -> Target:
         """A folder has no versions. UsageError."""
         raise UsageError(
-            f"version {version!r}: a service of the bundle folder {self.place} has no versions. Serve a registry, or put the "
-            "new bundle in the folder's place."
+            f"version {version!r}: a service of the bundle folder {self.place} has no versions. Serve a registry, or "
+            "put the new bundle in the folder's place."
         )
 
 
 @dataclass(frozen=True)
 class Served:
-    """A model that answers requests: who it is, what predicts, its canary and card, what watches its faces, and since when (UTC).
+    """A model that answers requests: who it is, what predicts, its canary and card, what watches its faces, and since
+    when (UTC).
 
     ``remarks``: what there is to be said of its engine, such as why it is not the one that was asked for.
     """
@@ -116,7 +121,8 @@ class FailedSwap:
 class LiveModel:
     """The served model of a process, and the thread that watches whether another is to be served.
 
-    Whoever reads :attr:`served` keeps that model for as long as it needs it: a swap changes only what the next one reads.
+    Whoever reads :attr:`served` keeps that model for as long as it needs it: a swap changes only what the next one
+    reads.
     """
 
     def __init__(
@@ -147,7 +153,9 @@ class LiveModel:
             return self._swap(self._source.look())
 
     def switch(self, version: str, *, force: bool = False) -> Served:
-        """Serve this version and stay with it until :meth:`refresh`, whatever the source says; else as :meth:`refresh`."""
+        """Serve this version and stay with it until :meth:`refresh`, whatever the source says; else as
+        :meth:`refresh`.
+        """
         with self._swapping:
             served = self._swap(self._source.find(version), force=force)
             self._pinned = True
@@ -212,7 +220,8 @@ def _check_taxonomy(new: Served, live: Served) -> None:
     gate = taxonomy_gate(new.predictor.bundle, live.predictor.bundle)
     if gate.verdict == "refused":
         raise GateError(
-            f"{new.place}: {gate.detail} Clients rely on them: serve it by itself under another name, or force it if they know."
+            f"{new.place}: {gate.detail} Clients rely on them: serve it by itself under another name, or force it if "
+            "they know."
         )
 
 
@@ -223,12 +232,16 @@ class Registry:
     place: str
 
     def look(self) -> Target:
-        """The live version, from the live record alone: versions are never altered. RafceError where none was ever promoted."""
+        """The live version, from the live record alone: versions are never altered.
+
+        RafceError where none was ever promoted.
+        """
         registry = locate(self.place)
         live = read_live(registry)
         if live is None:
             raise RafceError(
-                f"{self.place}: no version is live yet. Add one with rafce bundle add and make it live with rafce bundle promote."
+                f"{self.place}: no version is live yet. Add one with rafce bundle add and make it live with rafce "
+                "bundle promote."
             )
         folder = place_of_version(registry, live.version)
         return Target(live.version, folder.uri, live.sha256, force=live.may_change_taxonomy)
@@ -262,8 +275,8 @@ def load_served(target: Target, config: ServiceConfig) -> Served:
     off = check_canary(predictor.outputs(canary.images), canary, bundle.calibration)
     if not off <= MAX_DIFFERENCE:
         raise BundleError(
-            f"{target.place}: the canary's probabilities are off by {off:.2g}, more than {MAX_DIFFERENCE:g}: the model does not answer as "
-            "when it was saved. Get the bundle again, or train it again with this version."
+            f"{target.place}: the canary's probabilities are off by {off:.2g}, more than {MAX_DIFFERENCE:g}: the model "
+            "does not answer as when it was saved. Get the bundle again, or train it again with this version."
         )
     _warm(predictor, config.max_batch_faces)
     version = target.version or bundle.weights_sha256[:SHORT_SHA]
@@ -289,7 +302,9 @@ def _build_predictor(bundle: Bundle, config: ServiceConfig) -> tuple[Predictor, 
 
 
 def _warm(predictor: Predictor, max_batch_faces: int) -> None:
-    """Every doubling of the batch up to the largest: memory is taken and kernels are chosen before a request needs them."""
+    """Every doubling of the batch up to the largest: memory is taken and kernels are chosen before a request needs
+    them.
+    """
     sizes = {max_batch_faces, *(2**power for power in range(max_batch_faces.bit_length()))}
     for size in sorted(sizes):
         predictor.outputs(draw_images(predictor.bundle.preprocessing.stored_px, size))
@@ -306,12 +321,16 @@ WINDOW_FACES = BLOCK_FACES * WINDOW_BLOCKS
 
 
 RETURNED = 0.2
-"""PSI under which what was above ``LARGE`` counts as returned: at one limit for both, chance would speak every few faces."""
+"""PSI under which what was above ``LARGE`` counts as returned: at one limit for both, chance would speak every few
+faces.
+"""
 
 
 @dataclass(frozen=True)
 class _Statistic:
-    """Where a statistic's counts stand in a block, and what they are compared with; ``num_bins`` is 1 for an AU: those that are active."""
+    """Where a statistic's counts stand in a block, and what they are compared with; ``num_bins`` is 1 for an AU: those
+    that are active.
+    """
 
     name: str
     start: int
@@ -321,7 +340,9 @@ class _Statistic:
 
 
 class DriftWatch:
-    """Watches the faces of one model; one event loop uses it. :attr:`psi` is replaced as a whole, so any thread may read it."""
+    """Watches the faces of one model; one event loop uses it. :attr:`psi` is replaced as a whole, so any thread may
+    read it.
+    """
 
     def __init__(self, reference: DriftReference | None, taxonomy: Taxonomy, version: str) -> None:
         self._version = version
@@ -364,13 +385,16 @@ class DriftWatch:
     def remark(self) -> str | None:
         """Why drift cannot be told, or not all of it, and the remedy; None where all can."""
         if self._reference is None:
-            return "Drift is unknown: the bundle keeps no reference of validation's faces. Train it again with this version."
+            return (
+                "Drift is unknown: the bundle keeps no reference of validation's faces. Train it again with this "
+                "version."
+            )
         silent = [name for name, needed in self.min_faces.items() if needed is None]
         if not silent:
             return None
         return (
-            f"Drift of {', '.join(silent)} is unknown: the reference's {self.num_reference_images:,} images of validation are too few to "
-            "tell it from chance. Train with a larger validation split."
+            f"Drift of {', '.join(silent)} is unknown: the reference's {self.num_reference_images:,} images of "
+            "validation are too few to tell it from chance. Train with a larger validation split."
         )
 
     def add(self, prediction: Prediction, light: Light) -> None:

@@ -1,7 +1,9 @@
-"""What one process counts of its requests, in plain numbers: cheap enough for the event loop, and without anything of Ray.
+"""What one process counts of its requests, in plain numbers: cheap enough for the event loop, and without anything of
+Ray.
 
-Whoever exports the numbers reads them from a thread of its own. An instrument is written by one thread at a time, so none has a lock:
-requests and faces by the event loop, batches by the inference thread, models by whoever swaps them, gauges by who exports.
+Whoever exports the numbers reads them from a thread of its own. An instrument is written by one thread at a time, so
+none has a lock: requests and faces by the event loop, batches by the inference thread, models by whoever swaps them,
+gauges by who exports.
 """
 
 from __future__ import annotations
@@ -27,7 +29,10 @@ _SHARES = tuple(number / 10 for number in range(1, 11))
 
 @dataclass
 class Counter:
-    """What only grows, by its labels. A series is there, as 0, from :meth:`expect` on: one that begins with its first event hides that."""
+    """What only grows, by its labels.
+
+    A series is there, as 0, from :meth:`expect` on: one that begins with its first event hides that.
+    """
 
     name: str
     description: str
@@ -107,7 +112,8 @@ class Meter:
     def __init__(self) -> None:
         self.requests = Counter(
             "rafce_serve_requests_total",
-            f"Requests by route and status; route {NO_ROUTE}: refused before one was found. What HAProxy answers by itself is not here.",
+            f"Requests by route and status; route {NO_ROUTE}: refused before one was found. What HAProxy answers by "
+            "itself is not here.",
             ("route", "status"),
         )
         self.requests.expect((PREDICT, status) for status in ("200", "429", "500", "503", "504"))
@@ -157,7 +163,8 @@ class Meter:
         )
         self.drift_psi = Gauge(
             "rafce_serve_drift_psi",
-            "Population stability index of the latest faces against validation; absent while unknown, and /v1/model tells why.",
+            "Population stability index of the latest faces against validation; absent while unknown, and /v1/model "
+            "tells why.",
             ("statistic",),
         )
         self.drift_faces = Gauge("rafce_serve_drift_faces", "Latest faces that are compared with validation.")
@@ -213,7 +220,9 @@ class Meter:
         self.model_info.set(1.0, version, sha256, engine)
 
     def tell_drift(self, psi: Mapping[str, float], num_faces: int, num_reference_images: int) -> None:
-        """How far the latest faces are from the reference, by statistic; of those that are not named nothing is known any more."""
+        """How far the latest faces are from the reference, by statistic; of those that are not named nothing is known
+        any more.
+        """
         for labels in self.drift_psi.values:
             self.drift_psi.values[labels] = math.nan
         for statistic, value in psi.items():

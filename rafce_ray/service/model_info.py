@@ -1,4 +1,6 @@
-"""What ``/v1/model`` tells: which model answers, what it tells, how good it is, its limits, and what it is and is not for."""
+"""What ``/v1/model`` tells: which model answers, what it tells, how good it is, its limits, and what it is and is not
+for.
+"""
 
 from __future__ import annotations
 
@@ -93,12 +95,15 @@ class DriftStatistic(Record):
 
     name: str = Field(description="emotion, confidence, brightness, contrast, or the code of an action unit.")
     min_faces: int | None = Field(
-        description="Faces from which its PSI is known; null: never, the reference has too few images to tell it from chance."
+        description="Faces from which its PSI is known; null: never, the reference has too few images to tell it from "
+        "chance."
     )
 
 
 class Drift(Record):
-    """Whether it can be told that faces look, or are answered, otherwise than in validation; the figures are among the metrics."""
+    """Whether it can be told that faces look, or are answered, otherwise than in validation; the figures are among the
+    metrics.
+    """
 
     watched: bool
     remark: str | None = Field(description="Why it is not known, or not of everything, and the remedy.")

@@ -1,7 +1,9 @@
 """Open Inference Protocol v2 (``/v2/...``): the same model and the same bounds for clients that speak it.
 
-``infer`` takes one input. ``images``, FP32 or UINT8, shape (B, S, S, 3), flat or nested: aligned RGB faces, whole numbers of 0 to
-255. ``image_bytes``, BYTES, shape (B): base64 of JPEG, PNG or WebP files, each one aligned face. Photographs go to ``/v1/predict``.
+``infer`` takes one input. ``images``, FP32 or UINT8, shape (B, S, S, 3), flat or nested: aligned RGB faces, whole
+numbers of 0 to
+255. ``image_bytes``, BYTES, shape (B): base64 of JPEG, PNG or WebP files, each one aligned face. Photographs go to
+     ``/v1/predict``.
 """
 
 from __future__ import annotations
@@ -162,7 +164,8 @@ def encoded_images(given: InferInput, max_image_bytes: int) -> list[bytes]:
     if given.datatype != "BYTES" or given.shape != [len(given.data)]:
         raise Problem(
             "bad_request",
-            f"The input image_bytes is {given.datatype} of shape {given.shape} with {len(given.data):,} values; BYTES of shape (B) is expected.",
+            f"The input image_bytes is {given.datatype} of shape {given.shape} with {len(given.data):,} values; BYTES "
+            "of shape (B) is expected.",
         )
     files = []
     for text in given.data:

@@ -1,4 +1,6 @@
-"""From a parsed request to its answer: every image read, the faces of all of them through the model at once, a result for each."""
+"""From a parsed request to its answer: every image read, the faces of all of them through the model at once, a result
+for each.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ Faces = Literal["detect", "aligned"]
 
 @dataclass(frozen=True)
 class ReadImage:
-    """One image: px of the upright picture, its faces as crops, largest first, with their light, and how many more it had than are answered for."""
+    """One image: px of the upright picture, its faces as crops, largest first, with their light, and how many more it
+    had than are answered for.
+    """
 
     width: int
     height: int
@@ -43,7 +47,8 @@ class ReadImage:
 class Reader:
     """Decodes images and finds faces in ``pool``, whose ``num_threads`` threads each find a finder free.
 
-    OpenCV's own threads are switched off for the whole process: side by side, photographs are read 1.3 times as fast (measured).
+    OpenCV's own threads are switched off for the whole process: side by side, photographs are read 1.3 times as fast
+    (measured).
     """
 
     def __init__(
@@ -110,7 +115,9 @@ _Answer = tuple[Prediction, tuple[EmotionScore, ...] | None]
 
 @dataclass(frozen=True)
 class Context:
-    """What one request is answered with and as: the model that it was admitted with, its path, id and begin (``time.monotonic``)."""
+    """What one request is answered with and as: the model that it was admitted with, its path, id and begin
+    (``time.monotonic``).
+    """
 
     reader: Reader
     batcher: Batcher

@@ -254,8 +254,8 @@ PROBLEM_TYPES: Mapping[str, ProblemType] = _types(
 class Problem(Exception):
     """A request, or one image of it, that is refused: a code of ``PROBLEM_TYPES`` and what exactly was found.
 
-    ``hint`` says the remedy better than the type's general one; ``headers`` go into the response (Retry-After), ``members``
-    into its object.
+    ``hint`` says the remedy better than the type's general one; ``headers`` go into the response (Retry-After),
+    ``members`` into its object.
     """
 
     def __init__(

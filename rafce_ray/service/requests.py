@@ -1,10 +1,12 @@
-"""What a request to ``/v1/predict`` carries: images and options, from a raw, JSON or multipart body, bounded before it is parsed.
+"""What a request to ``/v1/predict`` carries: images and options, from a raw, JSON or multipart body, bounded before it
+is parsed.
 
-A raw body is one image; whether it is the JPEG, PNG or WebP that Content-Type says is left to the decoder, which goes by
-magic bytes, so ``application/octet-stream`` is taken as well. No URL and no path is ever an image.
+A raw body is one image; whether it is the JPEG, PNG or WebP that Content-Type says is left to the decoder, which goes
+by magic bytes, so ``application/octet-stream`` is taken as well. No URL and no path is ever an image.
 
-A form is split at its boundary, since its body is in memory already: linear, and bounded by the number of parts. (A streaming parser took
-0.25 s a MiB for bodies that are full of almost-boundaries, and Starlette's writes large files to disk.)
+A form is split at its boundary, since its body is in memory already: linear, and bounded by the number of parts. (A
+streaming parser took 0.25 s a MiB for bodies that are full of almost-boundaries, and Starlette's writes large files to
+disk.)
 """
 
 from __future__ import annotations
@@ -245,7 +247,9 @@ def too_many_bytes(num_bytes: int, limit: int) -> Problem:
 
 
 def options_of_query(query: bytes, rules: BodyRules) -> Options:
-    """The options of a query string; Problem where it is no query string or an option is unknown, bad or there twice."""
+    """The options of a query string; Problem where it is no query string or an option is unknown, bad or there
+    twice.
+    """
     if not query:
         return options_of({}, rules)
     try:

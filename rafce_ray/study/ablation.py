@@ -1,4 +1,6 @@
-"""What an ablation found: means over seeds with intervals, which differences are more than luck, the table and the plot."""
+"""What an ablation found: means over seeds with intervals, which differences are more than luck, the table and the
+plot.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,10 @@ EIGHT_CHANGES = (
     ("label smoothing", "loss.label_smoothing"),
     ("patience", "optim.patience"),
 )
-"""The rows of the seed's table of changes, and the key that each of them is here. The values are those of the two recipes."""
+"""The rows of the seed's table of changes, and the key that each of them is here.
+
+The values are those of the two recipes.
+"""
 
 READ_LABELS = {"data.action_unit_targets": "labels"}
 
@@ -57,7 +62,9 @@ GROUPS = {
 
 @dataclass(frozen=True)
 class Arm:
-    """One variant: ``changes`` (dotted key -> value) make its configuration of the base; it is compared with arm ``reference``."""
+    """One variant: ``changes`` (dotted key -> value) make its configuration of the base; it is compared with arm
+    ``reference``.
+    """
 
     name: str
     title: str
@@ -128,7 +135,9 @@ def ablated_keys(arms: list[Arm]) -> set[str]:
 
 
 def _recipe(name: str, base: Config) -> dict[str, Any]:
-    """What a recipe says beyond the size of a run (data, backbone, pixels, epochs, batch), with its patience scaled to the base's epochs."""
+    """What a recipe says beyond the size of a run (data, backbone, pixels, epochs, batch), with its patience scaled to
+    the base's epochs.
+    """
     size = {"model.backbone", "model.image_px", "model.weights", "optim.epochs", "optim.batch_size", "optim.gap_images"}
     defaults, values = flatten(load_config()), flatten(load_config(recipe=name))
     eight = {key for _, key in EIGHT_CHANGES}
@@ -160,7 +169,10 @@ FIGURES = {
     "component_accuracy": "component accuracy",
     "nll": "emotion log loss, calibrated",
 }
-"""What is reported of every arm, on validation at its best epoch. The gap is train minus validation on natural images."""
+"""What is reported of every arm, on validation at its best epoch.
+
+The gap is train minus validation on natural images.
+"""
 
 LOWER_IS_BETTER = ("gap", "nll")
 
@@ -187,7 +199,9 @@ SCORED |= {"au_f1": "au_f1_mean", "au_ap": "au_ap_mean"}
 
 @dataclass(frozen=True)
 class Measured:
-    """One figure of one arm: ``values`` over seeds, their ``mean``, and ``half_width`` of its 95 % interval over seeds (NaN: unknown)."""
+    """One figure of one arm: ``values`` over seeds, their ``mean``, and ``half_width`` of its 95 % interval over seeds
+    (NaN: unknown).
+    """
 
     values: tuple[float, ...]
     mean: float
@@ -196,7 +210,9 @@ class Measured:
 
 @dataclass(frozen=True)
 class Contrast:
-    """An arm's mean minus its reference's; ``half_width`` of the 95 % interval over seeds and images (gap: over seeds)."""
+    """An arm's mean minus its reference's; ``half_width`` of the 95 % interval over seeds and images (gap: over
+    seeds).
+    """
 
     value: float
     half_width: float
@@ -300,7 +316,10 @@ def _read_trial(folder: RunFolder, outputs: SplitOutputs, minority: Sequence[str
 
 
 def _measure(one: OverSeeds, spread: Spread) -> Measured:
-    """The mean with its interval over seeds. Seeds that agree exactly (an AU-F1 of 0) have no interval, whatever other arms' do."""
+    """The mean with its interval over seeds.
+
+    Seeds that agree exactly (an AU-F1 of 0) have no interval, whatever other arms' do.
+    """
     agree = len(one.defined) > 1 and np.ptp(one.defined) == 0
     return Measured(one.values, one.mean, 0.0 if agree else mean_half_width(OverSeeds(one.values), spread))
 
@@ -324,11 +343,14 @@ def _caption(ablation: Ablation) -> str:
         1 for found in ablation.contrasts.values() for name in SHOWN if not math.isnan(found[name].value)
     )
     return (
-        f"Validation split, {ablation.num_images} images, each trial at its best epoch; mean over {len(ablation.seeds)} seeds with the half-width of its 95 % interval over "
-        "seeds. AU-F1 is measured at 0.5, as the seed did; average precision needs no threshold. The gap is train minus validation accuracy, in points, on natural images in "
-        "evaluation mode. **▲ better, ▼ worse** than the arm named under *against*: the difference exceeds what other seeds and other validation images would give "
-        f"(95 %; of {num_contrasts} differences about {round(num_contrasts * 0.05)} would be marked by luck alone). Unmarked: within noise. "
-        f"F1 of minority classes (validation images): {minority}; with under ten images such a figure says next to nothing."
+        f"Validation split, {ablation.num_images} images, each trial at its best epoch; mean over "
+        f"{len(ablation.seeds)} seeds with the half-width of its 95 % interval over seeds. AU-F1 is measured at 0.5, "
+        "as the seed did; average precision needs no threshold. The gap is train minus validation accuracy, in "
+        "points, on natural images in "
+        "evaluation mode. **▲ better, ▼ worse** than the arm named under *against*: the difference exceeds what other "
+        f"seeds and other validation images would give (95 %; of {num_contrasts} differences about "
+        f"{round(num_contrasts * 0.05)} would be marked by luck alone). Unmarked: within noise. F1 of minority classes "
+        f"(validation images): {minority}; with under ten images such a figure says next to nothing."
     )
 
 
@@ -389,7 +411,9 @@ def _claims(ablation: Ablation) -> Iterator[str]:
 
 
 def plot(ablation: Ablation) -> bytes:
-    """Every arm's mean and interval over seeds in one panel per figure, as an SVG; a filled marker is a real difference."""
+    """Every arm's mean and interval over seeds in one panel per figure, as an SVG; a filled marker is a real
+    difference.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -419,8 +443,8 @@ def plot(ablation: Ablation) -> bytes:
         axes[0].set_yticks(list(rows.values()), [arm.title for arm in arms])
         axes[0].tick_params(axis="y", length=0)
         figure.supxlabel(
-            "mean and 95 % interval over seeds. triangle up: better, down: worse than what it is compared with, beyond noise; circle: within noise. "
-            "dotted: seed_before, dashed: seed_fixed",
+            "mean and 95 % interval over seeds. triangle up: better, down: worse than what it is compared with, beyond "
+            "noise; circle: within noise. dotted: seed_before, dashed: seed_fixed",
             fontsize=8,
         )
         figure.tight_layout()

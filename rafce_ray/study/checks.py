@@ -1,4 +1,6 @@
-"""What is wrong with a study before anything starts: one line per fault, with the key, what was found and the remedy."""
+"""What is wrong with a study before anything starts: one line per fault, with the key, what was found and the
+remedy.
+"""
 
 from __future__ import annotations
 
@@ -39,9 +41,12 @@ NOT_SEARCHED = {
     "run.num_workers": "it changes no figure; set resources.workers",
     "run.cpus_per_worker": "it changes no figure; set resources.cpus_per_worker",
     "run.use_gpu": "it changes no figure; set resources.gpus_per_worker",
-    "run.keep_checkpoints": "a trial keeps its best checkpoint; set keep for the number of trials whose checkpoints stay",
+    "run.keep_checkpoints": "a trial keeps its best checkpoint; set keep for the number of trials whose checkpoints "
+    "stay",
 }
-"""Keys that a space may not have, each with the reason and where to set it; ``run.*`` not listed here is set in the base."""
+"""Keys that a space may not have, each with the reason and where to set it; ``run.*`` not listed here is set in the
+base.
+"""
 
 NOT_IN_BASE = {
     "optim.monitor": "metric",
@@ -119,8 +124,8 @@ def _misplaced(dotted: str, value: Any) -> str | None:
 def domain_faults(base: Config | None, space: Space, unread: Collection[str] = ()) -> list[str]:
     """Conditions that cannot hold, and values of single keys that a run refuses, all other keys as in the base.
 
-    ``base``: None where it cannot be used itself; then only what no base could make good is found. ``unread``: keys whose domains
-    could not be read, so that conditions on them cannot be judged.
+    ``base``: None where it cannot be used itself; then only what no base could make good is found. ``unread``: keys
+    whose domains could not be read, so that conditions on them cannot be judged.
     """
     values = flatten(Config() if base is None else base)
     faults = [fault for key in space for fault in _condition_faults(key, space, values, unread)]
@@ -160,9 +165,15 @@ def _condition_faults(key: str, space: Space, base: Mapping[str, Any], unread: C
             yield f"{where}: is the key itself"
         elif parent not in space:
             if not any(same(base[parent], value) for value in wanted):
-                yield f"{where} is {base[parent]!r} in the base and is not searched: {key} would never be sampled. Search {parent}, or set base.{parent}"
+                yield (
+                    f"{where} is {base[parent]!r} in the base and is not searched: {key} would never be sampled. "
+                    f"Search {parent}, or set base.{parent}"
+                )
         elif not space[parent].is_finite:
-            yield f"{where} is continuous: it would hardly ever be one of {list(wanted)!r}. Search it by choice or quniform"
+            yield (
+                f"{where} is continuous: it would hardly ever be one of {list(wanted)!r}. Search it by choice or "
+                "quniform"
+            )
         else:
             # A parent that has a condition itself keeps the base's value where that does not hold.
             kept = [base[parent]] if space[parent].when else []
@@ -172,7 +183,9 @@ def _condition_faults(key: str, space: Space, base: Mapping[str, Any], unread: C
 
 
 def normalised(base: Config, space: Space) -> dict[str, Domain]:
-    """The space with each option as a run's configuration holds it (``AU12`` is 12), so that the two can be compared."""
+    """The space with each option as a run's configuration holds it (``AU12`` is 12), so that the two can be
+    compared.
+    """
     values = flatten(base)
 
     def held(key: str, option: Any) -> Any:
@@ -231,14 +244,20 @@ def study_faults(study: StudyConfig) -> list[str]:
 def _metric_faults(study: StudyConfig) -> Iterator[str]:
     better, mode = ("higher", "max") if study.direction > 0 else ("lower", "min")
     if study.mode not in (None, mode):
-        yield f"mode: found {study.mode!r}; metric {study.metric} is better when {better}: write mode: {mode}, or leave it out"
+        yield (
+            f"mode: found {study.mode!r}; metric {study.metric} is better when {better}: write mode: {mode}, or "
+            "leave it out"
+        )
     data = study.base_config().data
     for task, missing, metrics in (
         ("emotions", data.emotions == "none", monitors_of("emotion")),
         ("action_units", data.action_units == "none", monitors_of("action_units")),
     ):
         if missing and study.metric in metrics:
-            yield f"metric: {study.metric} is undefined with base.data.{task}=none. Choose another metric, or train {task}"
+            yield (
+                f"metric: {study.metric} is undefined with base.data.{task}=none. Choose another metric, or train "
+                f"{task}"
+            )
 
 
 def _vocabulary_faults(study: StudyConfig) -> Iterator[str]:
@@ -247,35 +266,41 @@ def _vocabulary_faults(study: StudyConfig) -> Iterator[str]:
     for key in CHOOSES_ACTION_UNITS:
         if key in study.space:
             yield (
-                f"space.{key}: cannot be searched by metric {study.metric}: scores over different action units cannot be compared. "
-                f"Set base.{key}, or a metric of emotions alone ({', '.join(monitors_of('emotion'))})"
+                f"space.{key}: cannot be searched by metric {study.metric}: scores over different action units cannot "
+                f"be compared. Set base.{key}, or a metric of emotions alone ({', '.join(monitors_of('emotion'))})"
             )
 
 
 def _search_faults(study: StudyConfig) -> Iterator[str]:
     if study.search != "grid":
         if study.num_trials is None:
-            yield f"num_trials: null means every combination, which search={study.search} does not have; set the number of trials"
+            yield (
+                f"num_trials: null means every combination, which search={study.search} does not have; set the "
+                "number of trials"
+            )
         return
     for key, domain in study.space.items():
         if not domain.is_finite:
-            yield f"space.{key}: {domain} is continuous, which a grid cannot list. Write {{grid: [...]}}, or set search=random"
+            yield (
+                f"space.{key}: {domain} is continuous, which a grid cannot list. Write {{grid: [...]}}, or set "
+                "search=random"
+            )
 
 
 def _scheduler_faults(study: StudyConfig) -> Iterator[str]:
     scheduler, epochs = study.scheduler, study.base_config().optim.epochs
     if scheduler.type in ("asha", "median") and scheduler.grace_period >= epochs:
         yield (
-            f"scheduler.grace_period: {scheduler.grace_period} is not below base.optim.epochs={epochs}: no trial would ever be stopped. "
-            "Lower it, or set scheduler.type=none"
+            f"scheduler.grace_period: {scheduler.grace_period} is not below base.optim.epochs={epochs}: no trial would "
+            "ever be stopped. Lower it, or set scheduler.type=none"
         )
     elif scheduler.type == "asha":
         last = scheduler.grace_period * scheduler.reduction_factor ** (scheduler.brackets - 1)
         # Only a rung that an epoch before the last one reaches can stop a trial.
         if last > epochs - 1:
             yield (
-                f"scheduler.brackets: bracket {scheduler.brackets - 1} has its first rung at epoch {last:g}, which is not below "
-                f"base.optim.epochs={epochs}. Lower brackets"
+                f"scheduler.brackets: bracket {scheduler.brackets - 1} has its first rung at epoch {last:g}, which is "
+                f"not below base.optim.epochs={epochs}. Lower brackets"
             )
 
 
@@ -284,18 +309,22 @@ def _resource_faults(study: StudyConfig) -> Iterator[str]:
     if gpus is None:
         return
     if gpus > 1:
-        yield f"resources.gpus_per_worker: found {gpus:g}; a worker uses one GPU. Set 1 or a fraction, and resources.workers for more"
+        yield (
+            f"resources.gpus_per_worker: found {gpus:g}; a worker uses one GPU. Set 1 or a fraction, and "
+            "resources.workers for more"
+        )
     elif workers > 1 and gpus != 1:
         yield (
-            f"resources.gpus_per_worker: found {gpus:g} with resources.workers={workers}; several workers take a whole GPU each. "
-            "Set it to 1, or base.run.use_gpu=false to train on CPUs"
+            f"resources.gpus_per_worker: found {gpus:g} with resources.workers={workers}; several workers take a whole "
+            "GPU each. Set it to 1, or base.run.use_gpu=false to train on CPUs"
         )
 
 
 def combination_faults(study: StudyConfig) -> list[str]:
     """Combinations of several keys that a run refuses although each value alone is fine.
 
-    All of a grid are built, of a random search what it will propose; of optuna, whose proposals are not known yet, as many draws.
+    All of a grid are built, of a random search what it will propose; of optuna, whose proposals are not known yet, as
+    many draws.
     """
     found = list(foreseen(study))
     if len(found) > MAX_COMBINATIONS:

@@ -1,6 +1,8 @@
-"""The configuration of a study: what is searched, how, and by which metric; ``load_study`` and ``build_study`` are its only constructors.
+"""The configuration of a study: what is searched, how, and by which metric; ``load_study`` and ``build_study`` are its
+only constructors.
 
-Precedence: defaults, then the YAML file, then ``key=value`` overrides. The base is built like a run: recipe, then its sections.
+Precedence: defaults, then the YAML file, then ``key=value`` overrides. The base is built like a run: recipe, then its
+sections.
 """
 
 from __future__ import annotations
@@ -67,8 +69,8 @@ class SchedulerConfig(Section):
 
     type: Literal["asha", "median", "none"] = Field(
         "asha",
-        description="asha: the best 1/reduction_factor go on at each rung. median: what is under the running median stops. "
-        "none: all are trained to their end.",
+        description="asha: the best 1/reduction_factor go on at each rung. median: what is under the running median "
+        "stops. none: all are trained to their end.",
     )
     grace_period: int = Field(3, ge=1, description="asha, median: epochs that every trial is given; ASHA's first rung.")
     reduction_factor: float = Field(
@@ -100,7 +102,8 @@ class ResourcesConfig(Section):
     gpus_per_worker: float | None = Field(
         None,
         ge=0,
-        description="GPUs per worker; a fraction shares one GPU (one worker only); null: a GPU, or a share, where the cluster has any.",
+        description="GPUs per worker; a fraction shares one GPU (one worker only); null: a GPU, or a share, where the "
+        "cluster has any.",
     )
     concurrent: int | None = Field(None, ge=1, description="Trials at a time; null: as many as fit.")
 
@@ -122,7 +125,7 @@ class _Study(Section):
     )
     search: Literal["grid", "random", "optuna"] = Field(
         "random",
-        description="grid: every combination. random: independent draws. optuna: TPE, which learns from earlier trials.",
+        description="grid: every combination. random: independent draws. optuna: TPE, learning from earlier trials.",
     )
     seed: int = Field(0, ge=0, lt=2**31, description="Seed of what is sampled (a trial's own seed is base.run.seed).")
     num_trials: int | None = Field(
@@ -138,7 +141,8 @@ class _Study(Section):
     time_budget_s: float | None = Field(
         None,
         gt=0,
-        description="Seconds after which the sweep ends, running trials after their epoch; finalists come on top. null: no limit.",
+        description="Seconds after which the sweep ends, running trials after their epoch; finalists come on top. "
+        "null: no limit.",
     )
     resources: ResourcesConfig = ResourcesConfig()
     finalists: FinalistsConfig = FinalistsConfig()
@@ -173,7 +177,8 @@ class StudyConfig(_Study):
     def base_config(self) -> Config:
         """What trial 0 trains: recipe, sections, and what the study says of metric and workers. It has no ``run.name``.
 
-        Where ``data.null_policy`` is searched, ``data.evaluation_null_policy`` is never ``same`` but what that means in the base.
+        Where ``data.null_policy`` is searched, ``data.evaluation_null_policy`` is never ``same`` but what that means in
+        the base.
         """
         config = build_config(merge(recipe_values(self.base.recipe), self._own_sections()))
         if "data.null_policy" not in self.space:
@@ -252,7 +257,8 @@ def _with_domain(space: Any, key: str, domain: Any, override: str) -> dict[str, 
         return changed | {key: domain}
     if key not in changed:
         raise ConfigError(
-            f"{override!r}: the study does not search {key!r}; it searches {', '.join(changed) or 'nothing'}{did_you_mean(key, list(changed))}"
+            f"{override!r}: the study does not search {key!r}; it searches "
+            f"{', '.join(changed) or 'nothing'}{did_you_mean(key, list(changed))}"
         )
     del changed[key]
     return changed

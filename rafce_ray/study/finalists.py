@@ -40,8 +40,9 @@ Basis = Literal["seeds and images", "images only"]
 class Finalist:
     """One of the study's trials as it was judged.
 
-    ``scores``: the metric at the best epoch by seed, as it is (not negated), and ``runs`` the run folder of each; ``mean`` of
-    them with its 95 % interval ``low`` to ``high``, NaN where unknown. ``missing``: seeds whose run gave no score, with how it ended.
+    ``scores``: the metric at the best epoch by seed, as it is (not negated), and ``runs`` the run folder of each;
+    ``mean`` of them with its 95 % interval ``low`` to ``high``, NaN where unknown. ``missing``: seeds whose run gave no
+    score, with how it ended.
     """
 
     trial: str
@@ -59,11 +60,12 @@ class Finalist:
 class Verdict:
     """A study's trials in the order of what they can be trusted to reach, the winner first unless it left no model.
 
-    All gains are improvements: above 0 is better, also where less of the metric is better. ``gain``: of the winner over the base;
-    ``over_runner_up``: of the winner over the best other (None: there is none). ``retrained``: the trials were trained again with
-    other seeds; else the sweep's own runs are all there is. ``sweep_gain``: of the sweep's best over the base in the sweep;
-    ``retrained_gain``: of the same trial over the base when both were trained again. ``luck_share`` = 1 - retrained_gain.value /
-    sweep_gain; None where the sweep's best was no gain or nothing was trained again. ``remarks`` say what must be known besides.
+    All gains are improvements: above 0 is better, also where less of the metric is better. ``gain``: of the winner over
+    the base; ``over_runner_up``: of the winner over the best other (None: there is none). ``retrained``: the trials
+    were trained again with other seeds; else the sweep's own runs are all there is. ``sweep_gain``: of the sweep's best
+    over the base in the sweep; ``retrained_gain``: of the same trial over the base when both were trained again.
+    ``luck_share`` = 1 - retrained_gain.value / sweep_gain; None where the sweep's best was no gain or nothing was
+    trained again. ``remarks`` say what must be known besides.
     """
 
     metric: str
@@ -136,7 +138,9 @@ def _read_finalist(record: dict[str, Any]) -> Finalist:
 
 
 def sentences(verdict: Verdict) -> list[str]:
-    """What the verdict says, in plain lines: who won, by how much, whether that is more than luck, and what is not known."""
+    """What the verdict says, in plain lines: who won, by how much, whether that is more than luck, and what is not
+    known.
+    """
     lines = [_who_won(verdict)]
     if verdict.winner != verdict.base:
         lines.append(_against(verdict, verdict.base, "the base", verdict.gain))
@@ -184,17 +188,20 @@ def _luck(verdict: Verdict) -> str:
     best = verdict.sweep_best
     if not verdict.retrained:
         return (
-            "No trial was trained again with other seeds: the best of many trials is partly the luckiest, and by how much is unknown. "
-            "Set finalists.k=3 to know."
+            "No trial was trained again with other seeds: the best of many trials is partly the luckiest, and by how "
+            "much is unknown. Set finalists.k=3 to know."
         )
     if best == verdict.base:
         return f"In the sweep the base itself ({best}) was best: there was no gain that could have been luck."
     if verdict.luck_share is None:
-        return f"How much of the sweep's gain was luck is unknown: {best} and the base were not both trained in the sweep and again."
+        return (
+            f"How much of the sweep's gain was luck is unknown: {best} and the base were not both trained in the "
+            "sweep and again."
+        )
     again = verdict.retrained_gain
     told = (
-        f"In the sweep {best} was {_better(verdict.sweep_gain)} than the base; trained again with other seeds it is {_better(again.value)}"
-        f"{f' ({again.low:+.3f} to {again.high:+.3f})' if math.isfinite(again.low) else ''}"
+        f"In the sweep {best} was {_better(verdict.sweep_gain)} than the base; trained again with other seeds it is "
+        f"{_better(again.value)}{f' ({again.low:+.3f} to {again.high:+.3f})' if math.isfinite(again.low) else ''}"
     )
     share = verdict.luck_share
     # As shown, in whole percents.
@@ -208,12 +215,21 @@ def _luck(verdict: Verdict) -> str:
 def _basis(verdict: Verdict) -> str:
     images = f"{verdict.num_images:,} validation images"
     if verdict.basis == "seeds and images":
-        return f"Intervals allow for other seeds (deviation pooled over the finalists) and for other images than these {images}."
+        return (
+            "Intervals allow for other seeds (deviation pooled over the finalists) and for other images than these "
+            f"{images}."
+        )
     if verdict.retrained:
         most = max(len(one.scores) for one in verdict.ranked)
         why = "one seed each does not tell how seeds differ" if most < 2 else "the seeds of each gave the same score"
-        return f"Intervals allow for other images than these {images} only: {why}. Set finalists.seeds=3{'' if most < 2 else ' or more'}."
-    return f"Intervals allow for other images than these {images} only, not for other seeds; a trial without raw outputs has none."
+        return (
+            f"Intervals allow for other images than these {images} only: {why}. Set "
+            f"finalists.seeds=3{'' if most < 2 else ' or more'}."
+        )
+    return (
+        f"Intervals allow for other images than these {images} only, not for other seeds; a trial without raw "
+        "outputs has none."
+    )
 
 
 def improvement(metric: str, value: float, half_width: float) -> Difference:
@@ -237,7 +253,9 @@ class TaggedOutputs:
 
 @dataclass(frozen=True)
 class Comparable:
-    """Splits with the same rows and targets; ``is_relabelled``: which of them had other AU targets of their own; ``remarks`` say so."""
+    """Splits with the same rows and targets; ``is_relabelled``: which of them had other AU targets of their own;
+    ``remarks`` say so.
+    """
 
     splits: list[SplitOutputs]
     is_relabelled: list[bool]
@@ -247,7 +265,8 @@ class Comparable:
 def on_labels_of_first(runs: Sequence[TaggedOutputs]) -> Comparable:
     """The runs' outputs, rows in the order of the first's, all with the first's targets.
 
-    Trials that read action units under another ``data.null_policy`` have other targets, and would be measured by another yardstick.
+    Trials that read action units under another ``data.null_policy`` have other targets, and would be measured by
+    another yardstick.
 
     Raises:
         UsageError: they are not of the same images, or an image has another emotion in one of them.
@@ -259,11 +278,13 @@ def on_labels_of_first(runs: Sequence[TaggedOutputs]) -> Comparable:
     for number, run in enumerate(runs):
         if run.taxonomy.action_units != first.taxonomy.action_units:
             remarks.append(
-                f"{run.trial} tells other action units than {first.trial}: their figures of action units answer different questions."
+                f"{run.trial} tells other action units than {first.trial}: their figures of action units answer "
+                "different questions."
             )
         elif not np.array_equal(splits[number].action_units, targets, equal_nan=True):
             remarks.append(
-                f"{run.trial} reads the AU labels otherwise than {first.trial}: it is measured by those of {first.trial}."
+                f"{run.trial} reads the AU labels otherwise than {first.trial}: it is measured by those of "
+                f"{first.trial}."
             )
             splits[number] = replace(splits[number], action_units=targets)
             is_relabelled[number] = True
@@ -345,7 +366,9 @@ UNKNOWN = Difference(math.nan, math.nan, math.nan)
 
 
 def choose_finalists(trials: Sequence[Trial], k: int, metric: str) -> list[Trial]:
-    """The best ``k`` of the sweep's trials, the best first, and the base besides if it is not among them and has not failed."""
+    """The best ``k`` of the sweep's trials, the best first, and the base besides if it is not among them and has not
+    failed.
+    """
     best = best_first(_eligible(trials), metric)[:k]
     base = [one for one in trials if one.plan.is_base and one.status != "failed" and one not in best]
     return [*best, *base]
@@ -377,10 +400,11 @@ class _Candidate:
 
 
 def judge(study: StudyFolder, metric: str, k_names: Sequence[str], *, base: str) -> Verdict:
-    """Rank finalists, named by their trials, by the lower bound of what other seeds and images would give (of a loss: the upper).
+    """Rank finalists, named by their trials, by the lower bound of what other seeds and images would give (of a loss:
+    the upper).
 
-    Scores are the metric at the best epoch of each finalist's trainings. Where a finalist's AU labels are read otherwise than the
-    base's, its outputs are measured again by the base's.
+    Scores are the metric at the best epoch of each finalist's trainings. Where a finalist's AU labels are read
+    otherwise than the base's, its outputs are measured again by the base's.
 
     Raises:
         RafceError: no finalist has a result yet.
@@ -403,7 +427,8 @@ def judge(study: StudyFolder, metric: str, k_names: Sequence[str], *, base: str)
         candidates.append(_Candidate(trial, scored, {s: run for s, run in by_seed.items() if isinstance(run, str)}))
     if not any(one.runs for one in candidates):
         raise RafceError(
-            f"{study.location}: none of the finalists {', '.join(k_names)} has a result. Give the same command again, or set finalists.k=0."
+            f"{study.location}: none of the finalists {', '.join(k_names)} has a result. Give the same command again, "
+            "or set finalists.k=0."
         )
     return _verdict(study, metric, candidates, base, retrained=True)
 
@@ -446,7 +471,8 @@ def best_run(study: StudyFolder, verdict: Verdict) -> RunFolder:
     found = [] if winner is None else [seed for seed, name in winner.runs.items() if name in folders]
     if winner is None or not found:
         raise RafceError(
-            f"{verdict.winner} won, but no run of it has a bundle. Set finalists.k=1 or more, and the same command trains it again; or, where time_budget_s ended it, raise that."
+            f"{verdict.winner} won, but no run of it has a bundle. Set finalists.k=1 or more, and the same command "
+            "trains it again; or, where time_budget_s ended it, raise that."
         )
     best = max(found, key=lambda seed: (FIGURES[verdict.metric].direction * winner.scores[seed], -seed))
     return folders[winner.runs[best]]
@@ -471,7 +497,9 @@ def _read_run(folder: RunFolder, metric: str) -> _Run | str:
 
 @dataclass(frozen=True)
 class _Measured:
-    """Every candidate's metric over its seeds, by trial, with resamples of the images; trials that had other AU labels of their own."""
+    """Every candidate's metric over its seeds, by trial, with resamples of the images; trials that had other AU labels
+    of their own.
+    """
 
     figures: dict[str, OverSeeds]
     num_images: int

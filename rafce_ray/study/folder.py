@@ -1,4 +1,6 @@
-"""What a study leaves behind: ``study.json`` (what it is), ``trials/NAME/`` (each a run folder), Ray Tune's own files in ``ray/``."""
+"""What a study leaves behind: ``study.json`` (what it is), ``trials/NAME/`` (each a run folder), Ray Tune's own files
+in ``ray/``.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,8 @@ class StudyFolder:
         return (self.location / "study.json").exists()
 
     def claim(self, plan: dict[str, Any]) -> None:
-        """Start a study here, or go on with the one whose plan this is; the mappings under ``may_grow`` may get more entries.
+        """Start a study here, or go on with the one whose plan this is; the mappings under ``may_grow`` may get more
+        entries.
 
         Raises:
             UsageError: the folder holds another study.
@@ -59,7 +62,8 @@ class StudyFolder:
         if changed:
             lines = "\n".join(f"  {key}: {_differing(*values)}" for key, values in sorted(changed.items()))
             raise UsageError(
-                f"{self.location} holds a study that differs:\n{lines}\nChoose another name, or give the same values to go on with it."
+                f"{self.location} holds a study that differs:\n{lines}\nChoose another name, or give the same values "
+                "to go on with it."
             )
         return {**now, "may_grow": grown}
 

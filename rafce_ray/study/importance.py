@@ -27,7 +27,9 @@ LOG_SPAN = 10.0
 
 @dataclass(frozen=True)
 class KeyImportance:
-    """``share`` in [0, 1] of what all keys explain, and its standard ``deviation`` over resamples of the trials; NaN where unknown."""
+    """``share`` in [0, 1] of what all keys explain, and its standard ``deviation`` over resamples of the trials; NaN
+    where unknown.
+    """
 
     key: str
     share: float
@@ -38,8 +40,8 @@ class KeyImportance:
 class Importance:
     """Importance of every key that varied, the greatest first.
 
-    ``r2``: share of the variance of scores that the keys predict in trials that were held out; below 0 it is worse than the mean, NaN
-    where it was not estimated. ``note``: what must be known before any of it is believed; None: nothing.
+    ``r2``: share of the variance of scores that the keys predict in trials that were held out; below 0 it is worse than
+    the mean, NaN where it was not estimated. ``note``: what must be known before any of it is believed; None: nothing.
     """
 
     metric: str
@@ -56,15 +58,16 @@ class Importance:
 def parameter_importance(
     trials: Sequence[Trial], metric: str, values: Mapping[str, Mapping[str, Any]] | None = None
 ) -> Importance:
-    """Permutation importance of the sampled keys for the score, in a random forest, on trials that it did not learn from.
+    """Permutation importance of the sampled keys for the score, in a random forest, on trials that it did not learn
+    from.
 
-    A key's importance is how much the squared error of held-out trials grows when its values are shuffled; below 0, which noise alone
-    gives, counts as 0. Optuna's fANOVA measures on the trials that its forest has learnt, so that noise gets importance too and nothing
-    tells how well the forest predicts. It also leaves out every key that some trial lacks. Here such a key is a missing value for the
-    forest, and ``r2`` says how well the keys predict the score.
+    A key's importance is how much the squared error of held-out trials grows when its values are shuffled; below 0,
+    which noise alone gives, counts as 0. Optuna's fANOVA measures on the trials that its forest has learnt, so that
+    noise gets importance too and nothing tells how well the forest predicts. It also leaves out every key that some
+    trial lacks. Here such a key is a missing value for the forest, and ``r2`` says how well the keys predict the score.
 
-    ``values``: what each trial was trained with, by its name, where that is not its plan's: the base's values need not be in its plan.
-    Of the sweep's trials, those that have a score and did not fail are looked at.
+    ``values``: what each trial was trained with, by its name, where that is not its plan's: the base's values need not
+    be in its plan. Of the sweep's trials, those that have a score and did not fail are looked at.
     """
     scored = [one for one in trials if one.plan.role == "sweep" and one.status != "failed" and is_finite(one.score)]
     sampled = [dict((values or {}).get(one.name, one.plan.values)) for one in scored]
@@ -102,7 +105,9 @@ def _why_not(keys: Sequence[str], scores: NDArray[np.float64]) -> str | None:
 
 
 def _column(values: Sequence[Any]) -> NDArray[np.float64]:
-    """A key's values as numbers, NaN where it does not apply; categories are numbered, which splits of trees can undo."""
+    """A key's values as numbers, NaN where it does not apply; categories are numbered, which splits of trees can
+    undo.
+    """
     present = [value for value in values if value is not None]
     if all(isinstance(value, int | float) and not isinstance(value, bool) for value in present):
         numbers = np.array([math.nan if value is None else float(value) for value in values])
@@ -113,7 +118,9 @@ def _column(values: Sequence[Any]) -> NDArray[np.float64]:
 
 
 def _held_out(table: NDArray[np.float64], scores: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
-    """Out-of-fold R2, and (trials, keys): by how much each trial's squared error grows where a key's values are shuffled."""
+    """Out-of-fold R2, and (trials, keys): by how much each trial's squared error grows where a key's values are
+    shuffled.
+    """
     from sklearn.ensemble import RandomForestRegressor
     from sklearn.inspection import permutation_importance
     from sklearn.model_selection import RepeatedKFold

@@ -37,7 +37,10 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Listing:
-    """A study's trials as rows. ``sampled``: the columns that hold sampled values, in which None is a value and absence is not."""
+    """A study's trials as rows.
+
+    ``sampled``: the columns that hold sampled values, in which None is a value and absence is not.
+    """
 
     metric: str
     rows: tuple[Row, ...]
@@ -91,7 +94,10 @@ def _what_is_there(study: StudyFolder) -> str:
         return "it is a file. Name the study's folder."
     inside = [info.base_name for info in location.list() if (location / info.base_name / "study.json").exists()]
     if inside:
-        return f"it has no study.json. It holds studies; name one of {len(inside)}, such as {(location / inside[0]).shown}."
+        return (
+            f"it has no study.json. It holds studies; name one of {len(inside)}, such as "
+            f"{(location / inside[0]).shown}."
+        )
     return "it has no study.json. Name a folder that rafce tune or rafce ablate made."
 
 
@@ -110,7 +116,9 @@ def _run_rows(study: StudyFolder, metric: str, names: Sequence[str]) -> list[dic
 
 
 def _run_row(folder: RunFolder, metric: str) -> dict[str, Any]:
-    """A row of a run folder without a plan, with the columns of :attr:`rafce_ray.study.trials.Trial.row` that it can fill."""
+    """A row of a run folder without a plan, with the columns of :attr:`rafce_ray.study.trials.Trial.row` that it can
+    fill.
+    """
     config, records, result = folder.config(), folder.metrics(), folder.result() or {}
     best = best_record(records, metric)
     validation = {} if best is None else best["validation"]
@@ -192,7 +200,9 @@ def print_csv(listing: Listing, rows: Sequence[Row], columns: Sequence[str]) -> 
 def print_table(
     listing: Listing, rows: Sequence[Row], columns: Sequence[str], *, first: Sequence[str], is_chosen: bool
 ) -> None:
-    """Print what fits the terminal and say what does not; columns that were asked for are all shown, on several lines if need be."""
+    """Print what fits the terminal and say what does not; columns that were asked for are all shown, on several lines
+    if need be.
+    """
     console = Console(highlight=False)
     shown = list(columns) if is_chosen else fitting(listing, rows, columns, first, console.width)
     table = Table(box=None, padding=(0, _GAP, 0, 0), header_style="bold")

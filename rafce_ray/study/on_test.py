@@ -55,7 +55,9 @@ COMPARED = ("accuracy", "macro_f1", "macro_f1_supported", "au_f1_mean", "score",
 
 @dataclass(frozen=True)
 class MeanFigure:
-    """One figure of one trial: ``values`` of its runs, their ``mean`` and its 95 % interval; NaN where undefined or unknown."""
+    """One figure of one trial: ``values`` of its runs, their ``mean`` and its 95 % interval; NaN where undefined or
+    unknown.
+    """
 
     values: tuple[float, ...]
     mean: float
@@ -67,9 +69,10 @@ class MeanFigure:
 class OnTest:
     """What the test split says of the winner and of the base.
 
-    ``runs``: the run folders measured, by trial; ``figures``: by trial and MEASURED. ``differences``: winner minus base as it is (a
-    loss below 0 is better), by COMPARED; those that mean something else for both, and all where the base could not be measured,
-    are absent. ``looks``: winners of this study that were measured on test so far, this one included.
+    ``runs``: the run folders measured, by trial; ``figures``: by trial and MEASURED. ``differences``: winner minus base
+    as it is (a loss below 0 is better), by COMPARED; those that mean something else for both, and all where the base
+    could not be measured, are absent. ``looks``: winners of this study that were measured on test so far, this one
+    included.
     """
 
     winner: str
@@ -121,7 +124,8 @@ class OnTest:
             lines.append(self._allowed_for())
         if self.looks > 1:
             lines.append(
-                f"{self.looks} winners of this study were measured on the test split so far: the more are, the less the best of them means."
+                f"{self.looks} winners of this study were measured on the test split so far: the more are, the less "
+                "the best of them means."
             )
         return [*lines, *self.remarks]
 
@@ -162,10 +166,11 @@ class _Run:
 def measure_on_test(
     study: StudyFolder, verdict: Verdict, *, device: str = "auto", progress: Progress | None = None
 ) -> OnTest | None:
-    """Measure every run of the winner and of the base on the test split, and keep it as ``test.json``; None where it has no labels.
+    """Measure every run of the winner and of the base on the test split, and keep it as ``test.json``; None where it
+    has no labels.
 
-    What was measured is never measured again: neither a winner that has a record, nor a run that has kept its outputs. The record
-    of an earlier winner becomes ``test-TRIAL.json``.
+    What was measured is never measured again: neither a winner that has a record, nor a run that has kept its outputs.
+    The record of an earlier winner becomes ``test-TRIAL.json``.
 
     Raises:
         RafceError: a bundle or its data cannot be used.
@@ -204,7 +209,9 @@ def measure_on_test(
 
 
 def _tell_later_runs(study: StudyFolder, current: OnTest, verdict: Verdict) -> None:
-    """Say which trainings the record of the test split does not know: looking again with more seeds would be choosing by it."""
+    """Say which trainings the record of the test split does not know: looking again with more seeds would be choosing
+    by it.
+    """
     later = [
         folder.location.name
         for trial, measured in current.runs.items()
@@ -213,13 +220,15 @@ def _tell_later_runs(study: StudyFolder, current: OnTest, verdict: Verdict) -> N
     ]
     if later:
         say(
-            f"{', '.join(later)} {'was' if len(later) == 1 else 'were'} trained since: not measured on the test split, whose figures "
-            f"stay those of the first look ({TEST_FILE})."
+            f"{', '.join(later)} {'was' if len(later) == 1 else 'were'} trained since: not measured on the test split, "
+            f"whose figures stay those of the first look ({TEST_FILE})."
         )
 
 
 def _replace_current(study: StudyFolder, current: OnTest | None, new: OnTest) -> OnTest:
-    """Write the new record, with the number of looks, in place of the current one, which stays beside under its winner's name."""
+    """Write the new record, with the number of looks, in place of the current one, which stays beside under its
+    winner's name.
+    """
     if current is not None:
         _write(study.location / _file_of(current.winner), current)
     own = _file_of(new.winner)

@@ -26,7 +26,9 @@ from rafce_ray.study.proposals import planned_trials, propose
 from rafce_ray.study.space import identity
 
 NESTED_MEMORY_BYTES = 2**20
-"""What Tune itself reserves for a trial of several workers, whose CPUs Ray Train reserves: Tune wants something to be reserved."""
+"""What Tune itself reserves for a trial of several workers, whose CPUs Ray Train reserves: Tune wants something to be
+reserved.
+"""
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,9 @@ class Node:
 
 @dataclass(frozen=True)
 class Shares:
-    """``cpus`` and ``gpus`` of each of a trial's ``workers``; ``at_once``: trials at a time; ``fitting``: how many the cluster could hold."""
+    """``cpus`` and ``gpus`` of each of a trial's ``workers``; ``at_once``: trials at a time; ``fitting``: how many the
+    cluster could hold.
+    """
 
     workers: int
     cpus: float
@@ -66,18 +70,20 @@ def share_out(
 ) -> Shares:
     """The shares of trials that are all alike.
 
-    ``concurrent``: trials at a time; None: as many as fit. ``gpus_per_worker``: None: where there are GPUs and ``run.use_gpu`` is not
-    false a whole one, or a fraction where more one-worker trials at a time than GPUs are asked for.
+    ``concurrent``: trials at a time; None: as many as fit. ``gpus_per_worker``: None: where there are GPUs and
+    ``run.use_gpu`` is not false a whole one, or a fraction where more one-worker trials at a time than GPUs are asked
+    for.
 
     Raises:
-        UsageError: one trial, or ``concurrent`` of them, can never run on this cluster, or ``run.use_gpu`` contradicts ``gpus_per_worker``.
+        UsageError: one trial, or ``concurrent`` of them, can never run on this cluster, or ``run.use_gpu`` contradicts
+            ``gpus_per_worker``.
     """
     workers, cpus = run.most_workers, float(run.cpus_per_worker or 1)
     total = Node(sum(node.cpus for node in nodes), sum(node.gpus for node in nodes))
     if gpus_per_worker is not None and run.use_gpu not in (None, gpus_per_worker > 0):
         raise UsageError(
-            f"base.run.use_gpu={str(run.use_gpu).lower()} and resources.gpus_per_worker={gpus_per_worker:g} contradict each other. "
-            "Leave one of them out."
+            f"base.run.use_gpu={str(run.use_gpu).lower()} and resources.gpus_per_worker={gpus_per_worker:g} contradict "
+            "each other. Leave one of them out."
         )
     gpus = gpus_per_worker or 0.0
     if gpus_per_worker is None and (run.use_gpu if run.use_gpu is not None else total.gpus > 0):
@@ -86,22 +92,28 @@ def share_out(
     slots = sum(_slots(node, cpus, gpus) for node in nodes)
     fitting = slots // workers
     wanted = f"{workers} worker(s) x {cpus:g} CPU" + (f" + {gpus:g} GPU" if gpus else "")
-    has = f"the cluster has {total.cpus:g} CPUs and {total.gpus:g} GPUs on {len(nodes)} machine(s), which hold {slots} such worker(s)"
+    has = (
+        f"the cluster has {total.cpus:g} CPUs and {total.gpus:g} GPUs on {len(nodes)} machine(s), which hold "
+        f"{slots} such worker(s)"
+    )
     if fitting < 1:
         raise UsageError(
-            f"a trial wants {wanted}; {has}. Lower resources.workers, resources.cpus_per_worker or resources.gpus_per_worker, "
-            "or set base.run.use_gpu=false."
+            f"a trial wants {wanted}; {has}. Lower resources.workers, resources.cpus_per_worker or "
+            "resources.gpus_per_worker, or set base.run.use_gpu=false."
         )
     if concurrent is not None and concurrent > fitting:
         raise UsageError(
-            f"{concurrent} trials at a time x {wanted} = {concurrent * workers} workers; {has}. Lower the number of trials at a time "
-            "(resources.concurrent, --concurrent) or what each of them gets."
+            f"{concurrent} trials at a time x {wanted} = {concurrent * workers} workers; {has}. Lower the number of "
+            "trials at a time (resources.concurrent, --concurrent) or what each of them gets."
         )
     return Shares(workers, cpus, gpus, concurrent or fitting, fitting)
 
 
 def _slots(node: Node, cpus: float, gpus: float) -> int:
-    """Workers that one machine can hold. A worker never spans two GPUs' fractions, so each GPU is counted for itself."""
+    """Workers that one machine can hold.
+
+    A worker never spans two GPUs' fractions, so each GPU is counted for itself.
+    """
     by_cpu = math.floor(node.cpus / cpus + 1e-9)
     if not gpus:
         return by_cpu
@@ -127,8 +139,9 @@ def first_line(study: StudyConfig, folder: StudyFolder) -> str:
     config, total = study.base_config(), planned_trials(study)
     stopping = "no early stopping" if study.scheduler.type == "none" else study.scheduler.type.upper()
     return (
-        f"study {study.name}: {study.search} search over {len(study.space)} keys, {total} trials (the base first) of up to {config.optim.epochs} "
-        f"epochs of {config.model.backbone} at {config.model.image_px} px on {config.data.root}, {stopping}; results go to {folder.location.shown}"
+        f"study {study.name}: {study.search} search over {len(study.space)} keys, {total} trials (the base first) of "
+        f"up to {config.optim.epochs} epochs of {config.model.backbone} at {config.model.image_px} px on "
+        f"{config.data.root}, {stopping}; results go to {folder.location.shown}"
     )
 
 
@@ -145,8 +158,9 @@ def tell_plan(study: StudyConfig, folder: StudyFolder, shares: Shares, taxonomy:
         later = f" (the first of {scheduler.brackets} brackets; the others later)" if scheduler.brackets > 1 else ""
         rungs = asha_rungs(scheduler.grace_period, scheduler.reduction_factor, config.optim.epochs)
         say(
-            f"epochs: at most {epochs}; ASHA compares trials after epochs {', '.join(f'{one:g}' for one in rungs)}{later} and lets about the best "
-            f"1/{scheduler.reduction_factor:g} of each rung go on{retrained}"
+            f"epochs: at most {epochs}; ASHA compares trials after epochs "
+            f"{', '.join(f'{one:g}' for one in rungs)}{later} and lets about the best 1/{scheduler.reduction_factor:g} "
+            f"of each rung go on{retrained}"
         )
     else:
         say(f"epochs: at most {epochs}{retrained}")
@@ -208,8 +222,9 @@ def tell_disk(study: StudyConfig, place: Location, shares: Shares, taxonomy: Tax
         shares.at_once * LIVE_CHECKPOINTS * checkpoint + kept * (bundle + checkpoint) + finals * bundle + 2 * bundle
     )
     line = (
-        f"disk: at most about {shown_bytes(needed)}: {shares.at_once} running x {LIVE_CHECKPOINTS} checkpoints of {shown_bytes(checkpoint)}, "
-        f"the best {study.keep} trials and the base, {finals} finalists' bundles of {shown_bytes(bundle)}"
+        f"disk: at most about {shown_bytes(needed)}: {shares.at_once} running x {LIVE_CHECKPOINTS} checkpoints of "
+        f"{shown_bytes(checkpoint)}, the best {study.keep} trials and the base, {finals} finalists' bundles of "
+        f"{shown_bytes(bundle)}"
     )
     local = place.local
     if local is None:
@@ -222,8 +237,8 @@ def tell_disk(study: StudyConfig, place: Location, shares: Shares, taxonomy: Tax
     written = sum(info.size or 0 for info in place.list(recursive=True))
     if needed > free + written:
         raise UsageError(
-            f"the study needs about {shown_bytes(needed)} in {local}, which has {shown_bytes(free)} free. Lower keep or "
-            "resources.concurrent, or set storage to a larger disk."
+            f"the study needs about {shown_bytes(needed)} in {local}, which has {shown_bytes(free)} free. Lower keep "
+            "or resources.concurrent, or set storage to a larger disk."
         )
 
 

@@ -1,4 +1,6 @@
-"""Which values trial number n of a study trains: a function of the study, the number and, for optuna, what earlier trials scored."""
+"""Which values trial number n of a study trains: a function of the study, the number and, for optuna, what earlier
+trials scored.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +31,10 @@ STARTUP_TRIALS = 10
 
 @dataclass(frozen=True)
 class Observed:
-    """What is known of an earlier trial. ``values``: as proposed ({}: the base). ``score``: the metric at its best epoch so far, as it is
-    (not negated); None while there is none: it runs, or it failed.
+    """What is known of an earlier trial. ``values``: as proposed ({}: the base).
+
+    ``score``: the metric at its best epoch so far, as it is (not negated); None while there is none: it runs, or it
+    failed.
     """
 
     number: int
@@ -41,8 +45,8 @@ class Observed:
 def propose(study: StudyConfig, number: int, history: Sequence[Observed] = ()) -> dict[str, Any] | None:
     """The values of trial ``number`` by dotted key; {} for number 0, the base; None where the study has no such trial.
 
-    The same arguments give the same values. ``history`` matters to ``search: optuna`` alone; there it should have every trial that
-    was proposed, running ones too, so that none is proposed twice.
+    The same arguments give the same values. ``history`` matters to ``search: optuna`` alone; there it should have every
+    trial that was proposed, running ones too, so that none is proposed twice.
 
     Raises:
         UsageError: ``search: optuna`` without optuna.
@@ -65,7 +69,9 @@ def planned_trials(study: StudyConfig) -> int:
 
 
 def new_combinations(space: Space, base: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Every combination of a finite space but the base's own values, in the order of the keys, the first varying slowest."""
+    """Every combination of a finite space but the base's own values, in the order of the keys, the first varying
+    slowest.
+    """
     own = _effective({}, space, base)
     seen = {own}
     for values in combinations(space, base):
@@ -76,7 +82,10 @@ def new_combinations(space: Space, base: Mapping[str, Any]) -> Iterator[dict[str
 
 
 def random_proposals(study: StudyConfig) -> Iterator[dict[str, Any]]:
-    """The values of trials 1, 2, ... of a random search: each from its own generator, none twice, until a finite space is exhausted."""
+    """The values of trials 1, 2, ...
+
+    of a random search: each from its own generator, none twice, until a finite space is exhausted.
+    """
     seen = {_effective({}, study.space, study.base_values)}
     for number in count(1):
         values = _draw_new(study, number, seen)
@@ -130,9 +139,9 @@ def _propose_by_tpe(study: StudyConfig, number: int, history: Iterable[Observed]
 def _ask(study: StudyConfig, number: int, earlier: Sequence[Observed]) -> dict[str, Any]:
     """What TPE proposes after these trials.
 
-    A stopped trial enters as complete: its score is its best so far, hence a lower bound of what it would have reached, and never
-    overrates it. Entered as pruned, it would rank behind every finished trial however bad. A trial without a score enters as
-    running: TPE stays away from its values, be it that they are being tried or that they failed.
+    A stopped trial enters as complete: its score is its best so far, hence a lower bound of what it would have reached,
+    and never overrates it. Entered as pruned, it would rank behind every finished trial however bad. A trial without a
+    score enters as running: TPE stays away from its values, be it that they are being tried or that they failed.
     """
     optuna = _import_optuna()
     seed = int(np.random.SeedSequence([study.seed, number]).generate_state(1)[0])

@@ -1,7 +1,9 @@
-"""What a study searches: domains of values by dotted configuration key, and conditions under which a key is searched at all.
+"""What a study searches: domains of values by dotted configuration key, and conditions under which a key is searched at
+all.
 
-Optuna's distributions are made from these domains (:mod:`rafce_ray.study.proposals`). They do not replace them: a domain lists its
-values, has conditions, and draws from numpy's generator, so that the trials of a stored study stay what they are.
+Optuna's distributions are made from these domains (:mod:`rafce_ray.study.proposals`). They do not replace them: a
+domain lists its values, has conditions, and draws from numpy's generator, so that the trials of a stored study stay
+what they are.
 """
 
 from __future__ import annotations
@@ -20,8 +22,8 @@ Kind = Literal["grid", "choice", "uniform", "loguniform", "quniform", "randint"]
 KINDS = get_args(Kind)
 
 HOW_TO_WRITE = (
-    "{grid: [0.3, 0.5]}, {choice: [light, strong]}, {uniform: [0.3, 0.7]}, {loguniform: [1e-4, 1e-2]}, {quniform: [0.3, 0.7, 0.1]} "
-    "or {randint: [1, 8]}"
+    "{grid: [0.3, 0.5]}, {choice: [light, strong]}, {uniform: [0.3, 0.7]}, {loguniform: [1e-4, 1e-2]}, {quniform: "
+    "[0.3, 0.7, 0.1]} or {randint: [1, 8]}"
 )
 
 
@@ -29,10 +31,10 @@ HOW_TO_WRITE = (
 class Domain:
     """Values that a key may take.
 
-    ``written``: as the study's YAML writes it after ``kind``. ``grid`` and ``choice`` list options. The others are ``(low, high)``, and
-    ``(low, high, step)`` for ``quniform``; **both ends are included** (Ray's ``randint`` excludes the upper one).
-    ``when``: other keys, each with the values for which this key is sampled; empty: always. A key whose condition does not hold keeps
-    the base's value and is absent from a trial's values.
+    ``written``: as the study's YAML writes it after ``kind``. ``grid`` and ``choice`` list options. The others are
+    ``(low, high)``, and ``(low, high, step)`` for ``quniform``; **both ends are included** (Ray's ``randint`` excludes
+    the upper one). ``when``: other keys, each with the values for which this key is sampled; empty: always. A key whose
+    condition does not hold keeps the base's value and is absent from a trial's values.
     """
 
     kind: Kind
@@ -50,7 +52,10 @@ class Domain:
         return self.kind not in ("uniform", "loguniform")
 
     def values(self) -> Sequence[Any]:
-        """Every value in order; steps have no rounding errors, and are ints if low, high and step are. ValueError for a continuous domain."""
+        """Every value in order; steps have no rounding errors, and are ints if low, high and step are.
+
+        ValueError for a continuous domain.
+        """
         if not self.is_finite:
             raise ValueError(f"{self} is continuous: its values cannot be listed")
         if self.is_list:
@@ -70,7 +75,9 @@ class Domain:
         return self.written
 
     def between(self) -> tuple[Any, ...]:
-        """A value inside that a key could refuse although it takes both ends: a fraction, where it takes whole numbers."""
+        """A value inside that a key could refuse although it takes both ends: a fraction, where it takes whole
+        numbers.
+        """
         if self.kind == "quniform":
             return (self.values()[1],)
         if self.is_finite:
@@ -112,7 +119,8 @@ Space = Mapping[str, Domain]
 
 
 def parse_domain(plain: Any) -> Domain:
-    """The domain that a study's YAML writes as ``{loguniform: [1e-4, 1e-2]}``, optionally with ``when: {other.key: [values]}``.
+    """The domain that a study's YAML writes as ``{loguniform: [1e-4, 1e-2]}``, optionally with ``when: {other.key:
+    [values]}``.
 
     Raises:
         ValueError: it is none; the message says how to write it.
@@ -242,7 +250,9 @@ def draw(space: Space, base: Mapping[str, Any], rng: np.random.Generator) -> dic
 
 
 def combinations(space: Space, base: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Every combination of a finite space, the first key varying slowest; a key that does not apply does not multiply."""
+    """Every combination of a finite space, the first key varying slowest; a key that does not apply does not
+    multiply.
+    """
     yield from _combine(space, base, in_order(space), {})
 
 

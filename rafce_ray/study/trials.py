@@ -36,8 +36,9 @@ def metric_of(study: StudyFolder) -> str:
 class TrialPlan:
     """What one trial is to train, written down before it starts (``trials/NAME/trial.json``).
 
-    ``values``: what was sampled, by dotted key; conditional keys that do not apply are absent. ``of``: for a finalist, the sweep's
-    trial whose configuration it trains again; in an ablation, the arm. ``cpus``, ``gpus``: its share of the cluster, all workers together.
+    ``values``: what was sampled, by dotted key; conditional keys that do not apply are absent. ``of``: for a finalist,
+    the sweep's trial whose configuration it trains again; in an ablation, the arm. ``cpus``, ``gpus``: its share of the
+    cluster, all workers together.
     """
 
     name: str
@@ -65,7 +66,8 @@ class TrialPlan:
 class Training:
     """A trial of a list that is known beforehand: one seed of an arm or of a finalist.
 
-    ``of``: the arm, or the sweep's trial, whose configuration it trains. ``values``: what makes that configuration of the base.
+    ``of``: the arm, or the sweep's trial, whose configuration it trains. ``values``: what makes that configuration of
+    the base.
     """
 
     name: str
@@ -99,18 +101,20 @@ def check_sampled(plan: TrialPlan, job: Job) -> None:
     if wrong or found != plan.config_hash:
         listed = "; ".join(f"{key} {sampled!r} sampled, {there!r} there" for key, (sampled, there) in wrong.items())
         raise RafceError(
-            f"trial {plan.name} would not train what was sampled: its configuration's hash is {found}, expected {plan.config_hash}"
-            f"{f' ({listed})' if listed else ''}. Its {TRIAL_FILE} was altered, or written by another version of rafce_ray; "
-            "delete the trial's folder, and the same command makes it anew."
+            f"trial {plan.name} would not train what was sampled: its configuration's hash is {found}, expected "
+            f"{plan.config_hash}{f' ({listed})' if listed else ''}. Its {TRIAL_FILE} was altered, or written by "
+            "another version of rafce_ray; delete the trial's folder, and the same command makes it anew."
         )
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One trial as it stands. ``score``: the study's metric at its best epoch so far, as it is (not negated); None before the first epoch.
+    """One trial as it stands.
 
-    ``curve``: (epoch, metric) of every epoch, None where undefined. ``figures``: OF_AN_EPOCH of validation at the best epoch.
-    ``seconds``: of training. ``reason``: why it was stopped, or failed.
+    ``score``: the study's metric at its best epoch so far, as it is (not negated); None before the first epoch.
+
+    ``curve``: (epoch, metric) of every epoch, None where undefined. ``figures``: OF_AN_EPOCH of validation at the best
+    epoch. ``seconds``: of training. ``reason``: why it was stopped, or failed.
     """
 
     plan: TrialPlan
@@ -132,7 +136,9 @@ class Trial:
 
     @cached_property
     def row(self) -> dict[str, Any]:
-        """The trial as one flat row of ``trials.jsonl``: OF_AN_EPOCH at the best epoch, sampled values under their dotted keys."""
+        """The trial as one flat row of ``trials.jsonl``: OF_AN_EPOCH at the best epoch, sampled values under their
+        dotted keys.
+        """
         return {
             "trial": self.name,
             "role": self.plan.role,
@@ -153,7 +159,10 @@ class Trial:
 
 
 def read_trial(folder: RunFolder, metric: str) -> Trial | None:
-    """A trial as its folder tells it; None where the folder has no plan. ``metric``: the study's, a figure of validation."""
+    """A trial as its folder tells it; None where the folder has no plan.
+
+    ``metric``: the study's, a figure of validation.
+    """
     found = read_plan(folder)
     if found is None:
         return None
@@ -242,7 +251,10 @@ def conclude(folder: RunFolder, metric: str, status: str, reason: str) -> None:
 
 
 def prune_to_best(checkpoints: Location, best_epoch: int) -> str | None:
-    """Delete all checkpoints but the best epoch's; its name. None, and nothing deleted, where there is none of that epoch."""
+    """Delete all checkpoints but the best epoch's; its name.
+
+    None, and nothing deleted, where there is none of that epoch.
+    """
     found, _ = list_checkpoints(checkpoints)
     kept = [one for one in found if one.epoch == best_epoch and one.step == 0]
     if not kept:
@@ -264,7 +276,8 @@ RUNGS_FILE = "rungs.jsonl"
 
 @dataclass(frozen=True)
 class RungEntry:
-    """One decision: ``score`` (higher is better) of a trial at the rung of epoch ``milestone``; ``cutoff`` of those there before it.
+    """One decision: ``score`` (higher is better) of a trial at the rung of epoch ``milestone``; ``cutoff`` of those
+    there before it.
 
     ``cutoff`` is None for the first of a rung; ``action`` is ``continue`` or ``stop``.
     """

@@ -40,9 +40,9 @@ Values = Mapping[str, Any]
 class TrialProgress:
     """One trial while its sweep runs. ``status``: a key of STATES.
 
-    ``values``: those in which it differs from the base; ``base``: the base's values of the same keys, empty while they are not known.
-    ``again``: of a finalist, whose configuration it trains with which seed. ``scores``: the study's metric, one an epoch, None where
-    undefined. ``seconds``: of training, up to the last epoch.
+    ``values``: those in which it differs from the base; ``base``: the base's values of the same keys, empty while they
+    are not known. ``again``: of a finalist, whose configuration it trains with which seed. ``scores``: the study's
+    metric, one an epoch, None where undefined. ``seconds``: of training, up to the last epoch.
     """
 
     name: str
@@ -89,8 +89,8 @@ def states(trials: Collection[TrialProgress], planned: int) -> str:
 def seconds_left(trials: Collection[TrialProgress], planned: int, at_once: int) -> float | None:
     """Seconds until all trials have ended, if those to come take as long as those that ended; None while no trial has.
 
-    ``at_once``: trials at a time. A running trial counts by what it lacks of the mean, and with one epoch at least. Trials that ended
-    before their first epoch say nothing of how long one takes.
+    ``at_once``: trials at a time. A running trial counts by what it lacks of the mean, and with one epoch at least.
+    Trials that ended before their first epoch say nothing of how long one takes.
     """
     ended = [one.seconds for one in trials if one.ended and one.scores]
     left = planned - sum(one.ended for one in trials)
@@ -103,7 +103,9 @@ def seconds_left(trials: Collection[TrialProgress], planned: int, at_once: int) 
 
 
 def roughly(seconds: float) -> str:
-    """A duration no more precise than an estimate is: ``under a minute``, ``about 7 min``, ``about 25 min``, ``about 2.5 h``."""
+    """A duration no more precise than an estimate is: ``under a minute``, ``about 7 min``, ``about 25 min``, ``about
+    2.5 h``.
+    """
     minutes = seconds / 60
     if minutes < 1:
         return "under a minute"
@@ -116,7 +118,9 @@ def roughly(seconds: float) -> str:
 
 
 def described(values: Values, base: Values) -> str:
-    """``optim.lr 0.0012, model.dropout 0.41 (base: 0.0005, 0.5)``; without the base's values where they are not known."""
+    """``optim.lr 0.0012, model.dropout 0.41 (base: 0.0005, 0.5)``; without the base's values where they are not
+    known.
+    """
     if not values:
         return "the base configuration"
     listed = ", ".join(f"{key} {plain(value)}" for key, value in values.items())
@@ -146,7 +150,10 @@ def figure(value: float | None) -> str:
 
 RESULT_FILE = "result.json"
 RELAYED_EVENTS = tuple(kind for kind in WARNING_EVENTS if kind != "finding")
-"""Events that are reported of every trial. The doctor finds the same in most trials: the report and ``rafce doctor`` list that."""
+"""Events that are reported of every trial.
+
+The doctor finds the same in most trials: the report and ``rafce doctor`` list that.
+"""
 
 SHOWN_RUNNING = 12
 SHOWN_ENDED = 5
@@ -158,8 +165,8 @@ Stamps = dict[str, tuple[int | None, int | None]]
 class SweepWatch(Watch):
     """Shows a sweep's trials, whose names need not be known beforehand.
 
-    On a terminal a live table, and what a person should act on as lines above it; elsewhere one line when a trial starts, one when it
-    ends. Looks only at trials that have not ended, and reads only files that changed.
+    On a terminal a live table, and what a person should act on as lines above it; elsewhere one line when a trial
+    starts, one when it ends. Looks only at trials that have not ended, and reads only files that changed.
     """
 
     def __init__(
@@ -175,7 +182,8 @@ class SweepWatch(Watch):
     ) -> None:
         """``metric``: the study's. ``planned``: trials of this ``role``, those that ended before included.
 
-        ``elapsed_before_s``: time that the study took before this watch; it counts against ``budget_s``. ``clock``: seconds.
+        ``elapsed_before_s``: time that the study took before this watch; it counts against ``budget_s``. ``clock``:
+        seconds.
         """
         super().__init__(study.location)
         self._study, self._metric, self._planned, self._role = study, metric, planned, role
@@ -360,7 +368,8 @@ class SweepWatch(Watch):
             table.add_column(title, no_wrap=True)
         for title in ("epoch", "now", "best", "at"):
             table.add_column(title, justify="right", no_wrap=True)
-        # The only column that may wrap is the one that a narrow terminal shortens; its cells stay on one line all the same.
+        # The only column that may wrap is the one that a narrow terminal shortens; its cells stay on one line all the
+        # same.
         table.add_column(Text("differs from the base in", no_wrap=True, overflow="ellipsis"))
         running = sorted((one for one in self._trials.values() if one.running), key=lambda one: one.number)
         ended = ranked((one for one in self._trials.values() if one.ended), self._metric)

@@ -68,8 +68,8 @@ def ray_folder() -> Path:
 def dashboard_line(address: str, page: str, environment: Mapping[str, str], *, started_here: bool) -> str:
     """Where the dashboard is and how to reach it.
 
-    ``address``: HOST:PORT as Ray reports it. ``page``: the page that shows the work: jobs or serve. ``environment``: this
-    process's after ``ray.init``, which sets RAY_AUTH_MODE. ``started_here``: False for another machine's cluster.
+    ``address``: HOST:PORT as Ray reports it. ``page``: the page that shows the work: jobs or serve. ``environment``:
+    this process's after ``ray.init``, which sets RAY_AUTH_MODE. ``started_here``: False for another machine's cluster.
     """
     notes = []
     if environment.get("RAY_AUTH_MODE", "").lower() == "token":

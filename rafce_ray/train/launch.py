@@ -75,7 +75,8 @@ def _launch(folder: RunFolder, config: Config, *, resume: bool) -> dict[str, Any
         outcome = _fit(job, *num_cpus_and_gpus)
     if outcome is None:
         raise RafceError(
-            f"training ended without a result; look at {folder.location / 'events.jsonl'}, then give the same command again."
+            f"training ended without a result; look at {folder.location / 'events.jsonl'}, then give the same command "
+            "again."
         )
     if "error" in outcome:
         raise _error_of(outcome)
@@ -97,7 +98,9 @@ def _write_report(folder: RunFolder, prepared: Prepared) -> None:
 def build_trainer(
     job: Job, num_cpus: float, num_gpus: float, *, max_failures: int, callbacks: Sequence[RayTrainCallback] = ()
 ) -> TorchTrainer:
-    """Ray Train's trainer of a job on a cluster of so many CPUs and GPUs; ``max_failures``: starts of its workers again."""
+    """Ray Train's trainer of a job on a cluster of so many CPUs and GPUs; ``max_failures``: starts of its workers
+    again.
+    """
     # Ray reads its environment when it is imported: ray_cluster has set it by now.
     from ray.train import FailureConfig, LoggingConfig, RunConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -147,7 +150,9 @@ def _fit(job: Job, num_cpus: float, num_gpus: float) -> dict[str, Any] | None:
 
 @contextmanager
 def interruptible(what_then: str) -> Iterator[None]:
-    """Ctrl-C ends the block as a KeyboardInterrupt and says ``what_then``: Ray's own handler turns it into a silent exit with code 0."""
+    """Ctrl-C ends the block as a KeyboardInterrupt and says ``what_then``: Ray's own handler turns it into a silent
+    exit with code 0.
+    """
     in_main_thread = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGINT)
     try:
@@ -164,9 +169,9 @@ def interruptible(what_then: str) -> Iterator[None]:
 def ray_cluster(config: Config, name: str, *, nested: bool = False) -> Iterator[tuple[float, float]]:
     """A Ray cluster for one command: the one of RAY_ADDRESS or this process, else a local one that ends with the block.
 
-    ``name``: of the command, as the Jobs page of Ray's dashboard shows it. ``nested``: trainers will run inside trials. Ray's cleaner of
-    their placement groups asks the cluster's state and must find this very cluster where several run on a machine. Yields the cluster's
-    CPUs and GPUs.
+    ``name``: of the command, as the Jobs page of Ray's dashboard shows it. ``nested``: trainers will run inside trials.
+    Ray's cleaner of their placement groups asks the cluster's state and must find this very cluster where several run
+    on a machine. Yields the cluster's CPUs and GPUs.
 
     Raises:
         UsageError: RAY_ADDRESS or RAY_TMPDIR cannot be used, with the reason.
@@ -183,7 +188,8 @@ def ray_cluster(config: Config, name: str, *, nested: bool = False) -> Iterator[
         "TUNE_DISABLE_SIGINT_HANDLER": "1",
         # A trial's last word says how it ended and has no figures.
         "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
-        # A range of workers is started where there is room by all that is known; where that is out of date, they are soon counted again.
+        # A range of workers is started where there is room by all that is known; where that is out of date, they are
+        # soon counted again.
         **({"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(ELASTIC_START_TIMEOUT_S)} if config.run.is_elastic else {}),
     }.items():
         os.environ.setdefault(variable, value)
@@ -222,7 +228,9 @@ def ray_cluster(config: Config, name: str, *, nested: bool = False) -> Iterator[
 
 @contextmanager
 def _address_known(wanted: bool) -> Iterator[dict[str, Any] | None]:
-    """A runtime environment that tells every process of the local cluster to come its address; None where that is not wanted."""
+    """A runtime environment that tells every process of the local cluster to come its address; None where that is not
+    wanted.
+    """
     if not wanted:
         yield None
         return
@@ -249,8 +257,9 @@ def _scaling(config: Config, num_cpus: float, num_gpus: float) -> ray.train.Scal
     wanted, wanted_gpus = cpus * least, least if use_gpu else 0
     if wanted > num_cpus or wanted_gpus > num_gpus:
         raise UsageError(
-            f"{least} worker(s) x {cpus} CPU(s){' x 1 GPU' if use_gpu else ''} = {wanted} CPUs and {wanted_gpus} GPUs; the cluster "
-            f"has {num_cpus:g} CPUs and {num_gpus:g} GPUs. Lower run.num_workers or run.cpus_per_worker, or set run.use_gpu=false."
+            f"{least} worker(s) x {cpus} CPU(s){' x 1 GPU' if use_gpu else ''} = {wanted} CPUs and {wanted_gpus} GPUs; "
+            f"the cluster has {num_cpus:g} CPUs and {num_gpus:g} GPUs. Lower run.num_workers or run.cpus_per_worker, "
+            "or set run.use_gpu=false."
         )
     return ScalingConfig(
         num_workers=run.num_workers,
@@ -261,7 +270,9 @@ def _scaling(config: Config, num_cpus: float, num_gpus: float) -> ray.train.Scal
 
 
 def named(config: Config, prefix: str = "") -> Config:
-    """The configuration with its run named: the same command gives the same name, so that it finds its own run again."""
+    """The configuration with its run named: the same command gives the same name, so that it finds its own run
+    again.
+    """
     if config.run.name is not None:
         return config
     data = re.sub(r"[^A-Za-z0-9]+", "-", locate(str(config.data.root)).name).strip("-") or "data"
@@ -286,8 +297,8 @@ def _claim(folder: RunFolder, config: Config, prepared: Prepared, *, resume: boo
     result = folder.result()
     if result is not None and not resume:
         raise UsageError(
-            f"{folder.location} holds a run that has ended ({result['status']}, best epoch {result['best_epoch']}). Choose another run.name, "
-            "or go on with --resume and a higher optim.epochs."
+            f"{folder.location} holds a run that has ended ({result['status']}, best epoch {result['best_epoch']}). "
+            "Choose another run.name, or go on with --resume and a higher optim.epochs."
         )
     changed = differences(folder.config(), config)
     if resume:
@@ -295,7 +306,8 @@ def _claim(folder: RunFolder, config: Config, prepared: Prepared, *, resume: boo
     if changed:
         lines = "\n".join(f"  {key}: {before!r} there, {now!r} here" for key, (before, now) in sorted(changed.items()))
         raise UsageError(
-            f"{folder.location} holds a run with another configuration:\n{lines}\nChoose another run.name, or give the same values."
+            f"{folder.location} holds a run with another configuration:\n{lines}\nChoose another run.name, or give the "
+            "same values."
         )
     trained = max((int(record["epoch"]) for record in folder.metrics()), default=0)
     if config.optim.epochs < trained:
@@ -307,8 +319,9 @@ def _claim(folder: RunFolder, config: Config, prepared: Prepared, *, resume: boo
     provenance = folder.provenance()
     if provenance["data_fingerprint"] != prepared.fingerprint:
         raise UsageError(
-            f"the data of {folder.location} have changed since it started (fingerprint {provenance['data_fingerprint'][:12]} there, "
-            f"{prepared.fingerprint[:12]} now). Choose another run.name to train on the new data, or restore the old ones."
+            f"the data of {folder.location} have changed since it started (fingerprint "
+            f"{provenance['data_fingerprint'][:12]} there, {prepared.fingerprint[:12]} now). Choose another run.name "
+            "to train on the new data, or restore the old ones."
         )
     if result is not None:
         folder.reopen()
@@ -348,12 +361,14 @@ def train_again(plan: Plan) -> RunFolder:
         most = max(1, math.floor(num_cpus / run["num_workers"]))
         if (run["cpus_per_worker"] or 1) > most:
             warn(
-                f"the original had {run['cpus_per_worker']} threads a worker, here are {most}: the last digits of figures depend on it."
+                f"the original had {run['cpus_per_worker']} threads a worker, here are {most}: the last digits of "
+                "figures depend on it."
             )
             run["cpus_per_worker"] = most
         if run["use_gpu"] and num_gpus < run["num_workers"]:
             warn(
-                f"the original had a GPU for each of {run['num_workers']} worker(s), here are {num_gpus:g}: training on the CPU."
+                f"the original had a GPU for each of {run['num_workers']} worker(s), here are {num_gpus:g}: training "
+                "on the CPU."
             )
             run["use_gpu"] = False
         config = build_config(values)

@@ -1,7 +1,9 @@
-"""``rafce predict --ray``: many image files on a Ray cluster, through Ray Data: a shard of the listing by one worker into one Parquet file.
+"""``rafce predict --ray``: many image files on a Ray cluster, through Ray Data: a shard of the listing by one worker
+into one Parquet file.
 
-Pixels and rows never pass through Ray: a worker is told the number of a shard, reads its names and images itself and writes its file.
-Whatever its size, a listing so costs a worker no more memory than a shard, and the driver a folder's names.
+Pixels and rows never pass through Ray: a worker is told the number of a shard, reads its names and images itself and
+writes its file. Whatever its size, a listing so costs a worker no more memory than a shard, and the driver a folder's
+names.
 """
 
 from __future__ import annotations
@@ -69,7 +71,8 @@ class ShardPredictor:
         self._job = job
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Predict the shard ``row["shard"]``; gives its number and an ``error`` that the user must mend, empty where there is none.
+        """Predict the shard ``row["shard"]``; gives its number and an ``error`` that the user must mend, empty where
+        there is none.
 
         That is returned: raised, Ray would wrap it in its own words.
         """
@@ -103,8 +106,8 @@ class ShardPredictor:
         job, wanted = self._job, self._shards.plan.options
         if bundle_digest(job.bundle) != wanted.bundle_sha256:
             raise RafceError(
-                f"{job.bundle}: is not the bundle of {job.out} where this worker runs. Give every machine the same bundle, on shared storage "
-                "or by a URI; the same command then goes on."
+                f"{job.bundle}: is not the bundle of {job.out} where this worker runs. Give every machine the same "
+                "bundle, on shared storage or by a URI; the same command then goes on."
             )
         cv2.setNumThreads(job.threads)
         bundle = load_bundle(job.bundle)
@@ -124,7 +127,8 @@ class ShardPredictor:
         plan = read_plan(folder)
         if plan is None:
             raise RafceError(
-                f"{folder}: is not there where this worker runs. Give --out a folder on storage that every machine shares, or a URI."
+                f"{folder}: is not there where this worker runs. Give --out a folder on storage that every machine "
+                "shares, or a URI."
             )
         return Shards(folder, plan)
 
@@ -142,7 +146,8 @@ def predict_on_ray(
     workers: int | None = None,
     use_gpu: bool | None = None,
 ) -> int:
-    """Predict the images at ``paths`` into the folder ``out``, or go on with it; exit code 1 if nothing at all could be predicted.
+    """Predict the images at ``paths`` into the folder ``out``, or go on with it; exit code 1 if nothing at all could be
+    predicted.
 
     ``workers`` None: as many as the cluster has GPUs or, without any, CPUs. ``use_gpu`` None: where there are some.
 
@@ -153,9 +158,9 @@ def predict_on_ray(
     check_ray()
     folder, loaded = locate(out), load_bundle(bundle)
     say(
-        f"Predicting the images of {_few(paths)} on Ray: faces {detector_of(faces, face_model)}; {loaded.architecture.backbone} of "
-        f"{loaded.path} ({loaded.taxonomy.num_emotions} emotions, {loaded.taxonomy.num_action_units} action units); Parquet files to "
-        f"{folder.shown}."
+        f"Predicting the images of {_few(paths)} on Ray: faces {detector_of(faces, face_model)}; "
+        f"{loaded.architecture.backbone} of {loaded.path} ({loaded.taxonomy.num_emotions} emotions, "
+        f"{loaded.taxonomy.num_action_units} action units); Parquet files to {folder.shown}."
     )
     face_model_sha256 = None
     if faces == "detect":
@@ -202,7 +207,9 @@ def bundle_digest(place: str) -> str:
 
 @dataclass(frozen=True)
 class Share:
-    """``workers`` processes of ``cpus`` CPUs and ``gpus`` GPUs each, of which ``fitting`` fit on the cluster as it is."""
+    """``workers`` processes of ``cpus`` CPUs and ``gpus`` GPUs each, of which ``fitting`` fit on the cluster as it
+    is.
+    """
 
     workers: int
     cpus: int
@@ -230,8 +237,8 @@ def share_out(
 
     if workers is None and not fitting(1):
         raise UsageError(
-            f"no worker fits on the cluster: it has {sum(cpu for cpu, _ in nodes):g} CPUs on {len(nodes)} machine(s). Add machines or, if it grows "
-            "by itself, say to how many with --workers."
+            f"no worker fits on the cluster: it has {sum(cpu for cpu, _ in nodes):g} CPUs on {len(nodes)} machine(s). "
+            "Add machines or, if it grows by itself, say to how many with --workers."
         )
     wanted = min(workers or fitting(1), num_shards)
     largest = int(max((cpu for cpu, _ in nodes), default=1))
@@ -294,18 +301,22 @@ def _rows(job: PredictionJob, share: Share, missing: list[int]) -> Iterator[dict
             yield from table.to_pylist()
     except ExecutionTimeoutError as error:
         raise RafceError(
-            f"no shard ended for {context.execution_no_progress_timeout_s / 60:g} minutes. Either the cluster has no room for the workers (see the "
-            f"dashboard), or they die at an image of the first shard that is missing in {job.out}, or a shard takes that long: then set "
-            "RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S higher. The same command goes on."
+            f"no shard ended for {context.execution_no_progress_timeout_s / 60:g} minutes. Either the cluster has no "
+            "room for the workers (see the dashboard), or they die at an image of the first shard that is missing in "
+            f"{job.out}, or a shard takes that long: then set RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S higher. The "
+            "same command goes on."
         ) from error
     except RayError as error:
         raise RafceError(
-            f"a worker failed: {_last_line(error)}\nThe shards that were finished stay; the same command goes on with the others."
+            f"a worker failed: {_last_line(error)}\nThe shards that were finished stay; the same command goes on with "
+            "the others."
         ) from error
 
 
 def _check_shared(path: str) -> None:
-    """RafceError where the folder of an image that the driver listed is not there: a row for each would blame the images."""
+    """RafceError where the folder of an image that the driver listed is not there: a row for each would blame the
+    images.
+    """
     folder = os.path.dirname(local_path(path))
     if "://" not in folder and not os.path.isdir(folder):
         raise RafceError(

@@ -101,8 +101,8 @@ def shown(samples: Iterable[Sample]) -> Iterator[None]:
 def count_to(metric: Metric, tags: tuple[str, ...], total: int) -> None:
     """Raise this process's counter to a total that is on record elsewhere.
 
-    After a restart the new process counts all of it again, so the true count is the largest over processes, and nothing is lost with a
-    process that dies before Ray exports.
+    After a restart the new process counts all of it again, so the true count is the largest over processes, and nothing
+    is lost with a process that dies before Ray exports.
     """
     missing = total - _counted.get((metric, tags), 0)
     if missing > 0:
@@ -174,7 +174,8 @@ STARTING = 4
 def train_worker(plain_job: dict[str, Any]) -> dict[str, Any] | None:
     """Ray Train's ``train_loop_per_worker``; rank 0 returns the run's result.
 
-    An error that the user must mend is returned (``error``, ``exit_code``): raised, Ray would retry what cannot succeed.
+    An error that the user must mend is returned (``error``, ``exit_code``): raised, Ray would retry what cannot
+    succeed.
     """
     job = Job.from_plain(plain_job)
     session = TrainSession(job)
@@ -190,7 +191,9 @@ def train_worker(plain_job: dict[str, Any]) -> dict[str, Any] | None:
 
 
 class TrainSession:
-    """A Ray Train worker's :class:`rafce_ray.run.state.Session`; ends its own process when no step is finished for too long."""
+    """A Ray Train worker's :class:`rafce_ray.run.state.Session`; ends its own process when no step is finished for too
+    long.
+    """
 
     def __init__(self, job: Job) -> None:
         context = ray.train.get_context()
@@ -243,7 +246,9 @@ class TrainSession:
             self._telemetry.step_done()
 
     def report(self, record: dict[str, Any]) -> None:
-        """Tell Ray Train and whoever watches; the checkpoint is already in the run folder (see docs/design.md for why Ray does not keep it)."""
+        """Tell Ray Train and whoever watches; the checkpoint is already in the run folder (see docs/design.md for why
+        Ray does not keep it).
+        """
         if self._telemetry is not None:
             self._telemetry.epoch_done(record)
         ray.train.report(record)
@@ -293,7 +298,9 @@ class ChangesCallback(ControllerCallback, WorkerGroupCallback):  # type: ignore[
 
 @contextmanager
 def _told_if_possible() -> Iterator[None]:
-    """Ray ends a run whose callback fails: a storage that cannot be written just now costs a message, which goes to Ray's log instead."""
+    """Ray ends a run whose callback fails: a storage that cannot be written just now costs a message, which goes to
+    Ray's log instead.
+    """
     try:
         yield
     except OSError as error:
@@ -303,8 +310,8 @@ def _told_if_possible() -> Iterator[None]:
 def trial_worker(plain: dict[str, Any], study: str, metric: str) -> dict[str, Any]:
     """Ray Tune's function: trains the trial that ``plain["trial"]`` names in this process; returns how it ended.
 
-    ``metric``: the study's. An error that the user must mend is returned: raised, Ray would retry what cannot succeed. Where a
-    trial's folder has a checkpoint, it goes on from there.
+    ``metric``: the study's. An error that the user must mend is returned: raised, Ray would retry what cannot succeed.
+    Where a trial's folder has a checkpoint, it goes on from there.
     """
     folder = StudyFolder(study)
     session = None
@@ -333,8 +340,8 @@ def read_trial_job(plain: dict[str, Any], study: StudyFolder) -> Job:
     found = read_plan(study.trial(name))
     if found is None or found[0].config_hash != plain["config_hash"]:
         raise RafceError(
-            f"trial {name}: {study.trial(name).location} does not hold the configuration {plain['config_hash']} that was sampled. "
-            "Can every node reach the study's storage?"
+            f"trial {name}: {study.trial(name).location} does not hold the configuration {plain['config_hash']} that "
+            "was sampled. Can every node reach the study's storage?"
         )
     check_sampled(*found)
     return found[1]
@@ -370,8 +377,8 @@ class TrialSession(LocalSession):
 class Watchdog:
     """Ends this process when ``run.hang_timeout_s`` pass without a beat, so that Ray starts the group again.
 
-    Ray notices processes that do not answer, but a training thread that waits for ever (a stuck disk, a dead lock) leaves
-    its process answering.
+    Ray notices processes that do not answer, but a training thread that waits for ever (a stuck disk, a dead lock)
+    leaves its process answering.
     """
 
     def __init__(self, job: Job, rank: int) -> None:

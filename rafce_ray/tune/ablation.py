@@ -32,9 +32,9 @@ def ablate(
 ) -> tuple[StudyFolder, Ablation]:
     """Run what is missing of the ablation of a base configuration, and read all of it; the same call again goes on.
 
-    ``only``: names of arms, with those that they are compared with; empty: all. ``minority``: classes whose F1 is shown; None: the
-    seed's four, or the four rarest of another taxonomy. Arms set whole recipes: what the base says of the keys that they vary is
-    not used.
+    ``only``: names of arms, with those that they are compared with; empty: all. ``minority``: classes whose F1 is
+    shown; None: the seed's four, or the four rarest of another taxonomy. Arms set whole recipes: what the base says of
+    the keys that they vary is not used.
 
     Raises:
         UsageError: an unknown arm or class, or the study's folder is another program's or holds something else.
@@ -88,7 +88,10 @@ def ablate(
 
 
 def choose_arms(arms: list[Arm], only: Sequence[str]) -> list[Arm]:
-    """The arms of these names, and those that they are compared with; all of them for none. UsageError for an unknown one."""
+    """The arms of these names, and those that they are compared with; all of them for none.
+
+    UsageError for an unknown one.
+    """
     by_name = {arm.name: arm for arm in arms}
     chosen: set[str] = set()
     for name in only:

@@ -36,7 +36,8 @@ from rafce_ray.train.launch import ray_cluster, tell_findings
 
 
 def conclude_study(study: StudyConfig, folder: StudyFolder, finalists: Sequence[Trial]) -> dict[str, Any]:
-    """Judge a study whose trials have ended and write ``finalists.json``, ``best.yaml``, ``best/``, ``test.json``, ``report.html``.
+    """Judge a study whose trials have ended and write ``finalists.json``, ``best.yaml``, ``best/``, ``test.json``,
+    ``report.html``.
 
     Raises:
         RafceError: no trial gave a score.
@@ -45,11 +46,13 @@ def conclude_study(study: StudyConfig, folder: StudyFolder, finalists: Sequence[
     failed = [one.name for one in trials if one.status in ("failed", "diverged")]
     if failed:
         warn(
-            f"{len(failed)} of {len(trials)} trials failed or diverged: {', '.join(failed)} (rafce trials {folder.location.command})"
+            f"{len(failed)} of {len(trials)} trials failed or diverged: {', '.join(failed)} (rafce trials "
+            f"{folder.location.command})"
         )
     if not any(one.score is not None for one in trials):
         raise RafceError(
-            f"no trial of {folder.location} has a {study.metric}: nothing can be judged. Look at why: rafce trials {folder.location.command}"
+            f"no trial of {folder.location} has a {study.metric}: nothing can be judged. Look at why: rafce trials "
+            f"{folder.location.command}"
         )
     verdict = (
         judge(folder, study.metric, [one.name for one in finalists], base=base_name(trials))
@@ -68,8 +71,9 @@ def conclude_study(study: StudyConfig, folder: StudyFolder, finalists: Sequence[
         curves = f"copy {(place / 'ray').command} to a disk for TensorBoard"
     say(
         f"made {place.command}: best/ (bundle), best.yaml, {report.name}, trials.jsonl; curves: {curves}\n"
-        f"next: rafce train --config {(place / 'best.yaml').command}   or: rafce evaluate --bundle {best} data.root={root}   "
-        f"or: rafce serve --bundle {best}   or: rafce predict --bundle {best} PHOTO...   or: rafce trials {place.command}"
+        f"next: rafce train --config {(place / 'best.yaml').command}   or: rafce evaluate --bundle {best} "
+        f"data.root={root}   or: rafce serve --bundle {best}   or: rafce predict --bundle {best} PHOTO...   or: rafce "
+        f"trials {place.command}"
     )
     return {
         "study": str(folder.location),
@@ -91,7 +95,10 @@ def write_best(study: StudyConfig, folder: StudyFolder, verdict: Verdict) -> Non
     plain = folder.trial(verdict.winner).config().model_dump(mode="json")
     # A trial's share of the machine is not the share of a run of its own.
     plain["run"] |= {"name": None, "storage": study.storage, "cpus_per_worker": None}
-    head = f"# The winner of study {study.name}: {verdict.winner}.\n#   rafce train --config {(folder.location / 'best.yaml').command}\n"
+    head = (
+        f"# The winner of study {study.name}: {verdict.winner}.\n#   rafce train --config "
+        f"{(folder.location / 'best.yaml').command}\n"
+    )
     (folder.location / "best.yaml").write_bytes((head + to_yaml(build_config(plain))).encode())
     replace_bundle(folder, run)
 
@@ -166,7 +173,10 @@ def tune(study: StudyConfig, *, dry_run: bool = False, retry_failed: bool = Fals
 def shares_of(
     base: Config, command: str, *, concurrent: int | None, gpus_per_worker: float | None = None
 ) -> Iterator[Shares]:
-    """Connect to a cluster while the block lasts; what each trial gets of it. UsageError where a trial can never run on it."""
+    """Connect to a cluster while the block lasts; what each trial gets of it.
+
+    UsageError where a trial can never run on it.
+    """
     with ray_cluster(base, command, nested=base.run.most_workers > 1):
         # Ray reads its environment when it is imported: ray_cluster has set it by now.
         from rafce_ray.tune.trials import cluster_nodes
@@ -232,7 +242,8 @@ def sweep(study: StudyConfig, folder: StudyFolder, shares: Shares, readings: Rea
         say(f"going on: {ended} trials have ended, {left} go on from their newest checkpoint")
     if study.time_budget_s is not None and spent >= study.time_budget_s:
         say(
-            f"the time budget of {study.time_budget_s:.0f} s is spent: no further trial of the sweep is started. Raise time_budget_s to go on with it."
+            f"the time budget of {study.time_budget_s:.0f} s is spent: no further trial of the sweep is started. Raise "
+            "time_budget_s to go on with it."
         )
         return
     settings = Settings(
@@ -253,7 +264,8 @@ def sweep(study: StudyConfig, folder: StudyFolder, shares: Shares, readings: Rea
     supply.write_table()
     if control.stop == "interrupted":
         say(
-            f"stopped: {folder.location.shown} keeps every trial; the same command goes on from the epochs that were saved"
+            f"stopped: {folder.location.shown} keeps every trial; the same command goes on from the epochs that were "
+            "saved"
         )
         raise KeyboardInterrupt
     if control.stop is not None:
@@ -293,7 +305,9 @@ def elapsed(folder: StudyFolder, spent: float, budget_s: float | None, control: 
 
 
 def train_finalists(study: StudyConfig, folder: StudyFolder, shares: Shares, readings: Readings) -> list[Trial]:
-    """Train the best configurations and the base again with other seeds; the trials that were chosen, the best first."""
+    """Train the best configurations and the base again with other seeds; the trials that were chosen, the best
+    first.
+    """
     from rafce_ray.study.finalists import choose_finalists, final_name
     from rafce_ray.tune.sweep import train_seeds
     from rafce_ray.tune.trials import Settings
@@ -338,12 +352,15 @@ def check_mlflow(study: StudyConfig) -> None:
     except Exception as error:
         # Every kind of store has errors of its own kind.
         raise UsageError(
-            f"mlflow={study.mlflow}: MLflow cannot be used there: {str(error).rstrip('.')}. Give the address of a tracking server, such as http://host:5000."
+            f"mlflow={study.mlflow}: MLflow cannot be used there: {str(error).rstrip('.')}. Give the address of a "
+            "tracking server, such as http://host:5000."
         ) from error
 
 
 def check_weights_of(study: StudyConfig) -> None:
-    """Whether every trial's ``model.weights`` can be there for its backbone; UsageError where not, before anything starts."""
+    """Whether every trial's ``model.weights`` can be there for its backbone; UsageError where not, before anything
+    starts.
+    """
     models = [study.base_config().model]
     if study.space.keys() & {"model.weights", "model.backbone"}:
         models += [study.config_of(values).model for values in foreseen(study)]

@@ -11,7 +11,9 @@ from ray.tune.schedulers import ASHAScheduler, MedianStoppingRule, TrialSchedule
 
 
 class Named(NamedTuple):
-    """A trial under its own name, for Ray's schedulers, which read ``trial_id`` alone: Ray's ids change from start to start."""
+    """A trial under its own name, for Ray's schedulers, which read ``trial_id`` alone: Ray's ids change from start to
+    start.
+    """
 
     trial_id: str
 
@@ -29,8 +31,8 @@ def enter_rung(
 ) -> tuple[float | None, bool]:
     """Enter a trial into the highest rung that it has reached, whose scores are ``recorded``.
 
-    Returns the rung's cutoff before that, None without one, and whether the trial stops. Ray's own entry point draws the
-    bracket and needs a trial object that a new start does not have.
+    Returns the rung's cutoff before that, None without one, and whether the trial stops. Ray's own entry point draws
+    the bracket and needs a trial object that a new start does not have.
     """
     entered = scheduler._brackets[bracket]
     cutoff = entered.cutoff(recorded)

@@ -1,7 +1,9 @@
-"""Ray Tune's schedulers, made to be believed: their decisions are written down, survive the driver, and end a trial in its folder.
+"""Ray Tune's schedulers, made to be believed: their decisions are written down, survive the driver, and end a trial in
+its folder.
 
-Time is our own absolute epoch, and every score has its sign so that higher is better. Ray's ASHA forgets its rungs when a driver dies
-(ray#30838); here each entry of a rung is a line of ``rungs.jsonl``, written before the decision is carried out.
+Time is our own absolute epoch, and every score has its sign so that higher is better. Ray's ASHA forgets its rungs when
+a driver dies (ray#30838); here each entry of a rung is a line of ``rungs.jsonl``, written before the decision is
+carried out.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ STOPPED = "stopped_by_scheduler"
 
 @dataclass
 class Control:
-    """The command's word to its trials: ``stop`` says why all should end after their present epoch, None that they may go on."""
+    """The command's word to its trials: ``stop`` says why all should end after their present epoch, None that they may
+    go on.
+    """
 
     stop: str | None = None
 
@@ -43,7 +47,9 @@ class Course:
 
 
 class Concluding:
-    """Mixed in before a scheduler of Ray's: ends a stopped trial in its folder, and all trials when the command wants to stop."""
+    """Mixed in before a scheduler of Ray's: ends a stopped trial in its folder, and all trials when the command wants
+    to stop.
+    """
 
     course: Course
 
@@ -80,7 +86,9 @@ class Concluding:
         """Know what an earlier start knew of a trial."""
 
     def catch_up(self, name: str, records: Sequence[dict[str, Any]]) -> str | None:
-        """Take over a trial that has not ended, and judge the epochs that nobody has judged yet; why it should stop, or None."""
+        """Take over a trial that has not ended, and judge the epochs that nobody has judged yet; why it should stop, or
+        None.
+        """
         self.take_over(name, records)
         return None
 
@@ -98,7 +106,9 @@ class Unscheduled(Concluding, FIFOScheduler):  # type: ignore[misc]
 
 
 class Halving(Concluding, ASHAScheduler):  # type: ignore[misc]
-    """Asynchronous successive halving (Li et al. 2020) with Ray's brackets and cutoffs, and rungs that outlive the driver."""
+    """Asynchronous successive halving (Li et al. 2020) with Ray's brackets and cutoffs, and rungs that outlive the
+    driver.
+    """
 
     def __init__(
         self,
@@ -143,7 +153,9 @@ class Halving(Concluding, ASHAScheduler):  # type: ignore[misc]
         return int(generator.choice(len(sizes), p=odds / odds.sum()))
 
     def judge(self, name: str, epoch: int, score: float | None) -> str | None:
-        """Enter the trial into the highest rung that it has reached and not entered; stopped where it is below the cutoff."""
+        """Enter the trial into the highest rung that it has reached and not entered; stopped where it is below the
+        cutoff.
+        """
         index = self.bracket_of(name)
         rung = next(((at, recorded) for at, recorded in rungs_of(self)[index] if epoch >= at), None)
         if rung is None or name in rung[1]:
@@ -247,9 +259,10 @@ def build_scheduler(study: StudyConfig, course: Course) -> Concluding:
 def free_workers(folder: RunFolder) -> None:
     """Give back what the workers of a trial that has ended still hold.
 
-    When Tune stops a trial, its trainer's controller trains on or dies with it, and frees nothing; Ray's own cleaner does so some seconds
-    after its death, and not at all where it cannot reach the cluster's state (no dashboard, several clusters on a machine). So rank 0
-    writes its placement group down, and its removal ends the workers, and with them a controller that still lives.
+    When Tune stops a trial, its trainer's controller trains on or dies with it, and frees nothing; Ray's own cleaner
+    does so some seconds after its death, and not at all where it cannot reach the cluster's state (no dashboard,
+    several clusters on a machine). So rank 0 writes its placement group down, and its removal ends the workers, and
+    with them a controller that still lives.
     """
     placed = {str(event["placement_group"]) for event in folder.events() if event["event"] == "placed"}
     if not placed:

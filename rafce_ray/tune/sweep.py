@@ -135,9 +135,11 @@ class Sweep:
         return [Observed(one.plan.number, one.plan.values, scores[one.name]) for one in self._known.values()]
 
     def _bound_disk(self) -> None:
-        """Of ended trials, the best ``keep`` and the base keep their best checkpoint and bundle; the others keep their figures.
+        """Of ended trials, the best ``keep`` and the base keep their best checkpoint and bundle; the others keep their
+        figures.
 
-        Of those that failed, the last ``keep`` keep their checkpoints for ``--retry-failed``; the others would begin again.
+        Of those that failed, the last ``keep`` keep their checkpoints for ``--retry-failed``; the others would begin
+        again.
         """
         ended = [one for one in self._known.values() if one.status in ENDED]
         failed = sorted((one for one in ended if one.status == "failed"), key=lambda one: one.plan.number)
@@ -156,7 +158,9 @@ class Sweep:
 
 
 def renewed(folder: StudyFolder, name: str, study: StudyConfig, shares: Shares, readings: Readings) -> TrialPlan:
-    """A trial that an earlier start left, to be carried out as the study says now: workers, time limits, where its images are."""
+    """A trial that an earlier start left, to be carried out as the study says now: workers, time limits, where its
+    images are.
+    """
     found = read_plan(folder.trial(name))
     assert found is not None
     plan, job = found
@@ -173,7 +177,8 @@ def train_seeds(
 ) -> None:
     """Train configurations with several seeds each, every one to its end; the same call again runs only what is left.
 
-    A training that fails does not stop the others. Those that have ended keep their bundles; their checkpoints are deleted.
+    A training that fails does not stop the others. Those that have ended keep their bundles; their checkpoints are
+    deleted.
 
     Raises:
         KeyboardInterrupt: after Ctrl-C; what was trained is kept.
@@ -215,7 +220,9 @@ def start_trial(
     role: Role = "sweep",
     of: str | None = None,
 ) -> TrialPlan:
-    """Write down what a trial is to train, and with what it will be trained; an existing trial of this name stays as it is."""
+    """Write down what a trial is to train, and with what it will be trained; an existing trial of this name stays as it
+    is.
+    """
     config = with_values(config, {"run.name": name, "run.storage": str(folder.trials)})
     trained = flatten(config)
     run_folder = folder.trial(name)

@@ -1,4 +1,6 @@
-"""Trials on Ray Tune: many runs side by side, each in a run folder of its own, each taken up again where it was left."""
+"""Trials on Ray Tune: many runs side by side, each in a run folder of its own, each taken up again where it was
+left.
+"""
 
 from __future__ import annotations
 
@@ -195,7 +197,9 @@ class Witness(tune.Callback):  # type: ignore[misc]
                 warn(self._why(name, now - since, pending=waits))
 
     def _has_begun(self, name: str) -> bool:
-        """Whether a trial that has its place has finished a step since it got it: what an earlier start left does not count."""
+        """Whether a trial that has its place has finished a step since it got it: what an earlier start left does not
+        count.
+        """
         now = time.monotonic()
         if name not in self._begun and now >= self._next_look.get(name, 0.0):
             # Not at every step of Ray's: on object storage each look is a request.
@@ -208,11 +212,15 @@ class Witness(tune.Callback):  # type: ignore[misc]
     def _why(self, name: str, waited_s: float, *, pending: bool) -> str:
         free, total = ray.available_resources(), ray.cluster_resources()
         shares = self._shares
-        has = f"{free.get('CPU', 0):g} of {total.get('CPU', 0):g} CPUs and {free.get('GPU', 0):g} of {total.get('GPU', 0):g} GPUs are free"
+        has = (
+            f"{free.get('CPU', 0):g} of {total.get('CPU', 0):g} CPUs and {free.get('GPU', 0):g} of "
+            f"{total.get('GPU', 0):g} GPUs are free"
+        )
         what = "waits for its resources" if pending else "has its place but has not begun"
         return (
-            f"trial {name} {what} for {waited_s:.0f} s: it wants {shares.workers} worker(s) with {shares.cpus:g} CPU and {shares.gpus:g} GPU "
-            f"each; {has}. Look at the dashboard for what holds them; the study goes on as soon as they are free."
+            f"trial {name} {what} for {waited_s:.0f} s: it wants {shares.workers} worker(s) with {shares.cpus:g} CPU "
+            f"and {shares.gpus:g} GPU each; {has}. Look at the dashboard for what holds them; the study goes on as "
+            "soon as they are free."
         )
 
 
@@ -244,7 +252,9 @@ def one_line(error: BaseException | None) -> str:
 
 
 def nested_trial(plain: dict[str, Any], study: str, metric: str) -> dict[str, Any]:
-    """Ray Tune's function for a trial of several workers; returns how it ended, as :func:`rafce_ray.train.worker.trial_worker` does."""
+    """Ray Tune's function for a trial of several workers; returns how it ended, as
+    :func:`rafce_ray.train.worker.trial_worker` does.
+    """
     folder = StudyFolder(study)
     try:
         job = read_trial_job(plain, folder)
@@ -308,9 +318,12 @@ def cluster_nodes() -> list[Node]:
 
 
 def run_on_tune(supply: Supply, scheduler: Concluding, settings: Settings) -> None:
-    """Run what the supply hands out, until it has no more or ``Control`` says stop. What became of a trial stands in its folder.
+    """Run what the supply hands out, until it has no more or ``Control`` says stop.
 
-    The cluster is connected. Ray's own files go to a folder of their own, ``ray/<time>`` of the study: nothing of ours reads them.
+    What became of a trial stands in its folder.
+
+    The cluster is connected. Ray's own files go to a folder of their own, ``ray/<time>`` of the study: nothing of ours
+    reads them.
     """
     shares, study, control = settings.shares, scheduler.course.study, scheduler.course.control
     storage = study.location / "ray"
@@ -360,8 +373,8 @@ def free_all(study: StudyFolder) -> None:
 class HandedOut(Searcher):  # type: ignore[misc]
     """Ray Tune's searcher: hands out what the supply has.
 
-    ``limit``: trials at a time, where not the cluster's resources bound them. Without it Tune keeps one trial ahead, whose process it
-    then takes over from one that ended.
+    ``limit``: trials at a time, where not the cluster's resources bound them. Without it Tune keeps one trial ahead,
+    whose process it then takes over from one that ended.
     """
 
     def __init__(self, supply: Supply, control: Control, limit: int | None) -> None:

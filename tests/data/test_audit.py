@@ -130,7 +130,8 @@ def test_clean_photographs_give_nothing_above_information():
 def test_null_read_as_unknown_is_pointed_out_where_no_absence_is_left():
     found = audit(DataConfig(root=str(LONDON), emotions=("neutral", "smiling"), action_units=(12,)), images=False)
     assert alarming(found) == [
-        "action_units_without_negatives: 1 action units are present in every known train row: the model would learn to always say yes"
+        "action_units_without_negatives: 1 action units are present in every known train row: the model would learn to "
+        "always say yes"
     ]
 
 

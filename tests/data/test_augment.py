@@ -68,7 +68,8 @@ def test_light_mirrors_half_and_moves_a_little(faces: torch.Tensor):
     mirrored = changed[:, 0, :, :20].mean(dim=(1, 2)) < changed[:, 0, :, 20:].mean(dim=(1, 2))
     assert 0.4 < mirrored.float().mean() < 0.6
     unmirrored = torch.where(mirrored[:, None, None, None], changed.flip(3), changed)
-    # Ten degrees at the rim, 5 % of the side and a tenth of the size move a ramp of slope 1 by at most 0.09 + 0.05 + 0.05.
+    # Ten degrees at the rim, 5 % of the side and a tenth of the size move a ramp of slope 1 by at most 0.09 + 0.05 +
+    # 0.05.
     assert (unmirrored - many).abs().max() < 0.2
 
 

@@ -1,4 +1,6 @@
-"""Titles of label tables as labs and programs write them: what is read, what is asked, and that no action unit is left out in silence."""
+"""Titles of label tables as labs and programs write them: what is read, what is asked, and that no action unit is left
+out in silence.
+"""
 
 from types import SimpleNamespace
 

@@ -194,7 +194,8 @@ def test_a_lone_quote_is_refused_with_its_place_and_what_it_swallows(tmp_path, l
     assert refusal.level == "refusal"
     assert num_lines in refusal.message
     assert [str(item) for item in refusal.evidence] == [
-        f"labels.csv:{lines[0]}: column 'emotion' opens a double quote that its line does not close: {place} are read as one row"
+        f"labels.csv:{lines[0]}: column 'emotion' opens a double quote that its line does not close: {place} are read "
+        "as one row"
     ]
     assert found.num_rows == rows - int(num_lines.split()[0])
     run_remedy(refusal.remedy)

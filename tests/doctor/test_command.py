@@ -213,7 +213,8 @@ def test_a_run_before_its_first_epoch_has_nothing_to_examine(tmp_path, capsys):
 def test_the_rules_need_no_training_code():
     program = (
         "import sys, rafce_ray.doctor.rules\n"
-        "assert not {'ray', 'rafce_ray.run.loop', 'rafce_ray.run.state', 'rafce_ray.bundle.evaluate'} & set(sys.modules)"
+        "assert not {'ray', 'rafce_ray.run.loop', 'rafce_ray.run.state', 'rafce_ray.bundle.evaluate'} & "
+        "set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -841,7 +841,8 @@ def test_epochs_within_the_interval_of_the_best_are_named(low, told):
         assert "epoch 2 lies within it" in diagnosis.message
 
 
-# Of 1,000 predictions at 50 % in 10 bins the noise is 0.8 * 0.05 = 0.0399, its deviation 0.6028 * 0.05 / sqrt(10) = 0.0095.
+# Of 1,000 predictions at 50 % in 10 bins the noise is 0.8 * 0.05 = 0.0399, its deviation 0.6028 * 0.05 / sqrt(10) =
+# 0.0095.
 @pytest.mark.parametrize(
     ("error", "count", "told"),
     [(0.060, 100, True), (0.058, 100, False), (0.051, 10_000, True), (0.049, 10_000, False)],

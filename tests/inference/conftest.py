@@ -16,7 +16,9 @@ MakeBundle = Callable[..., Bundle]
 
 
 def awake(model: MultiTaskModel, preprocessing: Preprocessing) -> None:
-    """Batch statistics of real inputs, and heads scaled so that logits vary by 2 between images that were not among them."""
+    """Batch statistics of real inputs, and heads scaled so that logits vary by 2 between images that were not among
+    them.
+    """
     seen, new = (
         preprocess(torch.from_numpy(draw_images(preprocessing.stored_px, 64, seed)), preprocessing) for seed in (3, 13)
     )
@@ -35,7 +37,9 @@ def awake(model: MultiTaskModel, preprocessing: Preprocessing) -> None:
 
 @pytest.fixture(scope="session")
 def make_bundle(tmp_path_factory: pytest.TempPathFactory) -> MakeBundle:
-    """A bundle of a backbone with three emotions and two action units; ``emotions`` and ``action_units`` leave a task out."""
+    """A bundle of a backbone with three emotions and two action units; ``emotions`` and ``action_units`` leave a task
+    out.
+    """
 
     def make(
         backbone: str = "mobilenet_v3_small",

@@ -1,4 +1,6 @@
-"""Which engine runs a bundle: the fastest that is installed, and torch wherever another one does not answer as it does."""
+"""Which engine runs a bundle: the fastest that is installed, and torch wherever another one does not answer as it
+does.
+"""
 
 import re
 

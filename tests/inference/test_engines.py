@@ -60,7 +60,8 @@ def check_engine(engine: Engine, bundle, tolerance: float = 1e-5, among_others: 
 def test_parity(name, engines, bundle):
     probabilities = calibrated(engines[name].outputs(draw_images(40, 12, seed=4)), bundle.calibration)
     assert probabilities.emotion.std(axis=0).min() > 0.05, "the network must tell the images apart"
-    # torch's kernels differ with the size of the batch, and a network that was never trained makes more of it than others.
+    # torch's kernels differ with the size of the batch, and a network that was never trained makes more of it than
+    # others.
     check_engine(engines[name], bundle, among_others=5e-6 if name == "torch" else 1e-6)
 
 

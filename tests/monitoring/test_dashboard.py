@@ -1,4 +1,6 @@
-"""The dashboard and the alert rules: every name is a metric of ours, and everything says what it means and what to do."""
+"""The dashboard and the alert rules: every name is a metric of ours, and everything says what it means and what to
+do.
+"""
 
 import re
 import shutil

@@ -1,4 +1,6 @@
-"""A run and trials on a live cluster, scraped as Prometheus does: every metric of dashboard and alerts is there, with the loop's values."""
+"""A run and trials on a live cluster, scraped as Prometheus does: every metric of dashboard and alerts is there, with
+the loop's values.
+"""
 
 import json
 import os
@@ -172,7 +174,8 @@ def test_what_is_scraped_is_what_the_run_wrote_down(run, scraper):
         seen, wanted = scraper.values(name, run="shown", **labels), {figure(record) for record in records.values()}
         assert seen, name
         assert seen <= wanted, (name, labels)
-    # Within one scrape the loss is that of the epoch, or of the next one where the export came between the two settings.
+    # Within one scrape the loss is that of the epoch, or of the next one where the export came between the two
+    # settings.
     losses = {one.scrape: one.value for one in scraper.of("train_loss", run="shown", split="train", task="total")}
     pairs = [(losses[one.scrape], one.value) for one in epochs if one.scrape in losses]
     assert any(loss == records[epoch]["train"]["loss"] for loss, epoch in pairs)

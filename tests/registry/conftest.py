@@ -1,4 +1,6 @@
-"""Tiny bundles of one network that differ in what their manifests tell, made once; and a registry of two versions, copied per test."""
+"""Tiny bundles of one network that differ in what their manifests tell, made once; and a registry of two versions,
+copied per test.
+"""
 
 import json
 import shutil

@@ -122,7 +122,8 @@ while won < turns:
     seen = read_live(registry)
     number = 1 if seen is None else seen.number + 1
     before = () if seen is None else (seen.version, *seen.before)
-    new = LiveRecord(number=number, action="promote", version=f"{name}{won}", sha256="", since=datetime.now(UTC), why="-", by=name,
+    new = LiveRecord(number=number, action="promote", version=f"{name}{won}", sha256="", since=datetime.now(UTC),
+        why="-", by=name,
                      overruled=(), gates=(), before=before)
     try:
         replace_live(registry, seen, new)

@@ -71,7 +71,9 @@ class Page(HTMLParser):
             self._cell["text"] += data
 
     def table(self, start: str) -> dict[str, list]:
-        """Rows of the one table whose caption starts so, by their first cell: a number where the cell has one, else its text."""
+        """Rows of the one table whose caption starts so, by their first cell: a number where the cell has one, else its
+        text.
+        """
         [rows] = [rows for caption, rows in self.tables.items() if caption.startswith(start)]
         cells = [[cell["numbers"][0] if cell["numbers"] else cell["text"].strip() for cell in row] for row in rows[1:]]
         return {row[0]: row[1:] for row in cells if row}

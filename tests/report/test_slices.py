@@ -67,7 +67,9 @@ def test_figures_of_a_group_are_those_of_scikit_learn_on_its_rows(tmp_path):
 
 
 def test_intervals_are_of_the_group_not_of_all_images(tmp_path):
-    """40 images that are all right and 40 of which half are: the first group's interval is a point, the second's about 0.3 wide."""
+    """40 images that are all right and 40 of which half are: the first group's interval is a point, the second's about
+    0.3 wide.
+    """
     emotion = np.zeros(80, dtype=np.int64)
     logits = np.zeros((80, 3), np.float32)
     logits[:, 0] = 1
@@ -122,7 +124,8 @@ def test_numbers_are_cut_into_ranges_near_their_quantiles(tmp_path):
     values = [20 + number % 30 for number in range(120)]
     column = table_of(tmp_path, split, wide(split, "age", values)).columns[0]
     assert column.remark == "numbers, cut at quantiles of these images into 4 ranges"
-    # 30 distinct values of 4 images each: cuts nearest to 30, 60 and 90 images below are at 28 or 32, at 60, at 88 or 92.
+    # 30 distinct values of 4 images each: cuts nearest to 30, 60 and 90 images below are at 28 or 32, at 60, at 88 or
+    # 92.
     assert [group.value for group in column.groups] == ["20 to 26", "27 to 34", "35 to 41", "42 to 49"]
     assert [group.num_images for group in column.groups] == [28, 32, 28, 32]
 

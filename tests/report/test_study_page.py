@@ -1,4 +1,6 @@
-"""A study's page: its figures are the folder's, it loads nothing, it escapes everything, and a study in mid-sweep gets one too."""
+"""A study's page: its figures are the folder's, it loads nothing, it escapes everything, and a study in mid-sweep gets
+one too.
+"""
 
 import json
 import re
@@ -73,7 +75,9 @@ class Page(HTMLParser):
             self._rows[-1][-1] += data
 
     def table(self, start: str) -> dict[str, dict[str, str | float]]:
-        """Rows of the one table whose caption starts so, by their first cell, each by column; a number where the cell has an exact one."""
+        """Rows of the one table whose caption starts so, by their first cell, each by column; a number where the cell
+        has an exact one.
+        """
         [rows] = [rows for caption, rows in self.tables.items() if caption.startswith(start)]
         head, *body = [[cell.strip() if isinstance(cell, str) else cell for cell in row] for row in rows]
         return {str(row[0]): dict(zip(head, row, strict=True)) for row in body}
@@ -87,7 +91,9 @@ def page_of(study) -> Page:
 
 
 def small_study(new_study, **settings):
-    """Five trials: the base, a better one, one stopped by the scheduler at a rung, one that failed, one that has not ended."""
+    """Five trials: the base, a better one, one stopped by the scheduler at a rung, one that failed, one that has not
+    ended.
+    """
     study = new_study(**settings)
     study.add(0, {}, [(0.20, 0.30), (0.24, 0.34), (0.22, 0.36)], max_epochs=3)
     study.add(1, {"optim.lr": 1e-4, "model.dropout": 0.5}, [(0.25, 0.31), (0.30, 0.40), (0.32, 0.36)], max_epochs=3)
@@ -120,16 +126,20 @@ def judged(study):
         for seed, score in scores[name].items():
             study.add(number, {}, [(score, score)], of=name, seed=seed, max_epochs=3)
     ranked = [
-        Finalist("trial_0001", {}, 0.35, scores["trial_0001"], {1: "final_0001_seed1"}, 0.34, 0.32, 0.36, {3: "failed"}),
+        Finalist("trial_0001", {}, 0.35, scores["trial_0001"], {1: "final_0001_seed1"}, 0.34, 0.32, 0.36,
+                 {3: "failed"}),
         Finalist("trial_0000", {}, 0.29, scores["trial_0000"], {1: "final_0000_seed1"}, 0.29, 0.27, 0.31, {}),
     ]  # fmt: skip
     gain = Difference(0.05, 0.02, 0.08)
     verdict = Verdict(
-        "score", True, tuple(ranked), "trial_0001", "trial_0000", gain, gain, "trial_0001", 0.06, gain, 1 / 6, "seeds and images", 300, ()
+        "score", True, tuple(ranked), "trial_0001", "trial_0000", gain, gain, "trial_0001", 0.06, gain, 1 / 6, "seeds "
+        "and images", 300, ()
     )  # fmt: skip
     figures = {
-        "trial_0001": {"accuracy": MeanFigure((0.5,), 0.5, 0.4, 0.6), "emotion_loss": MeanFigure((1.2,), 1.2, 1.1, 1.3)},
-        "trial_0000": {"accuracy": MeanFigure((0.45,), 0.45, 0.35, 0.55), "emotion_loss": MeanFigure((1.5,), 1.5, 1.4, 1.6)},
+        "trial_0001": {"accuracy": MeanFigure((0.5,), 0.5, 0.4, 0.6),
+                       "emotion_loss": MeanFigure((1.2,), 1.2, 1.1, 1.3)},
+        "trial_0000": {"accuracy": MeanFigure((0.45,), 0.45, 0.35, 0.55),
+                       "emotion_loss": MeanFigure((1.5,), 1.5, 1.4, 1.6)},
     }  # fmt: skip
     for name, own in figures.items():
         figures[name] = own | dict.fromkeys(("score", "macro_f1_supported", "au_f1_mean"), own["accuracy"])
@@ -168,7 +178,10 @@ def test_every_section_is_there_and_every_link_leads_somewhere(page):
 
 
 def test_the_lead_is_the_verdict_with_the_next_commands(page):
-    won = "trial_0001 won: score 0.340 (95 % interval 0.320 to 0.360), mean of 2 trainings with other seeds than the sweep's."
+    won = (
+        "trial_0001 won: score 0.340 (95 % interval 0.320 to 0.360), mean of 2 trainings with other seeds than the "
+        "sweep's."
+    )
     against = "Against the base (trial_0000, 0.290) it is better by 0.050 (+0.020 to +0.080): more than luck."
     assert f"{won} {against}" in page.text
     assert "17% of the sweep's gain was luck." in page.text
@@ -313,7 +326,8 @@ def test_trials_without_an_epoch_or_a_score(new_study):
 def test_cost_by_hand(page):
     [rows] = [rows for caption, rows in page.tables.items() if caption.startswith("CPU time")]
     by_part = {(row[0], row[1]): row[2:] for row in rows[1:]}
-    # Two trials of 3 epochs at 2 s on 1 core; one epoch of 5 s on 2 cores, 2 epochs of which were saved; one epoch of 2 s.
+    # Two trials of 3 epochs at 2 s on 1 core; one epoch of 5 s on 2 cores, 2 epochs of which were saved; one epoch of 2
+    # s.
     assert by_part["sweep", "finished"] == ["2", "6", "6", 12.0, "0", 0.0]
     assert by_part["sweep", "stopped by scheduler"] == ["1", "1", "3", 10.0, "2", 20.0]
     assert by_part["sweep", "failed"] == ["1", "0", "3", 0.0, "0", 0.0]

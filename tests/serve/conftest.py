@@ -33,7 +33,9 @@ def promote(registry: Path | str, version: str) -> None:
 def fill_registry(
     write_bundle: Callable[..., Path], even_reference, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[Path | str], None]:
-    """``fill_registry(place)``: versions ``first``, which is live, and ``second`` with other weights, of RAF-CE's emotions."""
+    """``fill_registry(place)``: versions ``first``, which is live, and ``second`` with other weights, of RAF-CE's
+    emotions.
+    """
     folder, emotions = tmp_path_factory.mktemp("versions"), tuple(RAFCE_EMOTIONS)
     bundles = {
         version: write_bundle(

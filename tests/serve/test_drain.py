@@ -1,4 +1,7 @@
-"""Before a server ends: HAProxy accepts nothing more and what is in work is answered. A real HAProxy, with a slow server behind it."""
+"""Before a server ends: HAProxy accepts nothing more and what is in work is answered.
+
+A real HAProxy, with a slow server behind it.
+"""
 
 import http.client
 import os

@@ -1,4 +1,6 @@
-"""HAProxy's configuration as it is made safe, and HAProxy itself with it, as Ray writes it, before servers of this process."""
+"""HAProxy's configuration as it is made safe, and HAProxy itself with it, as Ray writes it, before servers of this
+process.
+"""
 
 import asyncio
 import json
@@ -152,7 +154,9 @@ Start = Callable[..., int]
 
 @pytest.fixture(scope="module")
 def start(until: Callable[..., None]) -> Iterator[Start]:
-    """``start(servers, spare, prefix)``: the port of an HAProxy before these ports, with the configuration that Ray writes, mended."""
+    """``start(servers, spare, prefix)``: the port of an HAProxy before these ports, with the configuration that Ray
+    writes, mended.
+    """
     with ExitStack() as stack:
 
         def run(servers: list[int], spare: int | None = None, prefix: str | None = "/", *, counts: bool = False) -> int:

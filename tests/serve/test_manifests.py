@@ -1,4 +1,6 @@
-"""KubeRay, Kubernetes, Ray Serve and the service accept what ships in serve/ and kustomize/; the check finds planted mistakes."""
+"""KubeRay, Kubernetes, Ray Serve and the service accept what ships in serve/ and kustomize/; the check finds planted
+mistakes.
+"""
 
 import json
 import shlex
@@ -260,7 +262,10 @@ def test_serve_configurations_have_no_unknown_keys():
 
 
 def rendered(overlay: str) -> str:
-    """An overlay as kustomize makes it: the base's documents, other images, patches (RFC 6902). No other key is known here."""
+    """An overlay as kustomize makes it: the base's documents, other images, patches (RFC 6902).
+
+    No other key is known here.
+    """
     kustomization = yaml.safe_load((REPOSITORY / "kustomize" / overlay / "kustomization.yaml").read_text())
     assert kustomization.keys() == {"apiVersion", "kind", "resources", "images", "patches"}
     (resource,) = kustomization["resources"]

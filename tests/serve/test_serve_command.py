@@ -1,6 +1,8 @@
-"""`rafce serve` as a user runs it: two replicas that follow a registry on an object store which answers one request in twenty with 503.
+"""`rafce serve` as a user runs it: two replicas that follow a registry on an object store which answers one request in
+twenty with 503.
 
-From the command to the answer of a photograph, past bad inputs, another model and a killed replica, to its end; and what it refuses.
+From the command to the answer of a photograph, past bad inputs, another model and a killed replica, to its end; and
+what it refuses.
 """
 
 import asyncio

@@ -1,4 +1,6 @@
-"""`serve deploy serve/production.yaml` on a cluster: keys, replicas by load, another version by user_config, and a typo that harms nobody."""
+"""`serve deploy serve/production.yaml` on a cluster: keys, replicas by load, another version by user_config, and a typo
+that harms nobody.
+"""
 
 import asyncio
 import json
@@ -50,7 +52,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
 
 @pytest.fixture(scope="module")
 def deployed(cluster: dict[str, str], registry: Path, tmp_path_factory: pytest.TempPathFactory):
-    """The production file with places of this machine, two replicas: its port, a key, and ``deploy(changes)``, which deploys it again."""
+    """The production file with places of this machine, two replicas: its port, a key, and ``deploy(changes)``, which
+    deploys it again.
+    """
     folder = tmp_path_factory.mktemp("deployed")
     key = new_key(folder / "keys.json", "test", frozenset(("predict",)))
     config = yaml.safe_load(FILE.read_text())

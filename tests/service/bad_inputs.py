@@ -90,7 +90,8 @@ def encoded(image: Image.Image, format: str, **options: object) -> bytes:
 def multipart(*parts: tuple[str, bytes], boundary: str = BOUNDARY) -> bytes:
     """A form with (name, content) parts."""
     text = "".join(
-        f'--{boundary}\r\nContent-Disposition: form-data; name="{name}"; filename="x"\r\n\r\n{content.decode("latin-1")}\r\n'
+        f'--{boundary}\r\nContent-Disposition: form-data; name="{name}"; '
+        f'filename="x"\r\n\r\n{content.decode("latin-1")}\r\n'
         for name, content in parts
     )
     return f"{text}--{boundary}--\r\n".encode("latin-1")

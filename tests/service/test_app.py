@@ -1,4 +1,6 @@
-"""The application over real connections: routes, forms of requests, deadline, readiness, what the model tells of itself."""
+"""The application over real connections: routes, forms of requests, deadline, readiness, what the model tells of
+itself.
+"""
 
 import asyncio
 import base64

@@ -13,7 +13,9 @@ from rafce_ray.service.batching import Batcher, NotFiniteError
 
 
 class Gate:
-    """A predictor that waits for a sign before each batch, and notes the batches; a face of red 255 makes it fail, of red 254 gives NaN."""
+    """A predictor that waits for a sign before each batch, and notes the batches; a face of red 255 makes it fail, of
+    red 254 gives NaN.
+    """
 
     def __init__(self, predictor):
         self.bundle, self._predictor = predictor.bundle, predictor

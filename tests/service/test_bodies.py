@@ -171,7 +171,8 @@ def test_a_form_may_have_all_that_the_standard_allows(change, kind):
         (b'--b\r\nContent-Disposition: form-data; name="files"\r\n\r\nx\r\n--b', "followed by something else"),
         (b'--b\r\nContent-Disposition: form-data; name="files"\r\n\r\nx\r\n', "cut short"),
         (
-            b'--b\r\nContent-Transfer-Encoding: base64\r\nContent-Disposition: form-data; name="files"\r\n\r\nx\r\n--b--',
+            b"--b\r\nContent-Transfer-Encoding: base64\r\nContent-Disposition: form-data; "
+            b'name="files"\r\n\r\nx\r\n--b--',
             "Content-Transfer-Encoding is 'base64'",
         ),
     ],

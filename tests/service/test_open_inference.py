@@ -1,4 +1,6 @@
-"""Open Inference Protocol v2: the same probabilities, nothing rounded or guessed, and bounds and errors as everywhere."""
+"""Open Inference Protocol v2: the same probabilities, nothing rounded or guessed, and bounds and errors as
+everywhere.
+"""
 
 import base64
 

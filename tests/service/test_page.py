@@ -179,7 +179,9 @@ def page(browser: Browser, client: httpx.Client) -> Browser:
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """``smiling`` and ``neutral`` as they are, ``turned`` by its EXIF orientation, ``two`` faces in one, a ``crowd`` of 24."""
+    """``smiling`` and ``neutral`` as they are, ``turned`` by its EXIF orientation, ``two`` faces in one, a ``crowd`` of
+    24.
+    """
     if not PHOTOS.is_dir():
         pytest.skip(NEEDS["photographs"].reason)
     folder = tmp_path_factory.mktemp("photographs")
@@ -596,7 +598,8 @@ LOW_CONTRAST = """
     return "rgb(255, 255, 255)";
   };
   return [...document.body.querySelectorAll("*")]
-    .filter((node) => node.checkVisibility() && [...node.childNodes].some((one) => one.nodeType === 3 && one.data.trim()))
+    .filter((node) => node.checkVisibility())
+    .filter((node) => [...node.childNodes].some((one) => one.nodeType === 3 && one.data.trim()))
     .map((node) => {
       const [high, low] = [luminance(getComputedStyle(node).color), luminance(ground(node))].sort((a, b) => b - a);
       return [node.innerText, (high + 0.05) / (low + 0.05)];

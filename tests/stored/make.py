@@ -1,10 +1,12 @@
 """Writes ``stored.tar.xz``: what released versions of rafce_ray left on a disk, for ``tests/test_stored.py``.
 
-Run: ``python tests/stored/make.py CHECKOUTS FOLDER``. It takes about two minutes and starts Ray. FOLDER must be new; the archive is written
-next to it. ``CHECKOUTS`` has a folder for each of ``COMMITS``, made by ``git worktree add CHECKOUTS/NAME COMMIT``.
+Run: ``python tests/stored/make.py CHECKOUTS FOLDER``. It takes about two minutes and starts Ray. FOLDER must be new;
+the archive is written next to it. ``CHECKOUTS`` has a folder for each of ``COMMITS``, made by
+``git worktree add CHECKOUTS/NAME COMMIT``.
 
-All faces are drawn. The trunk's weights are few distinct numbers in a repeating pattern, and training leaves them alone, so that the
-archive is small. Files that nothing reads again (pages, TensorBoard's events, checkpoints of what has finished) are left out.
+All faces are drawn. The trunk's weights are few distinct numbers in a repeating pattern, and training leaves them
+alone, so that the archive is small. Files that nothing reads again (pages, TensorBoard's events, checkpoints of what
+has finished) are left out.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Finalists: who is trained again, who wins, and how much of a sweep's gain was luck. Study folders are written by hand."""
+"""Finalists: who is trained again, who wins, and how much of a sweep's gain was luck.
+
+Study folders are written by hand.
+"""
 
 import json
 import math

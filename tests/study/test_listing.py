@@ -186,7 +186,8 @@ def test_a_narrow_terminal_keeps_what_was_asked_about():
     row = {"trial": "trial_0001", "status": "finished", "epochs": 3, "score": 0.5, "optim.lr": 0.0012, "seconds": 36.9}
     listing = Listing("score", (row,), ("optim.lr",))
     columns = ["trial", "status", "epochs", "score", "seconds", "optim.lr"]
-    # Widths: trial 10, status 8, epochs 6, score 6, seconds 7, optim.lr 6 (its name on two lines); a gap of 2 after each.
+    # Widths: trial 10, status 8, epochs 6, score 6, seconds 7, optim.lr 6 (its name on two lines); a gap of 2 after
+    # each.
     assert fitting(listing, [row], columns, ["score"], 55) == columns
     assert fitting(listing, [row], columns, ["score"], 46) == ["trial", "status", "epochs", "score", "optim.lr"]
     assert fitting(listing, [row], columns, ["score"], 38) == ["trial", "status", "score", "optim.lr"]

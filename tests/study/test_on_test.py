@@ -53,7 +53,8 @@ def test_what_the_test_split_says_in_plain_words(record):
         "Its score is better than the base's, by 0.030 (+0.010 to +0.050): more than luck.",
         "Its emotion_loss is worse than the base's, by 0.200 (-0.100 to +0.500): no more than luck would explain.",
         "The intervals allow for other seeds and other images.",
-        "2 winners of this study were measured on the test split so far: the more are, the less the best of them means.",
+        "2 winners of this study were measured on the test split so far: the more are, the less the best of them "
+        "means.",
         "said besides",
     ]
     assert replace(record, base="trial_0007", looks=1, remarks=()).sentences()[1:] == [
@@ -94,7 +95,9 @@ def train(study: StudyFolder, number: int, seed: int, overrides: list[str], of: 
 
 @pytest.fixture(scope="module")
 def trained(tiny_overrides, tmp_path_factory) -> tuple[StudyFolder, Verdict]:
-    """The base and a trial that reads null as negative, each trained once in a sweep and twice more with other seeds."""
+    """The base and a trial that reads null as negative, each trained once in a sweep and twice more with other
+    seeds.
+    """
     study = StudyFolder(str(tmp_path_factory.mktemp("on_test") / "study"))
     for number, more in ((0, []), (1, ["data.null_policy=negative", "data.augmentation=none"])):
         overrides = [*tiny_overrides, "optim.epochs=1", "optim.monitor=score", "optim.gap_images=8", *more]

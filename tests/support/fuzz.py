@@ -1,10 +1,13 @@
-"""Seeded fuzz of the commands: each case is a valid command line whose arguments, environment or files were changed. None may end in a traceback.
+"""Seeded fuzz of the commands: each case is a valid command line whose arguments, environment or files were changed.
+
+None may end in a traceback.
 
   python tests/support/fuzz.py [--cases 2000] [--seed 0] [--verbs train,tune] [--show 3] [--world FOLDER]
 
-A case is a command of ``COMMANDS`` in a folder of its own, with up to three changes. It is run in a fork of this process, so that a case takes
-a fraction of a second. A command that gets as far as starting Ray has read all that a user can get wrong, and ends there.
-Exit code 1 when a case ended in a traceback, by a signal, or did not end within two minutes.
+A case is a command of ``COMMANDS`` in a folder of its own, with up to three changes. It is run in a fork of this
+process, so that a case takes a fraction of a second. A command that gets as far as starting Ray has read all that a
+user can get wrong, and ends there. Exit code 1 when a case ended in a traceback, by a signal, or did not end within two
+minutes.
 """
 
 from __future__ import annotations
@@ -653,7 +656,8 @@ def main() -> int:
                 kinds[kind] += 1
                 if kinds[kind] <= arguments.show:
                     print(
-                        f"\ncase {outcome.case.number}: {outcome.case.argv} {outcome.case.changes}\n{outcome.said[-1500:]}",
+                        f"\ncase {outcome.case.number}: {outcome.case.argv} "
+                        f"{outcome.case.changes}\n{outcome.said[-1500:]}",
                         flush=True,
                     )
             done = outcome.case.number - arguments.first + 1

@@ -1,4 +1,6 @@
-"""Checks manifests for KubeRay and configurations of Ray Serve without a cluster: schemas, and what must agree between two places."""
+"""Checks manifests for KubeRay and configurations of Ray Serve without a cluster: schemas, and what must agree between
+two places.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,9 @@ class UniqueKeys(yaml.SafeLoader):
 
 
 def faults_of(text: str, production: Any) -> list[str]:
-    """What is wrong with the documents of a text, one line each; ``production``: what every ``serveConfigV2`` must say."""
+    """What is wrong with the documents of a text, one line each; ``production``: what every ``serveConfigV2`` must
+    say.
+    """
     try:
         documents = list(yaml.load_all(text, UniqueKeys))
     except yaml.YAMLError as error:

@@ -18,7 +18,10 @@ PHOTOGRAPHS = Path(__file__).parents[3] / "shared" / "data"
 
 @dataclass(frozen=True)
 class Need:
-    """``programs``: any of them will do. ``package``: their Debian package. ``remedy``: what to do where there is no package."""
+    """``programs``: any of them will do. ``package``: their Debian package.
+
+    ``remedy``: what to do where there is no package.
+    """
 
     title: str
     is_here: Callable[[], bool]
@@ -36,7 +39,10 @@ def _program(title: str, package: str, *names: str) -> Need:
 
 
 def has_gpu() -> bool:
-    """Whether the driver lists a GPU, and the user has not hidden it. torch is not asked: the tests hide GPUs from it."""
+    """Whether the driver lists a GPU, and the user has not hidden it.
+
+    torch is not asked: the tests hide GPUs from it.
+    """
     if os.environ.get("RAFCE_TEST_GPUS") in ("", "-1") or shutil.which("nvidia-smi") is None:
         return False
     done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)

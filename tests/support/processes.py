@@ -15,7 +15,9 @@ import psutil
 def running(
     argv: Sequence[str], environment: Mapping[str, str], said: Path, **options: object
 ) -> Iterator[subprocess.Popen]:
-    """Run a program in a session of its own, its standard error in the file ``said``; it is killed if it still runs at the end."""
+    """Run a program in a session of its own, its standard error in the file ``said``; it is killed if it still runs at
+    the end.
+    """
     with said.open("w") as stderr:
         process = subprocess.Popen(
             argv, env=environment, stderr=stderr, start_new_session=True, **{"stdout": subprocess.DEVNULL, **options}

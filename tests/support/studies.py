@@ -49,7 +49,8 @@ class SyntheticStudy:
     def add(self, number: int, values: dict, curve: list[tuple[float, float]], **how) -> str:
         """A trial whose validation figures by epoch are ``curve``: (macro_f1_supported, au_f1_mean).
 
-        ``how``: status (None: it has not ended), reason, of and seed (a finalist's), max_epochs, seconds_per_epoch, cpus, gpus.
+        ``how``: status (None: it has not ended), reason, of and seed (a finalist's), max_epochs, seconds_per_epoch,
+        cpus, gpus.
         """
         of, seed = how.get("of"), how.get("seed", 0)
         name = f"trial_{number:04d}" if of is None else f"final_{number:04d}_seed{seed}"

@@ -1,7 +1,7 @@
 """Runs the tests tier by tier and prints one table: ``python tests/support/tiers.py [TIER ...] [PYTEST OPTION ...]``.
 
-``make test`` calls it. Exit code 1 if a test failed. With ``--nothing-skipped``, which CI sets, also if a test was skipped for another
-reason than a missing GPU or missing photographs.
+``make test`` calls it. Exit code 1 if a test failed. With ``--nothing-skipped``, which CI sets, also if a test was
+skipped for another reason than a missing GPU or missing photographs.
 """
 
 from __future__ import annotations
@@ -38,7 +38,10 @@ AVX512_BF16 = {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16", "RAFCE_TEST_FAST_BF16":
 """Limits of oneDNN and PyTorch: they use no newer instructions. The last variable is read by ``conftest.py``."""
 
 NOT_ON_AVX2 = ("--deselect=tests/inference/test_build.py::test_bf16_is_used_or_told",)
-"""OpenVINO ignores these limits, and crashes if oneDNN then has no bf16 kernels. The test passes on CPUs that really have AVX2 alone."""
+"""OpenVINO ignores these limits, and crashes if oneDNN then has no bf16 kernels.
+
+The test passes on CPUs that really have AVX2 alone.
+"""
 
 NUMERIC = "numeric and not slow and not ray"
 
@@ -93,7 +96,10 @@ def run(name: str, more: Sequence[str]) -> Outcome:
 
 
 def wait_for(pytest: subprocess.Popen[bytes]) -> int:
-    """The exit code. Ctrl-C reaches pytest too, which then ends what its tests have started; a second Ctrl-C kills it."""
+    """The exit code.
+
+    Ctrl-C reaches pytest too, which then ends what its tests have started; a second Ctrl-C kills it.
+    """
     try:
         return pytest.wait()
     except KeyboardInterrupt:

@@ -67,8 +67,10 @@ def test_batch_sizes_that_come_to_the_same_are_told_with_their_trials(capsys):
     assert lines[0] == "optim.batch_size 32, 48, 64 and 512 come to the same on 40 train images: 1 step an epoch."
     # In the order of the grid: dropout 0.4 and 0.5 (the base's) with 8, 48, 64 and 512 images.
     assert lines[1:] == [
-        "trial_0000, trial_0004, trial_0006 and trial_0008 train the same and will get the same figures. Search one of their batch sizes.",
-        "trial_0003, trial_0005 and trial_0007 train the same and will get the same figures. Search one of their batch sizes.",
+        "trial_0000, trial_0004, trial_0006 and trial_0008 train the same and will get the same figures. Search one of "
+        "their batch sizes.",
+        "trial_0003, trial_0005 and trial_0007 train the same and will get the same figures. Search one of their batch "
+        "sizes.",
     ]
 
 
@@ -141,8 +143,8 @@ def test_bytes_of_a_model_by_hand(optim, copies):
 
 
 def test_the_disk_that_is_needed_by_hand(tmp_path, monkeypatch, capsys):
-    """Checkpoints are 3 bundles large: 2 trials x 3 of them, the best 5 trials and the base with both, 3 + 1 finalists x 2 bundles, 2 more
-    for the best: 18 + 6 x 4 + 8 + 2 = 52 bundles."""
+    """Checkpoints are 3 bundles large: 2 trials x 3 of them, the best 5 trials and the base with both, 3 + 1 finalists
+    x 2 bundles, 2 more for the best: 18 + 6 x 4 + 8 + 2 = 52 bundles."""
     study = build(finalists={"k": 3, "seeds": 2})
     asked = []
     monkeypatch.setattr(plan.shutil, "disk_usage", lambda place: asked.append(place) or Usage(0, 0, 52 * BUNDLE))
@@ -151,8 +153,8 @@ def test_the_disk_that_is_needed_by_hand(tmp_path, monkeypatch, capsys):
     assert BUNDLE == 44_752_736
     said = " ".join(capsys.readouterr().err.split())
     assert said == (
-        "disk: at most about 2 GB: 2 running x 3 checkpoints of 134 MB, the best 5 trials and the base, 8 finalists' bundles of 45 MB; "
-        "2 GB free"
+        "disk: at most about 2 GB: 2 running x 3 checkpoints of 134 MB, the best 5 trials and the base, 8 finalists' "
+        "bundles of 45 MB; 2 GB free"
     )
     monkeypatch.setattr(plan.shutil, "disk_usage", lambda place: Usage(0, 0, 52 * BUNDLE - 1))
     with pytest.raises(UsageError, match=r"needs about 2 GB in .*, which has 2 GB free\. Lower keep"):

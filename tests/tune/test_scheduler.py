@@ -18,7 +18,10 @@ STOP, CONTINUE = TrialScheduler.STOP, TrialScheduler.CONTINUE
 
 @dataclass
 class Driver:
-    """Trials that report to a scheduler, which may be replaced by a new one as after a kill. ``records``: what is on disk of each trial."""
+    """Trials that report to a scheduler, which may be replaced by a new one as after a kill.
+
+    ``records``: what is on disk of each trial.
+    """
 
     study: StudyFolder
     last_epoch: int
@@ -134,7 +137,9 @@ def test_the_decisions_are_those_of_rays_own_asha(seed, tmp_path):
 
 @pytest.mark.parametrize("seed", range(12))
 def test_a_killed_driver_goes_on_with_its_rungs_as_if_nothing_had_happened(seed, tmp_path):
-    """Killed between reports, after a record was written and before it was judged, or after the rung was written and before it was obeyed."""
+    """Killed between reports, after a record was written and before it was judged, or after the rung was written and
+    before it was obeyed.
+    """
     last_epoch = 6 + seed
     settings = halving_settings(seed)
     uncut = Driver(StudyFolder(str(tmp_path / "uncut")), last_epoch, settings)
@@ -282,7 +287,9 @@ def test_without_a_scheduler_no_trial_is_stopped(tmp_path):
 
 @pytest.fixture
 def median(tmp_path) -> Driver:
-    """Three trials of 4 epochs whose running means from epoch 2 on are 0.6, 0.3 and 0.2 at epoch 2, and 0.65, 0.4 and 0.25 at epoch 3."""
+    """Three trials of 4 epochs whose running means from epoch 2 on are 0.6, 0.3 and 0.2 at epoch 2, and 0.65, 0.4 and
+    0.25 at epoch 3.
+    """
     driver = Driver(StudyFolder(str(tmp_path)), 5, {"grace_period": 2})
     driver.start()
     for name, scores in (("a", (0.5, 0.6, 0.7, 0.7)), ("b", (0.3, 0.3, 0.5, 0.9)), ("c", (0.1, 0.2, 0.3, 0.3))):

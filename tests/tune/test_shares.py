@@ -84,7 +84,8 @@ def test_what_a_trial_can_never_have_is_refused_with_the_arithmetic():
     with pytest.raises(UsageError) as caught:
         share([Node(3, 0), Node(3, 0)], num_workers=2, cpus_per_worker=4)
     assert str(caught.value).startswith(
-        "a trial wants 2 worker(s) x 4 CPU; the cluster has 6 CPUs and 0 GPUs on 2 machine(s), which hold 0 such worker(s)."
+        "a trial wants 2 worker(s) x 4 CPU; the cluster has 6 CPUs and 0 GPUs on 2 machine(s), which hold 0 such "
+        "worker(s)."
     )
     with pytest.raises(UsageError) as caught:
         share([Node(3, 0), Node(3, 0)], num_workers=2, cpus_per_worker=2, concurrent=2)

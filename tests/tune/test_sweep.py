@@ -1,4 +1,7 @@
-"""Which trials a study hands out, in which order, after which kind of end, until when; what stays on disk. Trials are written as training leaves them."""
+"""Which trials a study hands out, in which order, after which kind of end, until when; what stays on disk.
+
+Trials are written as training leaves them.
+"""
 
 import json
 from pathlib import Path
@@ -60,7 +63,10 @@ class Bench:
         return Sweep(self.study, self.folder, SHARES, readings, build_scheduler(self.study, course))
 
     def train(self, name: str, *scores: float, status: str | None = None) -> None:
-        """Epochs with these scores, higher is better; each has its checkpoint. ``status``: how the trial ended by itself."""
+        """Epochs with these scores, higher is better; each has its checkpoint.
+
+        ``status``: how the trial ended by itself.
+        """
         folder, sign = self.folder.trial(name), self.study.direction
         records = []
         for epoch, score in enumerate(scores, start=1):
@@ -198,7 +204,9 @@ def test_a_kill_while_a_trial_was_being_written_down_leaves_no_gap(bench):
 
 
 def test_what_should_have_been_stopped_is_stopped_by_the_next_start(bench):
-    """trial_0001 was told to stop and killed before it did; trial_0002's epoch was not judged yet and is below the cutoff 0.55."""
+    """trial_0001 was told to stop and killed before it did; trial_0002's epoch was not judged yet and is below the
+    cutoff 0.55.
+    """
     sweep = bench.start()
     names = [sweep.next().name for _ in range(4)]
     bench.train(names[0], 0.6, status="finished")
@@ -253,7 +261,9 @@ def test_the_best_and_the_base_keep_their_models_and_the_others_their_figures(
 
 
 def test_a_start_frees_what_the_one_before_it_could_not(bench):
-    """Killed between a trial's result and the deletions: the first start has three ended trials beyond the best two and the base."""
+    """Killed between a trial's result and the deletions: the first start has three ended trials beyond the best two and
+    the base.
+    """
     sweep = bench.start()
     for score in (0.1, 0.5, 0.7, 0.6):
         bench.train(sweep.next().name, score, status="finished")
@@ -380,7 +390,10 @@ def test_data_that_may_not_be_trained_on_are_named_by_how_they_were_read(drawn_f
 
 
 def test_a_study_out_of_time_ends_its_sweep_and_goes_on_with_more(bench, until, monkeypatch, capsys):
-    """The command's sweep, with a fake in the place of Ray Tune that trains what is handed out. The second trial takes 20 s of its clock."""
+    """The command's sweep, with a fake in the place of Ray Tune that trains what is handed out.
+
+    The second trial takes 20 s of its clock.
+    """
     trained: list[tuple[str, int]] = []
     now = [0.0]
     monkeypatch.setattr(launch, "time", SimpleNamespace(monotonic=lambda: now[0]))
