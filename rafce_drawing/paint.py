@@ -90,7 +90,7 @@ def mask_of(points: Points, blur_px: float) -> ByteImage:
     """A filled polygon as a mask of the whole canvas, 0..255, its edge blurred."""
     mask = np.zeros((CANVAS_PX, CANVAS_PX), np.uint8)
     cv2.fillPoly(mask, [to_fixed(points)], (255,), cv2.LINE_AA, SHIFT)
-    return cv2.GaussianBlur(mask, (0, 0), blur_px * SCALE) if blur_px > 0.0 else mask
+    return np.asarray(cv2.GaussianBlur(mask, (0, 0), blur_px * SCALE), np.uint8) if blur_px > 0.0 else mask
 
 
 def fill(canvas: ByteImage, points: Points, colour: Colour) -> None:
@@ -388,8 +388,8 @@ def _slopes(bumps: NDArray[np.float32]) -> tuple[FloatImage, FloatImage]:
     x, y, sigma_x, sigma_y, height = (bumps[:, k : k + 1] for k in range(5))
     dx, dy = (columns - x) / sigma_x, (rows.T - y) / sigma_y
     along_x, along_y = np.exp(-0.5 * dx * dx), height * np.exp(-0.5 * dy * dy)
-    slope_x = cv2.gemm(along_y, -dx * along_x / sigma_x, 1.0, None, 0.0, flags=cv2.GEMM_1_T)
-    slope_y = cv2.gemm(-dy * along_y / sigma_y, along_x, 1.0, None, 0.0, flags=cv2.GEMM_1_T)
+    slope_x = cv2.gemm(along_y, -dx * along_x / sigma_x, 1.0, None, 0.0, flags=cv2.GEMM_1_T)  # type: ignore[call-overload]
+    slope_y = cv2.gemm(-dy * along_y / sigma_y, along_x, 1.0, None, 0.0, flags=cv2.GEMM_1_T)  # type: ignore[call-overload]
     return slope_x, slope_y
 
 
@@ -521,6 +521,6 @@ def _photograph(image: ByteImage, scene: Scene, rng: Generator) -> ByteImage:
     picture = 118.0 + scene.contrast * (scene.exposure * picture - 118.0)
     picture = np.where(picture > 205.0, 205.0 + 0.5 * (picture - 205.0), picture)  # a sensor's soft shoulder
     if scene.blur_px > 0.25:
-        picture = cv2.GaussianBlur(picture, (0, 0), scene.blur_px)
+        picture = np.asarray(cv2.GaussianBlur(picture, (0, 0), scene.blur_px), np.float32)
     picture += rng.standard_normal(picture.shape, dtype=np.float32) * (255.0 * scene.noise)
     return np.asarray(np.clip(picture, 0, 255).astype(np.uint8))
