@@ -11,8 +11,8 @@ import shlex
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Collection
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count
@@ -422,22 +422,13 @@ class Location:
             for path in sorted(files, key=lambda path: (path.suffix == ".json", path)):
                 (self / path.relative_to(folder).as_posix()).put(path)
             return
-        local.parent.mkdir(parents=True, exist_ok=True)
-        beside = local.with_name(f".{local.name}.{uuid.uuid4().hex[:8]}.tmp")
-        shutil.copytree(folder, beside)
-        os.rename(beside, local)
+        with new_folder(local) as scratch:
+            shutil.copytree(folder, scratch, dirs_exist_ok=True)
 
     def download(self, folder: Path) -> None:
         """Copy this folder to a local one, which must not exist; it appears whole or not at all."""
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        beside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
-        beside.mkdir()
-        try:
-            self._ask(lambda: _copy(self.filesystem, self.path, pafs.LocalFileSystem(), str(beside)))
-            os.rename(beside, folder)
-        except BaseException:
-            shutil.rmtree(beside, ignore_errors=True)
-            raise
+        with new_folder(folder) as scratch:
+            self._ask(lambda: _copy(self.filesystem, self.path, pafs.LocalFileSystem(), str(scratch)))
 
     def _ask(self, request: Callable[[], Answer], patient: bool = True) -> Answer:
         if self.local is None:
@@ -446,6 +437,19 @@ class Location:
             return request()
         except OSError as error:
             raise _plain_error(error, self.path) from error
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A scratch folder that becomes ``folder``, which must not exist, when the block ends without an error."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
+    scratch.mkdir()
+    try:
+        yield scratch
+        scratch.rename(folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def locate(place: str | Path) -> Location:

@@ -1,9 +1,9 @@
-"""A bundle: all that is needed to predict, and nothing else, in one folder without any pickle.
+"""A bundle: a folder with all that is needed to predict, and without any pickle.
 
-``model.safetensors`` holds the weights, ``canary.safetensors`` a few images with the answers that torch gave for them.
+``model.safetensors`` holds the weights, ``canary.safetensors`` a few images with torch's answers to them.
 ``bundle.json`` holds the sha256 of both, the architecture, the taxonomy with names, the preprocessing, the calibration,
-the association of emotions and action units, the reference that drift is told by, metrics and provenance.
-``MODEL_CARD.md`` tells people.
+the association of emotions and action units, the reference for drift, metrics and provenance.
+``MODEL_CARD.md`` describes the model for people.
 """
 
 from __future__ import annotations
@@ -11,9 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import tempfile
-import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,7 +25,7 @@ from torch import Tensor, nn
 
 from rafce_ray.base.console import finite
 from rafce_ray.base.errors import RafceError
-from rafce_ray.base.storage import Location, StorageError, locate
+from rafce_ray.base.storage import Location, StorageError, locate, new_folder
 from rafce_ray.base.taxonomy import ACTION_UNIT_NAMES, Taxonomy, action_unit_code, parse_action_unit_token
 from rafce_ray.bundle.canary import Canary, canary_from_tensors, canary_to_bytes, draw_canary
 from rafce_ray.faces.preprocess import Preprocessing
@@ -36,10 +34,25 @@ from rafce_ray.metrics.consistency import Association
 from rafce_ray.metrics.drift import DriftReference
 from rafce_ray.model.network import Architecture, MultiTaskModel, build_model
 
-FORMAT_VERSION = 4
-"""Version of the layout that this code writes.
+__all__ = [
+    "MANIFEST",
+    "MODEL_CARD",
+    "WEIGHTS",
+    "Bundle",
+    "BundleError",
+    "canary_of",
+    "find_bundle",
+    "load_bundle",
+    "read_taxonomy",
+    "read_weights",
+    "save_bundle",
+]
 
-It also reads version 1, which had no association, 2, which had no canary, and 3, which had no reference for drift."""
+FORMAT_VERSION = 4
+"""Version of the layout that this code writes; it also reads all earlier ones."""
+
+_SINCE = {"association": 2, "canary": 3, "drift_reference": 4}
+"""Keys of the manifest that earlier versions lack, with the version that introduced them."""
 
 MANIFEST = "bundle.json"
 WEIGHTS = "model.safetensors"
@@ -48,27 +61,12 @@ MODEL_CARD = "MODEL_CARD.md"
 
 Record = TypeVar("Record")
 
-_KEYS = frozenset(
-    {
-        "format_version",
-        "weights",
-        "canary",
-        "taxonomy",
-        "architecture",
-        "preprocessing",
-        "calibration",
-        "association",
-        "drift_reference",
-        "metrics",
-        "provenance",
-    }
-)
 _PICKLE_SUFFIXES = frozenset({".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".joblib", ".npy", ".npz"})
 _PICKLE_STARTS = (*(b"\x80" + bytes([protocol]) for protocol in range(2, 6)), b"PK\x03\x04")
 
 
 class BundleError(RafceError):
-    """A folder is no bundle that may be used; the message says which file, what was found and what was expected."""
+    """A folder is not a usable bundle; the message names the file, what was found and what was expected."""
 
 
 def refuse_pickles(folder: Path) -> None:
@@ -87,7 +85,7 @@ def refuse_pickles(folder: Path) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """``bundle.json`` with the keys of the newest version. BundleError where it cannot be read, or has other keys."""
+    """``bundle.json`` with the keys of the newest version; BundleError where it cannot be read or has other keys."""
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_bytes())
@@ -99,20 +97,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         ) from None
     if not isinstance(manifest, dict):
         raise BundleError(f"{path}: holds a {type(manifest).__name__}, expected an object. Get the bundle again.")
-    version = manifest.get("format_version")
+    version: Any = manifest.get("format_version")
     if version not in range(1, FORMAT_VERSION + 1):
         raise BundleError(
             f"{path}: format_version is {version!r}; this program reads 1 to {FORMAT_VERSION}. "
             "Use the version of rafce_ray that wrote it, or train again."
         )
-    if version == 1:
-        manifest.setdefault("association", None)
-    if version in (1, 2):
-        manifest.setdefault("canary", None)
-    if version in (1, 2, 3):
-        manifest.setdefault("drift_reference", None)
-    if manifest.keys() != _KEYS:
-        missing, unknown = sorted(_KEYS - manifest.keys()), sorted(manifest.keys() - _KEYS)
+    for key in (key for key, since in _SINCE.items() if version < since):
+        manifest.setdefault(key, None)
+    expected = {"format_version", "weights", "canary", *_READERS}
+    if manifest.keys() != expected:
+        missing, unknown = sorted(expected - manifest.keys()), sorted(manifest.keys() - expected)
         raise BundleError(
             f"{path}: missing keys {missing}, unknown keys {unknown}. Get the bundle again from its source."
         )
@@ -120,7 +115,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def section(folder: Path, manifest: Mapping[str, Any], key: str, read: Callable[[Any], Record]) -> Record:
-    """One section of the manifest as its record; whatever does not fit is a BundleError that names file and key."""
+    """One section of the manifest as its record; BundleError, with the file and the key, where it cannot be read."""
     try:
         return read(manifest[key])
     except (ValidationError, TypeError, ValueError, KeyError, IndexError) as error:
@@ -132,18 +127,14 @@ def section(folder: Path, manifest: Mapping[str, Any], key: str, read: Callable[
         ) from None
 
 
-def describe_file(name: str, content: bytes) -> dict[str, Any]:
-    """The entry of a file in the manifest."""
+def _describe_file(name: str, content: bytes) -> dict[str, Any]:
     return {"file": name, "num_bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
-def read_file(folder: Path, manifest: Mapping[str, Any], key: str, name: str) -> bytes:
-    """The content of the file that the manifest's ``key`` describes, which must be called ``name``, after its sha256
-    was checked.
-
-    Raises:
-        BundleError: it cannot be read, or is not the one that the manifest describes.
-    """
+def _read_tensors(
+    folder: Path, manifest: Mapping[str, Any], key: str, name: str, load: Callable[[bytes], Record]
+) -> Record:
+    """The tensors of the file that the manifest's ``key`` describes, after its name, size and sha256 were checked."""
     path = folder / name
     file, num_bytes, sha256 = section(
         folder, manifest, key, lambda entry: (entry["file"], int(entry["num_bytes"]), str(entry["sha256"]))
@@ -161,11 +152,14 @@ def read_file(folder: Path, manifest: Mapping[str, Any], key: str, name: str) ->
     found = hashlib.sha256(content).hexdigest()
     if found != sha256:
         raise BundleError(f"{path}: was altered: sha256 {found[:12]}… instead of {sha256[:12]}…. Get the bundle again.")
-    return content
+    try:
+        return load(content)
+    except Exception as error:
+        raise BundleError(f"{path}: is no safetensors file ({error}). Get the bundle again.") from None
 
 
 def taxonomy_to_plain(taxonomy: Taxonomy) -> dict[str, Any]:
-    """A taxonomy as plain JSON values, names beside codes."""
+    """A taxonomy as plain JSON values: codes and names."""
     return {
         "emotions": [
             {"index": index, "label": label, "components": components}
@@ -179,7 +173,7 @@ def taxonomy_to_plain(taxonomy: Taxonomy) -> dict[str, Any]:
 
 
 def taxonomy_from_plain(plain: Any) -> Taxonomy:
-    """The taxonomy that :func:`taxonomy_to_plain` wrote. ValueError, TypeError or KeyError where it cannot be read."""
+    """The taxonomy that :func:`taxonomy_to_plain` wrote; ValueError, TypeError or KeyError where it cannot be read."""
     emotions = sorted(plain["emotions"], key=lambda entry: int(entry["index"]))
     if [entry["index"] for entry in emotions] != list(range(len(emotions))):
         raise ValueError("the indices of the emotions are not 0, 1, 2, ...")
@@ -196,19 +190,17 @@ def taxonomy_from_plain(plain: Any) -> Taxonomy:
     )
 
 
-__all__ = [
-    "MANIFEST",
-    "MODEL_CARD",
-    "WEIGHTS",
-    "Bundle",
-    "BundleError",
-    "canary_of",
-    "find_bundle",
-    "load_bundle",
-    "read_taxonomy",
-    "read_weights",
-    "save_bundle",
-]
+_READERS: dict[str, Callable[[Any], Any]] = {
+    "taxonomy": taxonomy_from_plain,
+    "architecture": Architecture.from_plain,
+    "preprocessing": TypeAdapter(Preprocessing).validate_python,
+    "calibration": TypeAdapter(Calibration).validate_python,
+    "association": TypeAdapter(Association | None).validate_python,
+    "drift_reference": TypeAdapter(DriftReference | None).validate_python,
+    "metrics": dict,
+    "provenance": dict,
+}
+"""Reader of each section of the manifest, which are also fields of :class:`Bundle`."""
 
 
 @dataclass(frozen=True)
@@ -216,7 +208,7 @@ class Bundle:
     """A loaded bundle; ``model`` is in evaluation mode on the CPU, ``path`` is where the bundle was read from.
 
     ``canary`` is None where the bundle was written without one: see :func:`canary_of`. ``drift_reference`` is None in
-    bundles of earlier versions and in those that nothing was measured of, such as a checkpoint's.
+    bundles of earlier versions and in those without measurements, such as a checkpoint's.
     """
 
     model: MultiTaskModel
@@ -248,12 +240,10 @@ def save_bundle(
     model_card: str | None = None,
     with_canary: bool = True,
 ) -> str:
-    """Write a bundle; the folder, which must be new, appears whole or not at all.
-
-    Returns the sha256 of the weights file.
+    """Write a bundle into a new folder, which appears whole or not at all; returns the sha256 of the weights file.
 
     ``metrics`` and ``provenance`` hold plain JSON values; NaN becomes null. ``model_card`` is Markdown. ``with_canary``
-    runs a copy of the model on the CPU once, in evaluation mode; nothing random is drawn, and the model is left as it
+    runs a copy of the model on the CPU once, in evaluation mode. It draws no random numbers, and the model stays as it
     was.
 
     Raises:
@@ -263,44 +253,40 @@ def save_bundle(
         raise BundleError(
             f"{folder}: exists already, and a bundle is never overwritten. Choose another place or remove it."
         )
-    _check_fit(str(folder), architecture, taxonomy, preprocessing, calibration, association, drift_reference)
+    parts: dict[str, Any] = {
+        "taxonomy": taxonomy,
+        "architecture": architecture,
+        "preprocessing": preprocessing,
+        "calibration": calibration,
+        "association": association,
+        "drift_reference": drift_reference,
+        "metrics": dict(metrics),
+        "provenance": dict(provenance),
+    }
+    _check_fit(str(folder), parts)
     # safetensors wants plain memory layout; the values are unchanged.
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     contents = {WEIGHTS: safetensors.torch.save(tensors)}
     if with_canary:
         contents[CANARY] = canary_to_bytes(draw_canary(model, preprocessing))
-    weights = describe_file(WEIGHTS, contents[WEIGHTS])
+    weights = _describe_file(WEIGHTS, contents[WEIGHTS])
     manifest = {
         "format_version": FORMAT_VERSION,
         "weights": weights,
-        "canary": describe_file(CANARY, contents[CANARY]) if with_canary else None,
+        "canary": _describe_file(CANARY, contents[CANARY]) if with_canary else None,
+        **{key: part if isinstance(part, dict | None) else asdict(part) for key, part in parts.items()},
         "taxonomy": taxonomy_to_plain(taxonomy),
-        "architecture": architecture.to_plain(),
-        "preprocessing": asdict(preprocessing),
-        "calibration": asdict(calibration),
-        "association": None if association is None else asdict(association),
-        "drift_reference": None if drift_reference is None else asdict(drift_reference),
-        "metrics": dict(metrics),
-        "provenance": dict(provenance),
     }
     contents[MANIFEST] = (json.dumps(finite(manifest), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
     if model_card is not None:
         contents[MODEL_CARD] = model_card.encode()
-    _write_folder(folder, contents)
-    return str(weights["sha256"])
-
-
-def _write_folder(folder: Path, contents: Mapping[str, bytes]) -> None:
-    """Files in a new folder, which appears whole or not at all."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        beside.mkdir()
+    with new_folder(folder) as scratch:
         for name, content in contents.items():
-            _write_durably(beside / name, content)
-        beside.rename(folder)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+            with (scratch / name).open("wb") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+    return str(weights["sha256"])
 
 
 def load_bundle(place: str | Path) -> Bundle:
@@ -312,9 +298,8 @@ def load_bundle(place: str | Path) -> Bundle:
             pickle in the folder.
     """
     location = find_bundle(place)
-    local = location.local
-    if local is not None:
-        return _load(local, str(location))
+    if location.local is not None:
+        return _load(location.local, str(location))
     with tempfile.TemporaryDirectory() as scratch:
         copy = Path(scratch) / "bundle"
         location.download(copy)
@@ -322,10 +307,7 @@ def load_bundle(place: str | Path) -> Bundle:
 
 
 def find_bundle(place: str | Path) -> Location:
-    """The bundle folder at ``place`` or, where that is a run folder, in its ``bundle/``.
-
-    BundleError where there is none.
-    """
+    """The bundle folder at ``place`` or, in a run folder, at its ``bundle/``; BundleError where there is none."""
     location = locate(place)
     try:
         for candidate in (location, location / "bundle"):
@@ -340,11 +322,9 @@ def find_bundle(place: str | Path) -> Location:
             f"{location}: this run has no bundle yet: it did not finish. Give the same train command again to go on."
         )
     location.check_reachable()
-    what = (
-        "is no bundle: there is no bundle.json in it, nor in a bundle/ below it"
-        if location.exists()
-        else "nothing is there"
-    )
+    what = "nothing is there"
+    if location.exists():
+        what = "is no bundle: there is no bundle.json in it, nor in a bundle/ below it"
     raise BundleError(f"{location}: {what}. Give the bundle folder that training printed, or its run folder.")
 
 
@@ -354,7 +334,7 @@ def canary_of(bundle: Bundle) -> Canary:
 
 
 def read_taxonomy(location: Location) -> Taxonomy:
-    """What the model of a bundle folder tells, from its manifest alone. BundleError where that cannot be read."""
+    """The taxonomy of a bundle folder, from its manifest alone; BundleError where that cannot be read."""
     folder = location.local
     if folder is None:
         with tempfile.TemporaryDirectory() as scratch:
@@ -364,73 +344,38 @@ def read_taxonomy(location: Location) -> Taxonomy:
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """The tensors of a local bundle by name, on the CPU, after their sha256 was checked.
+    """The parameters and buffers of a local bundle by name, on the CPU, after their sha256 was checked.
 
     Raises:
         BundleError: the manifest or the weights cannot be read, or the weights are not those of the manifest.
     """
-    return _read_weights(folder, read_manifest(folder))
+    return _read_tensors(folder, read_manifest(folder), "weights", WEIGHTS, safetensors.torch.load)
 
 
 def _load(folder: Path, name: str) -> Bundle:
     refuse_pickles(folder)
     manifest = read_manifest(folder)
-    architecture = section(folder, manifest, "architecture", Architecture.from_plain)
-    taxonomy = section(folder, manifest, "taxonomy", taxonomy_from_plain)
-    preprocessing = section(folder, manifest, "preprocessing", TypeAdapter(Preprocessing).validate_python)
-    calibration = section(folder, manifest, "calibration", TypeAdapter(Calibration).validate_python)
-    association = section(folder, manifest, "association", TypeAdapter(Association | None).validate_python)
-    drift_reference = section(folder, manifest, "drift_reference", TypeAdapter(DriftReference | None).validate_python)
-    _check_fit(str(folder / MANIFEST), architecture, taxonomy, preprocessing, calibration, association, drift_reference)
-    weights = _read_weights(folder, manifest)
-    # Building draws initial weights, which must not move the caller's random numbers on.
+    parts = {key: section(folder, manifest, key, read) for key, read in _READERS.items()}
+    _check_fit(str(folder / MANIFEST), parts)
+    weights = _read_tensors(folder, manifest, "weights", WEIGHTS, safetensors.torch.load)
+    # Building draws initial weights, which must not change the caller's random numbers.
     with torch.random.fork_rng(devices=[]):
-        model = build_model(architecture)
+        model = build_model(parts["architecture"])
     _check_weights(folder / WEIGHTS, weights, model.state_dict())
     model.load_state_dict(weights)
-    return Bundle(
-        model=model.eval().requires_grad_(False),
-        architecture=architecture,
-        taxonomy=taxonomy,
-        preprocessing=preprocessing,
-        calibration=calibration,
-        association=association,
-        metrics=section(folder, manifest, "metrics", dict),
-        provenance=section(folder, manifest, "provenance", dict),
-        weights_sha256=manifest["weights"]["sha256"],
-        path=name,
-        canary=_read_canary(folder, manifest, preprocessing, taxonomy),
-        drift_reference=drift_reference,
-    )
-
-
-def _read_weights(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Tensor]:
-    content = read_file(folder, manifest, "weights", WEIGHTS)
-    try:
-        tensors: dict[str, Tensor] = safetensors.torch.load(content)
-    except Exception as error:
-        raise BundleError(f"{folder / WEIGHTS}: is no safetensors file ({error}). Get the bundle again.") from None
-    return tensors
-
-
-def _read_canary(
-    folder: Path, manifest: Mapping[str, Any], preprocessing: Preprocessing, taxonomy: Taxonomy
-) -> Canary | None:
-    if manifest["canary"] is None:
-        return None
-    content = read_file(folder, manifest, "canary", CANARY)
-    try:
-        tensors = safetensors.numpy.load(content)
-    except Exception as error:
-        raise BundleError(f"{folder / CANARY}: is no safetensors file ({error}). Get the bundle again.") from None
-    try:
-        return canary_from_tensors(tensors, preprocessing.stored_px, taxonomy.num_emotions, taxonomy.num_action_units)
-    except ValueError as error:
-        raise BundleError(f"{folder / CANARY}: {error}. Get the bundle again.") from None
+    canary = None
+    if manifest["canary"] is not None:
+        tensors = _read_tensors(folder, manifest, "canary", CANARY, safetensors.numpy.load)
+        taxonomy, stored_px = parts["taxonomy"], parts["preprocessing"].stored_px
+        try:
+            canary = canary_from_tensors(tensors, stored_px, taxonomy.num_emotions, taxonomy.num_action_units)
+        except ValueError as error:
+            raise BundleError(f"{folder / CANARY}: {error}. Get the bundle again.") from None
+    sha256 = manifest["weights"]["sha256"]
+    return Bundle(model.eval().requires_grad_(False), **parts, weights_sha256=sha256, path=name, canary=canary)
 
 
 def _check_weights(path: Path, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Names, shapes, types and finiteness of the weights against the architecture's."""
     missing, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     if missing or unknown:
         raise BundleError(
@@ -452,21 +397,15 @@ def _check_weights(path: Path, found: Mapping[str, Tensor], expected: Mapping[st
             )
 
 
-def _check_fit(
-    where: str,
-    architecture: Architecture,
-    taxonomy: Taxonomy,
-    preprocessing: Preprocessing,
-    calibration: Calibration,
-    association: Association | None,
-    drift_reference: DriftReference | None,
-) -> None:
-    """Whether the parts speak of the same numbers of outputs and pixels."""
+def _check_fit(where: str, parts: Mapping[str, Any]) -> None:
+    """BundleError where parts differ in the number of outputs or pixels."""
+    taxonomy, architecture, calibration = parts["taxonomy"], parts["architecture"], parts["calibration"]
+    association, drift_reference = parts["association"], parts["drift_reference"]
     pairs = [
         ("architecture.num_emotions", architecture.num_emotions, taxonomy.num_emotions),
         ("architecture.num_action_units", architecture.num_action_units, taxonomy.num_action_units),
         ("number of calibration.au_thresholds", len(calibration.au_thresholds), taxonomy.num_action_units),
-        ("preprocessing.image_px", preprocessing.image_px, architecture.image_px),
+        ("preprocessing.image_px", parts["preprocessing"].image_px, architecture.image_px),
     ]
     if association is not None:
         pairs += [
@@ -483,13 +422,6 @@ def _check_fit(
             raise BundleError(
                 f"{where}: {what} is {found}, but {expected} is expected by the rest. Get or make the bundle again."
             )
-
-
-def _write_durably(path: Path, content: bytes) -> None:
-    with path.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
 
 
 def _few(names: list[str]) -> str:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
-import uuid
 from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +15,7 @@ from numpy.typing import NDArray
 
 from rafce_ray.base.console import pretty_json
 from rafce_ray.base.errors import GateError, UsageError
+from rafce_ray.base.storage import new_folder
 from rafce_ray.bundle.bundle import Bundle, taxonomy_to_plain
 from rafce_ray.bundle.canary import largest_difference
 from rafce_ray.bundle.engines import (
@@ -33,10 +32,6 @@ from rafce_ray.bundle.engines import (
     to_openvino,
 )
 from rafce_ray.metrics.calibration import Outputs
-
-if TYPE_CHECKING:
-    pass
-
 
 DESCRIPTION = "export.json"
 
@@ -62,11 +57,8 @@ def export_bundle(bundle: Bundle, file_format: str, out: Path) -> float:
             f"--format {file_format}: {', '.join(missing)} is not installed. Install it with pip install "
             f"{' '.join(missing)}."
         )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    beside = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        beside.mkdir()
-        run = write(bundle, beside)
+    with new_folder(out) as scratch:
+        run = write(bundle, scratch)
         images, expected = check_inputs(bundle)
         difference = largest_difference(run(images), expected, bundle.calibration)
         if not difference <= MAX_DIFFERENCE:
@@ -74,11 +66,7 @@ def export_bundle(bundle: Bundle, file_format: str, out: Path) -> float:
                 f"{file_format}: the exported graph is off torch by {difference:.2g} in a probability; at most "
                 f"{MAX_DIFFERENCE:g} is allowed, so it was not kept. Choose another format."
             )
-        description = _describe(bundle, file_format, beside, difference)
-        (beside / DESCRIPTION).write_bytes(pretty_json(description))
-        beside.rename(out)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        (scratch / DESCRIPTION).write_bytes(pretty_json(_describe(bundle, file_format, scratch, difference)))
     return difference
 
 
