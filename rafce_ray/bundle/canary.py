@@ -1,6 +1,4 @@
-"""Canary inputs: a few drawn images with the raw outputs that torch gave for them, by which every later answer can be
-checked.
-"""
+"""Canary inputs: a few drawn images with torch's raw outputs for them, to check every later answer against."""
 
 from __future__ import annotations
 
@@ -18,11 +16,28 @@ from torch import Tensor, nn
 from rafce_ray.faces.preprocess import Preprocessing, preprocess
 from rafce_ray.metrics.calibration import Calibration, Outputs, Probabilities, calibrated
 
+NUM_IMAGES = 4
+NUM_WAVES = 6
+"""Plane waves that are summed in each channel of an image."""
+
+MAX_CYCLES = 4.0
+"""Periods of the finest wave along a side: details of the size of an eye in an aligned face."""
+
+CANARY_SEED = 20170
+
+
+@dataclass(frozen=True)
+class Canary:
+    """``images`` (N, S, S, 3) uint8 RGB, S the bundle's ``stored_px``, and torch's raw fp32 ``outputs`` on a CPU."""
+
+    images: NDArray[np.uint8]
+    outputs: Outputs
+
 
 def raw_outputs(
     model: nn.Module, images: NDArray[np.uint8] | Tensor, preprocessing: Preprocessing, device: torch.device
 ) -> Outputs:
-    """Raw outputs of (B, S, S, 3) uint8 RGB faces by a model in evaluation mode that lies on ``device``.
+    """Raw outputs of (B, S, S, 3) uint8 RGB faces by a model in evaluation mode that is on ``device``.
 
     Raises:
         ValueError: the images have another dtype or shape.
@@ -36,32 +51,7 @@ def raw_outputs(
     ):
         logits = model(preprocess(tensor.to(device), preprocessing))
     none = torch.zeros(len(tensor), 0)
-    return Outputs(*(_numpy(none if values is None else values) for values in logits))
-
-
-def _numpy(values: Tensor) -> NDArray[np.float32]:
-    array: NDArray[np.float32] = values.float().cpu().numpy()
-    return array
-
-
-NUM_IMAGES = 4
-NUM_WAVES = 6
-"""Plane waves that are summed in each channel of an image."""
-
-MAX_CYCLES = 4.0
-"""Periods of the finest wave along a side: details of the size of an eye in an aligned face."""
-
-CANARY_SEED = 20170
-
-
-@dataclass(frozen=True)
-class Canary:
-    """``images`` (N, S, S, 3) uint8 of the bundle's ``stored_px`` a side, and torch's raw fp32 ``outputs`` for them on
-    a CPU.
-    """
-
-    images: NDArray[np.uint8]
-    outputs: Outputs
+    return Outputs(*((none if values is None else values.float().cpu()).numpy() for values in logits))
 
 
 def draw_images(px: int, num_images: int = NUM_IMAGES, seed: int = CANARY_SEED) -> NDArray[np.uint8]:
@@ -81,9 +71,7 @@ def draw_images(px: int, num_images: int = NUM_IMAGES, seed: int = CANARY_SEED) 
 
 
 def draw_canary(model: nn.Module, preprocessing: Preprocessing) -> Canary:
-    """The canary of a model, computed on a copy of it on the CPU: its mode, its device and its gradients stay as they
-    are.
-    """
+    """The canary of a model, computed by a copy of it on the CPU; the model itself does not change."""
     images = draw_images(preprocessing.stored_px)
     cpu = torch.device("cpu")
     reference = copy.deepcopy(model).to(cpu).eval()
@@ -91,7 +79,7 @@ def draw_canary(model: nn.Module, preprocessing: Preprocessing) -> Canary:
 
 
 def check_canary(outputs: Outputs, canary: Canary, calibration: Calibration) -> float:
-    """How far an engine's raw outputs for the canary's images are from the stored ones: :func:`largest_difference`."""
+    """The :func:`largest_difference` between an engine's raw outputs for the canary's images and the stored ones."""
     return largest_difference(outputs, canary.outputs, calibration)
 
 
@@ -108,16 +96,14 @@ def largest_difference(found: Outputs, expected: Outputs, calibration: Calibrati
 
 def probabilities_apart(found: Probabilities, expected: Probabilities) -> float:
     """Largest absolute difference between two sets of probabilities; infinite where their shapes differ."""
-    largest = 0.0
-    for one, other in ((found.emotion, expected.emotion), (found.action_units, expected.action_units)):
-        if one.shape != other.shape:
-            return float("inf")
-        largest = max(largest, float(np.abs(one - other).max(initial=0.0)))
-    return largest
+    pairs = ((found.emotion, expected.emotion), (found.action_units, expected.action_units))
+    if any(one.shape != other.shape for one, other in pairs):
+        return float("inf")
+    return max(float(np.abs(one - other).max(initial=0.0)) for one, other in pairs)
 
 
 def canary_to_bytes(canary: Canary) -> bytes:
-    """As the content of a safetensors file."""
+    """The canary as the content of a safetensors file."""
     outputs = canary.outputs
     tensors = {"images": canary.images, "emotion": outputs.emotion, "action_units": outputs.action_units}
     content: bytes = safetensors.numpy.save({name: np.ascontiguousarray(values) for name, values in tensors.items()})
@@ -127,10 +113,7 @@ def canary_to_bytes(canary: Canary) -> bytes:
 def canary_from_tensors(
     tensors: Mapping[str, NDArray[Any]], stored_px: int, num_emotions: int, num_action_units: int
 ) -> Canary:
-    """The canary that a file's tensors are.
-
-    ValueError where a name, shape or type is another than the model's, or a value not finite.
-    """
+    """The canary in a file's tensors; ValueError where a name, shape or type differs, or a value is not finite."""
     count = len(tensors["images"]) if "images" in tensors else 0
     expected = {
         "images": (np.dtype(np.uint8), (count, stored_px, stored_px, 3)),
@@ -139,11 +122,11 @@ def canary_from_tensors(
     }
     found = {name: (values.dtype, values.shape) for name, values in tensors.items()}
     if found != expected or count == 0:
-        told = [
+        here, wanted = (
             "; ".join(f"{name} {dtype} {shape}" for name, (dtype, shape) in sorted(side.items()))
             for side in (found, expected)
-        ]
-        raise ValueError(f"holds {told[0] or 'nothing'}; expected {told[1]} with at least one image")
+        )
+        raise ValueError(f"holds {here or 'nothing'}; expected {wanted} with at least one image")
     if not all(np.isfinite(values).all() for values in tensors.values()):
         raise ValueError("holds outputs that are NaN or infinite")
     return Canary(tensors["images"], Outputs(tensors["emotion"], tensors["action_units"]))

@@ -1,4 +1,8 @@
-"""What runs a bundle's network: torch, OpenVINO or ONNX Runtime behind one interface."""
+"""Engines that run a bundle's network: torch, OpenVINO or ONNX Runtime behind one interface.
+
+``build_engine`` chooses one and compares it with torch. The other engines run the network as a :class:`Graph`, together
+with its preprocessing, which this module converts for them.
+"""
 
 from __future__ import annotations
 
@@ -32,39 +36,56 @@ if TYPE_CHECKING:
 
 Precision = Literal["fp32", "bf16"]
 
+EngineChoice = Literal["auto", "torch", "openvino", "onnxruntime"]
+PrecisionChoice = Literal["auto", "fp32", "bf16"]
+
+MAX_DIFFERENCE = 1e-3
+"""Largest difference from torch that a probability may have."""
+
+FASTEST_FIRST = ("openvino", "onnxruntime")
+
+PACKAGES = {"openvino": ("openvino",), "onnxruntime": ("onnxruntime", "onnx", "onnxscript")}
+"""What an engine needs besides torch; the packages next to onnxruntime convert the network for it."""
+
+NUM_SEEDED = 4
+SEED = 5
+
+INPUT = "images"
+OUTPUTS = ("emotion", "action_units")
+"""Names of the graph's input and outputs; an output that the model does not have is left out."""
+
+ONNX_OPSET = 18
 CPU = torch.device("cpu")
+
+log = logging.getLogger(__name__)
 
 
 class Engine(Protocol):
-    """Runs a network: ``name`` (torch, openvino or onnxruntime), and the ``device`` on which it computes.
+    """Runs a network; may be called from any thread, by one at a time.
 
-    An engine may be called from any thread, by one at a time. What it says of a face does not depend on its batch-mates
-    (1e-6).
+    What it answers for a face does not depend on the other faces of the batch (1e-6).
     """
 
     @property
     def name(self) -> str:
-        """As the configuration names it."""
+        """The configuration's name of the engine: torch, openvino or onnxruntime."""
 
     @property
     def precision(self) -> Precision:
-        """Numbers it computes with."""
+        """Precision that it computes in."""
 
     @property
     def device(self) -> torch.device:
         """Where it computes."""
 
     def outputs(self, images: NDArray[np.uint8] | Tensor) -> Outputs:
-        """Raw outputs of (B, S, S, 3) uint8 RGB faces of the bundle's ``stored_px`` a side.
-
-        ValueError: another dtype or shape.
-        """
+        """Raw outputs of (B, S, S, 3) uint8 RGB faces, S the bundle's ``stored_px``; ValueError for anything else."""
 
 
 class TorchEngine:
     """torch in fp32 on a CPU or GPU; the bundle's model is moved to ``device``.
 
-    ``threads`` (None: as they are) are those of torch in the whole process, on CPUs.
+    ``threads``: torch's threads on a CPU, in the whole process; None leaves them as they are.
     """
 
     name = "torch"
@@ -78,7 +99,7 @@ class TorchEngine:
 
     def outputs(self, images: NDArray[np.uint8] | Tensor) -> Outputs:
         """See :class:`Engine`."""
-        # OpenMP keeps the number by calling thread, so that it cannot be set once by whoever builds the engine.
+        # OpenMP keeps the number per calling thread, so it cannot be set once when the engine is built.
         if self._threads is not None and torch.get_num_threads() != self._threads:
             torch.set_num_threads(self._threads)
         return raw_outputs(self._model, images, self._preprocessing, self.device)
@@ -87,8 +108,8 @@ class TorchEngine:
 class OpenVinoEngine:
     """An exported graph on a CPU by OpenVINO.
 
-    ``model`` is a converted graph or the .xml file of one. ``precision`` becomes what the processor really computes
-    with.
+    ``model`` is a converted graph or its .xml file. The attribute ``precision`` is the processor's, not the requested
+    one.
     """
 
     name = "openvino"
@@ -158,7 +179,7 @@ class OnnxRuntimeEngine:
 
 
 def checked_faces(images: NDArray[np.uint8] | Tensor, stored_px: int) -> NDArray[np.uint8]:
-    """(B, S, S, 3) uint8 in plain memory layout. ValueError where they are something else."""
+    """(B, S, S, 3) uint8 RGB faces in plain memory layout; ValueError for another dtype or shape."""
     faces = images.cpu().numpy() if isinstance(images, Tensor) else np.asarray(images)
     if faces.dtype != np.uint8 or faces.ndim != 4 or faces.shape[1:] != (stored_px, stored_px, 3):
         raise ValueError(
@@ -168,26 +189,9 @@ def checked_faces(images: NDArray[np.uint8] | Tensor, stored_px: int) -> NDArray
 
 
 def named_outputs(found: Mapping[str, NDArray[np.float32]], num_faces: int) -> Outputs:
-    """A graph's outputs by name; a task that is left out has no columns."""
+    """A graph's outputs (B, E) and (B, A) float32 by name, as raw outputs; a task that is missing has no columns."""
     none = np.zeros((num_faces, 0), np.float32)
     return Outputs(found.get("emotion", none), found.get("action_units", none))
-
-
-EngineChoice = Literal["auto", "torch", "openvino", "onnxruntime"]
-PrecisionChoice = Literal["auto", "fp32", "bf16"]
-
-MAX_DIFFERENCE = 1e-3
-"""Largest difference from torch that a probability may have."""
-
-FASTEST_FIRST = ("openvino", "onnxruntime")
-
-PACKAGES = {"openvino": ("openvino",), "onnxruntime": ("onnxruntime", "onnx", "onnxscript")}
-"""What an engine needs beside torch, onnxruntime to convert the network."""
-
-NUM_SEEDED = 4
-SEED = 5
-
-log = logging.getLogger(__name__)
 
 
 def build_engine(
@@ -197,31 +201,26 @@ def build_engine(
     threads: int | None = None,
     precision: PrecisionChoice = "auto",
 ) -> tuple[Engine, tuple[str, ...]]:
-    """The engine for a bundle, and what there is to be said of it: why it is not, or does not compute as, was asked
-    for.
+    """The engine for a bundle, and remarks on why it is not the requested one or computes in another precision.
 
-    ``auto`` is torch on a GPU, else the first of ``FASTEST_FIRST`` that is installed, else torch. Any other than torch
-    is compared with torch on a CPU, and torch answers where a probability is further off than ``MAX_DIFFERENCE``.
-    ``threads`` (None: as the engine likes) are those of one forward pass on a CPU. ``precision`` bf16, which only
-    OpenVINO has, is held to the same difference, else fp32; ``auto`` tries it where the processor has it.
+    ``auto`` is torch on a GPU, else the first of ``FASTEST_FIRST`` that is installed, else torch. Any engine but torch
+    is compared with torch on a CPU, and torch answers where a probability differs by more than ``MAX_DIFFERENCE``.
+    ``threads`` are those of one forward pass on a CPU; None leaves them to the engine. ``precision`` bf16, which only
+    OpenVINO has, must pass the same comparison, else fp32 is used; ``auto`` tries it where the processor supports it.
 
     Raises:
-        UsageError: the engine that was asked for is not installed.
+        UsageError: the requested engine is not installed.
     """
     name = _choose(choice, device)
-    engine: Engine | None = None
-    remarks: list[str] = []
-    if name != "torch":
-        engine, remarks = _checked_engine(name, bundle, threads, precision)
-    if engine is None:
-        engine = TorchEngine(bundle, device, threads)
+    engine, remarks = (None, []) if name == "torch" else _checked_engine(name, bundle, threads, precision)
+    engine = engine or TorchEngine(bundle, device, threads)
     if precision == "bf16" and engine.precision != "bf16":
         remarks.append(f"engine_precision: bf16 was asked for; {engine.name} computes in {engine.precision} here.")
     return engine, tuple(remarks)
 
 
 def check_inputs(bundle: Bundle) -> tuple[NDArray[np.uint8], Outputs]:
-    """What an engine is checked with: the canary's images and some others, and torch's answers on a CPU."""
+    """Images (N, S, S, 3) uint8 RGB to compare engines on, the canary's and some others, and torch's raw outputs."""
     images = np.concatenate([canary_of(bundle).images, draw_images(bundle.preprocessing.stored_px, NUM_SEEDED, SEED)])
     return images, TorchEngine(bundle, CPU).outputs(images)
 
@@ -241,21 +240,21 @@ def _choose(choice: EngineChoice, device: torch.device) -> str:
 
 
 def missing_packages(packages: tuple[str, ...]) -> list[str]:
-    """Those of them that are not installed."""
+    """The packages that are not installed."""
     return [package for package in packages if find_spec(package) is None]
 
 
 def _checked_engine(
     name: str, bundle: Bundle, threads: int | None, precision: PrecisionChoice
 ) -> tuple[Engine | None, list[str]]:
-    """The engine in the first precision in which it answers as torch does, None where there is none; and what went
-    wrong.
-    """
+    """The engine in the first precision that agrees with torch, None without one; and remarks on what failed."""
     remarks: list[str] = []
     images, expected = check_inputs(bundle)
     try:
         compile_for = _COMPILERS[name](bundle, threads)
-        for wanted in _precisions(name, precision):
+        bf16 = precision == "bf16" or (precision == "auto" and has_fast_bf16(CPU))
+        precisions: tuple[Precision, ...] = ("bf16", "fp32") if bf16 and name == "openvino" else ("fp32",)
+        for wanted in precisions:
             engine = compile_for(wanted)
             difference = largest_difference(engine.outputs(images), expected, bundle.calibration)
             if difference <= MAX_DIFFERENCE:
@@ -265,17 +264,12 @@ def _checked_engine(
                 f"{name} in {engine.precision} is off torch by {difference:.2g} in a probability; at most "
                 f"{MAX_DIFFERENCE:g} is allowed."
             )
-    # Converters and runtimes raise whatever they like; the service goes on with torch and says so.
+    # Converters and runtimes raise errors of any type; the service then goes on with torch.
     except Exception as error:
         reason = next(iter(str(error).strip().splitlines()), "")
         remarks.append(f"{name} cannot run this model ({type(error).__name__}: {reason}).")
     remarks.append(f"engine: torch answers instead of {name}.")
     return None, remarks
-
-
-def _precisions(name: str, precision: PrecisionChoice) -> tuple[Precision, ...]:
-    bf16 = precision == "bf16" or (precision == "auto" and has_fast_bf16(CPU))
-    return ("bf16", "fp32") if bf16 and name == "openvino" else ("fp32",)
 
 
 def _openvino(bundle: Bundle, threads: int | None) -> Callable[[Precision], Engine]:
@@ -291,19 +285,8 @@ def _onnxruntime(bundle: Bundle, threads: int | None) -> Callable[[Precision], E
 _COMPILERS = {"openvino": _openvino, "onnxruntime": _onnxruntime}
 
 
-INPUT = "images"
-"""Name of the graph's input."""
-
-
-OUTPUTS = ("emotion", "action_units")
-"""Names of the graph's outputs; one that the model does not have is left out."""
-
-
-ONNX_OPSET = 18
-
-
 class Graph(nn.Module):
-    """Preprocessing and network as one module; only outputs that the model has."""
+    """Preprocessing and network as one module that returns only the outputs that the model has."""
 
     resize: Tensor | None
 
@@ -315,33 +298,30 @@ class Graph(nn.Module):
         self.normalisation = Preprocessing(stored_px, stored_px, preprocessing.mean, preprocessing.std)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Logits of (B, S, S, 3) uint8 faces, emotion first."""
+        """Logits of (B, S, S, 3) uint8 RGB faces: (B, E), then (B, A), each if the model has it."""
         inputs = resize_and_normalise(to_unit(images), self.normalisation)
         if self.resize is not None:
-            # After the normalisation, not before as in preprocess: it is the same, since each row of the matrix sums to
-            # 1, and OpenVINO fuses what follows a product of matrices wrongly.
+            # preprocess resizes before it normalises. The result is the same, since each row of the matrix sums to 1,
+            # and OpenVINO fuses operations after a matrix product wrongly.
             inputs = self.resize @ inputs @ self.resize.T
         return tuple(values for values in self.model(inputs) if values is not None)
 
 
 def resize_matrix(preprocessing: Preprocessing) -> Tensor | None:
-    """R (P, S) with ``R @ image @ R.T`` the preprocessing's antialiased resize of a channel (S, S); None where nothing
-    is resized.
+    """R (P, S) float32 so that ``R @ image @ R.T`` is the antialiased resize of a channel (S, S); None without one.
 
-    Other runtimes lack torch's antialiased interpolation, which is linear and works on rows and columns by themselves.
+    Other runtimes lack torch's antialiased interpolation, which is linear and separable in rows and columns.
     """
     stored_px, image_px = preprocessing.stored_px, preprocessing.image_px
     if stored_px == image_px:
         return None
-    rows = torch.eye(stored_px)[None, None]
-    resized = functional.interpolate(
-        rows, size=(image_px, stored_px), mode="bilinear", align_corners=False, antialias=True
-    )
-    return resized[0, 0]
+    size = (image_px, stored_px)
+    identity = torch.eye(stored_px)[None, None]
+    return functional.interpolate(identity, size=size, mode="bilinear", align_corners=False, antialias=True)[0, 0]
 
 
 def output_names(architecture: Architecture) -> tuple[str, ...]:
-    """The graph's outputs in order."""
+    """The names of the graph's outputs in order."""
     tasks = (("emotion", architecture.num_emotions), ("action_units", architecture.num_action_units))
     return tuple(name for name, num_outputs in tasks if num_outputs)
 
@@ -400,7 +380,7 @@ def _example(bundle: Bundle) -> Tensor:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Exporters warn of their own deprecations, about which nobody can do anything."""
+    """Exporters warn of their own deprecations, which a user cannot change."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

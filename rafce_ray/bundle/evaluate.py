@@ -1,4 +1,4 @@
-"""Every figure of a bundle on one split, measured as training measures it."""
+"""Measures a bundle on one split as training does, and prints the figures."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ from rafce_ray.metrics.calibration import (
     risk_coverage,
 )
 from rafce_ray.metrics.counts import count_probabilities, evaluate_probabilities, summarise
+from rafce_ray.metrics.text import number
 
 EVALUATION_BATCH = 128
 """Images per forward pass; with another number the last digits of probabilities may differ."""
@@ -74,7 +75,7 @@ def split_outputs(
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
 ) -> SplitOutputs:
-    """A bundle's raw outputs on one split of a dataset that fits it. RafceError where the split has no images."""
+    """A bundle's raw outputs on one split of a dataset that fits it; RafceError where the split has no images."""
     indices = dataset.indices(split)
     if len(indices) == 0:
         raise RafceError(
@@ -83,8 +84,7 @@ def split_outputs(
     predictor = Predictor(bundle, device)
     found = []
     with (progress or progress_bar)(f"evaluating {split}", len(indices)) as advance:
-        for start in range(0, len(indices), batch_size):
-            batch = indices[start : start + batch_size]
+        for batch in np.split(indices, range(batch_size, len(indices), batch_size)):
             found.append(predictor.outputs(dataset.images.gather(batch)))
             advance(len(batch))
     return SplitOutputs(
@@ -96,7 +96,7 @@ def split_outputs(
 
 
 def evaluate_outputs(outputs: SplitOutputs, taxonomy: Taxonomy, calibration: Calibration) -> dict[str, Any]:
-    """The figures of :func:`rafce_ray.metrics.counts.evaluate_probabilities` under a calibration, and what it does.
+    """The figures of :func:`rafce_ray.metrics.counts.evaluate_probabilities` and those of the calibration.
 
     ``au_f1_mean_at_half``, and ``f1_at_half`` per AU: F1 at 0.5 of the network's own probabilities. ``reliability``:
     ``before`` and ``after`` calibration (:func:`rafce_ray.metrics.calibration.reliability_figures`). ``risk_coverage``:
@@ -132,7 +132,7 @@ def _unsure(found: Probabilities, outputs: SplitOutputs, unsure_below: float | N
 
 
 def data_config_for(bundle: Bundle, overrides: Sequence[str]) -> DataConfig:
-    """The data that the bundle was trained on, as its provenance tells, with ``data.key=value`` overrides on top.
+    """The data that the bundle was trained on, by its provenance, with ``data.key=value`` overrides on top.
 
     Raises:
         UsageError: an override is no data key, or asks for images of another size than the bundle reads.
@@ -153,7 +153,7 @@ def data_config_for(bundle: Bundle, overrides: Sequence[str]) -> DataConfig:
             f"this bundle's training, by data.evaluation_null_policy={data.evaluation_null_policy}. Set that key to "
             "read them otherwise."
         )
-    # Codes of action units mean the same everywhere, so the bundle's are read whatever training's vocabulary was.
+    # Action unit codes mean the same everywhere, so the bundle's are read whatever the vocabulary in training.
     return data.model_copy(update={"action_units": bundle.taxonomy.action_units or "none"})
 
 
@@ -177,15 +177,15 @@ def open_for_bundle(bundle: Bundle, data: DataConfig) -> Dataset:
         )
     taxonomy = make_taxonomy(theirs, bundle.taxonomy.action_units)
     dataset = open_dataset(prepared.store, taxonomy, data.null_policy, data.null_policy_in_evaluation)
-    # The extra last entry keeps -1, an unknown emotion, what it is.
+    # The extra last entry keeps an unknown emotion at -1.
     order = np.array([*classes, -1], dtype=np.int64)
     targets = replace(dataset.targets, emotion=order[dataset.targets.emotion])
-    _report_unlabelled(data, targets, bundle.taxonomy)
+    _warn_of_unlabelled(data, targets, bundle.taxonomy)
     return replace(dataset, targets=targets, taxonomy=bundle.taxonomy)
 
 
-def _report_unlabelled(data: DataConfig, targets: Targets, taxonomy: Taxonomy) -> None:
-    """Say which outputs have no label at all; RafceError where none has any."""
+def _warn_of_unlabelled(data: DataConfig, targets: Targets, taxonomy: Taxonomy) -> None:
+    """Warn of outputs without any label; RafceError where no output has labels."""
     num_labelled = np.count_nonzero(~np.isnan(targets.action_units), axis=0).tolist()
     silent = [code for code, count in zip(taxonomy.action_unit_codes, num_labelled, strict=True) if count == 0]
     if taxonomy.num_emotions and not (targets.emotion >= 0).any():
@@ -203,46 +203,46 @@ def render(figures: dict[str, Any]) -> list[Table]:
     overall = _table("figure", "value", "95 % interval", "without a model")
     for key in WITH_INTERVAL:
         floor = FIGURES[key].floor
-        without = _number(figures[floor]) if floor else ""
-        overall.add_row(FIGURES[key].title, _number(figures[key]), _interval(figures["intervals"][key]), without)
+        without = number(figures[floor]) if floor else ""
+        overall.add_row(FIGURES[key].title, number(figures[key]), _interval(figures["intervals"][key]), without)
     tables = [overall]
     if figures["per_class"]:
         table = _table("emotion", "images", "predicted", "precision", "recall", "F1", "95 % int.")
         for entry in figures["per_class"]:
-            counts = [str(entry[key]) for key in ("support", "predicted")]
-            measured = [_number(entry[key]) for key in ("precision", "recall", "f1")]
-            table.add_row(entry["emotion"], *counts, *measured, _interval(entry["f1_interval"]))
+            cells = [str(entry["support"]), str(entry["predicted"])]
+            cells += [number(entry[key]) for key in ("precision", "recall", "f1")]
+            table.add_row(entry["emotion"], *cells, _interval(entry["f1_interval"]))
         tables.append(table)
     if figures["per_au"]:
         table = _table("action unit", "positive", "known", "floor", "F1", "95 % int.", "at 0.5", "AP")
         for entry in figures["per_au"]:
             counts = [str(entry[key]) for key in ("support", "known")]
-            measured = [_number(entry["floor"]), _number(entry["f1"]), _interval(entry["f1_interval"])]
+            measured = [number(entry["floor"]), number(entry["f1"]), _interval(entry["f1_interval"])]
             name = f"{entry['action_unit']} {entry['name']}"
-            table.add_row(name, *counts, *measured, _number(entry["f1_at_half"]), _number(entry["ap"]))
+            table.add_row(name, *counts, *measured, number(entry["f1_at_half"]), number(entry["ap"]))
         table.caption = "floor: F1 of always saying present; F1 at the bundle's threshold"
         tables.append(table)
     return [*tables, _probabilities_table(figures)]
 
 
 def _probabilities_table(figures: dict[str, Any]) -> Table:
-    """Whether probabilities mean what they say, as the network gives them and as the bundle calibrates them."""
+    """How well probabilities match outcomes, before and after calibration."""
     table = _table("probabilities", "raw", "calibrated", "95 % interval")
     before, after = figures["reliability"]["before"], figures["reliability"]["after"]
     for task, name in (("emotion", "emotion"), ("action_units", "action units")):
         if before[task] is None:
             continue
         for key, measure in (("nll", "log loss"), ("brier", "Brier score"), ("ece", "calibration error")):
-            values = [_number(one[task][key]) for one in (before, after)]
+            values = [number(one[task][key]) for one in (before, after)]
             table.add_row(f"{measure}, {name}", *values, _interval(after[task]["intervals"][key]))
     if figures["per_au"]:
-        values = [_number(figures[key]) for key in ("au_f1_mean_at_half", "au_f1_mean")]
+        values = [number(figures[key]) for key in ("au_f1_mean_at_half", "au_f1_mean")]
         table.add_row("AU F1, at 0.5 and at the thresholds", *values, _interval(figures["intervals"]["au_f1_mean"]))
     table.caption = "lower is better but for F1"
     if figures["unsure"] is not None:
         share, accuracy = figures["unsure"]["share"], figures["unsure"]["accuracy_of_the_others"]
         table.caption += (
-            f"; {share:.0%} of emotions are marked unsure, the others have an accuracy of {_number(accuracy)}"
+            f"; {share:.0%} of emotions are marked unsure, the others have an accuracy of {number(accuracy)}"
         )
     return table
 
@@ -253,10 +253,6 @@ def _table(first: str, *others: str) -> Table:
     for name in others:
         table.add_column(name, justify="right", no_wrap=True)
     return table
-
-
-def _number(value: float) -> str:
-    return f"{value:.3f}" if math.isfinite(value) else "–"
 
 
 def _interval(bounds: Sequence[float]) -> str:

@@ -1,4 +1,4 @@
-"""A bundle's network as a file for other runtimes, compared with torch after it was written."""
+"""Writes a bundle's network as a file for other runtimes, and compares that file with torch."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ Runner = Callable[[NDArray[np.uint8]], Outputs]
 def export_bundle(bundle: Bundle, file_format: str, out: Path) -> float:
     """Write the graph and its description into the new folder ``out``, which appears whole or not at all.
 
-    ``file_format``: one of ``FORMATS``. Returns the largest difference from torch in a probability, found with what was
-    written.
+    ``file_format``: one of ``FORMATS``. Returns the largest difference from torch in a probability, measured with the
+    written file.
 
     Raises:
         UsageError: the folder exists, or a package is missing.
-        GateError: a probability is further off than ``MAX_DIFFERENCE``; nothing is left.
+        GateError: a probability differs by more than ``MAX_DIFFERENCE``; nothing is left.
     """
     if out.exists():
         raise UsageError(f"--out: {out} exists already, and nothing is overwritten. Choose another folder.")
@@ -102,11 +102,11 @@ FORMATS: dict[str, tuple[Callable[[Bundle, Path], Runner], tuple[str, ...]]] = {
     "openvino": (_write_openvino, ("openvino",)),
     "torch-export": (_write_torch_export, ()),
 }
-"""Format -> what writes it and reads it back, and the packages that it needs beside torch."""
+"""Format -> what writes it and reads it back, and the packages that it needs besides torch."""
 
 
 def _describe(bundle: Bundle, file_format: str, folder: Path, difference: float) -> dict[str, Any]:
-    """All that whoever runs the graph has to know; its raw outputs become probabilities by ``calibration``."""
+    """All that a user of the graph needs; ``calibration`` turns its raw outputs into probabilities."""
     px, taxonomy = bundle.preprocessing.stored_px, bundle.taxonomy
     sizes = {"emotion": taxonomy.num_emotions, "action_units": taxonomy.num_action_units}
     packages = ("rafce_ray", "torch", *FORMATS[file_format][1])

@@ -1,12 +1,10 @@
-"""Faces in, named emotions and action units out: the ``Predictor`` that prediction, evaluation and the endpoint
-share.
-"""
+"""Faces in, named emotions and action units out: the ``Predictor`` of prediction, evaluation and the endpoint."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import ConfigDict, Field
+from pydantic_core import to_jsonable_python
 from torch import Tensor
 
 from rafce_ray.base.errors import Finding
@@ -114,9 +113,9 @@ class ConsistencyRemark(Strict):
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the model says of one face. ``emotion`` is None and ``action_units`` empty where it lacks that task.
+    """What the model predicts of one face; ``emotion`` is None and ``action_units`` empty where it lacks that task.
 
-    ``consistency`` is None where the model lacks one of them, or its bundle says nothing of how they go together.
+    ``consistency`` is None where the model lacks one of them, or its bundle has no association of both.
     """
 
     emotion: EmotionPrediction | None
@@ -125,12 +124,12 @@ class Prediction:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values under the fields' names."""
-        return {name: plain(value) for name, value in vars(self).items()}
+        return dict(plain(self))
 
 
 @dataclass(frozen=True)
 class FacePrediction(Strict):
-    """One face of a picture and what the model says of it."""
+    """One face of a picture and its prediction."""
 
     box: Box
     alignment: Annotated[
@@ -154,9 +153,8 @@ class FacePrediction(Strict):
 class FilePrediction:
     """One image file: its faces, largest first, or the problem that kept it from having any.
 
-    The problem's code is ``no_face``, ``unreadable`` or a DecodeError's.
-
-    ``width`` and ``height`` are px of the upright picture, None where it could not be decoded.
+    The problem's code is ``no_face``, ``unreadable`` or a DecodeError's. ``width`` and ``height`` are px of the upright
+    picture, None where it could not be decoded.
     """
 
     path: str
@@ -167,35 +165,26 @@ class FilePrediction:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; ``error`` is null where there are faces."""
-        return {
-            "path": self.path,
-            "width": self.width,
-            "height": self.height,
-            "faces": plain(self.faces),
-            "error": self.error,
-        }
+        record = {**vars(self), "error": self.error}
+        del record["problem"]
+        return dict(plain(record))
 
     @property
     def error(self) -> dict[str, str] | None:
-        """The problem's ``code``, ``message`` and ``remedy``, as answers have them; None where there are faces."""
+        """The problem's ``code``, ``message`` and ``remedy``; None where there are faces."""
         found = self.problem
         return None if found is None else {"code": found.code, "message": found.message, "remedy": found.remedy}
 
 
 def plain(value: Any) -> Any:
-    """Records as mappings and tuples as lists, all the way down."""
-    if is_dataclass(value):
-        return {name: plain(item) for name, item in vars(value).items()}
-    if isinstance(value, tuple):
-        return [plain(item) for item in value]
-    return value
+    """Records as mappings and tuples as lists, at every depth."""
+    return to_jsonable_python(value)
 
 
 class Predictor:
     """A bundle ready to predict: evaluation mode, no gradients; a face's result does not depend on its batch-mates.
 
-    ``engine`` runs the network; by default torch does, in fp32 on ``device``, to which the bundle's model is then
-    moved.
+    ``engine`` runs the network; by default torch does, in fp32 on ``device``, to which it moves the bundle's model.
     """
 
     def __init__(self, bundle: Bundle, device: torch.device | str = "cpu", engine: Engine | None = None) -> None:
@@ -222,11 +211,11 @@ class Predictor:
         return calibrated(self.outputs(images), self.bundle.calibration)
 
     def predict(self, images: NDArray[np.uint8] | Tensor, top_k: int = 3) -> list[Prediction]:
-        """One :class:`Prediction` a face, with names; images as for :meth:`outputs`."""
+        """One :class:`Prediction` per face, with names; images as for :meth:`outputs`."""
         return self.named(self.probabilities(images), top_k)
 
     def named(self, found: Probabilities, top_k: int = 3) -> list[Prediction]:
-        """One :class:`Prediction` a face from its calibrated probabilities."""
+        """One :class:`Prediction` per face from its calibrated probabilities."""
         basics = found.emotion @ self._membership
         rows = zip(found.emotion.tolist(), basics.tolist(), found.action_units.tolist(), strict=True)
         return [self._prediction(*row, top_k) for row in rows]
@@ -244,8 +233,7 @@ class Predictor:
         )
         if not emotion:
             return Prediction(None, found, None)
-        # Plain lists: a face has a few dozen numbers, and each call into NumPy costs a busy server more than all of
-        # them.
+        # Plain lists: with a few dozen numbers per face, each call into NumPy costs a busy server more.
         order = sorted(range(len(emotion)), key=lambda index: -emotion[index])[: max(1, top_k)]
         top = tuple(EmotionScore(taxonomy.emotions[index], index, emotion[index]) for index in order)
         unsure = calibration.unsure_below is not None and top[0].probability < calibration.unsure_below
@@ -266,15 +254,13 @@ class Predictor:
 def predict_files(
     predictor: Predictor, files: Iterable[LoadedFile], *, batch_size: int, top_k: int
 ) -> Iterator[FilePrediction]:
-    """One result a file, in order; faces of several files share batches, and no more than a batch of files is held."""
+    """One result per file, in order; faces of several files share a batch, and few files are kept in memory."""
     waiting: list[LoadedFile] = []
-    num_faces = 0
     for file in files:
         waiting.append(file)
-        num_faces += len(file.faces)
-        if num_faces >= batch_size or len(waiting) >= 4 * batch_size:
+        if sum(len(one.faces) for one in waiting) >= batch_size or len(waiting) >= 4 * batch_size:
             yield from _predict_waiting(predictor, waiting, batch_size, top_k)
-            waiting, num_faces = [], 0
+            waiting = []
     yield from _predict_waiting(predictor, waiting, batch_size, top_k)
 
 
@@ -292,16 +278,14 @@ def _predict_waiting(
 
 
 def outcomes(result: FilePrediction) -> Counter[str]:
-    """What one file adds to the counts ``files``, ``predicted`` (files), ``faces``, ``no_face`` and ``broken``
-    (files).
-    """
+    """The counts of one file: ``files``, files ``predicted``, ``faces``, and files ``no_face`` or ``broken``."""
     if result.problem is None:
         return Counter(files=1, predicted=1, faces=len(result.faces))
     return Counter({"files": 1, NO_FACE if result.problem.code == NO_FACE else "broken": 1})
 
 
 def in_words(counts: Counter[str], where: str = "error in their rows") -> str:
-    """The sums of :func:`outcomes` as a sentence's beginning; ``where``: what tells why a file could not be read."""
+    """The sums of :func:`outcomes` as the beginning of a sentence; ``where``: where errors are listed."""
     left_out = [
         f"{counts[key]:,} {what}"
         for key, what in ((NO_FACE, "without a face"), ("broken", f"that could not be read (see {where})"))

@@ -1,7 +1,7 @@
-"""``MODEL_CARD.md``: what a bundle is, what of it to believe and what not to do with it, in Markdown for people.
+"""``MODEL_CARD.md``: describes a bundle for people, with its measured quality, its limits and its prohibited uses.
 
 Sections follow Mitchell et al. 2019 ("Model Cards for Model Reporting"). Every number is one of the bundle's own
-figures.
+figures. The card compares what the labels say (``audit.json``) with what training saw (``targets.json``).
 """
 
 from __future__ import annotations
@@ -43,6 +43,18 @@ SPLIT_NOTES = {
     "validation part chose the best epoch, the temperature and the thresholds, so they are a little optimistic.",
 }
 
+HOW_TO_USE = """## How to use it
+
+```
+rafce predict --bundle FOLDER PHOTO.jpg          # every face of a photograph, as JSON
+rafce evaluate --bundle FOLDER data.root=PATH    # its figures on other labelled faces
+```
+
+Measure it on faces like yours before you rely on it."""
+
+Record = dict[str, Any] | None
+"""A run's ``audit.json`` (what the labels say) or ``targets.json`` (what training saw); None where it is missing."""
+
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]#|~])")
 
 
@@ -53,11 +65,10 @@ def model_card(
     calibration: Calibration,
     metrics: Mapping[str, Any],
     provenance: Mapping[str, Any],
-    audit: dict[str, Any] | None = None,
-    targets: dict[str, Any] | None = None,
+    audit: Record = None,
+    targets: Record = None,
 ) -> str:
-    """The card of a bundle, from what :func:`rafce_ray.bundle.bundle.save_bundle` is given and what the run knows of
-    its data.
+    """The card of a bundle, from the arguments of ``save_bundle`` and the run's records of its data.
 
     ``metrics``: of :func:`rafce_ray.bundle.evaluate.evaluate_outputs` with ``split`` and, if there are any,
     ``cross_fitted``; empty where nothing was measured. ``audit`` and ``targets``: the run's audit.json and
@@ -69,7 +80,8 @@ def model_card(
     parts = [
         f"# Model card: {name}",
         _what_it_is(taxonomy, architecture, figures),
-        _use(),
+        "## Intended use\n\n" + "\n".join(f"* {one}" for one in INTENDED_USE),
+        "## Prohibited use\n\n" + "\n".join(f"* {one}" for one in PROHIBITED_USE),
         _training_data(provenance, audit, targets),
         _evaluation(figures),
         _calibration(taxonomy, calibration, figures),
@@ -77,7 +89,7 @@ def model_card(
         _per_action_unit(figures),
         _limits(figures, audit, targets),
         _provenance(provenance, figures),
-        _how_to_use(),
+        HOW_TO_USE,
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -91,53 +103,45 @@ def _what_it_is(taxonomy: Taxonomy, architecture: Architecture, figures: Mapping
         reads.append(
             f"{taxonomy.num_action_units} facial action unit{plural} ({', '.join(taxonomy.action_unit_codes)})"
         )
-    extras = [
-        text
-        for is_on, text in (
-            (architecture.au_attention, "one attention query per action unit"),
-            (architecture.compositional_head, "emotion logits with scores of basic emotions"),
-        )
-        if is_on
-    ]
-    lines = [
-        "## What it is",
-        f"A {architecture.backbone} network{' with ' + ' and '.join(extras) if extras else ''} that reads "
-        f"{' and '.join(reads)} from an aligned face of {architecture.image_px} px a side. {PERCEIVED}",
-    ]
-    reached = headline(figures, str(figures.get("split", "validation"))) if figures else None
-    return "\n\n".join([*lines, *([f"**{reached}**"] if reached else [])])
-
-
-def _use() -> str:
-    return "\n".join(
-        [
-            "## Intended use\n",
-            *(f"* {one}" for one in INTENDED_USE),
-            "\n## Prohibited use\n",
-            *(f"* {one}" for one in PROHIBITED_USE),
-        ]
+    extras = ["one attention query per action unit"] if architecture.au_attention else []
+    extras += ["emotion logits with scores of basic emotions"] if architecture.compositional_head else []
+    text = (
+        f"## What it is\n\nA {architecture.backbone} network{' with ' + ' and '.join(extras) if extras else ''} that "
+        f"reads {' and '.join(reads)} from an aligned face of {architecture.image_px} px a side. {PERCEIVED}"
     )
+    reached = headline(figures, str(figures.get("split", "validation"))) if figures else None
+    return text if reached is None else f"{text}\n\n**{reached}**"
 
 
-def _training_data(provenance: Mapping[str, Any], audit: dict[str, Any] | None, targets: dict[str, Any] | None) -> str:
+def _training_data(provenance: Mapping[str, Any], audit: Record, targets: Record) -> str:
     lines = [
         "## Training data",
         f"Data fingerprint: `{provenance.get('data_fingerprint', UNDEFINED)}`. The licence is the data's own.",
     ]
-    sizes = split_sizes(audit, targets)
     if audit is None and targets is None:
         return "\n\n".join([*lines, "There is no record of its labels."])
     rows = [
-        (split, *(_count(size[key]) for key in ("rows", "images", "null", "emotion_unknown", "trained")))
-        for split, size in sizes.items()
+        {
+            "split": split,
+            "labelled rows": _count(size["rows"]),
+            "with an image": _count(size["images"]),
+            "AU label null": _count(size["null"]),
+            "emotion unknown": _count(size["emotion_unknown"]),
+            "in this run": _count(size["trained"]),
+        }
+        for split, size in split_sizes(audit, targets).items()
     ]
-    head = ("split", "labelled rows", "with an image", "AU label null", "emotion unknown", "in this run")
-    lines.append(_table(head, rows))
-    for what, counts in (("class", class_counts(audit, targets)), ("action unit", action_unit_counts(audit, targets))):
+    lines.append(_table(rows))
+    for what, unit, counts in (
+        ("class", "images", class_counts(audit, targets)),
+        ("action unit", "positives", action_unit_counts(audit, targets)),
+    ):
         if counts:
-            unit = "images" if what == "class" else "positives"
-            rows = [(_text(key), *(_as_trained(one) for one in by_split.values())) for key, by_split in counts.items()]
-            lines.append(_table((what, *(f"{split} {unit}" for split in sizes)), rows))
+            rows = [
+                {what: _text(name), **{f"{split} {unit}": _as_trained(one) for split, one in by_split.items()}}
+                for name, by_split in counts.items()
+            ]
+            lines.append(_table(rows))
     lines += [
         f"**Training did not see what the labels say.** {_text(one)}" for one in label_differences(audit, targets)
     ]
@@ -152,18 +156,17 @@ def _evaluation(figures: Mapping[str, Any]) -> str:
     if not figures:
         return "## Evaluation\n\nNothing was measured."
     rows = [
-        (
-            FIGURES[key].title,
-            number(figures.get(key)),
-            interval(figures.get("intervals", {}).get(key)),
-            number(figures.get(str(FIGURES[key].floor))) if FIGURES[key].floor else "",
-        )
+        {
+            "figure": FIGURES[key].title,
+            "value": number(figures[key]),
+            "95 % interval": interval(figures.get("intervals", {}).get(key)),
+            "without a model": number(figures.get(str(FIGURES[key].floor))) if FIGURES[key].floor else "",
+        }
         for key in WITH_INTERVAL
         if figures.get(key) is not None
     ]
-    table = _table(("figure", "value", "95 % interval", "without a model"), rows)
     note = SPLIT_NOTES.get(str(figures.get("split")), f"These figures are of the {figures.get('split')} split.")
-    return "\n\n".join(["## Evaluation", note, *summary(figures), table])
+    return "\n\n".join(["## Evaluation", note, *summary(figures), _table(rows)])
 
 
 def _calibration(taxonomy: Taxonomy, calibration: Calibration, figures: Mapping[str, Any]) -> str:
@@ -179,19 +182,21 @@ def _calibration(taxonomy: Taxonomy, calibration: Calibration, figures: Mapping[
         how = "calibrated probability" if calibration.au_slopes else "network's own probability"
         lines.append(f"An action unit is active where its {how} reaches its threshold, which stands in its table.")
     held_out = figures.get("cross_fitted") or {}
-    reliability = figures.get("reliability") or {}
+    measured = {
+        "before": _get(figures, "reliability", "before"),
+        "after": _get(figures, "reliability", "after"),
+        "after, cross-fitted": held_out.get("after"),
+    }
+    measures = {"ECE (95 % interval)": "ece", "log loss": "nll", "Brier score": "brier"}
     rows = [
-        (task, when, *(f"{number(one[key])} ({interval(one['intervals'][key], 3)})" for key in ("ece", "nll", "brier")))
-        for task, key_of_task in (("emotions", "emotion"), ("action units", "action_units"))
-        for when, one in (
-            ("before", (reliability.get("before") or {}).get(key_of_task)),
-            ("after", (reliability.get("after") or {}).get(key_of_task)),
-            ("after, cross-fitted", (held_out.get("after") or {}).get(key_of_task)),
-        )
-        if one is not None
+        {"task": title, "calibration": when}
+        | {name: f"{number(one[key])} ({interval(one['intervals'][key], 3)})" for name, key in measures.items()}
+        for title, task in (("emotions", "emotion"), ("action units", "action_units"))
+        for when, by_task in measured.items()
+        if (one := _get(by_task, task)) is not None
     ]
     if rows:
-        lines.append(_table(("task", "calibration", "ECE (95 % interval)", "log loss", "Brier score"), rows))
+        lines.append(_table(rows))
     if held_out and taxonomy.num_action_units:
         lines.append(
             f"Mean AU-F1 is {number(held_out.get('au_f1_mean_before'))} with thresholds of 0.5 on the network's own "
@@ -205,59 +210,44 @@ def _per_class(figures: Mapping[str, Any]) -> str:
     if not figures.get("per_class") or not figures.get("emotion_known"):
         return ""
     rows = [
-        (
-            _text(entry["emotion"]),
-            _count(entry["support"]),
-            number(constant_f1(entry["support"], figures["emotion_known"])),
-            number(entry["f1"]),
-            interval(entry.get("f1_interval")),
-            number(entry["precision"]),
-            number(entry["recall"]),
-        )
+        {
+            "emotion": _text(entry["emotion"]),
+            "images": _count(entry["support"]),
+            "floor": number(constant_f1(entry["support"], figures["emotion_known"])),
+            "F1": number(entry["f1"]),
+            "95 % interval": interval(entry.get("f1_interval")),
+            "precision": number(entry["precision"]),
+            "recall": number(entry["recall"]),
+        }
         for entry in figures["per_class"]
     ]
-    head = ("emotion", "images", "floor", "F1", "95 % interval", "precision", "recall")
-    return (
-        f"## Per emotion\n\n{_table(head, rows)}\n\nFloor: F1 of always naming this class. {UNDEFINED}: undefined, "
-        "not 0."
-    )
+    note = f"Floor: F1 of always naming this class. {UNDEFINED}: undefined, not 0."
+    return f"## Per emotion\n\n{_table(rows)}\n\n{note}"
 
 
 def _per_action_unit(figures: Mapping[str, Any]) -> str:
     if not figures.get("per_au"):
         return ""
     rows = [
-        (
-            f"{entry['action_unit']} {_text(entry['name'])}".strip(),
-            _count(entry["support"]),
-            _count(entry["known"]),
-            number(entry["floor"]),
-            number(entry["f1"]),
-            interval(entry.get("f1_interval")),
-            against_floor(entry) or UNDEFINED,
-            number(entry.get("f1_at_half")),
-            number(entry.get("threshold")),
-            number(entry.get("ap")),
-        )
+        {
+            "action unit": f"{entry['action_unit']} {_text(entry['name'])}".strip(),
+            "positive": _count(entry["support"]),
+            "known": _count(entry["known"]),
+            "floor": number(entry["floor"]),
+            "F1": number(entry["f1"]),
+            "95 % interval": interval(entry.get("f1_interval")),
+            "against floor": against_floor(entry) or UNDEFINED,
+            "F1 at 0.5": number(entry.get("f1_at_half")),
+            "threshold": number(entry.get("threshold")),
+            "AP": number(entry.get("ap")),
+        }
         for entry in figures["per_au"]
     ]
-    head = (
-        "action unit",
-        "positive",
-        "known",
-        "floor",
-        "F1",
-        "95 % interval",
-        "against floor",
-        "F1 at 0.5",
-        "threshold",
-        "AP",
-    )
     note = "Floor: F1 of always saying present. Unclear: the interval holds the floor."
-    return f"## Per action unit\n\n{_table(head, rows)}\n\n{note}"
+    return f"## Per action unit\n\n{_table(rows)}\n\n{note}"
 
 
-def _limits(figures: Mapping[str, Any], audit: dict[str, Any] | None, targets: dict[str, Any] | None) -> str:
+def _limits(figures: Mapping[str, Any], audit: Record, targets: Record) -> str:
     lines = [
         *_limits_of_figures(figures),
         *(f"Training did not see what the labels say. {_text(one)}" for one in label_differences(audit, targets)),
@@ -272,30 +262,32 @@ def _limits(figures: Mapping[str, Any], audit: dict[str, Any] | None, targets: d
 
 def _limits_of_figures(figures: Mapping[str, Any]) -> Iterator[str]:
     classes = figures.get("per_class", []) if figures.get("emotion_known") else []
-    for text, chosen in (
-        (
-            "Classes that do not occur in the split, of which nothing is known",
-            [e for e in classes if e["support"] == 0],
-        ),
+    images = {_text(entry["emotion"]): entry["support"] for entry in classes}
+    never_right = [_text(one["emotion"]) for one in classes if one["support"] >= MIN_SUPPORT and one["f1"] == 0]
+    units = figures.get("per_au", [])
+    against = {entry["action_unit"]: against_floor(entry) for entry in units}
+    for text, names in (
+        ("Classes that do not occur in the split, of which nothing is known", [n for n in images if images[n] == 0]),
         (
             f"Classes with under {MIN_SUPPORT} images, whose figures mean little",
-            [e for e in classes if 0 < e["support"] < MIN_SUPPORT],
+            [name for name in images if 0 < images[name] < MIN_SUPPORT],
         ),
-        ("Classes that it never gets right", [e for e in classes if e["support"] >= MIN_SUPPORT and e["f1"] == 0]),
-    ):
-        if chosen:
-            yield f"{text}: {', '.join(_text(entry['emotion']) for entry in chosen)}."
-    units = figures.get("per_au", [])
-    for text, chosen in (
+        ("Classes that it never gets right", never_right),
         (
             "Action units without a positive in the split, of which nothing is known",
-            [e for e in units if e["support"] == 0],
+            [entry["action_unit"] for entry in units if entry["support"] == 0],
         ),
-        ("Action units below the floor of always saying present", [e for e in units if against_floor(e) == "below"]),
-        ("Action units that cannot be told apart from that floor", [e for e in units if against_floor(e) == "unclear"]),
+        (
+            "Action units below the floor of always saying present",
+            [code for code, verdict in against.items() if verdict == "below"],
+        ),
+        (
+            "Action units that cannot be told apart from that floor",
+            [code for code, verdict in against.items() if verdict == "unclear"],
+        ),
     ):
-        if chosen:
-            yield f"{text}: {', '.join(entry['action_unit'] for entry in chosen)}."
+        if names:
+            yield f"{text}: {', '.join(names)}."
     floor, bounds = figures.get("majority_accuracy"), figures.get("intervals", {}).get("accuracy")
     if floor is not None and bounds is not None and bounds[0] is not None and bounds[0] <= floor:
         yield (
@@ -305,33 +297,24 @@ def _limits_of_figures(figures: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _provenance(provenance: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
-    software = provenance.get("software", {})
-    rows = [
-        ("best epoch", provenance.get("best_epoch")),
-        ("seed", provenance.get("seed")),
-        ("configuration hash", provenance.get("config_hash")),
-        ("data fingerprint", provenance.get("data_fingerprint")),
-        ("images measured", figures.get("num_images")),
-        *software.items(),
-    ]
-    lines = [f"* {name}: `{value}`" for name, value in rows if value is not None]
+    values = {
+        "best epoch": provenance.get("best_epoch"),
+        "seed": provenance.get("seed"),
+        "configuration hash": provenance.get("config_hash"),
+        "data fingerprint": provenance.get("data_fingerprint"),
+        "images measured": figures.get("num_images"),
+        **provenance.get("software", {}),
+    }
+    lines = [f"* {name}: `{value}`" for name, value in values.items() if value is not None]
     return "\n".join(["## Provenance\n", *lines, "* configuration: `bundle.json`, under `provenance`"])
 
 
-def _how_to_use() -> str:
-    return "\n\n".join(
-        [
-            "## How to use it",
-            "```\nrafce predict --bundle FOLDER PHOTO.jpg          # every face of a photograph, as JSON\n"
-            "rafce evaluate --bundle FOLDER data.root=PATH    # its figures on other labelled faces\n```",
-            "Measure it on faces like yours before you rely on it.",
-        ]
-    )
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+def _table(rows: Sequence[Mapping[str, str]]) -> str:
+    """Rows by column name as a Markdown table; empty without rows."""
+    if not rows:
+        return ""
+    head, *body = (f"| {' | '.join(cells)} |" for cells in (rows[0], *(row.values() for row in rows)))
+    return "\n".join([head, "|---" + "|---:" * (len(rows[0]) - 1) + "|", *body])
 
 
 def _count(value: int | None) -> str:
@@ -344,17 +327,11 @@ def _text(text: str) -> str:
     return _MARKDOWN.sub(r"\\\1", one_line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;"))
 
 
-# What a model was trained on: what the labels say (audit.json) and what training saw (targets.json).
-
-Record = dict[str, Any] | None
-
-
 @dataclass(frozen=True)
 class Count:
-    """Of one class or action unit in one split: images or positives by the labels and as trained, and known AU elements
-    as trained.
+    """Images of a class or positives of an action unit in one split; None where the run has no record.
 
-    None where the run has no record of it.
+    ``labels``: what the labels say; ``trained``: what training saw; ``known``: known elements of an action unit.
     """
 
     labels: int | None
@@ -363,74 +340,58 @@ class Count:
 
     @property
     def differs(self) -> bool:
-        """Whether both are on record and not the same."""
+        """Whether both are on record and differ."""
         return self.labels is not None and self.trained is not None and self.labels != self.trained
 
     @property
     def best(self) -> int | None:
-        """What was trained on, or the labels where that is not on record."""
+        """What training saw, or what the labels say where that is not on record."""
         return self.labels if self.trained is None else self.trained
 
 
 def class_counts(audit: Record, targets: Record) -> dict[str, dict[str, Count]]:
-    """Images ``[class][split]``, in the order of the labels; empty where emotions are not trained or nothing is on
-    record.
-    """
-    names = _keys(audit, targets, "classes")
+    """Images ``[class][split]`` in label order; empty where emotions are not trained or nothing is on record."""
+    labels = _get(audit, "splits")
     return {
         name: {
-            split: Count(_get(_labels(audit), split, "classes", name), _get(targets, split, "classes", name))
+            split: Count(_get(labels, split, "classes", name), _get(targets, split, "classes", name))
             for split in SPLITS
         }
-        for name in names
+        for name in _get(targets, "train", "classes") or _get(labels, "train", "classes") or ()
     }
 
 
 def action_unit_counts(audit: Record, targets: Record) -> dict[str, dict[str, Count]]:
-    """Positives ``[code][split]``, in the order of the vocabulary; empty where AUs are not trained or nothing is on
-    record.
-    """
-    codes = _keys(audit, targets, "action_units")
-    found = {}
-    for code in codes:
-        found[code] = {
-            split: Count(
-                _get(_labels(audit), split, "action_units", code, "positives"),
-                _get(targets, split, "action_units", code, "positives"),
-                _first(
-                    _get(targets, split, "action_units", code, "known"),
-                    _get(_labels(audit), split, "action_units", code, "known"),
-                ),
-            )
-            for split in SPLITS
-        }
+    """Positives ``[code][split]`` in vocabulary order; empty where AUs are not trained or nothing is on record."""
+    labels = _get(audit, "splits")
+    found: dict[str, dict[str, Count]] = {}
+    for code in _get(targets, "train", "action_units") or _get(labels, "train", "action_units") or ():
+        found[code] = {}
+        for split in SPLITS:
+            said, seen = (_get(record, split, "action_units", code) or {} for record in (labels, targets))
+            known = seen.get("known", said.get("known"))
+            found[code][split] = Count(said.get("positives"), seen.get("positives"), known)
     return found
 
 
 def split_sizes(audit: Record, targets: Record) -> dict[str, dict[str, int | None]]:
-    """Per split: labelled ``rows``, those with an image, null AU labels, unknown emotions, and images as
-    ``trained``.
-    """
+    """Per split: labelled ``rows``, ``images``, ``null`` AU labels, ``emotion_unknown``, and images as ``trained``."""
     return {
-        split: {key: _get(_labels(audit), split, name) for key, name in _SIZES.items()}
-        | {"trained": _get(targets, split, "num_images")}
+        split: {
+            "rows": _get(audit, "splits", split, "num_rows"),
+            "images": _get(audit, "splits", split, "num_images"),
+            "null": _get(audit, "splits", split, "num_null"),
+            "emotion_unknown": _get(audit, "splits", split, "num_emotion_unknown"),
+            "trained": _get(targets, split, "num_images"),
+        }
         for split in SPLITS
     }
 
 
-_SIZES = {
-    "rows": "num_rows",
-    "images": "num_images",
-    "null": "num_null",
-    "emotion_unknown": "num_emotion_unknown",
-}
-
-
 def label_differences(audit: Record, targets: Record) -> list[str]:
-    """Sentences on where training saw other targets than the labels say; empty where it saw the same, or one of both is
-    not on record.
+    """Sentences on where training saw other targets than the labels say; empty where both agree or one is missing.
 
-    The gravest first: action units and classes whose labels were lost altogether.
+    The most serious come first: action units and classes whose labels were all lost.
     """
     lost, changed = [], []
     for what, unit, counts in (
@@ -459,20 +420,8 @@ def label_differences(audit: Record, targets: Record) -> list[str]:
 
 
 def _named(what: str, names: list[str]) -> str:
-    plural = {"class": "classes"}.get(what, f"{what}s")
-    return f"{names[0]}" if len(names) == 1 else f"{len(names)} {plural}"
-
-
-def _labels(audit: Record) -> Record:
-    return None if audit is None else audit.get("splits")
-
-
-def _keys(audit: Record, targets: Record, kind: str) -> list[str]:
-    for record in (targets, _labels(audit)):
-        found = _get(record, "train", kind)
-        if found:
-            return list(found)
-    return []
+    plural = "classes" if what == "class" else f"{what}s"
+    return names[0] if len(names) == 1 else f"{len(names)} {plural}"
 
 
 def _get(record: Any, *path: str) -> Any:
@@ -481,7 +430,3 @@ def _get(record: Any, *path: str) -> Any:
             return None
         record = record[key]
     return record
-
-
-def _first(*values: Any) -> Any:
-    return next((value for value in values if value is not None), None)

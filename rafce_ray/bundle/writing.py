@@ -1,9 +1,9 @@
-"""Predictions of many files as a folder of Parquet files, each of one shard of the listing, so that a run can be taken
-up again.
+"""Writes predictions to one file, or to a folder of Parquet shards that a later command can continue.
 
-``plan.json`` pins what every shard comes from, ``.listing.parquet`` holds the names of the images, a row group a shard,
-and ``predictions/part-00000.parquet`` the rows of shard 0; its footer says how many files and faces are in it. A shard
-is there whole or not at all, so what is there need not be predicted again.
+One file holds JSON lines, CSV or Parquet. In a folder, ``plan.json`` fixes what every shard depends on,
+``.listing.parquet`` holds the names of the images, one row group per shard, and ``predictions/part-00000.parquet`` the
+rows of shard 0, whose footer counts its files and faces. A shard appears whole or not at all, so an existing shard is
+not predicted again.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any, TextIO
@@ -37,6 +38,18 @@ from rafce_ray.bundle.model import FacePrediction, FilePrediction
 FORMATS = (".jsonl", ".csv", ".parquet")
 ROWS_PER_GROUP = 1024
 """Rows held before they are written as one Parquet row group or piece of CSV."""
+
+FORMAT_VERSION = 1
+PLAN_FILE = "plan.json"
+LISTING_FILE = ".listing.parquet"
+PREDICTIONS_FOLDER = "predictions"
+SUMMARY_FILE = "summary.json"
+
+DEFAULT_SHARD_FILES = 2000
+FOOTER_READERS = 16
+LISTING_SCHEMA = pa.schema([("path", pa.string())])
+PLAN_KEY, COUNTS_KEY = b"rafce_plan_sha256", b"rafce_counts"
+"""Keys of a shard's footer."""
 
 Write = Callable[[FilePrediction], None]
 
@@ -69,18 +82,22 @@ def check_out(out: Path | None) -> Path | None:
 def open_output(out: Path | None, bundle: Bundle, top_k: int) -> Iterator[Write]:
     """Yields ``write(result)``; None writes JSON lines to standard output.
 
-    A file is written beside its place and renamed at the end; on an error nothing is left. Every row names the model by
-    the first 12 hex digits of its weights' sha256.
+    A file is written under a temporary name and renamed at the end; after an error nothing is left. Every row names the
+    model by the first 12 hex digits of its weights' sha256.
     """
     model = bundle.weights_sha256[:12]
+
+    def lines_to(stream: TextIO) -> Write:
+        return lambda result: write_json_line(stream, result.to_json() | {"model": model})
+
     if out is None:
-        yield lambda result: _write_line(sys.stdout, result, model)
+        yield lines_to(sys.stdout)
         return
     beside = out.with_name(f".{out.stem[:20]}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         if out.suffix.lower() == ".jsonl":
             with beside.open("w", encoding="utf-8") as stream:
-                yield lambda result: _write_line(stream, result, model)
+                yield lines_to(stream)
         else:
             schema = flat_schema(bundle.taxonomy, top_k)
             is_csv = out.suffix.lower() == ".csv"
@@ -105,77 +122,51 @@ def open_output(out: Path | None, bundle: Bundle, top_k: int) -> Iterator[Write]
         beside.unlink(missing_ok=True)
 
 
-def _write_line(stream: TextIO, result: FilePrediction, model: str) -> None:
-    write_json_line(stream, result.to_json() | {"model": model})
-
-
 @contextmanager
 def table_rows(writer: pacsv.CSVWriter | pq.ParquetWriter, schema: pa.Schema, model: str) -> Iterator[Write]:
-    """Yields ``write(result)``, which keeps some rows at a time; the last ones are written when the block ends without
-    an error.
-    """
+    """Yields ``write(result)``, which buffers rows; the last ones are written when the block ends without an error."""
     rows: list[dict[str, Any]] = []
 
-    def flush() -> None:
-        writer.write_table(pa.Table.from_pylist(rows, schema=schema))
-        rows.clear()
-
-    def write(result: FilePrediction) -> None:
-        rows.extend(flat_rows(result, model))
-        if len(rows) >= ROWS_PER_GROUP:
-            flush()
+    def write(result: FilePrediction | None, least: int = ROWS_PER_GROUP) -> None:
+        rows.extend(() if result is None else flat_rows(result, model))
+        if len(rows) >= least:
+            writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+            rows.clear()
 
     yield write
-    if rows:
-        flush()
+    write(None, least=1)
 
 
 def flat_schema(taxonomy: Taxonomy, top_k: int, *, distribution: bool = False) -> pa.Schema:
-    """Columns of a row a face.
+    """Columns of the rows, of which each face has one.
 
-    ``face`` counts from 0; a file without faces has one row with ``error_code``; null is unknown.
-
-    ``distribution``: also each emotion's probability under its own name, which rows have of faces predicted with all
-    emotions as ``top``.
+    ``face`` counts from 0; a file without faces has one row with ``error_code``; null is unknown. ``distribution``: add
+    a column with the probability of each emotion, which rows have if all emotions were predicted as ``top``.
     """
-    fields = [
-        ("path", pa.string()),
-        ("width", pa.int32()),
-        ("height", pa.int32()),
-        ("num_faces", pa.int32()),
-        ("face", pa.int32()),
-    ]
-    fields += [(f"box_{name}", pa.int32()) for name in ("x", "y", "width", "height")]
-    fields += [("alignment", pa.string())]
+    text, whole, real = pa.string(), pa.int32(), pa.float32()
+    fields = [("path", text), ("width", whole), ("height", whole), ("num_faces", whole), ("face", whole)]
+    fields += [(f"box_{name}", whole) for name in ("x", "y", "width", "height")]
+    fields += [("alignment", text)]
     for rank in range(1, min(top_k, taxonomy.num_emotions) + 1):
         name = _emotion_column(rank)
-        fields += [(name, pa.string()), (f"{name}_index", pa.int32()), (f"{name}_probability", pa.float32())]
+        fields += [(name, text), (f"{name}_index", whole), (f"{name}_probability", real)]
     if taxonomy.num_emotions:
         fields += [("emotion_unsure", pa.bool_())]
     if distribution:
-        fields += [(_distribution_column(label), pa.float32()) for label in taxonomy.emotions]
-    fields += [(_basic_column(basic), pa.float32()) for basic in taxonomy.basic_emotions]
+        fields += [(f"distribution_{label}", real) for label in taxonomy.emotions]
+    fields += [(f"basic_{basic}_probability", real) for basic in taxonomy.basic_emotions]
     for code in taxonomy.action_unit_codes:
-        fields += [
-            (f"{code}_probability", pa.float32()),
-            (f"{code}_threshold", pa.float32()),
-            (f"{code}_active", pa.bool_()),
-        ]
+        fields += [(f"{code}_probability", real), (f"{code}_threshold", real), (f"{code}_active", pa.bool_())]
     if taxonomy.num_emotions and taxonomy.num_action_units:
-        fields += [("consistency_score", pa.float32()), ("consistency_contradicting", pa.string())]
-    fields += [(f"error_{name}", pa.string()) for name in ("code", "message", "remedy")]
-    return pa.schema([*fields, ("model", pa.string())])
+        fields += [("consistency_score", real), ("consistency_contradicting", text)]
+    fields += [(f"error_{name}", text) for name in ("code", "message", "remedy")]
+    return pa.schema([*fields, ("model", text)])
 
 
 def flat_rows(result: FilePrediction, model: str) -> Iterator[dict[str, Any]]:
-    """The rows of one file by column name; columns left out are null, and some are not in every schema."""
-    shared = {
-        "path": result.path,
-        "width": result.width,
-        "height": result.height,
-        "num_faces": len(result.faces),
-        "model": model,
-    }
+    """The rows of one file by column name; missing columns are null, and some are not in every schema."""
+    shared = {name: getattr(result, name) for name in ("path", "width", "height")}
+    shared |= {"num_faces": len(result.faces), "model": model}
     if result.error is not None:
         yield shared | {f"error_{name}": value for name, value in result.error.items()}
     for position, face in enumerate(result.faces):
@@ -185,18 +176,16 @@ def flat_rows(result: FilePrediction, model: str) -> Iterator[dict[str, Any]]:
 def _face_columns(face: FacePrediction) -> dict[str, Any]:
     columns: dict[str, Any] = {f"box_{name}": value for name, value in vars(face.box).items()}
     columns["alignment"] = face.alignment
-    emotion = face.emotion
-    for rank, score in enumerate(emotion.top if emotion is not None else (), start=1):
-        name = _emotion_column(rank)
-        columns |= {name: score.label, f"{name}_index": score.index, f"{name}_probability": score.probability}
-        columns[_distribution_column(score.label)] = score.probability
-    if emotion is not None:
-        columns["emotion_unsure"] = emotion.unsure
-        columns |= {_basic_column(score.label): score.probability for score in emotion.basic}
-    consistency = face.consistency
-    if consistency is not None:
-        columns["consistency_score"] = consistency.score
-        columns["consistency_contradicting"] = "+".join(consistency.contradicting)
+    if face.emotion is not None:
+        for rank, score in enumerate(face.emotion.top, start=1):
+            name = _emotion_column(rank)
+            columns |= {name: score.label, f"{name}_index": score.index, f"{name}_probability": score.probability}
+            columns[f"distribution_{score.label}"] = score.probability
+        columns["emotion_unsure"] = face.emotion.unsure
+        columns |= {f"basic_{score.label}_probability": score.probability for score in face.emotion.basic}
+    if face.consistency is not None:
+        columns["consistency_score"] = face.consistency.score
+        columns["consistency_contradicting"] = "+".join(face.consistency.contradicting)
     for unit in face.action_units:
         columns |= {f"{unit.code}_{name}": getattr(unit, name) for name in ("probability", "threshold", "active")}
     return columns
@@ -206,33 +195,11 @@ def _emotion_column(rank: int) -> str:
     return "emotion" if rank == 1 else f"emotion_{rank}"
 
 
-def _distribution_column(label: str) -> str:
-    return f"distribution_{label}"
-
-
-def _basic_column(basic: str) -> str:
-    return f"basic_{basic}_probability"
-
-
-FORMAT_VERSION = 1
-PLAN_FILE = "plan.json"
-LISTING_FILE = ".listing.parquet"
-PREDICTIONS_FOLDER = "predictions"
-SUMMARY_FILE = "summary.json"
-
-DEFAULT_SHARD_FILES = 2000
-LISTING_SCHEMA = pa.schema([("path", pa.string())])
-PLAN_KEY, COUNTS_KEY = b"rafce_plan_sha256", b"rafce_counts"
-"""Keys of a shard's footer."""
-
-FOOTER_READERS = 16
-
-
 @dataclass(frozen=True)
 class Options:
-    """What every row depends on, beside the image.
+    """What every row depends on besides the image.
 
-    ``bundle_sha256`` is that of the bundle's manifest, which names its weights' and has the calibration;
+    ``bundle_sha256`` is that of the bundle's manifest, which has the sha256 of the weights and the calibration;
     ``face_model_sha256`` is None for the bundled cascades and for aligned faces.
     """
 
@@ -244,7 +211,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is predicted, and by what: ``num_files`` images of one listing in shards of ``shard_files``."""
+    """What is predicted and with which options: ``num_files`` images of one listing in shards of ``shard_files``."""
 
     options: Options
     shard_files: int
@@ -261,12 +228,12 @@ class Plan:
         return min(self.shard_files, self.num_files - shard * self.shard_files)
 
     def to_bytes(self) -> bytes:
-        """``plan.json``."""
+        """The content of ``plan.json``."""
         return pretty_json({"format_version": FORMAT_VERSION, **asdict(self)})
 
     @property
     def sha256(self) -> str:
-        """What each shard's footer names."""
+        """The plan's identity in each shard's footer."""
         return hashlib.sha256(self.to_bytes()).hexdigest()
 
 
@@ -274,20 +241,16 @@ class Shards:
     """The folder of a plan, on a local disk or an object store."""
 
     def __init__(self, folder: Location, plan: Plan) -> None:
-        self.folder = folder
-        self.plan = plan
-        self._listing: pq.ParquetFile | None = None
+        self.folder, self.plan = folder, plan
+        self.predictions = folder / PREDICTIONS_FOLDER
 
-    @property
-    def predictions(self) -> Location:
-        """The folder of the shards' files."""
-        return self.folder / PREDICTIONS_FOLDER
+    @cached_property
+    def _listing(self) -> pq.ParquetFile:
+        place = self.folder / LISTING_FILE
+        return pq.ParquetFile(place.filesystem.open_input_file(place.path))
 
     def paths(self, shard: int) -> list[str]:
         """The names of a shard's images."""
-        if self._listing is None:
-            place = self.folder / LISTING_FILE
-            self._listing = pq.ParquetFile(place.filesystem.open_input_file(place.path))
         names: list[str] = self._listing.read_row_group(shard)["path"].to_pylist()
         return names
 
@@ -298,7 +261,7 @@ class Shards:
         bundle: Bundle,
         outcomes: Callable[[FilePrediction], Counter[str]],
     ) -> None:
-        """Write a shard's rows, as a whole once the last result is there; its footer keeps the sums of ``outcomes``."""
+        """Write a shard once its last result is there; its footer keeps the sums of ``outcomes``."""
         schema = flat_schema(bundle.taxonomy, self.plan.options.top_k, distribution=True)
         counts: Counter[str] = Counter()
         content = pa.BufferOutputStream()
@@ -311,7 +274,7 @@ class Shards:
         (self.predictions / _file_name(shard)).write_bytes(content.getvalue().to_pybytes())
 
     def finished(self) -> dict[int, Counter[str]]:
-        """The shards that are there, with their counts.
+        """The finished shards with their counts.
 
         Raises:
             RafceError: a file in the folder is not a whole shard of this plan.
@@ -345,7 +308,7 @@ class Shards:
         return shard, counts
 
     def close(self, skipped: Mapping[str, int]) -> Counter[str]:
-        """Write ``summary.json`` once every shard is there, and remove what killed workers left; returns the sums.
+        """Write ``summary.json`` and remove temporary files of killed workers; returns the sums of all shards' counts.
 
         ``skipped``: files that are no images, by ending.
 
@@ -367,8 +330,8 @@ class Shards:
             "shards": self.plan.num_shards,
             **dict(sorted(totals.items())),
             "skipped": dict(sorted(skipped.items())),
+            "plan": asdict(self.plan),
         }
-        summary["plan"] = asdict(self.plan)
         (self.folder / SUMMARY_FILE).write_bytes(pretty_json(summary))
         return totals
 
@@ -376,10 +339,10 @@ class Shards:
 def open_shards(
     folder: Location, options: Options, shard_files: int | None, list_files: Callable[[], Iterator[str]]
 ) -> Shards:
-    """The shards of a folder: planned now from ``list_files()``, or those of its plan, if it is one of the same images
-    and options.
+    """The shards of a folder, by its plan, which must be of the same images and options, or by a new plan.
 
-    ``shard_files``: None takes those of the plan or ``DEFAULT_SHARD_FILES``.
+    ``list_files()`` gives the names of all images. ``shard_files``: None takes the plan's number or
+    ``DEFAULT_SHARD_FILES``.
 
     Raises:
         UsageError: the folder holds something else, or a plan of other images or options; or it cannot be written.
@@ -388,19 +351,32 @@ def open_shards(
     found = read_plan(folder)
     if found is None:
         return Shards(folder, _make_plan(folder, options, shard_files or DEFAULT_SHARD_FILES, list_files))
-    _refuse_other_options(folder, found, options, shard_files or found.shard_files)
+    there = {**asdict(found.options), "shard_files": found.shard_files}
+    here = {**asdict(options), "shard_files": shard_files or found.shard_files}
+    changed = [f"  {key}: {there[key]} there, {here[key]} here" for key in there if there[key] != here[key]]
+    if changed:
+        raise UsageError(
+            f"--out {folder.shown}: holds predictions of another bundle or with other options, and rows of both would "
+            "be mixed:\n" + "\n".join(changed) + "\nGive the same ones to go on, or another --out."
+        )
     shards = Shards(folder, found)
     digest, num_files = hashlib.sha256(), 0
     for path in list_files():
         digest.update(_encoded(path))
         num_files += 1
     if digest.hexdigest() != found.listing_sha256:
-        _refuse_other_images(shards, num_files, list_files)
+        listed = (name for shard in range(found.num_shards) for name in shards.paths(shard))
+        first = next((pair for pair in zip_longest(listed, list_files()) if pair[0] != pair[1]), (None, None))
+        raise UsageError(
+            f"--out {folder.shown}: was begun with other images: {found.num_files:,} files there, {num_files:,} now; "
+            f"the first that differs is {first[0] or 'none'} there, {first[1] or 'none'} now. Give the same images to "
+            "go on, or another --out for these."
+        )
     return shards
 
 
 def read_plan(folder: Location) -> Plan | None:
-    """The plan of a folder; None where there is none. RafceError where it cannot be read."""
+    """The plan of a folder; None where there is none; RafceError where it cannot be read."""
     place = folder / PLAN_FILE
     try:
         plain = json.loads(place.read_bytes())
@@ -440,28 +416,6 @@ def _make_plan(folder: Location, options: Options, shard_files: int, list_files:
     plan = Plan(options, shard_files, num_files, digest.hexdigest())
     (folder / PLAN_FILE).write_bytes(plan.to_bytes())
     return plan
-
-
-def _refuse_other_options(folder: Location, plan: Plan, options: Options, shard_files: int) -> None:
-    there = {**asdict(plan.options), "shard_files": plan.shard_files}
-    here = {**asdict(options), "shard_files": shard_files}
-    changed = [f"  {key}: {there[key]} there, {here[key]} here" for key in there if there[key] != here[key]]
-    if changed:
-        raise UsageError(
-            f"--out {folder.shown}: holds predictions of another bundle or with other options, and rows of both would "
-            "be mixed:\n" + "\n".join(changed) + "\nGive the same ones to go on, or another --out."
-        )
-
-
-def _refuse_other_images(shards: Shards, num_files: int, list_files: Callable[[], Iterator[str]]) -> None:
-    plan = shards.plan
-    listed = (name for shard in range(plan.num_shards) for name in shards.paths(shard))
-    first = next((pair for pair in zip_longest(listed, list_files()) if pair[0] != pair[1]), (None, None))
-    raise UsageError(
-        f"--out {shards.folder.shown}: was begun with other images: {plan.num_files:,} files there, {num_files:,} now; "
-        f"the first that differs is {first[0] or 'none'} there, {first[1] or 'none'} now. Give the same images to go "
-        "on, or another --out for these."
-    )
 
 
 def _encoded(name: str) -> bytes:
