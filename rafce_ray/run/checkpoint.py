@@ -1,8 +1,8 @@
-"""Checkpoints that can be believed: written beside and renamed, with a manifest of sha256 sums written last.
+"""Checkpoints of a run, each with a manifest of sha256 sums.
 
 ``checkpoints/epoch_0003_step_00000/`` holds ``trainer_state.pt`` (optimizer and counters), ``bundle/`` (the weights,
-ready to predict with) and ``manifest.json``. A checkpoint counts only if every file in its manifest is there and
-unaltered, so a resume steps back to the newest one that holds, which Ray Train's own snapshot cannot do.
+ready to predict with) and ``manifest.json``. A checkpoint is valid only if every file in its manifest is there and
+unaltered. A resume goes back to the newest valid one, which Ray Train's own snapshot cannot do.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
+from operator import truediv
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +32,9 @@ SCRATCH_PREFIX = ".writing-"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One checkpoint: ``epoch`` epochs and ``step`` steps of the next are done; ``score`` of the last whole epoch,
-    higher is better.
+    """A checkpoint after ``epoch`` epochs and ``step`` steps of the next one.
+
+    ``score`` is that of the last whole epoch, higher is better.
     """
 
     location: Location
@@ -71,7 +74,7 @@ def save_checkpoint(
     state: dict[str, Any],
     save_bundle: Callable[[Path], object],
 ) -> Checkpoint:
-    """Write one checkpoint; it appears whole or not at all. One of the same name (left by a resume) is replaced.
+    """Write one checkpoint, which appears whole or not at all; one of the same name (left by a resume) is replaced.
 
     Args:
         state: optimizer state and counters; tensors and plain values only, since it is read with ``weights_only``.
@@ -83,25 +86,24 @@ def save_checkpoint(
         torch.save(state, content)
         (scratch / TRAINER_STATE).write_bytes(content.getbuffer())
         save_bundle(scratch / BUNDLE)
-        files = {str(path.relative_to(scratch)): _sha256(path) for path in sorted(scratch.rglob("*")) if path.is_file()}
-        manifest = {"epoch": epoch, "step": step, "score": score, "sha256": files}
-        (scratch / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        files = {}
+        for path in sorted(path for path in scratch.rglob("*") if path.is_file()):
+            with path.open("rb") as stream:
+                files[str(path.relative_to(scratch))] = hashlib.file_digest(stream, "sha256").hexdigest()
+        manifest = json.dumps({"epoch": epoch, "step": step, "score": score, "sha256": files}, indent=1)
         target.delete()
         if target.local is None:
             # Object stores have no rename: the manifest goes last, and without it a checkpoint does not count.
-            (scratch / MANIFEST).unlink()
             target.upload(scratch)
-            (target / MANIFEST).write_bytes(json.dumps(manifest, indent=1).encode())
+            (target / MANIFEST).write_bytes(manifest.encode())
         else:
+            (scratch / MANIFEST).write_text(manifest)
             scratch.rename(target.local)
     return Checkpoint(target, epoch, step, score)
 
 
 def list_checkpoints(folder: Location) -> tuple[list[Checkpoint], list[InvalidCheckpoint]]:
-    """All checkpoints of a run whose manifest can be read, oldest first, and those without one.
-
-    Contents are not yet checked.
-    """
+    """All checkpoints with a readable manifest, oldest first, and those without one; contents are not checked yet."""
     found, invalid = [], []
     for info in folder.list():
         name = info.base_name
@@ -111,7 +113,7 @@ def list_checkpoints(folder: Location) -> tuple[list[Checkpoint], list[InvalidCh
             manifest = json.loads((folder / name / MANIFEST).read_bytes())
             found.append(Checkpoint(folder / name, int(manifest["epoch"]), int(manifest["step"]), manifest["score"]))
         except StorageError:
-            # A store that does not answer says nothing of its checkpoints: they must not count as lost.
+            # A store that does not answer does not mean that its checkpoints are lost.
             raise
         except (OSError, ValueError, KeyError, TypeError) as error:
             invalid.append(InvalidCheckpoint(name, f"{MANIFEST} cannot be read ({type(error).__name__})"))
@@ -122,11 +124,8 @@ def fault(checkpoint: Checkpoint) -> str | None:
     """Why a checkpoint may not be used; None where every file of its manifest is there and unaltered."""
     manifest = json.loads((checkpoint.location / MANIFEST).read_bytes())
     for file, expected in manifest["sha256"].items():
-        place = checkpoint.location
-        for part in file.split("/"):
-            place = place / part
         try:
-            content = place.read_bytes()
+            content = reduce(truediv, file.split("/"), checkpoint.location).read_bytes()
         except StorageError:
             raise
         except OSError:
@@ -138,22 +137,21 @@ def fault(checkpoint: Checkpoint) -> str | None:
 
 
 def newest_valid(folder: Location) -> tuple[Checkpoint | None, list[InvalidCheckpoint]]:
-    """The newest checkpoint that holds, and the newer or unreadable ones that do not."""
+    """The newest valid checkpoint, and the newer or unreadable ones that are invalid."""
     found, invalid = list_checkpoints(folder)
-    for checkpoint in reversed(found):
-        reason = fault(checkpoint)
-        if reason is None:
-            return checkpoint, invalid
-        invalid.append(InvalidCheckpoint(checkpoint.name, reason))
-    return None, invalid
+    return _first_valid(found[::-1], invalid)
 
 
 def best_valid(folder: Location) -> tuple[Checkpoint | None, list[InvalidCheckpoint]]:
-    """The whole-epoch checkpoint with the best score that holds (the earliest among equals), and better ones that do
-    not.
-    """
+    """The valid whole-epoch checkpoint with the best score (the earliest among equals), and better invalid ones."""
     found, invalid = list_checkpoints(folder)
-    for checkpoint in _best_first(found):
+    return _first_valid(_best_first(found), invalid)
+
+
+def _first_valid(
+    found: list[Checkpoint], invalid: list[InvalidCheckpoint]
+) -> tuple[Checkpoint | None, list[InvalidCheckpoint]]:
+    for checkpoint in found:
         reason = fault(checkpoint)
         if reason is None:
             return checkpoint, invalid
@@ -173,22 +171,16 @@ def prune(folder: Location, keep_best: int, keep_latest: int = 2) -> None:
 
 def _best_first(found: list[Checkpoint]) -> list[Checkpoint]:
     """The whole-epoch checkpoints that have a score, best first, the earliest among equals."""
-    scored = [
-        (checkpoint.score, checkpoint) for checkpoint in found if checkpoint.score is not None and checkpoint.step == 0
-    ]
-    return [checkpoint for _, checkpoint in sorted(scored, key=lambda pair: (-pair[0], pair[1].epoch))]
+    scored = [(-one.score, one.epoch, one) for one in found if one.score is not None and one.step == 0]
+    return [one for *_, one in sorted(scored, key=lambda entry: entry[:2])]
 
 
 def read_trainer_state(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Optimizer state and counters of a checkpoint that was found valid; tensors on the CPU."""
-    state = torch.load(
-        io.BytesIO((checkpoint.location / TRAINER_STATE).read_bytes()), map_location="cpu", weights_only=True
-    )
+    """Optimizer state and counters of a valid checkpoint; tensors on the CPU."""
+    place = checkpoint.location / TRAINER_STATE
+    state = torch.load(io.BytesIO(place.read_bytes()), map_location="cpu", weights_only=True)
     if not isinstance(state, dict):
-        raise RafceError(
-            f"{checkpoint.location / TRAINER_STATE}: holds a {type(state).__name__}, expected a mapping. Delete this "
-            "checkpoint."
-        )
+        raise RafceError(f"{place}: holds a {type(state).__name__}, expected a mapping. Delete this checkpoint.")
     return state
 
 
@@ -205,7 +197,7 @@ def local_bundle(checkpoint: Checkpoint) -> Iterator[Path]:
 
 
 def clear_scratch(folder: Location) -> None:
-    """Remove what a killed writer left half-written."""
+    """Remove what a killed writer left."""
     for info in folder.list():
         if info.base_name.startswith(SCRATCH_PREFIX):
             (folder / info.base_name).delete()
@@ -220,8 +212,3 @@ def _scratch_beside(folder: Location) -> Iterator[Path]:
         inner = Path(scratch) / "checkpoint"
         inner.mkdir()
         yield inner
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,5 +1,6 @@
-"""What a run leaves behind: configuration, provenance, audit, targets, epochs, events, checkpoints, result, bundle, raw
-outputs, report.
+"""The folder of a run: configuration, provenance, audit, targets, epochs, events, checkpoints, result, bundle, report.
+
+Raw outputs of the finished model are kept there too.
 """
 
 from __future__ import annotations
@@ -38,13 +39,13 @@ class RunFolder:
 
     @cached_property
     def study(self) -> str | None:
-        """Name of the study whose trial the run is; None for a run of its own."""
+        """Name of the study whose trial the run is; None for a run outside of a study."""
         above = self.location.parent
         return above.parent.name if above.name == TRIALS else None
 
     @property
     def label(self) -> str:
-        """The run's name where runs of many studies are seen together: ``NAME``, of a trial ``STUDY/NAME``."""
+        """The run's name next to runs of other studies: ``NAME``, or ``STUDY/NAME`` for a trial."""
         return self.location.name if self.study is None else f"{self.study}/{self.location.name}"
 
     @property
@@ -62,7 +63,7 @@ class RunFolder:
         return (self.location / "config.yaml").exists()
 
     def start(self, config: Config, provenance: dict[str, Any], audit: dict[str, Any]) -> None:
-        """Write down what this run is and what its data are like, before any work.
+        """Record the run and the audit of its data, before any work.
 
         The configuration goes last: with it, a run exists.
         """
@@ -71,13 +72,11 @@ class RunFolder:
         (self.location / "config.yaml").write_bytes(to_yaml(config).encode())
 
     def audit(self) -> dict[str, Any] | None:
-        """What was found in the labels before training; None where nobody looked."""
+        """The findings in the labels before training; None without an audit."""
         return self._read("audit.json")
 
     def write_targets(self, targets: dict[str, Any]) -> None:
-        """Write down what the network is trained towards: per split, images, classes and action units as training sees
-        them.
-        """
+        """Record what training sees: per split, its images, classes and action units."""
         (self.location / "targets.json").write_bytes(pretty_json(targets))
 
     def targets(self) -> dict[str, Any] | None:
@@ -101,7 +100,7 @@ class RunFolder:
             raise file.damaged(str(error).rstrip("."), "What needs it then says so.") from None
 
     def config(self) -> Config:
-        """The stored configuration. DamagedFile where it cannot be read, or a section is missing."""
+        """The stored configuration; DamagedFile where it cannot be read, or a section is missing."""
         file = self.location / "config.yaml"
         content = file.read_bytes()
         try:
@@ -113,11 +112,7 @@ class RunFolder:
             raise file.damaged(" ".join(str(error).split()).rstrip("."), STARTED_AGAIN) from None
 
     def provenance(self) -> dict[str, Any]:
-        """Where the run came from: data fingerprint, configuration, versions, commit, seed.
-
-        Raises:
-            DamagedFile: the file cannot be read.
-        """
+        """The run's origin (data fingerprint, configuration, versions, commit, seed); DamagedFile if unreadable."""
         file = self.location / "provenance.json"
         try:
             return file.read_record("")
@@ -128,7 +123,7 @@ class RunFolder:
             ) from None
 
     def result(self) -> dict[str, Any] | None:
-        """The finished run's result; None while it has none. DamagedFile where it cannot be read."""
+        """The finished run's result; None while it has none; DamagedFile where it cannot be read."""
         file = self.location / "result.json"
         try:
             return file.read_record("The command that trained it then ends it again.", keys=("status",))
@@ -140,26 +135,26 @@ class RunFolder:
         (self.location / "result.json").write_bytes(pretty_json(result))
 
     def has_trained(self) -> bool:
-        """Whether a step was made here. If not, another run may take the folder."""
-        # Also where the progress cannot be read.
+        """Whether a step was trained here; if not, another run may take the folder."""
+        # Progress that cannot be read counts too.
         has_progress = (self.location / PROGRESS_FILE).exists()
         return bool(has_progress or self.metrics() or self.checkpoints.list()) or self.result() is not None
 
     def forget(self) -> None:
-        """Free the name of a run that has not trained; its log of events stays."""
+        """Free the name of a run that has not trained; its event log stays."""
         (self.location / "config.yaml").delete()
 
     def reopen(self) -> None:
-        """Take a finished run's result and bundle away, so that it may go on; its checkpoints and metrics stay."""
+        """Remove a finished run's result and bundle, so that it can continue; checkpoints and metrics stay."""
         (self.location / "result.json").delete()
         self.bundle.delete()
 
     def metrics(self) -> list[dict[str, Any]]:
-        """One record an epoch, in order. DamagedFile where a line cannot be read."""
+        """One record per epoch, in order; DamagedFile where a line cannot be read."""
         return (self.location / METRICS_FILE).read_records("Of that epoch nothing is known then; all others stay.")
 
     def stamp(self, file: str) -> tuple[int | None, int | None]:
-        """Size and time of one of the run's files: unchanged, there is nothing new to read in it."""
+        """Size and modification time of one of the run's files, to see whether it has changed."""
         info = (self.location / file).info()
         return info.size, info.mtime_ns
 
@@ -168,49 +163,41 @@ class RunFolder:
         (self.location / METRICS_FILE).write_bytes("".join(to_json(record) + "\n" for record in records).encode())
 
     def events(self) -> list[dict[str, Any]]:
-        """What happened, in order: started, resumed, invalid checkpoints, warnings, finished.
-
-        Raises:
-            DamagedFile: a line cannot be read.
-        """
+        """The events in order; DamagedFile where a line cannot be read."""
         return (self.location / EVENTS_FILE).read_records("All other events stay.")
 
     def add_event(self, kind: str, **details: Any) -> None:
-        """Append one event to the run's log; ``message`` in ``details`` is what a person is told.
+        """Append one event to the run's log; ``message`` in ``details`` is the text for people.
 
-        The log is ``events.jsonl``, one JSON object a line, made to be gathered by a log collector: ``time`` (Unix,
-        seconds), ``run`` (the folder's name), of a trial ``study``, ``event`` (started, resumed, warning, finding,
-        invalid_checkpoint, hung_worker, ...), and what the event adds. Figures are in ``metrics.jsonl``, one line an
-        epoch. A person reads the messages on the terminal as they come.
+        The log is ``events.jsonl``, one JSON object per line, for log collectors: ``time`` (Unix, seconds), ``run``
+        (the folder's name), ``study`` for a trial, ``event`` (started, resumed, warning, finding, invalid_checkpoint,
+        hung_worker, ...), and the event's own fields. Figures are in ``metrics.jsonl``, one line per epoch. The
+        terminal shows messages as they come.
         """
-        who = {"run": self.location.name} if self.study is None else {"run": self.location.name, "study": self.study}
+        who = {"run": self.location.name} | ({} if self.study is None else {"study": self.study})
         line = to_json({"time": round(time.time(), 3), **who, "event": kind, **details}) + "\n"
         file = self.location / EVENTS_FILE
-        local = file.local
-        if local is None:
-            try:
-                earlier = file.read_bytes()
-            except FileNotFoundError:
-                earlier = b""
+        if file.local is None:
+            earlier = file.read_bytes() if file.exists() else b""
             file.write_bytes(earlier + line.encode())
             return
-        local.parent.mkdir(parents=True, exist_ok=True)
-        with local.open("a", encoding="utf-8") as stream:
+        file.local.parent.mkdir(parents=True, exist_ok=True)
+        with file.local.open("a", encoding="utf-8") as stream:
             stream.write(line)
 
     def write_progress(self, progress: dict[str, Any]) -> None:
-        """Where the run is inside its epoch, for whoever watches."""
+        """Record the position inside the epoch, for those who watch."""
         (self.location / PROGRESS_FILE).write_bytes(to_json(progress).encode())
 
     def progress(self) -> dict[str, Any]:
-        """The last progress; empty before the first, and where it cannot be read: the next step writes it again."""
+        """The last progress; empty before the first or where it cannot be read, since the next step rewrites it."""
         try:
             return (self.location / PROGRESS_FILE).read_record("", keys=("epoch", "step", "steps"))
         except (FileNotFoundError, DamagedFile):
             return {}
 
     def _read(self, name: str) -> dict[str, Any] | None:
-        """A file on which nothing depends; None, with a warning, where it cannot be read."""
+        """An optional file; None, with a warning, where it cannot be read."""
         try:
             return (self.location / name).read_record("It is left out; without it, this warning ends.")
         except FileNotFoundError:
@@ -221,10 +208,7 @@ class RunFolder:
 
 
 def open_finished(place: str) -> RunFolder:
-    """The run folder at a path or URI; ``STUDY/TRIAL`` is the study's trial.
-
-    UsageError where there is none, or its run has not ended.
-    """
+    """The run folder at a path or URI; ``STUDY/TRIAL`` is a trial. UsageError if there is none, or it has not ended."""
     location = locate(place)
     # Resolved, "." and a link have the run's own name.
     folder = RunFolder(place if location.local is None else str(location.local.resolve()))

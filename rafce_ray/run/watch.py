@@ -1,4 +1,4 @@
-"""A run or a study seen from outside: follows its folder and shows what happens while it trains."""
+"""Shows a run or a study at the terminal while it trains, by following its folder."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from rafce_ray.config import Config
 from rafce_ray.run.folder import EVENTS_FILE, METRICS_FILE, RunFolder
 
 POLL_S = 0.5
-"""Seconds between looks at a folder on a local disk."""
+"""Seconds between two reads of a folder on a local disk."""
 
 REMOTE_POLL_S = 5.0
-"""Seconds between looks at an object store, where every look is a paid request for each run that trains."""
+"""Seconds between two reads of an object store, each of which is a paid request per training run."""
 
 SHOWN_EPOCHS = 15
 WARNING_EVENTS = (
@@ -68,20 +68,17 @@ class Watch(ABC):
 
     def _update(self) -> None:
         try:
-            self._show()
+            self._look()
+            if self._live is not None:
+                self._live.update(self._view(), refresh=True)
+            else:
+                self._tell()
             self._unreachable = False
         except (OSError, DamagedFile) as error:
-            # A store that cannot be reached for a while must not end what is watched.
+            # A store that is unreachable for a while must not end the run or study.
             if not self._unreachable:
                 warn(f"the folder cannot be read now ({error}); this view goes on when it can.")
             self._unreachable = True
-
-    def _show(self) -> None:
-        self._look()
-        if self._live is not None:
-            self._live.update(self._view(), refresh=True)
-        else:
-            self._tell()
 
     @abstractmethod
     def _look(self) -> None:
@@ -89,11 +86,11 @@ class Watch(ABC):
 
     @abstractmethod
     def _view(self) -> RenderableType:
-        """The whole of it, for a terminal."""
+        """The whole view, for a terminal."""
 
     @abstractmethod
     def _tell(self) -> None:
-        """Say what is new in plain lines."""
+        """Print what is new as plain lines."""
 
 
 class RunWatch(Watch):
@@ -119,7 +116,11 @@ class RunWatch(Watch):
 
     def _view(self) -> RenderableType:
         self._last_epoch = self._records[-1]["epoch"] if self._records else 0
-        return self._table()
+        table = Table(*[title for title, _ in COLUMNS], box=None, padding=(0, 1), header_style="bold")
+        for record in self._records[-SHOWN_EPOCHS:]:
+            style = "green" if record.get("best_epoch") == record["epoch"] else ""
+            table.add_row(*[cell(record) for _, cell in COLUMNS], style=style)
+        return Group(table, Text(self._status()))
 
     def _tell(self) -> None:
         for record in self._records:
@@ -132,13 +133,6 @@ class RunWatch(Watch):
         new = stamp != self._stamps.get(file)
         self._stamps[file] = stamp
         return new
-
-    def _table(self) -> RenderableType:
-        table = Table(*[title for title, _ in COLUMNS], box=None, padding=(0, 1), header_style="bold")
-        for record in self._records[-SHOWN_EPOCHS:]:
-            style = "green" if record.get("best_epoch") == record["epoch"] else ""
-            table.add_row(*[cell(record) for _, cell in COLUMNS], style=style)
-        return Group(table, Text(self._status()))
 
     def _status(self) -> str:
         progress = self._folder.progress()
@@ -180,7 +174,7 @@ def epoch_line(record: dict[str, Any], epochs: int) -> str:
 
 
 def duration(seconds: float) -> str:
-    """``75`` -> ``1:15``."""
+    """``75`` seconds -> ``1:15``."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

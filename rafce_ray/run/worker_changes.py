@@ -1,4 +1,4 @@
-"""How many workers train a run, and why that changed: told to its events by whoever starts its workers."""
+"""Records in a run's events how many workers train it, and why their number changed."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from rafce_ray.config import RunConfig
 from rafce_ray.run.folder import RunFolder
 
 WAITING_TOLD_AFTER_S = 30.0
-"""Seconds without room for the workers after which that is said."""
+"""Seconds without room for the workers before that is reported."""
 
 
 class WorkerChanges:
-    """Tells each failure of a run's workers, each change of their number with its cause, and a wait for room.
+    """Records each failure of a run's workers, each change of their number with its cause, and a wait for room.
 
     ``clock``: in seconds.
     """
@@ -27,7 +27,7 @@ class WorkerChanges:
         self._waiting_told = False
 
     def failed(self, why: str, *, counted: bool = True) -> None:
-        """Workers have failed, and all are started again; ``counted``: against ``run.max_failures``."""
+        """Workers failed, and all are restarted; ``counted``: against ``run.max_failures``."""
         self._cause = why
         self._failures += counted
         so_many = f" (failure {self._failures} of at most {self._run.max_failures})" if counted else ""
@@ -36,7 +36,7 @@ class WorkerChanges:
         )
 
     def waiting(self) -> None:
-        """The workers are not there yet. To be called again and again while that lasts."""
+        """The workers have not started yet; call this repeatedly while that lasts."""
         now = self._clock()
         if self._waiting_since is None:
             self._waiting_since = now
@@ -53,9 +53,7 @@ class WorkerChanges:
         self._folder.add_event("waiting_for_room", message=message, num_workers=least)
 
     def started(self, num_workers: int, lost: Sequence[int] = ()) -> None:
-        """So many workers are there and begin; the ranks ``lost`` of those before them were on machines that are no
-        more.
-        """
+        """``num_workers`` workers begin; the machines of the earlier ranks ``lost`` are gone."""
         before, cause = self._num_workers, self._cause
         self._num_workers, self._cause = num_workers, None
         self._waiting_since, self._waiting_told = None, False
@@ -67,7 +65,10 @@ class WorkerChanges:
             cause = f"{_named(lost)} lost with {'its machine' if len(lost) == 1 else 'their machines'}"
         elif cause is None:
             cause = "the cluster has room for fewer"
-        epoch, step = self._reached()
+        # An epoch of less than a second writes no progress of its own.
+        progress = self._folder.progress()
+        shown = (progress.get("epoch", 1), progress.get("step", 0))
+        epoch, step = max((len(self._folder.metrics()) + 1, 0), shown)
         self._folder.add_event(
             "resized",
             message=f"going on with {num_workers} worker{'s' if num_workers > 1 else ''} instead of {before} in epoch "
@@ -79,18 +80,11 @@ class WorkerChanges:
             step=step,
         )
 
-    def _reached(self) -> tuple[int, int]:
-        """The epoch, from 1, and the steps of it that are surely done: an epoch of less than a second shows no progress
-        of its own.
-        """
-        progress = self._folder.progress()
-        return max((len(self._folder.metrics()) + 1, 0), (progress.get("epoch", 1), progress.get("step", 0)))
-
 
 def describe_failures(errors: Mapping[int, BaseException]) -> str:
-    """What became of a group's workers, by rank, in one line.
+    """The failures of a group's workers, by rank, in one line.
 
-    A worker that is gone makes the others fail too: then only those that are gone are named.
+    A lost worker makes the others fail too: then only the lost ones are named.
     """
     dead, silent, cut_off = [], [], []
     for rank, error in sorted(errors.items()):
@@ -101,14 +95,13 @@ def describe_failures(errors: Mapping[int, BaseException]) -> str:
             silent.append(rank)
         elif any(name in str(error) for name in ("gloo", "NCCL")):
             cut_off.append(rank)
-    if dead or silent:
-        return ", ".join(
-            f"{_named(ranks)} {what}" for ranks, what in ((dead, "died"), (silent, "gave no answer")) if ranks
-        )
-    own = [rank for rank in sorted(errors) if rank not in cut_off]
-    if not own:
+    gone = [f"{_named(ranks)} {what}" for ranks, what in ((dead, "died"), (silent, "gave no answer")) if ranks]
+    if gone:
+        return ", ".join(gone)
+    own = next((rank for rank in sorted(errors) if rank not in cut_off), None)
+    if own is None:
         return f"{_named(cut_off)} lost the connection to another worker"
-    return f"{_named(own[:1])} failed: {root_cause(errors[own[0]])}"
+    return f"{_named([own])} failed: {root_cause(errors[own])}"
 
 
 def _named(ranks: Sequence[int]) -> str:
