@@ -586,24 +586,10 @@ def flatten(config: Config) -> dict[str, Any]:
     }
 
 
-CARRIED_OUT_BY = frozenset(
-    f"run.{key}"
-    for key in [
-        "name",
-        "storage",
-        "num_workers",
-        "resize_interval_s",
-        "use_gpu",
-        "cpus_per_worker",
-        "checkpoint_every_steps",
-        "keep_checkpoints",
-        "max_failures",
-        "hang_timeout_s",
-        "collective_timeout_s",
-        "compile",
-        "channels_last",
-    ]
-) | {"data.store_dir"}
+CARRIED_OUT_BY = frozenset({"data.store_dir", *(f"run.{key}" for key in RunConfig.model_fields)}) - {
+    "run.seed",
+    "run.precision",
+}
 """Keys that say how a run is carried out, not what it computes: they may change when an interrupted run goes on."""
 
 
@@ -794,14 +780,11 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     Raises:
         ConfigError: the file cannot be read or holds something else.
     """
-    # Pyarrow takes 0.1 s to import: only a configuration that is in a file waits for it.
-
     try:
         text = locate(path).read_bytes()
     except OSError as error:
-        raise ConfigError(
-            f"{path}: cannot be read ({_first_line(error)}). Give the path of a YAML file to --config."
-        ) from None
+        reason = (error.strerror or str(error)).splitlines()[0]
+        raise ConfigError(f"{path}: cannot be read ({reason}). Give the path of a YAML file to --config.") from None
     content = parse_yaml(text, str(path))
     if content is None:
         raise ConfigError(
@@ -812,10 +795,6 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
             f"{path}: holds a {type(content).__name__}; expected sections such as 'optim:' with keys below them."
         )
     return nested(content)
-
-
-def _first_line(error: OSError) -> str:
-    return (error.strerror or str(error)).splitlines()[0]
 
 
 def read_scalar(override: str, text: str) -> Any:

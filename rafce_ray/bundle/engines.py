@@ -63,20 +63,13 @@ log = logging.getLogger(__name__)
 class Engine(Protocol):
     """Runs a network; may be called from any thread, by one at a time.
 
-    What it answers for a face does not depend on the other faces of the batch (1e-6).
+    What it answers for a face does not depend on the other faces of the batch (1e-6). ``name`` is that of the
+    configuration: torch, openvino or onnxruntime. ``precision`` and ``device``: how and where it computes.
     """
 
-    @property
-    def name(self) -> str:
-        """The configuration's name of the engine: torch, openvino or onnxruntime."""
-
-    @property
-    def precision(self) -> Precision:
-        """Precision that it computes in."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where it computes."""
+    name: str
+    precision: Precision
+    device: torch.device
 
     def outputs(self, images: NDArray[np.uint8] | Tensor) -> Outputs:
         """Raw outputs of (B, S, S, 3) uint8 RGB faces, S the bundle's ``stored_px``; ValueError for anything else."""

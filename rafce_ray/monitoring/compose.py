@@ -72,14 +72,9 @@ def configuration(
 
 def _compose(ray: Path | None, token_file: Path | None, *, prometheus_port: int, grafana_port: int) -> dict[str, Any]:
     def bind(source: str, target: str, *, read_only: bool = True) -> dict[str, Any]:
-        # Without this, docker makes a missing source as a folder of root's.
-        return {
-            "type": "bind",
-            "source": source,
-            "target": target,
-            "read_only": read_only,
-            "bind": {"create_host_path": False},
-        }
+        # Without create_host_path, docker creates a missing source as a folder of root's.
+        place = {"type": "bind", "source": source, "target": target}
+        return {**place, "read_only": read_only, "bind": {"create_host_path": False}}
 
     ray_mount = [] if ray is None else [bind(str(ray), str(ray))]
     token_mount = [] if token_file is None else [bind(str(token_file), str(token_file))]

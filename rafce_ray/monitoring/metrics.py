@@ -1,9 +1,8 @@
-"""What training and tuning show: every metric's name, tags and meaning, and which figure of an epoch record or a study
-it is.
+"""The metrics of training and tuning: names, tags and meanings, and how they follow from an epoch record or a study.
 
-Ray puts ``ray_`` before each name. What is undefined is NaN, which Ray does not export: such a series is absent, never
-0. Tags have few values each: a run's or a study's name, a task, a split, an AU. A run's series are shown while it
-trains, so that they are as many as what trains at a time.
+Ray puts ``ray_`` before each name. Undefined values are NaN, which Ray does not export: such a series is absent, never
+0. Tags have few values each: a run's or a study's name, a task, a split, an AU. A run's series exist only while it
+trains, so their number depends on the runs that train at a time.
 """
 
 from __future__ import annotations
@@ -86,11 +85,7 @@ SPLITS = ("train", "train_natural", "validation")
 LOSSES = {"loss": "total", "emotion_loss": "emotion", "au_loss": "action_units", "votes_loss": "votes"}
 """Key in an epoch record -> value of the tag ``task``."""
 
-GRADIENT_NORMS = {
-    "train/grad_norm": "total",
-    "gradient/emotion_norm": "emotion",
-    "gradient/au_norm": "action_units",
-}
+GRADIENT_NORMS = {"train/grad_norm": "total", "gradient/emotion_norm": "emotion", "gradient/au_norm": "action_units"}
 AU_F1_PREFIX = "validation/au_f1/"
 
 ONE_OF_A_RUN = {
@@ -107,34 +102,19 @@ ONE_OF_A_RUN = {
 """Keys of an epoch record that are one gauge each."""
 
 STATES = ("waiting", "running", "finished", "stopped_by_scheduler", "stopped_early", "diverged", "failed")
-"""What can become of a trial."""
+"""States of a trial."""
 
 
 def epoch_samples(run: str, record: Mapping[str, float | None]) -> list[Sample]:
-    """The gauges of an epoch record as ``engine`` reports it (flat keys, None where undefined); a figure that it lacks
-    has no gauge.
-    """
-    samples = [Sample(metric, (run,), _number(record[key])) for key, metric in ONE_OF_A_RUN.items() if key in record]
+    """The gauges of an epoch record with flat keys; None is undefined, and a figure that is missing has no gauge."""
+    gauges: list[tuple[Metric, str, tuple[str, ...]]] = [(metric, key, ()) for key, metric in ONE_OF_A_RUN.items()]
     for split in SPLITS:
-        losses = {task: f"{split}/{key}" for key, task in LOSSES.items()}
-        samples += [
-            Sample(LOSS, (run, split, task), _number(record[key])) for task, key in losses.items() if key in record
-        ]
-        figures = {name: f"{split}/{name}" for name in HEADLINES}
-        samples += [
-            Sample(METRIC, (run, split, name), _number(record[key])) for name, key in figures.items() if key in record
-        ]
-    gaps = {name: f"gap/{name}" for name in HEADLINES}
-    samples += [Sample(GAP, (run, name), _number(record[key])) for name, key in gaps.items() if key in record]
-    samples += [
-        Sample(GRAD_NORM, (run, task), _number(record[key])) for key, task in GRADIENT_NORMS.items() if key in record
-    ]
-    samples += [
-        Sample(AU_F1, (run, key.removeprefix(AU_F1_PREFIX)), _number(value))
-        for key, value in record.items()
-        if key.startswith(AU_F1_PREFIX)
-    ]
-    return samples
+        gauges += [(LOSS, f"{split}/{key}", (split, task)) for key, task in LOSSES.items()]
+        gauges += [(METRIC, f"{split}/{name}", (split, name)) for name in HEADLINES]
+    gauges += [(GAP, f"gap/{name}", (name,)) for name in HEADLINES]
+    gauges += [(GRAD_NORM, key, (task,)) for key, task in GRADIENT_NORMS.items()]
+    gauges += [(AU_F1, key, (key.removeprefix(AU_F1_PREFIX),)) for key in record if key.startswith(AU_F1_PREFIX)]
+    return [Sample(metric, (run, *tags), _number(record[key])) for metric, key, tags in gauges if key in record]
 
 
 def study_samples(

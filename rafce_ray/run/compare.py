@@ -1,4 +1,8 @@
-"""Compares runs on the same images, with paired bootstrap intervals of their differences."""
+"""Compares runs: their circumstances, all their recorded figures, and their quality on the same images.
+
+``compare_figures`` compares a run with its replay, figure by figure. ``compare`` compares runs on the same images, with
+paired bootstrap intervals of their differences.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +28,7 @@ from rafce_ray.metrics.comparison import Difference, Scored, comparable_figures,
 from rafce_ray.run.folder import RunFolder, open_finished
 
 ENDS = ("finished", "stopped_early", "diverged")
-"""Events with which a run ends."""
+"""Events at the end of a run."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ class Circumstance:
 
 
 def circumstances_of(folder: RunFolder) -> dict[str, str | None]:
-    """The circumstances of a run by name, as its folder tells them; None is unknown."""
+    """The circumstances of a run by name, from its folder; None is unknown."""
     provenance, events = folder.provenance(), folder.events()
     starts = [number for number, event in enumerate(events) if event["event"] == "started"]
     before_last_start = events[: starts[-1]] if starts else []
@@ -73,43 +77,39 @@ def circumstances_of(folder: RunFolder) -> dict[str, str | None]:
 
 
 def distinct(records: Iterable[Mapping[str, Any]], key: str) -> str | None:
-    """What a key holds in records that have it; where that changes from record to record, every value once: ``2 then
-    4``.
-    """
+    """The values of a key in the records that have it, each once, in order: ``2 then 4``; None without any."""
     return " then ".join(dict.fromkeys(str(one[key]) for one in records if key in one)) or None
 
 
 def software_circumstances(software: Mapping[str, Any]) -> dict[str, str | None]:
-    """Versions and git commit, named for people."""
+    """Versions and git commit under names for people."""
     return {name.replace("_", " "): str(version) for name, version in software.items()}
 
 
 def compare_circumstances(
     original: Mapping[str, str | None], replay: Mapping[str, str | None]
 ) -> tuple[Circumstance, ...]:
-    """Both runs' circumstances side by side."""
+    """Both runs' circumstances next to each other."""
     return tuple(Circumstance(what, original.get(what), replay.get(what)) for what in {**original, **replay})
 
 
 NOT_COMPARED = frozenset(
     {"images_per_s", "data_wait", "elapsed_s", "num_workers", "run_dir", "bundle", "weights_sha256"}
 )
-"""Timings, places and the number of workers, which is a circumstance; and the weights, of which no more than equality
-can be said.
-"""
+"""Timings, places, the number of workers (a circumstance) and the weights, which are compared as a whole."""
 
 MISSING = "missing"
 
 Records = Mapping[int | None, Mapping[str, Any]]
-"""Records by epoch; None: that of the finished model."""
+"""Records by epoch; None: the record of the finished model."""
 
 
 @dataclass(frozen=True)
 class FigureDifference:
     """One figure of both runs; ``epoch`` None: of the finished model.
 
-    ``size`` is |original - replay|, divided by the larger of both where that is above 1 (counts, norms); infinite where
-    one is missing or undefined, or where it is no number and differs.
+    ``size`` is |original - replay|, divided by the larger of both where that is above 1 (counts, norms). It is infinite
+    where one value is missing or undefined, or where values that are not numbers differ.
     """
 
     epoch: int | None
@@ -125,8 +125,7 @@ class FigureDifference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """``num_figures`` of the original compared; those ``beyond`` the tolerance by epoch, and the ``largest`` difference
-    of all.
+    """The original's figures compared with the replay's: those ``beyond`` the tolerance, and the ``largest``.
 
     ``only_in_replay`` are figures that the original did not record.
     """
@@ -144,18 +143,11 @@ class Comparison:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; an infinite size is null in JSON text."""
-        return {
-            "equal": self.equal,
-            "tolerance": self.tolerance,
-            "num_figures": self.num_figures,
-            "largest": None if self.largest is None else asdict(self.largest),
-            "beyond": [asdict(one) for one in self.beyond],
-            "only_in_replay": list(self.only_in_replay),
-        }
+        return {"equal": self.equal, **asdict(self)}
 
 
 def compare_figures(original: Records, replay: Records, tolerance: float) -> Comparison:
-    """Everything in the original's records against the replay's, but what NOT_COMPARED names."""
+    """Compare everything in the original's records with the replay's, except what NOT_COMPARED names."""
     found: list[FigureDifference] = []
     only_in_replay: set[str] = set()
     for epoch in sorted({*original, *replay}, key=lambda epoch: math.inf if epoch is None else epoch):
@@ -178,7 +170,7 @@ def compare_figures(original: Records, replay: Records, tolerance: float) -> Com
 
 
 def _leaves(record: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """``validation/per_class/sadly angry/f1`` and its value, for everything in a record that is compared."""
+    """``validation/per_class/sadly angry/f1`` and its value, for every compared value in a record."""
     if isinstance(record, dict):
         for key, value in record.items():
             if key not in NOT_COMPARED:
@@ -204,7 +196,7 @@ def shown(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run and its raw outputs on the split that runs are compared on; ``name`` tells it from the others."""
+    """A finished run and its raw outputs on the compared split."""
 
     name: str
     place: str
@@ -217,10 +209,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Compared:
-    """Runs of which the first is the reference.
+    """Compared runs, of which the first is the reference.
 
-    ``scored`` goes by run; ``against_first`` by run and figure, empty for the first; a figure that cannot be compared
-    is not in it, and ``remarks`` say why.
+    ``scored`` has one entry per run; ``against_first`` one per run, by figure, empty for the first. A figure that
+    cannot be compared is missing there, and ``remarks`` say why.
     """
 
     runs: tuple[Run, ...]
@@ -231,10 +223,10 @@ class Compared:
 
 
 def compare(runs: Sequence[Run], *, resamples: int = 1000) -> Compared:
-    """Compare runs on the images that they were measured on, row by row of the same name.
+    """Compare runs on the images that they were measured on, matched by name.
 
     Raises:
-        UsageError: their images, or the emotions that they tell, are not the same, or they tell nothing in common.
+        UsageError: their images or their emotions differ, or they predict nothing in common.
     """
     first = runs[0]
     for other in runs[1:]:
@@ -244,14 +236,13 @@ def compare(runs: Sequence[Run], *, resamples: int = 1000) -> Compared:
     for number, other in enumerate(runs[1:], start=1):
         remarks += _data_remarks(first, other)
         ours, theirs = aligned[0].action_units, aligned[number].action_units
-        if first.taxonomy.action_units == other.taxonomy.action_units and not np.array_equal(
-            ours, theirs, equal_nan=True
-        ):
-            changed = int((~((ours == theirs) | (np.isnan(ours) & np.isnan(theirs)))).any(axis=1).sum())
-            remarks.append(
-                f"{changed} images have other AU labels in {other.name} than in {first.name}: both are measured by "
-                f"those of {first.name}."
-            )
+        if first.taxonomy.action_units == other.taxonomy.action_units:
+            changed = ~((ours == theirs) | (np.isnan(ours) & np.isnan(theirs))).all(axis=1)
+            if changed.any():
+                remarks.append(
+                    f"{changed.sum()} images have other AU labels in {other.name} than in {first.name}: both are "
+                    f"measured by those of {first.name}."
+                )
             aligned[number] = replace(aligned[number], action_units=ours)
     scored = [
         score(one, run.taxonomy, run.calibration, resamples=resamples) for one, run in zip(aligned, runs, strict=True)
@@ -282,21 +273,17 @@ def _check_emotions(first: Run, other: Run) -> None:
 
 def _data_remarks(first: Run, other: Run) -> list[str]:
     remarks = []
-    fingerprints = [run.circumstances["data fingerprint"] for run in (first, other)]
-    if fingerprints[0] != fingerprints[1]:
+    ours, theirs = (str(run.circumstances["data fingerprint"]) for run in (first, other))
+    if ours != theirs:
         remarks.append(
-            f"{other.name} was trained on other data than {first.name} (fingerprint {str(fingerprints[1])[:12]}, "
-            f"{str(fingerprints[0])[:12]}); the images compared here have the same names and emotions."
+            f"{other.name} was trained on other data than {first.name} (fingerprint {theirs[:12]}, {ours[:12]}); the "
+            "images compared here have the same names and emotions."
         )
-    ours, theirs = first.taxonomy, other.taxonomy
-    if ours.action_units != theirs.action_units:
-        remarks.append(
-            f"action units are not compared: {first.name} tells "
-            f"{_described(replace(ours, emotions=(), components=()))}, {other.name} "
-            f"{_described(replace(theirs, emotions=(), components=()))}."
-        )
-    if ours.emotions != theirs.emotions:
-        silent = other if ours.emotions else first
+    if first.taxonomy.action_units != other.taxonomy.action_units:
+        units = [_described(replace(run.taxonomy, emotions=(), components=())) for run in (first, other)]
+        remarks.append(f"action units are not compared: {first.name} tells {units[0]}, {other.name} {units[1]}.")
+    if first.taxonomy.emotions != other.taxonomy.emotions:
+        silent = other if first.taxonomy.emotions else first
         remarks.append(f"emotions are not compared: {silent.name} does not tell them.")
     return remarks
 
@@ -309,8 +296,9 @@ def _described(taxonomy: Taxonomy) -> str:
 
 
 def load_run(place: str, name: str, split: str, *, data: Sequence[str] = (), device: str = "auto") -> Run:
-    """A finished run with its bundle's raw outputs on a split: those that it kept, else measured now on its data
-    (``data``: overrides).
+    """A finished run with its bundle's raw outputs on a split: the stored ones, else measured now on its data.
+
+    ``data``: overrides of the configuration of the data.
 
     Raises:
         UsageError: there is no finished run with a bundle at that place.
@@ -318,7 +306,11 @@ def load_run(place: str, name: str, split: str, *, data: Sequence[str] = (), dev
     """
     folder = open_finished(place)
     if not folder.bundle.exists():
-        raise UsageError(f"{folder.location} has no bundle: {_ending(folder)}. Compare runs that have one.")
+        result = folder.result() or {}
+        raise UsageError(
+            f"{folder.location} has no bundle: it ended as {str(result.get('status')).replace('_', ' ')} after "
+            f"{result.get('epochs')} epochs. Compare runs that have one."
+        )
     bundle, circumstances = load_bundle(folder.bundle.uri), circumstances_of(folder)
     outputs = folder.outputs(split)
     if outputs is None:
@@ -326,68 +318,49 @@ def load_run(place: str, name: str, split: str, *, data: Sequence[str] = (), dev
         if dataset.fingerprint != circumstances["data fingerprint"]:
             warn(f"the data of {name} have changed since it was trained: it is measured on what is there now.")
         outputs = split_outputs(bundle, dataset, split, device=choose_device(device))
-    return Run(
-        name,
-        str(folder.location),
-        build_config(folder.provenance()["config"]),
-        bundle.taxonomy,
-        bundle.calibration,
-        outputs,
-        circumstances,
-    )
-
-
-def _ending(folder: RunFolder) -> str:
-    result = folder.result() or {}
-    return f"it ended as {str(result.get('status')).replace('_', ' ')} after {result.get('epochs')} epochs"
+    config = build_config(folder.provenance()["config"])
+    return Run(name, str(folder.location), config, bundle.taxonomy, bundle.calibration, outputs, circumstances)
 
 
 def render(compared: Compared) -> list[Table]:
-    """Tables for the terminal: configurations, figures with their own intervals, differences to the first, classes and
-    AUs that differ.
+    """Tables for the terminal: configurations, figures with intervals, differences to the first run.
+
+    The last table has the classes and AUs whose F1 really differs.
     """
-    runs = compared.runs
-    tables = []
-    table = _table("configuration", runs)
+    runs, others = compared.runs, compared.against_first[1:]
+    configuration = _table("configuration", runs)
     for key, values in compared.config_differences.items():
-        table.add_row(key, *("null" if value is None else str(value) for value in values))
-    for one in _other_circumstances(compared):
-        table.add_row(*one)
-    if table.row_count:
-        tables.append(table)
-    table = _table("figure (95 % interval)", runs)
+        configuration.add_row(key, *("null" if value is None else str(value) for value in values))
+    for row in _other_circumstances(compared):
+        configuration.add_row(*row)
+    figures = _table("figure (95 % interval)", runs)
+    apart = _table(f"difference to {runs[0].name}", runs[1:])
     for figure in WITH_INTERVAL:
-        table.add_row(
-            FIGURES[figure].title,
-            *(_with_interval(scored.figures[figure], scored.interval(figure)) for scored in compared.scored),
-        )
-    tables.append(table)
-    table = _table(f"difference to {runs[0].name}", runs[1:])
-    for figure in WITH_INTERVAL:
-        table.add_row(FIGURES[figure].title, *(_cell(one.get(figure)) for one in compared.against_first[1:]))
-    tables.append(table)
-    told = {name: f1_of(name) for run in runs for name in (*run.taxonomy.emotions, *run.taxonomy.action_unit_codes)}
-    table = _table("F1 that really differs", runs[1:])
-    for name, figure in told.items():
-        found = [one.get(figure) for one in compared.against_first[1:]]
+        values = [_with_interval(one.figures[figure], one.interval(figure)) for one in compared.scored]
+        figures.add_row(FIGURES[figure].title, *values)
+        apart.add_row(FIGURES[figure].title, *(_cell(one.get(figure)) for one in others))
+    really = _table("F1 that really differs", runs[1:])
+    names = (name for run in runs for name in (*run.taxonomy.emotions, *run.taxonomy.action_unit_codes))
+    for name in dict.fromkeys(names):
+        found = [one.get(f1_of(name)) for one in others]
         if any(one is not None and one.is_real for one in found):
-            table.add_row(name, *(_cell(one) for one in found))
-    if not table.row_count:
-        table.add_row("of no class and no action unit", *["" for _ in runs[1:]])
-    return [*tables, table]
+            really.add_row(name, *map(_cell, found))
+    if not really.row_count:
+        really.add_row("of no class and no action unit")
+    return [*([configuration] if configuration.row_count else []), figures, apart, really]
 
 
 def _other_circumstances(compared: Compared) -> list[list[str]]:
-    """Rows of the circumstances, beside the configuration, in which any run differs from the first."""
-    first = compared.runs[0].circumstances
+    """Rows of the circumstances, except the configuration, in which any run differs from the first."""
+    all_of_them = [run.circumstances for run in compared.runs]
     differing = {
         one.what
-        for run in compared.runs[1:]
-        for one in compare_circumstances(first, run.circumstances)
+        for other in all_of_them[1:]
+        for one in compare_circumstances(all_of_them[0], other)
         if one.verdict == "differs" and one.what not in ("configuration", "seed")
     }
-    names = [what for run in compared.runs for what in run.circumstances if what in differing]
-    return [[what, *(str(run.circumstances.get(what))[:20] for run in compared.runs)] for what in dict.fromkeys(names)]
+    names = dict.fromkeys(what for one in all_of_them for what in one if what in differing)
+    return [[what, *(str(one.get(what))[:20] for one in all_of_them)] for what in names]
 
 
 def _table(first: str, runs: Sequence[Run]) -> Table:
@@ -411,7 +384,7 @@ def _cell(one: Difference | None) -> str:
 
 
 def to_json_record(compared: Compared, split: str) -> dict[str, Any]:
-    """All of it as plain values; NaN is undefined."""
+    """The comparison as plain values; NaN is undefined."""
     return {
         "split": split,
         "num_images": len(compared.runs[0].outputs.names),

@@ -1,8 +1,7 @@
-"""The one epoch loop, as ordinary PyTorch, for every way of running it; it meets the outside through a small
-``Session``.
+"""The one epoch loop, in ordinary PyTorch; a small ``Session`` connects it to Ray or to nothing.
 
 A resume needs only (epoch, step): every order and every random draw comes from (seed, epoch, step, rank). On a CPU an
-interrupted run and an undisturbed one therefore end with the same weights, bit for bit.
+interrupted run therefore ends with the same weights as an uninterrupted one, bit for bit.
 """
 
 from __future__ import annotations
@@ -27,19 +26,13 @@ from rafce_ray.data.loader import batch_remark, step_seed, tally
 from rafce_ray.faces.preprocess import preprocess
 from rafce_ray.metrics.counts import Counts, count_batch, summarise, with_score
 from rafce_ray.model.optim import learning_rate
-from rafce_ray.run.checkpoint import (
-    checkpoint_name,
-    clear_scratch,
-    list_checkpoints,
-    newest_valid,
-    prune,
-)
+from rafce_ray.run.checkpoint import checkpoint_name, clear_scratch, list_checkpoints, newest_valid, prune
 from rafce_ray.run.finish import finish
 from rafce_ray.run.state import NUM_LOSS_SUMS, Job, Session, Training, resolve_monitor, score_of
 
 PROGRESS_EVERY_S = 1.0
 REMOTE_PROGRESS_EVERY_S = 10.0
-"""On object storage every look at the progress is a request that a training step waits for."""
+"""On object storage, each write of the progress is a request that a training step waits for."""
 
 PROBE_IMAGES = 32
 """Train images on which the gradients of both tasks are compared."""
@@ -50,12 +43,12 @@ AfterEpoch = Callable[[Training, list[dict[str, Any]]], None]
 
 
 def fit(job: Job, session: Session, after_epoch: AfterEpoch | None = None) -> dict[str, Any] | None:
-    """Train until the epochs or the patience are spent, from the newest valid checkpoint if there is one.
+    """Train until the epochs or the patience are used up, from the newest valid checkpoint if there is one.
 
     Returns the run's result (status, bundle, best_epoch, weights_sha256, metrics) on rank 0, None on the others.
 
     Raises:
-        GateError: the data has nothing to train or to choose the best epoch by.
+        GateError: the data has nothing to train on or to choose the best epoch by.
     """
     training = Training(job, session)
     config, folder = training.config, training.folder
@@ -79,7 +72,7 @@ def fit(job: Job, session: Session, after_epoch: AfterEpoch | None = None) -> di
         record["validation"] = _evaluate(training, "validation", training.splits.validation)
         record["train_natural"] = _evaluate(training, "gap", training.splits.gap)
         training.progress.elapsed_s += time.perf_counter() - began
-        record["gap"] = _gap(record["train_natural"], record["validation"])
+        record["gap"] = {name: record["train_natural"][name] - record["validation"][name] for name in MAIN}
         score = score_of(record["validation"], monitor)
         _advance(training, score)
         if session.rank == 0 and (gradient := _probe_gradients(training)) is not None:
@@ -91,7 +84,7 @@ def fit(job: Job, session: Session, after_epoch: AfterEpoch | None = None) -> di
             "elapsed_s": training.progress.elapsed_s,
         }
         if session.rank == 0:
-            # Metrics first: a kill in between repeats the epoch from the checkpoint before, and its record is replaced.
+            # Metrics first: after a kill in between, the epoch is repeated and its record replaced.
             earlier = [one for one in folder.metrics() if one["epoch"] < record["epoch"]]
             folder.write_metrics([*earlier, record])
             began = time.perf_counter()
@@ -127,7 +120,7 @@ def _announce(training: Training, remark: str | None) -> None:
 
 
 def _resume(training: Training) -> None:
-    """Go on from the newest checkpoint that holds; every worker takes the one that rank 0 chose."""
+    """Continue from the newest valid checkpoint; every worker takes the one that rank 0 chose."""
     session, folder = training.session, training.folder
     chosen = None
     if session.rank == 0:
@@ -148,13 +141,13 @@ def _resume(training: Training) -> None:
 
 
 def train_epoch(training: Training, wrapped: nn.Module) -> dict[str, Any]:
-    """One epoch, or what is left of it, with ``wrapped`` (the objective as the session wrapped it).
+    """Train one epoch, or the rest of it, with ``wrapped`` (the objective as the session wrapped it).
 
-    Returns its record: the losses as means over its steps, the images that it used, images/s over all workers, share of
-    time spent waiting for data.
+    Returns its record: mean losses over its steps, the images used, images/s over all workers, share of time spent
+    waiting for data.
 
     Raises:
-        RafceError: the epoch did not use the images that it was to use, each as often as drawn.
+        RafceError: the epoch did not use each image as often as drawn.
     """
     config, progress, session, loader = training.config, training.progress, training.session, training.loader
     epoch, steps = progress.epoch, loader.steps_per_epoch
@@ -208,9 +201,7 @@ def train_epoch(training: Training, wrapped: nn.Module) -> dict[str, Any]:
 
 
 def _images_used(training: Training, used: torch.Tensor) -> dict[str, Any]:
-    """The number and checksum of the images of the epoch that has ended, ``used`` by all workers, whoever came and
-    went.
-    """
+    """The number and checksum of the images that all workers ``used`` in the epoch that ended."""
     epoch = training.progress.epoch
     drawn = tally(training.loader.order(epoch))
     if not torch.equal(used, drawn):
@@ -226,7 +217,7 @@ def _images_used(training: Training, used: torch.Tensor) -> dict[str, Any]:
 def _checkpoint_inside_epoch(
     training: Training, sums: torch.Tensor, used: torch.Tensor, clock: _Clock
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Save in mid-epoch. The sums and the tally of all workers move to rank 0, in a resumed run as in this one."""
+    """Save inside an epoch; rank 0 takes over the sums and the tally of all workers, as after a resume."""
     session = training.session
     everywhere, used_everywhere = session.sum(sums), session.sum(used)
     if session.rank == 0:
@@ -282,17 +273,11 @@ def _evaluate(training: Training, split: str, indices: np.ndarray) -> dict[str, 
     return with_score(summarise(counts, training.job.taxonomy), training.config.optim.score_au_share)
 
 
-def _gap(train: dict[str, Any], validation: dict[str, Any]) -> dict[str, float]:
-    """Train minus validation of each headline figure, both in evaluation mode on natural images."""
-    return {name: train[name] - validation[name] for name in MAIN}
-
-
 def _probe_gradients(training: Training) -> dict[str, float] | None:
-    """How both tasks pull at the trunk: norms of their unweighted gradients and the cosine between them; None for one
-    task alone.
+    """Norms of both tasks' unweighted gradients at the trunk, and their cosine; None for one task alone.
 
-    On the same few natural train images every epoch, in evaluation mode: nothing random is drawn and no statistics
-    move, so training is as it would be without the probe.
+    They are measured on the same few natural train images every epoch, in evaluation mode: no random number is drawn
+    and no statistics change, so the probe does not affect training.
     """
     parameters = [one for one in training.model.trunk.parameters() if one.requires_grad]
     taxonomy = training.job.taxonomy

@@ -1,4 +1,4 @@
-"""Trains a run again from its folder alone and compares all figures with the original's."""
+"""Trains a run again from its folder alone, and compares all figures with the original's."""
 
 from __future__ import annotations
 
@@ -30,19 +30,21 @@ from rafce_ray.run.compare import (
 from rafce_ray.run.folder import TRIALS, RunFolder
 
 TOLERANCES = {"cpu": 1e-6, "cuda": 1e-2}
-"""Difference up to which figures count as equal, by device: a GPU's kernels add up in another order each time, and
-training lets such differences grow."""
+"""Difference up to which figures count as equal, by device.
+
+A GPU's kernels add up in another order each time, and such differences grow in training."""
 
 MAY_MOVE = ("data.root", "data.images", "data.store_dir")
-"""Keys that a replay may set: the same data may lie elsewhere, which their fingerprint tells."""
+"""Keys that a replay may set: the same data may be elsewhere, and their fingerprint shows it."""
 
 SHOWN_DIFFERENCES = 10
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be trained again: the configuration that trained the original, the replay's, and what is known before
-    it runs.
+    """A replay before it runs: the original's configuration as trained, the replay's, and the circumstances of both.
+
+    ``edited``: keys of the stored configuration that were changed after training, with both values.
     """
 
     trained: Config
@@ -53,16 +55,15 @@ class Plan:
 
     @property
     def data_changed(self) -> bool:
-        """Whether the data are not those that the original was trained on."""
+        """Whether the original was trained on other data."""
         return any(one.what == "data fingerprint" and one.verdict == "differs" for one in self.before)
 
 
 def plan_replay(original: RunFolder, overrides: Sequence[str] = ()) -> Plan:
-    """Read what trained a finished run, prepare its data, and compare what can be compared before training.
+    """Read the configuration of a finished run, prepare its data, and compare the circumstances before training.
 
     Raises:
-        UsageError: an override is not one of MAY_MOVE, the run took over another's weights, or the data are not where
-            the run had them.
+        UsageError: an override is not one of MAY_MOVE, the run took over another's weights, or the data have moved.
         GateError: the data may not be trained on any more.
     """
     if wrong := [text for text in overrides if text.partition("=")[0].strip() not in MAY_MOVE]:
@@ -73,7 +74,7 @@ def plan_replay(original: RunFolder, overrides: Sequence[str] = ()) -> Plan:
     values = apply_overrides(trained.model_dump(mode="json"), overrides)
     if known["threads"] and known["threads"].isdigit():
         values["run"]["cpus_per_worker"] = int(known["threads"])
-    # A range of workers is trained again by as many as there were at most: their coming and going is not repeated.
+    # A range of workers is replayed with the most that there were: changes of their number are not repeated.
     num_workers = max(int(number) for number in re.findall(r"\d+", str(known["workers"])))
     values["run"]["num_workers"] = num_workers
     if known["device"] in ("cpu", "cuda"):
@@ -103,30 +104,27 @@ def plan_replay(original: RunFolder, overrides: Sequence[str] = ()) -> Plan:
 
 
 def _refuse_unrepeatable(original: RunFolder) -> None:
-    """UsageError for a trial that was stopped early or whose weights come from another trial: its configuration does
-    not repeat it.
-    """
-    result = original.result() or {}
+    """UsageError for a trial that was stopped early or that took over the weights of another trial."""
+    result, place = original.result() or {}, original.location
+    command = f"rafce train --config {(place / 'config.yaml').command} run.name=NAME run.storage=FOLDER"
     if result.get("status") in ("stopped_by_scheduler", "failed"):
         raise UsageError(
-            f"{original.location} did not come to its own end ({result['status'].replace('_', ' ')} after "
-            f"{result['epochs']} epochs), so there are no final figures to repeat. To train its configuration to the "
-            f"end: rafce train --config {(original.location / 'config.yaml').command} run.name=NAME run.storage=FOLDER"
+            f"{place} did not come to its own end ({result['status'].replace('_', ' ')} after {result['epochs']} "
+            f"epochs), so there are no final figures to repeat. To train its configuration to the end: {command}"
         )
     # Population-based training is gone, but its trials are still on disk.
     if any(event["event"] == "adopted" for event in original.events()):
         raise UsageError(
-            f"{original.location} is a trial of population-based training and took over the weights of another trial. "
-            "Its configuration does not give the same figures. To train its last values from scratch: rafce train "
-            f"--config {(original.location / 'config.yaml').command} run.name=NAME run.storage=FOLDER"
+            f"{place} is a trial of population-based training and took over the weights of another trial. Its "
+            f"configuration does not give the same figures. To train its last values from scratch: {command}"
         )
 
 
 def _place_beside(location: Location) -> tuple[str, str]:
-    """Storage and name of a replay: beside its run; that of a trial in ``replays`` beside ``trials``, whose readers
-    must not count it.
+    """Storage and name of a replay: next to its run; for a trial in ``replays`` next to ``trials``.
 
-    The first name that is free, or whose replay was interrupted and goes on.
+    Readers of ``trials`` do not count it. The name is the first that is free, or whose replay was
+    interrupted and continues.
     """
     storage = location.parent
     if storage.name == TRIALS:
@@ -138,7 +136,7 @@ def _place_beside(location: Location) -> tuple[str, str]:
 
 
 def compare_runs(original: RunFolder, replay: RunFolder, tolerance: float | None) -> tuple[Comparison, bool | None]:
-    """All figures of two finished runs, and whether their weights are the same, bit for bit (None: one has none)."""
+    """All figures of two finished runs, and whether their weights are identical (None: one has none)."""
     if tolerance is None:
         on_gpu = any("cuda" in str(circumstances_of(folder)["device"]) for folder in (original, replay))
         tolerance = TOLERANCES["cuda" if on_gpu else "cpu"]
@@ -153,9 +151,7 @@ def _records(folder: RunFolder) -> Records:
 
 
 def data_changes(original: RunFolder, plan: Plan) -> str:
-    """What is known of a change of the data: the fingerprint tells that there is one, the audits' counts may tell
-    which.
-    """
+    """Describes a change of the data: the fingerprint shows that there is one, the audits' counts may show which."""
     before: Records = {None: original.audit() or {}}
     now: Records = {None: json.loads(to_json(plan.prepared.audit.to_json()))}
     changed = [one for one in compare_figures(before, now, 0.0).beyond if isinstance(one.original, int | float)]
@@ -170,7 +166,7 @@ def data_changes(original: RunFolder, plan: Plan) -> str:
 
 
 def circumstances_table(circumstances: Sequence[Circumstance]) -> Table:
-    """Every circumstance; what is the same has one value."""
+    """Every circumstance as a table row; one that is the same has one value."""
     table = Table(box=None, padding=(0, 2, 0, 0))
     for name in ("circumstance", "original", "now", ""):
         table.add_column(name, overflow="fold")

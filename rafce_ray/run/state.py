@@ -1,16 +1,14 @@
-"""A run's state: the network, its optimizer, its data and how far it has come; building it, saving it, taking it up
-again.
-"""
+"""The state of a run: its network, optimizer, data and progress, and how it is built, saved and restored."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
-from pathlib import Path
+from functools import cached_property, partial
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from rafce_ray.base.errors import GateError
@@ -18,12 +16,12 @@ from rafce_ray.base.figures import FIGURES, monitor_for
 from rafce_ray.base.hardware import resolve_precision
 from rafce_ray.base.taxonomy import Taxonomy
 from rafce_ray.bundle.bundle import read_weights, save_bundle
-from rafce_ray.config import Config, LossConfig, build_config
+from rafce_ray.config import Config, build_config
 from rafce_ray.data.audit import audit_command
 from rafce_ray.data.loader import Batch, Dataset, ImageSource, TrainLoader, check_shares, open_dataset
 from rafce_ray.faces.preprocess import Preprocessing, build_augmentation, resize_and_normalise, to_unit
 from rafce_ray.metrics.calibration import Calibration
-from rafce_ray.model.losses import MultiTaskLoss, Objective, build_loss, class_weights
+from rafce_ray.model.losses import Objective, build_loss, class_weights
 from rafce_ray.model.network import (
     build_architecture,
     build_model,
@@ -38,9 +36,7 @@ from rafce_ray.run.folder import RunFolder
 
 @dataclass(frozen=True)
 class Job:
-    """All that a worker needs: the configuration, the decoded store, the resolved taxonomy, the run folder, where it
-    came from.
-    """
+    """All that a worker needs: configuration, decoded store, resolved taxonomy, run folder and provenance."""
 
     config: Config
     store: str
@@ -49,27 +45,14 @@ class Job:
     provenance: dict[str, Any]
 
     def to_plain(self) -> dict[str, Any]:
-        """As plain JSON values: what Ray Train carries to the workers and shows on its dashboard."""
-        return {
-            "config": self.config.model_dump(mode="json"),
-            "store": self.store,
-            "taxonomy": asdict(self.taxonomy),
-            "run_dir": self.run_dir,
-            "provenance": self.provenance,
-        }
+        """As plain JSON values, which Ray Train carries to the workers and shows on its dashboard."""
+        return {**vars(self), "config": self.config.model_dump(mode="json"), "taxonomy": asdict(self.taxonomy)}
 
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> Job:
         """The job that :meth:`to_plain` wrote."""
-        taxonomy = plain["taxonomy"]
-        components = tuple(None if pair is None else (pair[0], pair[1]) for pair in taxonomy["components"])
-        return cls(
-            config=build_config(plain["config"]),
-            store=plain["store"],
-            taxonomy=Taxonomy(tuple(taxonomy["emotions"]), components, tuple(taxonomy["action_units"])),
-            run_dir=plain["run_dir"],
-            provenance=plain["provenance"],
-        )
+        taxonomy = TypeAdapter(Taxonomy).validate_python(plain["taxonomy"])
+        return cls(**plain | {"config": build_config(plain["config"]), "taxonomy": taxonomy})
 
 
 class Session(Protocol):
@@ -95,11 +78,11 @@ class Session(Protocol):
         """Called after every step: a worker that stops calling it counts as hung."""
 
     def report(self, record: dict[str, Any]) -> None:
-        """One finished epoch; plain floats, ints, strings and None only."""
+        """Publish one finished epoch; plain floats, ints, strings and None only."""
 
 
 class LocalSession:
-    """The loop in this process alone: tests, benchmarks, machines without Ray."""
+    """A session of this process alone: for tests, benchmarks and machines without Ray."""
 
     rank = 0
     num_workers = 1
@@ -132,14 +115,14 @@ class LocalSession:
 
 
 NUM_LOSS_SUMS = 5
-"""What is summed over an epoch's steps: loss in all, of emotions, action units and votes, and the gradient norm."""
+"""Sums over an epoch's steps: total loss, the losses of emotions, action units and votes, and the gradient norm."""
 
 
 @dataclass
 class Progress:
-    """How far a run has come: ``epoch`` whole epochs, ``step`` steps of the next; what early stopping needs.
+    """The progress of a run: ``epoch`` whole epochs, ``step`` steps of the next; and what early stopping needs.
 
-    ``loss_sums`` and ``images_used`` (a tally) are of all workers' steps of the epoch that is begun.
+    ``loss_sums`` and ``images_used`` (a tally) are of all workers' steps of the unfinished epoch.
     """
 
     epoch: int = 0
@@ -154,11 +137,10 @@ class Progress:
 
 @dataclass(frozen=True)
 class Splits:
-    """Rows of the dataset: all that is trained on, all of validation, and the natural train images that measure the
-    gap.
+    """Rows of the dataset (int64): all train rows, all validation rows, and the train rows that measure the gap.
 
     The gap's images keep the labels that training sees: where ``data.evaluation_null_policy`` reads null otherwise, the
-    gap of AU figures holds that difference too.
+    gap of AU figures includes that difference.
     """
 
     train: np.ndarray
@@ -167,7 +149,7 @@ class Splits:
 
 
 class Training:
-    """Everything of a run that outlives a step. Build it on every worker; only rank 0 writes."""
+    """All of a run that outlives a step; every worker builds it, and only rank 0 writes."""
 
     def __init__(self, job: Job, session: Session) -> None:
         config = job.config
@@ -187,19 +169,30 @@ class Training:
         self.weights_report = load_backbone_weights(self.model, config.model.weights)
         if config.model.freeze_backbone:
             freeze_backbone(self.model)
-        known = self.dataset.targets.action_units[self.splits.train]
-        initialise_au_bias(self.model, _prevalence(known))
-        weights = _class_weights(config.loss, self.dataset, self.splits.train)
-        self.objective = Objective(
-            self.model, _loss(config.loss, self.dataset, self.splits.train, weights), num_workers=session.num_workers
-        ).to(session.device)
+        targets, train = self.dataset.targets, self.splits.train
+        emotion, action_units = targets.emotion[train], targets.action_units[train]
+        positives, negatives = (action_units == 1).sum(axis=0), (action_units == 0).sum(axis=0)
+        with np.errstate(invalid="ignore"):
+            initialise_au_bias(self.model, positives / (~np.isnan(action_units)).sum(axis=0))
+        counts, weights = np.bincount(emotion[emotion >= 0], minlength=job.taxonomy.num_emotions), None
+        if config.loss.imbalance == "class_weights" and job.taxonomy.num_emotions:
+            weights = class_weights(counts, config.loss.class_weight_beta)
+        loss = build_loss(
+            config.loss,
+            job.taxonomy,
+            class_counts=counts,
+            class_weights=weights,
+            au_positives=positives,
+            au_negatives=negatives,
+        )
+        self.objective = Objective(self.model, loss, num_workers=session.num_workers).to(session.device)
         if config.run.channels_last:
             self.model.to(memory_format=torch.channels_last)
         self.ema = build_ema(self.model, config.optim.ema_decay)
         self.optimizer = build_optimizer(
             self.objective, config.optim.optimizer, lr=config.optim.lr, weight_decay=config.optim.weight_decay
         )
-        # A run that may grow must not find out hours later that it cannot.
+        # A run that may grow must fail now if it cannot, not hours later.
         check_shares(len(self.splits.train), config.optim.batch_size, config.run.most_workers)
         self.loader = TrainLoader(
             self.dataset,
@@ -217,30 +210,30 @@ class Training:
 
     @cached_property
     def audit(self) -> dict[str, Any] | None:
-        """What was found in the labels before training."""
+        """The findings in the labels before training."""
         return self.folder.audit()
 
     @cached_property
     def targets(self) -> dict[str, Any]:
-        """What training sees, by split."""
+        """The targets that training sees, by split."""
         return describe_targets(self.dataset, self.splits)
 
     @property
     def evaluated_model(self) -> nn.Module:
-        """The network whose figures are reported and which goes into bundles: the averaged one where there is one."""
+        """The network that is evaluated and goes into bundles: the averaged one where there is one."""
         return self.model if self.ema is None else self.ema.module
 
     def prepare(self, stored: Batch) -> Batch:
-        """A batch of stored images augmented, resized and normalised on its device."""
+        """A batch of stored images (B, S, S, 3) uint8, augmented, resized and normalised to (B, 3, P, P) float32."""
         images = resize_and_normalise(self.augment(to_unit(stored.images)), self.preprocessing)
         return stored._replace(images=self.in_memory_format(images))
 
     def in_memory_format(self, images: Tensor) -> Tensor:
-        """Images in the memory format of the network."""
+        """Images (B, 3, P, P) float32 in the memory format of the network."""
         return images.contiguous(memory_format=torch.channels_last) if self.config.run.channels_last else images
 
     def images_of(self, split: str, indices: np.ndarray) -> ImageSource:
-        """The stored images of an evaluation split; made once, so that they may stay on the device."""
+        """The stored images (N, S, S, 3) uint8 of a split, cached so that they may stay on the device."""
         if split not in self._evaluation_images:
             self._evaluation_images[split] = ImageSource(self.dataset, indices, self.session.device)
         return self._evaluation_images[split]
@@ -255,7 +248,7 @@ class Training:
         return loss.au_weight * min(1.0, (epoch - loss.au_start_epoch + 1) / loss.au_ramp_epochs)
 
     def save(self, metrics: dict[str, Any], score: float | None) -> Checkpoint:
-        """Write a checkpoint of where the run is; rank 0 only."""
+        """Write a checkpoint of the current state; rank 0 only."""
         state: dict[str, Any] = {
             "optimizer": self.optimizer.state_dict(),
             "loss": self.objective.loss.state_dict(),
@@ -265,38 +258,29 @@ class Training:
             # The bundle holds the averaged weights, so the raw ones go here.
             state["ema"] = {"num_averaged": self.ema.n_averaged.clone(), "raw_model": self.model.state_dict()}
 
-        def save_weights(folder: Path) -> None:
-            save_bundle(
-                folder,
-                model=self.evaluated_model,
-                architecture=self.architecture,
-                taxonomy=self.job.taxonomy,
-                preprocessing=self.preprocessing,
-                calibration=Calibration.uncalibrated(self.job.taxonomy.num_action_units),
-                metrics=metrics,
-                provenance=self.job.provenance,
-                # It would cost a copy of the model an epoch; the run's own bundle gets one at the end.
-                with_canary=False,
-            )
-
-        progress = self.progress
-        return save_checkpoint(
-            self.folder.checkpoints,
-            epoch=progress.epoch,
-            step=progress.step,
-            score=score,
-            state=state,
-            save_bundle=save_weights,
+        # A canary costs a copy of the model per epoch; the run's own bundle gets one at the end.
+        save_weights = partial(
+            save_bundle,
+            model=self.evaluated_model,
+            architecture=self.architecture,
+            taxonomy=self.job.taxonomy,
+            preprocessing=self.preprocessing,
+            calibration=Calibration.uncalibrated(self.job.taxonomy.num_action_units),
+            metrics=metrics,
+            provenance=self.job.provenance,
+            with_canary=False,
         )
+        place, epoch, step = self.folder.checkpoints, self.progress.epoch, self.progress.step
+        return save_checkpoint(place, epoch=epoch, step=step, score=score, state=state, save_bundle=save_weights)
 
     def tell_invalid(self, invalid: list[InvalidCheckpoint]) -> None:
-        """Put checkpoints that cannot be used on record."""
+        """Record an event for each checkpoint that cannot be used."""
         for one in invalid:
             message = f"checkpoint {one.name} cannot be used: {one.reason}"
             self.folder.add_event("invalid_checkpoint", message=message, checkpoint=one.name)
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Take the run up where a valid checkpoint left it."""
+        """Load the state of a valid checkpoint."""
         state = read_trainer_state(checkpoint)
         with local_bundle(checkpoint) as bundle:
             weights = read_weights(bundle)
@@ -313,10 +297,10 @@ class Training:
 
 
 def open_for_training(job: Job) -> Dataset:
-    """The job's dataset: train rows as training sees them, the others as they are measured
-    (``data.evaluation_null_policy``).
+    """The job's dataset: train rows as training sees them, the others as they are measured.
 
-    With ``data.action_unit_targets=all_zero`` no known AU of the train split is present, as the seed had it.
+    Null is read by ``data.null_policy`` in train and by ``data.evaluation_null_policy`` in the other splits.
+    With ``data.action_unit_targets=all_zero`` no known AU of the train split is present, as in the seed.
     """
     data = job.config.data
     dataset = open_dataset(job.store, job.taxonomy, data.null_policy, data.null_policy_in_evaluation)
@@ -328,10 +312,9 @@ def open_for_training(job: Job) -> Dataset:
 
 
 def describe_targets(dataset: Dataset, splits: Splits) -> dict[str, Any]:
-    """Per split, what training sees: ``num_images``, images per class, known elements and positives per action unit (by
-    code).
+    """Per split: ``num_images``, images per class, and known elements and positives per action unit (by code).
 
-    Those of validation and test are what the model is measured on.
+    Train has the targets that training sees, validation and test those that the model is measured on.
     """
     described = {}
     rows = {"train": splits.train, "validation": splits.validation, "test": dataset.indices("test")}
@@ -351,7 +334,7 @@ def describe_targets(dataset: Dataset, splits: Splits) -> dict[str, Any]:
 
 
 def choose_splits(dataset: Dataset, config: Config) -> Splits:
-    """The rows that a run uses. GateError where train or validation has none."""
+    """The rows that a run uses; GateError where train or validation has none."""
     train = dataset.indices("train")
     if config.data.drop_null_rows:
         train = train[~dataset.targets.null_row[train]]
@@ -369,8 +352,7 @@ def choose_splits(dataset: Dataset, config: Config) -> Splits:
 
 
 def resolve_monitor(config: Config, dataset: Dataset) -> tuple[str, str | None]:
-    """The metric that chooses the best epoch, and a remark where it is not the configured one because that task is not
-    trained.
+    """The metric that chooses the best epoch, and a remark where the configured one has no trained task.
 
     Raises:
         GateError: the metric is undefined on this validation split.
@@ -380,50 +362,16 @@ def resolve_monitor(config: Config, dataset: Dataset) -> tuple[str, str | None]:
     if monitor != wanted:
         task = "emotions" if FIGURES[wanted].task == "emotion" else "action units"
         remark = f"optim.monitor={wanted} needs {task}, which this dataset does not have: monitoring {monitor}"
-    validation = dataset.indices("validation")
-    targets = dataset.targets
+    validation, targets, lack = dataset.indices("validation"), dataset.targets, ""
     if FIGURES[monitor].task == "emotion" and not (targets.emotion[validation] >= 0).any():
-        raise GateError(
-            f"optim.monitor={monitor} is undefined: no validation image has an emotion label. Label some, or monitor "
-            "au_f1_mean."
-        )
+        lack = "an emotion label. Label some, or monitor au_f1_mean."
     if FIGURES[monitor].task == "action_units" and not (targets.action_units[validation] == 1).any():
-        raise GateError(
-            f"optim.monitor={monitor} is undefined: no validation image has a positive action unit. Label some, or "
-            "monitor macro_f1."
-        )
+        lack = "a positive action unit. Label some, or monitor macro_f1."
+    if lack:
+        raise GateError(f"optim.monitor={monitor} is undefined: no validation image has {lack}")
     return monitor, remark
 
 
 def score_of(metrics: dict[str, Any], monitor: str) -> float:
     """The monitored metric with its sign set so that higher is better."""
     return FIGURES[monitor].direction * float(metrics[monitor])
-
-
-def _prevalence(action_units: np.ndarray) -> np.ndarray:
-    known = (~np.isnan(action_units)).sum(axis=0)
-    positives = (action_units == 1).sum(axis=0)
-    return np.where(known > 0, positives / np.maximum(known, 1), np.nan)
-
-
-def _class_counts(dataset: Dataset, train: np.ndarray) -> np.ndarray:
-    emotion = dataset.targets.emotion[train]
-    return np.bincount(emotion[emotion >= 0], minlength=dataset.taxonomy.num_emotions)
-
-
-def _class_weights(loss: LossConfig, dataset: Dataset, train: np.ndarray) -> np.ndarray | None:
-    if loss.imbalance != "class_weights" or dataset.taxonomy.num_emotions == 0:
-        return None
-    return class_weights(_class_counts(dataset, train), loss.class_weight_beta)
-
-
-def _loss(loss: LossConfig, dataset: Dataset, train: np.ndarray, weights: np.ndarray | None) -> MultiTaskLoss:
-    action_units = dataset.targets.action_units[train]
-    return build_loss(
-        loss,
-        dataset.taxonomy,
-        class_counts=_class_counts(dataset, train),
-        class_weights=weights,
-        au_positives=(action_units == 1).sum(axis=0),
-        au_negatives=(action_units == 0).sum(axis=0),
-    )
