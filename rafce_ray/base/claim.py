@@ -81,13 +81,11 @@ def claimed(folder: Location, kind: Kind, *, key: str) -> Iterator[None]:
 
 @contextmanager
 def held(folder: Location, *, patience_s: float = 0.0) -> Iterator[Callable[[], None]]:
-    """Hold the folder, whatever it is, while the block lasts; yields a check to call before a write that must not be
-    late.
+    """Hold the folder, of any kind, while the block lasts; yields a check to call before a write that must not be late.
 
     Raises:
         UsageError: another program works in it. With ``patience_s``, RafceError after waiting that long for it.
-        RafceError (from the check): another program may have taken the folder, since the storage did not answer for
-            long.
+        RafceError (from the check): the storage was silent for so long that another program may have taken the folder.
     """
     own = folder / f".claim-{uuid.uuid4().hex}.json"
     me = {"host": socket.gethostname(), "machine": _machine(), "pid": os.getpid(), "started": _start_of(os.getpid())}
@@ -160,10 +158,14 @@ def check_kind(folder: Location, kind: Kind, *, key: str) -> None:
     )
 
 
+def _written(folder: Location) -> dict[str, int | None]:
+    """The claims in a folder, with the time of their last write, ns."""
+    return {info.base_name: info.mtime_ns for info in folder.list() if _CLAIM.fullmatch(info.base_name)}
+
+
 def check_unclaimed(folder: Location) -> None:
     """UsageError where a program that may be alive holds the folder."""
-    written = {info.base_name: info.mtime_ns for info in folder.list() if _CLAIM.fullmatch(info.base_name)}
-    others = [_read(folder / name, time.time_ns(), mtime_ns) for name, mtime_ns in written.items()]
+    others = [_read(folder / name, time.time_ns(), mtime_ns) for name, mtime_ns in _written(folder).items()]
     holder = next((one for one in others if one is not None and one.seconds_left is not None), None)
     if holder is not None:
         raise UsageError(holder.refusal(folder))
@@ -224,9 +226,7 @@ class _Claim:
 
 
 def _take(own: Location, write: Callable[..., None], patience_s: float) -> None:
-    """Write the claim and hold it once it is the only one; an error where another program holds the folder for too
-    long.
-    """
+    """Write the claim, and hold it once it is the only one; an error if another program keeps the folder."""
     give_up = time.monotonic() + patience_s
     for number in count(1):
         write(holds=False)
@@ -245,7 +245,7 @@ def _take(own: Location, write: Callable[..., None], patience_s: float) -> None:
 
 def _others(own: Location) -> list[_Claim]:
     """Claims of programs that may be alive; those of dead ones are removed."""
-    written = {info.base_name: info.mtime_ns for info in own.parent.list() if _CLAIM.fullmatch(info.base_name)}
+    written = _written(own.parent)
     # Both times are the storage's: clocks of machines differ.
     now_ns = written.pop(own.name, None) or time.time_ns()
     alive = []

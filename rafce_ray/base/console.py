@@ -1,6 +1,4 @@
-"""What every command shares at the terminal: standard error for people, exit codes, progress bars, plain when not a
-terminal.
-"""
+"""Terminal output of all commands: messages on standard error, exit codes, JSON and progress bars."""
 
 from __future__ import annotations
 
@@ -52,16 +50,10 @@ LEVEL_STYLES: dict[Level, str] = {
 }
 """How a finding's level is printed; the level is a word, colour only repeats it."""
 
-_OF_A_PLACE = (
-    errno.EACCES,
-    errno.EISDIR,
-    errno.ELOOP,
-    errno.ENAMETOOLONG,
-    errno.ENOTDIR,
-    errno.EPERM,
-    errno.EROFS,
-)
-"""What the system says of a place that a person named, or that lies below one, and that cannot be used as it is."""
+_OF_A_PLACE = {
+    getattr(errno, name) for name in ("EACCES", "EISDIR", "ELOOP", "ENAMETOOLONG", "ENOTDIR", "EPERM", "EROFS")
+}
+"""Errors of a place that a person named and that cannot be used as it is."""
 
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -96,9 +88,7 @@ MOST_COLUMNS = 10_000
 
 
 def run_main(main: Callable[[list[str]], int], argv: list[str] | None) -> int:
-    """Run a command's body and turn its errors into messages and exit codes: 0 done, 1 failed, 2 usage, 3 a gate said
-    no.
-    """
+    """Run a command and turn its errors into messages and exit codes: 0 done, 1 failed, 2 usage, 3 failed a gate."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     if os.environ.get("COLUMNS", "").isdigit() and int(os.environ["COLUMNS"]) > MOST_COLUMNS:
         os.environ["COLUMNS"] = str(MOST_COLUMNS)
@@ -116,17 +106,14 @@ def run_main(main: Callable[[list[str]], int], argv: list[str] | None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        return _failed(
-            _of_the_system(error), UsageError.exit_code if error.errno in _OF_A_PLACE else RafceError.exit_code
-        )
+        kind = UsageError if error.errno in _OF_A_PLACE else RafceError
+        return _failed(_of_the_system(error), kind.exit_code)
     except UnicodeEncodeError as error:
         # So Python shows bytes of names that are not UTF-8.
         if not any("\udc80" <= letter <= "\udcff" for letter in error.object):
             raise
-        place = printable(error.object)
-        return _failed(
-            f"{place}: its name is not UTF-8. Give a place whose name is, or rename it.", UsageError.exit_code
-        )
+        text = f"{printable(error.object)}: its name is not UTF-8. Give a place whose name is, or rename it."
+        return _failed(text, UsageError.exit_code)
     except KeyboardInterrupt:
         say("stopped.")
         return 130
@@ -140,10 +127,7 @@ def _failed(text: str, exit_code: int) -> int:
 
 @contextmanager
 def handled_signals(handler: Callable[[int, Any], None], numbers: Iterable[int]) -> Iterator[None]:
-    """``handler`` takes these signals while the block lasts.
-
-    ValueError outside of the main thread, if there are any.
-    """
+    """``handler`` takes these signals while the block lasts; ValueError outside of the main thread."""
     before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
@@ -153,7 +137,7 @@ def handled_signals(handler: Callable[[int, Any], None], numbers: Iterable[int])
 
 
 def _of_the_system(error: OSError) -> str:
-    """What the operating system refused, of which place, and what helps."""
+    """The operating system's reason, the place, and a remedy."""
     place = f"{error.filename}: " if error.filename is not None else ""
     # Pyarrow's own words name the place.
     reason = (error.strerror or str(error)).strip().splitlines()[0].rstrip(".")
@@ -207,12 +191,9 @@ RATE_KNOWN_S = 1.0
 
 @contextmanager
 def progress_bar(description: str, total: int | None, *, rate_over_s: float = 30.0) -> Iterator[Callable[[int], None]]:
-    """A bar with count, rate and time left; yields ``advance(n)``.
+    """A bar with count, rate and time left; yields ``advance(n)``. Outside of a terminal it prints a line per tenth.
 
-    Where standard error is no terminal: one line at the end of each tenth.
-
-    The bar's rate is that of the last ``rate_over_s`` seconds, in which ``advance`` should have been called several
-    times.
+    The bar's rate is that of the last ``rate_over_s`` seconds, in which ``advance`` should be called several times.
     """
     if not _console().is_terminal:
         yield _plain_progress(description, total)

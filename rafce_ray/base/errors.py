@@ -62,10 +62,9 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found in data, in an image file or in a run: how much it matters, what was seen, and the remedy.
+    """A problem in data, in an image file or in a run: its level, the observation and the remedy.
 
-    ``code`` names the kind and never changes. ``count`` says how often it was seen, ``evidence`` holds the first
-    places.
+    ``code`` names the kind and never changes. ``count``: how often it was seen; ``evidence``: the first places.
     """
 
     level: Level
@@ -76,15 +75,8 @@ class Finding:
     evidence: tuple[Evidence, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, as ``audit.json`` has them."""
-        return {
-            "level": self.level,
-            "code": self.code,
-            "message": self.message,
-            "remedy": self.remedy,
-            "count": self.count,
-            "evidence": [asdict(item) for item in self.evidence],
-        }
+        """Plain values, as in ``audit.json``."""
+        return {**asdict(self), "evidence": [asdict(item) for item in self.evidence]}
 
 
 def did_you_mean(wanted: str, known: Sequence[str]) -> str:

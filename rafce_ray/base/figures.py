@@ -1,4 +1,4 @@
-"""The table of every figure that a model is measured by: its title, its task, its direction and what it is made of.
+"""The table of every figure that measures a model: its title, task, direction and source.
 
 Everything that lists, names, compares or chooses by figures reads :data:`FIGURES`. This module imports no numerics, so
 that a configuration can be checked quickly. The formulas are in :mod:`rafce_ray.metrics.counts`.
@@ -86,9 +86,7 @@ SCORED = ("macro_f1_supported", "au_f1_mean")
 
 
 def monitor_for(wanted: str, *, emotions: bool, action_units: bool) -> str:
-    """The figure that chooses where these tasks are trained: the one that is wanted, or one of the task that is
-    there.
-    """
+    """The figure to monitor where only these tasks are trained: ``wanted``, or one of a task that is trained."""
     if FIGURES[wanted].task == "emotion" and not emotions:
         return "au_f1_mean"
     return "macro_f1" if FIGURES[wanted].task == "action_units" and not action_units else wanted

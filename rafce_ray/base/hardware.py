@@ -1,4 +1,4 @@
-"""What the machine can do: the device, bf16, and what of it goes into a run's provenance."""
+"""Describes the machine: its devices, bf16 support, and the hardware and software that a run's provenance records."""
 
 from __future__ import annotations
 
@@ -21,13 +21,11 @@ def choose_device(wanted: str = "auto") -> torch.device:
         UsageError: no such device is here.
     """
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    has_mps = torch.backends.mps.is_available()
-    here = [
-        "cpu",
-        *(["cuda"] if num_gpus else []),
-        *(f"cuda:{i}" for i in range(num_gpus)),
-        *(["mps"] if has_mps else []),
-    ]
+    here = ["cpu"]
+    if num_gpus:
+        here += ["cuda", *(f"cuda:{number}" for number in range(num_gpus))]
+    if torch.backends.mps.is_available():
+        here.append("mps")
     if wanted == "auto":
         return torch.device("cuda" if num_gpus else "cpu")
     if wanted not in here:
@@ -52,16 +50,14 @@ def resolve_precision(wanted: str, device: torch.device) -> str:
 
 def describe_hardware(device: torch.device) -> dict[str, Any]:
     """Name of the processor or GPU, and what numbers may depend on."""
-    name = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else str(torch.cpu.get_capabilities().get("cpu_name"))
-    )
+    name = str(torch.cpu.get_capabilities().get("cpu_name"))
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
     return {"device": device.type, "name": name, "threads": torch.get_num_threads()}
 
 
 def describe_software() -> dict[str, Any]:
-    """Versions that numbers may depend on, and the git commit of the code where it is a checkout."""
+    """Versions that numbers may depend on, and the git commit of the code if it is a checkout."""
     versions = {}
     for package in (
         "rafce_ray",

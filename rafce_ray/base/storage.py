@@ -28,7 +28,7 @@ from rafce_ray.base.errors import DamagedFile, RafceError, UsageError
 log = logging.getLogger(__name__)
 
 PAUSES_S = (1.0, 2.0, 4.0, 8.0)
-"""Seconds between two tries; with pyarrow's own, an outage of about 45 s is waited for."""
+"""Seconds between two tries; together with pyarrow's own retries they bridge an outage of about 45 s."""
 
 _UNREACHABLE = re.compile(r"NETWORK_CONNECTION|curlCode|Could ?n.t resolve host|\bUNAVAILABLE\b")
 _MAY_PASS = re.compile(
@@ -48,14 +48,11 @@ _OTHER_REGION = re.compile("configured region|PERMANENT_REDIRECT|HTTP status 301
 _CLOCK = re.compile("REQUEST_TIME_TOO_SKEWED")
 
 _has_answered: set[str] = set()
-"""Stores that this process has had an answer of: only then is silence an outage, and not a wrong address."""
+"""Stores that have answered this process: silence of any other store may mean a wrong address, not an outage."""
 
 
 class StorageError(RafceError, OSError):
-    """An object store did not do what it was asked; the message names the place, what was found and the remedy.
-
-    ``why`` is the message without the place.
-    """
+    """An object store failed; the message names the place, the problem and the remedy, ``why`` leaves out the place."""
 
     def __init__(self, message: str, why: str = "", may_pass: bool = False) -> None:
         super().__init__(message)
@@ -63,9 +60,9 @@ class StorageError(RafceError, OSError):
 
 
 def ask(uri: str, request: Callable[[], Answer], *, patient: bool = True) -> Answer:
-    """What ``request`` returns, which must do no harm when it is done twice; ``patient``: try again what may pass.
+    """The result of ``request``, which must be safe to repeat; ``patient``: retry after failures that may pass.
 
-    A store that has never answered this process is not waited for: its address may be wrong.
+    A store that has never answered this process is not retried: its address may be wrong.
 
     Raises:
         FileNotFoundError: as ``request`` raises it.
@@ -137,7 +134,7 @@ def _what(error: OSError) -> str:
 
 
 def _credentials(scheme: str) -> str:
-    """Which credentials were used, and how to give others. No secret is told, and of a key's name its beginning."""
+    """Which credentials were used, and how to give others; of a key it shows the first four characters."""
     if scheme != "s3":
         found = os.environ.get("GOOGLE_APPLICATION_CREDENTIALS")
         used = (
@@ -167,7 +164,7 @@ def _credentials(scheme: str) -> str:
 
 
 def _address(scheme: str, uri: str) -> str:
-    """Where was asked, and where that is said."""
+    """Where the store's address is set."""
     if "endpoint_override=" in uri:
         return "Check endpoint_override and scheme in the URI, and the network."
     variable = next((name for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL") if os.environ.get(name)), None)
@@ -244,17 +241,13 @@ class Location:
 
     @property
     def shown(self) -> str:
-        """The place as a person would type it: relative to here where it lies below."""
-        local = self.local
-        return (
-            str(local.relative_to(Path.cwd())) if local is not None and local.is_relative_to(Path.cwd()) else self.uri
-        )
+        """The place as a person would type it: relative to the working directory where it is below."""
+        is_below = self.local is not None and self.local.is_relative_to(Path.cwd())
+        return os.path.relpath(self.path) if is_below else self.uri
 
     @property
     def command(self) -> str:
-        """The place as an argument of a shell command: as :attr:`shown`, quoted where need be (a URI's query has ``?``
-        and ``&``).
-        """
+        """The place as an argument of a shell command: as :attr:`shown`, quoted where necessary."""
         return shlex.quote(self.shown)
 
     def info(self) -> pafs.FileInfo:
@@ -271,9 +264,7 @@ class Location:
         return next(name for name in names if not (self / name).exists())
 
     def is_broken_link(self) -> bool:
-        """Whether it is a link on this machine that leads to nothing, or to itself; :meth:`exists` says False of
-        one.
-        """
+        """Whether it is a local link to nothing or to itself, for which :meth:`exists` is False."""
         return self.local is not None and self.local.is_symlink() and not self.exists()
 
     def is_dir(self) -> bool:
@@ -334,7 +325,7 @@ class Location:
         return records
 
     def damaged(self, reason: object, remedy: str) -> DamagedFile:
-        """That the file cannot be read, and that ``remedy`` happens once it is removed."""
+        """The error that the file cannot be read; ``remedy``: what happens once it is removed."""
         removal = self.command if self.local is None else f"rm {self.command}"
         return DamagedFile(f"{self.shown}: is cut short or altered: {reason}. Remove it: {removal}\n{remedy}")
 
@@ -381,9 +372,7 @@ class Location:
             raise UsageError(f"{self.uri} cannot be used as storage: {_why(error)}") from error
 
     def check_reachable(self) -> None:
-        """Look whether something is there; UsageError with the reason where that cannot be told, or there is no such
-        bucket.
-        """
+        """UsageError with the reason where the place cannot be reached, or its bucket does not exist."""
         try:
             if self.info().type != pafs.FileType.NotFound or self.local is not None:
                 return
@@ -407,11 +396,11 @@ class Location:
         self._ask(remove)
 
     def put(self, file: Path) -> None:
-        """Put a local file here, however large; on an object store it appears whole or not at all."""
+        """Copy a local file here, however large; on an object store it appears whole or not at all."""
         self._ask(lambda: _copy(pafs.LocalFileSystem(), str(file), self.filesystem, self.path))
 
     def upload(self, folder: Path) -> None:
-        """Put a local folder here.
+        """Copy a local folder here.
 
         On a local filesystem it appears whole or not at all; elsewhere its JSON files, which describe it, go last.
         """
@@ -491,7 +480,7 @@ def locate(place: str | Path) -> Location:
 
 
 def _plain_error(error: OSError, path: str) -> OSError:
-    """The operating system's own error with its reason and its path, in the place of pyarrow's words for it."""
+    """The operating system's own error with its reason and its path, instead of pyarrow's wording."""
     if error.errno is None and str(error).endswith("is a directory"):
         return IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
     return error if error.errno is None else OSError(error.errno, os.strerror(error.errno), error.filename or path)

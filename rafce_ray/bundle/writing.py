@@ -37,7 +37,7 @@ from rafce_ray.bundle.model import FacePrediction, FilePrediction
 
 FORMATS = (".jsonl", ".csv", ".parquet")
 ROWS_PER_GROUP = 1024
-"""Rows held before they are written as one Parquet row group or piece of CSV."""
+"""Rows that are buffered for one Parquet row group or piece of CSV."""
 
 FORMAT_VERSION = 1
 PLAN_FILE = "plan.json"

@@ -79,10 +79,10 @@ class MultiTaskLoss(nn.Module):
     def __init__(self, settings: LossSettings) -> None:
         super().__init__()
         self.settings = settings
-        self.register_buffer("class_weights", _float32(settings.class_weights), persistent=False)
-        self.register_buffer("logit_offset", _float32(settings.logit_offset), persistent=False)
-        self.register_buffer("pos_weights", _float32(settings.pos_weights), persistent=False)
-        self.register_buffer("vote_shares", _float32(settings.vote_shares), persistent=False)
+        for name in ("class_weights", "logit_offset", "pos_weights", "vote_shares"):
+            values = getattr(settings, name)
+            tensor = None if values is None else torch.as_tensor(np.asarray(values), dtype=torch.float32)
+            self.register_buffer(name, tensor, persistent=False)
         self.log_variances = nn.Parameter(torch.zeros(2)) if settings.task_weighting == "uncertainty" else None
 
     def forward(self, logits: Logits, batch: Batch, au_weight: float, num_workers: int = 1) -> Losses:
@@ -231,11 +231,11 @@ def build_loss(
 
 
 def class_weights(counts: np.ndarray, beta: float) -> np.ndarray:
-    """Effective-number weights (E,) of Cui et al. 2019 (arXiv 1901.05555): (1 - beta) / (1 - beta^n), mean 1 over
-    classes present.
+    """Effective-number weights (E,) float64, mean 1 over the classes present (Cui et al. 2019, arXiv 1901.05555).
 
-    ``counts`` (E,) are train images per class. A class without any gets weight 1: it is never a target, and only label
-    smoothing sees its weight. beta = 0 weighs all alike; beta -> 1 approaches 1/n.
+    The weight of a class with n train images is (1 - beta) / (1 - beta^n); ``counts`` (E,) are the images. A class
+    without any gets weight 1: it is never a target, and only label smoothing sees its weight. beta = 0 weighs all
+    alike; beta -> 1 approaches 1/n.
     """
     counts = np.asarray(counts, dtype=np.float64)
     present = counts > 0
@@ -275,8 +275,7 @@ def log_prior(counts: np.ndarray) -> np.ndarray:
 
 
 def vote_shares(taxonomy: Taxonomy) -> np.ndarray:
-    """Share (E, 6) of each basic emotion, in the order of ``BASIC_EMOTIONS``, in each class: half for each of its two
-    components.
+    """Share (E, 6) float64 of each of ``BASIC_EMOTIONS`` in each class: half for each of its two components.
 
     Raises:
         UsageError: a class has no known components, or one that votes are not given for.
@@ -291,10 +290,6 @@ def vote_shares(taxonomy: Taxonomy) -> np.ndarray:
                 )
             shares[row, BASIC_EMOTIONS.index(basic)] += 0.5
     return shares
-
-
-def _float32(values: np.ndarray | None) -> Tensor | None:
-    return None if values is None else torch.as_tensor(np.asarray(values), dtype=torch.float32)
 
 
 def _divisor(norm: Tensor) -> Tensor:

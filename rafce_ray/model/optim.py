@@ -32,7 +32,8 @@ def build_optimizer(module: nn.Module, name: str, *, lr: float, weight_decay: fl
     free: list[Tensor] = []
     for key, parameter in module.named_parameters():
         if parameter.requires_grad:
-            (decayed if _decays(key, parameter) else free).append(parameter)
+            decays = parameter.squeeze().ndim > 1 and key.rpartition(".")[2] not in NOT_DECAYED
+            (decayed if decays else free).append(parameter)
     groups = [
         {"params": parameters, "weight_decay": decay}
         for parameters, decay in ((decayed, weight_decay), (free, 0.0))
@@ -47,10 +48,6 @@ def build_optimizer(module: nn.Module, name: str, *, lr: float, weight_decay: fl
     if name == "sgd":
         return SGD(groups, lr=lr, momentum=MOMENTUM, nesterov=True, fused=True)
     raise UsageError(f"optim.optimizer: found {name!r}; expected adamw, adam or sgd.")
-
-
-def _decays(key: str, parameter: Tensor) -> bool:
-    return parameter.squeeze().ndim > 1 and key.rsplit(".", 1)[-1] not in NOT_DECAYED
 
 
 def learning_rate(step: int, *, total_steps: int, warmup_steps: int, lr: float, schedule: str) -> float:

@@ -1,8 +1,8 @@
-"""Weights for the trunk from torchvision or from a file; what does not fit is refused, with the reason.
+"""Loads weights for the trunk from torchvision or from a file, and refuses weights that do not fit, with the reason.
 
-Weights that load without an error and are wrong all the same are the danger: half of the keys missing, another depth,
-or a network trained on other pixel values, such as the VGGFace2 ResNet-50 in Caffe's style (BGR 0-255, stride on the
-1x1 convolution), whose keys and shapes are torchvision's.
+Some weights load without an error and are still wrong: half of the keys are missing, the depth differs, or the network
+was trained on other pixel values. The VGGFace2 ResNet-50 in Caffe's style is an example (BGR 0-255, stride on the 1x1
+convolution): its keys and shapes are torchvision's.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ WEIGHTS_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar", ".safetensors")
 
 
 class WeightsError(RafceError):
-    """Weights cannot be had, or do not belong into this trunk."""
+    """Weights cannot be read or downloaded, or do not fit this trunk."""
 
 
 @dataclass(frozen=True)
@@ -142,9 +142,7 @@ def _load(body: nn.Module, found: Mapping[str, Tensor], source: str, backbone: s
 
 
 def _refuse_other_pixels(found: Mapping[str, Tensor], where: str) -> tuple[str, ...]:
-    """Refuse a ResNet made for pixels of 0-255 or converted from Caffe, as far as its numbers tell; returns
-    warnings.
-    """
+    """Refuse a ResNet for pixels of 0-255 or from Caffe, if its numbers show it; returns warnings."""
     remedy = (
         "This program feeds RGB scaled to [0, 1] and normalised with ImageNet's mean and standard deviation: take "
         "weights trained that way, in torchvision's layout."
@@ -173,7 +171,7 @@ def _refuse_other_pixels(found: Mapping[str, Tensor], where: str) -> tuple[str, 
 
 
 def check_weights(weights: str, backbone: str) -> None:
-    """Whether ``model.weights`` names something that can be there: what is to be told before a study's trials start.
+    """Check that ``model.weights`` names an existing file or a torchvision name, before a study's trials start.
 
     Raises:
         UsageError: a file that is missing, or no name of torchvision's for this backbone.
@@ -187,12 +185,9 @@ def check_weights(weights: str, backbone: str) -> None:
 
 
 def _caffe_names(unexpected: tuple[str, ...]) -> str:
-    if any("7x7_s2" in key or "1x1_reduce" in key for key in unexpected):
-        return (
-            " The names are Caffe's: even renamed, that network has its stride on the 1x1 convolution and reads "
-            "BGR 0-255."
-        )
-    return ""
+    if not any("7x7_s2" in key or "1x1_reduce" in key for key in unexpected):
+        return ""
+    return " The names are Caffe's: even renamed, that network strides in the 1x1 convolution and reads BGR 0-255."
 
 
 def _is_file(weights: str) -> bool:
@@ -212,11 +207,8 @@ def _existing(path: Path) -> Path:
 def _read_file(path: Path) -> dict[str, Tensor]:
     _existing(path)
     try:
-        content = (
-            load_file(path)
-            if path.suffix == ".safetensors"
-            else torch.load(path, map_location="cpu", weights_only=True)
-        )
+        is_safetensors = path.suffix == ".safetensors"
+        content = load_file(path) if is_safetensors else torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise WeightsError(
             f"model.weights: {path} holds pickled objects beside tensors, or is no torch file; it is not opened, "
@@ -270,16 +262,12 @@ def _download(backbone: str, name: str) -> dict[str, Tensor]:
 
 
 def _interpolated(found: dict[str, Tensor], image_px: int) -> dict[str, Tensor]:
-    """Position embeddings for another image size; what is no square grid with a class token is left as it is, and
-    refused later.
-    """
+    """Position embeddings for another image size; an unexpected layout is left as it is, and refused later."""
     positions = found.get("encoder.pos_embedding")
-    if (
-        positions is None
-        or positions.ndim != 3
-        or len(positions) != 1
-        or math.isqrt(positions.shape[1] - 1) ** 2 != positions.shape[1] - 1
-    ):
+    if positions is None or positions.ndim != 3 or len(positions) != 1:
+        return found
+    num_patches = positions.shape[1] - 1
+    if math.isqrt(num_patches) ** 2 != num_patches:
         return found
     return dict(interpolate_embeddings(image_px, VIT_PATCH_PX, OrderedDict(found)))
 

@@ -129,9 +129,8 @@ def _resume(training: Training) -> None:
         chosen = None if checkpoint is None else checkpoint.name
         if checkpoint is not None:
             done = f"after {checkpoint.epoch} epochs" + (f" and {checkpoint.step} steps" if checkpoint.step else "")
-            folder.add_event(
-                "resumed", message=f"going on from checkpoint {checkpoint.name}, {done}", checkpoint=checkpoint.name
-            )
+            message = f"going on from checkpoint {chosen}, {done}"
+            folder.add_event("resumed", message=message, checkpoint=chosen)
         elif invalid:
             folder.add_event("warning", message="no checkpoint can be used: starting again from the first epoch")
     chosen = session.broadcast(chosen)
@@ -293,13 +292,10 @@ def _probe_gradients(training: Training) -> dict[str, float] | None:
     for loss in (emotion, action_units):
         parts = torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True)
         flat.append(torch.cat([part.flatten() for part in parts]).double())
-    norms = [float(one.norm()) for one in flat]
-    product = norms[0] * norms[1]
-    return {
-        "emotion_norm": norms[0],
-        "au_norm": norms[1],
-        "cosine": float(flat[0] @ flat[1]) / product if product > 0 else math.nan,
-    }
+    emotion_norm, au_norm = (float(one.norm()) for one in flat)
+    product = emotion_norm * au_norm
+    cosine = float(flat[0] @ flat[1]) / product if product > 0 else math.nan
+    return {"emotion_norm": emotion_norm, "au_norm": au_norm, "cosine": cosine}
 
 
 def _advance(training: Training, score: float) -> None:
