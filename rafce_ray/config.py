@@ -1,4 +1,4 @@
-"""The one configuration: typed, frozen, validated whole at the edge; ``load_config`` is its only constructor.
+"""The run configuration: typed, frozen and validated as a whole; ``load_config`` and ``build_config`` construct it.
 
 Precedence: defaults, then the recipe, then the YAML file, then ``section.key=value`` overrides.
 """
@@ -113,7 +113,7 @@ ActionUnitList = Annotated[tuple[int, ...], BeforeValidator(_action_unit_numbers
 
 
 def kinds_of(annotation: Any) -> Iterator[Any]:
-    """The types, literals among them, among which a field's annotation lets a value choose."""
+    """The types, literals among them, that a field's annotation allows."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         yield from kinds_of(arguments[0])
@@ -125,7 +125,7 @@ def kinds_of(annotation: Any) -> Iterator[Any]:
 
 
 def section_of(field: FieldInfo) -> type[BaseModel] | None:
-    """The section that a field holds; None where it holds a value."""
+    """The section in a field; None for a field with a value."""
     kind = field.annotation
     return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
 
@@ -137,7 +137,7 @@ def _kinds(section: type[BaseModel], name: str) -> frozenset[Any]:
 
 
 class Section(BaseModel):
-    """A section of any configuration: frozen, without unknown keys, and without values that stand for others."""
+    """A section of any configuration: frozen, without unknown keys and without ambiguous values."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -465,7 +465,7 @@ class Config(Section):
 
 
 def name_fault(name: str, *, longest: int = LONGEST_NAME) -> str | None:
-    """Why a folder cannot have this name; None where it can. ``longest``: its characters at most."""
+    """Why a folder cannot have this name, of at most ``longest`` characters; None where it can."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         return (
             f"{shown(name)} is no folder name: use letters, digits, '.', '_' and '-', and begin with a letter or digit."
@@ -562,7 +562,7 @@ def nested(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """``base`` with ``over`` laid over it, nested mappings key by key."""
+    """``base`` overlaid with ``over``, nested mappings key by key."""
     merged = dict(base)
     for key, value in over.items():
         if isinstance(value, Mapping) and isinstance(merged.get(key), Mapping):
@@ -798,7 +798,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def read_scalar(override: str, text: str) -> Any:
-    """The value that an override's text means in YAML. ConfigError names the whole override."""
+    """The value of an override's text in YAML; ConfigError names the whole override."""
     return parse_yaml(text, shown(override))
 
 

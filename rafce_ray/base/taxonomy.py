@@ -119,7 +119,7 @@ def action_unit_code(number: int) -> str:
 
 @lru_cache(maxsize=10_000)
 def label_key(text: str) -> str:
-    """What the spellings of one label have in common.
+    """The normal form of a label's spellings.
 
     Letter case, Unicode form, invisible characters, blanks, hyphens between words, quotes around it and a number's
     leading zeros make no difference: ``"Happily-Surprised "`` and ``happily surprised``, ``01`` and ``1``.
@@ -138,16 +138,16 @@ def class_named(text: str, names: Sequence[str]) -> int:
 
 
 def emotion_components(name: str) -> tuple[str, str] | None:
-    """The two basic emotions of a compound one by its name; None for a name that is not one of RAF-CE's."""
+    """The two basic emotions of one of RAF-CE's compound emotions by name; None for any other name."""
     return RAFCE_EMOTIONS.get(label_key(name))
 
 
 @dataclass(frozen=True)
 class Taxonomy:
-    """What a model is trained to tell: ``emotions[i]`` is the class of label i, ``action_units[j]`` the AU of column j.
+    """The outputs of a model: ``emotions[i]`` is the class of label i, ``action_units[j]`` the AU of column j.
 
-    Either tuple may be empty: that task is then not trained. ``components[i]`` holds the two basic emotions of a
-    compound class, None where it has none.
+    Either tuple may be empty: that task is then not trained. ``components[i]`` has the two basic emotions of a compound
+    class, None for another class.
     """
 
     emotions: tuple[str, ...]

@@ -344,10 +344,10 @@ def read_taxonomy(location: Location) -> Taxonomy:
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """The parameters and buffers of a local bundle by name, on the CPU, after their sha256 was checked.
+    """The parameters and buffers of a local bundle by name, in the architecture's shapes and dtypes, on the CPU.
 
     Raises:
-        BundleError: the manifest or the weights cannot be read, or the weights are not those of the manifest.
+        BundleError: the manifest or the weights cannot be read, or the sha256 differs from the manifest's.
     """
     return _read_tensors(folder, read_manifest(folder), "weights", WEIGHTS, safetensors.torch.load)
 

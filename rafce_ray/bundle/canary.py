@@ -55,7 +55,7 @@ def raw_outputs(
 
 
 def draw_images(px: int, num_images: int = NUM_IMAGES, seed: int = CANARY_SEED) -> NDArray[np.uint8]:
-    """(N, px, px, 3) uint8: smooth coloured patterns over the whole range of values, the same for the same seed."""
+    """(N, S, S, 3) uint8 RGB, S = ``px``: smooth coloured patterns over all values 0 to 255, fixed by the seed."""
     generator = np.random.default_rng(seed)
     shape = (num_images, 3, NUM_WAVES)
     # White noise would be averaged away by the first layers, and all images would get nearly the same answer.
@@ -113,7 +113,10 @@ def canary_to_bytes(canary: Canary) -> bytes:
 def canary_from_tensors(
     tensors: Mapping[str, NDArray[Any]], stored_px: int, num_emotions: int, num_action_units: int
 ) -> Canary:
-    """The canary in a file's tensors; ValueError where a name, shape or type differs, or a value is not finite."""
+    """The canary in a file's ``images`` (N, S, S, 3) uint8, ``emotion`` (N, E) and ``action_units`` (N, A) float32.
+
+    ValueError where a name, shape or dtype differs, or an output is not finite.
+    """
     count = len(tensors["images"]) if "images" in tensors else 0
     expected = {
         "images": (np.dtype(np.uint8), (count, stored_px, stored_px, 3)),

@@ -91,7 +91,7 @@ class TorchEngine:
         self._threads = threads
 
     def outputs(self, images: NDArray[np.uint8] | Tensor) -> Outputs:
-        """See :class:`Engine`."""
+        """Raw outputs of (B, S, S, 3) uint8 RGB faces; see :class:`Engine`."""
         # OpenMP keeps the number per calling thread, so it cannot be set once when the engine is built.
         if self._threads is not None and torch.get_num_threads() != self._threads:
             torch.set_num_threads(self._threads)
@@ -134,7 +134,7 @@ class OpenVinoEngine:
         self._lock = threading.Lock()
 
     def outputs(self, images: NDArray[np.uint8] | Tensor) -> Outputs:
-        """See :class:`Engine`."""
+        """Raw outputs of (B, S, S, 3) uint8 RGB faces; see :class:`Engine`."""
         faces = checked_faces(images, self._stored_px)
         with self._lock:
             self._request.infer([faces], share_inputs=True)
@@ -165,7 +165,7 @@ class OnnxRuntimeEngine:
         self._stored_px = stored_px
 
     def outputs(self, images: NDArray[np.uint8] | Tensor) -> Outputs:
-        """See :class:`Engine`."""
+        """Raw outputs of (B, S, S, 3) uint8 RGB faces; see :class:`Engine`."""
         faces = checked_faces(images, self._stored_px)
         values = self._session.run(self._names, {INPUT: faces})
         return named_outputs(dict(zip(self._names, values, strict=True)), len(faces))

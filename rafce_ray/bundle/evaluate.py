@@ -23,7 +23,6 @@ from rafce_ray.data.records import SPLITS, Progress, Targets
 from rafce_ray.metrics.calibration import (
     Calibration,
     Outputs,
-    Probabilities,
     SplitOutputs,
     calibrated,
     reliability_figures,
@@ -110,24 +109,17 @@ def evaluate_outputs(outputs: SplitOutputs, taxonomy: Taxonomy, calibration: Cal
     )
     for entry, half in zip(figures["per_au"], at_half["per_au"], strict=True):
         entry["f1_at_half"] = half["f1"]
+    unsure, known, limit = None, outputs.emotion >= 0, calibration.unsure_below
+    if limit is not None and found.emotion.shape[1] and known.any():
+        sure = found.emotion[known].max(axis=1).astype(np.float64) >= limit
+        right = found.emotion[known].argmax(axis=1) == outputs.emotion[known]
+        accuracy = float(right[sure].mean()) if sure.any() else math.nan
+        unsure = {"below": limit, "share": float(1 - sure.mean()), "accuracy_of_the_others": accuracy}
     return figures | {
         "au_f1_mean_at_half": at_half["au_f1_mean"],
         "reliability": {"before": reliability_figures(raw, outputs), "after": reliability_figures(found, outputs)},
         "risk_coverage": risk_coverage(found.emotion, outputs.emotion),
-        "unsure": _unsure(found, outputs, calibration.unsure_below),
-    }
-
-
-def _unsure(found: Probabilities, outputs: SplitOutputs, unsure_below: float | None) -> dict[str, float] | None:
-    known = outputs.emotion >= 0
-    if unsure_below is None or not found.emotion.shape[1] or not known.any():
-        return None
-    sure = found.emotion[known].max(axis=1).astype(np.float64) >= unsure_below
-    right = found.emotion[known].argmax(axis=1) == outputs.emotion[known]
-    return {
-        "below": unsure_below,
-        "share": float(1 - sure.mean()),
-        "accuracy_of_the_others": float(right[sure].mean()) if sure.any() else math.nan,
+        "unsure": unsure,
     }
 
 
@@ -216,10 +208,9 @@ def render(figures: dict[str, Any]) -> list[Table]:
     if figures["per_au"]:
         table = _table("action unit", "positive", "known", "floor", "F1", "95 % int.", "at 0.5", "AP")
         for entry in figures["per_au"]:
-            counts = [str(entry[key]) for key in ("support", "known")]
-            measured = [number(entry["floor"]), number(entry["f1"]), _interval(entry["f1_interval"])]
-            name = f"{entry['action_unit']} {entry['name']}"
-            table.add_row(name, *counts, *measured, number(entry["f1_at_half"]), number(entry["ap"]))
+            cells = [f"{entry['action_unit']} {entry['name']}", str(entry["support"]), str(entry["known"])]
+            cells += [number(entry["floor"]), number(entry["f1"]), _interval(entry["f1_interval"])]
+            table.add_row(*cells, number(entry["f1_at_half"]), number(entry["ap"]))
         table.caption = "floor: F1 of always saying present; F1 at the bundle's threshold"
         tables.append(table)
     return [*tables, _probabilities_table(figures)]
@@ -240,10 +231,8 @@ def _probabilities_table(figures: dict[str, Any]) -> Table:
         table.add_row("AU F1, at 0.5 and at the thresholds", *values, _interval(figures["intervals"]["au_f1_mean"]))
     table.caption = "lower is better but for F1"
     if figures["unsure"] is not None:
-        share, accuracy = figures["unsure"]["share"], figures["unsure"]["accuracy_of_the_others"]
-        table.caption += (
-            f"; {share:.0%} of emotions are marked unsure, the others have an accuracy of {number(accuracy)}"
-        )
+        share, accuracy = figures["unsure"]["share"], number(figures["unsure"]["accuracy_of_the_others"])
+        table.caption += f"; {share:.0%} of emotions are marked unsure, the others have an accuracy of {accuracy}"
     return table
 
 

@@ -207,11 +207,11 @@ class Predictor:
         return self.engine.outputs(images)
 
     def probabilities(self, images: NDArray[np.uint8] | Tensor) -> Probabilities:
-        """Calibrated probabilities; images as for :meth:`outputs`."""
+        """Calibrated probabilities, 0 to 1, of (B, S, S, 3) uint8 RGB faces; images as for :meth:`outputs`."""
         return calibrated(self.outputs(images), self.bundle.calibration)
 
     def predict(self, images: NDArray[np.uint8] | Tensor, top_k: int = 3) -> list[Prediction]:
-        """One :class:`Prediction` per face, with names; images as for :meth:`outputs`."""
+        """One :class:`Prediction` per face, with names, of (B, S, S, 3) uint8 RGB faces as for :meth:`outputs`."""
         return self.named(self.probabilities(images), top_k)
 
     def named(self, found: Probabilities, top_k: int = 3) -> list[Prediction]:

@@ -1,8 +1,8 @@
-"""The training loss: masked AU loss, emotion cross-entropy, crowd votes, and how the tasks are balanced.
+"""The training loss: masked AU loss, emotion cross-entropy, crowd votes, and the balance of the tasks.
 
-Unknown targets (emotion -1, NaN action units or votes) contribute nothing, not even to the mean: every sum is divided
-by the number of known targets in the global batch of all workers, which the loader knows (the ``*_norm`` fields of a
-batch). Summing a loss over workers therefore gives what one worker with the whole batch computes.
+Unknown targets (emotion -1, NaN action units or votes) are excluded, also from means: every sum is divided by the
+number of known targets in the global batch of all workers, which the loader knows (the ``*_norm`` fields of a batch).
+The sum of a loss over workers is therefore the loss that one worker computes for the whole batch.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class MultiTaskLoss(nn.Module):
         return Losses(total, emotion.detach(), action_units.detach(), votes.detach())
 
     def task_losses(self, logits: Logits, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Emotion, AU and vote loss without any task weight, each to be differentiated by itself if need be."""
+        """Emotion, AU and vote loss: shapes (), float32, in nats, without task weights, each differentiable alone."""
         emotion, votes = self._emotion(logits.emotion, batch)
         return emotion, self._action_units(logits.action_units, batch), votes
 

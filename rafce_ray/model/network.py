@@ -1,8 +1,8 @@
-"""The network: a torchvision trunk with an emotion head and an action-unit head, and two options on top of them.
+"""The network: a torchvision trunk with an emotion head and an action-unit head, and two options.
 
-* AU attention: one learned query per action unit looks at the trunk's feature map; the unit's logit comes from what it
-  saw, and the emotion head reads the pooled features together with all that the units saw.
-* Compositional emotion head: six basic-emotion scores, of which each compound class adds its two, beside a flat head.
+* AU attention: one learned query per action unit attends over the trunk's feature map and gives the unit's logit. The
+  emotion head reads the pooled features together with all these tokens.
+* Compositional emotion head: six basic-emotion scores, of which each compound class adds its two to a flat logit.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ BATCH_NORM_MOMENTUM = 0.1
 
 
 class Features(NamedTuple):
-    """What a trunk sees: a feature map (B, C, h, w) and the pooled features (B, C) of the whole image."""
+    """The output of a trunk: a feature map (B, C, h, w) and the pooled features (B, C) of the whole image."""
 
     map: Tensor
     pooled: Tensor
@@ -92,8 +92,8 @@ def build_trunk(backbone: str, image_px: int) -> ConvTrunk | VitTrunk:
         return ConvTrunk(_children(network, without=("avgpool", "fc")), None, network.fc.in_features)
     network = get_model(backbone, weights=None)
     for layer in network.modules():
-        # MobileNetV3's 0.01 is meant for ImageNet's hundreds of thousands of steps: on a few thousand faces the
-        # statistics would lag behind the weights for ten epochs, in which every face gets the same answer.
+        # MobileNetV3's 0.01 suits ImageNet's hundreds of thousands of steps. On a few thousand faces the statistics
+        # would lag behind the weights for ten epochs, in which every face gets the same answer.
         if isinstance(layer, nn.BatchNorm2d):
             layer.momentum = BATCH_NORM_MOMENTUM
     body = _children(network, without=("avgpool", "classifier"))
@@ -211,10 +211,9 @@ def build_architecture(model: ModelConfig, taxonomy: Taxonomy, *, au_stop_gradie
 
 
 class AuAttention(nn.Module):
-    """One learned query per action unit attends over the feature map (B, C, h, w); returns tokens (B, A,
-    ATTENTION_DIM).
+    """One learned query per action unit attends over a feature map (B, C, h, w); the tokens are (B, A, ATTENTION_DIM).
 
-    Fixed two-dimensional sinusoids tell where on the face a feature lies; nothing depends on the image size.
+    Fixed two-dimensional sinusoids encode the position on the face; nothing depends on the image size.
     """
 
     def __init__(self, num_features: int, num_action_units: int) -> None:
@@ -240,8 +239,9 @@ class AuAttention(nn.Module):
 
 
 def sinusoids(height: int, width: int, dim: int, device: torch.device) -> Tensor:
-    """Positions of an h x w grid as (h * w, dim) float32 in [-1, 1]: a quarter of the channels each for sin, cos of
-    row, column.
+    """Positions of an h x w grid as (h * w, dim) float32 in [-1, 1].
+
+    Each quarter of the channels is the sine or the cosine of the row or the column.
     """
     frequencies = torch.exp(torch.arange(dim // 4, device=device) * (-math.log(100.0) / (dim // 4)))
     rows = torch.arange(height, device=device)[:, None] * frequencies

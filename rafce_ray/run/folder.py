@@ -117,10 +117,9 @@ class RunFolder:
         try:
             return file.read_record("")
         except DamagedFile as error:
+            found = str(error).partition(" Remove it: ")[0]
             both = f"{file.command} {(self.location / 'config.yaml').command}"
-            raise DamagedFile(
-                f"{str(error).partition(' Remove it: ')[0]} Remove both: rm {both}\n{STARTED_AGAIN}"
-            ) from None
+            raise DamagedFile(f"{found} Remove both: rm {both}\n{STARTED_AGAIN}") from None
 
     def result(self) -> dict[str, Any] | None:
         """The finished run's result; None while it has none; DamagedFile where it cannot be read."""
@@ -217,10 +216,9 @@ def open_finished(place: str) -> RunFolder:
         folder = trial
     if not folder.exists():
         folder.location.check_reachable()
-        trials = [info.base_name for info in (folder.location / TRIALS).list()]
         remedy = "Name a folder that rafce train made."
-        if trials:
-            remedy = f"It is a study: name one of its trials, such as {folder.location / TRIALS / trials[0]}."
+        if trials := (folder.location / TRIALS).list():
+            remedy = f"It is a study: name one of its trials, such as {folder.location / TRIALS / trials[0].base_name}."
         raise UsageError(f"{folder.location} is no run: it has no config.yaml. {remedy}")
     if folder.result() is None:
         raise UsageError(
