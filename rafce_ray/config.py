@@ -269,7 +269,7 @@ class ModelConfig(Section):
 class LossConfig(Section):
     """Losses of both tasks and their balance."""
 
-    au_weight: float = Field(1.0, ge=0, le=100, description="Weight of the AU loss beside the emotion loss.")
+    au_weight: float = Field(1.0, ge=0, le=100, description="Weight of the AU loss relative to the emotion loss.")
     au_loss: Literal["bce", "asymmetric"] = Field("bce", description="Per-element AU loss.")
     pos_weight_cap: float = Field(
         0.0, ge=0, le=100, description="Cap of the per-AU positive weight negatives/positives; 0: no positive weight."
@@ -377,7 +377,7 @@ class RunConfig(Section):
     checkpoint_every_steps: int = Field(
         0, ge=0, description="Also checkpoint inside an epoch every so many steps; 0: only at its end."
     )
-    keep_checkpoints: int = Field(2, ge=1, description="Best checkpoints kept, beside the latest.")
+    keep_checkpoints: int = Field(2, ge=1, description="Best checkpoints kept, besides the latest.")
     max_failures: int = Field(3, ge=0, description="Worker failures after which the run fails.")
     hang_timeout_s: float = Field(
         300.0, gt=0, description="Seconds without a sign of life after which a worker counts as hung."

@@ -94,7 +94,7 @@ def test_the_order_of_images_does_not_matter():
 def test_other_emotions_or_images_are_refused():
     other = make_taxonomy((*EMOTIONS[:2], "calm"), (1, 12))
     with pytest.raises(
-        UsageError, match=r"a tells the emotions .* b \['happily surprised', 'happily disgusted', 'calm'\]"
+        UsageError, match=r"a predicts the emotions .* b \['happily surprised', 'happily disgusted', 'calm'\]"
     ):
         compare([make_run("a", 1), make_run("b", 2, taxonomy=other)])
     fewer = make_run("b", 2)
@@ -103,14 +103,16 @@ def test_other_emotions_or_images_are_refused():
     with pytest.raises(UsageError, match=r"else\.jpg"):
         compare([make_run("a", 1), renamed])
     units, emotions = make_taxonomy((), (1, 12)), make_taxonomy(EMOTIONS, ())
-    with pytest.raises(UsageError, match=r"tell nothing in common: 3 emotions and 2 action units \(AU1, AU12\)"):
+    with pytest.raises(UsageError, match=r"predict nothing in common: 3 emotions and 2 action units \(AU1, AU12\)"):
         compare([make_run("a", 1, taxonomy=emotions), make_run("b", 1, taxonomy=units)])
 
 
 def test_action_units_of_another_vocabulary_are_left_out_aloud():
     compared = compare([make_run("a", 1), make_run("b", 2, taxonomy=make_taxonomy(EMOTIONS, (1, 2)))], resamples=20)
     (remark,) = compared.remarks
-    assert remark == ("action units are not compared: a tells 2 action units (AU1, AU12), b 2 action units (AU1, AU2).")
+    assert remark == (
+        "action units are not compared: a predicts 2 action units (AU1, AU12), b 2 action units (AU1, AU2)."
+    )
     found = compared.against_first[1]
     assert "accuracy" in found
     # The score is of both tasks: where one is another question, so is the score.
@@ -123,7 +125,7 @@ def test_a_run_of_emotions_alone_is_compared_by_its_emotions():
     found = compared.against_first[1]
     assert (found["accuracy"].value, found["accuracy"].low, found["accuracy"].high) == (0.0, 0.0, 0.0)
     assert not {"au_f1_mean", "score"} & found.keys()
-    assert compared.remarks == ("action units are not compared: both tells 2 action units (AU1, AU12), alone none.",)
+    assert compared.remarks == ("action units are not compared: both predicts 2 action units (AU1, AU12), alone none.",)
     assert math.isnan(compared.scored[1].figures["au_f1_mean"])
 
 

@@ -186,7 +186,7 @@ def finite(value: Any) -> Any:
 
 
 RATE_KNOWN_S = 1.0
-"""Seconds after which a progress without a bar tells its rate."""
+"""Seconds after which a progress without a bar shows its rate."""
 
 
 @contextmanager

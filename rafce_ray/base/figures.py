@@ -21,8 +21,8 @@ class Figure:
 
     ``task``: the task that it measures; ``both`` is whichever of the two the model has. ``source``: what it is made of.
     Figures of ``counts`` and of a ``ranking`` have bootstrap intervals, a mean ``loss`` has none. ``monitored``: may
-    choose the best epoch (``optim.monitor``) and the best trial (``metric`` of a study). ``floor``: the figure beside
-    it that no model at all reaches.
+    choose the best epoch (``optim.monitor``) and the best trial (``metric`` of a study). ``floor``: the
+    figure with the baseline of a constant answer.
     """
 
     name: str

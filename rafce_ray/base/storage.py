@@ -251,7 +251,7 @@ class Location:
         return shlex.quote(self.shown)
 
     def info(self) -> pafs.FileInfo:
-        """Type, size and time of what is there; an object store tells times in whole seconds."""
+        """Type, size and time of what is there; times of an object store are whole seconds."""
         return self._ask(lambda: self.filesystem.get_file_info(self.path))
 
     def exists(self) -> bool:
@@ -344,12 +344,12 @@ class Location:
             self._ask(put, patient)
             return
         local.parent.mkdir(parents=True, exist_ok=True)
-        beside = local.with_name(f".{local.name}.{uuid.uuid4().hex[:8]}.tmp")
-        with beside.open("wb") as stream:
+        scratch = local.with_name(f".{local.name}.{uuid.uuid4().hex[:8]}.tmp")
+        with scratch.open("wb") as stream:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
-        os.replace(beside, local)
+        os.replace(scratch, local)
 
     def check_writable(self) -> None:
         """Write a small file into this folder, read it and remove it.

@@ -1,6 +1,6 @@
 """Emotions, action units and their names: RAF-CE's and the seed's lists, and the grammar of action-unit tokens.
 
-What a dataset is labelled with is configuration (:class:`Taxonomy`); the lists here are its defaults.
+The labels of a dataset are configuration (:class:`Taxonomy`); the lists here are its defaults.
 """
 
 from __future__ import annotations

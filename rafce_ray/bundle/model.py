@@ -141,10 +141,10 @@ class FacePrediction(Strict):
     ]
     emotion: Annotated[
         EmotionWithDistribution | EmotionPrediction | None,
-        Field(description="Null where the model does not tell emotions."),
+        Field(description="Null where the model does not predict emotions."),
     ]
     action_units: Annotated[
-        tuple[ActionUnitPrediction, ...], Field(description="All of them; empty where the model does not tell any.")
+        tuple[ActionUnitPrediction, ...], Field(description="All of them; empty where the model does not predict any.")
     ]
     consistency: Annotated[ConsistencyRemark | None, Field(description="Null where the model lacks what it takes.")]
 

@@ -93,17 +93,17 @@ def open_output(out: Path | None, bundle: Bundle, top_k: int) -> Iterator[Write]
     if out is None:
         yield lines_to(sys.stdout)
         return
-    beside = out.with_name(f".{out.stem[:20]}.{uuid.uuid4().hex[:8]}.tmp")
+    scratch = out.with_name(f".{out.stem[:20]}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         if out.suffix.lower() == ".jsonl":
-            with beside.open("w", encoding="utf-8") as stream:
+            with scratch.open("w", encoding="utf-8") as stream:
                 yield lines_to(stream)
         else:
             schema = flat_schema(bundle.taxonomy, top_k)
             is_csv = out.suffix.lower() == ".csv"
             with (
                 # Opened here: pyarrow takes no path that is not UTF-8.
-                beside.open("wb") as sink,
+                scratch.open("wb") as sink,
                 pacsv.CSVWriter(sink, schema) if is_csv else pq.ParquetWriter(sink, schema) as writer,
                 table_rows(writer, schema, model) as write,
             ):
@@ -112,14 +112,14 @@ def open_output(out: Path | None, bundle: Bundle, top_k: int) -> Iterator[Write]
             raise UsageError(
                 f"--out {out}: was made by another program meanwhile and is left as it is. Run again with another name."
             )
-        beside.rename(out)
+        scratch.rename(out)
     except OSError as error:
         raise RafceError(
             f"--out {out}: cannot be written ({error.strerror or error}). Make room, or choose another place, and run "
             "again."
         ) from error
     finally:
-        beside.unlink(missing_ok=True)
+        scratch.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -284,8 +284,8 @@ class Shards:
         strange = [name for name in names if name not in expected]
         if strange:
             raise RafceError(
-                f"{self.predictions / strange[0]}: is none of the {len(expected)} shards of {PLAN_FILE}, and whoever "
-                "reads the folder would read it. Move it elsewhere, then give the same command again."
+                f"{self.predictions / strange[0]}: is none of the {len(expected)} shards of {PLAN_FILE}, and programs "
+                "that read the folder would read it. Move it elsewhere, then give the same command again."
             )
         with ThreadPoolExecutor(FOOTER_READERS, thread_name_prefix="footers") as pool:
             return dict(pool.map(self._counts, [expected[name] for name in names]))

@@ -211,7 +211,7 @@ def _read_file(path: Path) -> dict[str, Tensor]:
         content = load_file(path) if is_safetensors else torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise WeightsError(
-            f"model.weights: {path} holds pickled objects beside tensors, or is no torch file; it is not opened, "
+            f"model.weights: {path} holds pickled objects besides tensors, or is no torch file; it is not opened, "
             "because that could run code. Save the bare state dict (torch.save(model.state_dict(), ...)) or convert it "
             "to safetensors."
         ) from None

@@ -261,12 +261,12 @@ def _check_emotions(first: Run, other: Run) -> None:
     ours, theirs = first.taxonomy, other.taxonomy
     if ours.emotions and theirs.emotions and ours.emotions != theirs.emotions:
         raise UsageError(
-            f"{first.name} tells the emotions {list(ours.emotions)}, {other.name} {list(theirs.emotions)}: these are "
-            "other questions. Compare runs with the same data.emotions."
+            f"{first.name} predicts the emotions {list(ours.emotions)}, {other.name} {list(theirs.emotions)}. "
+            "Compare runs with the same data.emotions."
         )
     if not comparable_figures(ours, theirs):
         raise UsageError(
-            f"{first.name} and {other.name} tell nothing in common: {_described(ours)} and {_described(theirs)}. "
+            f"{first.name} and {other.name} predict nothing in common: {_described(ours)} and {_described(theirs)}. "
             "Compare runs of the same task."
         )
 
@@ -281,10 +281,10 @@ def _data_remarks(first: Run, other: Run) -> list[str]:
         )
     if first.taxonomy.action_units != other.taxonomy.action_units:
         units = [_described(replace(run.taxonomy, emotions=(), components=())) for run in (first, other)]
-        remarks.append(f"action units are not compared: {first.name} tells {units[0]}, {other.name} {units[1]}.")
+        remarks.append(f"action units are not compared: {first.name} predicts {units[0]}, {other.name} {units[1]}.")
     if first.taxonomy.emotions != other.taxonomy.emotions:
         silent = other if first.taxonomy.emotions else first
-        remarks.append(f"emotions are not compared: {silent.name} does not tell them.")
+        remarks.append(f"emotions are not compared: {silent.name} does not predict them.")
     return remarks
 
 

@@ -110,7 +110,7 @@ def _drift_reference(training: Training, outputs: SplitOutputs, calibration: Cal
     if reference is None:
         message = (
             "the model gives values that are not finite on validation: the bundle keeps no reference, and an "
-            "endpoint cannot tell drift"
+            "endpoint cannot detect drift"
         )
         training.folder.add_event("drift", message=message)
     return reference
