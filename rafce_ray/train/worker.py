@@ -18,15 +18,6 @@ import ray.tune
 import ray.util
 import torch
 import torch.distributed as dist
-from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
-from ray.train.v2._internal.execution.controller.state import (
-    InitializingState,
-    ReschedulingState,
-    RestartingState,
-    SchedulingState,
-    TrainControllerState,
-)
-from ray.train.v2._internal.execution.worker_group import WorkerGroup
 from ray.util.metrics import Counter, Gauge
 from torch import Tensor, nn
 
@@ -48,6 +39,7 @@ from rafce_ray.run.state import Job, LocalSession
 from rafce_ray.run.worker_changes import WorkerChanges, describe_failures, root_cause
 from rafce_ray.study.folder import StudyFolder
 from rafce_ray.study.trials import check_sampled, conclude, read_plan
+from rafce_ray.train.ray_private import GroupCallback
 
 REFRESH_S = 1.0
 """Below Ray's shortest export interval."""
@@ -260,44 +252,39 @@ class TrainSession:
             self._telemetry.stop()
 
 
-class ChangesCallback(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
-    """Tells :class:`WorkerChanges` what Ray Train's controller does with a run's workers.
-
-    Ray's public callback hears of errors only, neither of a group's size nor of a wait for room.
-    """
+class ChangesCallback(GroupCallback):
+    """Passes on to :class:`WorkerChanges` what Ray Train's controller does with a run's workers."""
 
     def __init__(self, job: Job) -> None:
         self._changes = WorkerChanges(RunFolder(job.run_dir), job.config.run)
         self._machines: dict[int, str] = {}
 
-    def after_controller_state_update(
-        self, previous_state: TrainControllerState, current_state: TrainControllerState
-    ) -> None:
-        """The controller has taken a step."""
-        with _told_if_possible():
-            if isinstance(current_state, RestartingState) and current_state is not previous_state:
-                error = current_state.training_failed_error
-                if isinstance(error, ray.train.PreemptionError):
-                    self._changes.failed("a machine is taken away", counted=False)
-                elif isinstance(error, ray.train.WorkerGroupError):
-                    self._changes.failed(describe_failures(error.worker_failures))
-                else:
-                    self._changes.failed(root_cause(error), counted=False)
-            if isinstance(current_state, InitializingState | SchedulingState | RestartingState | ReschedulingState):
-                self._changes.waiting()
+    def after_failure(self, error: BaseException) -> None:
+        """Record why the workers are started again."""
+        with _recorded_if_possible():
+            if isinstance(error, ray.train.PreemptionError):
+                self._changes.failed("a machine is taken away", counted=False)
+            elif isinstance(error, ray.train.WorkerGroupError):
+                self._changes.failed(describe_failures(error.worker_failures))
+            else:
+                self._changes.failed(root_cause(error), counted=False)
 
-    def after_worker_group_start(self, worker_group: WorkerGroup) -> None:
-        """The workers are there and have not begun, so that nobody else writes events."""
-        with _told_if_possible():
+    def while_without_workers(self) -> None:
+        """Record a wait for room that takes long."""
+        with _recorded_if_possible():
+            self._changes.waiting()
+
+    def after_start(self, machines: dict[int, str]) -> None:
+        """Record a change of the number of workers. They have not begun, so that nobody else writes events."""
+        with _recorded_if_possible():
             alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
             lost = [rank for rank, machine in self._machines.items() if machine not in alive]
-            workers = worker_group.get_workers()
-            self._machines = {rank: worker.metadata.node_id for rank, worker in enumerate(workers)}
-            self._changes.started(len(workers), lost)
+            self._machines = machines
+            self._changes.started(len(machines), lost)
 
 
 @contextmanager
-def _told_if_possible() -> Iterator[None]:
+def _recorded_if_possible() -> Iterator[None]:
     """Ray ends a run whose callback fails: a storage that cannot be written just now costs a message, which goes to
     Ray's log instead.
     """
