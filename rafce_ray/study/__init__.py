@@ -1,3 +1,1 @@
-"""A study without Ray: what it searches (config, space, proposals), what became of it (trials, finalists, on_test), how
-it is told.
-"""
+"""A study without Ray: what is searched, what became of each trial, and how reliable the results are."""

@@ -1,6 +1,4 @@
-"""What an ablation found: means over seeds with intervals, which differences are more than luck, the table and the
-plot.
-"""
+"""The ablation: its arms, means over seeds with intervals, significant differences, the table and the plot."""
 
 from __future__ import annotations
 
@@ -62,9 +60,7 @@ GROUPS = {
 
 @dataclass(frozen=True)
 class Arm:
-    """One variant: ``changes`` (dotted key -> value) make its configuration of the base; it is compared with arm
-    ``reference``.
-    """
+    """One variant: the base with ``changes`` (dotted key -> value), compared with the arm named ``reference``."""
 
     name: str
     title: str
@@ -135,9 +131,7 @@ def ablated_keys(arms: list[Arm]) -> set[str]:
 
 
 def _recipe(name: str, base: Config) -> dict[str, Any]:
-    """What a recipe says beyond the size of a run (data, backbone, pixels, epochs, batch), with its patience scaled to
-    the base's epochs.
-    """
+    """A recipe's values except the size of a run, with its patience scaled to the base's epochs."""
     size = {"model.backbone", "model.image_px", "model.weights", "optim.epochs", "optim.batch_size", "optim.gap_images"}
     defaults, values = flatten(load_config()), flatten(load_config(recipe=name))
     eight = {key for _, key in EIGHT_CHANGES}
@@ -199,9 +193,7 @@ SCORED |= {"au_f1": "au_f1_mean", "au_ap": "au_ap_mean"}
 
 @dataclass(frozen=True)
 class Measured:
-    """One figure of one arm: ``values`` over seeds, their ``mean``, and ``half_width`` of its 95 % interval over seeds
-    (NaN: unknown).
-    """
+    """An arm's figure: ``values`` by seed, ``mean``, ``half_width`` of its 95 % interval over seeds (NaN: unknown)."""
 
     values: tuple[float, ...]
     mean: float
@@ -210,9 +202,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Contrast:
-    """An arm's mean minus its reference's; ``half_width`` of the 95 % interval over seeds and images (gap: over
-    seeds).
-    """
+    """An arm's mean minus its reference's; ``half_width`` of the 95 % interval over seeds and images (gap: seeds)."""
 
     value: float
     half_width: float
@@ -411,9 +401,7 @@ def _claims(ablation: Ablation) -> Iterator[str]:
 
 
 def plot(ablation: Ablation) -> bytes:
-    """Every arm's mean and interval over seeds in one panel per figure, as an SVG; a filled marker is a real
-    difference.
-    """
+    """An SVG with a panel a figure: every arm's mean and interval over seeds. A filled marker is a real difference."""
     import matplotlib
 
     matplotlib.use("Agg")

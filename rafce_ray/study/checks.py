@@ -1,6 +1,4 @@
-"""What is wrong with a study before anything starts: one line per fault, with the key, what was found and the
-remedy.
-"""
+"""What is wrong with a study before it starts: one line per fault with the key, the value and the remedy."""
 
 from __future__ import annotations
 
@@ -44,9 +42,7 @@ NOT_SEARCHED = {
     "run.keep_checkpoints": "a trial keeps its best checkpoint; set keep for the number of trials whose checkpoints "
     "stay",
 }
-"""Keys that a space may not have, each with the reason and where to set it; ``run.*`` not listed here is set in the
-base.
-"""
+"""Keys that cannot be searched, with the reason and where to set them; other ``run.*`` are set in the base."""
 
 NOT_IN_BASE = {
     "optim.monitor": "metric",
@@ -183,9 +179,7 @@ def _condition_faults(key: str, space: Space, base: Mapping[str, Any], unread: C
 
 
 def normalised(base: Config, space: Space) -> dict[str, Domain]:
-    """The space with each option as a run's configuration holds it (``AU12`` is 12), so that the two can be
-    compared.
-    """
+    """The space with each option as a run's configuration has it (``AU12`` is 12), so that both can be compared."""
     values = flatten(base)
 
     def held(key: str, option: Any) -> Any:

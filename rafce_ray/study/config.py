@@ -1,5 +1,4 @@
-"""The configuration of a study: what is searched, how, and by which metric; ``load_study`` and ``build_study`` are its
-only constructors.
+"""The configuration of a study. Build one only with ``load_study`` or ``build_study``.
 
 Precedence: defaults, then the YAML file, then ``key=value`` overrides. The base is built like a run: recipe, then its
 sections.

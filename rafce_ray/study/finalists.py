@@ -138,9 +138,7 @@ def _read_finalist(record: dict[str, Any]) -> Finalist:
 
 
 def sentences(verdict: Verdict) -> list[str]:
-    """What the verdict says, in plain lines: who won, by how much, whether that is more than luck, and what is not
-    known.
-    """
+    """The verdict in plain lines: the winner, its gain, whether the gain is more than luck, and what is unknown."""
     lines = [_who_won(verdict)]
     if verdict.winner != verdict.base:
         lines.append(_against(verdict, verdict.base, "the base", verdict.gain))
@@ -253,9 +251,7 @@ class TaggedOutputs:
 
 @dataclass(frozen=True)
 class Comparable:
-    """Splits with the same rows and targets; ``is_relabelled``: which of them had other AU targets of their own;
-    ``remarks`` say so.
-    """
+    """Splits with the same rows and targets. ``is_relabelled``: which had other AU targets; ``remarks`` report it."""
 
     splits: list[SplitOutputs]
     is_relabelled: list[bool]
@@ -366,9 +362,7 @@ UNKNOWN = Difference(math.nan, math.nan, math.nan)
 
 
 def choose_finalists(trials: Sequence[Trial], k: int, metric: str) -> list[Trial]:
-    """The best ``k`` of the sweep's trials, the best first, and the base besides if it is not among them and has not
-    failed.
-    """
+    """The best ``k`` trials of the sweep, the best first, and the base unless it failed or is among them."""
     best = best_first(_eligible(trials), metric)[:k]
     base = [one for one in trials if one.plan.is_base and one.status != "failed" and one not in best]
     return [*best, *base]
@@ -400,8 +394,7 @@ class _Candidate:
 
 
 def judge(study: StudyFolder, metric: str, k_names: Sequence[str], *, base: str) -> Verdict:
-    """Rank finalists, named by their trials, by the lower bound of what other seeds and images would give (of a loss:
-    the upper).
+    """Rank finalists by the lower bound over other seeds and images (for a loss, by the upper bound).
 
     Scores are the metric at the best epoch of each finalist's trainings. Where a finalist's AU labels are read
     otherwise than the base's, its outputs are measured again by the base's.
@@ -497,9 +490,7 @@ def _read_run(folder: RunFolder, metric: str) -> _Run | str:
 
 @dataclass(frozen=True)
 class _Measured:
-    """Every candidate's metric over its seeds, by trial, with resamples of the images; trials that had other AU labels
-    of their own.
-    """
+    """Every candidate's metric over its seeds, by trial, and the trials whose AU labels were replaced."""
 
     figures: dict[str, OverSeeds]
     num_images: int

@@ -1,6 +1,4 @@
-"""What a study leaves behind: ``study.json`` (what it is), ``trials/NAME/`` (each a run folder), Ray Tune's own files
-in ``ray/``.
-"""
+"""A study's folder: ``study.json``, ``trials/NAME/`` (each a run folder) and Ray Tune's own files in ``ray/``."""
 
 from __future__ import annotations
 
@@ -37,8 +35,7 @@ class StudyFolder:
         return (self.location / "study.json").exists()
 
     def claim(self, plan: dict[str, Any]) -> None:
-        """Start a study here, or go on with the one whose plan this is; the mappings under ``may_grow`` may get more
-        entries.
+        """Start a study here, or go on with the one of this plan. The mappings under ``may_grow`` may get more entries.
 
         Raises:
             UsageError: the folder holds another study.

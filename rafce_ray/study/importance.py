@@ -27,9 +27,7 @@ LOG_SPAN = 10.0
 
 @dataclass(frozen=True)
 class KeyImportance:
-    """``share`` in [0, 1] of what all keys explain, and its standard ``deviation`` over resamples of the trials; NaN
-    where unknown.
-    """
+    """A key's ``share`` in [0, 1] of the explained score and its ``deviation`` over resampled trials; NaN: unknown."""
 
     key: str
     share: float
@@ -58,8 +56,7 @@ class Importance:
 def parameter_importance(
     trials: Sequence[Trial], metric: str, values: Mapping[str, Mapping[str, Any]] | None = None
 ) -> Importance:
-    """Permutation importance of the sampled keys for the score, in a random forest, on trials that it did not learn
-    from.
+    """Permutation importance of the sampled keys for the score, by a random forest on held-out trials.
 
     A key's importance is how much the squared error of held-out trials grows when its values are shuffled; below 0,
     which noise alone gives, counts as 0. Optuna's fANOVA measures on the trials that its forest has learnt, so that
@@ -105,9 +102,7 @@ def _why_not(keys: Sequence[str], scores: NDArray[np.float64]) -> str | None:
 
 
 def _column(values: Sequence[Any]) -> NDArray[np.float64]:
-    """A key's values as numbers, NaN where it does not apply; categories are numbered, which splits of trees can
-    undo.
-    """
+    """A key's values as numbers (trials,), NaN where it does not apply. Trees can split numbered categories."""
     present = [value for value in values if value is not None]
     if all(isinstance(value, int | float) and not isinstance(value, bool) for value in present):
         numbers = np.array([math.nan if value is None else float(value) for value in values])
@@ -118,9 +113,7 @@ def _column(values: Sequence[Any]) -> NDArray[np.float64]:
 
 
 def _held_out(table: NDArray[np.float64], scores: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
-    """Out-of-fold R2, and (trials, keys): by how much each trial's squared error grows where a key's values are
-    shuffled.
-    """
+    """Out-of-fold R2, and (trials, keys): the growth of each trial's squared error when a key's values are shuffled."""
     from sklearn.ensemble import RandomForestRegressor
     from sklearn.inspection import permutation_importance
     from sklearn.model_selection import RepeatedKFold

@@ -116,9 +116,7 @@ def _run_rows(study: StudyFolder, metric: str, names: Sequence[str]) -> list[dic
 
 
 def _run_row(folder: RunFolder, metric: str) -> dict[str, Any]:
-    """A row of a run folder without a plan, with the columns of :attr:`rafce_ray.study.trials.Trial.row` that it can
-    fill.
-    """
+    """A row of a run folder without a plan, with those columns of :attr:`Trial.row` that it can fill."""
     config, records, result = folder.config(), folder.metrics(), folder.result() or {}
     best = best_record(records, metric)
     validation = {} if best is None else best["validation"]
@@ -200,9 +198,7 @@ def print_csv(listing: Listing, rows: Sequence[Row], columns: Sequence[str]) -> 
 def print_table(
     listing: Listing, rows: Sequence[Row], columns: Sequence[str], *, first: Sequence[str], is_chosen: bool
 ) -> None:
-    """Print what fits the terminal and say what does not; columns that were asked for are all shown, on several lines
-    if need be.
-    """
+    """Print the columns that fit the terminal and name the others; chosen columns are all shown and may wrap."""
     console = Console(highlight=False)
     shown = list(columns) if is_chosen else fitting(listing, rows, columns, first, console.width)
     table = Table(box=None, padding=(0, _GAP, 0, 0), header_style="bold")

@@ -55,9 +55,7 @@ COMPARED = ("accuracy", "macro_f1", "macro_f1_supported", "au_f1_mean", "score",
 
 @dataclass(frozen=True)
 class MeanFigure:
-    """One figure of one trial: ``values`` of its runs, their ``mean`` and its 95 % interval; NaN where undefined or
-    unknown.
-    """
+    """A trial's figure: ``values`` of its runs, their ``mean`` and its 95 % interval; NaN: undefined or unknown."""
 
     values: tuple[float, ...]
     mean: float
@@ -166,8 +164,7 @@ class _Run:
 def measure_on_test(
     study: StudyFolder, verdict: Verdict, *, device: str = "auto", progress: Progress | None = None
 ) -> OnTest | None:
-    """Measure every run of the winner and of the base on the test split, and keep it as ``test.json``; None where it
-    has no labels.
+    """Measure all runs of winner and base on the test split and write ``test.json``; None if the split has no labels.
 
     What was measured is never measured again: neither a winner that has a record, nor a run that has kept its outputs.
     The record of an earlier winner becomes ``test-TRIAL.json``.
@@ -209,9 +206,7 @@ def measure_on_test(
 
 
 def _tell_later_runs(study: StudyFolder, current: OnTest, verdict: Verdict) -> None:
-    """Say which trainings the record of the test split does not know: looking again with more seeds would be choosing
-    by it.
-    """
+    """Name the trainings that were not measured on test. Measuring again with more seeds would be choosing by it."""
     later = [
         folder.location.name
         for trial, measured in current.runs.items()
@@ -226,9 +221,7 @@ def _tell_later_runs(study: StudyFolder, current: OnTest, verdict: Verdict) -> N
 
 
 def _replace_current(study: StudyFolder, current: OnTest | None, new: OnTest) -> OnTest:
-    """Write the new record, with the number of looks, in place of the current one, which stays beside under its
-    winner's name.
-    """
+    """Write the new record with the number of looks. The current one stays under its winner's name."""
     if current is not None:
         _write(study.location / _file_of(current.winner), current)
     own = _file_of(new.winner)

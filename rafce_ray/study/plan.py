@@ -26,9 +26,7 @@ from rafce_ray.study.proposals import planned_trials, propose
 from rafce_ray.study.space import identity
 
 NESTED_MEMORY_BYTES = 2**20
-"""What Tune itself reserves for a trial of several workers, whose CPUs Ray Train reserves: Tune wants something to be
-reserved.
-"""
+"""What Tune reserves for a trial of several workers, as it wants something. Ray Train reserves the CPUs."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +39,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Shares:
-    """``cpus`` and ``gpus`` of each of a trial's ``workers``; ``at_once``: trials at a time; ``fitting``: how many the
-    cluster could hold.
-    """
+    """``cpus`` and ``gpus`` of each of a trial's ``workers``; ``at_once``: trials at a time of ``fitting`` possible."""
 
     workers: int
     cpus: float

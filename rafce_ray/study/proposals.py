@@ -1,6 +1,4 @@
-"""Which values trial number n of a study trains: a function of the study, the number and, for optuna, what earlier
-trials scored.
-"""
+"""The values of trial n: a function of the study, n and, for optuna, of the scores of earlier trials."""
 
 from __future__ import annotations
 
@@ -69,9 +67,7 @@ def planned_trials(study: StudyConfig) -> int:
 
 
 def new_combinations(space: Space, base: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Every combination of a finite space but the base's own values, in the order of the keys, the first varying
-    slowest.
-    """
+    """Every combination of a finite space except the base's values, in key order, the first varying slowest."""
     own = _effective({}, space, base)
     seen = {own}
     for values in combinations(space, base):

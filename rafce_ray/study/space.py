@@ -1,5 +1,4 @@
-"""What a study searches: domains of values by dotted configuration key, and conditions under which a key is searched at
-all.
+"""What a study searches: domains of values by dotted key, and the conditions under which a key is searched.
 
 Optuna's distributions are made from these domains (:mod:`rafce_ray.study.proposals`). They do not replace them: a
 domain lists its values, has conditions, and draws from numpy's generator, so that the trials of a stored study stay
@@ -75,9 +74,7 @@ class Domain:
         return self.written
 
     def between(self) -> tuple[Any, ...]:
-        """A value inside that a key could refuse although it takes both ends: a fraction, where it takes whole
-        numbers.
-        """
+        """An inner value that a key may refuse though it takes both ends: a fraction, where it takes whole numbers."""
         if self.kind == "quniform":
             return (self.values()[1],)
         if self.is_finite:
@@ -119,8 +116,7 @@ Space = Mapping[str, Domain]
 
 
 def parse_domain(plain: Any) -> Domain:
-    """The domain that a study's YAML writes as ``{loguniform: [1e-4, 1e-2]}``, optionally with ``when: {other.key:
-    [values]}``.
+    """The domain written as ``{loguniform: [1e-4, 1e-2]}``, optionally with ``when: {other.key: [values]}``.
 
     Raises:
         ValueError: it is none; the message says how to write it.
@@ -250,9 +246,7 @@ def draw(space: Space, base: Mapping[str, Any], rng: np.random.Generator) -> dic
 
 
 def combinations(space: Space, base: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Every combination of a finite space, the first key varying slowest; a key that does not apply does not
-    multiply.
-    """
+    """Every combination of a finite space, the first key varying slowest. A key that does not apply adds none."""
     yield from _combine(space, base, in_order(space), {})
 
 

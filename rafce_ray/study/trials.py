@@ -136,9 +136,7 @@ class Trial:
 
     @cached_property
     def row(self) -> dict[str, Any]:
-        """The trial as one flat row of ``trials.jsonl``: OF_AN_EPOCH at the best epoch, sampled values under their
-        dotted keys.
-        """
+        """The trial as a row of ``trials.jsonl``: OF_AN_EPOCH at the best epoch, sampled values by dotted key."""
         return {
             "trial": self.name,
             "role": self.plan.role,
@@ -276,10 +274,10 @@ RUNGS_FILE = "rungs.jsonl"
 
 @dataclass(frozen=True)
 class RungEntry:
-    """One decision: ``score`` (higher is better) of a trial at the rung of epoch ``milestone``; ``cutoff`` of those
-    there before it.
+    """One decision on a trial at the rung of epoch ``milestone``.
 
-    ``cutoff`` is None for the first of a rung; ``action`` is ``continue`` or ``stop``.
+    ``score``: the trial's, higher is better. ``cutoff``: of the scores that were there before it, None for the first.
+    ``action``: ``continue`` or ``stop``.
     """
 
     trial: str

@@ -103,9 +103,7 @@ def seconds_left(trials: Collection[TrialProgress], planned: int, at_once: int) 
 
 
 def roughly(seconds: float) -> str:
-    """A duration no more precise than an estimate is: ``under a minute``, ``about 7 min``, ``about 25 min``, ``about
-    2.5 h``.
-    """
+    """A duration as precise as an estimate: ``under a minute``, ``about 7 min``, ``about 25 min``, ``about 2.5 h``."""
     minutes = seconds / 60
     if minutes < 1:
         return "under a minute"
@@ -118,9 +116,7 @@ def roughly(seconds: float) -> str:
 
 
 def described(values: Values, base: Values) -> str:
-    """``optim.lr 0.0012, model.dropout 0.41 (base: 0.0005, 0.5)``; without the base's values where they are not
-    known.
-    """
+    """``optim.lr 0.0012, model.dropout 0.41 (base: 0.0005, 0.5)``; without the base's values where they are unknown."""
     if not values:
         return "the base configuration"
     listed = ", ".join(f"{key} {plain(value)}" for key, value in values.items())

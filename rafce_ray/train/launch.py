@@ -98,9 +98,7 @@ def _write_report(folder: RunFolder, prepared: Prepared) -> None:
 def build_trainer(
     job: Job, num_cpus: float, num_gpus: float, *, max_failures: int, callbacks: Sequence[RayTrainCallback] = ()
 ) -> TorchTrainer:
-    """Ray Train's trainer of a job on a cluster of so many CPUs and GPUs; ``max_failures``: starts of its workers
-    again.
-    """
+    """Ray Train's trainer of a job on a cluster of so many CPUs and GPUs; workers start again ``max_failures`` times."""
     # Ray reads its environment when it is imported: ray_cluster has set it by now.
     from ray.train import FailureConfig, LoggingConfig, RunConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -150,9 +148,7 @@ def _fit(job: Job, num_cpus: float, num_gpus: float) -> dict[str, Any] | None:
 
 @contextmanager
 def interruptible(what_then: str) -> Iterator[None]:
-    """Ctrl-C ends the block as a KeyboardInterrupt and says ``what_then``: Ray's own handler turns it into a silent
-    exit with code 0.
-    """
+    """Let Ctrl-C say ``what_then`` and end the block as KeyboardInterrupt. Ray's handler exits silently with 0."""
     in_main_thread = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGINT)
     try:
@@ -228,9 +224,7 @@ def ray_cluster(config: Config, name: str, *, nested: bool = False) -> Iterator[
 
 @contextmanager
 def _address_known(wanted: bool) -> Iterator[dict[str, Any] | None]:
-    """A runtime environment that tells every process of the local cluster to come its address; None where that is not
-    wanted.
-    """
+    """A runtime environment that gives every process the address of the coming local cluster; None unless wanted."""
     if not wanted:
         yield None
         return
@@ -270,9 +264,7 @@ def _scaling(config: Config, num_cpus: float, num_gpus: float) -> ray.train.Scal
 
 
 def named(config: Config, prefix: str = "") -> Config:
-    """The configuration with its run named: the same command gives the same name, so that it finds its own run
-    again.
-    """
+    """The configuration with its run named. The same command gives the same name and so finds its own run again."""
     if config.run.name is not None:
         return config
     data = re.sub(r"[^A-Za-z0-9]+", "-", locate(str(config.data.root)).name).strip("-") or "data"

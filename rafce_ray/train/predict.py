@@ -1,5 +1,4 @@
-"""``rafce predict --ray``: many image files on a Ray cluster, through Ray Data: a shard of the listing by one worker
-into one Parquet file.
+"""``rafce predict --ray``: predict many image files on a Ray cluster through Ray Data, one Parquet file a shard.
 
 Pixels and rows never pass through Ray: a worker is told the number of a shard, reads its names and images itself and
 writes its file. Whatever its size, a listing so costs a worker no more memory than a shard, and the driver a folder's
@@ -71,10 +70,9 @@ class ShardPredictor:
         self._job = job
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Predict the shard ``row["shard"]``; gives its number and an ``error`` that the user must mend, empty where
-        there is none.
+        """Predict the shard ``row["shard"]``; return its number and an ``error`` for the user, empty if there is none.
 
-        That is returned: raised, Ray would wrap it in its own words.
+        The error is returned because Ray would wrap a raised one in its own words.
         """
         shard = int(row["shard"])
         try:
@@ -146,8 +144,7 @@ def predict_on_ray(
     workers: int | None = None,
     use_gpu: bool | None = None,
 ) -> int:
-    """Predict the images at ``paths`` into the folder ``out``, or go on with it; exit code 1 if nothing at all could be
-    predicted.
+    """Predict the images at ``paths`` into the folder ``out``, or go on with it; exit code 1 if no image could be.
 
     ``workers`` None: as many as the cluster has GPUs or, without any, CPUs. ``use_gpu`` None: where there are some.
 
@@ -207,9 +204,7 @@ def bundle_digest(place: str) -> str:
 
 @dataclass(frozen=True)
 class Share:
-    """``workers`` processes of ``cpus`` CPUs and ``gpus`` GPUs each, of which ``fitting`` fit on the cluster as it
-    is.
-    """
+    """``workers`` processes of ``cpus`` CPUs and ``gpus`` GPUs each; the cluster has room for ``fitting`` of them."""
 
     workers: int
     cpus: int

@@ -183,9 +183,7 @@ def train_worker(plain_job: dict[str, Any]) -> dict[str, Any] | None:
 
 
 class TrainSession:
-    """A Ray Train worker's :class:`rafce_ray.run.state.Session`; ends its own process when no step is finished for too
-    long.
-    """
+    """A Ray Train worker's :class:`rafce_ray.run.state.Session`. It ends its own process when no step ends in time."""
 
     def __init__(self, job: Job) -> None:
         context = ray.train.get_context()
@@ -238,9 +236,7 @@ class TrainSession:
             self._telemetry.step_done()
 
     def report(self, record: dict[str, Any]) -> None:
-        """Tell Ray Train and whoever watches; the checkpoint is already in the run folder (see docs/design.md for why
-        Ray does not keep it).
-        """
+        """Report to monitoring and to Ray Train, which does not keep the checkpoint (see docs/design.md)."""
         if self._telemetry is not None:
             self._telemetry.epoch_done(record)
         ray.train.report(record)
@@ -285,9 +281,7 @@ class ChangesCallback(GroupCallback):
 
 @contextmanager
 def _recorded_if_possible() -> Iterator[None]:
-    """Ray ends a run whose callback fails: a storage that cannot be written just now costs a message, which goes to
-    Ray's log instead.
-    """
+    """Print that the storage cannot be written now, to Ray's log: Ray would end a run whose callback fails."""
     try:
         yield
     except OSError as error:

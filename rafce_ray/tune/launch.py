@@ -36,8 +36,9 @@ from rafce_ray.train.launch import ray_cluster, tell_findings
 
 
 def conclude_study(study: StudyConfig, folder: StudyFolder, finalists: Sequence[Trial]) -> dict[str, Any]:
-    """Judge a study whose trials have ended and write ``finalists.json``, ``best.yaml``, ``best/``, ``test.json``,
-    ``report.html``.
+    """Judge a study whose trials have ended; write its verdict, best configuration, bundle, test figures and report.
+
+    It writes ``finalists.json``, ``best.yaml``, ``best/``, ``test.json`` and ``report.html``.
 
     Raises:
         RafceError: no trial gave a score.
@@ -305,9 +306,7 @@ def elapsed(folder: StudyFolder, spent: float, budget_s: float | None, control: 
 
 
 def train_finalists(study: StudyConfig, folder: StudyFolder, shares: Shares, readings: Readings) -> list[Trial]:
-    """Train the best configurations and the base again with other seeds; the trials that were chosen, the best
-    first.
-    """
+    """Train the best trials and the base again with other seeds; return the chosen trials, the best first."""
     from rafce_ray.study.finalists import choose_finalists, final_name
     from rafce_ray.tune.sweep import train_seeds
     from rafce_ray.tune.trials import Settings
@@ -358,9 +357,7 @@ def check_mlflow(study: StudyConfig) -> None:
 
 
 def check_weights_of(study: StudyConfig) -> None:
-    """Whether every trial's ``model.weights`` can be there for its backbone; UsageError where not, before anything
-    starts.
-    """
+    """Check before anything starts that every trial's ``model.weights`` exist for its backbone; else UsageError."""
     models = [study.base_config().model]
     if study.space.keys() & {"model.weights", "model.backbone"}:
         models += [study.config_of(values).model for values in foreseen(study)]

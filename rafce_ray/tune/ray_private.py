@@ -11,9 +11,7 @@ from ray.tune.schedulers import ASHAScheduler, MedianStoppingRule, TrialSchedule
 
 
 class Named(NamedTuple):
-    """A trial under its own name, for Ray's schedulers, which read ``trial_id`` alone: Ray's ids change from start to
-    start.
-    """
+    """A trial under its own name, for Ray's schedulers. They read ``trial_id``, and Ray's ids change at each start."""
 
     trial_id: str
 

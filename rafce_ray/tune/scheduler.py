@@ -1,5 +1,4 @@
-"""Ray Tune's schedulers, made to be believed: their decisions are written down, survive the driver, and end a trial in
-its folder.
+"""Ray Tune's schedulers, with decisions that are recorded, survive the driver and end a trial in its folder.
 
 Time is our own absolute epoch, and every score has its sign so that higher is better. Ray's ASHA forgets its rungs when
 a driver dies (ray#30838); here each entry of a rung is a line of ``rungs.jsonl``, written before the decision is
@@ -29,9 +28,7 @@ STOPPED = "stopped_by_scheduler"
 
 @dataclass
 class Control:
-    """The command's word to its trials: ``stop`` says why all should end after their present epoch, None that they may
-    go on.
-    """
+    """What the command wants of its trials. ``stop``: why all should end after this epoch; None: they may go on."""
 
     stop: str | None = None
 
@@ -47,9 +44,7 @@ class Course:
 
 
 class Concluding:
-    """Mixed in before a scheduler of Ray's: ends a stopped trial in its folder, and all trials when the command wants
-    to stop.
-    """
+    """Mixed in before a scheduler of Ray's: ends a stopped trial in its folder, and all trials if the command stops."""
 
     course: Course
 
@@ -86,9 +81,7 @@ class Concluding:
         """Know what an earlier start knew of a trial."""
 
     def catch_up(self, name: str, records: Sequence[dict[str, Any]]) -> str | None:
-        """Take over a trial that has not ended, and judge the epochs that nobody has judged yet; why it should stop, or
-        None.
-        """
+        """Take over a trial that has not ended and judge epochs not judged yet; return why it should stop, or None."""
         self.take_over(name, records)
         return None
 
@@ -106,9 +99,7 @@ class Unscheduled(Concluding, FIFOScheduler):  # type: ignore[misc]
 
 
 class Halving(Concluding, ASHAScheduler):  # type: ignore[misc]
-    """Asynchronous successive halving (Li et al. 2020) with Ray's brackets and cutoffs, and rungs that outlive the
-    driver.
-    """
+    """Asynchronous successive halving (Li et al. 2020) with Ray's brackets and cutoffs. Rungs survive the driver."""
 
     def __init__(
         self,
@@ -153,9 +144,7 @@ class Halving(Concluding, ASHAScheduler):  # type: ignore[misc]
         return int(generator.choice(len(sizes), p=odds / odds.sum()))
 
     def judge(self, name: str, epoch: int, score: float | None) -> str | None:
-        """Enter the trial into the highest rung that it has reached and not entered; stopped where it is below the
-        cutoff.
-        """
+        """Enter the trial into the highest rung it has reached, unless it is there; below the cutoff it should stop."""
         index = self.bracket_of(name)
         rung = next(((at, recorded) for at, recorded in rungs_of(self)[index] if epoch >= at), None)
         if rung is None or name in rung[1]:

@@ -135,8 +135,7 @@ class Sweep:
         return [Observed(one.plan.number, one.plan.values, scores[one.name]) for one in self._known.values()]
 
     def _bound_disk(self) -> None:
-        """Of ended trials, the best ``keep`` and the base keep their best checkpoint and bundle; the others keep their
-        figures.
+        """Keep best checkpoint and bundle of the base and of the best ``keep`` ended trials; others keep figures only.
 
         Of those that failed, the last ``keep`` keep their checkpoints for ``--retry-failed``; the others would begin
         again.
@@ -158,9 +157,7 @@ class Sweep:
 
 
 def renewed(folder: StudyFolder, name: str, study: StudyConfig, shares: Shares, readings: Readings) -> TrialPlan:
-    """A trial that an earlier start left, to be carried out as the study says now: workers, time limits, where its
-    images are.
-    """
+    """A trial that an earlier start left, with the study's present workers, time limits and place of images."""
     found = read_plan(folder.trial(name))
     assert found is not None
     plan, job = found
@@ -220,9 +217,7 @@ def start_trial(
     role: Role = "sweep",
     of: str | None = None,
 ) -> TrialPlan:
-    """Write down what a trial is to train, and with what it will be trained; an existing trial of this name stays as it
-    is.
-    """
+    """Write the plan of a trial and the job that trains it; an existing trial of this name stays as it is."""
     config = with_values(config, {"run.name": name, "run.storage": str(folder.trials)})
     trained = flatten(config)
     run_folder = folder.trial(name)

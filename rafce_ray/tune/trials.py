@@ -1,6 +1,4 @@
-"""Trials on Ray Tune: many runs side by side, each in a run folder of its own, each taken up again where it was
-left.
-"""
+"""Trials on Ray Tune: how they run, what monitoring shows of them, and how failed and slow ones are reported."""
 
 from __future__ import annotations
 
@@ -197,9 +195,7 @@ class Witness(tune.Callback):  # type: ignore[misc]
                 warn(self._why(name, now - since, pending=waits))
 
     def _has_begun(self, name: str) -> bool:
-        """Whether a trial that has its place has finished a step since it got it: what an earlier start left does not
-        count.
-        """
+        """Whether a trial has finished a step since it got its place. What an earlier start left does not count."""
         now = time.monotonic()
         if name not in self._begun and now >= self._next_look.get(name, 0.0):
             # Not at every step of Ray's: on object storage each look is a request.
@@ -252,9 +248,7 @@ def one_line(error: BaseException | None) -> str:
 
 
 def nested_trial(plain: dict[str, Any], study: str, metric: str) -> dict[str, Any]:
-    """Ray Tune's function for a trial of several workers; returns how it ended, as
-    :func:`rafce_ray.train.worker.trial_worker` does.
-    """
+    """Ray Tune's function for a trial of several workers. Returns how it ended, as :func:`trial_worker` does."""
     folder = StudyFolder(study)
     try:
         job = read_trial_job(plain, folder)
