@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from rafce_ray.base.errors import did_you_mean
 from rafce_ray.base.figures import FIGURES, monitors_of
-from rafce_ray.config import Config, ConfigError, build_config, flatten
+from rafce_ray.config import Config, ConfigError, build_config, flatten, nested
 from rafce_ray.study.proposals import MAX_COMBINATIONS, new_combinations, random_proposals
-from rafce_ray.study.space import Domain, Space, condition_values, in_order, parse_domain, same
+from rafce_ray.study.space import Domain, Space, condition_values, in_order, parse_domain, repeated, same
 
 if TYPE_CHECKING:
     from rafce_ray.study.config import StudyConfig
@@ -142,7 +142,7 @@ def _value_faults(key: str, tried: Iterable[Any], others: Mapping[str, Any], fie
     faults = []
     for value in tried:
         try:
-            build_config(_sections({**others, key: value}))
+            build_config(nested({**others, key: value}))
         except ConfigError as error:
             reasons = [line for line in _reasons(error) if not field_alone or line.startswith(f"{key}: ")]
             if reasons:
@@ -183,7 +183,7 @@ def normalised(base: Config, space: Space) -> dict[str, Domain]:
     values = flatten(base)
 
     def held(key: str, option: Any) -> Any:
-        return flatten(build_config(_sections(values | condition_values(space, key) | {key: option})))[key]
+        return flatten(build_config(nested(values | condition_values(space, key) | {key: option})))[key]
 
     return {
         key: dataclasses.replace(domain, written=tuple(held(key, option) for option in domain.written))
@@ -199,8 +199,7 @@ def repeated_options(space: Space) -> list[str]:
         f"space.{key}: {one!r} is listed twice, in two spellings. List it once"
         for key, domain in space.items()
         if domain.is_list
-        for index, one in enumerate(domain.written)
-        if any(same(one, earlier) for earlier in domain.written[:index])
+        for one in repeated(domain.written)
     ]
 
 
@@ -210,29 +209,25 @@ def with_words_read(space: Space) -> dict[str, Domain]:
 
     def held(key: str, value: Any) -> Any:
         try:
-            return flatten(build_config(_sections(values | {key: value})))[key] if isinstance(value, str) else value
+            return flatten(build_config(nested(values | {key: value})))[key] if isinstance(value, str) else value
         except (ConfigError, KeyError):
             # The key is unknown, or the word does not fit: later checks report that.
             return value
 
-    def read(key: str, domain: Domain) -> Domain:
-        when = {other: tuple(held(other, one) for one in wanted) for other, wanted in domain.when.items()}
-        if domain.is_list:
-            return dataclasses.replace(domain, written=tuple(held(key, one) for one in domain.written), when=when)
-        return dataclasses.replace(domain, when=when)
-
-    return {key: read(key, domain) for key, domain in space.items()}
+    return {
+        key: dataclasses.replace(
+            domain,
+            written=tuple(held(key, one) for one in domain.written),
+            when={other: tuple(held(other, one) for one in wanted) for other, wanted in domain.when.items()},
+        )
+        for key, domain in space.items()
+    }
 
 
 def study_faults(study: StudyConfig) -> list[str]:
     """What in a study does not go together."""
-    return [
-        *_metric_faults(study),
-        *_vocabulary_faults(study),
-        *_search_faults(study),
-        *_scheduler_faults(study),
-        *_resource_faults(study),
-    ]
+    checks = (_metric_faults, _search_faults, _scheduler_faults, _resource_faults)
+    return [fault for check in checks for fault in check(study)]
 
 
 def _metric_faults(study: StudyConfig) -> Iterator[str]:
@@ -252,13 +247,8 @@ def _metric_faults(study: StudyConfig) -> Iterator[str]:
                 f"metric: {study.metric} is undefined with base.data.{task}=none. Choose another metric, or train "
                 f"{task}"
             )
-
-
-def _vocabulary_faults(study: StudyConfig) -> Iterator[str]:
-    if FIGURES[study.metric].task == "emotion":
-        return
     for key in CHOOSES_ACTION_UNITS:
-        if key in study.space:
+        if key in study.space and FIGURES[study.metric].task != "emotion":
             yield (
                 f"space.{key}: cannot be searched by metric {study.metric}: scores over different action units cannot "
                 f"be compared. Set base.{key}, or a metric of emotions alone ({', '.join(monitors_of('emotion'))})"
@@ -315,7 +305,7 @@ def _resource_faults(study: StudyConfig) -> Iterator[str]:
 
 
 def combination_faults(study: StudyConfig) -> list[str]:
-    """Combinations of several keys that a run refuses although each value alone is fine.
+    """Combinations of several keys that a run refuses although each value alone is fine, one line per reason.
 
     All of a grid are built, of a random search what it will propose; of optuna, whose proposals are not known yet, as
     many draws.
@@ -325,7 +315,18 @@ def combination_faults(study: StudyConfig) -> list[str]:
         return [
             f"space: the grid has more than {MAX_COMBINATIONS} combinations. List fewer values, or set search=random"
         ]
-    return _refused(study, found)
+    refused: dict[str, list[Mapping[str, Any]]] = {}
+    for values in found:
+        try:
+            study.config_of(values)
+        except ConfigError as error:
+            refused.setdefault("; ".join(_reasons(error)), []).append(values)
+    lines = []
+    for reason, combinations in refused.items():
+        first = " ".join(f"{key}={value}" for key, value in combinations[0].items())
+        more = f" and {len(combinations) - 1} more" if len(combinations) > 1 else ""
+        lines.append(f"space: {first}{more} cannot be trained: {reason}")
+    return lines
 
 
 def foreseen(study: StudyConfig) -> Iterator[dict[str, Any]]:
@@ -336,33 +337,6 @@ def foreseen(study: StudyConfig) -> Iterator[dict[str, Any]]:
     return islice(random_proposals(study), min(planned, CHECKED_PROPOSALS))
 
 
-def _refused(study: StudyConfig, proposals: Iterable[Mapping[str, Any]]) -> list[str]:
-    """One line per reason, with the first combination that has it."""
-    counts: dict[str, int] = {}
-    examples: dict[str, Mapping[str, Any]] = {}
-    for values in proposals:
-        try:
-            study.config_of(values)
-        except ConfigError as error:
-            reason = "; ".join(_reasons(error))
-            counts[reason] = counts.get(reason, 0) + 1
-            examples.setdefault(reason, values)
-    lines = []
-    for reason, count in counts.items():
-        listed = " ".join(f"{key}={value}" for key, value in examples[reason].items())
-        lines.append(f"space: {listed}{f' and {count - 1} more' if count > 1 else ''} cannot be trained: {reason}")
-    return lines
-
-
 def _reasons(error: ConfigError) -> list[str]:
     """The faults that a run's configuration has, without the headline."""
     return [line.strip() for line in str(error).splitlines()[1:]]
-
-
-def _sections(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Nested sections from values by dotted key."""
-    sections: dict[str, dict[str, Any]] = {}
-    for key, value in values.items():
-        section, _, name = key.partition(".")
-        sections.setdefault(section, {})[name] = value
-    return sections

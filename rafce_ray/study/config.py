@@ -7,6 +7,7 @@ sections.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -44,8 +45,6 @@ from rafce_ray.study.checks import (
     with_words_read,
 )
 from rafce_ray.study.space import Domain
-
-SECTIONS = tuple(Config.model_fields)
 
 LONGEST_STUDY_NAME = LONGEST_NAME - len("-final_0000_seed2147483648")
 """Ray names the folder of a trial's workers after both."""
@@ -85,11 +84,7 @@ class SchedulerConfig(Section):
         return values
 
 
-SCHEDULER_KEYS = {
-    "asha": ("grace_period", "reduction_factor", "brackets"),
-    "median": ("grace_period",),
-    "none": (),
-}
+SCHEDULER_KEYS = {"asha": ("grace_period", "reduction_factor", "brackets"), "median": ("grace_period",), "none": ()}
 """Keys that each type of scheduler reads."""
 
 
@@ -179,7 +174,14 @@ class StudyConfig(_Study):
         Where ``data.null_policy`` is searched, ``data.evaluation_null_policy`` is never ``same`` but what that means in
         the base.
         """
-        config = build_config(merge(recipe_values(self.base.recipe), self._own_sections()))
+        sections = {section: getattr(self.base, section) for section in Config.model_fields}
+        run = {
+            "num_workers": self.resources.workers,
+            "cpus_per_worker": self.resources.cpus_per_worker,
+            "keep_checkpoints": 1,
+        }
+        own = merge(sections, {"optim": {"monitor": self.metric}, "run": run})
+        config = build_config(merge(recipe_values(self.base.recipe), own))
         if "data.null_policy" not in self.space:
             return config
         # Or trials would be measured by other labels, and their scores could not be compared.
@@ -205,15 +207,6 @@ class StudyConfig(_Study):
         return [
             key for key in SchedulerConfig.model_fields if key in self.scheduler.model_fields_set and key not in used
         ]
-
-    def _own_sections(self) -> dict[str, Any]:
-        sections = {section: getattr(self.base, section) for section in SECTIONS}
-        run = {
-            "num_workers": self.resources.workers,
-            "cpus_per_worker": self.resources.cpus_per_worker,
-            "keep_checkpoints": 1,
-        }
-        return merge(sections, {"optim": {"monitor": self.metric}, "run": run})
 
 
 class _CheckedBase(Config):
@@ -281,7 +274,11 @@ def build_study(values: Mapping[str, Any]) -> StudyConfig:
         checked = _Checked.model_validate(named | {"space": space, "base": base})
     except ValidationError as error:
         faults += explain(error, _Checked)
-        raise _unusable([*faults, *domain_faults(_config_or_none(base), space, unread)]) from None
+        usable_base = None
+        with suppress(ConfigError):
+            # What is wrong with the base is among the faults already.
+            usable_base = build_config({key: value for key, value in base.items() if key != "recipe"})
+        raise _unusable([*faults, *domain_faults(usable_base, space, unread)]) from None
     config = Config.model_validate(checked.base.model_dump(exclude={"recipe"}))
     faults += domain_faults(config, space, unread)
     if not faults:
@@ -301,14 +298,6 @@ def _complete_base(own: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         return merge(recipe_values(recipe), own), []
     near = did_you_mean(str(recipe), names)
     return dict(own), [f"base.recipe: found {recipe!r}; expected one of {', '.join(names)}{near}"]
-
-
-def _config_or_none(base: Mapping[str, Any]) -> Config | None:
-    """A base as a run's configuration; None where it cannot be used, which is a fault that was found already."""
-    try:
-        return build_config({key: value for key, value in base.items() if key != "recipe"})
-    except ConfigError:
-        return None
 
 
 def _unusable(faults: Sequence[str]) -> ConfigError:

@@ -40,7 +40,7 @@ class StudyFolder:
         Raises:
             UsageError: the folder holds another study.
         """
-        self._write(self.check(plan))
+        (self.location / "study.json").write_bytes(pretty_json(self.check(plan)))
 
     def check(self, plan: dict[str, Any]) -> dict[str, Any]:
         """What :meth:`claim` would write, nothing written; UsageError where the folder holds another study."""
@@ -93,9 +93,6 @@ class StudyFolder:
         return [
             info.base_name for info in self.trials.list() if (self.trials / info.base_name / "config.yaml").exists()
         ]
-
-    def _write(self, plan: dict[str, Any]) -> None:
-        (self.location / "study.json").write_bytes(pretty_json(plan))
 
 
 def _differing(before: Any, now: Any) -> str:

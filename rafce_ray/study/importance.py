@@ -68,7 +68,8 @@ def parameter_importance(
     """
     scored = [one for one in trials if one.plan.role == "sweep" and one.status != "failed" and is_finite(one.score)]
     sampled = [dict((values or {}).get(one.name, one.plan.values)) for one in scored]
-    keys = [key for key in dict.fromkeys(key for one in sampled for key in one) if _varies(sampled, key)]
+    every_key = dict.fromkeys(key for one in sampled for key in one)
+    keys = [key for key in every_key if len({to_json(one.get(key)) for one in sampled}) > 1]
     scores = np.array([FIGURES[metric].direction * one.score for one in scored if one.score is not None])
     reason = _why_not(keys, scores)
     if reason is not None:
@@ -85,10 +86,6 @@ def parameter_importance(
     if stopped:
         notes.append(f"{stopped} of {len(scored)} trials were stopped early and count with the score that they had.")
     return Importance(metric, _shares(keys, increases), r2, len(scored), " ".join(notes) or None)
-
-
-def _varies(sampled: Sequence[Mapping[str, Any]], key: str) -> bool:
-    return len({to_json(one.get(key)) for one in sampled}) > 1
 
 
 def _why_not(keys: Sequence[str], scores: NDArray[np.float64]) -> str | None:
@@ -148,13 +145,8 @@ def _shares(keys: Sequence[str], increases: NDArray[np.float64]) -> tuple[KeyImp
     drawn = np.maximum(np.concatenate([np.ones((1, len(increases))), weights]) @ increases, 0.0)
     total = drawn.sum(axis=1, keepdims=True)
     shares = np.divide(drawn, total, out=np.full(drawn.shape, math.nan), where=total > 0)
-    found = [
-        KeyImportance(key, float(shares[0, number]), float(_deviation(shares[1:, number])))
-        for number, key in enumerate(keys)
-    ]
+    found = []
+    for key, (share, *resampled) in zip(keys, shares.T, strict=True):
+        defined = np.array(resampled)[~np.isnan(resampled)]
+        found.append(KeyImportance(key, float(share), float(defined.std()) if len(defined) else math.nan))
     return tuple(sorted(found, key=lambda one: (math.isnan(one.share), -one.share)))
-
-
-def _deviation(values: NDArray[np.float64]) -> float:
-    defined = values[~np.isnan(values)]
-    return float(defined.std()) if len(defined) else math.nan

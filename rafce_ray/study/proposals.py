@@ -63,7 +63,9 @@ def propose(study: StudyConfig, number: int, history: Sequence[Observed] = ()) -
 def planned_trials(study: StudyConfig) -> int:
     """Number of trials, the base included: ``num_trials``, or fewer where the space has no more combinations."""
     limit = study.num_trials or MAX_COMBINATIONS + 1
-    return min(limit, 1 + _num_new(study, limit))
+    if not all(domain.is_finite for domain in study.space.values()):
+        return limit
+    return min(limit, 1 + sum(1 for _ in islice(new_combinations(study.space, study.base_values), limit)))
 
 
 def new_combinations(space: Space, base: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -78,10 +80,7 @@ def new_combinations(space: Space, base: Mapping[str, Any]) -> Iterator[dict[str
 
 
 def random_proposals(study: StudyConfig) -> Iterator[dict[str, Any]]:
-    """The values of trials 1, 2, ...
-
-    of a random search: each from its own generator, none twice, until a finite space is exhausted.
-    """
+    """The values of trials 1, 2, ... of a random search, each from its own generator, none twice."""
     seen = {_effective({}, study.space, study.base_values)}
     for number in count(1):
         values = _draw_new(study, number, seen)
@@ -107,13 +106,6 @@ def _draw_new(study: StudyConfig, number: int, seen: set[Any]) -> dict[str, Any]
         if _effective(values, study.space, study.base_values) not in seen
     ]
     return left[int(rng.integers(len(left)))] if left else None
-
-
-def _num_new(study: StudyConfig, limit: int) -> int:
-    """Combinations besides the base, counted up to a limit; the limit for a space that is not finite."""
-    if not all(domain.is_finite for domain in study.space.values()):
-        return limit
-    return sum(1 for _ in islice(new_combinations(study.space, study.base_values), limit))
 
 
 def _effective(values: Mapping[str, Any], space: Space, base: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -161,8 +161,7 @@ def _parse_condition(plain: Any) -> dict[str, tuple[Any, ...]]:
 def _parse_choice(kind: Any, arguments: Any, when: dict[str, tuple[Any, ...]]) -> Domain:
     if not isinstance(arguments, list) or not arguments:
         raise ValueError(f"{kind}: found {arguments!r}; expected a list of values")
-    twice = [one for index, one in enumerate(arguments) if any(same(one, earlier) for earlier in arguments[:index])]
-    if twice:
+    if twice := repeated(arguments):
         raise ValueError(f"{kind}: {twice[0]!r} is listed twice")
     return Domain(kind, tuple(arguments), when=when)
 
@@ -200,6 +199,11 @@ def _steps(low: float, high: float, step: float) -> int:
 def same(one: Any, other: Any) -> bool:
     """Whether two configuration values are equal: 1 and 1.0 are, 1 and true are not."""
     return bool(identity(one) == identity(other))
+
+
+def repeated(values: Sequence[Any]) -> list[Any]:
+    """The values that are the :func:`same` as an earlier one."""
+    return [one for index, one in enumerate(values) if any(same(one, earlier) for earlier in values[:index])]
 
 
 def identity(value: Any) -> Any:
@@ -247,21 +251,20 @@ def draw(space: Space, base: Mapping[str, Any], rng: np.random.Generator) -> dic
 
 def combinations(space: Space, base: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Every combination of a finite space, the first key varying slowest. A key that does not apply adds none."""
-    yield from _combine(space, base, in_order(space), {})
+    found: Iterator[dict[str, Any]] = iter([{}])
+    for key in in_order(space):
+        found = _extended(found, key, space[key], base)
+    return found
 
 
-def _combine(
-    space: Space, base: Mapping[str, Any], keys: Sequence[str], values: dict[str, Any]
+def _extended(
+    shorter: Iterator[dict[str, Any]], key: str, domain: Domain, base: Mapping[str, Any]
 ) -> Iterator[dict[str, Any]]:
-    if not keys:
-        yield dict(values)
-        return
-    key, rest = keys[0], keys[1:]
-    if not applies(space[key], values, base):
-        yield from _combine(space, base, rest, values)
-        return
-    for value in space[key].values():
-        yield from _combine(space, base, rest, values | {key: value})
+    for values in shorter:
+        if applies(domain, values, base):
+            yield from (values | {key: value} for value in domain.values())
+        else:
+            yield values
 
 
 def condition_values(space: Space, key: str) -> dict[str, Any]:

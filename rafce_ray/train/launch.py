@@ -98,7 +98,7 @@ def _write_report(folder: RunFolder, prepared: Prepared) -> None:
 def build_trainer(
     job: Job, num_cpus: float, num_gpus: float, *, max_failures: int, callbacks: Sequence[RayTrainCallback] = ()
 ) -> TorchTrainer:
-    """Ray Train's trainer of a job on a cluster of so many CPUs and GPUs; workers start again ``max_failures`` times."""
+    """Ray Train's trainer of a job on a cluster of so many CPUs and GPUs; ``max_failures``: restarts of its workers."""
     # Ray reads its environment when it is imported: ray_cluster has set it by now.
     from ray.train import FailureConfig, LoggingConfig, RunConfig
     from ray.train.torch import TorchConfig, TorchTrainer
