@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BeforeValidator, TypeAdapter
 
 from rafce_ray.base.errors import RafceError
 from rafce_ray.base.figures import FIGURES
@@ -36,6 +37,25 @@ from rafce_ray.study.trials import ENDED, Trial, best_first, read_plan, read_tri
 Basis = Literal["seeds and images", "images only"]
 
 
+def nan_if_null(value: float | None) -> float:
+    """A figure as JSON keeps it: null is NaN."""
+    return math.nan if value is None else float(value)
+
+
+def read_difference(record: dict[str, Any] | Difference) -> Difference:
+    """A difference as JSON keeps it."""
+    if isinstance(record, Difference):
+        return record
+    return Difference(*(nan_if_null(record[key]) for key in ("value", "low", "high")))
+
+
+Figure = Annotated[float, BeforeValidator(nan_if_null)]
+"""A float that is read back from JSON, where null is NaN."""
+
+Gain = Annotated[Difference, BeforeValidator(read_difference)]
+"""A difference that is read back from JSON."""
+
+
 @dataclass(frozen=True)
 class Finalist:
     """One of the study's trials as it was judged.
@@ -47,12 +67,12 @@ class Finalist:
 
     trial: str
     values: dict[str, Any]
-    sweep_score: float
-    scores: dict[int, float]
+    sweep_score: Figure
+    scores: dict[int, Figure]
     runs: dict[int, str]
-    mean: float
-    low: float
-    high: float
+    mean: Figure
+    low: Figure
+    high: Figure
     missing: dict[int, str]
 
 
@@ -73,11 +93,11 @@ class Verdict:
     ranked: tuple[Finalist, ...]
     winner: str
     base: str
-    gain: Difference
-    over_runner_up: Difference | None
+    gain: Gain
+    over_runner_up: Gain | None
     sweep_best: str
-    sweep_gain: float
-    retrained_gain: Difference
+    sweep_gain: Figure
+    retrained_gain: Gain
     luck_share: float | None
     basis: Basis
     num_images: int
@@ -94,47 +114,14 @@ class Verdict:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; NaN is undefined."""
-        record = asdict(self)
-        for key in ("gain", "over_runner_up", "retrained_gain"):
-            one: Difference | None = getattr(self, key)
-            record[key] = None if one is None else {**asdict(one), "real": one.is_real}
-        return record
+        gains = {"gain": self.gain, "over_runner_up": self.over_runner_up, "retrained_gain": self.retrained_gain}
+        shown = {key: None if one is None else asdict(one) | {"real": one.is_real} for key, one in gains.items()}
+        return asdict(self) | shown
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> Verdict:
         """The verdict that :meth:`to_json` wrote, also after JSON has made null of NaN."""
-        differences = {key: read_difference(record[key]) for key in ("gain", "retrained_gain")}
-        runner_up = record["over_runner_up"]
-        return cls(
-            **{
-                **record,
-                **differences,
-                "ranked": tuple(_read_finalist(one) for one in record["ranked"]),
-                "over_runner_up": None if runner_up is None else read_difference(runner_up),
-                "sweep_gain": nan_if_null(record["sweep_gain"]),
-                "remarks": tuple(record["remarks"]),
-            }
-        )
-
-
-def nan_if_null(value: float | None) -> float:
-    """A figure as JSON keeps it: null is NaN."""
-    return math.nan if value is None else float(value)
-
-
-def read_difference(record: dict[str, Any]) -> Difference:
-    """A difference as JSON keeps it."""
-    return Difference(*(nan_if_null(record[key]) for key in ("value", "low", "high")))
-
-
-def _read_finalist(record: dict[str, Any]) -> Finalist:
-    numbers = {key: nan_if_null(record[key]) for key in ("sweep_score", "mean", "low", "high")}
-    by_seed = {
-        "scores": {int(seed): nan_if_null(value) for seed, value in record["scores"].items()},
-        "runs": {int(seed): name for seed, name in record["runs"].items()},
-        "missing": {int(seed): reason for seed, reason in record["missing"].items()},
-    }
-    return Finalist(**{**record, **numbers, **by_seed})
+        return TypeAdapter(cls).validate_python(record)
 
 
 def sentences(verdict: Verdict) -> list[str]:
@@ -144,8 +131,7 @@ def sentences(verdict: Verdict) -> list[str]:
         lines.append(_against(verdict, verdict.base, "the base", verdict.gain))
     if verdict.over_runner_up is not None and verdict.runner_up not in (None, verdict.base):
         lines.append(_against(verdict, str(verdict.runner_up), "the runner-up", verdict.over_runner_up))
-    lines.append(_luck(verdict))
-    lines.append(_basis(verdict))
+    lines += [_luck(verdict), _basis(verdict)]
     for one in verdict.ranked:
         if one.missing:
             told = ", ".join(f"seed {seed} ({how})" for seed, how in one.missing.items())
@@ -163,8 +149,7 @@ def _who_won(verdict: Verdict) -> str:
         count = len(won.scores)
         trainings = "one training with another seed" if count == 1 else f"{count} trainings with other seeds"
         what += f", mean of {trainings} than the sweep's" if count > 1 else f", of {trainings} than the sweep's"
-    title = f"{verdict.winner}, the base itself," if verdict.winner == verdict.base else verdict.winner
-    return f"{title} won: {what}."
+    return f"{verdict.winner}{', the base itself,' if verdict.winner == verdict.base else ''} won: {what}."
 
 
 def _against(verdict: Verdict, trial: str, role: str, gain: Difference) -> str:
@@ -346,18 +331,6 @@ def _losses(sums: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
     return dict(zip(LOSSES, (*means, total), strict=True))
 
 
-__all__ = [
-    "Finalist",
-    "Verdict",
-    "best_run",
-    "choose_finalists",
-    "final_name",
-    "judge",
-    "judge_sweep",
-    "runs_of",
-    "sentences",
-]
-
 UNKNOWN = Difference(math.nan, math.nan, math.nan)
 
 
@@ -449,8 +422,8 @@ def judge_sweep(study: StudyFolder, metric: str, trials: Sequence[Trial]) -> Ver
 def runs_of(study: StudyFolder, verdict: Verdict, trial: str) -> list[RunFolder]:
     """The run folders that a trial was judged by and that have a bundle, by seed."""
     finalist = verdict.finalist(trial)
-    names = [] if finalist is None else [finalist.runs[seed] for seed in sorted(finalist.runs)]
-    return [folder for folder in map(study.trial, names) if folder.bundle.exists()]
+    runs = {} if finalist is None else finalist.runs
+    return [folder for _, name in sorted(runs.items()) if (folder := study.trial(name)).bundle.exists()]
 
 
 def best_run(study: StudyFolder, verdict: Verdict) -> RunFolder:
@@ -590,13 +563,10 @@ def _rank(finalists: Sequence[Finalist], metric: str, *, by_bound: bool) -> list
 
     def key(one: Finalist) -> tuple[float, float, str]:
         bound = (one.low if sign > 0 else one.high) if by_bound else one.mean
-        return _or_last(-sign * bound), _or_last(-sign * one.mean), one.trial
+        first, second = (math.inf if math.isnan(value) else -sign * value for value in (bound, one.mean))
+        return first, second, one.trial
 
     return sorted(finalists, key=key)
-
-
-def _or_last(value: float) -> float:
-    return math.inf if math.isnan(value) else value
 
 
 def _gain(metric: str, one: OverSeeds | None, other: OverSeeds | None, spread: Spread) -> Difference:

@@ -16,11 +16,11 @@ from rich.text import Text
 
 from rafce_ray.base.console import say, warn
 from rafce_ray.base.errors import DamagedFile, UsageError
-from rafce_ray.base.figures import FIGURES, OF_AN_EPOCH
+from rafce_ray.base.figures import FIGURES
 from rafce_ray.config import config_hash, flatten
 from rafce_ray.run.folder import TRIALS, RunFolder
 from rafce_ray.study.folder import StudyFolder
-from rafce_ray.study.trials import ENDED, TRIAL_FILE, best_record, metric_of, read_trials
+from rafce_ray.study.trials import ENDED, TRIAL_FILE, TrialPlan, metric_of, read_trials, trial_as_it_stands
 from rafce_ray.study.watch import plain
 
 COLUMNS = ("trial", "status", "epochs", "score", "macro_f1_supported", "au_f1_mean", "seconds")
@@ -109,42 +109,28 @@ def _run_rows(study: StudyFolder, metric: str, names: Sequence[str]) -> list[dic
         if (folder.location / TRIAL_FILE).exists():
             continue
         try:
-            rows.append(_run_row(folder, metric))
+            config = folder.config()
+            plan = TrialPlan(name, 0, "sweep", {}, config_hash(config), cpus=0, gpus=0)
+            row = trial_as_it_stands(folder, metric, plan, config).row
         except DamagedFile as error:
             warn(f"{name} is left out. {error}")
+            continue
+        rows.append({key: value for key, value in row.items() if key not in ("role", "of", "cpus", "gpus")})
     return rows
-
-
-def _run_row(folder: RunFolder, metric: str) -> dict[str, Any]:
-    """A row of a run folder without a plan, with those columns of :attr:`Trial.row` that it can fill."""
-    config, records, result = folder.config(), folder.metrics(), folder.result() or {}
-    best = best_record(records, metric)
-    validation = {} if best is None else best["validation"]
-    return {
-        "trial": folder.location.name,
-        "status": str(result.get("status", "interrupted" if records else "waiting")),
-        "reason": result.get("reason"),
-        "best_epoch": None if best is None else int(best["epoch"]),
-        "epochs": len(records),
-        "max_epochs": config.optim.epochs,
-        **{name: validation.get(name) for name in OF_AN_EPOCH},
-        "seed": config.run.seed,
-        "seconds": round(float(records[-1]["elapsed_s"]), 1) if records else 0.0,
-        "config_hash": config_hash(config),
-    }
 
 
 def ordered(listing: Listing, rows: Sequence[Row], column: str, *, ascending: bool) -> list[Row]:
     """Rows by a column, those without a value last; numbers come before text. Equal rows stay in order."""
+
+    def key(row: Row) -> tuple[int, float, str]:
+        value = row[column]
+        return (0, float(value), "") if is_number(value) else (1, 0.0, as_text(value))
+
     there = [row for row in rows if listing.has(row, column)]
     return [
-        *sorted(there, key=lambda row: _sort_key(row[column]), reverse=not ascending),
+        *sorted(there, key=key, reverse=not ascending),
         *(row for row in rows if not listing.has(row, column)),
     ]
-
-
-def _sort_key(value: Any) -> tuple[int, float, str]:
-    return (0, float(value), "") if is_number(value) else (1, 0.0, as_text(value))
 
 
 def ascends(column: str) -> bool:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from rafce_ray.base.console import pretty_json, say, warn
 from rafce_ray.base.figures import FIGURES, WITH_INTERVAL
@@ -33,12 +34,12 @@ from rafce_ray.metrics.comparison import (
 from rafce_ray.run.folder import RunFolder
 from rafce_ray.study.finalists import (
     Basis,
+    Figure,
+    Gain,
     TaggedOutputs,
     Verdict,
-    nan_if_null,
     on_labels_of_first,
     over_seeds,
-    read_difference,
     runs_of,
     score_with_losses,
 )
@@ -57,10 +58,10 @@ COMPARED = ("accuracy", "macro_f1", "macro_f1_supported", "au_f1_mean", "score",
 class MeanFigure:
     """A trial's figure: ``values`` of its runs, their ``mean`` and its 95 % interval; NaN: undefined or unknown."""
 
-    values: tuple[float, ...]
-    mean: float
-    low: float
-    high: float
+    values: tuple[Figure, ...]
+    mean: Figure
+    low: Figure
+    high: Figure
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class OnTest:
     num_images: int
     runs: dict[str, tuple[str, ...]]
     figures: dict[str, dict[str, MeanFigure]]
-    differences: dict[str, Difference]
+    differences: dict[str, Gain]
     basis: Basis
     looks: int
     remarks: tuple[str, ...]
@@ -91,13 +92,7 @@ class OnTest:
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> OnTest:
         """What :meth:`to_json` wrote, also after JSON has made null of NaN."""
-        figures = {
-            trial: {name: _figure(one) for name, one in found.items()} for trial, found in record["figures"].items()
-        }
-        differences = {name: read_difference(one) for name, one in record["differences"].items()}
-        runs = {trial: tuple(names) for trial, names in record["runs"].items()}
-        lists = {"remarks": tuple(record["remarks"]), "runs": runs}
-        return cls(**{**record, **lists, "figures": figures, "differences": differences})
+        return TypeAdapter(cls).validate_python(record)
 
     def sentences(self) -> list[str]:
         """What the test split says, in plain lines."""
@@ -119,24 +114,15 @@ class OnTest:
                 for name in ("score", "emotion_loss")
                 if name in self.differences and math.isfinite(self.differences[name].value)
             ]
-            lines.append(self._allowed_for())
+            one_each = " only: one seed each does not tell how seeds differ"
+            others = "other seeds and other images" if self.basis == "seeds and images" else f"other images{one_each}"
+            lines.append(f"The intervals allow for {others}.")
         if self.looks > 1:
             lines.append(
                 f"{self.looks} winners of this study were measured on the test split so far: the more are, the less "
                 "the best of them means."
             )
         return [*lines, *self.remarks]
-
-    def _allowed_for(self) -> str:
-        if self.basis == "seeds and images":
-            return "The intervals allow for other seeds and other images."
-        return "The intervals allow for other images only: one seed each does not tell how seeds differ."
-
-
-def _figure(record: dict[str, Any]) -> MeanFigure:
-    return MeanFigure(
-        tuple(map(nan_if_null, record["values"])), *(nan_if_null(record[key]) for key in ("mean", "low", "high"))
-    )
 
 
 def _with_interval(one: MeanFigure) -> str:
@@ -258,23 +244,18 @@ class _Measurer:
         kept = folder.outputs("test")
         if kept is not None:
             return kept
-        dataset = self._dataset(bundle)
-        indices = dataset.indices("test")
-        targets = dataset.targets
+        data = data_config_for(bundle, [])
+        # How a training drew and changed its images makes no difference here.
+        key = (data.reading, bundle.taxonomy)
+        if key not in self._datasets:
+            self._datasets[key] = open_for_bundle(bundle, data)
+        dataset = self._datasets[key]
+        indices, targets = dataset.indices("test"), dataset.targets
         if not ((targets.emotion[indices] >= 0).any() or (~np.isnan(targets.action_units[indices])).any()):
             return None
         outputs = split_outputs(bundle, dataset, "test", device=choose_device(self._device), progress=self._progress)
         folder.write_outputs("test", outputs)
         return outputs
-
-    def _dataset(self, bundle: Bundle) -> Dataset:
-        data = data_config_for(bundle, [])
-        # How a training drew and changed its images makes no difference here.
-        reading = data.reading
-        key = (reading, bundle.taxonomy)
-        if key not in self._datasets:
-            self._datasets[key] = open_for_bundle(bundle, data)
-        return self._datasets[key]
 
 
 def _compare(verdict: Verdict, runs: Sequence[_Run]) -> OnTest:
@@ -284,15 +265,14 @@ def _compare(verdict: Verdict, runs: Sequence[_Run]) -> OnTest:
         found = score_with_losses(split, run.bundle.taxonomy, run.bundle.calibration)
         scored.setdefault(run.trial, []).append(found)
     measured, spreads = over_seeds(scored, MEASURED)
-    figures = {
-        trial: {name: _mean_figure(one, spreads[name]) for name, one in found.items()}
-        for trial, found in measured.items()
-    }
+    spreads = {name: spread if spread.freedom else NO_SPREAD for name, spread in spreads.items()}
     differences = {}
     if verdict.base != verdict.winner and verdict.base in scored:
         ours, theirs = measured[verdict.winner], measured[verdict.base]
-        for name in _same_figures({run.trial: run.bundle.taxonomy for run in runs}):
-            value, half_width = difference_of_means(ours[name], theirs[name], _or_none(spreads[name]))
+        one, other = {run.trial: run.bundle.taxonomy for run in runs}.values()
+        same = {*comparable_figures(one, other), *(["emotion_loss"] if one.emotions == other.emotions else [])}
+        for name in (name for name in COMPARED if name in same):
+            value, half_width = difference_of_means(ours[name], theirs[name], spreads[name])
             differences[name] = Difference(value, value - half_width, value + half_width)
     trials = [name for name in dict.fromkeys([verdict.winner, verdict.base]) if name in scored]
     return OnTest(
@@ -300,7 +280,9 @@ def _compare(verdict: Verdict, runs: Sequence[_Run]) -> OnTest:
         base=verdict.base,
         num_images=len(comparable.splits[0].names),
         runs={trial: tuple(run.name for run in runs if run.trial == trial) for trial in trials},
-        figures={trial: figures[trial] for trial in trials},
+        figures={
+            trial: {name: _mean_figure(one, spreads[name]) for name, one in measured[trial].items()} for trial in trials
+        },
         differences=differences,
         basis="seeds and images" if any(spread.freedom for spread in spreads.values()) else "images only",
         looks=1,
@@ -308,17 +290,6 @@ def _compare(verdict: Verdict, runs: Sequence[_Run]) -> OnTest:
     )
 
 
-def _or_none(spread: Spread) -> Spread:
-    return spread if spread.freedom else NO_SPREAD
-
-
 def _mean_figure(one: OverSeeds, spread: Spread) -> MeanFigure:
-    half_width = mean_half_width(one, _or_none(spread))
+    half_width = mean_half_width(one, spread)
     return MeanFigure(one.values, one.mean, one.mean - half_width, one.mean + half_width)
-
-
-def _same_figures(taxonomies: dict[str, Taxonomy]) -> list[str]:
-    """Those of COMPARED that mean the same for both trials."""
-    ours, theirs = taxonomies.values()
-    same = {*comparable_figures(ours, theirs), *(["emotion_loss"] if ours.emotions == theirs.emotions else [])}
-    return [name for name in COMPARED if name in same]

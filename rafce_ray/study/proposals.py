@@ -80,7 +80,7 @@ def new_combinations(space: Space, base: Mapping[str, Any]) -> Iterator[dict[str
 
 
 def random_proposals(study: StudyConfig) -> Iterator[dict[str, Any]]:
-    """The values of trials 1, 2, ... of a random search, each from its own generator, none twice."""
+    """The values of trials 1, 2, ... of a random search: each by its own generator, none twice, until none is left."""
     seen = {_effective({}, study.space, study.base_values)}
     for number in count(1):
         values = _draw_new(study, number, seen)

@@ -57,9 +57,8 @@ class TrialPlan:
 
     def write(self, study: StudyFolder, job: Job) -> None:
         """Write the plan and the job that carries it out into the trial's folder."""
-        record = {**asdict(self), "job": job.to_plain()}
-        file = study.trials / self.name / TRIAL_FILE
-        file.write_bytes(pretty_json(record))
+        record = asdict(self) | {"job": job.to_plain()}
+        (study.trials / self.name / TRIAL_FILE).write_bytes(pretty_json(record))
 
 
 @dataclass(frozen=True)
@@ -165,17 +164,21 @@ def read_trial(folder: RunFolder, metric: str) -> Trial | None:
     if found is None:
         return None
     plan, job = found
-    records, result = folder.metrics(), folder.result()
+    return trial_as_it_stands(folder, metric, plan, job.config)
+
+
+def trial_as_it_stands(folder: RunFolder, metric: str, plan: TrialPlan, config: Config) -> Trial:
+    """A trial of this plan that trains this configuration, with what its folder says of its progress."""
+    records, result = folder.metrics(), folder.result() or {}
     best = best_record(records, metric)
     validation = {} if best is None else best["validation"]
-    status = "waiting" if not records else "interrupted"
     return Trial(
         plan=plan,
-        seed=job.config.run.seed,
-        status=status if result is None else str(result["status"]),
-        reason=None if result is None else result.get("reason"),
+        seed=config.run.seed,
+        status=str(result.get("status", "interrupted" if records else "waiting")),
+        reason=result.get("reason"),
         epochs=len(records),
-        max_epochs=job.config.optim.epochs,
+        max_epochs=config.optim.epochs,
         best_epoch=None if best is None else int(best["epoch"]),
         score=None if best is None else float(validation[metric]),
         figures={name: validation.get(name) for name in OF_AN_EPOCH},
@@ -198,7 +201,7 @@ def read_trials(study: StudyFolder, metric: str, *, all_of_them: bool = False) -
             if all_of_them:
                 raise
             warn(f"trial {name} is left out. {error}")
-    return sorted((one for one in found if one is not None), key=lambda one: (one.plan.role, one.plan.number, one.name))
+    return sorted(filter(None, found), key=lambda one: (one.plan.role, one.plan.number, one.name))
 
 
 def best_record(records: Sequence[dict[str, Any]], metric: str) -> dict[str, Any] | None:
@@ -210,10 +213,8 @@ def best_record(records: Sequence[dict[str, Any]], metric: str) -> dict[str, Any
 
 def best_first(trials: Iterable[Trial], metric: str) -> list[Trial]:
     """Trials that have a score, the best first, the lowest number among equals."""
-    scored = [(one.score, one) for one in trials if one.score is not None]
-    return [
-        one for _, one in sorted(scored, key=lambda pair: (-FIGURES[metric].direction * pair[0], pair[1].plan.number))
-    ]
+    scored = [(-FIGURES[metric].direction * one.score, one.plan.number, one) for one in trials if one.score is not None]
+    return [one for *_, one in sorted(scored, key=lambda each: each[:2])]
 
 
 def write_table(study: StudyFolder, trials: Sequence[Trial]) -> None:

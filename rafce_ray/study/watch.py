@@ -71,8 +71,8 @@ class TrialProgress:
 
 def ranked(trials: Iterable[TrialProgress], metric: str) -> list[TrialProgress]:
     """Trials that have a best figure, the best first, the lowest number among equals."""
-    scored = [(one.best, one) for one in trials if one.best is not None]
-    return [one for _, one in sorted(scored, key=lambda pair: (-FIGURES[metric].direction * pair[0], pair[1].number))]
+    scored = [(-FIGURES[metric].direction * one.best, one.number, one) for one in trials if one.best is not None]
+    return [one for *_, one in sorted(scored, key=lambda each: each[:2])]
 
 
 def states(trials: Collection[TrialProgress], planned: int) -> str:
@@ -127,8 +127,9 @@ def in_short(values: Values) -> str:
     """``lr 0.0012, dropout 0.41``: keys without their section, where that leaves them distinct."""
     if not values:
         return "the base"
-    last = Counter(key.rpartition(".")[2] for key in values)
-    names = {key: key.rpartition(".")[2] if last[key.rpartition(".")[2]] == 1 else key for key in values}
+    short = {key: key.rpartition(".")[2] for key in values}
+    uses = Counter(short.values())
+    names = {key: name if uses[name] == 1 else key for key, name in short.items()}
     return ", ".join(f"{names[key]} {plain(value)}" for key, value in values.items())
 
 
@@ -218,7 +219,8 @@ class SweepWatch(Watch):
         self._at_once = max(self._at_once, sum(one.running for one in self._trials.values()))
 
     def _look_at(self, name: str) -> None:
-        folder = self._folder(name)
+        # Kept, since every opening of an object store costs requests.
+        folder = self._folders.setdefault(name, self._study.trial(name))
         # One listing, where a stamp of each file would be a request each.
         stamps: Stamps = {info.base_name: (info.size, info.mtime_ns) for info in folder.location.list()}
         before, read = self._before.get(name, {}), self._read.get(name, {})
@@ -246,12 +248,6 @@ class SweepWatch(Watch):
                 is_bad = trial.status in ("failed", "diverged")
                 self._news.append((warn if is_bad else say, self._end_line(trial)))
         self._read[name] = stamps
-
-    def _folder(self, name: str) -> RunFolder:
-        # Kept, since every opening of an object store costs requests.
-        if name not in self._folders:
-            self._folders[name] = self._study.trial(name)
-        return self._folders[name]
 
     def _read_plan(self, name: str, folder: RunFolder) -> None:
         """Meet a trial, or read a known one's plan again, which a scheduler may have changed."""
@@ -299,11 +295,8 @@ class SweepWatch(Watch):
         self._news.clear()
 
     def _start_line(self, trial: TrialProgress) -> str:
-        resumed = (
-            f" goes on after epoch {len(trial.scores)}"
-            if trial.scores and METRICS_FILE in self._before.get(trial.name, {})
-            else ""
-        )
+        is_resumed = trial.scores and METRICS_FILE in self._before.get(trial.name, {})
+        resumed = f" goes on after epoch {len(trial.scores)}" if is_resumed else ""
         return f"{trial.name}{resumed}: {trial.again or described(trial.values, trial.base)}"
 
     def _end_line(self, trial: TrialProgress) -> str:
@@ -345,11 +338,8 @@ class SweepWatch(Watch):
             what = best.again or in_short(best.values)
             base = next((one for one in trials if one.number == 0 and one.again is None), None)
             of_base = f" (base {figure(base.best)})" if base is not None and base is not best else ""
-            lines = [
-                Text.assemble(
-                    (f"best so far: {best.name}, {self._metric} {figure(best.best)}", "bold"), f"{of_base}: {what}"
-                )
-            ]
+            leads = (f"best so far: {best.name}, {self._metric} {figure(best.best)}", "bold")
+            lines = [Text.assemble(leads, f"{of_base}: {what}")]
         epochs = sum(len(one.scores) for one in trials)
         lines.append(Text(f"{self._planned} trials: {states(trials, self._planned)}; {epochs} epochs done"))
         lines.append(Text(", ".join([f"{duration(self._spent())} spent", *self._time_left()])))

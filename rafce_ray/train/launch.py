@@ -8,7 +8,7 @@ import re
 import signal
 import socket
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -17,13 +17,7 @@ from rafce_ray.base.console import progress_bar, say, warn
 from rafce_ray.base.errors import RafceError, UsageError
 from rafce_ray.base.hardware import describe_software
 from rafce_ray.base.storage import locate
-from rafce_ray.config import (
-    LONGEST_NAME,
-    Config,
-    build_config,
-    config_hash,
-    differences,
-)
+from rafce_ray.config import LONGEST_NAME, Config, build_config, config_hash, differences
 from rafce_ray.data.audit import audit_command
 from rafce_ray.data.loader import Prepared, prepare
 from rafce_ray.run.folder import RunFolder
@@ -79,13 +73,7 @@ def _launch(folder: RunFolder, config: Config, *, resume: bool) -> dict[str, Any
             "again."
         )
     if "error" in outcome:
-        raise _error_of(outcome)
-    _write_report(folder, prepared)
-    return outcome
-
-
-def _write_report(folder: RunFolder, prepared: Prepared) -> None:
-    """The run's page. A run that has ended stays one whatever becomes of its page."""
+        raise error_of(outcome)
     # Plots take a second to import, which a study or an ablation need not wait for.
     from rafce_ray.report.page import write_report
 
@@ -93,6 +81,7 @@ def _write_report(folder: RunFolder, prepared: Prepared) -> None:
         write_report(folder, store=prepared.store_uri)
     except RafceError as error:
         warn(f"the report could not be written: {error} Write it with: rafce report {folder.location.command}")
+    return outcome
 
 
 def build_trainer(
@@ -339,7 +328,8 @@ def provenance_of(config: Config, prepared: Prepared) -> dict[str, Any]:
     }
 
 
-def _error_of(outcome: dict[str, Any]) -> RafceError:
+def error_of(outcome: Mapping[str, Any]) -> RafceError:
+    """The error that a worker returned as ``error`` and ``exit_code`` instead of raising it."""
     error = RafceError(str(outcome["error"]))
     error.exit_code = int(outcome["exit_code"])
     return error

@@ -1,8 +1,7 @@
 """``rafce predict --ray``: predict many image files on a Ray cluster through Ray Data, one Parquet file a shard.
 
-Pixels and rows never pass through Ray: a worker is told the number of a shard, reads its names and images itself and
-writes its file. Whatever its size, a listing so costs a worker no more memory than a shard, and the driver a folder's
-names.
+Pixels and rows never pass through Ray: a worker gets the number of a shard, reads its names and images itself and
+writes its file. A worker needs memory for one shard, and the driver for the names of one folder, whatever the listing.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ from rafce_ray.faces.files import (
     stores_of,
 )
 from rafce_ray.train.environment import check_ray
-from rafce_ray.train.launch import interruptible, ray_cluster
+from rafce_ray.train.launch import error_of, interruptible, ray_cluster
 
 STORE_READERS = 16
 """Threads of a worker that read from an object store, whose answers take long and cost no processor."""
@@ -80,24 +79,28 @@ class ShardPredictor:
         except RafceError as error:
             return {"shard": shard, "error": str(error), "exit_code": error.exit_code}
         except OSError as error:
-            text = f"{self._job.out}: cannot be read or written ({error}). Mend that, and the same command goes on."
+            text = f"{self._job.out}: cannot be read or written ({error}). Fix that, and the same command goes on."
             return {"shard": shard, "error": text, "exit_code": RafceError.exit_code}
         return {"shard": shard, "error": "", "exit_code": 0}
 
     def _predict(self, shard: int) -> None:
         predictor, job, paths = self._predictor, self._job, self._shards.paths(shard)
-        _check_shared(paths[0])
+        folder = os.path.dirname(local_path(paths[0]))
+        # Without the folder of the listing, a row for each image would blame the images.
+        if "://" not in folder and not os.path.isdir(folder):
+            raise RafceError(
+                f"{folder}: is not there where this worker runs. Keep the images on storage that every machine shares, "
+                "or in an object store; the same command then goes on."
+            )
         px = predictor.bundle.preprocessing.stored_px
-        load = partial(load_image, read=self._read, finder=self._finder, px=px)
+        read = partial(read_image, stores=self._stores, max_bytes=MAX_BYTES)
+        load = partial(load_image, read=read, finder=self._finder, px=px)
         readers = STORE_READERS if self._stores else job.threads + 1
         loaded = load_ahead(load, paths, readers)
         # All emotions: the shard's file has the whole distribution.
         top_k = max(1, predictor.bundle.taxonomy.num_emotions)
         results = predict_files(predictor, loaded, batch_size=job.batch_size, top_k=top_k)
         self._shards.write(shard, results, predictor.bundle, outcomes)
-
-    def _read(self, path: str) -> bytes:
-        return read_image(path, self._stores, MAX_BYTES)
 
     @cached_property
     def _predictor(self) -> Predictor:
@@ -154,8 +157,9 @@ def predict_on_ray(
     """
     check_ray()
     folder, loaded = locate(out), load_bundle(bundle)
+    few = ", ".join(paths[:3]) + (f" and {len(paths) - 3:,} more" if len(paths) > 3 else "")
     say(
-        f"Predicting the images of {_few(paths)} on Ray: faces {detector_of(faces, face_model)}; "
+        f"Predicting the images of {few} on Ray: faces {detector_of(faces, face_model)}; "
         f"{loaded.architecture.backbone} of {loaded.path} ({loaded.taxonomy.num_emotions} emotions, "
         f"{loaded.taxonomy.num_action_units} action units); Parquet files to {folder.shown}."
     )
@@ -266,9 +270,7 @@ def _predict_shards(
         with progress_bar("predicting", files, rate_over_s=600.0) as advance, interruptible(goes_on):
             for row in _rows(job, share, missing):
                 if row["error"]:
-                    error = RafceError(row["error"])
-                    error.exit_code = row["exit_code"]
-                    raise error
+                    raise error_of(row)
                 advance(shards.plan.files_of(row["shard"]))
 
 
@@ -278,7 +280,10 @@ def _rows(job: PredictionJob, share: Share, missing: list[int]) -> Iterator[dict
     from ray.data.exceptions import ExecutionTimeoutError
     from ray.exceptions import RayError
 
-    _quieten()
+    # Ray Data reports its own steps on standard error; its log file keeps them.
+    for handler in logging.getLogger("ray.data").handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setLevel(logging.CRITICAL)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     dataset = ray.data.from_items([{"shard": shard} for shard in missing], override_num_blocks=len(missing)).map(
@@ -302,39 +307,12 @@ def _rows(job: PredictionJob, share: Share, missing: list[int]) -> Iterator[dict
             "same command goes on."
         ) from error
     except RayError as error:
+        # What went wrong in the worker is the last line, after Ray's traceback.
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         raise RafceError(
-            f"a worker failed: {_last_line(error)}\nThe shards that were finished stay; the same command goes on with "
+            f"a worker failed: {lines[-1]}\nThe shards that were finished stay; the same command goes on with "
             "the others."
         ) from error
-
-
-def _check_shared(path: str) -> None:
-    """RafceError where the folder of an image that the driver listed is not there: a row for each would blame the
-    images.
-    """
-    folder = os.path.dirname(local_path(path))
-    if "://" not in folder and not os.path.isdir(folder):
-        raise RafceError(
-            f"{folder}: is not there where this worker runs. Keep the images on storage that every machine shares, or "
-            "in an object store; the same command then goes on."
-        )
-
-
-def _quieten() -> None:
-    """Ray Data's own words for people go to standard error and speak of its inside; its log file keeps them."""
-    for handler in logging.getLogger("ray.data").handlers:
-        if isinstance(handler, logging.StreamHandler):
-            handler.setLevel(logging.CRITICAL)
-
-
-def _last_line(error: BaseException) -> str:
-    """What went wrong in a worker, without the traceback that Ray puts before it."""
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(error).__name__
-
-
-def _few(paths: Sequence[str]) -> str:
-    return ", ".join(paths[:3]) + (f" and {len(paths) - 3:,} more" if len(paths) > 3 else "")
 
 
 def _summary(totals: Counter[str], shards: Shards, bundle: Bundle) -> str:

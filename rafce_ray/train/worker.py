@@ -44,8 +44,8 @@ from rafce_ray.train.ray_private import GroupCallback
 REFRESH_S = 1.0
 """Below Ray's shortest export interval."""
 
-_counted: dict[tuple[Metric, tuple[str, ...]], int] = {}
-"""How far this process has counted."""
+_counted: dict[tuple[Metric, str], int] = {}
+"""How far this process has counted each metric of each run."""
 
 
 class Publisher:
@@ -76,30 +76,7 @@ class Publisher:
 
 def _set(values: Mapping[tuple[Metric, tuple[str, ...]], float]) -> None:
     for (metric, tags), value in values.items():
-        _gauge(metric).set(value, tags=dict(zip(metric.tags, tags, strict=True)))
-
-
-@contextmanager
-def shown(samples: Iterable[Sample]) -> Iterator[None]:
-    """Show gauges while the block lasts."""
-    publisher = Publisher()
-    publisher.show(samples)
-    try:
-        yield
-    finally:
-        publisher.stop()
-
-
-def count_to(metric: Metric, tags: tuple[str, ...], total: int) -> None:
-    """Raise this process's counter to a total that is on record elsewhere.
-
-    After a restart the new process counts all of it again, so the true count is the largest over processes, and nothing
-    is lost with a process that dies before Ray exports.
-    """
-    missing = total - _counted.get((metric, tags), 0)
-    if missing > 0:
-        _counter(metric).inc(missing, tags=dict(zip(metric.tags, tags, strict=True)))
-        _counted[metric, tags] = total
+        _instrument(Gauge, metric).set(value, tags=dict(zip(metric.tags, tags, strict=True)))
 
 
 class RunTelemetry:
@@ -136,26 +113,34 @@ class RunTelemetry:
         return Sample(LAST_STEP, (self._run,), self._last_step)
 
     def _count(self, metric: Metric, event: str) -> None:
+        """Raise this process's counter to the number of these events on record.
+
+        After a restart the new process counts all again: the true count is the largest over processes, and a process
+        that dies before Ray exports loses nothing.
+        """
         # What cannot be read now is counted at the next look.
         with suppress(OSError):
-            count_to(metric, (self._run,), sum(one["event"] == event for one in self._folder.events()))
+            total = sum(one["event"] == event for one in self._folder.events())
+            missing = total - _counted.get((metric, self._run), 0)
+            if missing > 0:
+                _instrument(Counter, metric).inc(missing, tags=dict(zip(metric.tags, (self._run,), strict=True)))
+                _counted[metric, self._run] = total
 
 
 @contextmanager
 def command_shown(folder: RunFolder) -> Iterator[None]:
-    """Show, from the command's own process, that a run is waited for while the block lasts."""
-    with shown([Sample(COMMAND, (folder.label,), 1.0)]):
+    """Show, from the command's own process, that it waits for a run while the block lasts."""
+    publisher = Publisher()
+    publisher.show([Sample(COMMAND, (folder.label,), 1.0)])
+    try:
         yield
+    finally:
+        publisher.stop()
 
 
 @cache
-def _gauge(metric: Metric) -> Any:
-    return Gauge(metric.name, metric.description, metric.tags)
-
-
-@cache
-def _counter(metric: Metric) -> Any:
-    return Counter(metric.name, metric.description, metric.tags)
+def _instrument(kind: type[Counter] | type[Gauge], metric: Metric) -> Any:
+    return kind(metric.name, metric.description, metric.tags)
 
 
 HUNG_EXIT_CODE = 75
@@ -166,8 +151,7 @@ STARTING = 4
 def train_worker(plain_job: dict[str, Any]) -> dict[str, Any] | None:
     """Ray Train's ``train_loop_per_worker``; rank 0 returns the run's result.
 
-    An error that the user must mend is returned (``error``, ``exit_code``): raised, Ray would retry what cannot
-    succeed.
+    An error that the user must fix is returned (``error``, ``exit_code``): Ray would retry a raised one in vain.
     """
     job = Job.from_plain(plain_job)
     session = TrainSession(job)
@@ -193,7 +177,7 @@ class TrainSession:
         self._watchdog = Watchdog(job, self.rank)
         group = ray.util.get_current_placement_group()
         if self.rank == 0 and group is not None:
-            # For whoever must free it when the trainer's controller is killed with its trial.
+            # To be freed when the trainer's controller is killed with its trial.
             RunFolder(job.run_dir).add_event("placed", placement_group=group.id.hex())
         self._telemetry = RunTelemetry(job) if self.rank == 0 else None
 
@@ -291,7 +275,7 @@ def _recorded_if_possible() -> Iterator[None]:
 def trial_worker(plain: dict[str, Any], study: str, metric: str) -> dict[str, Any]:
     """Ray Tune's function: trains the trial that ``plain["trial"]`` names in this process; returns how it ended.
 
-    ``metric``: the study's. An error that the user must mend is returned: raised, Ray would retry what cannot succeed.
+    ``metric``: the study's. An error that the user must fix is returned: Ray would retry a raised one in vain.
     Where a trial's folder has a checkpoint, it goes on from there.
     """
     folder = StudyFolder(study)
