@@ -88,18 +88,14 @@ def ablate(
 
 
 def choose_arms(arms: list[Arm], only: Sequence[str]) -> list[Arm]:
-    """The arms of these names, and those that they are compared with; all of them for none.
-
-    UsageError for an unknown one.
-    """
+    """The arms of these names with their references; every arm if ``only`` is empty. UsageError: a name is unknown."""
     by_name = {arm.name: arm for arm in arms}
-    chosen: set[str] = set()
     for name in only:
         if name not in by_name:
             raise UsageError(
                 f"--arms: unknown arm {name!r}{did_you_mean(name, list(by_name))}. Arms: {', '.join(by_name)}."
             )
-        chosen |= {name} | ({reference} if (reference := by_name[name].reference) else set())
+    chosen = {*only, *(by_name[name].reference for name in only)}
     return [arm for arm in arms if not only or arm.name in chosen]
 
 

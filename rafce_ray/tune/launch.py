@@ -21,7 +21,6 @@ from rafce_ray.config import Config, DataConfig, build_config, identity_of, to_y
 from rafce_ray.data.loader import Prepared, Readings, open_dataset, prepare
 from rafce_ray.model.pretrained import check_weights
 from rafce_ray.report.study_page import write_study_report
-from rafce_ray.run.folder import RunFolder
 from rafce_ray.run.state import choose_splits
 from rafce_ray.study.checks import foreseen
 from rafce_ray.study.config import StudyConfig, study_yaml
@@ -56,7 +55,12 @@ def conclude_study(study: StudyConfig, folder: StudyFolder, finalists: Sequence[
             f"{folder.location.command}"
         )
     verdict = (
-        judge(folder, study.metric, [one.name for one in finalists], base=base_name(trials))
+        judge(
+            folder,
+            study.metric,
+            [one.name for one in finalists],
+            base=next(one.name for one in trials if one.plan.is_base),
+        )
         if finalists
         else judge_sweep(folder, study.metric, trials)
     )
@@ -67,9 +71,8 @@ def conclude_study(study: StudyConfig, folder: StudyFolder, finalists: Sequence[
     for line in [*sentences(verdict), *([] if on_test is None else on_test.sentences())]:
         say(line)
     place, root = folder.location, shlex.quote(str(study.base_config().data.root))
-    best, curves = (place / "best").command, f"tensorboard --logdir {(place / 'ray').command}"
-    if place.local is None:
-        curves = f"copy {(place / 'ray').command} to a disk for TensorBoard"
+    best, ray = (place / "best").command, (place / "ray").command
+    curves = f"copy {ray} to a disk for TensorBoard" if place.local is None else f"tensorboard --logdir {ray}"
     say(
         f"made {place.command}: best/ (bundle), best.yaml, {report.name}, trials.jsonl; curves: {curves}\n"
         f"next: rafce train --config {(place / 'best.yaml').command}   or: rafce evaluate --bundle {best} "
@@ -77,22 +80,20 @@ def conclude_study(study: StudyConfig, folder: StudyFolder, finalists: Sequence[
         f"trials {place.command}"
     )
     return {
-        "study": str(folder.location),
+        "study": str(place),
         "verdict": verdict.to_json(),
         "test": None if on_test is None else on_test.to_json(),
-        "bundle": str(folder.location / "best"),
+        "bundle": str(place / "best"),
         "report": str(report),
     }
 
 
-def base_name(trials: Sequence[Trial]) -> str:
-    """The trial that is the base configuration."""
-    return next(one.name for one in trials if one.plan.is_base)
-
-
 def write_best(study: StudyConfig, folder: StudyFolder, verdict: Verdict) -> None:
-    """``best.yaml``: the winner's configuration, ready to train with; ``best/``: the bundle of its best run."""
-    run = best_run(folder, verdict)
+    """``best.yaml``: the winner's configuration, ready to train with; ``best/``: the bundle of its best run.
+
+    ``best/`` is there whole or not at all: the same command then makes it.
+    """
+    run, best = best_run(folder, verdict), folder.location / "best"
     plain = folder.trial(verdict.winner).config().model_dump(mode="json")
     # A trial's share of the machine is not the share of a run of its own.
     plain["run"] |= {"name": None, "storage": study.storage, "cpus_per_worker": None}
@@ -101,12 +102,6 @@ def write_best(study: StudyConfig, folder: StudyFolder, verdict: Verdict) -> Non
         f"{(folder.location / 'best.yaml').command}\n"
     )
     (folder.location / "best.yaml").write_bytes((head + to_yaml(build_config(plain))).encode())
-    replace_bundle(folder, run)
-
-
-def replace_bundle(folder: StudyFolder, run: RunFolder) -> None:
-    """Copy a run's bundle to ``best/``: it is there whole or not at all, and then the same command makes it."""
-    best = folder.location / "best"
     with TemporaryDirectory() as scratch:
         copy = Path(scratch) / "bundle"
         run.bundle.download(copy)
@@ -136,7 +131,7 @@ def tune(study: StudyConfig, *, dry_run: bool = False, retry_failed: bool = Fals
         check_kind(folder.location, "study", key="name")
     else:
         locate(study.storage).check_writable()
-    # What is not installed is told before the data are read.
+    # What is not installed is reported before the data are read.
     propose(study, 1)
     check_mlflow(study)
     check_weights_of(study)
@@ -216,7 +211,7 @@ def claim_of(study: StudyConfig, prepared: Prepared) -> dict[str, Any]:
 
 
 def reopen_failed(folder: StudyFolder, metric: str) -> None:
-    """Let failed trials run again, from their best checkpoint where there is one."""
+    """Let failed trials run again, each from its best checkpoint if it has one."""
     failed = [one.name for one in read_trials(folder, metric) if one.status in ("failed", "diverged")]
     for name in failed:
         folder.trial(name).reopen()

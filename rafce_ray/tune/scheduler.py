@@ -75,7 +75,7 @@ class Concluding:
         raise NotImplementedError
 
     def forget(self, name: str) -> None:
-        """Know nothing of a trial any more, which is made anew."""
+        """Forget a trial, which will be created again."""
 
     def take_over(self, name: str, records: Sequence[dict[str, Any]]) -> None:
         """Know what an earlier start knew of a trial."""
@@ -101,15 +101,7 @@ class Unscheduled(Concluding, FIFOScheduler):  # type: ignore[misc]
 class Halving(Concluding, ASHAScheduler):  # type: ignore[misc]
     """Asynchronous successive halving (Li et al. 2020) with Ray's brackets and cutoffs. Rungs survive the driver."""
 
-    def __init__(
-        self,
-        course: Course,
-        *,
-        grace_period: int,
-        reduction_factor: float,
-        brackets: int,
-        seed: int,
-    ) -> None:
+    def __init__(self, course: Course, *, grace_period: int, reduction_factor: float, brackets: int, seed: int) -> None:
         # No rung at the last epoch: there is nothing left to save there.
         super().__init__(
             time_attr="epoch",
@@ -125,7 +117,7 @@ class Halving(Concluding, ASHAScheduler):  # type: ignore[misc]
         self._seed = seed
         self.entries = read_rungs(course.study)
         for entry in self.entries:
-            self._recorded(entry.bracket, entry.milestone)[entry.trial] = entry.score
+            dict(rungs_of(self)[entry.bracket])[entry.milestone][entry.trial] = entry.score
 
     def on_trial_add(self, controller: Any, trial: Any) -> None:
         """Ray draws a bracket here; ours follows from the trial's name, so that it is the same in every start."""
@@ -153,29 +145,20 @@ class Halving(Concluding, ASHAScheduler):  # type: ignore[misc]
         if score is None or not math.isfinite(score):
             return f"the {self.course.metric} is undefined at the rung of epoch {milestone:g}: it cannot be compared"
         cutoff, stopped = enter_rung(self, index, recorded, name, epoch, score)
-        self._record(
-            RungEntry(
-                trial=name,
-                bracket=index,
-                milestone=milestone,
-                epoch=epoch,
-                score=float(score),
-                cutoff=cutoff,
-                action="stop" if stopped else "continue",
-            )
-        )
+        action = "stop" if stopped else "continue"
+        self.entries.append(RungEntry(name, index, milestone, epoch, float(score), cutoff, action))
+        write_rungs(self.course.study, self.entries)
         return f"below the cutoff of the rung at epoch {milestone:g}: {score:.4f} < {cutoff:.4f}" if stopped else None
 
     def catch_up(self, name: str, records: Sequence[dict[str, Any]]) -> str | None:
         """A driver can die between a checkpoint and the decision on it: then the decision is made now."""
-        told = [entry for entry in self.entries if entry.trial == name]
-        if told and told[-1].action == "stop":
-            return f"below the cutoff of the rung at epoch {told[-1].milestone:g}"
+        last = next((entry for entry in reversed(self.entries) if entry.trial == name), None)
+        if last is not None and last.action == "stop":
+            return f"below the cutoff of the rung at epoch {last.milestone:g}"
         for record in records:
-            if int(record["epoch"]) < self.course.last_epoch:
-                reason = self.judge(name, int(record["epoch"]), record.get("best_score"))
-                if reason is not None:
-                    return reason
+            epoch = int(record["epoch"])
+            if epoch < self.course.last_epoch and (reason := self.judge(name, epoch, record.get("best_score"))):
+                return reason
         return None
 
     def forget(self, name: str) -> None:
@@ -186,13 +169,6 @@ class Halving(Concluding, ASHAScheduler):  # type: ignore[misc]
                 for _, recorded in rungs:
                     recorded.pop(name, None)
             write_rungs(self.course.study, self.entries)
-
-    def _recorded(self, bracket: int, milestone: float) -> dict[str, float]:
-        return dict(rungs_of(self)[bracket])[milestone]
-
-    def _record(self, entry: RungEntry) -> None:
-        self.entries.append(entry)
-        write_rungs(self.course.study, self.entries)
 
 
 class Median(Concluding, PatientMedian):
@@ -218,28 +194,15 @@ class Median(Concluding, PatientMedian):
 
     def take_over(self, name: str, records: Sequence[dict[str, Any]]) -> None:
         """Its epochs count in the medians of the others."""
-        remember_results(
-            self,
-            name,
-            [
-                {"epoch": record["epoch"], "best_score": record["best_score"]}
-                for record in records
-                if record.get("best_score") is not None
-            ],
-        )
+        scored = [record for record in records if record.get("best_score") is not None]
+        remember_results(self, name, [{key: record[key] for key in ("epoch", "best_score")} for record in scored])
 
 
 def build_scheduler(study: StudyConfig, course: Course) -> Concluding:
     """The scheduler that a study names, knowing what earlier starts decided."""
     settings = study.scheduler
     if settings.type == "asha":
-        return Halving(
-            course,
-            grace_period=settings.grace_period,
-            reduction_factor=settings.reduction_factor,
-            brackets=settings.brackets,
-            seed=study.seed,
-        )
+        return Halving(course, seed=study.seed, **settings.model_dump(exclude={"type"}))
     if settings.type == "median":
         return Median(course, grace_period=settings.grace_period)
     return Unscheduled(course)

@@ -43,15 +43,15 @@ class Sweep:
         self, study: StudyConfig, folder: StudyFolder, shares: Shares, readings: Readings, scheduler: Concluding
     ) -> None:
         self._study, self._folder, self._shares, self._readings = study, folder, shares, readings
-        # One that is left out would be trained again, and with others' values where the search learns from it.
+        # A trial that is left out would be trained again, with other values if the search learns from it.
         found = read_trials(folder, study.metric, all_of_them=True)
         self._known = {trial.name: trial for trial in found if trial.plan.role == "sweep"}
         self._pruned: set[str] = set()
         self._scheduler = scheduler
-        left = [trial.name for trial in self._known.values() if not self._has_ended(trial, scheduler)]
+        left = [trial.name for trial in self._known.values() if not self._has_ended(trial)]
         self._left = [renewed(folder, name, study, shares, readings) for name in left]
         self._left_out: set[int] = set()
-        # The start before may have been killed before it could.
+        # The start before may have been killed before it did this.
         self._bound_disk()
 
     @property
@@ -77,7 +77,7 @@ class Sweep:
             return self._left.pop(0)
         while True:
             taken = {trial.plan.number for trial in self._known.values()} | self._left_out
-            # The first free one: a trial whose folder was deleted is made anew.
+            # The first free number: a trial whose folder was deleted is created again.
             number = next(number for number in count() if number not in taken)
             values = propose(self._study, number, self._history())
             if values is None:
@@ -103,15 +103,16 @@ class Sweep:
                 self._known[name] = read_trial(self._folder.trial(name), self._study.metric) or trial
         write_table(self._folder, sorted(self._known.values(), key=lambda one: one.plan.number))
 
-    def _has_ended(self, trial: Trial, scheduler: Concluding) -> bool:
-        records = self._folder.trial(trial.name).metrics()
+    def _has_ended(self, trial: Trial) -> bool:
+        """Whether a trial of an earlier start has ended, or ends now by what the scheduler makes of its epochs."""
+        folder = self._folder.trial(trial.name)
+        records = folder.metrics()
         if trial.status in ENDED:
-            scheduler.take_over(trial.name, records)
+            self._scheduler.take_over(trial.name, records)
             return True
-        reason = scheduler.catch_up(trial.name, records)
+        reason = self._scheduler.catch_up(trial.name, records)
         if reason is None:
             return False
-        folder = self._folder.trial(trial.name)
         conclude(folder, self._study.metric, STOPPED, reason)
         self._known[trial.name] = read_trial(folder, self._study.metric) or trial
         return True
@@ -128,11 +129,11 @@ class Sweep:
         return plan
 
     def _history(self) -> list[Observed]:
-        scores = {
-            one.name: one.score if one.status in ENDED and one.status != "failed" else None
+        has_score = {*ENDED} - {"failed"}
+        return [
+            Observed(one.plan.number, one.plan.values, one.score if one.status in has_score else None)
             for one in self._known.values()
-        }
-        return [Observed(one.plan.number, one.plan.values, scores[one.name]) for one in self._known.values()]
+        ]
 
     def _bound_disk(self) -> None:
         """Keep best checkpoint and bundle of the base and of the best ``keep`` ended trials; others keep figures only.

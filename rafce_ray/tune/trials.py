@@ -23,12 +23,7 @@ from ray.util.metrics import Histogram
 from rafce_ray.base.console import handled_signals, say, warn
 from rafce_ray.base.errors import RafceError
 from rafce_ray.base.figures import FIGURES
-from rafce_ray.monitoring.metrics import (
-    TRIAL_RESTARTS,
-    TRIAL_SECONDS,
-    TRIAL_SECONDS_BOUNDARIES,
-    study_samples,
-)
+from rafce_ray.monitoring.metrics import TRIAL_RESTARTS, TRIAL_SECONDS, TRIAL_SECONDS_BOUNDARIES, study_samples
 from rafce_ray.run.folder import PROGRESS_FILE
 from rafce_ray.study.folder import StudyFolder
 from rafce_ray.study.plan import Node, Shares
@@ -96,10 +91,8 @@ class StudyTelemetry(tune.Callback):  # type: ignore[misc]
         with suppress(OSError):
             self._ended(str(trial.config["trial"]))
 
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        """A trial has failed for good; the witness has written that down."""
-        with suppress(OSError):
-            self._ended(str(trial.config["trial"]))
+    # A trial has failed for good: Witness has recorded that.
+    on_trial_error = on_trial_complete
 
     def __reduce__(self) -> tuple[type[tune.Callback], tuple[()]]:
         """Ray pickles its callbacks for a restore; ours is a new start, which reads the study's folder."""
@@ -115,12 +108,12 @@ class StudyTelemetry(tune.Callback):  # type: ignore[misc]
             self._seconds.observe(float(result["elapsed_s"]), tags={"study": self._name})
 
     def _enter(self, name: str, state: str) -> None:
-        role = self._states[name][0] if name in self._states else self._role(name)
+        if name in self._states:
+            role = self._states[name][0]
+        else:
+            found = read_plan(self._study.trial(name))
+            role = "sweep" if found is None else str(found[0].role)
         self._states[name] = (role, state)
-
-    def _role(self, name: str) -> str:
-        found = read_plan(self._study.trial(name))
-        return "sweep" if found is None else str(found[0].role)
 
     def _take(self, score: float | None) -> None:
         """A score may be the best one."""
@@ -166,9 +159,9 @@ class Witness(tune.Callback):  # type: ignore[misc]
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         """A trial has failed and is started again from its newest checkpoint."""
-        folder = self._study.trial(str(trial.config["trial"]))
+        name = str(trial.config["trial"])
+        folder = self._study.trial(name)
         free_workers(folder)
-        name = folder.location.name
         self._begun.discard(name)
         self._named.discard(name)
         self._before.pop(name, None)
@@ -198,7 +191,7 @@ class Witness(tune.Callback):  # type: ignore[misc]
         """Whether a trial has finished a step since it got its place. What an earlier start left does not count."""
         now = time.monotonic()
         if name not in self._begun and now >= self._next_look.get(name, 0.0):
-            # Not at every step of Ray's: on object storage each look is a request.
+            # Not at each of Ray's steps: on object storage each look is a request.
             self._next_look[name] = now + min(BEGUN_LOOK_S, self._start_timeout_s / 4)
             stamp = self._study.trial(name).stamp(PROGRESS_FILE)
             if stamp != self._before.setdefault(name, stamp):
@@ -206,17 +199,13 @@ class Witness(tune.Callback):  # type: ignore[misc]
         return name in self._begun
 
     def _why(self, name: str, waited_s: float, *, pending: bool) -> str:
-        free, total = ray.available_resources(), ray.cluster_resources()
-        shares = self._shares
-        has = (
-            f"{free.get('CPU', 0):g} of {total.get('CPU', 0):g} CPUs and {free.get('GPU', 0):g} of "
-            f"{total.get('GPU', 0):g} GPUs are free"
-        )
+        free, total, shares = ray.available_resources(), ray.cluster_resources(), self._shares
+        cpus, gpus = (f"{free.get(kind, 0):g} of {total.get(kind, 0):g} {kind}s" for kind in ("CPU", "GPU"))
         what = "waits for its resources" if pending else "has its place but has not begun"
         return (
             f"trial {name} {what} for {waited_s:.0f} s: it wants {shares.workers} worker(s) with {shares.cpus:g} CPU "
-            f"and {shares.gpus:g} GPU each; {has}. Look at the dashboard for what holds them; the study goes on as "
-            "soon as they are free."
+            f"and {shares.gpus:g} GPU each; {cpus} and {gpus} are free. Look at the dashboard for what holds them; the "
+            "study goes on as soon as they are free."
         )
 
 
@@ -283,12 +272,10 @@ class Listed:
     """A fixed list of trials."""
 
     plans: list[TrialPlan]
-    given: int = 0
 
     def next(self) -> TrialPlan | None:
         """The next of the list."""
-        self.given += 1
-        return self.plans[self.given - 1] if self.given <= len(self.plans) else None
+        return self.plans.pop(0) if self.plans else None
 
     def ended(self, name: str) -> None:
         """Nothing to do."""
@@ -343,11 +330,7 @@ def run_on_tune(supply: Supply, scheduler: Concluding, settings: Settings) -> No
             storage_path=storage.path,
             storage_filesystem=None if storage.local is not None else storage.filesystem,
             failure_config=tune.FailureConfig(max_failures=settings.max_failures),
-            callbacks=[
-                Witness(scheduler.course, shares, settings.start_timeout_s),
-                telemetry,
-                *settings.callbacks,
-            ],
+            callbacks=[Witness(scheduler.course, shares, settings.start_timeout_s), telemetry, *settings.callbacks],
             verbose=0,
         ),
     )
@@ -359,7 +342,7 @@ def run_on_tune(supply: Supply, scheduler: Concluding, settings: Settings) -> No
 
 
 def free_all(study: StudyFolder) -> None:
-    """Free what trials of several workers still hold, of this start and of one that was killed."""
+    """Free what trials of several workers still hold, in this start and in one that was killed."""
     for name in study.trial_names():
         free_workers(study.trial(name))
 
