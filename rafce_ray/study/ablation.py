@@ -79,22 +79,12 @@ def ablation_arms(base: Config) -> list[Arm]:
     seed_before = {**before, "data.action_unit_targets": "all_zero"}
     arms = [Arm("seed_before", "seed_before, every AU target 0", "before", seed_before, None)]
     for title, key in EIGHT_CHANGES:
-        arms.append(
-            Arm(
-                arm_of_change(title),
-                f"{title} {before[key]} -> {fixed[key]}",
-                "alone",
-                seed_before | {key: fixed[key]},
-                "seed_before",
-            )
-        )
-    cumulative, reference = seed_before, "seed_before"
-    for number, (title, key) in enumerate(EIGHT_CHANGES, start=1):
+        shown, changes = f"{title} {before[key]} -> {fixed[key]}", seed_before | {key: fixed[key]}
+        arms.append(Arm(arm_of_change(title), shown, "alone", changes, "seed_before"))
+    # The first change alone is also the first of the cumulative ones.
+    cumulative, reference = arms[1].changes, arms[1].name
+    for title, key in EIGHT_CHANGES[1:]:
         cumulative = cumulative | {key: fixed[key]}
-        if number == 1:
-            # With one change there is no difference between alone and one after the other.
-            reference = arm_of_change(title)
-            continue
         name = f"up-to-{_slug(title)}"
         arms.append(Arm(name, f"... + {title}", "cumulative", cumulative, reference))
         reference = name
@@ -188,7 +178,7 @@ CLAIMS = (
 
 SCORED = {name: name for name in ("accuracy", "macro_f1", "macro_f1_supported", "component_accuracy")}
 SCORED |= {"au_f1": "au_f1_mean", "au_ap": "au_ap_mean"}
-"""Figures that are measured again on resamples of the images, with their names in :mod:`rafce_ray.paired`."""
+"""Figures that are measured again on resamples of the images, with their names in :mod:`rafce_ray.metrics`."""
 
 
 @dataclass(frozen=True)
@@ -236,14 +226,17 @@ class Ablation:
             "num_validation_images": self.num_images,
             "minority_support": self.support,
             "missing": list(self.missing),
-            "arms": {arm.name: self._of_arm(arm) for arm in self.arms},
-        }
-
-    def _of_arm(self, arm: Arm) -> dict[str, Any]:
-        contrasts = self.contrasts.get(arm.name, {})
-        return {key: getattr(arm, key) for key in ("title", "group", "reference", "changes")} | {
-            "figures": {name: vars(one) for name, one in self.measured.get(arm.name, {}).items()},
-            "contrasts": {name: vars(one) | {"real": one.is_real} for name, one in contrasts.items()},
+            "arms": {
+                arm.name: {
+                    **{key: getattr(arm, key) for key in ("title", "group", "reference", "changes")},
+                    "figures": {name: vars(one) for name, one in self.measured.get(arm.name, {}).items()},
+                    "contrasts": {
+                        name: vars(one) | {"real": one.is_real}
+                        for name, one in self.contrasts.get(arm.name, {}).items()
+                    },
+                }
+                for arm in self.arms
+            },
         }
 
 
@@ -329,16 +322,13 @@ def markdown(ablation: Ablation) -> str:
 
 def _caption(ablation: Ablation) -> str:
     minority = ", ".join(f"{name} ({count})" for name, count in ablation.support.items())
-    num_contrasts = sum(
-        1 for found in ablation.contrasts.values() for name in SHOWN if not math.isnan(found[name].value)
-    )
+    num_contrasts = sum(not math.isnan(found[name].value) for found in ablation.contrasts.values() for name in SHOWN)
     return (
         f"Validation split, {ablation.num_images} images, each trial at its best epoch; mean over "
         f"{len(ablation.seeds)} seeds with the half-width of its 95 % interval over seeds. AU-F1 is measured at 0.5, "
-        "as the seed did; average precision needs no threshold. The gap is train minus validation accuracy, in "
-        "points, on natural images in "
-        "evaluation mode. **▲ better, ▼ worse** than the arm named under *against*: the difference exceeds what other "
-        f"seeds and other validation images would give (95 %; of {num_contrasts} differences about "
+        "as the seed did; average precision needs no threshold. The gap is train minus validation accuracy, in points, "
+        "on natural images in evaluation mode. **▲ better, ▼ worse** than the arm named under *against*: the "
+        f"difference exceeds what other seeds and other validation images would give (95 %; of {num_contrasts} differences about "
         f"{round(num_contrasts * 0.05)} would be marked by luck alone). Unmarked: within noise. F1 of minority classes "
         f"(validation images): {minority}; with under ten images such a figure says next to nothing."
     )
@@ -383,7 +373,7 @@ def _mark(contrast: Contrast | None, name: str) -> str:
 
 
 def _claims(ablation: Ablation) -> Iterator[str]:
-    """One line a claim: what was expected, what was found alone, and what was found when the labels are read."""
+    """One line per claim: the expectation, and what was found for the change alone and for reading the labels."""
     yield "| change | the seed expected | found alone, action units unread | verdict |"
     yield "|---|---|---|---|"
     of_changes = [(title, arm_of_change(title), name, expected) for title, name, expected in CLAIMS]

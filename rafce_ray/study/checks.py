@@ -204,7 +204,7 @@ def repeated_options(space: Space) -> list[str]:
 
 
 def with_words_read(space: Space) -> dict[str, Domain]:
-    """The space with each word as a run's configuration holds it (``yes`` is true), for comparisons."""
+    """The space with each word as a run's configuration has it (``yes`` is true), for comparisons."""
     values = flatten(Config())
 
     def held(key: str, value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""A sweep's best trials trained again with other seeds, and judged by what they can be trusted to reach."""
+"""Finalists of a sweep: which trials are trained again with other seeds, their ranking, and how reliable it is."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class Verdict:
     were trained again with other seeds; else the sweep's own runs are all there is. ``sweep_gain``: of the sweep's best
     over the base in the sweep; ``retrained_gain``: of the same trial over the base when both were trained again.
     ``luck_share`` = 1 - retrained_gain.value / sweep_gain; None where the sweep's best was no gain or nothing was
-    trained again. ``remarks`` say what must be known besides.
+    trained again. ``remarks``: what else must be known.
     """
 
     metric: str
@@ -122,213 +122,6 @@ class Verdict:
     def from_json(cls, record: dict[str, Any]) -> Verdict:
         """The verdict that :meth:`to_json` wrote, also after JSON has made null of NaN."""
         return TypeAdapter(cls).validate_python(record)
-
-
-def sentences(verdict: Verdict) -> list[str]:
-    """The verdict in plain lines: the winner, its gain, whether the gain is more than luck, and what is unknown."""
-    lines = [_who_won(verdict)]
-    if verdict.winner != verdict.base:
-        lines.append(_against(verdict, verdict.base, "the base", verdict.gain))
-    if verdict.over_runner_up is not None and verdict.runner_up not in (None, verdict.base):
-        lines.append(_against(verdict, str(verdict.runner_up), "the runner-up", verdict.over_runner_up))
-    lines += [_luck(verdict), _basis(verdict)]
-    for one in verdict.ranked:
-        if one.missing:
-            told = ", ".join(f"seed {seed} ({how})" for seed, how in one.missing.items())
-            lines.append(f"{one.trial} lacks a score of {told}: its mean is of {len(one.scores)}.")
-    return [*lines, *verdict.remarks]
-
-
-def _who_won(verdict: Verdict) -> str:
-    won = verdict.finalist(verdict.winner)
-    assert won is not None
-    what = f"{verdict.metric} {won.mean:.3f}"
-    if math.isfinite(won.low):
-        what += f" (95 % interval {won.low:.3f} to {won.high:.3f})"
-    if verdict.retrained:
-        count = len(won.scores)
-        trainings = "one training with another seed" if count == 1 else f"{count} trainings with other seeds"
-        what += f", mean of {trainings} than the sweep's" if count > 1 else f", of {trainings} than the sweep's"
-    return f"{verdict.winner}{', the base itself,' if verdict.winner == verdict.base else ''} won: {what}."
-
-
-def _against(verdict: Verdict, trial: str, role: str, gain: Difference) -> str:
-    other = verdict.finalist(trial)
-    if other is None or not math.isfinite(gain.value):
-        return f"{trial}, {role}, has no {verdict.metric} to compare with."
-    lead = f"Against {role} ({trial}, {other.mean:.3f}) it is {_better(gain.value)}"
-    if not math.isfinite(gain.low):
-        return f"{lead}; the interval of that is unknown."
-    verdict_on_luck = "more than luck" if gain.is_real else "no more than luck would explain"
-    return f"{lead} ({gain.low:+.3f} to {gain.high:+.3f}): {verdict_on_luck}."
-
-
-def _better(value: float) -> str:
-    return f"better by {value:.3f}" if value >= 0 else f"worse by {-value:.3f}"
-
-
-def _luck(verdict: Verdict) -> str:
-    best = verdict.sweep_best
-    if not verdict.retrained:
-        return (
-            "No trial was trained again with other seeds: the best of many trials is partly the luckiest, and by how "
-            "much is unknown. Set finalists.k=3 to know."
-        )
-    if best == verdict.base:
-        return f"In the sweep the base itself ({best}) was best: there was no gain that could have been luck."
-    if verdict.luck_share is None:
-        return (
-            f"How much of the sweep's gain was luck is unknown: {best} and the base were not both trained in the "
-            "sweep and again."
-        )
-    again = verdict.retrained_gain
-    told = (
-        f"In the sweep {best} was {_better(verdict.sweep_gain)} than the base; trained again with other seeds it is "
-        f"{_better(again.value)}{f' ({again.low:+.3f} to {again.high:+.3f})' if math.isfinite(again.low) else ''}"
-    )
-    share = verdict.luck_share
-    # As shown, in whole percents.
-    if round(share, 2) <= 0:
-        return f"{told}: none of the sweep's gain was luck."
-    if round(share, 2) >= 1:
-        return f"{told}: all of the sweep's gain was luck."
-    return f"{told}: {share:.0%} of the sweep's gain was luck."
-
-
-def _basis(verdict: Verdict) -> str:
-    images = f"{verdict.num_images:,} validation images"
-    if verdict.basis == "seeds and images":
-        return (
-            "Intervals allow for other seeds (deviation pooled over the finalists) and for other images than these "
-            f"{images}."
-        )
-    if verdict.retrained:
-        most = max(len(one.scores) for one in verdict.ranked)
-        why = "one seed each does not tell how seeds differ" if most < 2 else "the seeds of each gave the same score"
-        return (
-            f"Intervals allow for other images than these {images} only: {why}. Set "
-            f"finalists.seeds=3{'' if most < 2 else ' or more'}."
-        )
-    return (
-        f"Intervals allow for other images than these {images} only, not for other seeds; a trial without raw "
-        "outputs has none."
-    )
-
-
-def improvement(metric: str, value: float, half_width: float) -> Difference:
-    """A difference of the metric with its sign such that above 0 is better, with the half-width of its interval."""
-    better = FIGURES[metric].direction * value
-    return Difference(better, better - half_width, better + half_width)
-
-
-LOSSES = ("emotion_loss", "au_loss", "loss")
-"""Mean log losses in nats, as :func:`rafce_ray.metrics.counts.summarise` defines them."""
-
-
-@dataclass(frozen=True)
-class TaggedOutputs:
-    """Raw outputs of the run of a trial, and what their columns mean."""
-
-    trial: str
-    outputs: SplitOutputs
-    taxonomy: Taxonomy
-
-
-@dataclass(frozen=True)
-class Comparable:
-    """Splits with the same rows and targets. ``is_relabelled``: which had other AU targets; ``remarks`` report it."""
-
-    splits: list[SplitOutputs]
-    is_relabelled: list[bool]
-    remarks: list[str]
-
-
-def on_labels_of_first(runs: Sequence[TaggedOutputs]) -> Comparable:
-    """The runs' outputs, rows in the order of the first's, all with the first's targets.
-
-    Trials that read action units under another ``data.null_policy`` have other targets, and would be measured by
-    another yardstick.
-
-    Raises:
-        UsageError: they are not of the same images, or an image has another emotion in one of them.
-    """
-    if not runs:
-        return Comparable([], [], [])
-    first, targets = runs[0], runs[0].outputs.action_units
-    splits, is_relabelled, remarks = same_images([run.outputs for run in runs]), [False] * len(runs), []
-    for number, run in enumerate(runs):
-        if run.taxonomy.action_units != first.taxonomy.action_units:
-            remarks.append(
-                f"{run.trial} tells other action units than {first.trial}: their figures of action units answer "
-                "different questions."
-            )
-        elif not np.array_equal(splits[number].action_units, targets, equal_nan=True):
-            remarks.append(
-                f"{run.trial} reads the AU labels otherwise than {first.trial}: it is measured by those of "
-                f"{first.trial}."
-            )
-            splits[number] = replace(splits[number], action_units=targets)
-            is_relabelled[number] = True
-    return Comparable(splits, is_relabelled, list(dict.fromkeys(remarks)))
-
-
-def score_with_losses(
-    split: SplitOutputs, taxonomy: Taxonomy, calibration: Calibration, *, resamples: int = RESAMPLES
-) -> Scored:
-    """:func:`rafce_ray.metrics.comparison.score` with LOSSES among the figures, in the same resamples."""
-    found = score(split, taxonomy, calibration, resamples=resamples)
-    sums = _loss_sums(split, calibration)
-    drawn = [_losses(weights @ sums) for weights in resample_weights(len(sums), resamples, seed=0)]
-    whole = _losses(sums.sum(axis=0)[None])
-    return Scored(
-        found.figures | {name: float(whole[name][0]) for name in LOSSES},
-        found.draws | {name: np.concatenate([part[name] for part in drawn]) for name in LOSSES},
-    )
-
-
-def over_seeds(
-    runs: Mapping[str, Sequence[Scored]], names: Sequence[str]
-) -> tuple[dict[str, dict[str, OverSeeds]], dict[str, Spread]]:
-    """Figures of configurations over their seeds, by configuration and name; and how far seeds differ, by name.
-
-    A figure without resamples is one that images do not decide.
-    """
-    figures = {
-        configuration: {
-            name: OverSeeds(
-                tuple(one.figures[name] for one in found), mean_draws([one.draws.get(name) for one in found])
-            )
-            for name in names
-        }
-        for configuration, found in runs.items()
-    }
-    return figures, {name: pooled_spread(found[name] for found in figures.values()) for name in names}
-
-
-def _loss_sums(split: SplitOutputs, calibration: Calibration) -> NDArray[np.float64]:
-    """(N, 4): per image the emotion loss, known emotions (0 or 1), the AU loss, known AUs."""
-    found = calibrated(split.outputs, calibration)
-    sums = np.zeros((len(split.names), 4))
-    if found.emotion.shape[1]:
-        known = np.flatnonzero(split.emotion >= 0)
-        sums[known, 0] = -np.log(np.maximum(found.emotion[known, split.emotion[known]], SMALLEST))
-        sums[known, 1] = 1
-    if found.action_units.shape[1]:
-        of_true = np.where(split.action_units == 1, found.action_units, 1 - found.action_units)
-        is_known = ~np.isnan(split.action_units)
-        sums[:, 2] = np.where(is_known, -np.log(np.maximum(of_true, SMALLEST)), 0.0).sum(axis=1)
-        sums[:, 3] = is_known.sum(axis=1)
-    return sums
-
-
-def _losses(sums: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
-    """LOSSES (R,) of sums (R, 4); the loss of a task of which nothing is known is NaN and not in ``loss``."""
-    means = [
-        np.divide(sums[:, i], sums[:, i + 1], out=np.full(len(sums), np.nan), where=sums[:, i + 1] > 0) for i in (0, 2)
-    ]
-    undefined = np.isnan(means[0]) & np.isnan(means[1])
-    total = np.where(undefined, np.nan, np.nan_to_num(means[0]) + np.nan_to_num(means[1]))
-    return dict(zip(LOSSES, (*means, total), strict=True))
 
 
 UNKNOWN = Difference(math.nan, math.nan, math.nan)
@@ -484,8 +277,7 @@ def _verdict(
     winner = names[0]
     if not retrained:
         winner = next((name for name in names if study.trial(name).bundle.exists()), winner)
-        above = names[: names.index(winner)]
-        if above:
+        if above := names[: names.index(winner)]:
             remarks.append(f"{', '.join(above)} scored better than {winner}, but left no model.")
     others = [name for name in names if name != winner]
 
@@ -575,4 +367,203 @@ def _gain(metric: str, one: OverSeeds | None, other: OverSeeds | None, spread: S
     value, half_width = difference_of_means(one, other, spread)
     if one.draws is None or other.draws is None:
         half_width = math.nan
-    return improvement(metric, value, half_width)
+    # Above 0 is better, also where less of the metric is.
+    better = FIGURES[metric].direction * value
+    return Difference(better, better - half_width, better + half_width)
+
+
+LOSSES = ("emotion_loss", "au_loss", "loss")
+"""Mean log losses in nats, as :func:`rafce_ray.metrics.counts.summarise` defines them."""
+
+
+@dataclass(frozen=True)
+class TaggedOutputs:
+    """Raw outputs of the run of a trial, and what their columns mean."""
+
+    trial: str
+    outputs: SplitOutputs
+    taxonomy: Taxonomy
+
+
+@dataclass(frozen=True)
+class Comparable:
+    """Splits with the same rows and targets. ``is_relabelled``: which had other AU targets; ``remarks`` report it."""
+
+    splits: list[SplitOutputs]
+    is_relabelled: list[bool]
+    remarks: list[str]
+
+
+def on_labels_of_first(runs: Sequence[TaggedOutputs]) -> Comparable:
+    """The runs' outputs, rows in the order of the first's, all with the first's targets.
+
+    Trials that read action units under another ``data.null_policy`` have other targets, and would be measured by
+    another yardstick.
+
+    Raises:
+        UsageError: they are not of the same images, or an image has another emotion in one of them.
+    """
+    if not runs:
+        return Comparable([], [], [])
+    first, targets = runs[0], runs[0].outputs.action_units
+    splits, is_relabelled, remarks = same_images([run.outputs for run in runs]), [False] * len(runs), []
+    for number, run in enumerate(runs):
+        if run.taxonomy.action_units != first.taxonomy.action_units:
+            remarks.append(
+                f"{run.trial} tells other action units than {first.trial}: their figures of action units answer "
+                "different questions."
+            )
+        elif not np.array_equal(splits[number].action_units, targets, equal_nan=True):
+            remarks.append(
+                f"{run.trial} reads the AU labels otherwise than {first.trial}: it is measured by those of "
+                f"{first.trial}."
+            )
+            splits[number] = replace(splits[number], action_units=targets)
+            is_relabelled[number] = True
+    return Comparable(splits, is_relabelled, list(dict.fromkeys(remarks)))
+
+
+def score_with_losses(
+    split: SplitOutputs, taxonomy: Taxonomy, calibration: Calibration, *, resamples: int = RESAMPLES
+) -> Scored:
+    """:func:`rafce_ray.metrics.comparison.score` with LOSSES among the figures, in the same resamples."""
+    found = score(split, taxonomy, calibration, resamples=resamples)
+    sums = _loss_sums(split, calibration)
+    drawn = [_losses(weights @ sums) for weights in resample_weights(len(sums), resamples, seed=0)]
+    whole = _losses(sums.sum(axis=0)[None])
+    return Scored(
+        found.figures | {name: float(whole[name][0]) for name in LOSSES},
+        found.draws | {name: np.concatenate([part[name] for part in drawn]) for name in LOSSES},
+    )
+
+
+def over_seeds(
+    runs: Mapping[str, Sequence[Scored]], names: Sequence[str]
+) -> tuple[dict[str, dict[str, OverSeeds]], dict[str, Spread]]:
+    """Figures of configurations over their seeds, by configuration and name; and how far seeds differ, by name.
+
+    A figure without resamples is one that images do not decide.
+    """
+
+    def of(found: Sequence[Scored], name: str) -> OverSeeds:
+        return OverSeeds(tuple(one.figures[name] for one in found), mean_draws([one.draws.get(name) for one in found]))
+
+    figures = {configuration: {name: of(found, name) for name in names} for configuration, found in runs.items()}
+    return figures, {name: pooled_spread(found[name] for found in figures.values()) for name in names}
+
+
+def _loss_sums(split: SplitOutputs, calibration: Calibration) -> NDArray[np.float64]:
+    """(N, 4): per image the emotion loss, known emotions (0 or 1), the AU loss, known AUs."""
+    found = calibrated(split.outputs, calibration)
+    sums = np.zeros((len(split.names), 4))
+    if found.emotion.shape[1]:
+        known = np.flatnonzero(split.emotion >= 0)
+        sums[known, 0] = -np.log(np.maximum(found.emotion[known, split.emotion[known]], SMALLEST))
+        sums[known, 1] = 1
+    if found.action_units.shape[1]:
+        of_true = np.where(split.action_units == 1, found.action_units, 1 - found.action_units)
+        is_known = ~np.isnan(split.action_units)
+        sums[:, 2] = np.where(is_known, -np.log(np.maximum(of_true, SMALLEST)), 0.0).sum(axis=1)
+        sums[:, 3] = is_known.sum(axis=1)
+    return sums
+
+
+def _losses(sums: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
+    """LOSSES (R,) of sums (R, 4); the loss of a task of which nothing is known is NaN and not in ``loss``."""
+    means = [
+        np.divide(sums[:, i], sums[:, i + 1], out=np.full(len(sums), np.nan), where=sums[:, i + 1] > 0) for i in (0, 2)
+    ]
+    undefined = np.isnan(means[0]) & np.isnan(means[1])
+    total = np.where(undefined, np.nan, np.nan_to_num(means[0]) + np.nan_to_num(means[1]))
+    return dict(zip(LOSSES, (*means, total), strict=True))
+
+
+def sentences(verdict: Verdict) -> list[str]:
+    """The verdict in plain lines: the winner, its gain, whether the gain is more than luck, and what is unknown."""
+    lines = [_who_won(verdict)]
+    if verdict.winner != verdict.base:
+        lines.append(_against(verdict, verdict.base, "the base", verdict.gain))
+    if verdict.over_runner_up is not None and verdict.runner_up not in (None, verdict.base):
+        lines.append(_against(verdict, str(verdict.runner_up), "the runner-up", verdict.over_runner_up))
+    lines += [_luck(verdict), _basis(verdict)]
+    for one in verdict.ranked:
+        if one.missing:
+            told = ", ".join(f"seed {seed} ({how})" for seed, how in one.missing.items())
+            lines.append(f"{one.trial} lacks a score of {told}: its mean is of {len(one.scores)}.")
+    return [*lines, *verdict.remarks]
+
+
+def _who_won(verdict: Verdict) -> str:
+    won = verdict.finalist(verdict.winner)
+    assert won is not None
+    what = f"{verdict.metric} {won.mean:.3f}"
+    if math.isfinite(won.low):
+        what += f" (95 % interval {won.low:.3f} to {won.high:.3f})"
+    if verdict.retrained:
+        count = len(won.scores)
+        trainings = "one training with another seed" if count == 1 else f"{count} trainings with other seeds"
+        what += f", mean of {trainings} than the sweep's" if count > 1 else f", of {trainings} than the sweep's"
+    return f"{verdict.winner}{', the base itself,' if verdict.winner == verdict.base else ''} won: {what}."
+
+
+def _against(verdict: Verdict, trial: str, role: str, gain: Difference) -> str:
+    other = verdict.finalist(trial)
+    if other is None or not math.isfinite(gain.value):
+        return f"{trial}, {role}, has no {verdict.metric} to compare with."
+    lead = f"Against {role} ({trial}, {other.mean:.3f}) it is {_better(gain.value)}"
+    if not math.isfinite(gain.low):
+        return f"{lead}; the interval of that is unknown."
+    verdict_on_luck = "more than luck" if gain.is_real else "no more than luck would explain"
+    return f"{lead} ({gain.low:+.3f} to {gain.high:+.3f}): {verdict_on_luck}."
+
+
+def _better(value: float) -> str:
+    return f"better by {value:.3f}" if value >= 0 else f"worse by {-value:.3f}"
+
+
+def _luck(verdict: Verdict) -> str:
+    best = verdict.sweep_best
+    if not verdict.retrained:
+        return (
+            "No trial was trained again with other seeds: the best of many trials is partly the luckiest, and by how "
+            "much is unknown. Set finalists.k=3 to know."
+        )
+    if best == verdict.base:
+        return f"In the sweep the base itself ({best}) was best: there was no gain that could have been luck."
+    if verdict.luck_share is None:
+        return (
+            f"How much of the sweep's gain was luck is unknown: {best} and the base were not both trained in the "
+            "sweep and again."
+        )
+    again = verdict.retrained_gain
+    told = (
+        f"In the sweep {best} was {_better(verdict.sweep_gain)} than the base; trained again with other seeds it is "
+        f"{_better(again.value)}{f' ({again.low:+.3f} to {again.high:+.3f})' if math.isfinite(again.low) else ''}"
+    )
+    share = verdict.luck_share
+    # As shown, in whole percents.
+    if round(share, 2) <= 0:
+        return f"{told}: none of the sweep's gain was luck."
+    if round(share, 2) >= 1:
+        return f"{told}: all of the sweep's gain was luck."
+    return f"{told}: {share:.0%} of the sweep's gain was luck."
+
+
+def _basis(verdict: Verdict) -> str:
+    images = f"{verdict.num_images:,} validation images"
+    if verdict.basis == "seeds and images":
+        return (
+            "Intervals allow for other seeds (deviation pooled over the finalists) and for other images than these "
+            f"{images}."
+        )
+    if verdict.retrained:
+        most = max(len(one.scores) for one in verdict.ranked)
+        why = "one seed each does not tell how seeds differ" if most < 2 else "the seeds of each gave the same score"
+        return (
+            f"Intervals allow for other images than these {images} only: {why}. Set "
+            f"finalists.seeds=3{'' if most < 2 else ' or more'}."
+        )
+    return (
+        f"Intervals allow for other images than these {images} only, not for other seeds; a trial without raw "
+        "outputs has none."
+    )

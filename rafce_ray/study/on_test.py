@@ -51,7 +51,7 @@ MEASURED = (*WITH_INTERVAL, "emotion_loss", "au_loss")
 """What is measured, calibrated; the losses in nats, per image and per AU label."""
 
 COMPARED = ("accuracy", "macro_f1", "macro_f1_supported", "au_f1_mean", "score", "au_ap_mean", "emotion_loss")
-"""Of what the difference to the base is told."""
+"""Figures whose difference to the base is reported."""
 
 
 @dataclass(frozen=True)

@@ -149,17 +149,15 @@ def tell_plan(study: StudyConfig, folder: StudyFolder, shares: Shares, taxonomy:
     epochs = total * config.optim.epochs
     finals = study.finalists
     retrained = "" if finals.k == 0 else f", then up to {finals.k + 1} finalists x {finals.seeds} seeds to the end"
-    scheduler = study.scheduler
+    scheduler, stopping = study.scheduler, ""
     if scheduler.type == "asha":
         later = f" (the first of {scheduler.brackets} brackets; the others later)" if scheduler.brackets > 1 else ""
         rungs = asha_rungs(scheduler.grace_period, scheduler.reduction_factor, config.optim.epochs)
-        say(
-            f"epochs: at most {epochs}; ASHA compares trials after epochs "
-            f"{', '.join(f'{one:g}' for one in rungs)}{later} and lets about the best 1/{scheduler.reduction_factor:g} "
-            f"of each rung go on{retrained}"
+        stopping = (
+            f"; ASHA compares trials after epochs {', '.join(f'{one:g}' for one in rungs)}{later} and lets about the "
+            f"best 1/{scheduler.reduction_factor:g} of each rung go on"
         )
-    else:
-        say(f"epochs: at most {epochs}{retrained}")
+    say(f"epochs: at most {epochs}{stopping}{retrained}")
     tell_disk(study, folder.location, shares, taxonomy)
 
 
@@ -214,9 +212,8 @@ def tell_disk(study: StudyConfig, place: Location, shares: Shares, taxonomy: Tax
     bundle, checkpoint = largest_model_bytes(study, taxonomy)
     kept = study.keep + 1
     finals = (study.finalists.k + 1) * study.finalists.seeds if study.finalists.k else 0
-    needed = (
-        shares.at_once * LIVE_CHECKPOINTS * checkpoint + kept * (bundle + checkpoint) + finals * bundle + 2 * bundle
-    )
+    running = shares.at_once * LIVE_CHECKPOINTS * checkpoint
+    needed = running + kept * (bundle + checkpoint) + (finals + 2) * bundle
     line = (
         f"disk: at most about {shown_bytes(needed)}: {shares.at_once} running x {LIVE_CHECKPOINTS} checkpoints of "
         f"{shown_bytes(checkpoint)}, the best {study.keep} trials and the base, {finals} finalists' bundles of "

@@ -131,7 +131,10 @@ def _ask(study: StudyConfig, number: int, earlier: Sequence[Observed]) -> dict[s
     and never overrates it. Entered as pruned, it would rank behind every finished trial however bad. A trial without a
     score enters as running: TPE stays away from its values, be it that they are being tried or that they failed.
     """
-    optuna = _import_optuna()
+    try:
+        optuna = importlib.import_module("optuna")
+    except ImportError:
+        raise UsageError("search: optuna is not installed. Run pip install optuna, or set search=random.") from None
     seed = int(np.random.SeedSequence([study.seed, number]).generate_state(1)[0])
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -164,7 +167,7 @@ def _ask(study: StudyConfig, number: int, earlier: Sequence[Observed]) -> dict[s
 
 
 def _codes(values: Mapping[str, Any], space: Space, base: Mapping[str, Any]) -> dict[str, Any] | None:
-    """A trial's values as optuna holds them: numbers of a range as they are, of all else the place in the list.
+    """A trial's values as optuna has them: numbers of a range as they are, of all else the place in the list.
 
     The base's values stand in for keys that it does not set; None where one of them lies outside its domain.
     """
@@ -204,10 +207,3 @@ def _suggest(trial: Any, key: str, domain: Domain) -> Any:
     if domain.kind == "quniform":
         return values[trial.suggest_int(key, 0, len(values) - 1)]
     return values[trial.suggest_categorical(key, tuple(range(len(values))))]
-
-
-def _import_optuna() -> ModuleType:
-    try:
-        return importlib.import_module("optuna")
-    except ImportError:
-        raise UsageError("search: optuna is not installed. Run pip install optuna, or set search=random.") from None

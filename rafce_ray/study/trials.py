@@ -102,7 +102,7 @@ def check_sampled(plan: TrialPlan, job: Job) -> None:
         raise RafceError(
             f"trial {plan.name} would not train what was sampled: its configuration's hash is {found}, expected "
             f"{plan.config_hash}{f' ({listed})' if listed else ''}. Its {TRIAL_FILE} was altered, or written by "
-            "another version of rafce_ray; delete the trial's folder, and the same command makes it anew."
+            "another version of rafce_ray; delete the trial's folder, and the same command creates it again."
         )
 
 

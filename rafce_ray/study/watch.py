@@ -325,10 +325,8 @@ class SweepWatch(Watch):
         return self._elapsed_before_s + self._clock() - self._began
 
     def _view(self) -> RenderableType:
-        alarms = [(tell, text) for tell, text in self._news if tell is warn]
-        self._news.clear()
-        for tell, text in alarms:
-            tell(text)
+        self._news = [(tell, text) for tell, text in self._news if tell is warn]
+        self._tell()
         return Group(*self._heading(), self._table())
 
     def _heading(self) -> list[Text]:

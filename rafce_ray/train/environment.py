@@ -29,7 +29,7 @@ SOCKET_PATH_BYTES = 103 if sys.platform == "darwin" else 107
 """The longest path of a Unix socket."""
 
 _ADDRESS = re.compile(r"(?P<host>[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):(?P<port>\d{1,5})")
-_CHECK_ALIVE = "/ray.rpc.NodeInfoGcsService/CheckAlive"
+_REMEDY = f"Install the tested release: pip install 'ray[default,train,tune,serve]=={TESTED_RAY}'"
 
 
 def ray_address() -> str | None:
@@ -40,12 +40,12 @@ def ray_address() -> str | None:
 
 @contextmanager
 def private_part(library: str) -> Iterator[None]:
-    """Import private parts of Ray. RafceError that names Ray's version and the remedy where Ray has moved one."""
+    """Import private parts of Ray. RafceError with Ray's version and the remedy if Ray has moved one."""
     try:
         yield
     except ImportError as error:
         raise RafceError(
-            f"Ray {_installed()} has moved a private part of {library} that is used here ({error}). {_remedy()}"
+            f"Ray {_installed()} has moved a private part of {library} that is used here ({error}). {_REMEDY}"
         ) from error
 
 
@@ -53,11 +53,7 @@ def _installed() -> str:
     try:
         return version("ray")
     except PackageNotFoundError:
-        raise UsageError(f"Ray is not installed. {_remedy()}") from None
-
-
-def _remedy() -> str:
-    return f"Install the tested release: pip install 'ray[default,train,tune,serve]=={TESTED_RAY}'"
+        raise UsageError(f"Ray is not installed. {_REMEDY}") from None
 
 
 def ray_folder() -> Path:
@@ -94,7 +90,7 @@ def check_ray() -> None:
     if ray is not None and ray.is_initialized():
         return
     if _installed() != TESTED_RAY:
-        warn(f"Ray {_installed()} is installed; rafce_ray is tested with Ray {TESTED_RAY} only. {_remedy()}")
+        warn(f"Ray {_installed()} is installed; rafce_ray is tested with Ray {TESTED_RAY} only. {_REMEDY}")
     address = ray_address()
     if address is None:
         _check_folder()
@@ -133,8 +129,7 @@ def _check_address(address: str) -> None:
     if mark and scheme in ("http", "https"):
         raise UsageError(
             f"RAY_ADDRESS={address} is a dashboard's address, which takes jobs: ray job submit --working-dir . -- "
-            "rafce ...\n"
-            "To start a cluster here instead: unset RAY_ADDRESS"
+            "rafce ...\nTo start a cluster here instead: unset RAY_ADDRESS"
         )
     found = _ADDRESS.fullmatch(address)
     if found is None or not 0 < int(found["port"]) < 2**16:
@@ -179,7 +174,7 @@ def _fault(host: str, port: int) -> str | None:
 
     with grpc.insecure_channel(f"{host}:{port}", options=[("grpc.enable_http_proxy", 0)]) as channel:
         try:
-            channel.unary_unary(_CHECK_ALIVE)(b"", timeout=ANSWER_S / 2)
+            channel.unary_unary("/ray.rpc.NodeInfoGcsService/CheckAlive")(b"", timeout=ANSWER_S / 2)
         except grpc.RpcError as error:
             # A server that asks for a token knows the call.
             if error.code() in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):

@@ -130,7 +130,7 @@ def _fit(job: Job, num_cpus: float, num_gpus: float) -> dict[str, Any] | None:
         except TrainingFailedError as error:
             raise RafceError(
                 f"training failed {run.max_failures + 1} time(s), the last time with: {root_cause(error)}\n"
-                f"Its checkpoints are in {folder.checkpoints}; the same command goes on from the newest that holds."
+                f"Its checkpoints are in {folder.checkpoints}; the same command goes on from the newest valid one."
             ) from error
     return outcome
 

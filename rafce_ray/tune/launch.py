@@ -54,16 +54,11 @@ def conclude_study(study: StudyConfig, folder: StudyFolder, finalists: Sequence[
             f"no trial of {folder.location} has a {study.metric}: nothing can be judged. Look at why: rafce trials "
             f"{folder.location.command}"
         )
-    verdict = (
-        judge(
-            folder,
-            study.metric,
-            [one.name for one in finalists],
-            base=next(one.name for one in trials if one.plan.is_base),
-        )
-        if finalists
-        else judge_sweep(folder, study.metric, trials)
-    )
+    if finalists:
+        base = next(one.name for one in trials if one.plan.is_base)
+        verdict = judge(folder, study.metric, [one.name for one in finalists], base=base)
+    else:
+        verdict = judge_sweep(folder, study.metric, trials)
     (folder.location / "finalists.json").write_bytes(pretty_json(verdict.to_json()))
     write_best(study, folder, verdict)
     on_test = measure_on_test(folder, verdict, progress=progress_bar)
@@ -223,7 +218,7 @@ def sweep(study: StudyConfig, folder: StudyFolder, shares: Shares, readings: Rea
     from rafce_ray.study.watch import SweepWatch
     from rafce_ray.tune.scheduler import Control, Course, build_scheduler
     from rafce_ray.tune.sweep import Sweep
-    from rafce_ray.tune.trials import Settings, run_on_tune, stoppable
+    from rafce_ray.tune.trials import run_on_tune, stoppable
 
     config, control = study.base_config(), Control()
     scheduler = build_scheduler(study, Course(folder, study.metric, config.optim.epochs, control))
@@ -242,13 +237,7 @@ def sweep(study: StudyConfig, folder: StudyFolder, shares: Shares, readings: Rea
             "time_budget_s to go on with it."
         )
         return
-    settings = Settings(
-        shares=shares,
-        max_failures=config.run.max_failures,
-        limit=shares.at_once if study.search == "optuna" else study.resources.concurrent,
-        start_timeout_s=study.start_timeout_s,
-        callbacks=mlflow_callbacks(study),
-    )
+    settings = settings_of(study, shares, shares.at_once if study.search == "optuna" else study.resources.concurrent)
     watch = SweepWatch(folder, study.metric, total, elapsed_before_s=spent, budget_s=study.time_budget_s)
     with elapsed(folder, spent, study.time_budget_s, control), watch, stoppable(control):
         try:
@@ -304,7 +293,6 @@ def train_finalists(study: StudyConfig, folder: StudyFolder, shares: Shares, rea
     """Train the best trials and the base again with other seeds; return the chosen trials, the best first."""
     from rafce_ray.study.finalists import choose_finalists, final_name
     from rafce_ray.tune.sweep import train_seeds
-    from rafce_ray.tune.trials import Settings
 
     trials = [one for one in read_trials(folder, study.metric) if one.plan.role == "sweep"]
     if study.finalists.k == 0 or not any(one.score is not None for one in trials):
@@ -320,13 +308,7 @@ def train_finalists(study: StudyConfig, folder: StudyFolder, shares: Shares, rea
         for seed in range(config.run.seed + 1, config.run.seed + 1 + study.finalists.seeds):
             plan, seeded = trial.plan, with_values(config, {"run.seed": seed})
             trainings.append(Training(final_name(trial, seed), plan.number, trial.name, seeded, plan.values))
-    settings = Settings(
-        shares,
-        study.base_config().run.max_failures,
-        study.resources.concurrent,
-        study.start_timeout_s,
-        callbacks=mlflow_callbacks(study),
-    )
+    settings = settings_of(study, shares, study.resources.concurrent)
     train_seeds(folder, trainings, settings, readings, "finalist")
     return chosen
 
@@ -360,10 +342,13 @@ def check_weights_of(study: StudyConfig) -> None:
         check_weights(weights, backbone)
 
 
-def mlflow_callbacks(study: StudyConfig) -> tuple[Any, ...]:
-    """Ray's MLflow logger where the study asks for one."""
-    if study.mlflow is None:
-        return ()
-    from ray.air.integrations.mlflow import MLflowLoggerCallback
+def settings_of(study: StudyConfig, shares: Shares, limit: int | None) -> Any:
+    """The study's :class:`rafce_ray.tune.trials.Settings`, with Ray's MLflow logger where the study asks for one."""
+    from rafce_ray.tune.trials import Settings
 
-    return (MLflowLoggerCallback(tracking_uri=study.mlflow, experiment_name=study.name),)
+    callbacks: tuple[Any, ...] = ()
+    if study.mlflow is not None:
+        from ray.air.integrations.mlflow import MLflowLoggerCallback
+
+        callbacks = (MLflowLoggerCallback(tracking_uri=study.mlflow, experiment_name=study.name),)
+    return Settings(shares, study.base_config().run.max_failures, limit, study.start_timeout_s, callbacks)

@@ -387,7 +387,7 @@ class HandedOut(Searcher):  # type: ignore[misc]
 
 
 def tell_ended(supply: Supply, name: str) -> None:
-    """Tell the supply that a trial has ended; Ray would count an error in there as the trial's own failure."""
+    """Tell the supply that a trial has ended; Ray would count an error here as the trial's own failure."""
     try:
         supply.ended(name)
     except OSError as error:
