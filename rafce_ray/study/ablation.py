@@ -328,8 +328,8 @@ def _caption(ablation: Ablation) -> str:
         f"{len(ablation.seeds)} seeds with the half-width of its 95 % interval over seeds. AU-F1 is measured at 0.5, "
         "as the seed did; average precision needs no threshold. The gap is train minus validation accuracy, in points, "
         "on natural images in evaluation mode. **▲ better, ▼ worse** than the arm named under *against*: the "
-        f"difference exceeds what other seeds and other validation images would give (95 %; of {num_contrasts} differences about "
-        f"{round(num_contrasts * 0.05)} would be marked by luck alone). Unmarked: within noise. F1 of minority classes "
+        "difference exceeds what other seeds and other validation images would give (95 %; of "
+        f"{num_contrasts} differences about {round(num_contrasts * 0.05)} would be marked by luck alone). Unmarked: within noise. F1 of minority classes "
         f"(validation images): {minority}; with under ten images such a figure says next to nothing."
     )
 

@@ -262,10 +262,14 @@ def build_study(values: Mapping[str, Any]) -> StudyConfig:
     space = with_words_read(space)
     unread = set(values["space"]) - set(space) if isinstance(values.get("space"), Mapping) else set()
     own, misplaced = split_base(values.get("base", {}))
-    base, unknown_recipe = _complete_base(own)
-    faults += [*misplaced, *unknown_recipe]
-    if unknown_recipe:
-        own["recipe"] = None
+    faults += misplaced
+    recipe, names = own.get("recipe"), recipe_names()
+    if recipe is not None and recipe not in names:
+        near = did_you_mean(str(recipe), names)
+        faults.append(f"base.recipe: found {recipe!r}; expected one of {', '.join(names)}{near}")
+        base, own["recipe"] = dict(own), None
+    else:
+        base = merge(recipe_values(recipe), own)
     named = dict(values)
     if named.get("name") is None:
         faults.append("name: missing; expected the name of the study's folder, for example name: regularization")
@@ -289,15 +293,6 @@ def build_study(values: Mapping[str, Any]) -> StudyConfig:
     if faults:
         raise _unusable(faults)
     return study
-
-
-def _complete_base(own: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """A base's sections laid over its recipe's, and a fault for an unknown recipe."""
-    recipe, names = own.get("recipe"), recipe_names()
-    if recipe is None or recipe in names:
-        return merge(recipe_values(recipe), own), []
-    near = did_you_mean(str(recipe), names)
-    return dict(own), [f"base.recipe: found {recipe!r}; expected one of {', '.join(names)}{near}"]
 
 
 def _unusable(faults: Sequence[str]) -> ConfigError:

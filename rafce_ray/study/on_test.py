@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from pydantic import TypeAdapter
 
 from rafce_ray.base.console import pretty_json, say, warn
@@ -175,13 +176,13 @@ def measure_on_test(
         return None
     total = sum(map(len, folders.values()))
     say(f"Measuring {total} model{'s' if total != 1 else ''} on the test split: {', '.join(trials)}.")
-    measurer = _Measurer(device, progress)
+    datasets: dict[tuple[str, Taxonomy], Dataset] = {}
     runs: list[_Run] = []
     # The base first: its labels are the ones that both are measured by.
     for trial in reversed(trials):
         for folder in folders[trial]:
             bundle = load_bundle(folder.bundle.uri)
-            outputs = measurer.outputs(folder, bundle)
+            outputs = _outputs(folder, bundle, datasets, choose_device(device), progress)
             if outputs is None:
                 warn(
                     f"no image of the test split of {folder.config().data.root} is labelled: nothing is measured on it."
@@ -232,30 +233,32 @@ def _write(file: Location, record: OnTest) -> None:
     file.write_bytes(pretty_json(record.to_json()))
 
 
-class _Measurer:
-    """Opens each reading of the data once for all runs that share it."""
+def _outputs(
+    folder: RunFolder,
+    bundle: Bundle,
+    datasets: dict[tuple[str, Taxonomy], Dataset],
+    device: torch.device,
+    progress: Progress | None,
+) -> SplitOutputs | None:
+    """The run's raw outputs on test, measured and kept if it has none; None where no test image is labelled.
 
-    def __init__(self, device: str, progress: Progress | None) -> None:
-        self._device, self._progress = device, progress
-        self._datasets: dict[tuple[str, Taxonomy], Dataset] = {}
-
-    def outputs(self, folder: RunFolder, bundle: Bundle) -> SplitOutputs | None:
-        """The run's raw outputs on test, measured and kept if it has none; None where no test image is labelled."""
-        kept = folder.outputs("test")
-        if kept is not None:
-            return kept
-        data = data_config_for(bundle, [])
-        # How a training drew and changed its images makes no difference here.
-        key = (data.reading, bundle.taxonomy)
-        if key not in self._datasets:
-            self._datasets[key] = open_for_bundle(bundle, data)
-        dataset = self._datasets[key]
-        indices, targets = dataset.indices("test"), dataset.targets
-        if not ((targets.emotion[indices] >= 0).any() or (~np.isnan(targets.action_units[indices])).any()):
-            return None
-        outputs = split_outputs(bundle, dataset, "test", device=choose_device(self._device), progress=self._progress)
-        folder.write_outputs("test", outputs)
-        return outputs
+    ``datasets``: the open ones, each reading of the data once for all runs that share it.
+    """
+    kept = folder.outputs("test")
+    if kept is not None:
+        return kept
+    data = data_config_for(bundle, [])
+    # How a training drew and changed its images makes no difference here.
+    key = (data.reading, bundle.taxonomy)
+    if key not in datasets:
+        datasets[key] = open_for_bundle(bundle, data)
+    dataset = datasets[key]
+    indices, targets = dataset.indices("test"), dataset.targets
+    if not ((targets.emotion[indices] >= 0).any() or (~np.isnan(targets.action_units[indices])).any()):
+        return None
+    outputs = split_outputs(bundle, dataset, "test", device=device, progress=progress)
+    folder.write_outputs("test", outputs)
+    return outputs
 
 
 def _compare(verdict: Verdict, runs: Sequence[_Run]) -> OnTest:

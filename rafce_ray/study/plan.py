@@ -264,16 +264,12 @@ def tell_trials(study: StudyConfig) -> None:
         values = propose(study, number)
         if values is None:
             break
-        say(f"  trial_{number:04d}: {values_line(values) if values else 'the base'}")
+        shown = (
+            f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in values.items()
+        )
+        say(f"  trial_{number:04d}: {', '.join(shown) or 'the base'}")
     if total > SHOWN_TRIALS:
         say(f"  ... and {total - SHOWN_TRIALS} more")
-
-
-def values_line(values: dict[str, Any]) -> str:
-    """``optim.lr 0.0012, model.dropout 0.41``."""
-    return ", ".join(
-        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in values.items()
-    )
 
 
 def shown_bytes(count: float) -> str:

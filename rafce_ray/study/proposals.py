@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count, islice
 from types import ModuleType
@@ -54,7 +54,13 @@ def propose(study: StudyConfig, number: int, history: Sequence[Observed] = ()) -
     if study.num_trials is not None and number >= study.num_trials:
         return None
     if study.search == "optuna":
-        return _propose_by_tpe(study, number, history)
+        earlier = sorted((one for one in history if one.number < number), key=lambda one: one.number)
+        seen = {_effective(one.values, study.space, study.base_values) for one in [Observed(0, {}, None), *earlier]}
+        values = _ask_tpe(study, number, earlier)
+        if _effective(values, study.space, study.base_values) not in seen:
+            return values
+        # TPE insists on what was proposed before: a random draw of what is left instead.
+        return _draw_new(study, number, seen)
     if study.search == "grid":
         return next(islice(new_combinations(study.space, study.base_values), number - 1, None), None)
     return next(islice(random_proposals(study), number - 1, None), None)
@@ -113,18 +119,7 @@ def _effective(values: Mapping[str, Any], space: Space, base: Mapping[str, Any])
     return tuple(identity(values.get(key, base[key])) for key in space)
 
 
-def _propose_by_tpe(study: StudyConfig, number: int, history: Iterable[Observed]) -> dict[str, Any] | None:
-    """One TPE proposal; in a finite space one that was not proposed before, by a random draw where TPE insists."""
-    earlier = sorted((one for one in history if one.number < number), key=lambda one: one.number)
-    seen = {_effective(one.values, study.space, study.base_values) for one in earlier}
-    seen.add(_effective({}, study.space, study.base_values))
-    values = _ask(study, number, earlier)
-    if _effective(values, study.space, study.base_values) not in seen:
-        return values
-    return _draw_new(study, number, seen)
-
-
-def _ask(study: StudyConfig, number: int, earlier: Sequence[Observed]) -> dict[str, Any]:
+def _ask_tpe(study: StudyConfig, number: int, earlier: Sequence[Observed]) -> dict[str, Any]:
     """What TPE proposes after these trials.
 
     A stopped trial enters as complete: its score is its best so far, hence a lower bound of what it would have reached,

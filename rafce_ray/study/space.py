@@ -144,29 +144,24 @@ def parse_domain(plain: Any) -> Domain:
         raise ValueError(f"found {{grid_search: {arguments!r}}}: write {{grid: {arguments!r}}}")
     if kind not in KINDS:
         raise ValueError(f"unknown domain {kind!r}{did_you_mean(kind, KINDS)}; expected {HOW_TO_WRITE}")
-    when = _parse_condition(plain.get("when", {}))
-    if kind in ("grid", "choice"):
-        return _parse_choice(kind, arguments, when)
-    return _parse_range(kind, arguments, when)
-
-
-def _parse_condition(plain: Any) -> dict[str, tuple[Any, ...]]:
-    if not isinstance(plain, Mapping) or any(not isinstance(values, list) or not values for values in plain.values()):
+    read = _parse_options if kind in ("grid", "choice") else _parse_range
+    when = plain.get("when", {})
+    if not isinstance(when, Mapping) or any(not isinstance(values, list) or not values for values in when.values()):
         raise ValueError(
-            f"when: found {plain!r}; expected other keys with lists, such as {{model.au_attention: [true]}}"
+            f"when: found {when!r}; expected other keys with lists, such as {{model.au_attention: [true]}}"
         )
-    return {str(key): tuple(values) for key, values in plain.items()}
+    return Domain(kind, read(kind, arguments), when={str(key): tuple(values) for key, values in when.items()})
 
 
-def _parse_choice(kind: Any, arguments: Any, when: dict[str, tuple[Any, ...]]) -> Domain:
+def _parse_options(kind: str, arguments: Any) -> tuple[Any, ...]:
     if not isinstance(arguments, list) or not arguments:
         raise ValueError(f"{kind}: found {arguments!r}; expected a list of values")
     if twice := repeated(arguments):
         raise ValueError(f"{kind}: {twice[0]!r} is listed twice")
-    return Domain(kind, tuple(arguments), when=when)
+    return tuple(arguments)
 
 
-def _parse_range(kind: Any, arguments: Any, when: dict[str, tuple[Any, ...]]) -> Domain:
+def _parse_range(kind: str, arguments: Any) -> tuple[Any, ...]:
     expected = "[low, high, step]" if kind == "quniform" else "[low, high]"
     count = 3 if kind == "quniform" else 2
     if not isinstance(arguments, list) or len(arguments) != count or not all(_is_number(one) for one in arguments):
@@ -184,8 +179,8 @@ def _parse_range(kind: Any, arguments: Any, when: dict[str, tuple[Any, ...]]) ->
     else:
         if kind == "loguniform" and low <= 0:
             raise ValueError(f"loguniform: low is {low!r}; expected more than 0, as a logarithm needs")
-        arguments = [float(low), float(high)]
-    return Domain(kind, tuple(arguments), when=when)
+        return float(low), float(high)
+    return tuple(arguments)
 
 
 def _is_number(value: Any) -> bool:

@@ -238,7 +238,10 @@ class SweepWatch(Watch):
         if works and not trial.running:
             trial.status = "running"
             if not is_old:
-                self._news.append((say, self._start_line(trial)))
+                is_resumed = trial.scores and METRICS_FILE in before
+                resumed = f" goes on after epoch {len(trial.scores)}" if is_resumed else ""
+                trains = trial.again or described(trial.values, trial.base)
+                self._news.append((say, f"{name}{resumed}: {trains}"))
         if EVENTS_FILE in changed and not is_old:
             self._relay(trial, folder)
         if result is not None:
@@ -293,11 +296,6 @@ class SweepWatch(Watch):
         for tell, text in self._news:
             tell(text)
         self._news.clear()
-
-    def _start_line(self, trial: TrialProgress) -> str:
-        is_resumed = trial.scores and METRICS_FILE in self._before.get(trial.name, {})
-        resumed = f" goes on after epoch {len(trial.scores)}" if is_resumed else ""
-        return f"{trial.name}{resumed}: {trial.again or described(trial.values, trial.base)}"
 
     def _end_line(self, trial: TrialProgress) -> str:
         scored = "" if trial.best is None else f", {self._metric} {figure(trial.best)} at epoch {trial.best_epoch}"

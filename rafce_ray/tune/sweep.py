@@ -75,11 +75,16 @@ class Sweep:
         """The next trial, its folder ready; None where the study has no more."""
         if self._left:
             return self._left.pop(0)
+        has_score = {*ENDED} - {"failed"}
+        history = [
+            Observed(one.plan.number, one.plan.values, one.score if one.status in has_score else None)
+            for one in self._known.values()
+        ]
         while True:
             taken = {trial.plan.number for trial in self._known.values()} | self._left_out
             # The first free number: a trial whose folder was deleted is created again.
             number = next(number for number in count() if number not in taken)
-            values = propose(self._study, number, self._history())
+            values = propose(self._study, number, history)
             if values is None:
                 return None
             try:
@@ -127,13 +132,6 @@ class Sweep:
         assert trial is not None
         self._known[name] = trial
         return plan
-
-    def _history(self) -> list[Observed]:
-        has_score = {*ENDED} - {"failed"}
-        return [
-            Observed(one.plan.number, one.plan.values, one.score if one.status in has_score else None)
-            for one in self._known.values()
-        ]
 
     def _bound_disk(self) -> None:
         """Keep best checkpoint and bundle of the base and of the best ``keep`` ended trials; others keep figures only.

@@ -374,8 +374,15 @@ class HandedOut(Searcher):  # type: ignore[misc]
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Make room for another."""
         name = self._live.pop(trial_id, None)
-        if name is not None:
-            tell_ended(self._supply, name)
+        if name is None:
+            return
+        try:
+            self._supply.ended(name)
+        except OSError as error:
+            # Ray would count the error as the trial's own failure.
+            warn(
+                f"after {name} the study's table could not be brought up to date ({error}); the next trial's end does it"
+            )
 
     def save(self, checkpoint_path: str) -> None:
         """The study's folder is the state; Ray wants a file all the same."""
@@ -384,14 +391,6 @@ class HandedOut(Searcher):  # type: ignore[misc]
 
     def restore(self, checkpoint_path: str) -> None:
         """Nothing to restore: a new start reads the study's folder."""
-
-
-def tell_ended(supply: Supply, name: str) -> None:
-    """Tell the supply that a trial has ended; Ray would count an error here as the trial's own failure."""
-    try:
-        supply.ended(name)
-    except OSError as error:
-        warn(f"after {name} the study's table could not be brought up to date ({error}); the next trial's end does it")
 
 
 @contextmanager
