@@ -248,7 +248,7 @@ def test_unreadable_action_units_refuse_training_and_name_file_and_line(drawn_fa
 
 
 def test_an_impossible_request_is_refused_with_the_arithmetic(overrides, ray_cluster_of_tests):
-    with pytest.raises(UsageError, match=r"3 worker\(s\) x 2 CPU\(s\) = 6 CPUs .* has 4 CPUs"):
+    with pytest.raises(UsageError, match=r"3 workers x 2 CPUs = 6 CPUs .* has 4 CPUs"):
         launch(load_config(overrides=[*overrides, "run.name=impossible", "run.num_workers=3", "run.cpus_per_worker=2"]))
 
 

@@ -280,4 +280,4 @@ def test_a_dry_run_says_what_would_happen_and_writes_nothing(study_file, ray_clu
     assert "trial_0001: optim.lr 0.003" in said
     assert not (storage / "dry").exists()
     assert tune_command([*dry, "resources.cpus_per_worker=512"]) == 2
-    assert "a trial wants 1 worker(s) x 512 CPU; the cluster has" in capsys.readouterr().err
+    assert "a trial wants 1 worker x 512 CPU; the cluster has" in capsys.readouterr().err

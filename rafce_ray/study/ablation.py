@@ -329,8 +329,9 @@ def _caption(ablation: Ablation) -> str:
         "as the seed did; average precision needs no threshold. The gap is train minus validation accuracy, in points, "
         "on natural images in evaluation mode. **▲ better, ▼ worse** than the arm named under *against*: the "
         "difference exceeds what other seeds and other validation images would give (95 %; of "
-        f"{num_contrasts} differences about {round(num_contrasts * 0.05)} would be marked by luck alone). Unmarked: within noise. F1 of minority classes "
-        f"(validation images): {minority}; with under ten images such a figure says next to nothing."
+        f"{num_contrasts} differences about {round(num_contrasts * 0.05)} would be marked by luck alone). Unmarked: "
+        f"within noise. F1 of minority classes (validation images): {minority}; with under ten images such a figure "
+        "says next to nothing."
     )
 
 

@@ -18,6 +18,7 @@ from rafce_ray.base.storage import Location
 from rafce_ray.base.taxonomy import Taxonomy
 from rafce_ray.config import Config, ConfigError, RunConfig
 from rafce_ray.data.loader import batch_remark, num_steps
+from rafce_ray.data.records import counted
 from rafce_ray.model.network import build_architecture, build_model
 from rafce_ray.study.checks import foreseen
 from rafce_ray.study.config import StudyConfig
@@ -58,7 +59,7 @@ class Shares:
     def shown(self) -> str:
         """``2 at a time, each 1 worker with 1 CPU and 0.5 GPU``."""
         gpu = f" and {self.gpus:g} GPU" if self.gpus else ""
-        return f"{self.at_once} at a time, each {self.workers} worker(s) with {self.cpus:g} CPU{gpu}"
+        return f"{self.at_once} at a time, each {counted(self.workers, 'worker')} with {self.cpus:g} CPU{gpu}"
 
 
 def share_out(
@@ -87,10 +88,10 @@ def share_out(
         gpus = 1 / math.ceil(concurrent / total.gpus) if crowded and concurrent else 1.0
     slots = sum(_slots(node, cpus, gpus) for node in nodes)
     fitting = slots // workers
-    wanted = f"{workers} worker(s) x {cpus:g} CPU" + (f" + {gpus:g} GPU" if gpus else "")
+    wanted = f"{counted(workers, 'worker')} x {cpus:g} CPU" + (f" + {gpus:g} GPU" if gpus else "")
     has = (
-        f"the cluster has {total.cpus:g} CPUs and {total.gpus:g} GPUs on {len(nodes)} machine(s), which hold "
-        f"{slots} such worker(s)"
+        f"the cluster has {total.cpus:g} CPUs and {total.gpus:g} GPUs on {counted(len(nodes), 'machine')}, with "
+        f"room for {counted(slots, 'such worker')}"
     )
     if fitting < 1:
         raise UsageError(
@@ -264,10 +265,9 @@ def tell_trials(study: StudyConfig) -> None:
         values = propose(study, number)
         if values is None:
             break
-        shown = (
-            f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in values.items()
-        )
-        say(f"  trial_{number:04d}: {', '.join(shown) or 'the base'}")
+        rounded = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in values.items()}
+        shown = ", ".join(f"{key} {value}" for key, value in rounded.items())
+        say(f"  trial_{number:04d}: {shown or 'the base'}")
     if total > SHOWN_TRIALS:
         say(f"  ... and {total - SHOWN_TRIALS} more")
 

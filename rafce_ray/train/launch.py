@@ -20,6 +20,7 @@ from rafce_ray.base.storage import locate
 from rafce_ray.config import LONGEST_NAME, Config, build_config, config_hash, differences
 from rafce_ray.data.audit import audit_command
 from rafce_ray.data.loader import Prepared, prepare
+from rafce_ray.data.records import counted
 from rafce_ray.run.folder import RunFolder
 from rafce_ray.run.replay import Plan
 from rafce_ray.run.state import Job
@@ -129,7 +130,7 @@ def _fit(job: Job, num_cpus: float, num_gpus: float) -> dict[str, Any] | None:
             outcome: dict[str, Any] | None = trainer.fit().return_value
         except TrainingFailedError as error:
             raise RafceError(
-                f"training failed {run.max_failures + 1} time(s), the last time with: {root_cause(error)}\n"
+                f"training failed {counted(run.max_failures + 1, 'time')}, the last time with: {root_cause(error)}\n"
                 f"Its checkpoints are in {folder.checkpoints}; the same command goes on from the newest valid one."
             ) from error
     return outcome
@@ -240,9 +241,9 @@ def _scaling(config: Config, num_cpus: float, num_gpus: float) -> ray.train.Scal
     wanted, wanted_gpus = cpus * least, least if use_gpu else 0
     if wanted > num_cpus or wanted_gpus > num_gpus:
         raise UsageError(
-            f"{least} worker(s) x {cpus} CPU(s){' x 1 GPU' if use_gpu else ''} = {wanted} CPUs and {wanted_gpus} GPUs; "
-            f"the cluster has {num_cpus:g} CPUs and {num_gpus:g} GPUs. Lower run.num_workers or run.cpus_per_worker, "
-            "or set run.use_gpu=false."
+            f"{counted(least, 'worker')} x {counted(cpus, 'CPU')}{' x 1 GPU' if use_gpu else ''} = {wanted} CPUs and "
+            f"{wanted_gpus} GPUs; the cluster has {num_cpus:g} CPUs and {num_gpus:g} GPUs. Lower run.num_workers or "
+            "run.cpus_per_worker, or set run.use_gpu=false."
         )
     return ScalingConfig(
         num_workers=run.num_workers,
@@ -349,8 +350,8 @@ def train_again(plan: Plan) -> RunFolder:
             run["cpus_per_worker"] = most
         if run["use_gpu"] and num_gpus < run["num_workers"]:
             warn(
-                f"the original had a GPU for each of {run['num_workers']} worker(s), here are {num_gpus:g}: training "
-                "on the CPU."
+                f"the original had a GPU for each of {counted(run['num_workers'], 'worker')}, here are {num_gpus:g}: "
+                "training on the CPU."
             )
             run["use_gpu"] = False
         config = build_config(values)

@@ -29,6 +29,7 @@ from rafce_ray.bundle.engines import TorchEngine
 from rafce_ray.bundle.model import Predictor, detector_of, in_words, outcomes, predict_files
 from rafce_ray.bundle.writing import Options, Shards, open_shards, read_plan
 from rafce_ray.config import load_config
+from rafce_ray.data.records import counted
 from rafce_ray.faces.detect import FaceFinder, build_face_finder
 from rafce_ray.faces.files import (
     MAX_BYTES,
@@ -218,7 +219,9 @@ class Share:
     @property
     def shown(self) -> str:
         """``2 workers, each with 1 CPU``."""
-        return f"{self.workers} worker(s), each with {self.cpus} CPU(s)" + (" and 1 GPU" if self.gpus else "")
+        return f"{counted(self.workers, 'worker')}, each with {counted(self.cpus, 'CPU')}" + (
+            " and 1 GPU" if self.gpus else ""
+        )
 
 
 def share_out(
@@ -236,8 +239,8 @@ def share_out(
 
     if workers is None and not fitting(1):
         raise UsageError(
-            f"no worker fits on the cluster: it has {sum(cpu for cpu, _ in nodes):g} CPUs on {len(nodes)} machine(s). "
-            "Add machines or, if it grows by itself, say to how many with --workers."
+            f"no worker fits on the cluster: it has {sum(cpu for cpu, _ in nodes):g} CPUs on "
+            f"{counted(len(nodes), 'machine')}. Add machines or, if it grows by itself, say to how many with --workers."
         )
     wanted = min(workers or fitting(1), num_shards)
     largest = int(max((cpu for cpu, _ in nodes), default=1))

@@ -19,6 +19,7 @@ from rafce_ray.base.errors import RafceError, UsageError
 from rafce_ray.base.storage import locate
 from rafce_ray.config import Config, DataConfig, build_config, identity_of, to_yaml, with_values
 from rafce_ray.data.loader import Prepared, Readings, open_dataset, prepare
+from rafce_ray.data.records import counted
 from rafce_ray.model.pretrained import check_weights
 from rafce_ray.report.study_page import write_study_report
 from rafce_ray.run.state import choose_splits
@@ -300,7 +301,7 @@ def train_finalists(study: StudyConfig, folder: StudyFolder, shares: Shares, rea
     chosen = choose_finalists(trials, study.finalists.k, study.metric)
     say(
         f"finalists: {', '.join(one.name for one in chosen)} (the base among them), each trained to its end with "
-        f"{study.finalists.seeds} other seed(s)"
+        f"{counted(study.finalists.seeds, 'other seed')}"
     )
     trainings = []
     for trial in chosen:

@@ -23,6 +23,7 @@ from ray.util.metrics import Histogram
 from rafce_ray.base.console import handled_signals, say, warn
 from rafce_ray.base.errors import RafceError
 from rafce_ray.base.figures import FIGURES
+from rafce_ray.data.records import counted
 from rafce_ray.monitoring.metrics import TRIAL_RESTARTS, TRIAL_SECONDS, TRIAL_SECONDS_BOUNDARIES, study_samples
 from rafce_ray.run.folder import PROGRESS_FILE
 from rafce_ray.study.folder import StudyFolder
@@ -203,9 +204,9 @@ class Witness(tune.Callback):  # type: ignore[misc]
         cpus, gpus = (f"{free.get(kind, 0):g} of {total.get(kind, 0):g} {kind}s" for kind in ("CPU", "GPU"))
         what = "waits for its resources" if pending else "has its place but has not begun"
         return (
-            f"trial {name} {what} for {waited_s:.0f} s: it wants {shares.workers} worker(s) with {shares.cpus:g} CPU "
-            f"and {shares.gpus:g} GPU each; {cpus} and {gpus} are free. Look at the dashboard for what holds them; the "
-            "study goes on as soon as they are free."
+            f"trial {name} {what} for {waited_s:.0f} s: it wants {counted(shares.workers, 'worker')} with "
+            f"{shares.cpus:g} CPU and {shares.gpus:g} GPU each; {cpus} and {gpus} are free. Look at the dashboard for "
+            "what uses them; the study goes on as soon as they are free."
         )
 
 
@@ -380,9 +381,7 @@ class HandedOut(Searcher):  # type: ignore[misc]
             self._supply.ended(name)
         except OSError as error:
             # Ray would count the error as the trial's own failure.
-            warn(
-                f"after {name} the study's table could not be brought up to date ({error}); the next trial's end does it"
-            )
+            warn(f"after {name} the study's table could not be updated ({error}); the next trial's end updates it")
 
     def save(self, checkpoint_path: str) -> None:
         """The study's folder is the state; Ray wants a file all the same."""

@@ -202,7 +202,7 @@ def test_what_a_study_will_do_is_said_before_it_does_it(tmp_path, monkeypatch, c
     tell_trials(study)
     said = " ".join(capsys.readouterr().err.split())
     assert (
-        "trials: 12, of which 4 have ended; 2 at a time, each 1 worker(s) with 1 CPU (the cluster holds 3 at a time)"
+        "trials: 12, of which 4 have ended; 2 at a time, each 1 worker with 1 CPU (the cluster holds 3 at a time)"
         in said
     )
     assert "epochs: at most 240; ASHA compares trials after epochs 3, 9 and lets about the best 1/3" in said
@@ -234,7 +234,7 @@ def test_a_dry_run_writes_nothing(dry, tmp_path, capsys):
     captured = capsys.readouterr()
     said = " ".join(captured.err.split())
     assert captured.out == ""
-    assert "3 at a time, each 1 worker(s) with 1 CPU" in said
+    assert "3 at a time, each 1 worker with 1 CPU" in said
     assert said.endswith("dry run: nothing was trained; without --dry-run the study starts")
     # Where a study has begun, it is left as it is, and another one is refused.
     study = StudyFolder(str(tmp_path / "runs" / "s"))
@@ -262,7 +262,7 @@ def test_a_study_of_an_earlier_release_goes_on(dry):
 
 def test_a_study_that_does_not_fit_trains_nothing(dry, tmp_path, monkeypatch, capsys):
     assert main(["--config", str(dry), "--dry-run", "resources.concurrent=4"]) == 2
-    assert "4 trials at a time x 1 worker(s) x 1 CPU = 4 workers; the cluster has 3 CPUs" in " ".join(
+    assert "4 trials at a time x 1 worker x 1 CPU = 4 workers; the cluster has 3 CPUs" in " ".join(
         capsys.readouterr().err.split()
     )
     monkeypatch.setattr(plan.shutil, "disk_usage", lambda place: Usage(0, 0, 10**6))

@@ -66,7 +66,7 @@ def test_no_gpu_where_none_is_wanted():
 @pytest.mark.parametrize("values", [{"use_gpu": True}, {"gpus_per_worker": 0.25}])
 def test_a_gpu_that_is_asked_for_is_not_replaced_by_cpus(values):
     with pytest.raises(
-        UsageError, match=r"\+ (1|0\.25) GPU; the cluster has 4 CPUs and 0 GPUs on 1 machine\(s\), which hold 0"
+        UsageError, match=r"\+ (1|0\.25) GPU; the cluster has 4 CPUs and 0 GPUs on 1 machine, with room for 0"
     ):
         share([Node(4, 0)], **values)
 
@@ -84,21 +84,21 @@ def test_what_a_trial_can_never_have_is_refused_with_the_arithmetic():
     with pytest.raises(UsageError) as caught:
         share([Node(3, 0), Node(3, 0)], num_workers=2, cpus_per_worker=4)
     assert str(caught.value).startswith(
-        "a trial wants 2 worker(s) x 4 CPU; the cluster has 6 CPUs and 0 GPUs on 2 machine(s), which hold 0 such "
-        "worker(s)."
+        "a trial wants 2 workers x 4 CPU; the cluster has 6 CPUs and 0 GPUs on 2 machines, with room for "
+        "0 such workers."
     )
     with pytest.raises(UsageError) as caught:
         share([Node(3, 0), Node(3, 0)], num_workers=2, cpus_per_worker=2, concurrent=2)
     assert str(caught.value).startswith(
-        "2 trials at a time x 2 worker(s) x 2 CPU = 4 workers; the cluster has 6 CPUs and 0 GPUs on 2 machine(s), "
-        "which hold 2 such worker(s)."
+        "2 trials at a time x 2 workers x 2 CPU = 4 workers; the cluster has 6 CPUs and 0 GPUs on 2 machines, "
+        "with room for 2 such workers."
     )
 
 
 def test_fewer_trials_at_a_time_than_fit_are_what_was_asked_for():
     shares = share([Node(8, 0)], cpus_per_worker=2, concurrent=3)
     assert (shares.at_once, shares.fitting) == (3, 4)
-    assert shares.shown == "3 at a time, each 1 worker(s) with 2 CPU"
+    assert shares.shown == "3 at a time, each 1 worker with 2 CPU"
 
 
 def test_what_tune_reserves():

@@ -60,7 +60,7 @@ def test_a_trial_that_hangs_before_its_first_step_is_named_once_with_what_is_fre
     start.looks(4 * TIMEOUT_S)
     text = said(capsys)
     assert text.count("trial_0000 has its place but has not begun") == 1
-    assert "it wants 1 worker(s) with 1 CPU and 0 GPU each" in text
+    assert "it wants 1 worker with 1 CPU and 0 GPU each" in text
     assert "1 of 4 CPUs and 0 of 0 GPUs are free" in text
 
 
