@@ -1,4 +1,4 @@
-"""What a study will do, said before it does it: trials, shares, disk, whether it fits."""
+"""The plan of a study, reported before it starts: trials, shares of the cluster, disk, and whether all of it fits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A sweep's trials as its folder tells them: what each was to train, how far it came, how it ended, what it scored."""
+"""The trials of a sweep, read from its folder: the plan, progress, end and score of each, and ASHA's decisions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A sweep seen from outside: its trials as they appear, train and end, the best so far, and how long it may take."""
+"""The progress of a sweep: its trials as they appear, train and end, the best so far, and the time left."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What commands check and report of Ray before they start it: its version, address, folder and dashboard.
+"""Checks and messages before a command starts Ray: its version, address, folder and dashboard.
 
 With a wrong RAY_ADDRESS, Ray itself is silent for minutes.
 """

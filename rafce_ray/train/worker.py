@@ -193,7 +193,7 @@ class TrainSession:
         return wrapped
 
     def sum(self, values: Tensor) -> Tensor:
-        """Element-wise sum over workers, on the CPU."""
+        """Element-wise sum over workers of ``values`` (K,), or of another shape, with their dtype, on the CPU."""
         total = values.detach().to(self.device, copy=True)
         if self.num_workers > 1:
             dist.all_reduce(total)
@@ -340,7 +340,7 @@ class TrialSession(LocalSession):
 
 
 class Watchdog:
-    """Ends this process when ``run.hang_timeout_s`` pass without a beat, so that Ray starts the group again.
+    """Ends this process when ``run.hang_timeout_s`` pass without a step, so that Ray starts the group again.
 
     Ray notices processes that do not answer, but a training thread that waits for ever (a stuck disk, a dead lock)
     leaves its process answering.

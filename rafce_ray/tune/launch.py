@@ -1,4 +1,4 @@
-"""A study on Ray Tune, from its configuration to its best bundle; the same call continues an interrupted study."""
+"""A study on Ray Tune, from its configuration to its best bundle. The same call continues an interrupted study."""
 
 from __future__ import annotations
 

@@ -259,7 +259,7 @@ START_TIMEOUT_S = 120.0
 
 
 class Supply(Protocol):
-    """Which trials are to run, one after another; each one's folder and plan are ready when it is handed out."""
+    """Trials that are to run, one after another. Each one's folder and plan are ready when it is handed out."""
 
     def next(self) -> TrialPlan | None:
         """The next trial; None: there are no more."""
