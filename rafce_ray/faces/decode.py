@@ -136,8 +136,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_LYING = (5, 6, 7, 8)
-"""EXIF orientations whose stored rows are the upright picture's columns."""
+"""How the pixels of an EXIF orientation become upright; from 5 on, rows become columns."""
 
 _JPEG_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd7\xff])", re.DOTALL)
 """The start of a segment with a length, or the end of the image: neither a pixel's byte nor a restart."""
@@ -180,20 +179,9 @@ FILE_LIMITS = Limits(formats=READ_FORMATS)
 
 @dataclass(frozen=True)
 class SizedFace:
-    """An aligned face (px, px, 3) uint8 RGB, and the width and height in px of the upright picture that it came
-    from.
-    """
+    """An aligned face (px, px, 3) uint8 RGB, and width and height in px of its upright picture."""
 
     pixels: NDArray[np.uint8]
-    width: int
-    height: int
-
-
-@dataclass(frozen=True)
-class _Upright:
-    """An upright RGB image, which a JPEG decoder may have shrunk, and the size of the whole picture."""
-
-    image: Image.Image
     width: int
     height: int
 
@@ -222,8 +210,7 @@ class DecodeError(RafceError):
 
 def format_of(head: bytes) -> Format | None:
     """The format by the first ``HEAD_BYTES`` bytes of a file; None where it is not in ``FORMATS``."""
-    name = _name_of_format(head)
-    return None if name is None else FORMATS[name]
+    return FORMATS.get(_name_of_format(head) or "")
 
 
 def format_of_ending(ending: str) -> Format | None:
@@ -232,21 +219,24 @@ def format_of_ending(ending: str) -> Format | None:
 
 
 def _name_of_format(head: bytes) -> str | None:
-    if head[:3] == b"\xff\xd8\xff":
-        return "JPEG"
-    if head[:8] == b"\x89PNG\r\n\x1a\n":
-        return "PNG"
     if head[:4] == b"RIFF":
         return {b"WEBP": "WebP", b"AVI ": "AVI video"}.get(head[8:12])
     if head[:2] == b"BM" and int.from_bytes(head[14:18], "little") in _BMP_HEADER_BYTES:
         return "BMP"
     if head[:4] in _TIFF_STARTS:
         return "camera raw" if head[8:10] == b"CR" else "TIFF"
-    if head[:6] in (b"GIF87a", b"GIF89a"):
-        return "GIF"
     if head[4:8] == b"ftyp":
-        return _name_of_iso_media(head[8:12], head[16:HEAD_BYTES])
+        brand, compatible = head[8:12], head[16:HEAD_BYTES]
+        if brand in (b"avif", b"avis") or (brand in _HEIF_BRANDS and b"avif" in compatible):
+            return "AVIF"
+        if brand in _HEIF_BRANDS:
+            return "HEIC"
+        return {b"qt  ": "QuickTime video", b"crx ": "camera raw"}.get(brand, "MP4 video")
     starts = {
+        b"\xff\xd8\xff": "JPEG",
+        b"\x89PNG\r\n\x1a\n": "PNG",
+        b"GIF87a": "GIF",
+        b"GIF89a": "GIF",
         b"\0\0\0\x0cjP  ": "JPEG 2000",
         b"\xff\x4f\xff\x51": "JPEG 2000",
         b"\0\0\0\x0cJXL ": "JPEG XL",
@@ -258,34 +248,20 @@ def _name_of_format(head: bytes) -> str | None:
     return next((name for start, name in starts.items() if head.startswith(start)), None)
 
 
-def _name_of_iso_media(brand: bytes, compatible: bytes) -> str:
-    if brand in (b"avif", b"avis") or (brand in _HEIF_BRANDS and b"avif" in compatible):
-        return "AVIF"
-    if brand in _HEIF_BRANDS:
-        return "HEIC"
-    return {b"qt  ": "QuickTime video", b"crx ": "camera raw"}.get(brand, "MP4 video")
-
-
 def decode_image(content: bytes, *, limits: Limits = DEFAULT_LIMITS, name: str = "FILE") -> NDArray[np.uint8]:
-    """The upright picture in full resolution; ``name`` is what a command in a remedy calls the file.
-
-    Returns:
-        (H, W, 3) uint8, RGB, 0-255.
+    """The upright picture (H, W, 3) uint8 RGB 0-255; ``name`` is the file's name in the command of a remedy.
 
     Raises:
         DecodeError: the bytes are too many, not in ``limits.formats``, out of bounds in size, damaged or cut short.
     """
-    return np.array(_open_upright(content, limits, None, name).image)
+    return np.array(_open_upright(content, limits, None, name)[0])
 
 
 def decode_face(content: bytes, px: int, *, limits: Limits = DEFAULT_LIMITS, name: str = "FILE") -> NDArray[np.uint8]:
-    """An aligned face as the store keeps it: the largest centred square, resized with an antialiasing triangle filter.
+    """An aligned face (px, px, 3) uint8 RGB 0-255, as the store keeps it: the largest centred square, resized.
 
-    A square image loses nothing; of any other the ends of its longer side are cut, since squeezing would change the
-    face. An image that already has ``px`` x ``px`` pixels is returned as it is.
-
-    Returns:
-        (px, px, 3) uint8, RGB, 0-255.
+    The filter is an antialiasing triangle. The ends of a longer side are cut, since squeezing would change the face.
+    An image that already has ``px`` x ``px`` pixels is returned unchanged.
 
     Raises:
         DecodeError: as :func:`decode_image`.
@@ -296,13 +272,12 @@ def decode_face(content: bytes, px: int, *, limits: Limits = DEFAULT_LIMITS, nam
 def decode_sized_face(content: bytes, px: int, *, limits: Limits = DEFAULT_LIMITS, name: str = "FILE") -> SizedFace:
     """:func:`decode_face`, with the size that the upright picture had."""
     # A JPEG decoder can shrink by 2, 4 or 8 as it decodes; twice the wanted side leaves the filter enough to average.
-    picture = _open_upright(content, limits, 2 * px, name)
-    width, height = picture.image.size
-    image, side = picture.image, min(width, height)
-    if (width, height) != (px, px):
-        left, top = (width - side) / 2, (height - side) / 2
+    image, width, height = _open_upright(content, limits, 2 * px, name)
+    if image.size != (px, px):
+        side = min(image.size)
+        left, top = (image.width - side) / 2, (image.height - side) / 2
         image = image.resize((px, px), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
-    return SizedFace(np.array(image), picture.width, picture.height)
+    return SizedFace(np.array(image), width, height)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -340,7 +315,8 @@ def _tiff_tag(image: Image.Image, tag: int) -> object:
     return image.tag_v2.get(tag) if isinstance(image, TiffImageFile) else None
 
 
-def _open_upright(content: bytes, limits: Limits, draft_px: int | None, name: str) -> _Upright:
+def _open_upright(content: bytes, limits: Limits, draft_px: int | None, name: str) -> tuple[Image.Image, int, int]:
+    """An upright RGB image, which a JPEG decoder may have shrunk, and width and height of the whole picture."""
     form = _checked_format(content, limits, name)
     again = f"Save the picture again as {_either(limits.formats)}."
     if form == "TIFF":
@@ -352,7 +328,7 @@ def _open_upright(content: bytes, limits: Limits, draft_px: int | None, name: st
     except Exception as error:
         raise DecodeError("bad_header", f"the header cannot be read ({_reason(error)}).", again) from error
     width, height = image.size
-    _check_dimensions((width, height), limits)
+    _check_dimensions(width, height, limits)
     if isinstance(image, TiffImageFile):
         _check_tiff(image, limits, name)
     try:
@@ -368,81 +344,55 @@ def _open_upright(content: bytes, limits: Limits, draft_px: int | None, name: st
         orientation = _orientation(image)
         rgb = to_rgb(image)
     except Exception as error:
-        raise DecodeError(
-            "undecodable",
-            f"the picture is damaged or cut short ({_reason(error)}).",
-            "Get it again from its source; open it in a viewer to see what is left of it.",
-        ) from error
-    if orientation in _TURNS:
-        rgb = rgb.transpose(_TURNS[orientation])
-    if orientation in _LYING:
-        width, height = height, width
-    return _Upright(rgb, width, height)
+        message = f"the picture is damaged or cut short ({_reason(error)})."
+        remedy = "Get it again from its source; open it in a viewer to see what is left of it."
+        raise DecodeError("undecodable", message, remedy) from error
+    if orientation not in _TURNS:
+        return rgb, width, height
+    return rgb.transpose(_TURNS[orientation]), *((height, width) if orientation >= 5 else (width, height))
 
 
 def _checked_format(content: bytes, limits: Limits, name: str) -> str:
     """The format that the magic bytes call for, after the checks that need no parser."""
+    formats = _either(limits.formats)
     if not content:
-        raise DecodeError("empty", "the file is empty.", f"Send a {_either(limits.formats)} picture.")
+        raise DecodeError("empty", "the file is empty.", f"Send a {formats} picture.")
     if len(content) > limits.max_bytes:
-        raise DecodeError(
-            "too_many_bytes",
-            f"the file has {len(content):,} bytes; at most {limits.max_bytes:,} are read.",
-            "Make the picture smaller or compress it more.",
-        )
+        message = f"the file has {len(content):,} bytes; at most {limits.max_bytes:,} are read."
+        raise DecodeError("too_many_bytes", message, "Make the picture smaller or compress it more.")
     form = format_of(content[:HEAD_BYTES])
     if form is None:
-        raise DecodeError(
-            "unsupported_format",
-            f"the file starts with the bytes {content[:8].hex(' ')}, which is no {_either(limits.formats)}.",
-            f"Save the picture as {_either(limits.formats)}.",
-        )
+        message = f"the file starts with the bytes {content[:8].hex(' ')}, which is no {formats}."
+        raise DecodeError("unsupported_format", message, f"Save the picture as {formats}.")
     if form.name not in limits.formats:
-        raise DecodeError(
-            "unsupported_format",
-            f"{form.name} is not read.",
-            form.remedy(name) if limits.formats == READ_FORMATS else f"Save the picture as {_either(limits.formats)}.",
-        )
+        remedy = form.remedy(name) if limits.formats == READ_FORMATS else f"Save the picture as {formats}."
+        raise DecodeError("unsupported_format", f"{form.name} is not read.", remedy)
     # Each scan of a progressive JPEG goes over the whole picture: thousands of empty ones would take minutes.
     if form.name == "JPEG" and _num_scans(content, limits.max_jpeg_scans + 1) > limits.max_jpeg_scans:
-        raise DecodeError(
-            "too_many_scans",
-            f"the JPEG has more than {limits.max_jpeg_scans} scans.",
-            "Save the picture again as an ordinary JPEG.",
-        )
+        message = f"the JPEG has more than {limits.max_jpeg_scans} scans."
+        raise DecodeError("too_many_scans", message, "Save the picture again as an ordinary JPEG.")
     return form.name
 
 
 def _check_tiff(image: TiffImageFile, limits: Limits, name: str) -> None:
     """Refuse a TIFF whose first page is only a preview, whose tiles are too large, or whose planes Pillow misreads."""
     if image.tag_v2.get(_SUBFILE_TYPE, 0) & 1 or _DNG_VERSION in image.tag_v2:
-        raise DecodeError(
-            "unsupported_format",
-            "the first page of the TIFF is a preview only, as in camera raw files, which are not read.",
-            FORMATS["camera raw"].remedy(name),
-        )
-    tile = image.tag_v2.get(TILEWIDTH, 0), image.tag_v2.get(TILELENGTH, 0)
-    if tile[0] * tile[1] > limits.max_pixels:
-        raise DecodeError(
-            "too_large",
-            f"the TIFF has tiles of {tile[0]:,} x {tile[1]:,} px; at most {limits.max_pixels / 1e6:g} megapixels are "
-            "decoded.",
-            "Save the picture without tiles.",
-        )
+        message = "the first page of the TIFF is a preview only, as in camera raw files, which are not read."
+        raise DecodeError("unsupported_format", message, FORMATS["camera raw"].remedy(name))
+    width, height = image.tag_v2.get(TILEWIDTH, 0), image.tag_v2.get(TILELENGTH, 0)
+    if width * height > limits.max_pixels:
+        bound = f"at most {limits.max_pixels / 1e6:g} megapixels are decoded."
+        message = f"the TIFF has tiles of {width:,} x {height:,} px; {bound}"
+        raise DecodeError("too_large", message, "Save the picture without tiles.")
     bits = image.tag_v2.get(BITSPERSAMPLE, (1,))
     if image.tag_v2.get(PLANAR_CONFIGURATION, 1) == 2 and len(bits) > 1 and max(bits) > 8:
-        raise DecodeError(
-            "unsupported_format",
-            f"the TIFF has {max(bits)} bits a colour in separate planes, which are not read.",
-            "Save the picture with interleaved colours (planar configuration 1), or with 8 bits.",
-        )
+        message = f"the TIFF has {max(bits)} bits a colour in separate planes, which are not read."
+        remedy = "Save the picture with interleaved colours (planar configuration 1), or with 8 bits."
+        raise DecodeError("unsupported_format", message, remedy)
 
 
 def _pixels_of_jpeg(content: bytes) -> bytes:
-    """A JPEG without comments, profiles and other metadata but what may tell colours or the orientation.
-
-    Pillow gives up a picture for some that are cut short.
-    """
+    """A JPEG without metadata that tells neither colours nor orientation. Pillow fails on some that are cut short."""
     kept, place = [content[:2]], 2
     while content[place : place + 1] == b"\xff":
         kind = content[place + 1 : place + 2]
@@ -469,10 +419,7 @@ def _is_metadata_of_jpeg(kind: bytes, data: bytes) -> bool:
 
 
 def _pixels_of_png(content: bytes) -> bytes:
-    """A PNG with nothing but pixels, their transparency and what may tell the orientation.
-
-    Pillow reads every text and profile, and gives up a picture for one that is damaged or expands to much.
-    """
+    """A PNG with only pixels, transparency and orientation. Pillow fails on a text or profile that is damaged."""
     kept, seen, num_tried = [content[:8]], set(), 0
     for start, stop, kind in _png_chunks(content):
         is_needed = not kind[0] & 0x20 or kind == b"tRNS"
@@ -525,7 +472,7 @@ def _orientation_key(chunk: bytes, kind: bytes) -> bytes | None:
 
 
 _READERS: dict[str, Callable[[bytes], bytes]] = {"JPEG": _pixels_of_jpeg, "PNG": _pixels_of_png}
-"""What a parser is given of a file, where that is not the whole file."""
+"""The part of a file that its parser gets, where that is not the whole file."""
 
 _PLUGINS: dict[str, Callable[[io.BytesIO], ImageFile]] = {
     "JPEG": JpegImageFile,
@@ -538,10 +485,7 @@ _PLUGINS: dict[str, Callable[[io.BytesIO], ImageFile]] = {
 
 
 def _num_scans(content: bytes, enough: int) -> int:
-    """Scans of a JPEG up to its end marker, as libjpeg meets them; counting ends at ``enough``.
-
-    A phone's video behind the end is not looked at, nor is a thumbnail in a segment of its own.
-    """
+    """Scans of a JPEG up to its end marker, without those of thumbnails; counting ends at ``enough``."""
     scans, place = 0, 2
     while scans < enough and (marker := _JPEG_MARKER.search(content, place)):
         kind, place = marker[1], marker.end()
@@ -552,21 +496,14 @@ def _num_scans(content: bytes, enough: int) -> int:
     return scans
 
 
-def _check_dimensions(size: tuple[int, int], limits: Limits) -> None:
-    width, height = size
-    if min(size) < limits.min_side_px:
-        raise DecodeError(
-            "too_small",
-            f"the picture has {width} x {height} px; each side needs at least {limits.min_side_px}.",
-            "Send a larger picture.",
-        )
-    if max(size) > limits.max_side_px or width * height > limits.max_pixels:
-        raise DecodeError(
-            "too_large",
-            f"the picture has {width:,} x {height:,} px; at most {limits.max_side_px:,} a side and "
-            f"{limits.max_pixels / 1e6:g} megapixels are decoded.",
-            "Scale the picture down.",
-        )
+def _check_dimensions(width: int, height: int, limits: Limits) -> None:
+    if min(width, height) < limits.min_side_px:
+        message = f"the picture has {width} x {height} px; each side needs at least {limits.min_side_px}."
+        raise DecodeError("too_small", message, "Send a larger picture.")
+    if max(width, height) > limits.max_side_px or width * height > limits.max_pixels:
+        bounds = f"at most {limits.max_side_px:,} a side and {limits.max_pixels / 1e6:g} megapixels are decoded."
+        message = f"the picture has {width:,} x {height:,} px; {bounds}"
+        raise DecodeError("too_large", message, "Scale the picture down.")
 
 
 def _orientation(image: Image.Image) -> int:

@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import permutations
 from pathlib import Path
 from threading import Lock
 from typing import Annotated, Literal, Protocol
@@ -113,9 +114,7 @@ def given_face(pixels: Pixels, width: int, height: int) -> Face:
 
 
 def may_be_aligned(width: int, height: int) -> bool:
-    """Whether an image in which no face was found may be an aligned face itself, which fills it too much to be
-    found.
-    """
+    """Whether an image without a detected face may be an aligned face, which is too large in it to be detected."""
     return width == height and width <= MAX_ALIGNED_PX
 
 
@@ -136,7 +135,7 @@ class CascadeFinder:
             for roll, longer_px in LOOKS:
                 small, scale = _shrunk(grey, longer_px)
                 turned, back = _turned(small, roll)
-                found = [candidate.moved(back).scaled(1 / scale) for candidate in self._candidates(turned, roll)]
+                found = [candidate.moved(back, 1 / scale) for candidate in self._candidates(turned, roll)]
                 if found:
                     break
         found.sort(key=lambda candidate: -candidate.side)
@@ -149,7 +148,8 @@ class CascadeFinder:
             # Small boxes and pictures turned by a guess offer many more chances to be wrong: there both must confirm.
             doubtful = roll != 0.0 or box[2] < SMALL_FACE_PX
             if (eyes is not None and not doubtful) or ((eyes is not None or not doubtful) and self._agrees(grey, box)):
-                confirmed.append(_Candidate(_centre(box), float(box[2]), eyes))
+                centre = np.array([box[0] + box[2] / 2, box[1] + box[3] / 2])
+                confirmed.append(_Candidate(centre, float(box[2]), eyes))
         return _without_overlaps(confirmed)
 
     def _agrees(self, grey: Pixels, box: Rectangle) -> bool:
@@ -166,20 +166,12 @@ class CascadeFinder:
         zoom = EYES_PX / side
         upper = _resized(grey[y : y + round(0.65 * side), x : x + side], zoom)
         for cascade in self._eyes:
-            found = [
-                (ex + width / 2, ey + height / 2)
-                for ex, ey, width, height in _detect(
-                    cascade, upper, 1.08, 3, round(0.15 * EYES_PX), round(0.4 * EYES_PX)
-                )
-            ]
-            pairs = [
-                (misfit, left, right)
-                for left in found
-                for right in found
-                if (misfit := _eye_pair_misfit(left, right, EYES_PX)) is not None
-            ]
-            if pairs:
-                _, left, right = min(pairs)
+            boxes = _detect(cascade, upper, 1.08, 3, round(0.15 * EYES_PX), round(0.4 * EYES_PX))
+            found = [(ex + width / 2, ey + height / 2) for ex, ey, width, height in boxes]
+            pairs = ((_eye_pair_misfit(*pair, EYES_PX), *pair) for pair in permutations(found, 2))
+            plausible = [(misfit, left, right) for misfit, left, right in pairs if misfit is not None]
+            if plausible:
+                _, left, right = min(plausible)
                 return np.array([left, right]) / zoom + (x, y)
         return None
 
@@ -209,9 +201,8 @@ class YuNetFinder:
         faces = []
         for row in [] if rows is None else np.asarray(rows, dtype=np.float64) / scale:
             # A row: x, y, width, height, then x, y of the right eye (left in the picture), left eye, nose, mouth.
-            box = _clipped(row[0], row[1], row[2], row[3], photograph)
             crop = align_face(photograph, row[4:8].reshape(2, 2), EYES_IN_CROP, px)
-            faces.append(Face(box, "landmarks", crop))
+            faces.append(Face(_clipped(row[0], row[1], row[2], row[3], photograph), "landmarks", crop))
         return sorted(faces, key=lambda face: -face.box.width * face.box.height)
 
 
@@ -223,13 +214,10 @@ class _Candidate:
     side: float
     eyes: Points | None
 
-    def moved(self, affine: Points) -> _Candidate:
-        """Through a 2x3 rotation."""
-        eyes = None if self.eyes is None else self.eyes @ affine[:, :2].T + affine[:, 2]
-        return _Candidate(affine[:, :2] @ self.centre + affine[:, 2], self.side, eyes)
-
-    def scaled(self, factor: float) -> _Candidate:
-        return _Candidate(self.centre * factor, self.side * factor, None if self.eyes is None else self.eyes * factor)
+    def moved(self, affine: Points, factor: float) -> _Candidate:
+        """Through a 2x3 rotation, then scaled."""
+        eyes = None if self.eyes is None else (self.eyes @ affine[:, :2].T + affine[:, 2]) * factor
+        return _Candidate((affine[:, :2] @ self.centre + affine[:, 2]) * factor, self.side * factor, eyes)
 
     def face(self, photograph: Pixels, px: int) -> Face:
         x, y = self.centre - self.side / 2
@@ -263,9 +251,8 @@ def _detect(
     cascade: cv2.CascadeClassifier, grey: Pixels, step: float, neighbours: int, min_px: int, max_px: int = 0
 ) -> Iterator[Rectangle]:
     """Boxes x, y, width, height of a cascade."""
-    for x, y, width, height in cascade.detectMultiScale(
-        grey, step, neighbours, minSize=(min_px, min_px), maxSize=(max_px, max_px)
-    ):
+    boxes = cascade.detectMultiScale(grey, step, neighbours, minSize=(min_px, min_px), maxSize=(max_px, max_px))
+    for x, y, width, height in boxes:
         yield int(x), int(y), int(width), int(height)
 
 
@@ -304,10 +291,11 @@ def _turned(grey: Pixels, roll: float) -> tuple[Pixels, Points]:
 
 
 def align_face(photograph: Pixels, eyes: Points, places: Points, px: int) -> Pixels:
-    """The aligned crop: rotated, scaled and moved so that ``eyes`` (2, 2) come to rest at ``places``, shares of its
-    side.
+    """The crop (px, px, 3) uint8 RGB of a photograph (H, W, 3) uint8, turned, scaled and moved by its eyes.
 
-    Pixels beyond the photograph repeat its edge. A large face is cut at its own resolution and then averaged down.
+    ``eyes`` (2, 2) float64 are x, y in px of the photograph; ``places`` (2, 2) are where they lie in the crop, as
+    shares of its side. Pixels beyond the photograph repeat its edge. A large face is cut at its own resolution and then
+    averaged down.
     """
     distance = float(np.linalg.norm(eyes[1] - eyes[0]))
     crop_side = distance / float(places[1, 0] - places[0, 0])
@@ -330,14 +318,9 @@ def _clipped(x: float, y: float, width: float, height: float, photograph: Pixels
     return Box(left, top, max(0, right - left), max(0, bottom - top))
 
 
-def _centre(box: Rectangle) -> Points:
-    return np.array([box[0] + box[2] / 2, box[1] + box[3] / 2])
-
-
 def _overlap(one: Rectangle, other: Rectangle) -> float:
     """Intersection over union of two boxes."""
     width = min(one[0] + one[2], other[0] + other[2]) - max(one[0], other[0])
     height = min(one[1] + one[3], other[1] + other[3]) - max(one[1], other[1])
-    if width <= 0 or height <= 0:
-        return 0.0
-    return width * height / (one[2] * one[3] + other[2] * other[3] - width * height)
+    common = max(width, 0) * max(height, 0)
+    return common / (one[2] * one[3] + other[2] * other[3] - common)

@@ -1,4 +1,4 @@
-"""From what a command line names (files, folders, globs, URIs) to image files, one after the other."""
+"""Find the image files that a command line names (files, folders, globs, URIs), and load each with its faces."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import stat
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -56,6 +57,11 @@ class Skipped:
         """Forget all: the files are listed again."""
         self.counts.clear()
         self._examples.clear()
+
+    def hide(self, number: int) -> None:
+        """So many more hidden files and folders."""
+        if number:
+            self.counts[HIDDEN] += number
 
     def add(self, name: str, form: Format | None) -> None:
         """One more file; ``form`` is its format where that is known."""
@@ -109,17 +115,12 @@ def find_images(places: Sequence[str], skipped: Skipped | None = None) -> Iterat
         UsageError: a place does not exist, cannot be read, or has no image file.
     """
     for place in places:
-        found, others = False, Skipped() if skipped is None else skipped
-        for path in _expand(local_path(place), others):
-            found = True
-            yield path
-        if not found:
-            raise _no_images(place, others)
+        others = Skipped() if skipped is None else skipped
+        yield from _some(_expand(local_path(place), others), place, others)
 
 
 def list_images(places: Sequence[str], skipped: Skipped | None = None) -> Iterator[str]:
-    """As :func:`find_images`, by names that hold on every machine: absolute paths, and ``scheme://bucket/key`` on
-    object stores.
+    """As :func:`find_images`, by names for every machine: absolute paths, ``scheme://bucket/key`` on object stores.
 
     A place may also be a URI of a file or a folder; a URI's query is no part of the names. Files of a store are images
     by their ending alone: a look into each would be a request.
@@ -133,7 +134,8 @@ def list_images(places: Sequence[str], skipped: Skipped | None = None) -> Iterat
         if location is None:
             yield from (file_name(os.path.abspath(path)) for path in find_images([place], skipped))
         else:
-            yield from _list_store(place, location, Skipped() if skipped is None else skipped)
+            others = Skipped() if skipped is None else skipped
+            yield from _some(_list_store(place, location, others), place, others)
 
 
 def _store_of(place: str) -> Location | None:
@@ -142,10 +144,7 @@ def _store_of(place: str) -> Location | None:
 
 
 def stores_of(places: Sequence[str]) -> Stores:
-    """The object stores among ``places``.
-
-    UsageError where two of them are buckets of one name at different addresses.
-    """
+    """The object stores among ``places``. UsageError where buckets of one name are at different addresses."""
     stores: dict[str, pafs.FileSystem] = {}
     for place in places:
         location = _store_of(place)
@@ -195,21 +194,17 @@ def _list_store(place: str, location: Location, skipped: Skipped) -> Iterator[st
         return
     if kind == pafs.FileType.NotFound:
         raise UsageError(f"{place}: no such file or folder. Give image files, folders or globs of local paths.")
-    found = False
     waiting = [location.path]
     while waiting:
         infos = ask(location.uri, partial(store.get_file_info, pafs.FileSelector(waiting.pop())))
-        folders = sorted(
-            info.path for info in infos if info.type == pafs.FileType.Directory and not _is_hidden(info.base_name)
-        )
-        files = sorted(info.path for info in infos if info.type == pafs.FileType.File)
-        del infos
-        names = [path for path in files if _is_image(os.path.basename(path), path, skipped, look_into=False)]
-        waiting += reversed(folders)
-        found = found or bool(names)
-        yield from (_name(place, path) for path in names)
-    if not found:
-        raise _no_images(place, skipped)
+        infos.sort(key=lambda info: info.path)
+        folders = [info for info in infos if info.type == pafs.FileType.Directory]
+        files = [info.path for info in infos if info.type == pafs.FileType.File]
+        waiting += reversed([info.path for info in folders if not _is_hidden(info.base_name)])
+        del infos, folders
+        for path in files:
+            if _is_image(os.path.basename(path), path, skipped, look_into=False):
+                yield _name(place, path)
 
 
 def _name(uri: str, path: str) -> str:
@@ -223,21 +218,21 @@ def _root(name: str) -> str:
     return f"{scheme}://{path.partition('/')[0]}"
 
 
-def _no_images(place: str, skipped: Skipped) -> UsageError:
-    looked_for = ", ".join(READ_FORMATS)
-    others = f" {skipped.in_words()}" if skipped.counts else ""
-    return UsageError(
-        f"{printable(place)}: no image files here; looked for {looked_for}. Name the files or another folder.{others}"
-    )
+def _some(names: Iterator[Place], place: str, skipped: Skipped) -> Iterator[Place]:
+    """All ``names``; UsageError where there are none."""
+    first = next(names, None)
+    if first is None:
+        looked_for = f"no image files here; looked for {', '.join(READ_FORMATS)}"
+        others = f" {skipped.in_words()}" if skipped.counts else ""
+        raise UsageError(f"{printable(place)}: {looked_for}. Name the files or another folder.{others}")
+    yield first
+    yield from names
 
 
 def _expand(place: str, skipped: Skipped) -> Iterator[Path]:
     found = next((path for path in (place, os.path.expanduser(place)) if _is_there(path)), None)
     if found is not None:
-        if os.path.isdir(found):
-            yield from _below(found, skipped)
-        else:
-            yield Path(found)
+        yield from _below(found, skipped) if os.path.isdir(found) else (Path(found),)
         return
     if not glob.has_magic(place):
         raise UsageError(f"{printable(place)}: no such file or folder. Give image files, folders or globs (in quotes).")
@@ -275,23 +270,18 @@ def _below(top: str, skipped: Skipped) -> Iterator[Path]:
     gone_through: set[str] = set()
     for parent, folders, names in os.walk(top, onerror=unreadable, followlinks=True):
         real = os.path.realpath(parent)
-        # What a link leads to and what lies below the top anyway would be there twice, or without end.
-        is_known = real in gone_through or (os.path.islink(parent) and parent != top and _is_within(real, real_top))
-        if is_known:
+        # A link to a folder below the top would list it twice, or without end.
+        leads_back = os.path.islink(parent) and parent != top and os.path.commonpath((real, real_top)) == real_top
+        if real in gone_through or leads_back:
             folders.clear()
             continue
         gone_through.add(real)
-        if num_hidden := sum(_is_hidden(name) for name in (*folders, *names)):
-            skipped.counts[HIDDEN] += num_hidden
+        skipped.hide(sum(map(_is_hidden, folders)))
         folders[:] = sorted(name for name in folders if not _is_hidden(name))
-        for name in sorted(name for name in names if not _is_hidden(name)):
+        for name in sorted(names):
             path = os.path.join(parent, name)
             if _is_image(name, path, skipped):
                 yield Path(path)
-
-
-def _is_within(path: str, folder: str) -> bool:
-    return os.path.commonpath((path, folder)) == folder
 
 
 def _is_hidden(name: str) -> bool:
@@ -302,16 +292,14 @@ def _is_image(name: str, path: str, skipped: Skipped, *, look_into: bool = True)
     """Whether a file of a folder is an image, by its ending or else by its first bytes; if not, it is counted."""
     ending = os.path.splitext(name)[1].lower()
     if _is_hidden(name):
-        skipped.counts[HIDDEN] += 1
+        skipped.hide(1)
         return False
     if ending in _PICTURES:
         return True
     form = format_of_ending(ending)
     if form is None and look_into:
-        try:
+        with suppress(OSError):
             form = format_of(read_file(path, HEAD_BYTES))
-        except OSError:
-            form = None
         if form is not None and not form.is_video:
             return True
     skipped.add(path, form)
@@ -350,9 +338,7 @@ def load_file(path: Path, *, finder: FaceFinder | None, px: int) -> LoadedFile:
 
 
 def load_image(path: str, read: Callable[[str], bytes], *, finder: FaceFinder | None, px: int) -> LoadedFile:
-    """:func:`load_file` for what ``read(path)`` gives; an OSError of it is a problem of this file, but a StorageError,
-    which is raised.
-    """
+    """:func:`load_file` for what ``read(path)`` returns. It raises StorageError; an OSError becomes a ``problem``."""
     width = height = None
     # What a remedy calls the file: that of a store is converted where it has been copied to.
     name = path.rpartition("/")[2] if "://" in path else path
@@ -366,12 +352,8 @@ def load_image(path: str, read: Callable[[str], bytes], *, finder: FaceFinder | 
     except StorageError:
         raise
     except OSError as error:
-        problem = Finding(
-            "error",
-            UNREADABLE,
-            f"the file cannot be read ({error.strerror or error}).",
-            "Check that it is there and may be read.",
-        )
+        message = f"the file cannot be read ({error.strerror or error})."
+        problem = Finding("error", UNREADABLE, message, "Check that it is there and may be read.")
     except DecodeError as error:
         problem = error.finding
     else:
@@ -379,7 +361,10 @@ def load_image(path: str, read: Callable[[str], bytes], *, finder: FaceFinder | 
         faces = finder.find(photograph, px)
         if faces:
             return LoadedFile(path, width, height, tuple(faces), None)
-        problem = Finding("error", NO_FACE, "no face was found.", _no_face_remedy(width, height))
+        remedy = "Use a picture in which the face is larger and seen from the front, or give --face-model a YuNet file."
+        if may_be_aligned(width, height):
+            remedy = "If this is an aligned face already, use --faces aligned."
+        problem = Finding("error", NO_FACE, "no face was found.", remedy)
     return LoadedFile(path, width, height, (), problem)
 
 
@@ -393,9 +378,3 @@ def load_ahead(load: Callable[[Place], LoadedFile], paths: Iterable[Place], num_
                 yield window.popleft().result()
         while window:
             yield window.popleft().result()
-
-
-def _no_face_remedy(width: int, height: int) -> str:
-    if may_be_aligned(width, height):
-        return "If this is an aligned face already, use --faces aligned."
-    return "Use a picture in which the face is larger and seen from the front, or give --face-model a YuNet file."

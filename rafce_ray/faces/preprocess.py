@@ -80,45 +80,22 @@ def build_augmentation(level: str) -> Augmentation:
         UsageError: an unknown level.
     """
     if level == "none":
-        return _unchanged
-    if level not in LEVELS:
-        raise UsageError(f"data.augmentation: found {level!r}; expected one of none, {', '.join(LEVELS)}.")
-    transform = LEVELS[level]()
-
-    def augment(images: Tensor) -> Tensor:
-        changed: Tensor = transform(images)
-        return changed.clamp(0.0, 1.0)
-
-    return augment
-
-
-def _unchanged(images: Tensor) -> Tensor:
-    return images
-
-
-def _light() -> nn.Module:
-    return nn.Sequential(K.RandomHorizontalFlip(p=0.5), _affine(degrees=10.0, move=0.05, scale=0.1))
-
-
-def _strong() -> nn.Module:
-    # No hue and saturation: they say nothing about an expression, and kornia's way through HSV would triple the time.
-    return nn.Sequential(
+        return lambda images: images
+    if level not in ("light", "strong"):
+        raise UsageError(f"data.augmentation: found {level!r}; expected one of none, light, strong.")
+    degrees, move, scale = (10.0, 0.05, 0.1) if level == "light" else (20.0, 0.1, 0.2)
+    changes: list[nn.Module] = [
         K.RandomHorizontalFlip(p=0.5),
-        _affine(degrees=20.0, move=0.1, scale=0.2),
-        K.RandomBrightness((0.7, 1.3), p=1.0),
-        K.RandomContrast((0.7, 1.3), p=1.0),
-        K.RandomGrayscale(p=0.2),
-        K.RandomGaussianBlur((5, 5), (0.5, 1.5), p=0.2),
-        K.RandomErasing(scale=(0.02, 0.15), ratio=(0.3, 3.3), p=0.5),
-    )
-
-
-def _affine(*, degrees: float, move: float, scale: float) -> nn.Module:
-    affine: nn.Module = K.RandomAffine(
-        degrees=degrees, translate=(move, move), scale=(1 - scale, 1 + scale), padding_mode="border", p=1.0
-    )
-    return affine
-
-
-LEVELS: dict[str, Callable[[], nn.Module]] = {"light": _light, "strong": _strong}
-"""Augmentations that change something, by the name that ``data.augmentation`` gives."""
+        K.RandomAffine(degrees, (move, move), (1 - scale, 1 + scale), padding_mode="border", p=1.0),
+    ]
+    if level == "strong":
+        # Hue and saturation say nothing about an expression, and kornia's way through HSV would triple the time.
+        changes += [
+            K.RandomBrightness((0.7, 1.3), p=1.0),
+            K.RandomContrast((0.7, 1.3), p=1.0),
+            K.RandomGrayscale(p=0.2),
+            K.RandomGaussianBlur((5, 5), (0.5, 1.5), p=0.2),
+            K.RandomErasing(scale=(0.02, 0.15), ratio=(0.3, 3.3), p=0.5),
+        ]
+    transform = nn.Sequential(*changes)
+    return lambda images: transform(images).clamp(0.0, 1.0)
