@@ -8,7 +8,7 @@ import shlex
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -49,8 +49,11 @@ from rafce_ray.data.records import (
 
 @dataclass(frozen=True)
 class Case:
-    """What every check looks at; ``usable`` marks train rows that have an image, whose action units are
-    counted in ``train_known`` and ``train_positives`` (A,)."""
+    """What every check looks at.
+
+    ``usable`` (N,) bool marks train rows that have an image. ``train_known`` and ``train_positives`` (A,) int64 count
+    the known and the present action units of these rows.
+    """
 
     labels: Labels
     taxonomy: Taxonomy
@@ -78,7 +81,7 @@ class Case:
     def rows(
         self, mask: npt.NDArray[np.bool_], file: str | None, line_column: str, value_column: str | None
     ) -> tuple[Evidence, ...]:
-        """Evidence for label rows, with their line."""
+        """Evidence for the label rows marked in ``mask`` (N,) bool, with their line."""
         table = self.labels.table
         return evidence_of(
             Evidence(
@@ -93,15 +96,11 @@ class Case:
 def count_action_units(
     action_units: npt.NDArray[np.float32], rows: npt.NDArray[np.bool_]
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Known and positive elements per action unit, (A,) each, among the rows (N,) of the targets (N, A)."""
+    """Known and positive elements per action unit, (A,) int64 each, among the rows (N,) bool of targets (N, A)."""
     # Column by column: copies of the whole matrix would show in the memory of large datasets.
-    known = np.zeros(action_units.shape[1], np.int64)
-    positives = np.zeros(action_units.shape[1], np.int64)
-    for column in range(action_units.shape[1]):
-        values = action_units[rows, column]
-        known[column] = np.count_nonzero(~np.isnan(values))
-        positives[column] = np.count_nonzero(values == 1)
-    return known, positives
+    known = [np.count_nonzero(~np.isnan(values[rows])) for values in action_units.T]
+    positives = [np.count_nonzero(values[rows] == 1) for values in action_units.T]
+    return np.array(known, np.int64), np.array(positives, np.int64)
 
 
 def tokens_outside(token_counts: Mapping[str, int], taxonomy: Taxonomy) -> dict[str, int]:
@@ -166,9 +165,8 @@ def label_findings(labels: Labels, taxonomy: Taxonomy, targets: Targets, data: D
 def _check_tasks(case: Case) -> Iterator[Finding]:
     labels, taxonomy = case.labels, case.taxonomy
     if not taxonomy.emotions and not taxonomy.action_units:
-        message = "there is neither an emotion nor an action unit to train"
-        remedy = "Set data.emotions or data.action_units to what the labels hold."
-        yield Finding("refusal", "nothing_to_train", message, remedy)
+        remedy = "Set data.emotions or data.action_units to what the labels contain."
+        yield Finding("refusal", "nothing_to_train", "there is neither an emotion nor an action unit to train", remedy)
         return
     if not labels.has_emotions:
         level: Level = "warning" if isinstance(case.data.emotions, tuple) else "info"
@@ -182,8 +180,8 @@ def _check_splits(case: Case) -> Iterator[Finding]:
     sizes = case.split_sizes()
     evidence = tuple(Evidence(f"{split}: {size} rows") for split, size in sizes.items())
     if not case.usable.any() and case.labels.table["image_path"].null_count < case.labels.table.num_rows:
-        message = "no image is in the train split"
-        yield Finding("refusal", "no_train_images", message, "Assign images to train.", 1, evidence)
+        remedy = "Assign images to train."
+        yield Finding("refusal", "no_train_images", "no image is in the train split", remedy, 1, evidence)
     if not sizes["validation"]:
         message = "no image is in the validation split: the best epoch cannot be chosen"
         yield Finding("error", "no_validation_images", message, "Assign images to validation.", 1, evidence)
@@ -210,10 +208,8 @@ def _check_known_sizes(case: Case) -> Iterator[Finding]:
         remedy = "In RAF-CE's files 1 is test (909 images) and 2 validation (931)."
         yield Finding("warning", "partitions_look_swapped", message, remedy, 1, evidence)
         return
-    message = "the split sizes are not RAF-CE's"
-    yield Finding(
-        "warning", "split_sizes_differ", message, "Compare the label files with the published ones.", 1, evidence
-    )
+    remedy = "Compare the label files with the published ones."
+    yield Finding("warning", "split_sizes_differ", "the split sizes are not RAF-CE's", remedy, 1, evidence)
 
 
 def _check_files(case: Case) -> Iterator[Finding]:
@@ -228,17 +224,13 @@ def _check_files(case: Case) -> Iterator[Finding]:
         line_column = "emotion_line" if labels.has_emotions else "au_line"
         evidence = case.rows(missing, labels.emotion_file or labels.au_file, line_column, None)
         remedy = "Add the images, or name their folder with data.images=FOLDER."
-        near = labels.near_images
-        if near:
+        if near := labels.near_images:
             kinds = Counter(image.difference for image in near.values())
             alike = ", ".join(f"{number} {difference}" for difference, number in kinds.items())
             message += f"; files of nearly these names lie there: {alike}"
-            evidence = tuple(
-                replace(item, detail=f"{item.detail}: {near[item.detail].path} is there")
-                if item.detail in near
-                else item
-                for item in sorted(evidence, key=lambda item: item.detail not in near)
-            )
+            found = [item for item in evidence if item.detail in near]
+            shown = [replace(item, detail=f"{item.detail}: {near[item.detail].path} is there") for item in found]
+            evidence = (*shown, *(item for item in evidence if item.detail not in near))
             remedy = _near_remedy(case, near)
         yield Finding(level, "missing_images", message, remedy, num_missing, evidence)
     if labels.num_extra_images:
@@ -270,15 +262,11 @@ def _check_emotions(case: Case) -> Iterator[Finding]:
     if unknown.any():
         count = int(unknown.sum())
         share = count / num_written
-        names = (
-            ", ".join(taxonomy.emotions)
-            if taxonomy.num_emotions <= 4
-            else f"the {taxonomy.num_emotions} of the taxonomy"
-        )
+        few = taxonomy.num_emotions <= 4
+        names = ", ".join(taxonomy.emotions) if few else f"the {taxonomy.num_emotions} of the taxonomy"
         level: Level = "refusal" if share > MAX_UNREADABLE_SHARE else "warning"
-        message = (
-            f"{count} of {num_written} emotion labels ({share:.1%}) name no known class; these emotions are unknown"
-        )
+        labels_found = f"{count} of {num_written} emotion labels ({share:.1%})"
+        message = f"{labels_found} name no known class; these emotions are unknown"
         remedy = f"Known are {names}, or their numbers from 0. Set data.emotions=[...] if the dataset has others."
         evidence = case.rows(unknown, labels.emotion_file, "emotion_line", "emotion")
         yield Finding(level, "unknown_classes", message, remedy, count, evidence)
@@ -288,12 +276,8 @@ def _check_emotions(case: Case) -> Iterator[Finding]:
         evidence = tuple(Evidence(f"{count} rows say {text!r}") for text, count in value_counts(written)[:10])
         yield Finding("refusal", "no_emotion_targets", message, remedy, 1, evidence)
     codes = {int(text) for text, _ in value_counts(written) if text.isdecimal()}
-    if (
-        codes
-        and min(codes) == 1
-        and max(codes) == taxonomy.num_emotions
-        and not set(map(str, codes)) & set(taxonomy.emotions)
-    ):
+    are_names = not set(map(str, codes)).isdisjoint(taxonomy.emotions)
+    if codes and not are_names and (min(codes), max(codes)) == (1, taxonomy.num_emotions):
         message = f"class numbers run from 1 to {max(codes)}: they look as if they started at 1, not at 0"
         yield Finding("error", "classes_look_one_based", message, "Subtract 1 from every class number.")
 
@@ -304,31 +288,26 @@ def _unknown_findings(case: Case, is_unknown: npt.NDArray[np.bool_]) -> Iterator
     may_be_class = [(text, count) for text, count in counts if label_key(text) in PERHAPS_UNKNOWN_WORDS]
     if case.data.emotions != "auto" or case.taxonomy.emotions == tuple(RAFCE_EMOTIONS):
         may_be_class = []
-    sure = [pair for pair in counts if pair not in may_be_class]
     if may_be_class:
         classes = _class_names(case)
-        with_them = in_label_order([*classes, *(text for text, _ in may_be_class)])
-        message = f"{_counts(may_be_class)}: that may be a class, or say that the emotion is unknown"
-        as_class = _with_emotions(case, with_them)
-        remedy = f"If it is unknown: `{_with_emotions(case, classes)}`. If it is a class: `{as_class}`."
-        yield _words_finding(case, may_be_class, "refusal", "class_or_unknown", message, remedy)
-    if sure:
+        with_them = _with_emotions(case, in_label_order([*classes, *(text for text, _ in may_be_class)]))
+        remedy = f"If it is unknown: `{_with_emotions(case, classes)}`. If it is a class: `{with_them}`."
+        meaning = "that may be a class, or say that the emotion is unknown"
+        yield _words_finding(case, may_be_class, "refusal", "class_or_unknown", meaning, remedy)
+    if sure := [pair for pair in counts if pair not in may_be_class]:
         remedy = "If that is a class, list it in data.emotions."
-        yield _words_finding(case, sure, "info", "emotions_unknown", f"{_counts(sure)}: read as unknown", remedy)
+        yield _words_finding(case, sure, "info", "emotions_unknown", "read as unknown", remedy)
 
 
 def _words_finding(
-    case: Case, words: list[tuple[str, int]], level: Level, code: str, message: str, remedy: str
+    case: Case, words: list[tuple[str, int]], level: Level, code: str, meaning: str, remedy: str
 ) -> Finding:
-    mask = np.asarray(pc.is_in(case.labels.table["emotion"], pa.array([text for text, _ in words])))
-    evidence = case.rows(mask, case.labels.emotion_file, "emotion_line", "emotion")
-    return Finding(level, code, message, remedy, int(mask.sum()), evidence)
-
-
-def _counts(words: list[tuple[str, int]]) -> str:
     total = sum(count for _, count in words)
     listed = repr(words[0][0]) if len(words) == 1 else ", ".join(f"{text!r} ({count})" for text, count in words)
-    return f"{counted(total, 'emotion label')} {'says' if total == 1 else 'say'} {listed}"
+    message = f"{counted(total, 'emotion label')} {'says' if total == 1 else 'say'} {listed}: {meaning}"
+    mask = np.asarray(pc.is_in(case.labels.table["emotion"], pa.array([text for text, _ in words])))
+    evidence = case.rows(mask, case.labels.emotion_file, "emotion_line", "emotion")
+    return Finding(level, code, message, remedy, total, evidence)
 
 
 def _with_emotions(case: Case, names: list[str]) -> str:
@@ -350,11 +329,6 @@ def _class_names(case: Case) -> list[str]:
     return in_label_order(spellings[0][0] for spellings in _spellings(case).values())
 
 
-def _shown(text: str) -> str:
-    """In quotes, with what cannot be seen in an editor (combining marks, no-break spaces) as its code."""
-    return f"'{text}'" if text.isascii() or text == unicodedata.normalize("NFKC", text) else ascii(text)
-
-
 def _check_spellings(case: Case) -> Iterator[Finding]:
     """Class names that differ only as spellings do: classes of their own where nothing says that they are one."""
     if case.data.emotions != "auto" or not case.taxonomy.emotions or case.taxonomy.emotions == tuple(RAFCE_EMOTIONS):
@@ -366,14 +340,18 @@ def _check_spellings(case: Case) -> Iterator[Finding]:
     evidence = []
     for spellings in several:
         first = pc.index(table["emotion"], spellings[-1][0]).as_py()
-        told = ", ".join(f"{_shown(text)} ({counted(count, 'row')})" for text, count in spellings)
-        evidence.append(Evidence(told, case.labels.emotion_file, table["emotion_line"][first].as_py()))
+        # Combining marks and no-break spaces cannot be seen in an editor: they are shown as codes.
+        shown = [
+            (f"'{text}'" if text == unicodedata.normalize("NFKC", text) else ascii(text), counted(count, "row"))
+            for text, count in spellings
+        ]
+        detail = ", ".join(f"{text} ({rows})" for text, rows in shown)
+        evidence.append(Evidence(detail, case.labels.emotion_file, table["emotion_line"][first].as_py()))
     names = "; ".join(item.detail for item in evidence[:3])
     message = f"classes with more than one spelling: {names}" + ("; ..." if len(several) > 3 else "")
-    remedy = (
-        f"To train each as one class: `{_with_emotions(case, _class_names(case))}`. "
-        f"To keep them apart: `{_with_emotions(case, list(case.taxonomy.emotions))}`."
-    )
+    as_one = _with_emotions(case, _class_names(case))
+    apart = _with_emotions(case, list(case.taxonomy.emotions))
+    remedy = f"To train each as one class: `{as_one}`. To keep them apart: `{apart}`."
     yield Finding("refusal", "spellings_of_classes", message, remedy, len(several), tuple(evidence))
 
 
@@ -395,7 +373,7 @@ def _check_number_of_classes(case: Case) -> Iterator[Finding]:
 def _check_class_sizes(case: Case) -> Iterator[Finding]:
     """Small classes: worth knowing; a warning where the class should be larger, or where nothing is known of it."""
     sizes = case.split_sizes()
-    few: dict[Level, list[tuple[str, str, Evidence]]] = {"info": [], "warning": []}
+    few: dict[Level, list[tuple[str, str, int]]] = {"info": [], "warning": []}
     for code, split in enumerate(SPLITS):
         if not sizes[split]:
             continue
@@ -407,16 +385,13 @@ def _check_class_sizes(case: Case) -> Iterator[Finding]:
             if case.has_rafce_classes:
                 expected = label_file.CLASS_COUNTS[split][label] * sizes[split] / label_file.SPLIT_SIZES[split]
                 level = "warning" if label_file.is_surprisingly_few(count, expected) else "info"
-            name = case.taxonomy.emotions[label]
-            few[level].append((split, name, Evidence(f"{split}: {count} images of {name}")))
+            few[level].append((split, case.taxonomy.emotions[label], count))
     for level, found in few.items():
         if found:
-            evidence = tuple(one for _, _, one in found)
-            message = (
-                f"{len({name for _, name, _ in found})} of {case.taxonomy.num_emotions} classes have under "
-                f"{MIN_CLASS_IMAGES} images in {' or '.join(dict.fromkeys(split for split, _, _ in found))}: their "
-                "figures mean little"
-            )
+            evidence = tuple(Evidence(f"{split}: {count} images of {name}") for split, name, count in found)
+            classes = f"{len({name for _, name, _ in found})} of {case.taxonomy.num_emotions} classes"
+            splits = " or ".join(dict.fromkeys(split for split, _, _ in found))
+            message = f"{classes} have under {MIN_CLASS_IMAGES} images in {splits}: their figures mean little"
             remedy = "Add images of these classes, or look at macro-F1 over supported classes."
             yield Finding(level, "classes_under_10", message, remedy, len(evidence), evidence)
 
@@ -426,18 +401,16 @@ def _check_targets(case: Case) -> Iterator[Finding]:
     if not labels.has_action_units or data.action_units == "none":
         return
     if not case.taxonomy.action_units:
-        wanted = (
-            f"{data.min_train_positives} train positives" if data.action_units == "auto" else "a column in the table"
-        )
+        positives = f"{data.min_train_positives} train positives"
+        wanted = positives if data.action_units == "auto" else "a column in the table"
         message = f"no action unit of the vocabulary {data.action_units!r} has {wanted}"
         remedy = "Set data.action_units to a list, to auto with a lower data.min_train_positives, or to none."
         yield Finding("refusal", "no_action_unit_positives", message, remedy)
         return
     if case.train_positives.any() or case.all_images_missing:
         return
-    states = dict(value_counts(labels.table["au_state"]))
     evidence = _unreadable(labels)
-    evidence += [Evidence(f"{count} rows are {state}") for state, count in states.items()]
+    evidence += [Evidence(f"{count} rows are {state}") for state, count in value_counts(labels.table["au_state"])]
     message = "there are action-unit labels, but no train image has a positive one: there is nothing to learn"
     remedy = (
         "Check how the labels are written (1+4+25 in RAF-CE's file; 1, 0 or blank in a table) and data.action_units; "
@@ -462,15 +435,11 @@ def _check_unreadable(case: Case) -> Iterator[Finding]:
     labelled = unreadable + states.get("full", 0) + states.get("partial", 0)
     if not labelled or unreadable / labelled <= MAX_UNREADABLE_SHARE:
         return
-    reported = _unreadable(labels)
     mask = np.asarray(pc.equal(labels.table["au_state"], "unreadable"))
-    evidence = tuple(reported) or case.rows(mask, labels.au_file, "au_line", None)
-    share = unreadable / labelled
-    message = (
-        f"{unreadable} of {labelled} non-null action-unit rows ({share:.1%}) cannot be read; "
-        f"at most {MAX_UNREADABLE_SHARE:.0%} may be"
-    )
-    remedy = "Write action units as numbers joined by '+', such as 1+4+L12, or null; in a table as 1, 0 or blank."
+    evidence = tuple(_unreadable(labels)) or case.rows(mask, labels.au_file, "au_line", None)
+    rows = f"{unreadable} of {labelled} non-null action-unit rows ({unreadable / labelled:.1%})"
+    message = f"{rows} cannot be read; at most {MAX_UNREADABLE_SHARE:.0%} may be"
+    remedy = label_file.HOW_TO_WRITE_ACTION_UNITS
     yield Finding("refusal", "too_many_unreadable_action_units", message, remedy, unreadable, evidence)
 
 
@@ -478,13 +447,11 @@ def _check_vocabulary(case: Case) -> Iterator[Finding]:
     labels, taxonomy, data = case.labels, case.taxonomy, case.data
     if not taxonomy.action_units:
         return
-    level: Level
-    wanted = (
-        SEED18 if data.action_units == "seed18" else data.action_units if isinstance(data.action_units, tuple) else ()
-    )
+    chosen = data.action_units if isinstance(data.action_units, tuple) else ()
+    wanted = SEED18 if data.action_units == "seed18" else chosen
     left_out = [number for number in wanted if number not in taxonomy.action_units]
     if left_out:
-        level = "info" if data.action_units == "seed18" else "warning"
+        level: Level = "info" if data.action_units == "seed18" else "warning"
         message = f"no column for {', '.join(map(action_unit_code, left_out))}: left out of the vocabulary"
         yield Finding(level, "action_units_without_column", message, "", len(left_out))
     if outside := tokens_outside(labels.token_counts, taxonomy):
@@ -493,8 +460,7 @@ def _check_vocabulary(case: Case) -> Iterator[Finding]:
         remedy = f"data.action_units=auto takes every action unit with {data.min_train_positives} train positives."
         # The makers of a table chose its columns: each one that is left out is reported.
         enough = max(outside.values()) >= data.min_train_positives
-        chosen = labels.layout != "table" or isinstance(data.action_units, tuple)
-        level = "warning" if enough and not chosen else "info"
+        level = "warning" if enough and labels.layout == "table" and not chosen else "info"
         yield Finding(level, "tokens_outside_vocabulary", message, remedy, sum(outside.values()), evidence)
 
 
@@ -522,9 +488,8 @@ def _check_each(case: Case) -> Iterator[Finding]:
             remedy = "Leave them out: data.action_units=auto, or a list."
             yield Finding(level, "action_units_without_positives", message, remedy, len(evidence), tuple(evidence))
     if always:
-        message = (
-            f"{len(always)} action units are present in every known train row: the model would learn to always say yes"
-        )
+        present = f"{len(always)} action units are present in every known train row"
+        message = f"{present}: the model would learn to always say yes"
         remedy = "If null means that none is there, set data.null_policy=negative; else leave them out."
         yield Finding("warning", "action_units_without_negatives", message, remedy, len(always), tuple(always))
 
@@ -533,18 +498,13 @@ def _check_token_shapes(case: Case) -> Iterator[Finding]:
     """Tokens that are more than a number: read as their base action unit, and counted."""
     if case.labels.layout != "rafce":
         return
-    shaped = [
-        (token, count)
-        for token, count in case.labels.token_counts.items()
-        if not token.isdecimal() and parse_action_unit_token(token) is not None
-    ]
-    if not shaped:
-        return
-    shaped.sort(key=lambda item: -item[1])
-    total = sum(count for _, count in shaped)
-    evidence = evidence_of(Evidence(f"{token}: {count}") for token, count in shaped)
-    message = f"{total} action-unit tokens carry a side, prefix or intensity and count for their base action unit"
-    yield Finding("info", "shaped_tokens", message, "", total, evidence)
+    counts = Counter(case.labels.token_counts)
+    shaped = [token for token in counts if not token.isdecimal() and parse_action_unit_token(token) is not None]
+    if total := sum(counts[token] for token in shaped):
+        shown = sorted(shaped, key=lambda token: -counts[token])
+        evidence = evidence_of(Evidence(f"{token}: {counts[token]}") for token in shown)
+        message = f"{total} action-unit tokens carry a side, prefix or intensity and count for their base action unit"
+        yield Finding("info", "shaped_tokens", message, "", total, evidence)
 
 
 _EVIDENCE_IN_MESSAGE = 5
@@ -603,38 +563,26 @@ class Audit:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; a prevalence that is unknown is NaN here and null in JSON text."""
+        names, codes = self.taxonomy.emotions, self.taxonomy.action_unit_codes
         splits = {}
-        for summary in self.splits:
-            values = asdict(summary)
-            values["classes"] = dict(zip(self.taxonomy.emotions, summary.classes, strict=True))
-            values["action_units"] = {
-                code: {"known": known, "positives": positives, "prevalence": prevalence}
-                for code, known, positives, prevalence in zip(
-                    self.taxonomy.action_unit_codes,
-                    summary.au_known,
-                    summary.au_positives,
-                    summary.au_prevalence,
-                    strict=True,
-                )
+        for one in self.splits:
+            units = zip(codes, one.au_known, one.au_positives, one.au_prevalence, strict=True)
+            splits[one.split] = {
+                "num_rows": one.num_rows,
+                "num_images": one.num_images,
+                "num_null": one.num_null,
+                "num_emotion_unknown": one.num_emotion_unknown,
+                "classes": dict(zip(names, one.classes, strict=True)),
+                "action_units": {
+                    code: {"known": known, "positives": positives, "prevalence": prevalence}
+                    for code, known, positives, prevalence in units
+                },
             }
-            splits[summary.split] = {
-                key: value for key, value in values.items() if key != "split" and not key.startswith("au_")
-            }
-        return {
-            "root": self.root,
-            "layout": self.layout,
-            "image_folder": self.image_folder,
+        return {key: value for key, value in vars(self).items() if key != "taxonomy"} | {
             "may_train": self.may_train,
-            "images_checked": self.images_checked,
-            "emotions": list(self.taxonomy.emotions),
-            "action_units": list(self.taxonomy.action_unit_codes),
-            "null_policy": self.null_policy,
-            "evaluation_null_policy": self.evaluation_null_policy,
-            "num_rows": self.num_rows,
-            "num_missing_images": self.num_missing_images,
-            "num_extra_images": self.num_extra_images,
+            "emotions": list(names),
+            "action_units": list(codes),
             "splits": splits,
-            "token_counts": self.token_counts,
             "tokens_outside_vocabulary": tokens_outside(self.token_counts, self.taxonomy),
             "findings": [finding.to_json() for finding in self.findings],
         }
@@ -721,15 +669,11 @@ def _summarise(split: str, table: pa.Table, targets: Targets, taxonomy: Taxonomy
         num_images=int((rows & has_image).sum()),
         num_null=int(targets.null_row[rows].sum()),
         num_emotion_unknown=int((emotion < 0).sum()),
-        classes=_ints(np.bincount(emotion[emotion >= 0], minlength=taxonomy.num_emotions)),
-        au_known=_ints(known),
-        au_positives=_ints(positives),
-        au_prevalence=tuple(float(share) for share in prevalence),
+        classes=tuple(np.bincount(emotion[emotion >= 0], minlength=taxonomy.num_emotions).tolist()),
+        au_known=tuple(known.tolist()),
+        au_positives=tuple(positives.tolist()),
+        au_prevalence=tuple(prevalence.tolist()),
     )
-
-
-def _ints(values: npt.NDArray[np.integer]) -> tuple[int, ...]:
-    return tuple(int(value) for value in values)
 
 
 _EVIDENCE_SHOWN = 3
@@ -737,64 +681,54 @@ _EVIDENCE_SHOWN = 3
 
 def render(audit: Audit, console: Console) -> None:
     """Print what is there, per split, and every finding with its first evidence and its remedy."""
-    console.print(_splits_table(audit))
+    splits = audit.splits
+    names = [split.split for split in splits]
+    rows = [
+        (one.split, *(f"{value:,}" for value in (one.num_rows, one.num_images, one.num_emotion_unknown, one.num_null)))
+        for one in splits
+    ]
+    titles = ["split", "rows", "images", "emotion unknown", "AU label null"]
+    console.print(_table(f"{audit.root} ({audit.layout} layout)", titles, rows))
     if audit.taxonomy.emotions:
-        console.print(_classes_table(audit))
+        rows = [
+            (f"{label} {name}", *(f"{split.classes[label]:,}" for split in splits))
+            for label, name in enumerate(audit.taxonomy.emotions)
+        ]
+        console.print(_table("images per class", ["class", *names], rows))
     if audit.taxonomy.action_units:
-        console.print(_action_units_table(audit))
+        reading = f"null_policy {audit.null_policy}"
+        if audit.evaluation_null_policy != audit.null_policy:
+            reading += f", in validation and test {audit.evaluation_null_policy}"
+        rows = [
+            (
+                code,
+                *(
+                    f"{one.au_positives[i]:,} ({one.au_prevalence[i]:.1%})" if one.au_known[i] else "unknown"
+                    for one in splits
+                ),
+            )
+            for i, code in enumerate(audit.taxonomy.action_unit_codes)
+        ]
+        title = f"action units: positives (share of the known; {reading})"
+        console.print(_table(title, ["AU", *names], rows))
     for finding in audit.findings:
-        _print_finding(finding, console)
+        level = (f"{finding.level}: ", LEVEL_STYLES[finding.level])
+        console.print(Text.assemble(level, finding.message, (f" [{finding.code}]", "dim")))
+        shown = finding.evidence[:_EVIDENCE_SHOWN]
+        for evidence in shown:
+            console.print(Text(f"    {printable(str(evidence))}"))
+        if shown and finding.count > len(shown):
+            console.print(Text("    ..."))
+        if finding.remedy:
+            console.print(Text(f"  {finding.remedy}"))
     if not audit.findings:
         console.print("Nothing to remark.")
 
 
-def _splits_table(audit: Audit) -> Table:
-    table = Table(title=f"{audit.root} ({audit.layout} layout)", title_justify="left")
-    table.add_column("split")
-    for title in ("rows", "images", "emotion unknown", "AU label null"):
-        table.add_column(title, justify="right")
-    for split in audit.splits:
-        values = (split.num_rows, split.num_images, split.num_emotion_unknown, split.num_null)
-        table.add_row(split.split, *(f"{value:,}" for value in values))
+def _table(title: str, columns: list[str], rows: list[tuple[str, ...]]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for position, column in enumerate(columns):
+        table.add_column(column, justify="right" if position else "left")
+    for row in rows:
+        table.add_row(*row)
     return table
-
-
-def _classes_table(audit: Audit) -> Table:
-    table = Table(title="images per class", title_justify="left")
-    table.add_column("class")
-    for split in audit.splits:
-        table.add_column(split.split, justify="right")
-    for label, name in enumerate(audit.taxonomy.emotions):
-        table.add_row(f"{label} {name}", *(f"{split.classes[label]:,}" for split in audit.splits))
-    return table
-
-
-def _action_units_table(audit: Audit) -> Table:
-    reading = f"null_policy {audit.null_policy}"
-    if audit.evaluation_null_policy != audit.null_policy:
-        reading += f", in validation and test {audit.evaluation_null_policy}"
-    table = Table(title=f"action units: positives (share of the known; {reading})", title_justify="left")
-    table.add_column("AU")
-    for split in audit.splits:
-        table.add_column(split.split, justify="right")
-    for column, code in enumerate(audit.taxonomy.action_unit_codes):
-        cells = []
-        for split in audit.splits:
-            known = split.au_known[column]
-            cells.append(f"{split.au_positives[column]:,} ({split.au_prevalence[column]:.1%})" if known else "unknown")
-        table.add_row(code, *cells)
-    return table
-
-
-def _print_finding(finding: Finding, console: Console) -> None:
-    console.print(
-        Text.assemble(
-            (f"{finding.level}: ", LEVEL_STYLES[finding.level]), finding.message, (f" [{finding.code}]", "dim")
-        )
-    )
-    for evidence in finding.evidence[:_EVIDENCE_SHOWN]:
-        console.print(Text(f"    {printable(str(evidence))}"))
-    if finding.evidence and finding.count > len(finding.evidence[:_EVIDENCE_SHOWN]):
-        console.print(Text("    ..."))
-    if finding.remedy:
-        console.print(Text(f"  {finding.remedy}"))

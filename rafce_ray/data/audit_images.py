@@ -1,6 +1,7 @@
 """Checks of a dataset's pixels: images that cannot be decoded, are blank, or appear more than once.
 
-Near duplicates are found in near-linear time by perceptual hashes in buckets."""
+Near duplicates are found in near-linear time by perceptual hashes in buckets.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from scipy.fft import dctn
 
 from rafce_ray.base.errors import Evidence, Finding, Level
 from rafce_ray.data.listing import groups_of_equals
-from rafce_ray.data.records import SPLITS, Labels, Progress, Targets, advancing, evidence_of
+from rafce_ray.data.records import SPLITS, EvidenceList, Labels, Progress, Targets, advancing, evidence_of
 from rafce_ray.data.store import Undecodable, face_decoder
 from rafce_ray.faces.decode import format_of_ending
 
@@ -27,7 +28,6 @@ BLANK_STD = 3.0
 
 _MAX_UNDECODABLE_SHARE = 0.05
 _MAX_COMMANDS = 5
-_LEAK = "what is tested was trained on"
 _CHUNK = 256
 _MAX_THREADS = 8
 _GREY = np.array([0.299, 0.587, 0.114], np.float32)
@@ -59,10 +59,8 @@ class _Images:
         return f"{self.path(row)} ({SPLITS[code] if code >= 0 else 'no split'})"
 
     def same_labels(self, one: int, other: int) -> bool:
-        table = self.labels.table
-        return all(
-            table[name][one].as_py() == table[name][other].as_py() for name in ("emotion", "au_positive", "au_negative")
-        )
+        labels = self.labels.table.select(["emotion", "au_positive", "au_negative"]).take([one, other]).to_pylist()
+        return bool(labels[0] == labels[1])
 
     def in_several_splits(self, rows: npt.NDArray[np.int64]) -> bool:
         return len({int(code) for code in self.targets.split[rows] if code >= 0}) > 1
@@ -73,7 +71,7 @@ def image_findings(labels: Labels, targets: Targets, progress: Progress | None) 
     images = _Images(labels, targets)
     pixels = _measure(labels, progress)
     blank = pixels.std < BLANK_STD
-    findings = list(_undecodable_finding(labels, pixels.undecodable))
+    findings = [_undecodable_finding(labels, pixels.undecodable)] if pixels.undecodable else []
     if blank.any():
         rows = pixels.rows[blank]
         evidence = evidence_of(Evidence(images.describe(row)) for row in rows.tolist())
@@ -90,7 +88,7 @@ def _measure(labels: Labels, progress: Progress | None) -> _Pixels:
     present = np.flatnonzero(np.asarray(pc.is_valid(paths)))
     decode = face_decoder(labels.image_root, HASH_PX)
     rows: list[npt.NDArray[np.int64]] = [present[:0]]
-    digests: list[int] = []
+    digests: list[bytes] = []
     hashes, std = [np.zeros((0, HASH_BITS // 8), np.uint8)], [np.zeros(0, np.float32)]
     undecodable: list[Undecodable] = []
     with (
@@ -105,37 +103,21 @@ def _measure(labels: Labels, progress: Progress | None) -> _Pixels:
             if faces:
                 grey = np.stack(faces).astype(np.float32) @ _GREY
                 rows.append(chunk[[not isinstance(result, Undecodable) for result in results]])
-                digests += [_digest(face) for face in faces]
+                digests += [hashlib.blake2b(face.tobytes(), digest_size=8).digest() for face in faces]
                 hashes.append(perceptual_hashes(grey))
                 std.append(grey.std(axis=(1, 2)))
             advance(len(chunk))
-    return _Pixels(
-        np.concatenate(rows),
-        np.array(digests, np.uint64),
-        np.concatenate(hashes),
-        np.concatenate(std),
-        undecodable,
-    )
+    digest = np.frombuffer(b"".join(digests), np.uint64)
+    return _Pixels(np.concatenate(rows), digest, np.concatenate(hashes), np.concatenate(std), undecodable)
 
 
-def _digest(image: npt.NDArray[np.uint8]) -> int:
-    return int.from_bytes(hashlib.blake2b(image.tobytes(), digest_size=8).digest(), "little")
-
-
-def _undecodable_finding(labels: Labels, undecodable: list[Undecodable]) -> Iterator[Finding]:
-    if not undecodable:
-        return
+def _undecodable_finding(labels: Labels, undecodable: list[Undecodable]) -> Finding:
     num_rows = labels.table.num_rows
     level: Level = "error" if len(undecodable) > _MAX_UNDECODABLE_SHARE * num_rows else "warning"
     if len(undecodable) == num_rows - labels.table["image_path"].null_count:
         level = "refusal"
     evidence = evidence_of(Evidence(f"{item.code}: {item.message}", item.path) for item in undecodable)
-    message, remedy = f"{len(undecodable)} images cannot be decoded and are left out", _remedy(labels, undecodable)
-    yield Finding(level, "undecodable_images", message, remedy, len(undecodable), evidence)
-
-
-def _remedy(labels: Labels, undecodable: list[Undecodable]) -> str:
-    """Commands for formats that are not read, folder by folder; else to get the images again."""
+    # Commands for formats that are not read, folder by folder.
     root = labels.image_root.shown
     unread = [item.path for item in undecodable if item.code == "unsupported_format"]
     commands = []
@@ -143,21 +125,15 @@ def _remedy(labels: Labels, undecodable: list[Undecodable]) -> str:
         form = format_of_ending(ending)
         if form is not None and form.convert:
             commands.append(form.remedy_for_folder(f"{root}/{folder}" if folder else root, ending))
-    return "\n".join(commands[:_MAX_COMMANDS]) or "Get the images again from their source, or delete their rows."
+    remedy = "\n".join(commands[:_MAX_COMMANDS]) or "Get the images again from their source, or delete their rows."
+    message = f"{len(undecodable)} images cannot be decoded and are left out"
+    return Finding(level, "undecodable_images", message, remedy, len(undecodable), evidence)
 
 
 def _exact_findings(images: _Images, groups: list[npt.NDArray[np.int64]]) -> Iterator[Finding]:
-    within: list[tuple[int, int]] = []
-    across: list[tuple[int, int]] = []
-    for group in groups:
-        pairs = across if images.in_several_splits(group) else within
-        pairs += [(int(group[0]), row) for row in group[1:].tolist()]
-    if within:
-        message = f"{len(within)} images are exact duplicates of another within a split"
-        yield _pair_finding(images, "warning", "exact_duplicates", message, within)
-    if across:
-        message = f"{len(across)} images are exact duplicates of another in more than one split: {_LEAK}"
-        yield _pair_finding(images, "error", "exact_duplicates_across_splits", message, across)
+    pairs = [(int(group[0]), row, group) for group in groups for row in group[1:].tolist()]
+    what = "images are exact duplicates of another"
+    yield from _pair_findings(images, "exact_duplicates", what, "in more than one split", pairs)
 
 
 def _near_findings(
@@ -167,19 +143,12 @@ def _near_findings(
     repeated = np.concatenate([group[1:] for group in groups]) if groups else np.zeros(0, np.int64)
     distinct = shown[~np.isin(pixels.rows[shown], repeated)]
     group_of = {int(group[0]): group for group in groups}
-    within: list[tuple[int, int]] = []
-    across: list[tuple[int, int]] = []
-    for left, right in near_pairs(pixels.hashes[distinct]).tolist():
-        one, other = int(pixels.rows[distinct[left]]), int(pixels.rows[distinct[right]])
+    pairs = []
+    for one, other in pixels.rows[distinct][near_pairs(pixels.hashes[distinct])].tolist():
         if _is_close(images, one, other):
-            rows = np.concatenate([group_of.get(row, np.array([row])) for row in (one, other)])
-            (across if images.in_several_splits(rows) else within).append((one, other))
-    if within:
-        message = f"{len(within)} pairs of images are nearly the same within a split"
-        yield _pair_finding(images, "warning", "near_duplicates", message, within)
-    if across:
-        message = f"{len(across)} pairs of images are nearly the same in different splits: {_LEAK}"
-        yield _pair_finding(images, "error", "near_duplicates_across_splits", message, across)
+            pairs.append((one, other, np.concatenate([group_of.get(row, np.array([row])) for row in (one, other)])))
+    what = "pairs of images are nearly the same"
+    yield from _pair_findings(images, "near_duplicates", what, "in different splits", pairs)
 
 
 def _is_close(images: _Images, one: int, other: int) -> bool:
@@ -191,15 +160,21 @@ def _is_close(images: _Images, one: int, other: int) -> bool:
     return correlation(left, right) >= MIN_CORRELATION
 
 
-def _pair_finding(images: _Images, level: Level, code: str, message: str, pairs: list[tuple[int, int]]) -> Finding:
-    evidence = evidence_of(
-        Evidence(
-            f"{images.describe(one)} = {images.describe(other)}"
-            + ("" if images.same_labels(one, other) else ", labelled differently")
-        )
-        for one, other in pairs
-    )
-    return Finding(level, code, message, "Keep one of each, or all in the same split.", len(pairs), evidence)
+def _pair_findings(
+    images: _Images, code: str, what: str, across: str, pairs: list[tuple[int, int, npt.NDArray[np.int64]]]
+) -> Iterator[Finding]:
+    """Two label rows of each pair, and all rows of their images: those within a split, then those across splits."""
+    within_split, across_splits = EvidenceList(), EvidenceList()
+    for one, other, rows in pairs:
+        differs = "" if images.same_labels(one, other) else ", labelled differently"
+        found = across_splits if images.in_several_splits(rows) else within_split
+        found.add(f"{images.describe(one)} = {images.describe(other)}{differs}")
+    remedy = "Keep one of each, or all in the same split."
+    if within_split:
+        yield within_split.finding("warning", code, f"{len(within_split)} {what} within a split", remedy)
+    if across_splits:
+        message = f"{len(across_splits)} {what} {across}: what is tested was trained on"
+        yield across_splits.finding("error", f"{code}_across_splits", message, remedy)
 
 
 HASH_PX = 64
@@ -254,16 +229,13 @@ def _close_in_band(keys: npt.NDArray[np.uint32], hashes: npt.NDArray[np.uint8]) 
         if not len(same):
             return
         left, right = order[same], order[same + offset]
-        distance = _BIT_COUNT[hashes[left] ^ hashes[right]].sum(axis=1)
+        distance = np.unpackbits(hashes[left] ^ hashes[right], axis=1).sum(axis=1)
         close = distance <= MAX_HASH_DISTANCE
         yield np.stack([left[close], right[close]], axis=1)
 
 
-_BIT_COUNT = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(axis=1).astype(np.uint16)
-
-
 def correlation(one: npt.NDArray[np.float32], other: npt.NDArray[np.float32]) -> float:
-    """Pearson correlation of two images' values; NaN where one is constant."""
+    """Pearson correlation of the values of two images (S, S) float32, -1 to 1; NaN where one is constant."""
     left, right = one.ravel() - one.mean(), other.ravel() - other.mean()
     scale = float(np.sqrt((left @ left) * (right @ right)))
     return float(left @ right) / scale if scale > 0 else float("nan")

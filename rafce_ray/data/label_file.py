@@ -1,6 +1,4 @@
-"""How label files are written: lines, encodings, quotes and action units of text files, and titles of tables'
-columns.
-"""
+"""Read label files: text in any encoding, CSV rows, titles of columns, action units, and RAF-CE's own files."""
 
 from __future__ import annotations
 
@@ -8,7 +6,6 @@ import codecs
 import csv
 import hashlib
 import io
-import math
 import re
 import unicodedata
 from collections import Counter
@@ -20,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+from scipy.special import pdtr
 
 from rafce_ray.base.errors import Evidence, Finding, Level, UsageError
 from rafce_ray.base.storage import Location
@@ -40,6 +38,8 @@ from rafce_ray.data.records import (
     EvidenceList,
     Labels,
     evidence_of,
+    label_table,
+    positions,
     release_memory,
 )
 
@@ -64,28 +64,20 @@ class LabelFile:
     sha256: str
 
     def locate(self, names: pa.Array) -> npt.NDArray[np.int64]:
-        """Row of each name in this file, -1 where it has none."""
-        if names.equals(self.names):
-            return np.arange(len(names))
-        return np.asarray(pc.fill_null(pc.index_in(names, value_set=self.names), -1)).astype(np.int64)
+        """(N,) int64: the row of each name in this file, -1 where it has none."""
+        return np.arange(len(names)) if names.equals(self.names) else positions(names, self.names)
 
-    def not_among(self, names: pa.Array) -> npt.NDArray[np.int64]:
-        """Rows of this file whose name is not among ``names``."""
-        if names.equals(self.names):
-            return np.zeros(0, np.int64)
-        return np.flatnonzero(np.asarray(pc.is_null(pc.index_in(self.names, value_set=names))))
+    def usable(self, row: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """(N,) bool: whether each row is there, and its lines agree."""
+        return np.append(~self.conflicting, False)[row]
 
     def lines_at(self, row: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
-        """The line of each row; -1 for row -1."""
+        """(N,) int32: the line of each row; -1 for row -1."""
         return np.append(self.lines, np.int32(-1))[row]
-
-    def conflicting_at(self, row: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-        """Whether each row's lines disagree; False for row -1."""
-        return np.append(self.conflicting, False)[row]
 
 
 def no_label_file() -> LabelFile:
-    """Stands for a file that is not there: it holds no name."""
+    """Stands for a file that does not exist: it has no name."""
     nothing = pa.array([], pa.string())
     return LabelFile("", nothing, pa.chunked_array([nothing]), np.zeros(0, np.int32), np.zeros(0, bool), (), "")
 
@@ -161,15 +153,9 @@ def open_text(
 
 
 def _codec_of(raw: bytes) -> str:
-    for mark, codec in (
-        (b"\xff\xfe\x00\x00", "utf-32"),
-        (b"\x00\x00\xfe\xff", "utf-32"),
-        (b"\xff\xfe", "utf-16"),
-        (b"\xfe\xff", "utf-16"),
-    ):
-        if raw.startswith(mark):
-            return codec
-    return "utf-8-sig"
+    if raw.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return "utf-32"
+    return "utf-16" if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
 
 
 def _undecodable(raw: bytes, location: Location, error: UnicodeDecodeError, encoding: str, key: str | None) -> str:
@@ -215,9 +201,8 @@ class CsvRow:
     @property
     def fault(self) -> str:
         """What an unsure row shows, without its place."""
-        return (
-            f"opens a double quote that its line does not close: lines {self.first} to {self.last} are read as one row"
-        )
+        lines = f"lines {self.first} to {self.last}"
+        return f"opens a double quote that its line does not close: {lines} are read as one row"
 
 
 def csv_rows(text: io.TextIOBase, delimiter: str) -> Iterator[CsvRow]:
@@ -272,9 +257,8 @@ def text_findings(raw: bytes, file: str, encoding: str = AUTO) -> Iterator[Findi
         found = " and ".join(notes)
         yield Finding("info", "text_format", f"{file}: {found} read", "", 1, (Evidence(found, file),))
     if encoding != AUTO and codecs.lookup(encoding).name != "utf-8" and not raw.isascii() and _decodes(raw, codec):
-        message = (
-            f"{file}: {ENCODING_KEY} is {encoding}, but the bytes are valid {codec.removesuffix('-sig').upper()} text"
-        )
+        valid = codec.removesuffix("-sig").upper()
+        message = f"{file}: {ENCODING_KEY} is {encoding}, but the bytes are valid {valid} text"
         remedy = f"Look at the names of the classes: if they hold strange characters, leave out {ENCODING_KEY}."
         yield Finding("warning", "encoding_looks_wrong", message, remedy)
 
@@ -328,13 +312,16 @@ def read_action_unit_label(text: str) -> ActionUnitLabel:
     return ActionUnitLabel("full", tuple(sorted({number for number in numbers if number is not None})), tokens)
 
 
+HOW_TO_WRITE_ACTION_UNITS = (
+    "Write action units as numbers joined by '+', such as 1+4+L12, or null; in a table as 1, 0 or blank."
+)
+
+
 def unreadable_finding(file: str, evidence: EvidenceList) -> Finding:
     """Rows whose action-unit label cannot be read: none of it is used, and never as an absence."""
-    message = (
-        f"{file}: {len(evidence)} rows hold action-unit labels that cannot be read; all of these rows' are unknown"
-    )
-    remedy = "Write action units as numbers joined by '+', such as 1+4+L12, or null; in a table as 1, 0 or blank."
-    return evidence.finding("warning", "unreadable_action_units", message, remedy)
+    rows = f"{len(evidence)} rows hold action-unit labels that cannot be read"
+    message = f"{file}: {rows}; all of these rows' are unknown"
+    return evidence.finding("warning", "unreadable_action_units", message, HOW_TO_WRITE_ACTION_UNITS)
 
 
 _NAME = re.compile(r"(file|image|img|picture|photo)(_?(name|file|filename|path))?|path|input")
@@ -448,9 +435,8 @@ def find_columns(header: Sequence[str], place: str, file: str, data: DataConfig)
     if emotion is None and perhaps and data.emotions != "none":
         named = ", ".join(repr(titles[position]) for position in perhaps)
         message = f"{file}: {named} may hold emotions, which are not read"
-        remedy = (
-            f"Rename it to 'emotion' if it does: {titles[perhaps[0]]!r} is too general a title next to action units."
-        )
+        general = f"{titles[perhaps[0]]!r} is too general a title next to action units"
+        remedy = f"Rename it to 'emotion' if it does: {general}."
         findings.append(Finding("warning", "unread_emotions", message, remedy, len(perhaps)))
     if emotion is None and not has_units:
         hint = "".join(f" {finding.message}. {finding.remedy}" for finding in findings)
@@ -470,10 +456,8 @@ def find_columns(header: Sequence[str], place: str, file: str, data: DataConfig)
         findings.append(Finding("info", "titles_read", f"{file}: {listed}", "", len(read_as)))
     ignored = [titles[position] for position in others if position not in unread]
     if ignored:
-        columns = (
-            "1 column is no label and is" if len(ignored) == 1 else f"{len(ignored)} columns are no labels and are"
-        )
-        message = f"{file}: {columns} not read: {', '.join(ignored)}"
+        found = "1 column is no label and is" if len(ignored) == 1 else f"{len(ignored)} columns are no labels and are"
+        message = f"{file}: {found} not read: {', '.join(ignored)}"
         findings.append(Finding("info", "ignored_columns", message, "", len(ignored)))
     return Columns(
         header=tuple(titles),
@@ -611,17 +595,15 @@ def _suggested_title(key: str, *, numbered: bool) -> str | None:
 
 def _facs_number(key: str) -> int | None:
     """The action unit whose FACS name, or a form of it, is in a title: ``lip_corner_puller``, ``inner_brow_raise``."""
-    words = _stems(key)
-    for number, name in ACTION_UNIT_NAMES.items():
-        wanted = _stems(title_key(name))
+    words, *names = (
+        [_ENDINGS.sub("", word) for word in text.split("_")]
+        for text in (key, *map(title_key, ACTION_UNIT_NAMES.values()))
+    )
+    for number, wanted in zip(ACTION_UNIT_NAMES, names, strict=True):
         found = any(words[start : start + len(wanted)] == wanted for start in range(len(words)))
         if found and (len(wanted) > 1 or len(words) == 1):
             return number
     return None
-
-
-def _stems(key: str) -> list[str]:
-    return [_ENDINGS.sub("", word) for word in key.split("_")]
 
 
 NUM_LABELLED = 4549
@@ -649,10 +631,7 @@ TRAIN_POSITIVES = {
 
 def is_surprisingly_few(count: int, expected: float) -> bool:
     """Whether ``count`` or fewer of an event expected ``expected`` times has a chance below 1 in 1000 (Poisson)."""
-    if expected <= 0 or count >= expected:
-        return False
-    log_terms = [k * math.log(expected) - expected - math.lgamma(k + 1) for k in range(count + 1)]
-    return math.fsum(math.exp(term) for term in log_terms) < 1e-3
+    return expected > 0 and count < expected and bool(pdtr(count, expected) < 1e-3)
 
 
 EMOTION_FILE = "RAFCE_emolabel.txt"
@@ -687,12 +666,12 @@ def read(root: Location, images: str | None, encoding: str = AUTO) -> Labels:
     names = labelled[0].names
     if len(labelled) == 2 and not names.equals(labelled[1].names):
         names = pc.unique(pa.concat_arrays([file.names for file in labelled]))
-    coded = _action_units(names, action_units or no_label_file())
-    columns = {"name": names, **_emotion_columns(names, emotions or no_label_file()), **coded.columns}
+    unit_columns, tokens, unit_findings = _action_units(names, action_units or no_label_file())
+    columns = {"name": names, **_emotion_columns(names, emotions or no_label_file()), **unit_columns}
     findings = [
         *_file_findings(names, emotions, "rows_without_emotion", "their emotion is unknown"),
         *_file_findings(names, action_units, "rows_without_action_units", "their action units are unknown"),
-        *coded.findings,
+        *unit_findings,
     ]
     # One file after the other: only what is kept of each stays in memory.
     partition = read_label_file(root / PARTITION_FILE, encoding)
@@ -715,7 +694,7 @@ def read(root: Location, images: str | None, encoding: str = AUTO) -> Labels:
     matched = match_images(names, root, images)
     columns |= image_columns(matched.listing.table, matched.index)
     return Labels(
-        table=pa.table([columns[name] for name in LABEL_SCHEMA.names], schema=LABEL_SCHEMA),
+        table=label_table(columns),
         layout="rafce",
         root=root,
         image_root=matched.listing.folder,
@@ -724,7 +703,7 @@ def read(root: Location, images: str | None, encoding: str = AUTO) -> Labels:
         au_columns=None,
         num_extra_images=matched.num_extras,
         findings=(*findings, *matched.findings),
-        token_counts=coded.tokens,
+        token_counts=tokens,
         digests=digests,
         near_images=matched.near,
     )
@@ -744,7 +723,7 @@ def _file_findings(names: pa.Array, file: LabelFile | None, code: str, consequen
 
 def _spare_findings(names: pa.Array, file: LabelFile | None, level: Level, code: str) -> Iterator[Finding]:
     """Names of a file that have no label."""
-    if file is not None and (unknown := file.not_among(names).tolist()):
+    if file is not None and (unknown := np.flatnonzero(positions(file.names, names) < 0).tolist()):
         evidence = evidence_of(
             Evidence(f"{file.names[row].as_py()} has no label", file.file, int(file.lines[row])) for row in unknown
         )
@@ -754,30 +733,21 @@ def _spare_findings(names: pa.Array, file: LabelFile | None, level: Level, code:
 
 def _emotion_columns(names: pa.Array, file: LabelFile) -> dict[str, pa.Array]:
     row = file.locate(names)
-    usable = (row >= 0) & ~file.conflicting_at(row)
     return {
-        "emotion": file.values.combine_chunks().take(pa.array(row, mask=~usable)),
+        "emotion": file.values.combine_chunks().take(pa.array(row, mask=~file.usable(row))),
         "emotion_line": pa.array(file.lines_at(row), mask=row < 0),
     }
 
 
-@dataclass(frozen=True)
-class _ActionUnits:
-    """The action-unit columns, how often each token was written, and what was odd."""
-
-    columns: dict[str, pa.Array]
-    tokens: dict[str, int]
-    findings: list[Finding]
-
-
-def _action_units(names: pa.Array, file: LabelFile) -> _ActionUnits:
+def _action_units(names: pa.Array, file: LabelFile) -> tuple[dict[str, pa.Array], dict[str, int], list[Finding]]:
+    """The action-unit columns, how often each token was written, and findings."""
     # There are far fewer distinct labels than rows: each is read once.
     distinct = file.values.combine_chunks().dictionary_encode()
     labels = [read_action_unit_label(text) for text in distinct.dictionary.to_pylist()]
     labels += [ActionUnitLabel("unreadable"), ActionUnitLabel("missing")]
     row = file.locate(names)
     code = np.append(np.asarray(distinct.indices), len(labels) - 1)[row]
-    code[file.conflicting_at(row)] = len(labels) - 2
+    code[(row >= 0) & ~file.usable(row)] = len(labels) - 2
     lines = file.lines_at(row)
     faults = EvidenceList()
     faulty = np.flatnonzero(np.array([label.fault is not None for label in labels])[code])
@@ -788,14 +758,12 @@ def _action_units(names: pa.Array, file: LabelFile) -> _ActionUnits:
         for token in label.tokens if count else ():
             tokens[token] += count
     taken = pa.array(code)
-    lists = pa.list_(pa.int16())
     columns = {
         "au_state": pa.array([label.state for label in labels]).take(taken),
         "au_line": pa.array(lines, mask=row < 0),
-        "au_positive": pa.array([list(label.positive) for label in labels], lists).take(taken),
-        "au_negative": pa.array([[]], lists).take(pa.array(np.zeros(len(names), np.int32))),
+        "au_positive": pa.array([list(label.positive) for label in labels], pa.list_(pa.int16())).take(taken),
     }
-    return _ActionUnits(columns, dict(tokens), [unreadable_finding(file.file, faults)] if faults else [])
+    return columns, dict(tokens), [unreadable_finding(file.file, faults)] if faults else []
 
 
 def _splits(names: pa.Array, file: LabelFile | None, root: Location) -> tuple[pa.Array, list[Finding]]:
@@ -813,8 +781,7 @@ def _splits(names: pa.Array, file: LabelFile | None, root: Location) -> tuple[pa
     for i in np.flatnonzero(np.array([split is None for split in known], bool)[codes]).tolist():
         unknown.add(f"{file.names[i].as_py()}: {file.values[i].as_py()!r}", file.file, int(file.lines[i]))
     row = file.locate(names)
-    usable = (row >= 0) & ~file.conflicting_at(row)
-    splits = pa.array(known, pa.string()).take(pa.array(np.append(codes, 0)[row], mask=~usable))
+    splits = pa.array(known, pa.string()).take(pa.array(np.append(codes, 0)[row], mask=~file.usable(row)))
     if not unknown:
         return splits, []
     message = f"{file.file}: {len(unknown)} rows name an unknown partition and are in no split"
@@ -827,9 +794,8 @@ def _votes(names: pa.Array, file: LabelFile | None) -> tuple[pa.Array, list[Find
     if file is None:
         return pa.nulls(len(names), kind), []
     row = file.locate(names)
-    usable = (row >= 0) & ~file.conflicting_at(row)
     shares = np.full((len(names), NUM_VOTES), np.nan, np.float32)
-    for i in np.flatnonzero(usable).tolist():
+    for i in np.flatnonzero(file.usable(row)).tolist():
         parts = file.values[row[i]].as_py().replace(",", " ").split()
         if len(parts) == NUM_VOTES:
             # What is no number stays NaN, and NaN fails the check below.

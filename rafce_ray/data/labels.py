@@ -28,7 +28,17 @@ from rafce_ray.config import DataConfig
 from rafce_ray.data import label_file, table
 from rafce_ray.data.label_file import refuse_broken_link
 from rafce_ray.data.listing import image_columns, list_images
-from rafce_ray.data.records import LABEL_SCHEMA, NUM_VOTES, SPLIT_NAMES, SPLITS, EvidenceList, Labels, Targets, counted
+from rafce_ray.data.records import (
+    NUM_VOTES,
+    SPLIT_NAMES,
+    SPLITS,
+    EvidenceList,
+    Labels,
+    Targets,
+    counted,
+    label_table,
+    positions,
+)
 
 _MAX_ACTION_UNIT = 100
 
@@ -140,17 +150,20 @@ def resolve_targets(
 ) -> Targets:
     """Targets of every row, in the order of the table.
 
-    ``evaluation_null_policy``: how null is read in rows that are not of the train split, as
-    ``DataConfig.null_policy_in_evaluation`` has it; None: as in those that are.
+    ``evaluation_null_policy`` says how null is read outside of the train split; None: as within.
     """
-    split, null_row = _split_targets(labels_table), _equals(labels_table["au_state"], "null")
+    split = positions(labels_table["split"], pa.array(SPLITS)).astype(np.int8)
+    null_row = _equals(labels_table["au_state"], "null")
     in_train, evaluation = split == SPLITS.index("train"), evaluation_null_policy or null_policy
     is_negative = null_row & np.where(in_train, null_policy == "negative", evaluation == "negative")
+    shares = labels_table["votes"].combine_chunks()
+    votes = np.full((len(shares), NUM_VOTES), np.nan, np.float32)
+    votes[np.asarray(pc.is_valid(shares))] = np.asarray(shares.drop_null().flatten()).reshape(-1, NUM_VOTES)
     return Targets(
         emotion=_emotion_targets(labels_table, taxonomy),
         action_units=_action_unit_targets(labels_table, taxonomy, is_negative),
         null_row=null_row,
-        votes=_vote_targets(labels_table),
+        votes=votes,
         split=split,
     )
 
@@ -189,19 +202,6 @@ def _action_unit_targets(
         known = columns >= 0
         targets[rows[known], columns[known]] = value
     return targets
-
-
-def _vote_targets(labels_table: pa.Table) -> npt.NDArray[np.float32]:
-    votes = labels_table["votes"].combine_chunks()
-    targets = np.full((len(votes), NUM_VOTES), np.nan, np.float32)
-    known = np.asarray(pc.is_valid(votes))
-    targets[known] = np.asarray(votes.drop_null().flatten()).reshape(-1, NUM_VOTES)
-    return targets
-
-
-def _split_targets(labels_table: pa.Table) -> npt.NDArray[np.int8]:
-    index = pc.index_in(labels_table["split"], value_set=pa.array(SPLITS))
-    return np.asarray(pc.fill_null(index, -1)).astype(np.int8)
 
 
 def _equals(column: pa.ChunkedArray, value: str) -> npt.NDArray[np.bool_]:
@@ -251,12 +251,8 @@ def _read_class_folders(root: Location, data: DataConfig) -> Labels | None:
         "au_state": pa.array(["missing"] * len(rows), pa.string()),
         **image_columns(listing.table, rows),
     }
-    for name in ("au_positive", "au_negative"):
-        columns[name] = pa.array([[]] * len(rows), LABEL_SCHEMA.field(name).type)
-    for name in ("emotion_line", "au_line", "votes"):
-        columns[name] = pa.nulls(len(rows), LABEL_SCHEMA.field(name).type)
     return Labels(
-        table=pa.table([columns[name] for name in LABEL_SCHEMA.names], schema=LABEL_SCHEMA),
+        table=label_table(columns),
         layout="folders",
         root=root,
         image_root=root,
@@ -276,16 +272,13 @@ def _may_hold_classes(root: Location) -> bool:
         folders = [root / one.name for one in sorted(root.local.iterdir()) if one.is_dir() and one.name[0] != "."]
     else:
         folders = [root / one.base_name for one in root.list() if one.type == pafs.FileType.Directory]
-    # Source code has a folder test, and a system one called dev.
-    if any(folder.name.lower() in SPLIT_NAMES and _has_image_below_a_folder(folder) for folder in folders):
-        return True
+    # Source code has a folder test, and a system one called dev: a split has images below a folder.
+    for split in (folder for folder in folders if folder.name.lower() in SPLIT_NAMES):
+        paths = list_images(split, recursive=True, limit=_MAX_LOOKED_AT).table["path"]
+        if any("/" in path for path in paths.to_pylist()):
+            return True
     with_images = (folder for folder in folders if list_images(folder, recursive=False).table.num_rows)
     return len(list(islice(with_images, 2))) == 2
-
-
-def _has_image_below_a_folder(split: Location) -> bool:
-    paths = list_images(split, recursive=True, limit=_MAX_LOOKED_AT).table["path"]
-    return any("/" in path for path in paths.to_pylist())
 
 
 def _class_folder_findings(

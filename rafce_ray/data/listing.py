@@ -15,14 +15,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.fs as pafs
 
-from rafce_ray.base.errors import Evidence, Finding, UsageError
+from rafce_ray.base.errors import Finding, UsageError
 from rafce_ray.base.storage import Location, locate
-from rafce_ray.data.records import ArrowRows, EvidenceList, NearImage, counted, evidence_of
+from rafce_ray.data.records import ArrowRows, EvidenceList, NearImage, counted, positions
 from rafce_ray.faces.decode import READ_ENDINGS, UNREAD_PICTURE_ENDINGS
 
 
 def groups_of_equals(values: pa.Array) -> list[npt.NDArray[np.int64]]:
-    """Positions of each value that occurs more than once, ascending; groups by their first position."""
+    """Positions (G,) int64 of each value that occurs G > 1 times, ascending; groups by their first position."""
     # Sorting takes a tenth of the memory of a hash table.
     order = pc.array_sort_indices(values)
     ordered = values.take(order)
@@ -37,9 +37,9 @@ def groups_of_equals(values: pa.Array) -> list[npt.NDArray[np.int64]]:
 _ENDINGS = (*READ_ENDINGS, *UNREAD_PICTURE_ENDINGS)
 """Endings that count as an image, in lower case. One that is not read is refused by its format when it is decoded."""
 
-_READ = r"(?i)(" + "|".join(_ENDINGS[: len(READ_ENDINGS)]).replace(".", r"\.") + r")$"
-_EXTENSION = r"(?i)(" + "|".join(_ENDINGS).replace(".", r"\.") + r")$"
-_SUFFIX = r"(?i)(_aligned)?(" + "|".join(_ENDINGS).replace(".", r"\.") + r")$|_aligned$"
+_READ = f"(?i)({'|'.join(map(re.escape, READ_ENDINGS))})$"
+_ANY = "|".join(map(re.escape, _ENDINGS))
+_SUFFIX = f"(?i)(_aligned)?({_ANY})$|_aligned$"
 _MAX_LOOKED_AT = 100_000
 
 
@@ -64,6 +64,11 @@ class Matched:
     num_extras: int
     findings: tuple[Finding, ...]
     near: dict[str, NearImage] = field(default_factory=dict)
+
+    @property
+    def num_found(self) -> int:
+        """Names with an image."""
+        return int((self.index >= 0).sum())
 
 
 _SCHEMA = pa.schema([("path", pa.string()), ("image_bytes", pa.int64()), ("image_mtime_ns", pa.int64())])
@@ -105,40 +110,32 @@ def match_images(names: pa.Array, root: Location, images: str | None) -> Matched
         OSError: a folder cannot be read.
     """
     recursive = bool(pc.any(pc.match_substring_regex(names, r"[/\\]")).as_py())
-    best: Matched | None = None
-    elsewhere: list[Evidence] = []
     candidates = _candidates(root, images)
+    best = Matched(Listing(candidates[-1], _SCHEMA.empty_table(), EvidenceList()), np.full(len(names), -1), 0, ())
+    elsewhere = EvidenceList()
     for folder in candidates:
         listing = list_images(folder, recursive=recursive)
         if listing.table.num_rows == 0:
             continue
-        matched = _match(names, listing)
-        found = int((matched.index >= 0).sum())
-        if best is None or found > (best.index >= 0).sum():
-            best, loser = matched, best
-        else:
-            loser = matched
-        if loser is not None and (loser.index >= 0).any():
-            elsewhere.append(Evidence(f"{int((loser.index >= 0).sum())} also in {loser.listing.folder}"))
-    if best is None:
-        listing = list_images(candidates[-1], recursive=False)
-        best = Matched(listing, np.full(len(names), -1, np.int64), 0, ())
-    findings = [*best.findings, *_unreadable_findings(best.listing), *_shared_findings(names, best)]
+        loser = _match(names, listing)
+        if not best.listing.table.num_rows or loser.num_found > best.num_found:
+            best, loser = loser, best
+        if loser.num_found:
+            elsewhere.add(f"{loser.num_found} also in {loser.listing.folder}")
+    if not best.listing.table.num_rows:
+        best = replace(best, listing=list_images(candidates[-1], recursive=False))
+    findings = [*best.findings]
+    if unreadable := best.listing.unreadable:
+        message = f"{best.listing.folder}: files or folders in it that cannot be read are not used: {len(unreadable)}"
+        remedy = "Remove them, or give access to them (chmod)."
+        findings.append(unreadable.finding("warning", "unreadable_images", message, remedy))
+    findings += _shared_findings(names, best)
     if elsewhere:
         message = f"images of the labelled names lie in more than one folder; {best.listing.folder} is used"
         remedy = "Name the folder to use: data.images=FOLDER."
-        several = Finding("info", "images_in_several_folders", message, remedy, len(elsewhere), evidence_of(elsewhere))
-        findings.append(several)
+        findings.append(elsewhere.finding("info", "images_in_several_folders", message, remedy))
     missing = names.filter(pa.array(best.index < 0))
     return replace(best, findings=tuple(findings), near=_near_images(missing, best, candidates[-1]))
-
-
-def _unreadable_findings(listing: Listing) -> Iterator[Finding]:
-    if not listing.unreadable:
-        return
-    message = f"{listing.folder}: files or folders in it that cannot be read are not used: {len(listing.unreadable)}"
-    remedy = "Remove them, or give access to them (chmod)."
-    yield listing.unreadable.finding("warning", "unreadable_images", message, remedy)
 
 
 def _shared_findings(names: pa.Array, matched: Matched) -> Iterator[Finding]:
@@ -148,20 +145,15 @@ def _shared_findings(names: pa.Array, matched: Matched) -> Iterator[Finding]:
     for group in groups_of_equals(pa.array(matched.index[rows])):
         written = ", ".join(str(names[int(row)].as_py()) for row in rows[group].tolist())
         shared.add(written, str(matched.listing.table["path"][int(matched.index[rows[group[0]]])].as_py()))
-    if not shared:
-        return
-    message = f"images that more than one name means: {len(shared)}; each counts as often as it is named"
-    yield shared.finding("error", "shared_images", message, "Keep one row an image.")
+    if shared:
+        message = f"images that more than one name means: {len(shared)}; each counts as often as it is named"
+        yield shared.finding("error", "shared_images", message, "Keep one row an image.")
 
 
 def image_columns(listing: pa.Table, index: npt.NDArray[np.int64]) -> dict[str, pa.Array]:
-    """``image_path``, ``image_bytes`` and ``image_mtime_ns`` of each labelled name; null where the image is missing."""
-    taken = listing.take(pa.array(index, mask=index < 0))
-    return {
-        "image_path": taken["path"].combine_chunks(),
-        "image_bytes": taken["image_bytes"].combine_chunks(),
-        "image_mtime_ns": taken["image_mtime_ns"].combine_chunks(),
-    }
+    """Path, bytes and time of each labelled name's image, by ``index`` (N,) int64; null where it is -1."""
+    taken = listing.take(pa.array(index, mask=index < 0)).combine_chunks()
+    return dict(zip(("image_path", "image_bytes", "image_mtime_ns"), taken.columns, strict=True))
 
 
 def _candidates(root: Location, images: str | None) -> list[Location]:
@@ -219,10 +211,7 @@ def _match(names: pa.Array, listing: Listing) -> Matched:
     paths = listing.table["path"].chunk(0)
     keys = _keys(paths)
     repeated = groups_of_equals(keys)
-    if repeated:
-        index = _match_repeated(names, paths, keys)
-    else:
-        index = np.asarray(pc.fill_null(pc.index_in(_keys(names), value_set=keys), -1)).astype(np.int64)
+    index = _match_repeated(names, paths, keys) if repeated else positions(_keys(names), keys)
     index, findings = _match_plain(names, paths, index)
     used = np.zeros(len(paths), bool)
     used[index[index >= 0]] = True
@@ -237,16 +226,15 @@ def _match_plain(
     if not len(missing):
         return index, []
     wanted = names.take(pa.array(missing))
-    row = np.asarray(pc.fill_null(pc.index_in(_keys(_plain(wanted)), value_set=_keys(_plain(paths))), -1))
+    row = positions(_keys(_plain(wanted)), _keys(_plain(paths)))
     index = index.copy()
     index[missing] = row
-    found = np.flatnonzero(row >= 0).tolist()
-    if not found:
-        return index, []
-    evidence = evidence_of(Evidence(f"{wanted[i].as_py()}: {paths[int(row[i])].as_py()}") for i in found)
+    found = EvidenceList()
+    for i in np.flatnonzero(row >= 0).tolist():
+        found.add(f"{wanted[i].as_py()}: {paths[int(row[i])].as_py()}")
     names_found = counted(len(found), "name")
     message = f"{names_found} with backslashes, or letters in another Unicode form: read as the files are named"
-    return index, [Finding("info", "names_read_as_files", message, "", len(found), evidence)]
+    return index, [found.finding("info", "names_read_as_files", message)] if found else []
 
 
 def _plain(names: pa.Array) -> pa.Array:
@@ -286,7 +274,7 @@ def _alike(missing: pa.Array, listing: Listing) -> dict[str, NearImage]:
     for difference, alike in _DIFFERENCES:
         together = (alike(together[0]), alike(together[1]))
         for also, (wanted, among) in (("", (alike(names), alike(keys))), (_OTHERWISE, together)):
-            row = np.asarray(pc.fill_null(pc.index_in(wanted, value_set=among), -1))
+            row = positions(wanted, among)
             for i in np.flatnonzero(row >= 0).tolist():
                 name = missing[i].as_py()
                 is_end = difference == _IN_FOLDER and _ABSOLUTE.match(name)
@@ -312,7 +300,7 @@ def _match_repeated(names: pa.Array, paths: pa.Array, keys: pa.Array) -> npt.NDA
     """Where files differ only by suffix or extension: the very name first, then the file with the suffix."""
     exact = pc.index_in(names, value_set=paths)
     # index_in takes the first of equal keys: files with the suffix come first.
-    is_aligned = np.asarray(pc.ends_with(pc.replace_substring_regex(paths, _EXTENSION, ""), "_aligned"))
+    is_aligned = np.asarray(pc.match_substring_regex(paths, f"_aligned((?i){_ANY})?$"))
     order = pa.array(np.argsort(~is_aligned, kind="stable"))
     by_key = order.take(pc.index_in(_keys(names), value_set=keys.take(order)))
     return np.asarray(pc.fill_null(pc.coalesce(pc.cast(exact, pa.int64()), by_key), -1))
@@ -324,13 +312,12 @@ def _keys(names: pa.Array) -> pa.Array:
 
 def _ambiguous(
     repeated: list[npt.NDArray[np.int64]], paths: pa.Array, used: npt.NDArray[np.bool_]
-) -> tuple[Finding, ...]:
+) -> Iterator[Finding]:
     """Names for which two files could be meant, of which one was taken and the other has no name."""
     spare = EvidenceList()
     for group in repeated:
         for row in group[~used[group]].tolist() if used[group].any() else ():
             spare.add("another image of the same name is used instead", str(paths[row].as_py()))
-    if not spare:
-        return ()
-    message = f"{len(spare)} images are second candidates for a labelled name and are not used"
-    return (spare.finding("warning", "ambiguous_images", message, "Keep one image file per labelled name."),)
+    if spare:
+        message = f"{len(spare)} images are second candidates for a labelled name and are not used"
+        yield spare.finding("warning", "ambiguous_images", message, "Keep one image file per labelled name.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from rafce_ray.base.errors import Evidence, Finding, Level
 from rafce_ray.base.storage import Location
@@ -125,6 +126,20 @@ class ArrowRows:
         arrays = [pa.array(column, kind) for column, kind in zip(columns, self._schema.types, strict=True)]
         self._batches.append(pa.record_batch(arrays, schema=self._schema))
         self._pending.clear()
+
+
+def positions(values: pa.Array | pa.ChunkedArray, among: pa.Array | pa.ChunkedArray) -> npt.NDArray[np.int64]:
+    """(N,) int64: where each of N values first is in ``among``; -1 where it is not."""
+    return np.asarray(pc.fill_null(pc.index_in(values, value_set=among), -1)).astype(np.int64)
+
+
+def label_table(columns: Mapping[str, pa.Array | pa.ChunkedArray]) -> pa.Table:
+    """Columns in the order of :data:`LABEL_SCHEMA`; missing ones are null, missing lists of action units empty."""
+    size = len(columns["name"])
+    empty = {name: pa.array([[]] * size, pa.list_(pa.int16())) for name in ("au_positive", "au_negative")}
+    nulls = {field.name: pa.nulls(size, field.type) for field in LABEL_SCHEMA}
+    found = nulls | empty | dict(columns)
+    return pa.table([found[name] for name in LABEL_SCHEMA.names], schema=LABEL_SCHEMA)
 
 
 def counted(number: int, noun: str) -> str:

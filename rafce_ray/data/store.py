@@ -15,7 +15,7 @@ import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from rafce_ray.base.console import say
 from rafce_ray.base.errors import GateError, RafceError
 from rafce_ray.base.storage import Location, StorageError, locate
 from rafce_ray.config import DataConfig
-from rafce_ray.data.records import Labels, Progress, advancing
+from rafce_ray.data.records import Labels, Progress, advancing, positions
 from rafce_ray.faces.decode import DECODER_VERSION, FILE_LIMITS, DecodeError, decode_face
 
 FORMAT_VERSION = 1
@@ -39,7 +39,7 @@ IMAGES, LABELS, SOURCES, META = "images.arrow", "labels.arrow", "sources.arrow",
 _BATCH_BYTES = 32 * 2**20
 _MAX_BATCH_ROWS = 4096
 _SCRATCH_ROWS = 64
-_LABEL_CHUNK = 2048
+_CHUNK = 2048
 _MAX_THREADS = 8
 
 
@@ -69,11 +69,7 @@ class StoreMeta:
     has_action_units: bool
     fingerprint: str
     label_files: dict[str, str]
-    undecodable: tuple[Undecodable, ...] = field(default=())
-
-    def to_json(self) -> str:
-        """JSON that :func:`read_meta` reads back."""
-        return json.dumps(asdict(self), indent=1)
+    undecodable: tuple[Undecodable, ...] = ()
 
 
 def read_meta(folder: Path) -> StoreMeta:
@@ -100,7 +96,7 @@ def read_meta(folder: Path) -> StoreMeta:
 
 
 def open_images(folder: Path, meta: StoreMeta) -> list[npt.NDArray[np.uint8]]:
-    """One read-only (rows, S, S, 3) view per record batch onto the memory-mapped file.
+    """One read-only (R, S, S, 3) uint8 view of R images per record batch onto the memory-mapped file.
 
     Raises:
         RafceError: the file is missing or damaged, or holds another number of images than ``store.json`` says.
@@ -114,8 +110,8 @@ def open_images(folder: Path, meta: StoreMeta) -> list[npt.NDArray[np.uint8]]:
         ) from error
     shape = (-1, meta.stored_px, meta.stored_px, 3)
     views = [values.to_numpy(zero_copy_only=True).reshape(shape) for values in batches]
-    if sum(map(len, views)) != meta.num_images:
-        found = sum(map(len, views))
+    found = sum(map(len, views))
+    if found != meta.num_images:
         raise RafceError(f"{folder / IMAGES}: holds {found} images, {META} says {meta.num_images}. Delete the folder.")
     return views
 
@@ -137,20 +133,19 @@ def write_store(folder: Path, labels: Labels, key: str, px: int, progress: Progr
         GateError: not one image could be decoded.
     """
     paths = labels.table["image_path"]
-    num_present = len(paths) - paths.null_count
-    with advancing(progress, "decoding images", num_present) as advance:
-        decoded = _write_images(folder / IMAGES, labels, px, advance)
-    if not decoded.kept.any():
+    with advancing(progress, "decoding images", len(paths) - paths.null_count) as advance:
+        kept, undecodable, fingerprint = _write_images(folder / IMAGES, labels, px, advance)
+    if not kept.any():
         why = []
-        if num_present < len(paths):
-            missing = len(paths) - num_present
-            why.append(f"{missing} are not in {labels.image_root}. Set data.images to the image folder.")
-        if decoded.undecodable:
-            first = decoded.undecodable[0]
-            why.append(f"{len(decoded.undecodable)} cannot be decoded; the first is {first.path}: {first.message}")
+        if paths.null_count:
+            why.append(f"{paths.null_count} are not in {labels.image_root}. Set data.images to the image folder.")
+        if undecodable:
+            first = undecodable[0]
+            why.append(f"{len(undecodable)} cannot be decoded; the first is {first.path}: {first.message}")
         raise GateError(f"{labels.root}: none of {len(paths)} labelled images could be read. {' '.join(why)}")
-    _write_rows(folder / LABELS, labels.table, decoded.kept)
-    _write_rows(folder / SOURCES, labels.table.select(["image_path", "image_bytes", "image_mtime_ns"]), None)
+    _write_rows(folder / LABELS, labels.table, kept)
+    sources = labels.table.select(["image_path", "image_bytes", "image_mtime_ns"])
+    _write_rows(folder / SOURCES, sources, np.ones(len(paths), bool))
     meta = StoreMeta(
         format_version=FORMAT_VERSION,
         key=key,
@@ -159,17 +154,18 @@ def write_store(folder: Path, labels: Labels, key: str, px: int, progress: Progr
         stored_px=px,
         decoder_version=DECODER_VERSION,
         rows_per_batch=rows_per_batch(px),
-        num_images=int(decoded.kept.sum()),
+        num_images=int(kept.sum()),
         num_missing=paths.null_count,
         has_emotions=labels.has_emotions,
         has_action_units=labels.has_action_units,
-        fingerprint=decoded.fingerprint,
+        fingerprint=fingerprint,
         label_files=labels.digests,
-        undecodable=tuple(decoded.undecodable),
+        undecodable=tuple(undecodable),
     )
-    (folder / META).write_text(meta.to_json(), encoding="utf-8")
+    (folder / META).write_text(json.dumps(asdict(meta), indent=1), encoding="utf-8")
     for name in (IMAGES, LABELS, SOURCES, META):
-        _sync(folder / name)
+        with open(folder / name, "rb") as file:
+            os.fsync(file.fileno())
     return meta
 
 
@@ -178,16 +174,10 @@ def rows_per_batch(px: int) -> int:
     return int(np.clip(_BATCH_BYTES // (px * px * 3), 1, _MAX_BATCH_ROWS))
 
 
-@dataclass
-class _Decoded:
-    """Which label rows got an image, in the order of the labels, and the fingerprint of names, labels and pixels."""
-
-    kept: npt.NDArray[np.bool_]
-    undecodable: list[Undecodable]
-    fingerprint: str
-
-
-def _write_images(path: Path, labels: Labels, px: int, advance: Callable[[int], None]) -> _Decoded:
+def _write_images(
+    path: Path, labels: Labels, px: int, advance: Callable[[int], None]
+) -> tuple[npt.NDArray[np.bool_], list[Undecodable], str]:
+    """Which label rows have an image, which cannot be decoded, and the fingerprint of names, labels and pixels."""
     size, capacity = px * px * 3, rows_per_batch(px)
     kind = pa.list_(pa.uint8(), size)
     schema = pa.schema([pa.field("image", kind, nullable=False)])
@@ -195,6 +185,7 @@ def _write_images(path: Path, labels: Labels, px: int, advance: Callable[[int], 
     scratch = np.empty((min(_SCRATCH_ROWS, capacity), size), np.uint8)
     buffer = np.empty((capacity, size), np.uint8)
     filled = 0
+    present = np.flatnonzero(np.asarray(pc.is_valid(labels.table["image_path"])))
     kept = np.zeros(labels.table.num_rows, bool)
     undecodable: list[Undecodable] = []
     digest = hashlib.blake2b(json.dumps(sorted(labels.digests.items())).encode(), digest_size=16)
@@ -217,7 +208,9 @@ def _write_images(path: Path, labels: Labels, px: int, advance: Callable[[int], 
             images = pa.FixedSizeListArray.from_arrays(pa.array(buffer[:filled].reshape(-1)), type=kind)
             writer.write_batch(pa.record_batch([images], schema=schema))
 
-        for rows, paths in _present(labels.table, len(scratch)):
+        for start in range(0, len(present), len(scratch)):
+            rows = present[start : start + len(scratch)]
+            paths = labels.table["image_path"].take(rows).to_pylist()
             for slot, fault in enumerate(pool.map(decode, range(len(paths)), paths)):
                 if fault is not None:
                     undecodable.append(fault)
@@ -233,21 +226,11 @@ def _write_images(path: Path, labels: Labels, px: int, advance: Callable[[int], 
             advance(len(paths))
         if filled:
             write()
-    return _Decoded(kept, undecodable, digest.hexdigest())
-
-
-def _present(table: pa.Table, size: int) -> Iterator[tuple[list[int], list[str]]]:
-    """Label rows that have an image, and its path, ``size`` rows at a time."""
-    for start in range(0, table.num_rows, size):
-        paths = table["image_path"].slice(start, size).to_pylist()
-        yield (
-            [start + i for i, path in enumerate(paths) if path is not None],
-            [path for path in paths if path is not None],
-        )
+    return kept, undecodable, digest.hexdigest()
 
 
 def face_decoder(folder: Location, px: int) -> Callable[[str], npt.NDArray[np.uint8] | Undecodable]:
-    """A function from an image's relative path to its pixels, uint8 (px, px, 3), or to why there are none.
+    """A function from an image's relative path to its pixels (px, px, 3) uint8, or to why there are none.
 
     Raises:
         StorageError: (the function) the store did not answer, which says nothing about the image.
@@ -270,40 +253,26 @@ def face_decoder(folder: Location, px: int) -> Callable[[str], npt.NDArray[np.ui
     return decode
 
 
-def _write_rows(path: Path, table: pa.Table, kept: npt.NDArray[np.bool_] | None) -> None:
+def _write_rows(path: Path, table: pa.Table, kept: npt.NDArray[np.bool_]) -> None:
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
-        for start in range(0, table.num_rows, _LABEL_CHUNK):
-            part = table.slice(start, _LABEL_CHUNK)
-            if kept is not None:
-                part = part.filter(pa.array(kept[start : start + _LABEL_CHUNK]))
+        for start in range(0, table.num_rows, _CHUNK):
+            part = table.slice(start, _CHUNK).filter(pa.array(kept[start : start + _CHUNK]))
             writer.write_table(part.combine_chunks())
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def describe_changes(old: pa.Table, new: pa.Table) -> str:
     """Which source images changed, were added or removed between two tables of sources; empty where none did."""
-    old_row = pc.index_in(new["image_path"], value_set=old["image_path"])
-    matched = np.asarray(pc.fill_null(old_row, -1))
+    matched = positions(new["image_path"], old["image_path"])
     named = np.asarray(pc.is_valid(new["image_path"]))
     both = (matched >= 0) & named
     differs = np.zeros(len(matched), bool)
     for name in ("image_bytes", "image_mtime_ns"):
         before = np.asarray(pc.fill_null(old[name], -1))[matched[both]]
         differs[both] |= before != np.asarray(pc.fill_null(new[name], -1))[both]
-    changed = np.flatnonzero(differs)
-    added = np.flatnonzero((matched < 0) & named)
-    num_removed = int(
-        pc.sum(pc.invert(pc.is_in(old["image_path"].drop_null(), value_set=new["image_path"]))).as_py() or 0
-    )
+    num_removed = int((positions(old["image_path"].drop_null(), new["image_path"]) < 0).sum())
     parts = []
-    for rows, verb in ((changed, "changed"), (added, "added")):
+    for mask, verb in ((differs, "changed"), ((matched < 0) & named, "added")):
+        rows = np.flatnonzero(mask)
         if len(rows):
             examples = ", ".join(str(new["image_path"][row].as_py()) for row in rows[:3].tolist())
             parts.append(f"{len(rows)} source images {verb} ({examples}{', ...' if len(rows) > 3 else ''})")
@@ -315,14 +284,10 @@ def describe_changes(old: pa.Table, new: pa.Table) -> str:
 LOCAL_STORES = str(DataConfig.model_fields["store_dir"].default)
 """Where a node keeps its copies of stores that live on an object store."""
 
-_CHUNK = 2048
-
 
 @dataclass(frozen=True)
 class StoreHandle:
-    """A whole store: its local folder, where other nodes find it (``uri``), whether and why it was just built, what it
-    holds.
-    """
+    """A whole store: its local folder, its ``uri`` for other nodes, whether and why it was just built, its contents."""
 
     path: Path
     uri: str
@@ -465,13 +430,13 @@ def _remove_leftovers(folder: Path) -> None:
 def _why_build(path: Path, labels: Labels, data: DataConfig) -> str:
     if path.exists():
         return f"the store {path} is damaged"
-    old = _previous(path.parent, labels)
-    if old is None:
+    metas = {one.parent: _whole(one.parent) for one in path.parent.glob(f"*/{META}")}
+    same_root = {one: meta for one, meta in metas.items() if meta is not None and meta.root == str(labels.root)}
+    if not same_root:
         return "there is none for this dataset yet"
-    folder, meta = old
+    folder, meta = max(same_root.items(), key=lambda item: (item[0] / META).stat().st_mtime_ns)
     reasons = []
-    changes = describe_changes(read_arrow(folder / SOURCES), labels.table)
-    if changes:
+    if changes := describe_changes(read_arrow(folder / SOURCES), labels.table):
         reasons.append(changes)
     files = sorted(
         name for name in {*meta.label_files, *labels.digests} if meta.label_files.get(name) != labels.digests.get(name)
@@ -483,19 +448,6 @@ def _why_build(path: Path, labels: Labels, data: DataConfig) -> str:
     if meta.decoder_version != DECODER_VERSION:
         reasons.append("the image decoder is a newer one")
     return f"{'; '.join(reasons) or 'names changed'} since {folder.name}, which may be deleted"
-
-
-def _previous(folder: Path, labels: Labels) -> tuple[Path, StoreMeta] | None:
-    """The newest whole store of the same root."""
-    found = []
-    for path in folder.glob(f"*/{META}"):
-        meta = _whole(path.parent)
-        if meta is not None and meta.root == str(labels.root):
-            found.append((path.stat().st_mtime_ns, path.parent, meta))
-    if not found:
-        return None
-    _, newest, meta = max(found, key=lambda item: item[0])
-    return newest, meta
 
 
 def _build(path: Path, labels: Labels, data: DataConfig, progress: Progress | None) -> StoreMeta:

@@ -43,6 +43,7 @@ from rafce_ray.data.records import (
     Labels,
     counted,
     evidence_of,
+    label_table,
 )
 
 TABLE_NAMES = ("labels.csv", "labels.parquet", "labels.tsv")
@@ -52,6 +53,8 @@ TABLE_EXTENSIONS = ("csv", "tsv", "parquet")
 
 _CELLS = {"1": 1, "1.0": 1, "true": 1, "0": 0, "0.0": 0, "false": 0, "": None, "unknown": None, "-1.0": None}
 _CELLS |= dict.fromkeys(UNKNOWN_WORDS)
+"""Presence by cell, in lower case."""
+
 _LETTERS = {letter: float(value) for value, letter in enumerate("abcde", start=1)}
 """FACS intensities: A is a trace, E the maximum."""
 
@@ -72,6 +75,12 @@ class _Intensities:
     largest: float = 0.0
     example: str = ""
     line: int = 0
+
+    def add(self, cell: str, value: float, line: int) -> None:
+        if self.count == 0:
+            self.example, self.line = cell, line
+        self.count += 1
+        self.largest = max(self.largest, value)
 
 
 _READ_SCHEMA = pa.schema(
@@ -138,21 +147,18 @@ def read(table: Location, data: DataConfig) -> Labels:
     findings += [*columns.findings, *_intensity_findings(rows, columns, table, data)]
     findings += [*_line_break_findings(rows, table), *_row_findings(rows, columns, table.name, given)]
     labels, duplicates = _without_duplicates(read_table, table.name)
-    folder = table.parent
-    names = labels["name"].combine_chunks()
-    matched = match_images(names, folder, data.images)
-    columns_read = {name: labels[name] for name in labels.column_names if name != "line"}
+    matched = match_images(labels["name"].combine_chunks(), table.parent, data.images)
+    columns_read = {name: labels[name] for name in labels.column_names}
+    columns_read |= image_columns(matched.listing.table, matched.index)
     has_au = columns.has_action_units
-    columns_read |= {
-        "emotion_line": labels["line"] if columns.emotion is not None else pa.nulls(len(names), pa.int32()),
-        "au_line": labels["line"] if has_au else pa.nulls(len(names), pa.int32()),
-        "votes": pa.nulls(len(names), LABEL_SCHEMA.field("votes").type),
-        **image_columns(matched.listing.table, matched.index),
-    }
+    if columns.emotion is not None:
+        columns_read["emotion_line"] = labels["line"]
+    if has_au:
+        columns_read["au_line"] = labels["line"]
     return Labels(
-        table=pa.table([columns_read[name] for name in LABEL_SCHEMA.names], schema=LABEL_SCHEMA),
+        table=label_table(columns_read),
         layout="table",
-        root=folder,
+        root=table.parent,
         image_root=matched.listing.folder,
         emotion_file=table.name if columns.emotion is not None else None,
         au_file=table.name if has_au else None,
@@ -291,17 +297,16 @@ def _keep_line_break(row: CsvRow, columns: Columns, header: list[str], file: str
 
 def _line_break_findings(rows: _Rows, table: Location) -> Iterator[Finding]:
     if rows.line_breaks:
-        message = (
-            f"{table.name}: a column that is not read holds line breaks in {counted(len(rows.line_breaks), 'row')}"
-        )
+        found = counted(len(rows.line_breaks), "row")
+        message = f"{table.name}: a column that is not read holds line breaks in {found}"
         yield rows.line_breaks.finding("info", "line_breaks", message)
     if rows.swallowed:
         num_lines = sum(row.last - row.first + 1 for row in rows.swallowing)
-        message = (
-            f"{table.name}: a double quote opens and is not closed on its line in "
-            f"{counted(len(rows.swallowed), 'place')}: {counted(num_lines, 'line')} cannot be split into rows and "
-            f"{'is' if num_lines == 1 else 'are'} not used"
+        found = counted(len(rows.swallowed), "place")
+        lost = (
+            f"{counted(num_lines, 'line')} cannot be split into rows and {'is' if num_lines == 1 else 'are'} not used"
         )
+        message = f"{table.name}: a double quote opens and is not closed on its line in {found}: {lost}"
         remedy = "Remove the quote, or close it on its line; a quote within a quoted cell is written twice."
         # The quote that closes may be a second lone one.
         lone = dict.fromkeys(line for row in rows.swallowing[:_PLACES_IN_REMEDY] for line in row.lone_quotes)
@@ -331,13 +336,11 @@ def _read_action_units(
     fault = None
     for number, position in columns.action_units.items():
         cell = cells[position].strip()
-        value = _CELLS.get(cell, -1)
-        if value == -1:
-            value = _CELLS.get(cell.lower(), -1)
+        value = _CELLS.get(cell.lower(), -1)
         if number not in columns.presence and (value == -1 or au_threshold is not None):
             intensity = _intensity(cell)
             if intensity is not None:
-                _count_intensity(rows.intensities[number], cell, intensity, line)
+                rows.intensities[number].add(cell, intensity, line)
                 value = value if au_threshold is None else int(intensity >= au_threshold)
         if value == -1:
             fault = fault or f"unreadable {cell[:40]!r} for {action_unit_code(number)}"
@@ -367,13 +370,6 @@ def _intensity(cell: str) -> float | None:
     return value if 0 <= value <= _MAX_INTENSITY else None
 
 
-def _count_intensity(found: _Intensities, cell: str, value: float, line: int) -> None:
-    if found.count == 0:
-        found.example, found.line = cell, line
-    found.count += 1
-    found.largest = max(found.largest, value)
-
-
 def _intensity_findings(rows: _Rows, columns: Columns, table: Location, data: DataConfig) -> Iterator[Finding]:
     """What is read as intensities; UsageError where data.au_threshold is not set for them, or set for none."""
     if data.action_units == "none":
@@ -390,16 +386,13 @@ def _intensity_findings(rows: _Rows, columns: Columns, table: Location, data: Da
             return
         titles = ", ".join(repr(columns.header[columns.action_units[number]]) for number in sorted(found))
         first = min(found.values(), key=lambda one: one.line)
+        what, threshold, usual = "intensities", "2", "=2 is usual for 0 to 5 (DISFA), 1 also counts traces"
         if max(one.largest for one in found.values()) <= 1:
-            what, usual = "probabilities", "data.au_threshold=0.5 is usual"
-            threshold = "0.5"
-        else:
-            what, usual = "intensities", "data.au_threshold=2 is usual for 0 to 5 (DISFA), 1 also counts traces"
-            threshold = "2"
+            what, threshold, usual = "probabilities", "0.5", "=0.5 is usual"
         raise UsageError(
             f"{table}:{first.line}: {titles}: found {first.example!r}; AU columns hold 1, 0 or blank. These look like "
-            f"{what}: set the value from which on an AU is present ({usual}). To try it: rafce data audit {root} "
-            f"data.au_threshold={threshold}"
+            f"{what}: set the value from which on an AU is present (data.au_threshold{usual}). To try it: "
+            f"rafce data audit {root} data.au_threshold={threshold}"
         )
     if not rows.intensities:
         return
@@ -413,9 +406,8 @@ def _intensity_findings(rows: _Rows, columns: Columns, table: Location, data: Da
         Evidence(f"{action_unit_code(number)}: {rows.ones[number]} of {one.count} rows", table.name)
         for number, one in sorted(rows.intensities.items())
     )
-    columns_found = "1 AU column holds" if len(evidence) == 1 else f"{len(evidence)} AU columns hold"
-    present = f"present from data.au_threshold={data.au_threshold:g} on"
-    message = f"{table.name}: {columns_found} intensities: {present}"
+    found_in = "1 AU column holds" if len(evidence) == 1 else f"{len(evidence)} AU columns hold"
+    message = f"{table.name}: {found_in} intensities: present from data.au_threshold={data.au_threshold:g} on"
     yield Finding("info", "intensities", message, "", len(evidence), evidence)
 
 
@@ -475,22 +467,18 @@ def _without_duplicates(table: pa.Table, file: str) -> tuple[pa.Table, list[Find
 
 
 def _masked(table: pa.Table, disagree: dict[str, npt.NDArray[np.bool_]]) -> pa.Table:
-    for name in ("split", "emotion"):
-        values = table[name].combine_chunks()
-        taken = values.take(pa.array(np.arange(len(values)), mask=disagree[name]))
-        table = table.set_column(table.schema.get_field_index(name), name, taken)
-    states = np.where(
-        disagree["au_state"],
-        "unreadable",
-        np.asarray(table["au_state"].combine_chunks().to_numpy(zero_copy_only=False)),
-    )
-    table = table.set_column(table.schema.get_field_index("au_state"), "au_state", pa.array(states, pa.string()))
+    """The table with labels that rows disagree about as unknown: null, unreadable, and no action unit."""
     empty = pa.array([[]], pa.list_(pa.int16()))
-    for name in ("au_positive", "au_negative"):
-        values = pa.concat_arrays([table[name].combine_chunks(), empty])
-        rows = np.where(disagree["au_state"], len(values) - 1, np.arange(len(values) - 1))
-        table = table.set_column(table.schema.get_field_index(name), name, values.take(pa.array(rows)))
-    return table
+    unknown = {"au_state": pa.array(["unreadable"]), "au_positive": empty, "au_negative": empty}
+    columns = {}
+    for name in table.column_names:
+        values = table[name].combine_chunks()
+        mask = disagree.get("au_state" if name.startswith("au_") else name)
+        if mask is not None:
+            values = pa.concat_arrays([values, unknown.get(name, pa.nulls(1, values.type))])
+            values = values.take(pa.array(np.where(mask, len(mask), np.arange(len(mask)))))
+        columns[name] = values
+    return pa.table(columns, schema=table.schema)
 
 
 def _token_counts(table: pa.Table) -> dict[str, int]:
