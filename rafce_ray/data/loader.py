@@ -1,4 +1,4 @@
-"""Epoch order, oversampling and batches.
+"""Datasets made ready for training, the order of an epoch, oversampling and batches.
 
 Nothing random is saved: an order comes from (seed, epoch), a step's draws from its seed.
 
@@ -26,7 +26,7 @@ from rafce_ray.base.taxonomy import Taxonomy
 from rafce_ray.config import DataConfig
 from rafce_ray.data.audit import Audit, audit_command, audit_labels, require_readable, require_trainable
 from rafce_ray.data.labels import read_labels, resolve_targets, resolve_taxonomy
-from rafce_ray.data.records import SPLITS, Progress, Targets, release_memory, system_allocator
+from rafce_ray.data.records import SPLITS, Progress, Targets, counted, release_memory, system_allocator
 from rafce_ray.data.store import (
     LABELS,
     StoreHandle,
@@ -72,13 +72,13 @@ class Dataset:
     fingerprint: str
 
     def indices(self, split: str) -> npt.NDArray[np.int64]:
-        """Rows of one split ("train", "validation", "test"), ascending."""
+        """(N,) int64: rows of one split ("train", "validation", "test"), ascending."""
         return np.flatnonzero(self.targets.split == SPLITS.index(split))
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A dataset made ready: its store on this node, where other nodes find it, and what was found out about it."""
+    """A dataset that is ready for training: its store on this node, the URI for other nodes, and its audit."""
 
     store: Path
     store_uri: str
@@ -158,10 +158,9 @@ def prepare(data: DataConfig, *, progress: Progress | None = None, for_training:
         say(f"Store built with {meta.num_images} images ({handle.reason}): {handle.path}")
     if meta.num_missing or meta.undecodable:
         examples = ", ".join(f"{item.path} ({item.code})" for item in meta.undecodable[:3])
-        warn(
-            f"{meta.num_missing} labelled images are missing and {len(meta.undecodable)} cannot be decoded"
-            f"{': ' + examples if examples else ''}; they are left out. All of them: {audit_command(data)}"
-        )
+        missing = f"{meta.num_missing} labelled images are missing and {len(meta.undecodable)} cannot be decoded"
+        shown = f": {examples}" if examples else ""
+        warn(f"{missing}{shown}; they are left out. All of them: {audit_command(data)}")
     return Prepared(handle.path, handle.uri, taxonomy, audit, meta.fingerprint, handle)
 
 
@@ -195,9 +194,7 @@ def step_seed(*parts: int) -> int:
 
 
 def epoch_order(indices: np.ndarray, seed: int, epoch: int, sampling_weights: np.ndarray | None = None) -> np.ndarray:
-    """The order of one epoch: a permutation of ``indices``, or as many draws with replacement by
-    ``sampling_weights``.
-    """
+    """The order (N,) int64 of one epoch: a permutation of ``indices`` (N,), or N draws by ``sampling_weights`` (N,)."""
     generator = np.random.default_rng([seed, epoch])
     if sampling_weights is None:
         return generator.permutation(indices)
@@ -205,9 +202,7 @@ def epoch_order(indices: np.ndarray, seed: int, epoch: int, sampling_weights: np
 
 
 def balancing_weights(emotion: np.ndarray) -> np.ndarray:
-    """Sampling weights that make every class equally frequent; images without an emotion label weigh as the mean
-    image.
-    """
+    """Sampling weights (N,) float64 that make classes equally frequent; unknown ones (-1 in ``emotion`` (N,)) get 1."""
     known = emotion >= 0
     counts = np.bincount(emotion[known])
     weights = np.ones(len(emotion))
@@ -224,7 +219,7 @@ def batch_remark(num_images: int, batch_size: int) -> str | None:
     """A warning where a batch would take more images than there are; None where it does not."""
     if batch_size <= num_images:
         return None
-    images = f"{num_images} train image{'' if num_images == 1 else 's'}"
+    images = counted(num_images, "train image")
     return f"optim.batch_size={batch_size} is more than the {images}: every epoch is one step with all of them."
 
 
@@ -294,29 +289,20 @@ class TrainLoader:
             yield self._batch(batch, part, images)
 
     def order(self, epoch: int) -> np.ndarray:
-        """Rows of the dataset in the order in which all workers together use them."""
+        """(N,) int64: rows of the dataset in the order in which all workers together use them."""
         return epoch_order(self._indices, self._seed, epoch, self._sampling_weights)
 
     def batch_of(self, indices: np.ndarray) -> Batch:
-        """A batch of chosen train images that belongs to this worker alone."""
+        """A batch of the train images at ``indices`` (B,) int64, for this worker alone."""
         (images,) = self._images.gather_all([indices])
         return self._batch(indices, indices, images)
 
     def _batch(self, whole: np.ndarray, mine: np.ndarray, images: Tensor) -> Batch:
         at = torch.from_numpy(mine).to(self._device)
-        return Batch(
-            images=images,
-            emotion=self._emotion[at],
-            action_units=self._action_units[at],
-            votes=self._votes[at],
-            emotion_norm=self._scalar(self._emotion_weight[whole].sum()),
-            au_norm=self._scalar(self._known_aus[whole].sum()),
-            votes_norm=self._scalar(self._known_votes[whole].sum()),
-            rows=mine,
-        )
-
-    def _scalar(self, value: float) -> Tensor:
-        return torch.tensor(float(value), device=self._device)
+        targets = self._emotion[at], self._action_units[at], self._votes[at]
+        known = self._emotion_weight, self._known_aus, self._known_votes
+        emotion, units, votes = (torch.tensor(float(one[whole].sum()), device=self._device) for one in known)
+        return Batch(images, *targets, emotion_norm=emotion, au_norm=units, votes_norm=votes, rows=mine)
 
 
 class ImageSource:
@@ -326,7 +312,8 @@ class ImageSource:
         self._images = dataset.images
         self._device = device
         self._resident: Tensor | None = None
-        if device.type == "cuda" and self._bytes(len(indices)) < RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]:
+        num_bytes = len(indices) * self._images.stored_px**2 * 3
+        if device.type == "cuda" and num_bytes < RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]:
             self._row = np.full(len(dataset.names), -1, dtype=np.int64)
             self._row[indices] = np.arange(len(indices))
             self._resident = torch.from_numpy(self._images.gather(indices)).to(device)
@@ -349,9 +336,6 @@ class ImageSource:
 
     def _pinned(self, batch: np.ndarray) -> Tensor:
         return torch.from_numpy(self._images.gather(batch)).pin_memory()
-
-    def _bytes(self, num_images: int) -> int:
-        return num_images * self._images.stored_px**2 * 3
 
 
 def _emotion_weights(emotion: np.ndarray, class_weights: np.ndarray | None) -> np.ndarray:

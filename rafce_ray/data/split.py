@@ -71,8 +71,10 @@ def write_split(
         )
     cells = None if source is None else table.read_cells(source, data)
     names = labels.table["name"].to_pylist()
-    of_name = {} if by is None else _column(cells, by, labels)
-    groups = None if by is None else np.array([of_name.get(name, "") for name in names])
+    groups = None
+    if by is not None:
+        of_name = _column(cells, by, labels)
+        groups = np.array([of_name.get(name, "") for name in names])
     codes = assign(*_labelled(labels.table), groups, fractions, seed)
     split_of = {name: SPLITS[code] for name, code in zip(names, codes.tolist(), strict=True)}
     if cells is not None:
@@ -83,18 +85,20 @@ def write_split(
     else:
         rows = zip(names, split_of.values(), labels.table["emotion"].to_pylist(), strict=True)
         written.write_bytes(_csv(["name", "split", "emotion"], rows, ","))
+    of_split = {split: codes == code for code, split in enumerate(SPLITS)}
     num_groups = None
     if groups is not None:
-        num_groups = {split: len(set(groups[codes == code]) - {""}) for code, split in enumerate(SPLITS)}
-    person = None if cells is None or cells.columns.person is None else cells.columns.header[cells.columns.person]
+        num_groups = {split: len(set(groups[mask]) - {""}) for split, mask in of_split.items()}
+    person = None if cells is None else cells.columns.person
+    header = () if cells is None else cells.columns.header
     return NewSplit(
         written=written,
         root=labels.root if labels.layout == "rafce" else written,
-        num_images={split: int((codes == code).sum()) for code, split in enumerate(SPLITS)},
+        num_images={split: int(mask.sum()) for split, mask in of_split.items()},
         num_groups=num_groups,
         num_alone=0 if groups is None else int((groups == "").sum()),
-        columns=() if cells is None else cells.columns.header,
-        person=person,
+        columns=header,
+        person=None if person is None else header[person],
     )
 
 
@@ -162,9 +166,8 @@ def _draw(
         _, classes, counts = np.unique(classes, return_inverse=True, return_counts=True)
         classes = np.where(counts[classes] < 2, counts.argmax(), classes)
         enough = min(size, num_units - size) >= len(np.unique(classes))
-        draws = (StratifiedShuffleSplit if enough else ShuffleSplit)(
-            _STRATIFIED_DRAWS, test_size=size, random_state=seed
-        )
+        splitter = StratifiedShuffleSplit if enough else ShuffleSplit
+        draws = splitter(_STRATIFIED_DRAWS, test_size=size, random_state=seed)
     nearest: npt.NDArray[np.int64] = min((chosen for _, chosen in draws.split(traits, classes, groups)), key=distance)
     return nearest
 
@@ -174,9 +177,7 @@ def _labelled(labels_table: pa.Table) -> tuple[npt.NDArray[np.int64], npt.NDArra
     emotions = np.array([emotion or "" for emotion in labels_table["emotion"].to_pylist()])
     lists = labels_table["au_positive"].to_pylist()
     numbers = sorted({number for one in lists for number in one})
-    present = np.zeros((len(lists), len(numbers)), bool)
-    for row, one in enumerate(lists):
-        present[row, np.searchsorted(numbers, one)] = True
+    present = np.array([np.isin(numbers, one) for one in lists], bool).reshape(len(lists), len(numbers))
     return np.unique(emotions, return_inverse=True)[1].astype(np.int64), present
 
 
@@ -192,13 +193,12 @@ def _column(cells: table.Cells | None, title: str, labels: Labels) -> dict[str, 
     """The cell of a column for each image name."""
     if cells is None:
         raise UsageError(f"--by {title}: {labels.root} has no table, and so no columns. Leave --by out.")
-    wanted = [position for position, one in enumerate(cells.columns.header) if one == title]
-    wanted = wanted or [
-        position for position, one in enumerate(cells.columns.header) if title_key(one) == title_key(title)
-    ]
+    header = cells.columns.header
+    wanted = [position for position, one in enumerate(header) if one == title]
+    wanted = wanted or [position for position, one in enumerate(header) if title_key(one) == title_key(title)]
     if len(wanted) != 1:
         found = "no" if not wanted else "more than one"
-        raise UsageError(f"--by {title}: {found} column of this title among {', '.join(cells.columns.header)}.")
+        raise UsageError(f"--by {title}: {found} column of this title among {', '.join(header)}.")
     return {name: row[wanted[0]].strip() for name, row in cells.named_rows()}
 
 
@@ -215,14 +215,12 @@ def _copied(cells: table.Cells, split_of: Mapping[str, str]) -> bytes:
         sink = io.BytesIO()
         pq.write_table(changed, sink)
         return sink.getvalue()
-    header = [*cells.columns.header, "split"] if split is None else list(cells.columns.header)
-    rows = []
+    if split is None:
+        rows = [[*row, one] for row, one in zip(cells.rows, splits, strict=True)]
+        return _csv([*cells.columns.header, "split"], rows, cells.delimiter)
     for row, one in zip(cells.rows, splits, strict=True):
-        if split is None:
-            rows.append([*row, one])
-        else:
-            rows.append([*row[:split], one, *row[split + 1 :]] if split < len(row) else row)
-    return _csv(header, rows, cells.delimiter)
+        row[split : split + 1] = [one] if split < len(row) else []
+    return _csv(cells.columns.header, cells.rows, cells.delimiter)
 
 
 def _csv(header: Iterable[str], rows: Iterable[Iterable[str]], delimiter: str) -> bytes:

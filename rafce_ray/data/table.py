@@ -148,6 +148,7 @@ def read(table: Location, data: DataConfig) -> Labels:
     findings += [*_line_break_findings(rows, table), *_row_findings(rows, columns, table.name, given)]
     labels, duplicates = _without_duplicates(read_table, table.name)
     matched = match_images(labels["name"].combine_chunks(), table.parent, data.images)
+    counts = np.bincount(np.asarray(labels["au_positive"].combine_chunks().flatten()))
     columns_read = {name: labels[name] for name in labels.column_names}
     columns_read |= image_columns(matched.listing.table, matched.index)
     has_au = columns.has_action_units
@@ -165,7 +166,7 @@ def read(table: Location, data: DataConfig) -> Labels:
         au_columns=tuple(sorted(columns.action_units)) if columns.action_units else None,
         num_extra_images=matched.num_extras,
         findings=(*findings, *duplicates, *matched.findings),
-        token_counts=_token_counts(labels),
+        token_counts={action_unit_code(number): int(count) for number, count in enumerate(counts) if count},
         digests={table.name: hashlib.sha256(raw).hexdigest(), **_reading_digest(columns, table.name, data)},
         near_images=matched.near,
     )
@@ -479,8 +480,3 @@ def _masked(table: pa.Table, disagree: dict[str, npt.NDArray[np.bool_]]) -> pa.T
             values = values.take(pa.array(np.where(mask, len(mask), np.arange(len(mask)))))
         columns[name] = values
     return pa.table(columns, schema=table.schema)
-
-
-def _token_counts(table: pa.Table) -> dict[str, int]:
-    counts = np.bincount(np.asarray(table["au_positive"].combine_chunks().flatten()))
-    return {action_unit_code(number): int(count) for number, count in enumerate(counts) if count}
