@@ -531,7 +531,7 @@ class SplitSummary:
 
 @dataclass(frozen=True)
 class Audit:
-    """The whole of what was found; ``findings`` are sorted with the gravest first.
+    """Everything that was found; the most serious of ``findings`` come first.
 
     Null is read by ``null_policy`` in train and by ``evaluation_null_policy`` in the other splits: so are the counts of
     ``splits``.
@@ -628,7 +628,7 @@ def require_trainable(audit: Audit, data: DataConfig | None = None) -> None:
     """Let a dataset pass that may be trained on; ``data``: how it was read, for the command that lists everything.
 
     Raises:
-        GateError: it may not; the message holds each reason with its first places and its remedy.
+        GateError: it may not; the message gives each reason with its first places and its remedy.
     """
     _refuse(data or DataConfig(root=audit.root), "this data may not be trained on", audit.refusals)
 

@@ -44,7 +44,7 @@ from rafce_ray.data.records import (
 )
 
 AUTO = "auto"
-"""The encoding that a file's byte order mark tells, UTF-8 without one."""
+"""The encoding of a file's byte order mark; UTF-8 without one."""
 
 ENCODING_KEY = "data.encoding"
 
@@ -280,7 +280,7 @@ def _judge_duplicates(
 
 
 def duplicate_findings(identical: EvidenceList, conflicting: EvidenceList, file: str) -> Iterator[Finding]:
-    """Findings for names that a label file holds more than once."""
+    """Findings for names that are more than once in a label file."""
     if identical:
         message = f"{file}: {len(identical)} names are there more than once with the same label; each counts once"
         yield identical.finding("warning", "duplicate_rows", message, "Delete the repeated lines.")
@@ -595,10 +595,8 @@ def _suggested_title(key: str, *, numbered: bool) -> str | None:
 
 def _facs_number(key: str) -> int | None:
     """The action unit whose FACS name, or a form of it, is in a title: ``lip_corner_puller``, ``inner_brow_raise``."""
-    words, *names = (
-        [_ENDINGS.sub("", word) for word in text.split("_")]
-        for text in (key, *map(title_key, ACTION_UNIT_NAMES.values()))
-    )
+    titles = (key, *map(title_key, ACTION_UNIT_NAMES.values()))
+    words, *names = ([_ENDINGS.sub("", word) for word in title.split("_")] for title in titles)
     for number, wanted in zip(ACTION_UNIT_NAMES, names, strict=True):
         found = any(words[start : start + len(wanted)] == wanted for start in range(len(words)))
         if found and (len(wanted) > 1 or len(words) == 1):
@@ -646,7 +644,7 @@ _VOTES_TOLERANCE = 0.02
 
 
 def is_rafce(root: Location) -> bool:
-    """Whether a folder holds one of RAF-CE's label files."""
+    """Whether a folder has one of RAF-CE's label files."""
     return any((root / name).exists() for name in (EMOTION_FILE, ACTION_UNIT_FILE, PARTITION_FILE))
 
 

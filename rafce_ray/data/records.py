@@ -38,7 +38,7 @@ NUM_VOTES = 6
 """Shares in a row of ``distribution.txt``: one a basic emotion, in the order of ``taxonomy.BASIC_EMOTIONS``."""
 
 MAX_EVIDENCE = 1000
-"""Evidence kept per finding; its count tells of the rest."""
+"""Evidence kept per finding; its count includes the rest."""
 
 _CHUNK = 2048
 

@@ -230,7 +230,7 @@ def _write_images(
 
 
 def face_decoder(folder: Location, px: int) -> Callable[[str], npt.NDArray[np.uint8] | Undecodable]:
-    """A function from an image's relative path to its pixels (px, px, 3) uint8, or to why there are none.
+    """A function from an image's relative path to its pixels (S, S, 3) uint8, S = ``px``, or to why there are none.
 
     Raises:
         StorageError: (the function) the store did not answer, which says nothing about the image.
@@ -460,15 +460,15 @@ def _build(path: Path, labels: Labels, data: DataConfig, progress: Progress | No
             f"{path.parent}: {free / 1e9:.1f} GB are free, the store needs {needed / 1e9:.1f} GB. Free some, set "
             "data.store_dir to another disk, or lower data.stored_px."
         )
-    beside = path.with_name(f".{path.name}.{socket.gethostname().replace('.', '-')}-{os.getpid()}.tmp")
+    unfinished = path.with_name(f".{path.name}.{socket.gethostname().replace('.', '-')}-{os.getpid()}.tmp")
     # The lock is held: whatever has this name was left by a dead process.
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir()
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir()
     try:
-        meta = write_store(beside, labels, path.name, data.stored_px, progress)
-        os.rename(beside, path)
+        meta = write_store(unfinished, labels, path.name, data.stored_px, progress)
+        os.rename(unfinished, path)
     except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
         raise
     return meta
 

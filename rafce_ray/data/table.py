@@ -9,7 +9,7 @@ import re
 import shlex
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -89,22 +89,18 @@ _READ_SCHEMA = pa.schema(
 )
 
 
-@dataclass
 class _Rows:
-    """Rows read so far, and what was odd about them."""
+    """Rows read so far, and what was unusual about them."""
 
-    read: ArrowRows = field(default_factory=lambda: ArrowRows(_READ_SCHEMA))
-    malformed: EvidenceList = field(default_factory=EvidenceList)
-    broken: EvidenceList = field(default_factory=EvidenceList)
-    swallowed: EvidenceList = field(default_factory=EvidenceList)
-    swallowing: list[CsvRow] = field(default_factory=list)
-    line_breaks: EvidenceList = field(default_factory=EvidenceList)
-    unreadable: EvidenceList = field(default_factory=EvidenceList)
-    unknown_splits: EvidenceList = field(default_factory=EvidenceList)
-    without_split: EvidenceList = field(default_factory=EvidenceList)
-    intensities: defaultdict[int, _Intensities] = field(default_factory=lambda: defaultdict(_Intensities))
-    ones: Counter[int] = field(default_factory=Counter)
-    splits_of: defaultdict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
+    def __init__(self) -> None:
+        self.read = ArrowRows(_READ_SCHEMA)
+        self.malformed, self.broken, self.unreadable = EvidenceList(), EvidenceList(), EvidenceList()
+        self.line_breaks, self.swallowed = EvidenceList(), EvidenceList()
+        self.swallowing: list[CsvRow] = []
+        self.unknown_splits, self.without_split = EvidenceList(), EvidenceList()
+        self.intensities: defaultdict[int, _Intensities] = defaultdict(_Intensities)
+        self.ones: Counter[int] = Counter()
+        self.splits_of: defaultdict[str, set[str]] = defaultdict(set)
 
 
 def find_table(root: Location) -> Location | None:
@@ -304,10 +300,8 @@ def _line_break_findings(rows: _Rows, table: Location) -> Iterator[Finding]:
     if rows.swallowed:
         num_lines = sum(row.last - row.first + 1 for row in rows.swallowing)
         found = counted(len(rows.swallowed), "place")
-        lost = (
-            f"{counted(num_lines, 'line')} cannot be split into rows and {'is' if num_lines == 1 else 'are'} not used"
-        )
-        message = f"{table.name}: a double quote opens and is not closed on its line in {found}: {lost}"
+        lines = f"{counted(num_lines, 'line')} cannot be split into rows and {'is' if num_lines == 1 else 'are'}"
+        message = f"{table.name}: a double quote opens and is not closed on its line in {found}: {lines} not used"
         remedy = "Remove the quote, or close it on its line; a quote within a quoted cell is written twice."
         # The quote that closes may be a second lone one.
         lone = dict.fromkeys(line for row in rows.swallowing[:_PLACES_IN_REMEDY] for line in row.lone_quotes)
@@ -318,11 +312,13 @@ def _line_break_findings(rows: _Rows, table: Location) -> Iterator[Finding]:
 
 
 def _read_split(cells: list[str], columns: Columns, at: Evidence, rows: _Rows) -> str | None:
-    text = cells[columns.split].strip() if columns.split is not None else ""
+    if columns.split is None:
+        return None
+    text = cells[columns.split].strip()
     split = SPLIT_NAMES.get(label_key(text))
     if split is None and text and label_key(text) not in UNKNOWN_WORDS:
         rows.unknown_splits.add(f"{at.detail}: {text!r}", at.file, at.line)
-    elif split is None and columns.split is not None:
+    elif split is None:
         rows.without_split.add(at.detail, at.file, at.line)
     return split
 

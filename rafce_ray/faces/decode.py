@@ -258,7 +258,7 @@ def decode_image(content: bytes, *, limits: Limits = DEFAULT_LIMITS, name: str =
 
 
 def decode_face(content: bytes, px: int, *, limits: Limits = DEFAULT_LIMITS, name: str = "FILE") -> NDArray[np.uint8]:
-    """An aligned face (px, px, 3) uint8 RGB 0-255, as the store keeps it: the largest centred square, resized.
+    """An aligned face (S, S, 3) uint8 RGB 0-255, S = ``px``, as stored: the largest centred square, resized.
 
     The filter is an antialiasing triangle. The ends of a longer side are cut, since squeezing would change the face.
     An image that already has ``px`` x ``px`` pixels is returned unchanged.
@@ -392,7 +392,7 @@ def _check_tiff(image: TiffImageFile, limits: Limits, name: str) -> None:
 
 
 def _pixels_of_jpeg(content: bytes) -> bytes:
-    """A JPEG without metadata that tells neither colours nor orientation. Pillow fails on some that are cut short."""
+    """A JPEG without metadata other than colours and orientation. Pillow fails on some that are cut short."""
     kept, place = [content[:2]], 2
     while content[place : place + 1] == b"\xff":
         kind = content[place + 1 : place + 2]

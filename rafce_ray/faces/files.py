@@ -310,7 +310,7 @@ NO_FACE = "no_face"
 UNREADABLE = "unreadable"
 
 MAX_BYTES = FILE_LIMITS.max_bytes + 1
-"""Bytes of a file that are read: one more than may be decoded, which tells that there are too many."""
+"""Bytes of a file that are read: one more than the limit, to detect larger files."""
 
 Place = TypeVar("Place", Path, str)
 
@@ -332,7 +332,7 @@ class LoadedFile:
 def load_file(path: Path, *, finder: FaceFinder | None, px: int) -> LoadedFile:
     """Read and decode one file and cut out its faces at ``px`` a side; without a finder the image is one aligned face.
 
-    Never raises for what a file holds: a broken file gives a ``problem``.
+    Never raises for the contents of a file: a broken file gives a ``problem``.
     """
     return load_image(file_name(str(path)), lambda _: read_file(str(path), MAX_BYTES), finder=finder, px=px)
 
