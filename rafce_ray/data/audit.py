@@ -412,10 +412,8 @@ def _check_targets(case: Case) -> Iterator[Finding]:
     evidence = _unreadable(labels)
     evidence += [Evidence(f"{count} rows are {state}") for state, count in value_counts(labels.table["au_state"])]
     message = "there are action-unit labels, but no train image has a positive one: there is nothing to learn"
-    remedy = (
-        "Check how the labels are written (1+4+25 in RAF-CE's file; 1, 0 or blank in a table) and data.action_units; "
-        "data.action_units=none leaves the task out."
-    )
+    written = "how the labels are written (1+4+25 in RAF-CE's file; 1, 0 or blank in a table)"
+    remedy = f"Check {written} and data.action_units; data.action_units=none leaves the task out."
     yield Finding("refusal", "no_action_unit_positives", message, remedy, 1, tuple(evidence))
 
 

@@ -177,11 +177,10 @@ def _undecodable(raw: bytes, location: Location, error: UnicodeDecodeError, enco
 
 
 def _decodes(raw: bytes, codec: str) -> bool:
-    try:
+    with suppress(UnicodeDecodeError):
         raw.decode(codec)
-    except UnicodeDecodeError:
-        return False
-    return True
+        return True
+    return False
 
 
 @dataclass(frozen=True)
@@ -236,11 +235,10 @@ def _looks_swallowed(lines: list[str], width: int, delimiter: str) -> bool:
     """Whether one of a row's lines has as many cells as a row, or the row breaks the rules of quoting."""
     if any(line.count(delimiter) == width - 1 for line in lines):
         return True
-    try:
+    with suppress(csv.Error):
         list(csv.reader(lines, delimiter=delimiter, strict=True))
-    except csv.Error:
-        return True
-    return False
+        return False
+    return True
 
 
 def text_findings(raw: bytes, file: str, encoding: str = AUTO) -> Iterator[Finding]:
@@ -767,10 +765,8 @@ def _action_units(names: pa.Array, file: LabelFile) -> tuple[dict[str, pa.Array]
 def _splits(names: pa.Array, file: LabelFile | None, root: Location) -> tuple[pa.Array, list[Finding]]:
     if file is None:
         message = f"{PARTITION_FILE} is missing: no image is in a split"
-        remedy = (
-            f"Add {PARTITION_FILE} with lines such as '0001.jpg 0' (0 train, 1 test, 2 validation), or draw one: "
-            f"rafce data split {root.command}"
-        )
+        lines = "lines such as '0001.jpg 0' (0 train, 1 test, 2 validation)"
+        remedy = f"Add {PARTITION_FILE} with {lines}, or draw one: rafce data split {root.command}"
         return pa.nulls(len(names), pa.string()), [Finding("refusal", "no_partition_file", message, remedy)]
     distinct = file.values.combine_chunks().dictionary_encode()
     known = [PARTITIONS.get(text) or SPLIT_NAMES.get(label_key(text)) for text in distinct.dictionary.to_pylist()]

@@ -84,16 +84,14 @@ def _read_labels(root: Location, data: DataConfig) -> Labels:
     in_folders = _read_class_folders(root, data) if data.layout in ("auto", "folders") else None
     if in_folders is not None:
         return in_folders
+    tables, folders = " or ".join(table.TABLE_NAMES), "class folders such as train/smiling/"
     expected = {
         "rafce": f"{label_file.EMOTION_FILE} or {label_file.ACTION_UNIT_FILE}",
-        "table": " or ".join(table.TABLE_NAMES),
-        "folders": "class folders such as train/smiling/",
-        "auto": f"{label_file.EMOTION_FILE}, {label_file.ACTION_UNIT_FILE}, a table {' or '.join(table.TABLE_NAMES)}, "
-        "or class folders such as train/smiling/",
-    }
-    raise UsageError(
-        f"{root}: no labels found; expected {expected[data.layout]}. Point data.root at the folder that holds them."
-    )
+        "table": tables,
+        "folders": folders,
+        "auto": f"{label_file.EMOTION_FILE}, {label_file.ACTION_UNIT_FILE}, a table {tables}, or {folders}",
+    }[data.layout]
+    raise UsageError(f"{root}: no labels found; expected {expected}. Point data.root at the folder that holds them.")
 
 
 def resolve_taxonomy(labels: Labels, data: DataConfig) -> Taxonomy:
@@ -291,8 +289,6 @@ def _class_folder_findings(
     if not has_splits:
         found = ", ".join(classes[:10]) + (", ..." if len(classes) > 10 else "")
         message = f"{root}: the class folders ({found}) are in no split"
-        remedy = (
-            f"Write a table with splits: rafce data split {shlex.quote(str(data.root))}. Or move the class folders "
-            "into train/, validation/ and test/."
-        )
+        command = f"rafce data split {shlex.quote(str(data.root))}"
+        remedy = f"Write a table with splits: {command}. Or move the class folders into train/, validation/ and test/."
         yield Finding("refusal", "no_split_folders", message, remedy, 1, (Evidence(found, root.name),))

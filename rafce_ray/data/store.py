@@ -101,15 +101,9 @@ def open_images(folder: Path, meta: StoreMeta) -> list[npt.NDArray[np.uint8]]:
     Raises:
         RafceError: the file is missing or damaged, or holds another number of images than ``store.json`` says.
     """
-    try:
-        reader = pa.ipc.open_file(pa.memory_map(str(folder / IMAGES)))
-        batches = [reader.get_batch(i).column(0).flatten() for i in range(reader.num_record_batches)]
-    except (OSError, pa.ArrowInvalid) as error:
-        raise RafceError(
-            f"{folder / IMAGES}: cannot be read ({error}). Delete the folder {folder}; it is built again."
-        ) from error
     shape = (-1, meta.stored_px, meta.stored_px, 3)
-    views = [values.to_numpy(zero_copy_only=True).reshape(shape) for values in batches]
+    batches = read_arrow(folder / IMAGES).column(0).chunks
+    views = [batch.flatten().to_numpy(zero_copy_only=True).reshape(shape) for batch in batches]
     found = sum(map(len, views))
     if found != meta.num_images:
         raise RafceError(f"{folder / IMAGES}: holds {found} images, {META} says {meta.num_images}. Delete the folder.")

@@ -530,7 +530,7 @@ def _grey16_to_rgb(image: Image.Image) -> Image.Image:
 def _stretch_to_rgb(image: Image.Image) -> Image.Image:
     values = np.asarray(image).astype(np.float64)
     if not np.isfinite(values).all():
-        raise ValueError("it holds values that are not finite")
+        raise ValueError("it has values that are not finite")
     low, high = float(values.min()), float(values.max())
     unit = (values - low) / (high - low) if high > low else np.zeros_like(values)
     return Image.fromarray(np.rint(unit * 255).astype(np.uint8)).convert("RGB")
