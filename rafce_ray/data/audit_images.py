@@ -133,7 +133,8 @@ def _undecodable_finding(labels: Labels, undecodable: list[Undecodable]) -> Find
 def _exact_findings(images: _Images, groups: list[npt.NDArray[np.int64]]) -> Iterator[Finding]:
     pairs = [(int(group[0]), row, group) for group in groups for row in group[1:].tolist()]
     what = "images are exact duplicates of another"
-    yield from _pair_findings(images, "exact_duplicates", what, "in more than one split", pairs)
+    codes = "exact_duplicates", "exact_duplicates_across_splits"
+    yield from _pair_findings(images, codes, what, "in more than one split", pairs)
 
 
 def _near_findings(
@@ -148,7 +149,8 @@ def _near_findings(
         if _is_close(images, one, other):
             pairs.append((one, other, np.concatenate([group_of.get(row, np.array([row])) for row in (one, other)])))
     what = "pairs of images are nearly the same"
-    yield from _pair_findings(images, "near_duplicates", what, "in different splits", pairs)
+    codes = "near_duplicates", "near_duplicates_across_splits"
+    yield from _pair_findings(images, codes, what, "in different splits", pairs)
 
 
 def _is_close(images: _Images, one: int, other: int) -> bool:
@@ -161,7 +163,7 @@ def _is_close(images: _Images, one: int, other: int) -> bool:
 
 
 def _pair_findings(
-    images: _Images, code: str, what: str, across: str, pairs: list[tuple[int, int, npt.NDArray[np.int64]]]
+    images: _Images, codes: tuple[str, str], what: str, across: str, pairs: list[tuple[int, int, npt.NDArray[np.int64]]]
 ) -> Iterator[Finding]:
     """Two label rows of each pair, and all rows of their images: those within a split, then those across splits."""
     within_split, across_splits = EvidenceList(), EvidenceList()
@@ -171,10 +173,10 @@ def _pair_findings(
         found.add(f"{images.describe(one)} = {images.describe(other)}{differs}")
     remedy = "Keep one of each, or all in the same split."
     if within_split:
-        yield within_split.finding("warning", code, f"{len(within_split)} {what} within a split", remedy)
+        yield within_split.finding("warning", codes[0], f"{len(within_split)} {what} within a split", remedy)
     if across_splits:
         message = f"{len(across_splits)} {what} {across}: what is tested was trained on"
-        yield across_splits.finding("error", f"{code}_across_splits", message, remedy)
+        yield across_splits.finding("error", codes[1], message, remedy)
 
 
 HASH_PX = 64
