@@ -646,7 +646,7 @@ def is_rafce(root: Location) -> bool:
     return any((root / name).exists() for name in (EMOTION_FILE, ACTION_UNIT_FILE, PARTITION_FILE))
 
 
-def read(root: Location, images: str | None, encoding: str = AUTO) -> Labels:
+def read_rafce(root: Location, images: str | None, encoding: str = AUTO) -> Labels:
     """Labels of a folder in RAF-CE's layout, rows in the order of the emotion file, then of the action-unit file.
 
     Raises:

@@ -78,9 +78,9 @@ def _read_labels(root: Location, data: DataConfig) -> Labels:
             f"{root}: holds RAF-CE's label files and {found.name}. Choose: data.layout=rafce or data.layout=table."
         )
     if data.layout in ("auto", "table") and found is not None:
-        return table.read(found, data)
+        return table.read_table(found, data)
     if data.layout in ("auto", "rafce") and in_rafce_layout:
-        return label_file.read(root, data.images, data.encoding)
+        return label_file.read_rafce(root, data.images, data.encoding)
     in_folders = _read_class_folders(root, data) if data.layout in ("auto", "folders") else None
     if in_folders is not None:
         return in_folders

@@ -7,6 +7,7 @@ import io
 import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import assert_never
 
 import numpy as np
 import numpy.typing as npt
@@ -82,9 +83,12 @@ def write_split(
     elif labels.layout == "rafce":
         code_of = {split: code for code, split in label_file.PARTITIONS.items()}
         written.write_bytes("".join(f"{name} {code_of[split]}\n" for name, split in split_of.items()).encode())
-    else:
+    elif labels.layout == "folders":
         rows = zip(names, split_of.values(), labels.table["emotion"].to_pylist(), strict=True)
         written.write_bytes(_csv(["name", "split", "emotion"], rows, ","))
+    elif labels.layout != "table":
+        # A new layout must say here how a copy keeps all of its labels.
+        assert_never(labels.layout)
     of_split = {split: codes == code for code, split in enumerate(SPLITS)}
     num_groups = None
     if groups is not None:

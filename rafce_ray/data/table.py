@@ -122,7 +122,7 @@ def find_table(root: Location) -> Location | None:
     return found[0] if found else None
 
 
-def read(table: Location, data: DataConfig) -> Labels:
+def read_table(table: Location, data: DataConfig) -> Labels:
     """Labels of a CSV, TSV or Parquet table; images lie next to it, in ``images/``, ``aligned/`` or ``data.images``.
 
     Raises:

@@ -129,7 +129,7 @@ class CascadeFinder:
 
     def find(self, photograph: Pixels, px: int) -> list[Face]:
         """The faces of an upright (H, W, 3) uint8 RGB photograph, largest first, as crops of ``px`` a side."""
-        grey = cv2.cvtColor(photograph, cv2.COLOR_RGB2GRAY)
+        grey = np.asarray(cv2.cvtColor(photograph, cv2.COLOR_RGB2GRAY), np.uint8)
         found: list[_Candidate] = []
         with self._lock:
             for roll, longer_px in LOOKS:
@@ -194,7 +194,7 @@ class YuNetFinder:
 
     def find(self, photograph: Pixels, px: int) -> list[Face]:
         """The faces of an upright (H, W, 3) uint8 RGB photograph, largest first, as crops of ``px`` a side."""
-        bgr, scale = _shrunk(cv2.cvtColor(photograph, cv2.COLOR_RGB2BGR), WORKING_PX)
+        bgr, scale = _shrunk(np.asarray(cv2.cvtColor(photograph, cv2.COLOR_RGB2BGR), np.uint8), WORKING_PX)
         with self._lock:
             self._detector.setInputSize((bgr.shape[1], bgr.shape[0]))
             _, rows = self._detector.detect(bgr)
@@ -237,8 +237,7 @@ def _shrunk(picture: Pixels, longer_px: int) -> tuple[Pixels, float]:
 
 def _resized(picture: Pixels, factor: float) -> Pixels:
     interpolation = cv2.INTER_AREA if factor < 1 else cv2.INTER_LINEAR
-    resized: Pixels = cv2.resize(picture, None, fx=factor, fy=factor, interpolation=interpolation)
-    return resized
+    return np.asarray(cv2.resize(picture, None, fx=factor, fy=factor, interpolation=interpolation), np.uint8)
 
 
 def _cascade(name: str) -> cv2.CascadeClassifier:
@@ -287,7 +286,7 @@ def _turned(grey: Pixels, roll: float) -> tuple[Pixels, Points]:
     size = math.ceil(width * cos + height * sin), math.ceil(width * sin + height * cos)
     turn[:, 2] += (size[0] - width) / 2, (size[1] - height) / 2
     turned = cv2.warpAffine(grey, turn, size, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
-    return turned, cv2.invertAffineTransform(turn)
+    return np.asarray(turned, np.uint8), np.asarray(cv2.invertAffineTransform(turn), np.float64)
 
 
 def align_face(photograph: Pixels, eyes: Points, places: Points, px: int) -> Pixels:
@@ -304,9 +303,10 @@ def align_face(photograph: Pixels, eyes: Points, places: Points, px: int) -> Pix
     turn = complex(*(target[1] - target[0])) / complex(*(eyes[1] - eyes[0]))
     linear = np.array([[turn.real, -turn.imag], [turn.imag, turn.real]])
     affine = np.column_stack([linear, target[0] - linear @ eyes[0]])
-    crop: Pixels = cv2.warpAffine(
+    turned = cv2.warpAffine(
         photograph, affine, (sharp_px, sharp_px), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE
     )
+    crop = np.asarray(turned, np.uint8)
     return crop if sharp_px == px else _resized(crop, px / sharp_px)
 
 
