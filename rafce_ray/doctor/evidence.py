@@ -1,4 +1,4 @@
-"""What the doctor looks at: all that is on record of a run, from its folder or while it trains."""
+"""The doctor's records and what all rules share: the evidence of a run, diagnoses, commands, and the next setting."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from rafce_ray.run.folder import TRIALS, RunFolder
 
 @dataclass(frozen=True)
 class Evidence:
-    """A run as it is on record. What is not known is None or empty; numbers that are undefined are None, never NaN.
+    """A run as it is on record. Unknown is None or empty; undefined numbers are None, never NaN.
 
     ``place`` is the run folder. ``records`` are its epochs, ``outputs`` the finished model's raw outputs on validation,
     ``calibration`` that of its bundle. ``baseline``: the emotion-only run to compare with. ``next_name`` and
@@ -50,43 +50,37 @@ class Evidence:
 
     @classmethod
     def of_run(cls, folder: RunFolder, baseline: Evidence | None = None) -> Evidence:
-        """All that a run folder tells."""
-        location, config, result = folder.location, folder.config(), folder.result()
-        provenance = location / "provenance.json"
-        name = location.name
+        """Everything that a run folder holds."""
+        location, result = folder.location, folder.result()
         around = location.parent
         storage = around.parent.parent if around.name == TRIALS else around
         return cls(
-            config=config,
+            config=folder.config(),
             records=folder.metrics(),
             events=folder.events(),
             audit=folder.audit(),
             targets=folder.targets(),
             result=result,
-            # A run that was killed before its result has no figures that go with them.
+            # A run that was killed before its result has no figures that go with its outputs.
             outputs=None if result is None else folder.outputs("validation"),
             calibration=None if result is None else _calibration(folder),
-            provenance=folder.provenance() if provenance.exists() else None,
+            provenance=folder.provenance() if (location / "provenance.json").exists() else None,
             baseline=baseline,
-            name=name,
+            name=location.name,
             place=str(location),
-            next_name=storage.free_name(f"{name}-next"),
+            next_name=storage.free_name(f"{location.name}-next"),
             next_storage=str(storage),
         )
 
     @classmethod
     def of_training(
-        cls,
-        config: Config,
-        targets: dict[str, Any] | None,
-        audit: dict[str, Any] | None,
-        records: Sequence[dict[str, Any]],
+        cls, config: Config, targets: dict[str, Any] | None, audit: dict[str, Any] | None, records: list[dict[str, Any]]
     ) -> Evidence:
         """A run that is still in training."""
         name = config.run.name or "run"
         return cls(
             config=config,
-            records=finite(list(records)),
+            records=finite(records),
             audit=finite(audit),
             targets=targets,
             name=name,
@@ -101,7 +95,7 @@ class Evidence:
 
     @property
     def ended(self) -> bool:
-        """Whether training is over, in whatever way."""
+        """Whether training has ended, for any reason."""
         return self.result is not None
 
     @property
@@ -128,20 +122,21 @@ class Evidence:
     @property
     def emotions(self) -> tuple[str, ...]:
         """Classes that are trained; empty where emotions are not."""
-        if self.targets is not None:
-            return tuple(self.targets["train"]["classes"])
-        return tuple(entry["emotion"] for entry in self.last.get("validation", {}).get("per_class", ()))
+        return self._trained("classes", "per_class", "emotion")
 
     @property
     def action_units(self) -> tuple[str, ...]:
         """Codes of the action units that are trained; empty where they are not."""
+        return self._trained("action_units", "per_au", "action_unit")
+
+    def _trained(self, in_targets: str, in_record: str, name: str) -> tuple[str, ...]:
         if self.targets is not None:
-            return tuple(self.targets["train"]["action_units"])
-        return tuple(entry["action_unit"] for entry in self.last.get("validation", {}).get("per_au", ()))
+            return tuple(self.targets["train"][in_targets])
+        return tuple(entry[name] for entry in self.last.get("validation", {}).get(in_record, ()))
 
     @property
     def taxonomy(self) -> Taxonomy:
-        """What is trained, with the components of classes that are known by name."""
+        """Classes and action units that are trained, with the components of known classes."""
         numbers = [parse_action_unit_token(code) for code in self.action_units]
         return make_taxonomy(self.emotions, tuple(number for number in numbers if number is not None))
 
@@ -156,16 +151,12 @@ class Evidence:
 
     @property
     def labelled_positives(self) -> int | None:
-        """Positive action units in the train rows of the labels; None where nobody looked."""
-        if self.audit is None:
-            return None
-        return _positives(self.audit["splits"]["train"])
+        """Positive action units in the train rows of the labels; None without an audit."""
+        return None if self.audit is None else _positives(self.audit["splits"]["train"])
 
     @property
     def train_positives(self) -> int | None:
-        """Positive AU targets that training sees; without targets.json at least as many as are certain, None where none
-        is.
-        """
+        """Positive AU targets in training; without targets.json a lower bound, None where even that is unknown."""
         if self.targets is not None:
             return _positives(self.targets["train"])
         if self.config.data.action_unit_targets == "all_zero":
@@ -200,10 +191,9 @@ def _positives(split: Mapping[str, Any]) -> int:
 
 def _calibration(folder: RunFolder) -> Calibration | None:
     """The calibration of the run's bundle; None without a bundle, and, with a warning, if its manifest is damaged."""
+    remedy = "Then rules about calibration are left out."
     try:
-        manifest = (folder.bundle / "bundle.json").read_record(
-            "Then rules about calibration are left out.", keys=("calibration",)
-        )
+        manifest = (folder.bundle / "bundle.json").read_record(remedy, keys=("calibration",))
     except FileNotFoundError:
         return None
     except DamagedFile as error:
@@ -213,6 +203,26 @@ def _calibration(folder: RunFolder) -> Calibration | None:
 
 
 Verdict = Literal["confirmed", "ruled out", "possible", "unknown"]
+
+NO_AUDIT, NO_TARGETS = "the run folder has no audit.json", "the run folder has no targets.json"
+"""Evidence of a cause that the rules cannot judge."""
+
+
+def confirmed_if(condition: bool) -> Verdict:
+    """``confirmed`` or ``ruled out``."""
+    return "confirmed" if condition else "ruled out"
+
+
+def possible_if(condition: bool) -> Verdict:
+    """``possible`` or ``ruled out``."""
+    return "possible" if condition else "ruled out"
+
+
+def settings(config: Config, *keys: str) -> str:
+    """``model.dropout=0.5, optim.grad_clip=1``: settings as the evidence of a cause."""
+    values = flatten(config)
+    written = {key: as_yaml(values[key]) if isinstance(values[key], str | bool) else f"{values[key]:g}" for key in keys}
+    return ", ".join(f"{key}={value}" for key, value in written.items())
 
 
 @dataclass(frozen=True)
@@ -228,8 +238,8 @@ class Cause:
 class Diagnosis(Finding):
     """A finding of a run: ``message`` holds the numbers, ``causes`` come in the order to look at them.
 
-    ``patch`` maps dotted configuration keys to the values of the next run; empty where no setting mends it. ``command``
-    runs that next run, or shows the data; empty where there is nothing to run.
+    ``patch`` maps dotted configuration keys to the values of the next run; empty where no setting helps. ``command``
+    starts that next run, or shows the data; empty where there is nothing to run.
     """
 
     causes: tuple[Cause, ...] = ()
@@ -256,9 +266,7 @@ class Diagnosis(Finding):
 
 @dataclass(frozen=True)
 class Step:
-    """What to do next: a change of the configuration, in words, and the command; None: the one that trains with the
-    change.
-    """
+    """What to do next: a change of the configuration, in words, and the command. None: train with the change."""
 
     patch: dict[str, Any]
     text: str
@@ -268,9 +276,7 @@ class Step:
 def diagnose(
     evidence: Evidence, code: str, level: Level, message: str, next_step: Step | str, causes: Sequence[Cause] = ()
 ) -> Diagnosis:
-    """A diagnosis with its next step, or with words where no setting helps; the patch leaves out what the configuration
-    already has.
-    """
+    """A diagnosis with its next step, or with words where no setting helps; its patch holds real changes only."""
     step = Step({}, next_step) if isinstance(next_step, str) else next_step
     changes = changes_of(evidence.config, step.patch)
     command = step.command
@@ -280,7 +286,7 @@ def diagnose(
 
 
 def changes_of(config: Config, patch: Mapping[str, Any]) -> dict[str, Any]:
-    """What a patch changes in a configuration: without what it says already."""
+    """The part of a patch that changes a configuration."""
     current = flatten(config)
     return {key: value for key, value in patch.items() if current[key] != value}
 
@@ -291,8 +297,7 @@ def train_command(evidence: Evidence, patch: Mapping[str, Any], *, name: str | N
 
 
 def resume_command(evidence: Evidence, patch: Mapping[str, Any]) -> str | None:
-    """``rafce train --resume``: the run itself goes on, which it may with more epochs or patience; None where it cannot
-    from here.
+    """``rafce train --resume``, which continues the run with more epochs or patience; None where that is impossible.
 
     A trial must not outgrow its study, and a run is resumed with the data.root that it was started with.
     """
@@ -303,7 +308,7 @@ def resume_command(evidence: Evidence, patch: Mapping[str, Any]) -> str | None:
 
 
 def audit_command(evidence: Evidence) -> str:
-    """The command that shows what is in the labels."""
+    """The command that audits the labels of this run."""
     return audit.audit_command(evidence.config.data, _found_root(evidence))
 
 
@@ -318,7 +323,7 @@ def _command(evidence: Evidence, patch: Mapping[str, Any], storage: str | None, 
     if locate(evidence.place).local is not None:
         start = ["rafce", "train", "--config", (locate(evidence.place) / "config.yaml").shown]
     else:
-        # --config reads local files only: everything that is not a default is said instead.
+        # --config reads local files only: the command lists everything that is not a default.
         defaults, current = flatten(Config()), flatten(config)
         values = {key: value for key, value in current.items() if value != defaults[key]} | values
         start = ["rafce", "train"]
@@ -326,9 +331,7 @@ def _command(evidence: Evidence, patch: Mapping[str, Any], storage: str | None, 
 
 
 def _moved_root(evidence: Evidence) -> str | None:
-    """Where the data are, if data.root does not lead there from here: a relative one is meant from where the run was
-    started.
-    """
+    """Where the data are, if data.root is relative to another folder, in which the run was started."""
     root, found = evidence.config.data.root, _found_root(evidence)
     if root is None or found is None or root == found or locate(root).exists():
         return None
@@ -336,7 +339,7 @@ def _moved_root(evidence: Evidence) -> str | None:
 
 
 def _found_root(evidence: Evidence) -> str | None:
-    """Where the audit found the data: the folder, or the table in it that data.root names."""
+    """Where the audit found the data: a folder, or the table in it that data.root names."""
     root, found = evidence.config.data.root, (evidence.audit or {}).get("root")
     name = locate(root).name if root is not None else ""
     if found is None or name.rpartition(".")[2].lower() not in TABLE_EXTENSIONS:
@@ -352,12 +355,12 @@ def as_yaml(value: Any) -> str:
 
 
 TAIL_EPOCHS = 3
-"""Last epochs whose mean stands for where a run is now."""
+"""Last epochs whose mean is the present state of a run."""
 
 DROPOUT_STEPS = (0.5, 0.6, 0.7)
 WEIGHT_DECAY_STEPS = (1e-3, 2e-3, 5e-3)
 GRAD_CLIP = 0.5
-"""The seed's ladder against overfitting, climbed from where the configuration stands; a smaller backbone is its end."""
+"""The seed's steps against overfitting, from the present configuration upwards; a smaller backbone is the last one."""
 
 SMALLER_BACKBONE = {
     "resnet101": "resnet50",
@@ -370,62 +373,54 @@ SMALLER_BACKBONE = {
 }
 
 STILL_FALLING = 0.03
-"""Share by which the train loss falls over the last three epochs of a run that has not done learning."""
+"""Share by which the train loss falls over the last three epochs of a run that is still learning."""
 
 MILD_DROPOUT, MILD_WEIGHT_DECAY, USUAL_LR = 0.4, 5e-4, 1e-3
-"""What the seed goes back to where regularisation is too strong or the learning rate too low."""
+"""The seed's values where regularisation is too strong or the learning rate too low."""
 
 STRONG_WEIGHT_DECAY = 1e-3
-"""The weight decay of the seed's fixed recipe: no more than that is never what keeps a model from learning."""
+"""The weight decay of the seed's fixed recipe: up to here it does not keep a model from learning."""
 
 
 def next_regularisation(config: Config) -> Step | None:
-    """The next step against overfitting; None where the ladder is spent."""
+    """The next step against overfitting; None where all are taken."""
     if config.data.augmentation == "none":
         return Step({"data.augmentation": "light"}, "Augment: data.augmentation=light.")
-    patch: dict[str, Any] = {}
-    dropout = next((step for step in DROPOUT_STEPS if step > config.model.dropout), None)
-    decay = next((step for step in WEIGHT_DECAY_STEPS if step > config.optim.weight_decay), None)
-    if dropout is not None:
-        patch["model.dropout"] = dropout
-    if decay is not None:
-        patch["optim.weight_decay"] = decay
+    patch, steps = {}, []
+    for key, title, value, ladder in (
+        ("model.dropout", "dropout", config.model.dropout, DROPOUT_STEPS),
+        ("optim.weight_decay", "weight decay", config.optim.weight_decay, WEIGHT_DECAY_STEPS),
+    ):
+        if (higher := next((step for step in ladder if step > value), None)) is not None:
+            patch[key] = higher
+            steps.append(f"{title} {value:g} to {higher:g}")
     if patch:
-        steps = []
-        if dropout is not None:
-            steps.append(f"dropout {config.model.dropout:g} to {dropout:g}")
-        if decay is not None:
-            steps.append(f"weight decay {config.optim.weight_decay:g} to {decay:g}")
         return Step(patch, f"Regularise more: {', '.join(steps)}.")
     if config.optim.grad_clip == 0 or config.optim.grad_clip > GRAD_CLIP:
         return Step({"optim.grad_clip": GRAD_CLIP}, f"Clip gradients at {GRAD_CLIP}.")
     smaller = SMALLER_BACKBONE.get(config.model.backbone)
     if smaller is None:
         return None
-    patch = {"model.backbone": smaller}
-    if config.model.weights != "none":
-        # Weights belong to their backbone.
-        patch["model.weights"] = "DEFAULT"
-    return Step(patch, f"Take a smaller backbone: {smaller} instead of {config.model.backbone}.")
+    # Weights belong to their backbone.
+    weights = {} if config.model.weights == "none" else {"model.weights": "DEFAULT"}
+    text = f"Take a smaller backbone: {smaller} instead of {config.model.backbone}."
+    return Step({"model.backbone": smaller} | weights, text)
 
 
 def next_capacity(evidence: Evidence) -> Step:
-    """What lets a run that underfits learn more."""
+    """The next step for a run that underfits."""
     config = evidence.config
     if config.model.freeze_backbone:
         return Step({"model.freeze_backbone": False}, "Train the trunk too: model.freeze_backbone=false.")
     if still_learning(evidence):
-        epochs = more_epochs(config)
-        return Step({"optim.epochs": epochs}, f"It was still learning: train longer, {epochs} epochs.")
+        return longer_step(config)
     if config.data.augmentation == "strong":
         return Step({"data.augmentation": "light"}, "Augment less: data.augmentation=light.")
     if strongly_regularised(config):
         dropout = min(config.model.dropout, MILD_DROPOUT)
         decay = min(config.optim.weight_decay, MILD_WEIGHT_DECAY)
-        return Step(
-            {"model.dropout": dropout, "optim.weight_decay": decay},
-            f"Regularise less: dropout {dropout:g}, weight decay {decay:g}.",
-        )
+        text = f"Regularise less: dropout {dropout:g}, weight decay {decay:g}."
+        return Step({"model.dropout": dropout, "optim.weight_decay": decay}, text)
     if config.optim.optimizer != "sgd" and config.optim.lr < USUAL_LR:
         return Step({"optim.lr": USUAL_LR}, f"Learn faster: optim.lr={USUAL_LR:g}.")
     if config.model.weights == "none":
@@ -434,35 +429,36 @@ def next_capacity(evidence: Evidence) -> Step:
     return Step({"optim.epochs": epochs}, f"Train longer: {epochs} epochs.")
 
 
+def longer_step(config: Config) -> Step:
+    """More epochs, for a run that was still learning."""
+    epochs = more_epochs(config)
+    return Step({"optim.epochs": epochs}, f"It was still learning: train longer, {epochs} epochs.")
+
+
 def significant(value: float) -> float:
-    """Two significant digits: nobody types more of a learning rate."""
+    """Round to two significant digits, as people write learning rates."""
     return float(f"{value:.2g}")
 
 
 def late_fall(evidence: Evidence) -> float:
-    """Share by which the train loss of emotions (of AUs, where they are alone) fell over the last three epochs; NaN
-    where unknown.
-    """
+    """Share by which the train loss fell over the last three epochs, that of emotions if trained; NaN where unknown."""
     losses = evidence.series(f"train.{'emotion_loss' if evidence.emotions else 'au_loss'}")
     return 1 - losses[-1] / losses[-1 - TAIL_EPOCHS] if len(losses) > TAIL_EPOCHS else math.nan
 
 
 def still_learning(evidence: Evidence) -> bool:
-    """Whether the run ended before it had learnt what it could: its train loss still fell, the last epoch is the best,
-    or there are too few epochs to tell."""
+    """Whether more epochs may help: the train loss still fell, the last epoch is the best, or epochs are too few."""
     fall = late_fall(evidence)
     return math.isnan(fall) or fall > STILL_FALLING or best_is_last(evidence)
 
 
 def loss_trend(evidence: Evidence) -> str:
-    """What the train loss did over the last epochs, in words."""
-    fall = late_fall(evidence)
+    """The course of the train loss over the last epochs, in words."""
+    fall, epochs = late_fall(evidence), f"{len(evidence.records)} epochs"
     if math.isnan(fall):
-        return f"there are {len(evidence.records)} epochs only"
-    return (
-        f"the train loss {'fell' if fall >= 0 else 'rose'} by {abs(fall):.1%} over the last {TAIL_EPOCHS} of "
-        f"{len(evidence.records)} epochs"
-    )
+        return f"there are {epochs} only"
+    verb = "fell" if fall >= 0 else "rose"
+    return f"the train loss {verb} by {abs(fall):.1%} over the last {TAIL_EPOCHS} of {epochs}"
 
 
 def strongly_regularised(config: Config) -> bool:

@@ -1,9 +1,9 @@
-"""All rules of the doctor, and what they are run on: a run in training, an ended one, a study."""
+"""All rules of the doctor, run on a run in training, an ended one or a study; and their findings at the terminal."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rafce_ray.base.console import LEVEL_STYLES, console, progress_bar, say, warn
-from rafce_ray.base.errors import LEVELS, DamagedFile, Level
+from rafce_ray.base.errors import LEVELS, DamagedFile
 from rafce_ray.base.figures import FIGURES
 from rafce_ray.config import Config, write_yaml
 from rafce_ray.doctor.action_units import action_units_not_read, au_f1_zero, task_balance
@@ -55,8 +55,7 @@ LIVE_RULES: tuple[Rule, ...] = (
     learning_rate_too_high,
     task_balance,
 )
-"""Rules that say something while a run trains: they look at epoch records and targets only, and cost next to nothing.
-"""
+"""Rules that apply while a run trains: they read epoch records and targets only, and cost almost no time."""
 
 RULES: tuple[Rule, ...] = (
     *LIVE_RULES,
@@ -72,24 +71,20 @@ RULES: tuple[Rule, ...] = (
     train_longer,
     improvement_within_noise,
 )
-"""Every rule; among equally grave findings those of an earlier one come first."""
+"""Every rule; among findings of one level, those of earlier rules come first."""
 
 
 def examine(evidence: Evidence) -> list[Diagnosis]:
-    """What every rule finds, gravest first."""
+    """Findings of every rule, gravest first."""
     return _run(RULES, evidence)
 
 
 def examine_live(
-    config: Config,
-    targets: dict[str, Any] | None,
-    audit: dict[str, Any] | None,
-    records: Sequence[dict[str, Any]],
+    config: Config, targets: dict[str, Any] | None, audit: dict[str, Any] | None, records: list[dict[str, Any]]
 ) -> list[Diagnosis]:
-    """What the rules find that make sense while a run trains, gravest first; ``records`` are its epochs so far, the
-    newest last.
+    """Findings of the rules for a run in training, gravest first; ``records`` are its epochs so far, the newest last.
 
-    The same finding comes again after every epoch that shows it: tell each ``code`` once.
+    A finding is repeated after every epoch that shows it: report each ``code`` once.
     """
     return _run(LIVE_RULES, Evidence.of_training(config, targets, audit, records))
 
@@ -105,9 +100,7 @@ def report_findings(training: Training, records: list[dict[str, Any]]) -> None:
 
 
 def examine_run(folder: RunFolder, baseline: Evidence | None = None) -> list[Diagnosis]:
-    """All findings of a run, compared with ``baseline`` or, without one, with the nearest emotion-only run beside
-    it.
-    """
+    """All findings of a run, compared with ``baseline`` or else with the nearest emotion-only run next to it."""
     evidence = Evidence.of_run(folder, baseline)
     if baseline is None:
         evidence = with_baseline(evidence, emotion_only_runs(siblings(folder)))
@@ -144,9 +137,7 @@ def examine_study(study: StudyFolder, baseline: Evidence | None = None) -> list[
 
 
 def best_trial(trials: Sequence[Trial]) -> Trial | None:
-    """The ended trial of the best monitored figure (macro-F1 over supported classes where trials monitor different
-    ones).
-    """
+    """The ended trial with the best monitored figure, or macro-F1 over supported classes if monitors differ."""
     ended = [trial for trial in trials if trial.evidence.metrics]
     monitors = {trial.evidence.monitor for trial in ended}
     monitor = monitors.pop() if len(monitors) == 1 else "macro_f1_supported"
@@ -159,8 +150,11 @@ def best_trial(trials: Sequence[Trial]) -> Trial | None:
 
 
 def _run(rules: Sequence[Rule], evidence: Evidence) -> list[Diagnosis]:
-    found = [diagnosis for rule in rules for diagnosis in rule(evidence)]
-    return sorted(found, key=lambda diagnosis: LEVELS.index(diagnosis.level))
+    return sorted((found for rule in rules for found in rule(evidence)), key=_gravity)
+
+
+def _gravity(diagnosis: Diagnosis) -> int:
+    return LEVELS.index(diagnosis.level)
 
 
 SHOWN_TRIALS = 5
@@ -173,10 +167,8 @@ def print_diagnoses(diagnoses: Sequence[Diagnosis]) -> None:
     Commands stay on one line.
     """
     for number, diagnosis in enumerate(diagnoses, start=1):
-        heading = Text.assemble(
-            "\n", (f"{number}. {diagnosis.level}", LEVEL_STYLES[diagnosis.level]), f": {diagnosis.code}"
-        )
-        parts: list[RenderableType] = [heading, _indented(diagnosis.message)]
+        level = (f"{number}. {diagnosis.level}", LEVEL_STYLES[diagnosis.level])
+        parts: list[RenderableType] = [Text.assemble("\n", level, f": {diagnosis.code}"), _indented(diagnosis.message)]
         if diagnosis.causes:
             parts += [_indented("causes, in the order to look at them", above=1), _cause_table(diagnosis.causes)]
         parts.append(_indented(Text.assemble(("advice: ", "bold"), diagnosis.remedy), above=1))
@@ -217,14 +209,10 @@ def print_study(trials: Sequence[Trial]) -> None:
     for trial in trials:
         for diagnosis in trial.diagnoses:
             by_code.setdefault(diagnosis.code, []).append((trial, diagnosis))
-    for found in sorted(by_code.values(), key=lambda found: LEVELS.index(_gravest(found))):
-        level = _gravest(found)
-        console.print(
-            Text.assemble(
-                (f"\n{level}", LEVEL_STYLES[level]), f": {found[0][1].code}, {len(found)} of {len(trials)} trials"
-            ),
-            soft_wrap=False,
-        )
+    by_level = [(min((one for _, one in found), key=_gravity).level, code, found) for code, found in by_code.items()]
+    for level, code, found in sorted(by_level, key=lambda one: LEVELS.index(one[0])):
+        trials_with_it = f": {code}, {len(found)} of {len(trials)} trials"
+        console.print(Text.assemble((f"\n{level}", LEVEL_STYLES[level]), trials_with_it), soft_wrap=False)
         if level == "info":
             continue
         for trial, diagnosis in found[:SHOWN_TRIALS]:
@@ -232,25 +220,13 @@ def print_study(trials: Sequence[Trial]) -> None:
             console.print(line, soft_wrap=False, no_wrap=True, overflow="ellipsis")
         if len(found) > SHOWN_TRIALS:
             console.print(f"   and {len(found) - SHOWN_TRIALS} more trials")
-    for heading, diagnoses in _details(trials, by_code):
+    best = best_trial(trials)
+    shown = [] if best is None else best.diagnoses
+    details = [] if best is None or not shown else [(f"The best trial, {best.evidence.name}:", shown)]
+    told = {one.code for one in shown}
+    for code, found in by_code.items():
+        serious = [(trial, one) for trial, one in found if one.level == "serious" and code not in told]
+        details += [(f"{code}, as in {trial.evidence.name}:", [one]) for trial, one in serious[:1]]
+    for heading, diagnoses in details:
         console.print(Text(f"\n{heading}", "bold"), soft_wrap=False)
         print_diagnoses(diagnoses)
-
-
-def _details(
-    trials: Sequence[Trial], by_code: dict[str, list[tuple[Trial, Diagnosis]]]
-) -> Iterator[tuple[str, list[Diagnosis]]]:
-    best = best_trial(trials)
-    shown: set[str] = set()
-    if best is not None and best.diagnoses:
-        shown = {diagnosis.code for diagnosis in best.diagnoses}
-        yield f"The best trial, {best.evidence.name}:", best.diagnoses
-    for code, found in by_code.items():
-        serious = [(trial, diagnosis) for trial, diagnosis in found if diagnosis.level == "serious"]
-        if serious and code not in shown:
-            trial, diagnosis = serious[0]
-            yield f"{code}, as in {trial.evidence.name}:", [diagnosis]
-
-
-def _gravest(found: Sequence[tuple[Trial, Diagnosis]]) -> Level:
-    return min((diagnosis.level for _, diagnosis in found), key=LEVELS.index)

@@ -1,6 +1,4 @@
-"""The doctor's rules on the course of a training: the learning rate, overfitting, underfitting, validation that falls,
-an early end.
-"""
+"""The doctor's rules on the course of a training: learning rate, batch size, overfitting, underfitting, early end."""
 
 from __future__ import annotations
 
@@ -20,6 +18,7 @@ from rafce_ray.doctor.evidence import (
     Step,
     Verdict,
     best_is_last,
+    confirmed_if,
     diagnose,
     figure,
     late_fall,
@@ -27,11 +26,15 @@ from rafce_ray.doctor.evidence import (
     more_epochs,
     next_capacity,
     next_regularisation,
+    possible_if,
     resume_command,
+    settings,
     significant,
     still_learning,
     strongly_regularised,
 )
+
+AUGMENTATION = "data.augmentation"
 
 LARGEST_GAP = 0.30
 """Train-validation gap from which a run overfits (the seed's rule)."""
@@ -40,34 +43,28 @@ CURVE_EPOCHS = 5
 """Epochs that a rule on a curve needs."""
 
 NOISE = 2.0
-"""Standard errors beyond which an accuracy has changed.
-
-Epochs share their images, so that their noise is smaller still.
-"""
+"""Standard errors beyond which an accuracy has changed. Epochs share images, so that their noise is even smaller."""
 
 LEARNT_SHARE = 0.25
-"""Share of the way from the commonest class to perfection that a run which has learnt goes on train images."""
+"""A run has learnt if its train accuracy goes this share of the way from always naming the commonest class to 1."""
 
 STEPS_AN_EPOCH = 4
-"""Steps an epoch at least that a smaller batch size is chosen for."""
+"""Least steps an epoch that a smaller batch size should give."""
 
 SMALL_GAP = 0.10
-"""Gap below which a low train accuracy is no price of strong regularisation on a small train split, but underfitting.
-"""
+"""Below this gap a low train accuracy is underfitting, not strong regularisation on a small train split."""
 
 
 def overfitting(evidence: Evidence) -> list[Diagnosis]:
-    """Train minus validation, both on natural images in evaluation mode, is above 30 points at the last or the best
-    epoch.
-    """
+    """Train minus validation, on natural images in evaluation mode, exceeds 30 points at the last or best epoch."""
     name, title = ("accuracy", "accuracy") if evidence.emotions else ("au_f1_mean", "mean AU-F1")
-    worst = max((evidence.best, evidence.last), key=lambda record: _defined(figure(record, f"gap.{name}")))
+    # max compares with NaN wrongly.
+    worst = max((evidence.best, evidence.last), key=lambda record: np.nan_to_num(figure(record, f"gap.{name}"), nan=-1))
     gap = figure(worst, f"gap.{name}")
     if not gap > LARGEST_GAP:
         return []
     train, validation = (figure(worst, f"{split}.{name}") for split in ("train_natural", "validation"))
-    step = next_regularisation(evidence.config)
-    data, model, optim = evidence.config.data, evidence.config.model, evidence.config.optim
+    config = evidence.config
     seen = (
         f"The train-validation gap in {title} is {100 * gap:.1f} points at epoch {worst['epoch']} (train {train:.1%}, "
         f"validation {validation:.1%}); above {100 * LARGEST_GAP:.0f} a model remembers more than it has understood."
@@ -77,32 +74,20 @@ def overfitting(evidence: Evidence) -> list[Diagnosis]:
         seen += f" At epoch {evidence.best['epoch']}, the best one, it is {100 * best_gap:.1f} points."
     known, what = ("emotion_known", "images") if evidence.emotions else ("au_known", "known AUs of images")
     counts = " and ".join(f"{figure(worst, f'{split}.{known}'):,.0f}" for split in ("train_natural", "validation"))
+    images = "an unknown number of images"
+    if evidence.targets is not None:
+        images = f"{evidence.targets['train']['num_images']:,} train images"
+    resampled = "the gap is measured on resampled or augmented images"
+    strength = settings(config, "model.dropout", "optim.weight_decay", "optim.grad_clip")
     causes = [
-        Cause(
-            "the gap is measured on resampled or augmented images",
-            "ruled out",
-            f"{counts} natural {what}, in evaluation mode",
-        ),
-        Cause(
-            "no augmentation",
-            "confirmed" if data.augmentation == "none" else "ruled out",
-            f"data.augmentation={data.augmentation}",
-        ),
-        Cause(
-            "regularisation is too weak",
-            "possible",
-            f"model.dropout={model.dropout:g}, optim.weight_decay={optim.weight_decay:g}, "
-            f"optim.grad_clip={optim.grad_clip:g}",
-        ),
-        Cause("the model is too large for the data", "possible", f"{model.backbone} on {_train_images(evidence)}"),
+        Cause(resampled, "ruled out", f"{counts} natural {what}, in evaluation mode"),
+        Cause("no augmentation", confirmed_if(config.data.augmentation == "none"), settings(config, AUGMENTATION)),
+        Cause("regularisation is too weak", "possible", strength),
+        Cause("the model is too large for the data", "possible", f"{config.model.backbone} on {images}"),
     ]
-    advice = (
-        step.text
-        if step
-        else "The ladder of dropout, weight decay, clipping and smaller backbones is spent: only more train images "
-        "help."
-    )
-    return [diagnose(evidence, "overfitting", "warning", seen, Step(step.patch if step else {}, advice), causes)]
+    spent = "The ladder of dropout, weight decay, clipping and smaller backbones is spent: only more train images help."
+    step = next_regularisation(config) or Step({}, spent)
+    return [diagnose(evidence, "overfitting", "warning", seen, step, causes)]
 
 
 def validation_falling(evidence: Evidence) -> list[Diagnosis]:
@@ -129,64 +114,48 @@ def validation_falling(evidence: Evidence) -> list[Diagnosis]:
     causes = _falling_causes(evidence, unlearns=unlearns, steered=steered, train_now=train_now)
     step = _against_falling(evidence.config, unlearns=unlearns, steered=steered is True)
     kept = f"The best epoch's weights are kept ({evidence.best.get('epoch')} by {evidence.monitor})."
-    advice = f"{step.text if step else 'Only more train images help.'} {kept}"
-    return [diagnose(evidence, "validation_falling", "warning", seen, Step(step.patch if step else {}, advice), causes)]
+    return [diagnose(evidence, "validation_falling", "warning", seen, Step(step.patch, f"{step.text} {kept}"), causes)]
 
 
 def _falling_causes(evidence: Evidence, *, unlearns: bool, steered: bool | None, train_now: float) -> list[Cause]:
     config = evidence.config
     trend = f"train accuracy {'falls too' if unlearns else f'holds or rises, to {train_now:.1%}'}"
+    rate, au_weight = settings(config, "optim.lr"), settings(config, "loss.au_weight")
+    strength = settings(config, "model.dropout", "optim.weight_decay")
     if not evidence.action_units:
         weight: tuple[Verdict, str] = ("ruled out", "AUs are not trained")
     elif steered is None:
-        weight = ("unknown", f"loss.au_weight={config.loss.au_weight:g}; no gradients on record")
+        weight = ("unknown", f"{au_weight}; no gradients on record")
     else:
-        found = (
-            f"loss.au_weight={config.loss.au_weight:g}; the AU gradient on the trunk is the "
-            f"{'larger' if steered else 'smaller'} one"
-        )
-        weight = ("possible" if steered else "ruled out", found)
+        size = "larger" if steered else "smaller"
+        weight = (possible_if(steered), f"{au_weight}; the AU gradient on the trunk is the {size} one")
+    slow = f"{rate}: a low rate learns slowly, it does not unlearn"
     return [
-        Cause("overfitting", "ruled out" if unlearns else "confirmed", trend),
-        Cause(
-            "the learning rate is too high",
-            "possible" if unlearns else "ruled out",
-            f"optim.lr={config.optim.lr:g}; {trend}",
-        ),
-        Cause(
-            "the learning rate is too low (the seed's guess)",
-            "ruled out",
-            f"optim.lr={config.optim.lr:g}: a low rate learns slowly, it does not unlearn",
-        ),
-        Cause(
-            "regularisation is too strong (the seed's guess)",
-            "possible" if unlearns else "ruled out",
-            f"model.dropout={config.model.dropout:g}, optim.weight_decay={config.optim.weight_decay:g}; {trend}",
-        ),
+        Cause("overfitting", confirmed_if(not unlearns), trend),
+        Cause("the learning rate is too high", possible_if(unlearns), f"{rate}; {trend}"),
+        Cause("the learning rate is too low (the seed's guess)", "ruled out", slow),
+        Cause("regularisation is too strong (the seed's guess)", possible_if(unlearns), f"{strength}; {trend}"),
         Cause("the weight of the AU loss is too high", *weight),
     ]
 
 
-def _against_falling(config: Config, *, unlearns: bool, steered: bool) -> Step | None:
+def _against_falling(config: Config, *, unlearns: bool, steered: bool) -> Step:
     if steered:
         weight = 0.5 if config.loss.au_weight > 0.5 else config.loss.au_weight / 2
         return Step({"loss.au_weight": weight}, f"Lower loss.au_weight from {config.loss.au_weight:g} to {weight:g}.")
     if not unlearns:
-        return next_regularisation(config)
+        return next_regularisation(config) or Step({}, "Only more train images help.")
     slower = significant(config.optim.lr / 3)
     return Step({"optim.lr": slower}, f"Lower optim.lr from {config.optim.lr:g} to {slower:g}.")
 
 
 def _au_gradient_dominates(evidence: Evidence) -> bool | None:
-    """Whether the weighted AU gradient is the larger one on the trunk, by the median of the last epochs; None where
-    unknown.
-    """
+    """Whether the weighted AU gradient on the trunk is the larger one, by its recent median; None where unknown."""
     if evidence.config.loss.au_stop_gradient:
         return False
-    recent = evidence.records[-CURVE_EPOCHS:]
     ratios = [
         figure(one, "au_weight") * figure(one, "gradient.au_norm") / norm
-        for one in recent
+        for one in evidence.records[-CURVE_EPOCHS:]
         if (norm := figure(one, "gradient.emotion_norm")) > 0
     ]
     defined = [ratio for ratio in ratios if math.isfinite(ratio)]
@@ -197,53 +166,35 @@ def underfitting(evidence: Evidence) -> list[Diagnosis]:
     """At the end, train images are hardly read better than by naming the commonest class, and the gap is small."""
     if not evidence.ended or evidence.status == "diverged" or len(evidence.records) < TAIL_EPOCHS:
         return []
-    record = evidence.best
-    train, majority, gap = (
-        figure(record, path) for path in ("train_natural.accuracy", "train_natural.majority_accuracy", "gap.accuracy")
-    )
+    record, config = evidence.best, evidence.config
+    paths = ("train_natural.accuracy", "train_natural.majority_accuracy", "gap.accuracy")
+    train, majority, gap = (figure(record, path) for path in paths)
     if not (learnt_share(evidence) < LEARNT_SHARE and gap < SMALL_GAP):
         return []
-    config, step = evidence.config, next_capacity(evidence)
     seen = (
         f"The model underfits: at its best epoch ({record['epoch']}) even train accuracy is {train:.1%}, where naming "
         f"the commonest class gets {majority:.1%}, and the gap to validation is {100 * gap:.1f} points."
     )
+    strong = strongly_regularised(config) or config.data.augmentation == "strong"
+    strength = settings(config, "model.dropout", "optim.weight_decay", AUGMENTATION)
+    frozen, weights = config.model.freeze_backbone, config.model.weights
     causes = [
-        Cause(
-            "too few epochs",
-            "possible" if still_learning(evidence) else "ruled out",
-            loss_trend(evidence),
-        ),
-        Cause(
-            "regularisation or augmentation is too strong",
-            "possible" if strongly_regularised(config) or config.data.augmentation == "strong" else "ruled out",
-            f"model.dropout={config.model.dropout:g}, optim.weight_decay={config.optim.weight_decay:g}, "
-            f"data.augmentation={config.data.augmentation}",
-        ),
-        Cause(
-            "the trunk cannot learn",
-            "confirmed" if config.model.freeze_backbone else "ruled out",
-            f"model.freeze_backbone={str(config.model.freeze_backbone).lower()}",
-        ),
-        Cause(
-            "it starts from nothing",
-            "possible" if config.model.weights == "none" else "ruled out",
-            f"model.weights={config.model.weights}",
-        ),
+        Cause("too few epochs", possible_if(still_learning(evidence)), loss_trend(evidence)),
+        Cause("regularisation or augmentation is too strong", possible_if(strong), strength),
+        Cause("the trunk cannot learn", confirmed_if(frozen), settings(config, "model.freeze_backbone")),
+        Cause("it starts from nothing", possible_if(weights == "none"), f"model.weights={weights}"),
     ]
-    return [diagnose(evidence, "underfitting", "warning", seen, step, causes)]
+    return [diagnose(evidence, "underfitting", "warning", seen, next_capacity(evidence), causes)]
 
 
 def learnt_share(evidence: Evidence) -> float:
-    """Share of the way from the commonest class to perfection on natural train images at the best epoch; NaN where
-    undefined.
-    """
+    """Share of the way from majority accuracy to 1 on natural train images at the best epoch; NaN where undefined."""
     train, majority = (figure(evidence.best, f"train_natural.{name}") for name in ("accuracy", "majority_accuracy"))
     return (train - majority) / (1 - majority) if majority < 1 else math.nan
 
 
 def batch_of_all_images(evidence: Evidence) -> list[Diagnosis]:
-    """A batch would take more images than the train split has, so that an epoch is a single step."""
+    """A batch has room for more images than the train split has, so that an epoch is a single step."""
     batch_size = evidence.config.optim.batch_size
     num_images = ((evidence.targets or {}).get("train") or {}).get("num_images")
     if num_images is None or (seen := batch_remark(num_images, batch_size)) is None:
@@ -251,39 +202,31 @@ def batch_of_all_images(evidence: Evidence) -> list[Diagnosis]:
     smaller = max(2 * evidence.config.run.most_workers, 2 ** int(math.log2(max(2, num_images / STEPS_AN_EPOCH))))
     steps = num_steps(num_images, smaller)
     if steps < 2:
-        advice = "Label more train images: these are too few for more than one step an epoch."
-        return [diagnose(evidence, "batch_of_all_images", "warning", seen, advice)]
-    advice = f"Lower optim.batch_size to {smaller}, for {steps} steps an epoch."
-    patch = {"optim.batch_size": smaller}
-    return [diagnose(evidence, "batch_of_all_images", "warning", seen, Step(patch, advice))]
+        step = Step({}, "Label more train images: these are too few for more than one step an epoch.")
+    else:
+        advice = f"Lower optim.batch_size to {smaller}, for {steps} steps an epoch."
+        step = Step({"optim.batch_size": smaller}, advice)
+    return [diagnose(evidence, "batch_of_all_images", "warning", seen, step)]
 
 
 def train_longer(evidence: Evidence) -> list[Diagnosis]:
-    """All epochs were used, and the run was still improving: the last epoch is the best, or one near it and the train
-    loss still fell.
-    """
+    """All epochs were used, and the run still improved: the best epoch is the last or near, the train loss fell."""
     num_epochs = len(evidence.records)
     if evidence.status != "finished" or num_epochs < TAIL_EPOCHS:
         return []
-    recent = evidence.last["epoch"] - evidence.best["epoch"] < TAIL_EPOCHS
-    if not (best_is_last(evidence) or (recent and late_fall(evidence) > STILL_FALLING)):
+    recent, fall = evidence.last["epoch"] - evidence.best["epoch"] < TAIL_EPOCHS, late_fall(evidence)
+    if not (best_is_last(evidence) or (recent and fall > STILL_FALLING)):
         return []
     config, epochs = evidence.config, more_epochs(evidence.config)
     seen = f"Epoch {evidence.best['epoch']} of {num_epochs} is the best: the run ended while it was still improving."
-    fall = late_fall(evidence)
-    causes = [
-        Cause(
-            "too few epochs",
-            "unknown" if math.isnan(fall) else "confirmed" if fall > STILL_FALLING else "possible",
-            f"{loss_trend(evidence)}; optim.patience={config.optim.patience} was not spent",
-        )
-    ]
-    patch = {"optim.epochs": epochs}
-    command = resume_command(evidence, patch)
+    verdict: Verdict = "unknown" if math.isnan(fall) else "confirmed" if fall > STILL_FALLING else "possible"
+    found = f"{loss_trend(evidence)}; optim.patience={config.optim.patience} was not spent"
+    command = resume_command(evidence, {"optim.epochs": epochs})
     advice = f"Train longer: {epochs} epochs."
     if command is not None:
         advice += " --resume goes on from the last epoch, with the learning rate of the longer schedule."
-    return [diagnose(evidence, "train_longer", "info", seen, Step(patch, advice, command), causes)]
+    step = Step({"optim.epochs": epochs}, advice, command)
+    return [diagnose(evidence, "train_longer", "info", seen, step, [Cause("too few epochs", verdict, found)])]
 
 
 def standard_error(share: float, count: float) -> float:
@@ -291,37 +234,23 @@ def standard_error(share: float, count: float) -> float:
     return math.sqrt(max(share * (1 - share), 0.0) / max(count, 1))
 
 
-def _train_images(evidence: Evidence) -> str:
-    return (
-        "an unknown number of images"
-        if evidence.targets is None
-        else f"{evidence.targets['train']['num_images']:,} train images"
-    )
-
-
-def _defined(value: float) -> float:
-    return value if math.isfinite(value) else -math.inf
-
-
 SAFE_CLIP = 1.0
 """Gradient norm at which the seed's fixed recipe clips."""
 
 RISEN = 1.10
-"""Train loss over its lowest from which it has risen: an epoch's mean over a few thousand images is steadier than a
-tenth.
-"""
+"""Ratio of train loss to its minimum from which it has risen: means over thousands of images vary by less."""
 
 SWING = 1.05
-"""Train loss over that of the epoch before from which the epoch went the wrong way."""
+"""Ratio of train loss to that of the epoch before from which the epoch went the wrong way."""
 
 SWINGING_SHARE = 1 / 3
 """Share of epochs that went the wrong way from which a loss swings."""
 
 EXPLODED = 10.0
-"""Largest over median gradient norm of an epoch from which gradients explode."""
+"""Ratio of largest to median gradient norm of epochs from which gradients explode."""
 
 LOW_LR = {"adamw": 1e-4, "adam": 1e-4, "sgd": 1e-2}
-"""Learning rates below which a slow descent is put down to the rate: a fifth of what each rule usually takes."""
+"""Learning rates below which they are blamed for a slow descent: a fifth of the usual ones."""
 
 SLOW_FALL = 0.10
 """Share of its first value by which a train loss falls over a whole run that hardly learns."""
@@ -335,44 +264,28 @@ def diverged(evidence: Evidence) -> list[Diagnosis]:
     validation = evidence.last.get("validation", {})
     undefined = [
         f"{title} loss"
-        for title, name, known in (("emotion", "emotion_loss", "emotion_known"), ("AU", "au_loss", "au_known"))
-        if figure(validation, known) > 0 and math.isnan(figure(validation, name))
+        for title, task in (("emotion", "emotion"), ("AU", "au"))
+        if figure(validation, f"{task}_known") > 0 and math.isnan(figure(validation, f"{task}_loss"))
     ]
-    if evidence.status != "diverged" and not undefined:
+    has_stopped = evidence.status == "diverged"
+    if not has_stopped and not undefined:
         return []
-    optim, epochs = evidence.config.optim, len(evidence.records)
-    what = "a train loss" if evidence.status == "diverged" else f"the validation {' and '.join(undefined)}"
-    epoch = epochs + 1 if evidence.status == "diverged" else epochs
-    seen = (
-        f"Training diverged: {what} was not finite in epoch {epoch} (optim.lr={optim.lr:g}, "
-        f"optim.grad_clip={optim.grad_clip:g})."
-    )
-    if evidence.ended:
-        best = (evidence.result or {}).get("best_epoch")
-        seen += (
-            " No epoch could be kept."
-            if best is None
-            else f" The bundle of epoch {best}, the best one before, is intact."
-        )
-    norms = [norm for norm in evidence.series("train.grad_norm") if math.isfinite(norm)]
-    trend = (
-        "no epoch is on record"
-        if not norms
-        else f"gradient norms by epoch: {', '.join(f'{one:.3g}' for one in norms[-CURVE_EPOCHS:])}"
-    )
+    optim, epoch = evidence.config.optim, len(evidence.records) + has_stopped
+    clip, rate = settings(evidence.config, "optim.grad_clip"), settings(evidence.config, "optim.lr")
+    what = "a train loss" if has_stopped else f"the validation {' and '.join(undefined)}"
+    seen = f"Training diverged: {what} was not finite in epoch {epoch} ({rate}, {clip})."
+    if evidence.result is not None:
+        best = evidence.result.get("best_epoch")
+        kept = f"The bundle of epoch {best}, the best one before, is intact."
+        seen += " No epoch could be kept." if best is None else f" {kept}"
+    norms = [f"{norm:.3g}" for norm in evidence.series("train.grad_norm") if math.isfinite(norm)]
+    trend = f"gradient norms by epoch: {', '.join(norms[-CURVE_EPOCHS:])}" if norms else "no epoch is on record"
     precision = next((event["precision"] for event in reversed(evidence.events) if "precision" in event), None)
+    coarse: Verdict = "unknown" if precision is None else possible_if(precision == "bf16")
     causes = [
-        Cause(
-            "gradients are not clipped",
-            "possible" if optim.grad_clip == 0 else "ruled out",
-            f"optim.grad_clip={optim.grad_clip:g}; {trend}",
-        ),
-        Cause("the learning rate is too high", "possible", f"optim.lr={optim.lr:g} with {optim.optimizer}"),
-        Cause(
-            "bf16 is too coarse",
-            "unknown" if precision is None else "possible" if precision == "bf16" else "ruled out",
-            f"precision {precision or 'not on record'}",
-        ),
+        Cause("gradients are not clipped", possible_if(optim.grad_clip == 0), f"{clip}; {trend}"),
+        Cause("the learning rate is too high", "possible", f"{rate} with {optim.optimizer}"),
+        Cause("bf16 is too coarse", coarse, f"precision {precision or 'not on record'}"),
     ]
     patch: dict[str, Any]
     if optim.grad_clip == 0:
@@ -393,45 +306,32 @@ def learning_rate_too_high(evidence: Evidence) -> list[Diagnosis]:
         return []
     losses, norms = _losses(evidence, settled), np.array([figure(one, "train.grad_norm") for one in settled])
     optim = evidence.config.optim
-    lowest = float(losses.min())
-    wrong_way = int((losses[1:] > SWING * losses[:-1]).sum())
-    risen = bool((losses[-2:] > RISEN * lowest).all())
-    swings = wrong_way >= max(2, SWINGING_SHARE * (len(losses) - 1))
-    exploded = optim.grad_clip == 0 and bool(norms.max() > EXPLODED * np.median(norms))
-    if not (risen or swings or exploded):
-        return []
+    lowest, wrong_way = float(losses.min()), int((losses[1:] > SWING * losses[:-1]).sum())
     signs = []
-    if risen:
-        signs.append(
-            f"the train loss rose from {lowest:.3f} at epoch {settled[int(losses.argmin())]['epoch']} to "
-            f"{losses[-1]:.3f}"
-        )
-    if swings:
-        signs.append(
-            f"the train loss rose by more than {100 * (SWING - 1):.0f} % in {wrong_way} of {len(losses) - 1} epochs"
-        )
-    if exploded:
+    if (losses[-2:] > RISEN * lowest).all():
+        at = settled[int(losses.argmin())]["epoch"]
+        signs.append(f"the train loss rose from {lowest:.3f} at epoch {at} to {losses[-1]:.3f}")
+    if wrong_way >= max(2, SWINGING_SHARE * (len(losses) - 1)):
+        rise = f"{100 * (SWING - 1):.0f} %"
+        signs.append(f"the train loss rose by more than {rise} in {wrong_way} of {len(losses) - 1} epochs")
+    loss_shows_it = bool(signs)
+    if optim.grad_clip == 0 and norms.max() > EXPLODED * np.median(norms):
         signs.append(f"the mean gradient norm of an epoch reached {norms.max():.3g} (median {np.median(norms):.3g})")
+    if not signs:
+        return []
     seen = f"After the warm-up, {', and '.join(signs)}."
+    verdict: Verdict = "confirmed" if loss_shows_it else "possible"
+    rate, clip = settings(evidence.config, "optim.lr"), settings(evidence.config, "optim.grad_clip")
     causes = [
-        Cause(
-            "the learning rate is too high",
-            "possible" if exploded and not (risen or swings) else "confirmed",
-            f"optim.lr={optim.lr:g} with {optim.optimizer}",
-        ),
-        Cause(
-            "gradients are not clipped",
-            "possible" if optim.grad_clip == 0 else "ruled out",
-            f"optim.grad_clip={optim.grad_clip:g}",
-        ),
+        Cause("the learning rate is too high", verdict, f"{rate} with {optim.optimizer}"),
+        Cause("gradients are not clipped", possible_if(optim.grad_clip == 0), clip),
     ]
     lower = significant(optim.lr / 3)
-    patch: dict[str, Any] = {"optim.lr": lower}
-    advice = f"Lower optim.lr from {optim.lr:g} to {lower:g}."
+    patch, advice = {"optim.lr": lower}, f"Lower optim.lr from {optim.lr:g} to {lower:g}"
     if optim.grad_clip == 0:
         patch["optim.grad_clip"] = SAFE_CLIP
-        advice = f"Lower optim.lr from {optim.lr:g} to {lower:g} and clip gradients at {SAFE_CLIP:g}."
-    return [diagnose(evidence, "learning_rate_too_high", "warning", seen, Step(patch, advice), causes)]
+        advice += f" and clip gradients at {SAFE_CLIP:g}"
+    return [diagnose(evidence, "learning_rate_too_high", "warning", seen, Step(patch, f"{advice}."), causes)]
 
 
 def learning_rate_too_low(evidence: Evidence) -> list[Diagnosis]:
@@ -439,21 +339,18 @@ def learning_rate_too_low(evidence: Evidence) -> list[Diagnosis]:
     settled, optim = _settled(evidence), evidence.config.optim
     if not evidence.ended or evidence.status == "diverged" or len(settled) < CURVE_EPOCHS:
         return []
-    losses = _losses(evidence, settled)
+    losses, usual = _losses(evidence, settled), LOW_LR[optim.optimizer]
     fall = 1 - losses[-1] / losses[0]
-    if not (optim.lr < LOW_LR[optim.optimizer] and (np.diff(losses) < 0).all() and fall < SLOW_FALL):
+    if not (optim.lr < usual and (np.diff(losses) < 0).all() and fall < SLOW_FALL):
         return []
     faster = significant(optim.lr * FASTER)
     seen = (
         f"The train loss fell in every epoch after the warm-up, but by {fall:.1%} in all ({losses[0]:.3f} to "
         f"{losses[-1]:.3f} in {len(losses)} epochs), with optim.lr={optim.lr:g}."
     )
+    slow = f"below {usual:g}, and the descent is steady and slow"
     causes = [
-        Cause(
-            "the learning rate is too low",
-            "confirmed",
-            f"below {LOW_LR[optim.optimizer]:g}, and the descent is steady and slow",
-        ),
+        Cause("the learning rate is too low", "confirmed", slow),
         Cause("the loss swings", "ruled out", "it fell in every epoch"),
     ]
     advice = f"Raise optim.lr from {optim.lr:g} to {faster:g}."
@@ -463,11 +360,9 @@ def learning_rate_too_low(evidence: Evidence) -> list[Diagnosis]:
 def _settled(evidence: Evidence) -> list[dict[str, Any]]:
     """Records of the epochs after the warm-up and after the AU loss has come in."""
     loss = evidence.config.loss
-    first = math.ceil(evidence.config.optim.warmup_epochs)
-    if loss.au_start_epoch or loss.au_ramp_epochs:
-        first = max(first, loss.au_start_epoch + loss.au_ramp_epochs)
+    first = max(math.ceil(evidence.config.optim.warmup_epochs), loss.au_start_epoch + loss.au_ramp_epochs)
     settled = [record for record in evidence.records if record["epoch"] > first]
-    return settled if all(math.isfinite(one) for one in _losses(evidence, settled)) else []
+    return settled if np.isfinite(_losses(evidence, settled)).all() else []
 
 
 def _losses(evidence: Evidence, records: list[dict[str, Any]]) -> np.ndarray:
