@@ -1,6 +1,4 @@
-"""The doctor's rules on what figures mean: classes never found, AUs no better than a constant, calibration, noise, and
-the baseline.
-"""
+"""The doctor's rules on figures: classes never found, AUs at their floor, calibration, noise, and the baseline."""
 
 from __future__ import annotations
 
@@ -18,19 +16,24 @@ from rafce_ray.base.taxonomy import make_taxonomy
 from rafce_ray.config import Config, differences
 from rafce_ray.doctor.action_units import data_remedy, next_au_weight
 from rafce_ray.doctor.evidence import (
+    NO_TARGETS,
     Cause,
     Diagnosis,
     Evidence,
     Step,
+    Verdict,
     audit_command,
     bounds,
     changes_of,
+    confirmed_if,
     diagnose,
     figure,
+    longer_step,
     loss_trend,
-    more_epochs,
     next_capacity,
     next_regularisation,
+    possible_if,
+    settings,
     still_learning,
     train_command,
 )
@@ -42,9 +45,8 @@ from rafce_ray.run.folder import RunFolder
 
 
 def classes_never_found(evidence: Evidence) -> list[Diagnosis]:
-    """Classes at F1 0 at the end: with support a failing to mend, without it a number that means nothing."""
-    entries = evidence.metrics.get("per_class") or []
-    zero = [entry for entry in entries if entry["f1"] == 0 and entry["support"] > 0]
+    """Classes at F1 0 at the end: a failure to fix if they have support, else a number without meaning."""
+    zero = [one for one in evidence.metrics.get("per_class") or [] if one["f1"] == 0 and one["support"] > 0]
     with_support = [entry for entry in zero if entry["support"] >= MIN_SUPPORT]
     without = [entry for entry in zero if entry["support"] < MIN_SUPPORT]
     found = [_never_found(evidence, with_support)] if with_support else []
@@ -56,69 +58,48 @@ def _never_found(evidence: Evidence, entries: list[dict[str, Any]]) -> Diagnosis
         f"{entry['emotion']} (none of {entry['support']} found: recall below {largest_recall(entry['support']):.0%})"
         for entry in entries
     )
-    seen = f"{len(entries)} classes with {MIN_SUPPORT} or more validation images have F1 0: {listed}."
-    if len(entries) == 1:
-        seen = f"One class with {MIN_SUPPORT} or more validation images has F1 0: {listed}."
+    number, have = ("One class", "has") if len(entries) == 1 else (f"{len(entries)} classes", "have")
+    seen = f"{number} with {MIN_SUPPORT} or more validation images {have} F1 0: {listed}."
     counts = {} if evidence.targets is None else evidence.targets["train"]["classes"]
     train = {entry["emotion"]: counts.get(entry["emotion"]) for entry in entries}
     absent = [name for name, count in train.items() if count == 0]
-    shown = ", ".join(f"{name} {count}" for name, count in train.items())
-    predicted = sum(entry["predicted"] for entry in entries)
-    # Undefined counts as learnt: what is not known is no excuse.
+    # An undefined share counts as learnt.
     underfits = learnt_share(evidence) < LEARNT_SHARE
-    imbalance, head = evidence.config.loss.imbalance, evidence.config.model.compositional_head
+    no_image: tuple[Verdict, str] = ("unknown", NO_TARGETS)
+    if counts:
+        shown = ", ".join(f"{name} {count}" for name, count in train.items())
+        no_image = (confirmed_if(bool(absent)), f"train images: {shown}")
+    accuracy = f"train accuracy {figure(evidence.best, 'train_natural.accuracy'):.1%}"
+    chosen = settings(evidence.config, "loss.imbalance", "model.compositional_head")
+    aside = f"predicted {sum(entry['predicted'] for entry in entries)} times in all; {chosen}"
+    little = possible_if(underfits or still_learning(evidence))
     causes = [
-        Cause(
-            "train has no image of them",
-            "unknown" if not counts else "confirmed" if absent else "ruled out",
-            f"train images: {shown}" if counts else "the run folder has no targets.json",
-        ),
-        Cause(
-            "the whole model has learnt too little yet",
-            "possible" if underfits or still_learning(evidence) else "ruled out",
-            f"train accuracy {figure(evidence.best, 'train_natural.accuracy'):.1%}; {loss_trend(evidence)}",
-        ),
-        Cause(
-            "frequent classes push them aside",
-            "possible",
-            f"predicted {predicted} times in all; loss.imbalance={imbalance}, "
-            f"model.compositional_head={str(head).lower()}",
-        ),
+        Cause("train has no image of them", *no_image),
+        Cause("the whole model has learnt too little yet", little, f"{accuracy}; {loss_trend(evidence)}"),
+        Cause("frequent classes push them aside", "possible", aside),
     ]
     if absent:
         advice = f"Label train images of {', '.join(absent)}: what was never shown is never found."
-        return diagnose(
-            evidence, "class_never_found", "warning", seen, Step({}, advice, audit_command(evidence)), causes
-        )
-    if underfits:
-        advice = (
-            "See to it that the model learns at all first: one that has learnt little finds the commonest classes only."
-        )
-        return diagnose(evidence, "class_never_found", "warning", seen, advice, causes)
-    step = _for_rare_classes(evidence)
+        step = Step({}, advice, audit_command(evidence))
+    elif underfits:
+        step = Step({}, "Train longer first: an undertrained model predicts only the most common classes.")
+    else:
+        step = _for_rare_classes(evidence)
     return diagnose(evidence, "class_never_found", "warning", seen, step, causes)
 
 
 def _for_rare_classes(evidence: Evidence) -> Step:
-    """One correction for rare classes, then the head that lets them share data with common ones; never two
-    corrections.
-    """
+    """One correction for rare classes, then the head that shares data between classes; never two corrections."""
     config = evidence.config
     if config.loss.imbalance == "none":
-        return Step(
-            {"loss.imbalance": "logit_adjustment"},
-            "Correct for rare classes: loss.imbalance=logit_adjustment (or oversampling, as the seed has it).",
-        )
+        text = "Correct for rare classes: loss.imbalance=logit_adjustment (or oversampling, as the seed has it)."
+        return Step({"loss.imbalance": "logit_adjustment"}, text)
     if not config.model.compositional_head and any(pair is not None for pair in evidence.taxonomy.components):
-        return Step(
-            {"model.compositional_head": True},
-            "Let rare pairs of basic emotions learn from common ones: model.compositional_head=true.",
-        )
+        text = "Let rare pairs of basic emotions learn from common ones: model.compositional_head=true."
+        return Step({"model.compositional_head": True}, text)
     other = "oversampling" if config.loss.imbalance == "logit_adjustment" else "logit_adjustment"
-    return Step(
-        {"loss.imbalance": other},
-        f"Try the other correction instead: loss.imbalance={other}. If it fails too, only more images help.",
-    )
+    text = f"Try the other correction instead: loss.imbalance={other}. If it fails too, only more images help."
+    return Step({"loss.imbalance": other}, text)
 
 
 def _too_few(evidence: Evidence, entries: list[dict[str, Any]]) -> Diagnosis:
@@ -127,28 +108,18 @@ def _too_few(evidence: Evidence, entries: list[dict[str, Any]]) -> Diagnosis:
         f"{largest_recall(entry['support']):.0%} fits)"
         for entry in entries
     )
-    return diagnose(
-        evidence,
-        "class_support_too_small",
-        "info",
-        f"F1 0 of classes with under {MIN_SUPPORT} validation images means nothing: {listed}.",
-        Step(
-            {},
-            "Judge by macro-F1 over supported classes, and label more validation images of these.",
-            audit_command(evidence),
-        ),
-    )
+    seen = f"F1 0 of classes with under {MIN_SUPPORT} validation images means nothing: {listed}."
+    advice = "Judge by macro-F1 over supported classes, and label more validation images of these."
+    return diagnose(evidence, "class_support_too_small", "info", seen, Step({}, advice, audit_command(evidence)))
 
 
 def largest_recall(count: int) -> float:
-    """The largest recall that finding none of ``count`` images does not rule out (one-sided 95 %): 1 - 0.05^(1/n)."""
+    """The largest recall in [0, 1] that agrees with finding none of ``count`` images (95 %): 1 - 0.05^(1/count)."""
     return float(1 - 0.05 ** (1 / count))
 
 
 def action_units_below_floor(evidence: Evidence) -> list[Diagnosis]:
-    """AUs whose F1, at the bundle's thresholds, is not above that of always saying present: paired bootstrap of
-    validation.
-    """
+    """AUs whose F1, at the bundle's thresholds, is not above that of always saying present (paired bootstrap)."""
     outputs, calibration = evidence.outputs, evidence.calibration
     trained = any(figure(record, "au_weight") > 0 for record in evidence.records)
     if outputs is None or calibration is None or not (trained and evidence.action_units and evidence.train_positives):
@@ -169,89 +140,75 @@ def action_units_below_floor(evidence: Evidence) -> list[Diagnosis]:
         f"{len(weak)} of {len(supported)} action units with {MIN_SUPPORT} or more validation positives are not read "
         f"better than by always saying 'present': F1 {listed}."
     )
-    causes = [_few_examples(evidence, [entry["action_unit"] for entry in weak]), _shared_threshold(evidence, weak)]
+    codes = [entry["action_unit"] for entry in weak]
+    causes = [_few_examples(evidence, codes), _shared_threshold(evidence, weak)]
     if 2 * len(weak) > len(supported):
         step = _for_action_units(evidence)
-        advice = f"Do not use its AUs yet: most say no more than a constant. {step.text}"
-        return [diagnose(evidence, "au_below_floor", "warning", seen, Step(step.patch, advice), causes)]
-    left_out = {entry["action_unit"] for entry in weak}
-    kept = [int(code.removeprefix("AU")) for code in _with_positives(evidence) if code not in left_out]
+        step = replace(step, text=f"Do not use its AUs yet: most say no more than a constant. {step.text}")
+        return [diagnose(evidence, "au_below_floor", "warning", seen, step, causes)]
+    others = [one["action_unit"] for one in entries if one["support"] > 0 and one["action_unit"] not in codes]
     advice = "Do not rely on these AUs. Label more faces that show them, or leave them out."
-    return [diagnose(evidence, "au_below_floor", "info", seen, Step({"data.action_units": kept}, advice), causes)]
+    step = Step({"data.action_units": [int(code.removeprefix("AU")) for code in others]}, advice)
+    return [diagnose(evidence, "au_below_floor", "info", seen, step, causes)]
 
 
 def _for_action_units(evidence: Evidence) -> Step:
     """What lets AUs learn more where their targets are in order: time first, then weight."""
-    weight = next_au_weight(evidence.config.loss.au_weight)
     if still_learning(evidence):
-        epochs = more_epochs(evidence.config)
-        return Step({"optim.epochs": epochs}, f"It was still learning: train longer, {epochs} epochs.")
+        return longer_step(evidence.config)
+    weight = next_au_weight(evidence.config.loss.au_weight)
     if weight is None:
-        return Step({}, "More weight of the AU loss than it has will not mend it.")
+        return Step({}, "A higher weight of the AU loss will not help.")
     return Step({"loss.au_weight": weight}, f"Give the AU loss more weight: loss.au_weight={weight:g}.")
-
-
-def _with_positives(evidence: Evidence) -> list[str]:
-    return [entry["action_unit"] for entry in evidence.metrics["per_au"] if entry["support"] > 0]
 
 
 def _few_examples(evidence: Evidence, codes: Sequence[str]) -> Cause:
     text, enough = "too few examples to learn from", evidence.config.data.min_train_positives
     if evidence.targets is None:
-        return Cause(text, "unknown", "the run folder has no targets.json")
+        return Cause(text, "unknown", NO_TARGETS)
     counts = {code: evidence.targets["train"]["action_units"][code]["positives"] for code in codes}
     found = "train positives: " + ", ".join(f"{code} {count:,}" for code, count in counts.items())
-    few = any(count < enough for count in counts.values())
-    return Cause(
-        text, "possible" if few else "ruled out", f"{found}; data.action_units=auto asks for {enough}" if few else found
-    )
+    if min(counts.values()) >= enough:
+        return Cause(text, "ruled out", found)
+    return Cause(text, "possible", f"{found}; data.action_units=auto asks for {enough}")
 
 
 def _shared_threshold(evidence: Evidence, entries: list[dict[str, Any]]) -> Cause:
-    text = "their threshold is not their own"
+    text, limit = "their threshold is not their own", MIN_POSITIVES
     if not evidence.config.calibration.enabled:
         return Cause(text, "confirmed", "calibration.enabled=false: every threshold is 0.5")
-    codes = [entry["action_unit"] for entry in entries if entry["support"] < MIN_POSITIVES]
-    if not codes:
-        return Cause(
-            text, "ruled out", f"each has {MIN_POSITIVES} or more validation positives, and a threshold fitted to it"
-        )
-    return Cause(text, "possible", f"under {MIN_POSITIVES} validation positives AUs share one: {', '.join(codes)}")
+    codes = [entry["action_unit"] for entry in entries if entry["support"] < limit]
+    if codes:
+        return Cause(text, "possible", f"under {limit} validation positives AUs share one: {', '.join(codes)}")
+    return Cause(text, "ruled out", f"each has {limit} or more validation positives, and a threshold fitted to it")
 
 
 def at_majority_floor(evidence: Evidence) -> list[Diagnosis]:
     """At the end, the interval of validation accuracy reaches down to that of always naming the commonest class."""
-    metrics = evidence.metrics
+    metrics, config = evidence.metrics, evidence.config
     accuracy, floor = figure(metrics, "accuracy"), figure(metrics, "majority_accuracy")
     low, high = bounds(metrics, "accuracy")
     if not (len(evidence.emotions) > 1 and low <= floor):
         return []
-    learnt = learnt_share(evidence)
-    step = next_regularisation(evidence.config) if learnt >= LEARNT_SHARE else next_capacity(evidence)
+    has_learnt = learnt_share(evidence) >= LEARNT_SHARE
+    step = (next_regularisation(config) if has_learnt else next_capacity(evidence)) or Step({}, "Look at the labels.")
     seen = (
         f"Validation accuracy {accuracy:.1%} (95 % interval {low:.1%} to {high:.1%}) is not shown to be above "
         f"{floor:.1%}, what always naming the commonest class gets."
     )
-    imbalance = evidence.config.loss.imbalance
     recall = f"mean recall {figure(metrics, 'uar'):.1%}, by guessing {1 / len(evidence.emotions):.1%}"
+    corrected, imbalance = possible_if(config.loss.imbalance != "none"), settings(config, "loss.imbalance")
+    train = f"train accuracy {figure(evidence.best, 'train_natural.accuracy'):.1%}"
     causes = [
-        Cause(
-            "accuracy was given away for rare classes",
-            "ruled out" if imbalance == "none" else "possible",
-            f"loss.imbalance={imbalance}; {recall}",
-        ),
-        Cause(
-            "the model has not learnt its train images either",
-            "ruled out" if learnt >= LEARNT_SHARE else "confirmed",
-            f"train accuracy {figure(evidence.best, 'train_natural.accuracy'):.1%}",
-        ),
+        Cause("accuracy was given away for rare classes", corrected, f"{imbalance}; {recall}"),
+        Cause("the model has not learnt its train images either", confirmed_if(not has_learnt), train),
     ]
-    advice = f"Do not use its emotions. {step.text if step else 'Look at the labels.'}"
-    return [diagnose(evidence, "at_majority_floor", "warning", seen, Step(step.patch if step else {}, advice), causes)]
+    step = replace(step, text=f"Do not use its emotions. {step.text}")
+    return [diagnose(evidence, "at_majority_floor", "warning", seen, step, causes)]
 
 
 def improvement_within_noise(evidence: Evidence) -> list[Diagnosis]:
-    """At the end: epochs that the monitor's interval does not tell from the best one."""
+    """At the end: epochs whose monitored figure lies within the interval of the best one's."""
     monitor = evidence.monitor
     if monitor in ("au_f1_mean", "score") and evidence.config.calibration.enabled:
         # The interval is of tuned thresholds, the epochs are measured at 0.5.
@@ -262,11 +219,13 @@ def improvement_within_noise(evidence: Evidence) -> list[Diagnosis]:
     others = [epoch for epoch, value in values.items() if value >= low and epoch != best["epoch"]]
     if not others:
         return []
-    value = figure(evidence.metrics, monitor)
+    value, listed = figure(evidence.metrics, monitor), ", ".join(map(str, others[-5:]))
+    within = f"{len(others)} other epochs ({listed}{', ...' if len(others) > 5 else ''}) lie"
+    if len(others) == 1:
+        within = f"epoch {others[0]} lies"
     seen = (
         f"The best epoch's {monitor}, {value:.3f}, has the 95 % interval {low:.3f} to {high:.3f} on "
-        f"{evidence.metrics['num_images']:,} validation images, and {_epochs(others)} within it: which of them is best "
-        "is luck."
+        f"{evidence.metrics['num_images']:,} validation images, and {within} within it: which of them is best is luck."
     )
     advice = (
         f"Call no difference below about {(high - low) / 2:.3f} an improvement. Compare runs with the paired "
@@ -275,29 +234,22 @@ def improvement_within_noise(evidence: Evidence) -> list[Diagnosis]:
     return [diagnose(evidence, "improvement_within_noise", "info", seen, advice)]
 
 
-def _epochs(numbers: list[int]) -> str:
-    if len(numbers) == 1:
-        return f"epoch {numbers[0]} lies"
-    return f"{len(numbers)} other epochs ({', '.join(map(str, numbers[-5:]))}{', ...' if len(numbers) > 5 else ''}) lie"
-
-
 HIGH_ECE = 0.05
-"""Calibration error, on images that calibration was not fitted on, from which a confidence misleads: one in twenty."""
+"""Calibration error from which a confidence misleads, on images that calibration was not fitted on: one in twenty."""
+
+
+CALIBRATION = "calibration.enabled"
 
 
 def miscalibrated(evidence: Evidence) -> list[Diagnosis]:
-    """At the end: confidences that are off by more than 5 points and more than noise, on images that calibration was
-    not fitted on.
-    """
+    """At the end: confidences off by over 5 points and more than noise, on images that calibration did not see."""
     enabled = evidence.config.calibration.enabled
-    measured = evidence.metrics.get("cross_fitted") if enabled else evidence.metrics.get("reliability")
+    measured = evidence.metrics.get("cross_fitted" if enabled else "reliability")
     after = (measured or {}).get("after") or {}
     found = []
     for task, title in (("emotion", "emotions"), ("action_units", "action units")):
-        error, (noise, deviation) = (
-            figure(after, f"{task}.ece"),
-            calibration_noise((after.get(task) or {}).get("bins", [])),
-        )
+        error = figure(after, f"{task}.ece")
+        noise, deviation = calibration_noise((after.get(task) or {}).get("bins", []))
         if error > HIGH_ECE and error > noise + NOISE * deviation:
             found.append(f"{title} {error:.3f} (true confidences would show {noise:.3f} on as many images, by chance)")
     if not found:
@@ -306,33 +258,23 @@ def miscalibrated(evidence: Evidence) -> list[Diagnosis]:
         f"Confidences are off: expected calibration error of {', of '.join(found)}, on validation images that no "
         "calibration was fitted on."
     )
+    small: Verdict = "possible" if enabled else "unknown"
+    images = f"{evidence.metrics['num_images']:,} images"
     causes = [
-        Cause(
-            "calibration is switched off",
-            "ruled out" if enabled else "confirmed",
-            f"calibration.enabled={str(enabled).lower()}",
-        ),
-        Cause(
-            "validation is too small to calibrate by",
-            "possible" if enabled else "unknown",
-            f"{evidence.metrics['num_images']:,} images",
-        ),
+        Cause("calibration is switched off", confirmed_if(not enabled), settings(evidence.config, CALIBRATION)),
+        Cause("validation is too small to calibrate by", small, images),
     ]
-    advice = (
-        "Do not show confidences as probabilities; label more validation images."
-        if enabled
-        else "Set calibration.enabled=true."
-    )
-    patch = {} if enabled else {"calibration.enabled": True}
-    return [diagnose(evidence, "miscalibrated", "warning", seen, Step(patch, advice), causes)]
+    step = Step({CALIBRATION: True}, "Set calibration.enabled=true.")
+    if enabled:
+        step = Step({}, "Do not show confidences as probabilities; label more validation images.")
+    return [diagnose(evidence, "miscalibrated", "warning", seen, step, causes)]
 
 
 def calibration_noise(bins: Sequence[dict[str, Any]]) -> tuple[float, float]:
-    """Mean and standard deviation of the calibration error that confidences as true as can be show in such bins, by
-    chance.
+    """Mean and standard deviation of the calibration error that true confidences show in such bins by chance.
 
-    The hits of a bin of n then lie about its confidence c with variance c (1 - c) / n; their mean absolute distance is
-    sqrt(2 / pi) times the standard deviation (normal approximation).
+    The share of hits of a bin of n has then mean c, its confidence, and variance c (1 - c) / n; its mean absolute
+    distance from c is sqrt(2 / pi) times the standard deviation (normal approximation).
     """
     if not bins:
         return math.nan, math.nan
@@ -343,7 +285,7 @@ def calibration_noise(bins: Sequence[dict[str, Any]]) -> tuple[float, float]:
 
 
 SAME_BUDGET = ("optim.epochs", "model.backbone", "model.image_px", "model.weights")
-"""What a baseline must share with a run, beside the data."""
+"""Settings that a baseline must share with a run, besides the data."""
 
 ONLY_FOR_ACTION_UNITS = (
     "data.action_units",
@@ -361,7 +303,7 @@ ONLY_FOR_ACTION_UNITS = (
     "loss.au_ramp_epochs",
     "loss.au_stop_gradient",
 )
-"""Keys that do nothing in a run without AUs."""
+"""Keys without effect in a run without AUs."""
 
 WITHOUT_ACTION_UNITS = {
     "data.action_units": "none",
@@ -370,7 +312,7 @@ WITHOUT_ACTION_UNITS = {
     "loss.task_weighting": "fixed",
     "loss.au_stop_gradient": False,
 }
-"""What turns a run into its emotion-only baseline; keys that would refuse to go without AUs are set back."""
+"""The patch that makes a run its emotion-only baseline; keys that are invalid without AUs get their default."""
 
 COMPARED = ("macro_f1_supported", "accuracy")
 """Figures that decide, the first one first."""
@@ -381,22 +323,17 @@ def with_baseline(evidence: Evidence, candidates: Sequence[Evidence]) -> Evidenc
 
     Nearest: fewest other keys that differ, then the same seed.
     """
+    config = evidence.config
+
+    def distance(one: Evidence) -> tuple[int, bool]:
+        return len(other_differences(config, one.config)), one.config.run.seed != config.run.seed
+
     fit = [one for one in candidates if evidence.action_units and one.place != evidence.place and _fits(evidence, one)]
-    nearest = min(
-        fit,
-        key=lambda one: (
-            len(other_differences(evidence.config, one.config)),
-            one.config.run.seed != evidence.config.run.seed,
-        ),
-        default=None,
-    )
-    return replace(evidence, baseline=nearest)
+    return replace(evidence, baseline=min(fit, key=distance, default=None))
 
 
 def emotion_only_runs(folders: Sequence[RunFolder]) -> list[Evidence]:
-    """Those of some run folders that are ended runs without AUs; one that cannot be read is left out, and that is
-    said.
-    """
+    """The ended runs without AUs among some run folders; unreadable ones are left out with a warning."""
     found = []
     for folder in folders:
         try:
@@ -408,18 +345,18 @@ def emotion_only_runs(folders: Sequence[RunFolder]) -> list[Evidence]:
 
 
 def siblings(folder: RunFolder) -> list[RunFolder]:
-    """The folders beside a run."""
+    """The folders next to a run's, and its own."""
     around = folder.location.parent
     return [RunFolder(str(around / info.base_name)) for info in around.list()]
 
 
 def other_differences(one: Config, other: Config) -> list[str]:
-    """Keys, beside those of AUs and the seed, in which two runs of the same data differ."""
+    """Keys, besides those of AUs and the seed, in which two runs of the same data differ."""
     return sorted(set(differences(one, other)) - {*ONLY_FOR_ACTION_UNITS, "data.root", "run.seed"})
 
 
 def against_baseline(evidence: Evidence) -> list[Diagnosis]:
-    """Whether a run reads emotions better than its baseline, by a paired bootstrap; without one, how to make it."""
+    """Whether a run reads emotions better than its baseline, by a paired bootstrap; without one, how to train it."""
     if evidence.outputs is None or not evidence.emotions:
         return []
     if evidence.baseline is not None:
@@ -427,20 +364,13 @@ def against_baseline(evidence: Evidence) -> list[Diagnosis]:
     if not evidence.action_units or evidence.train_positives == 0:
         return []
     patch = changes_of(evidence.config, WITHOUT_ACTION_UNITS)
-    return [
-        diagnose(
-            evidence,
-            "no_baseline",
-            "info",
-            "Whether AUs help the emotions is unknown: there is no emotion-only run of the same data and budget beside "
-            "this one.",
-            Step(
-                patch,
-                "Train one, then ask again.",
-                train_command(evidence, patch, name=f"{evidence.name}-emotion-only"),
-            ),
-        )
-    ]
+    command = train_command(evidence, patch, name=f"{evidence.name}-emotion-only")
+    seen = (
+        "Whether AUs help the emotions is unknown: there is no emotion-only run of the same data and budget beside "
+        "this one."
+    )
+    step = Step(patch, "Train one, then ask again.", command)
+    return [diagnose(evidence, "no_baseline", "info", seen, step)]
 
 
 def compare_emotions(one: Evidence, other: Evidence) -> dict[str, Difference]:
@@ -476,18 +406,11 @@ def _compare(evidence: Evidence, baseline: Evidence) -> Diagnosis:
     kind = "" if baseline.action_units else "emotion-only "
     seen = f"On emotions {evidence.name} is {outcome} its {kind}baseline {baseline.name}: {shown}."
     changed = other_differences(evidence.config, baseline.config)
+    keys = f"also in {', '.join(changed)}" if changed else "all other keys are equal"
+    seeds = f"seeds {evidence.config.run.seed} and {baseline.config.run.seed}, one run each"
     causes = [
-        Cause(
-            "they differ in more than AUs",
-            "possible" if changed else "ruled out",
-            f"also in {', '.join(changed)}" if changed else "all other keys are equal",
-        ),
-        Cause(
-            "it is the luck of the seed",
-            "possible",
-            f"seeds {evidence.config.run.seed} and {baseline.config.run.seed}, one run each; the interval is about "
-            "images only",
-        ),
+        Cause("they differ in more than AUs", possible_if(bool(changed)), keys),
+        Cause("it is the luck of the seed", "possible", f"{seeds}; the interval is about images only"),
     ]
     remedy = _after_comparison(evidence, real)
     return diagnose(evidence, "baseline", "warning" if real < 0 else "info", seen, remedy, causes)
@@ -503,11 +426,11 @@ def _after_comparison(evidence: Evidence, real: float) -> Step:
     if evidence.train_positives == 0:
         return data_remedy(evidence)
     weight = evidence.config.loss.au_weight
-    return Step(
-        {"loss.au_weight": weight / 2},
+    text = (
         f"AUs cost the emotions something: lower loss.au_weight from {weight:g} to {weight / 2:g}, keep the AU loss "
-        "out of the trunk (loss.au_stop_gradient=true), or let it come in later (loss.au_start_epoch).",
+        "out of the trunk (loss.au_stop_gradient=true), or let it come in later (loss.au_start_epoch)."
     )
+    return Step({"loss.au_weight": weight / 2}, text)
 
 
 def _emotions_of(split: SplitOutputs) -> SplitOutputs:
@@ -516,7 +439,7 @@ def _emotions_of(split: SplitOutputs) -> SplitOutputs:
 
 
 def _is_emotion_only(folder: RunFolder) -> bool:
-    """From the provenance: YAML is slow to read by the hundred."""
+    """Read from the provenance: hundreds of YAML files would be slow to read."""
     if not (folder.location / "provenance.json").exists():
         return False
     data = folder.provenance().get("config", {}).get("data", {})
@@ -529,4 +452,4 @@ def _fits(evidence: Evidence, other: Evidence) -> bool:
     if evidence.provenance is None or other.provenance is None:
         return False
     same_data = evidence.provenance["data_fingerprint"] == other.provenance["data_fingerprint"]
-    return same_data and not set(differences(evidence.config, other.config)) & set(SAME_BUDGET)
+    return same_data and differences(evidence.config, other.config).keys().isdisjoint(SAME_BUDGET)
