@@ -1,6 +1,4 @@
-"""What turns a network's raw outputs into the probabilities and decisions that are reported: the record, and its one
-reader.
-"""
+"""From raw outputs to probabilities: the calibration, how it is fitted, how reliable it is, and outputs on disk."""
 
 from __future__ import annotations
 
@@ -22,9 +20,7 @@ from rafce_ray.metrics.counts import HasTargets, percentile_interval, resample_w
 
 @dataclass(frozen=True)
 class Outputs:
-    """Raw outputs of N faces: logits ``emotion`` (N, E) and ``action_units`` (N, A) float32; (N, 0) for a task not
-    predicted.
-    """
+    """Logits of N faces: ``emotion`` (N, E) and ``action_units`` (N, A) float32; (N, 0) for a task not predicted."""
 
     emotion: NDArray[np.float32]
     action_units: NDArray[np.float32]
@@ -32,9 +28,12 @@ class Outputs:
     @classmethod
     def concatenate(cls, parts: list[Outputs]) -> Outputs:
         """The outputs of several batches, one after the other."""
-        return cls(
-            np.concatenate([part.emotion for part in parts]), np.concatenate([part.action_units for part in parts])
-        )
+        emotion, action_units = zip(*((part.emotion, part.action_units) for part in parts), strict=True)
+        return cls(np.concatenate(emotion), np.concatenate(action_units))
+
+    def rows(self, chosen: NDArray[Any]) -> Outputs:
+        """The outputs of some faces, ``chosen`` by a mask (N,) bool or by row numbers."""
+        return Outputs(self.emotion[chosen], self.action_units[chosen])
 
 
 @dataclass(frozen=True)
@@ -51,12 +50,12 @@ class Probabilities:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What makes probabilities and decisions of logits.
+    """How logits become probabilities and decisions.
 
     Emotion logits are divided by ``temperature`` before the softmax. The logit z of AU j becomes the probability
-    sigmoid(``au_slopes[j]`` * z + ``au_shifts[j]``); empty tuples stand for slopes of 1 and shifts of 0. AU j is active
-    from probability ``au_thresholds[j]``. An emotion whose probability is below ``unsure_below`` is marked unsure;
-    None: none is.
+    sigmoid(``au_slopes[j]`` * z + ``au_shifts[j]``); empty tuples mean slopes of 1 and shifts of 0. AU j is active
+    from probability ``au_thresholds[j]``. An emotion with probability below ``unsure_below`` is marked unsure; None:
+    none is.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -89,9 +88,7 @@ class Calibration:
 
 
 def calibrated(outputs: Outputs, calibration: Calibration) -> Probabilities:
-    """The probabilities of raw outputs, in float64: in float32 a logit above 17 would be certainty, and infinitely
-    wrong in a log loss.
-    """
+    """The probabilities of raw outputs, in float64: in float32 a logit above 17 would give 1 and an infinite loss."""
     emotion = outputs.emotion.astype(np.float64)
     if emotion.shape[1]:
         emotion = softmax(emotion / calibration.temperature, axis=1)
@@ -104,23 +101,21 @@ def calibrated(outputs: Outputs, calibration: Calibration) -> Probabilities:
 
 
 MIN_POSITIVES = 30
-"""Validation positives that an AU needs for a threshold of its own; the others share one."""
+"""Validation positives that an AU needs for its own threshold; the others share one."""
 
 POOLED_SLOPE_DEVIATION = 1.0
 POOLED_SHARE_DEVIATION = 0.5
-"""Prior standard deviations of what all AUs have in common: the log slope, and the share of the positive weights that
-is undone.
-"""
+"""Prior standard deviations for all AUs together: of the log slope, and of the share of positive weights to undo."""
 
 SLOPE_DEVIATION = 0.25
 SHIFT_DEVIATION = 0.25
-"""Prior standard deviations of an AU's own log slope and shift around what all AUs have in common."""
+"""Prior standard deviations of an AU's own log slope and shift around the common ones."""
 
 FOLDS = 5
 """Folds of the cross-fitted figures."""
 
 RISK_LEVEL = 0.95
-"""Confidence with which the error above the limit of trust is at most what was asked for."""
+"""Confidence of the upper bound on the error of emotions that are not marked unsure."""
 
 
 @dataclass(frozen=True)
@@ -136,11 +131,11 @@ def fit_calibration(
     pos_weights: NDArray[np.floating] | None = None,
     max_error: float | None = None,
 ) -> tuple[Calibration, list[str]]:
-    """A calibration from the raw outputs and targets of a validation split, and remarks on what could not be done.
+    """A calibration from the raw outputs and targets of a validation split, and remarks on what was not possible.
 
-    ``pos_weights`` (A,) are those that the AU loss had: a positive weight of w makes the odds of a network that has
-    learnt all it can w times too high, which the shifts undo as far as validation shows it. ``max_error``: the error
-    that is accepted among emotions that are not marked unsure.
+    ``pos_weights`` (A,) are those of the AU loss: a positive weight of w makes the odds of a fully trained network w
+    times too high. The shifts undo this as far as validation shows it. ``max_error``: the accepted error, in [0, 1],
+    among emotions that are not marked unsure.
     """
     remarks: list[str] = []
     temperature = _fit_temperature(outputs.emotion, targets.emotion)
@@ -157,9 +152,7 @@ def fit_calibration(
 
 
 def _fit_temperature(logits: NDArray[np.float32], emotion: NDArray[np.integer]) -> float:
-    """The temperature of least log loss on the known images, log T with a standard normal prior; 1 where none is
-    known.
-    """
+    """The temperature of least log loss, with a standard normal prior on its logarithm; 1 where no label is known."""
     known = emotion >= 0
     if not logits.shape[1] or not known.any():
         return 1.0
@@ -178,87 +171,68 @@ def _fit_temperature(logits: NDArray[np.float32], emotion: NDArray[np.integer]) 
 def _fit_action_units(
     logits: NDArray[np.float32], action_units: NDArray[np.floating], pos_weights: NDArray[np.floating] | None
 ) -> tuple[list[float], list[float]]:
-    """Slopes and shifts: Platt scaling of each AU, with a prior around what all AUs have in common, which rare AUs
-    mostly keep.
+    """Slopes and shifts: Platt scaling of each AU, with a prior around the common values, which rare AUs mostly keep.
+
+    The common values are the log slope of all AUs, and the share of their log weights to take off: a network learns
+    its positive weights over epochs, since its biases start at the base rates. They are 0 and 1 where nothing is known.
     """
-    num_aus = logits.shape[1]
-    log_weights = np.zeros(num_aus) if pos_weights is None else np.log(np.asarray(pos_weights, dtype=np.float64))
-    log_slope, share = _fit_pooled(logits, action_units, log_weights)
-    fitted = [
-        _fit_one(logits[:, column].astype(np.float64), action_units[:, column], log_slope, 0.0 - share * log_weight)
-        for column, log_weight in enumerate(log_weights.tolist())
-    ]
-    return [slope for slope, _ in fitted], [shift for _, shift in fitted]
+    log_weights = np.zeros(logits.shape[1])
+    if pos_weights is not None:
+        log_weights = np.log(np.asarray(pos_weights, dtype=np.float64))
+    known, weights = ~np.isnan(action_units), np.broadcast_to(log_weights, logits.shape)
+    deviations = np.array([POOLED_SLOPE_DEVIATION, POOLED_SHARE_DEVIATION])
+    common = _fit_logistic(logits[known], action_units[known] == 1, -weights[known], np.array([0.0, 1.0]), deviations)
+    slopes, shifts = [], []
+    for column, log_weight in enumerate(log_weights):
+        known = ~np.isnan(action_units[:, column])
+        scores, positive = logits[known, column], action_units[known, column] == 1
+        centre = np.array([common[0], 0.0 - common[1] * log_weight])
+        deviations = np.array([SLOPE_DEVIATION, SHIFT_DEVIATION])
+        log_slope, shift = _fit_logistic(scores, positive, np.ones(len(scores)), centre, deviations)
+        slopes.append(float(np.exp(log_slope)))
+        shifts.append(float(shift))
+    return slopes, shifts
 
 
-def _fit_pooled(
-    logits: NDArray[np.float32], action_units: NDArray[np.floating], log_weights: NDArray[np.float64]
-) -> tuple[float, float]:
-    """The log slope of all AUs together, and the share of their log weights to take off; (0, 1) where nothing is known.
-
-    A network learns its positive weights over epochs, for its biases start at the base rates: the share says how far it
-    has come.
-    """
-    known = ~np.isnan(action_units)
-    scores, positive = logits[known].astype(np.float64), action_units[known] == 1
-    weight = np.broadcast_to(log_weights, logits.shape)[known]
+def _fit_logistic(
+    logits: NDArray[np.float32],
+    positive: NDArray[np.bool_],
+    factor: NDArray[np.float64],
+    centre: NDArray[np.float64],
+    deviations: NDArray[np.float64],
+) -> NDArray[np.float64]:
+    """(a, b) of the most probable exp(a) * logits + b * ``factor``, with a normal prior around ``centre``."""
+    scores = logits.astype(np.float64)
 
     def cost(parameters: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
-        scaled = np.exp(parameters[0]) * scores - parameters[1] * weight
-        off = np.array([parameters[0] / POOLED_SLOPE_DEVIATION, (parameters[1] - 1.0) / POOLED_SHARE_DEVIATION])
+        slope = np.exp(parameters[0])
+        scaled = slope * scores + parameters[1] * factor
+        off = (parameters - centre) / deviations
         residual = expit(scaled) - positive
-        slopes = np.array([(residual * np.exp(parameters[0]) * scores).sum(), -(residual * weight).sum()])
-        gradient = slopes + off / [POOLED_SLOPE_DEVIATION, POOLED_SHARE_DEVIATION]
-        return _log_loss(scaled, positive) + float(off @ off) / 2, gradient
+        gradient = np.array([(residual * slope * scores).sum(), (residual * factor).sum()]) + off / deviations
+        log_loss = np.logaddexp(0.0, np.where(positive, -scaled, scaled)).sum()
+        return float(log_loss) + float(off @ off) / 2, gradient
 
-    log_slope, share = minimize(
-        cost, np.array([0.0, 1.0]), jac=True, method="L-BFGS-B", bounds=[(-3.0, 3.0), (None, None)]
+    found: NDArray[np.float64] = minimize(
+        cost, centre, jac=True, method="L-BFGS-B", bounds=[(-3.0, 3.0), (None, None)]
     ).x
-    return float(log_slope), float(share)
-
-
-def _fit_one(
-    logits: NDArray[np.float64], target: NDArray[np.floating], log_slope: float, shift: float
-) -> tuple[float, float]:
-    """Slope and shift of one AU with a prior around (exp ``log_slope``, ``shift``), which are kept where nothing is
-    known.
-    """
-    known = ~np.isnan(target)
-    scores, positive = logits[known], target[known] == 1
-    centre, deviation = np.array([log_slope, shift]), np.array([SLOPE_DEVIATION, SHIFT_DEVIATION])
-
-    def cost(parameters: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
-        scaled = np.exp(parameters[0]) * scores + parameters[1]
-        off = (parameters - centre) / deviation
-        residual = expit(scaled) - positive
-        gradient = np.array([(residual * np.exp(parameters[0]) * scores).sum(), residual.sum()]) + off / deviation
-        return _log_loss(scaled, positive) + float(off @ off) / 2, gradient
-
-    found = minimize(cost, centre, jac=True, method="L-BFGS-B", bounds=[(-3.0, 3.0), (None, None)]).x
-    return float(np.exp(found[0])), float(found[1])
-
-
-def _log_loss(logits: NDArray[np.float64], positive: NDArray[np.bool_]) -> float:
-    """Sum, in nats, of the log losses of logits."""
-    return float(np.logaddexp(0.0, np.where(positive, -logits, logits)).sum())
+    return found
 
 
 def choose_thresholds(
     probabilities: NDArray[np.floating], action_units: NDArray[np.floating]
 ) -> tuple[tuple[float, ...], str | None]:
-    """A threshold per AU (A,) that maximises its F1, and a remark on those that have none of their own.
+    """A threshold per AU (A,) that maximises its F1, and a remark on AUs without their own.
 
-    An AU with under MIN_POSITIVES positives takes the one threshold at which the mean F1 of all AUs with positives is
-    highest: its own would be luck. Without any positive that is 0.5.
+    From probabilities (N, A) in [0, 1] and targets (N, A) 1, 0 or NaN. An AU with under MIN_POSITIVES positives takes
+    the one threshold at which the mean F1 of all AUs with positives is highest: its own would be luck. Without any
+    positive that is 0.5.
     """
     num_aus = probabilities.shape[1]
-    if num_aus == 0:
-        return (), None
-    positives = (action_units == 1).sum(axis=0)
+    own = (action_units == 1).sum(axis=0) >= MIN_POSITIVES
     shared = _shared_threshold(probabilities, action_units)
-    own = positives >= MIN_POSITIVES
     thresholds = tuple(
-        _best_threshold(probabilities[:, column], action_units[:, column]) if own[column] else shared
+        _nearest_to_half(*_f1_at_cuts(probabilities[:, column], action_units[:, column])) if own[column] else shared
         for column in range(num_aus)
     )
     if own.all():
@@ -269,19 +243,16 @@ def choose_thresholds(
     )
 
 
-def _best_threshold(probability: NDArray[np.floating], target: NDArray[np.floating]) -> float:
-    """The threshold of highest F1: midway between two neighbouring probabilities, among equals the one nearest to
-    0.5.
-    """
-    cuts, f1 = _f1_at_cuts(probability, target)
-    best = np.flatnonzero(f1 >= f1.max() - 1e-12)
-    return float(cuts[best[np.argmin(np.abs(cuts[best] - 0.5))]])
+def _nearest_to_half(cuts: NDArray[np.float64], f1: NDArray[np.float64]) -> float:
+    """Of the cuts of highest F1 the one nearest to 0.5."""
+    best = cuts[f1 >= f1.max() - 1e-12]
+    return float(best[np.argmin(np.abs(best - 0.5))])
 
 
 def _f1_at_cuts(
     probability: NDArray[np.floating], target: NDArray[np.floating]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Thresholds between all distinct probabilities of known elements, rising, and the F1 at each."""
+    """Rising thresholds between the distinct probabilities of known elements, and the F1 at each."""
     known = ~np.isnan(target)
     order = np.argsort(-probability[known], kind="stable")
     score, positive = probability[known][order].astype(np.float64), target[known][order] == 1
@@ -298,18 +269,12 @@ def _shared_threshold(probabilities: NDArray[np.floating], action_units: NDArray
     """The one threshold, on a grid of thousandths, of highest mean F1 over the AUs that have positives."""
     grid = np.arange(1, 1000) / 1000
     curves = []
-    for column in range(probabilities.shape[1]):
-        if not (action_units[:, column] == 1).any():
-            continue
+    for column in np.flatnonzero((action_units == 1).any(axis=0)):
         _, f1 = _f1_at_cuts(probabilities[:, column], action_units[:, column])
-        # Between two cuts nothing changes but at a probability: the lowest probability at or above t tells the F1 at t.
+        # F1 changes at probabilities only: at t it is that of the lowest probability at or above t.
         distinct = np.unique(probabilities[~np.isnan(action_units[:, column]), column])
         curves.append(np.append(f1, 0.0)[np.searchsorted(distinct.astype(np.float64), grid, side="left")])
-    if not curves:
-        return 0.5
-    mean = np.mean(curves, axis=0)
-    best = np.flatnonzero(mean >= mean.max() - 1e-12)
-    return float(grid[best[np.argmin(np.abs(grid[best] - 0.5))]])
+    return _nearest_to_half(grid, np.mean(curves, axis=0)) if curves else 0.5
 
 
 def choose_trust_limit(
@@ -317,16 +282,14 @@ def choose_trust_limit(
 ) -> tuple[float, str | None]:
     """The confidence below which an emotion is marked unsure, so that of the others at most ``max_error`` are wrong.
 
-    The lowest confidence of which this holds: among the images at and above it, the upper 95 % bound (Clopper and
-    Pearson, one-sided) of the error is at most ``max_error``. 1, and a remark, where it holds of none.
+    From probabilities (N, E) in [0, 1] and labels (N,), -1 unknown. It is the lowest confidence at and above which the
+    upper 95 % bound of the error (Clopper and Pearson, one-sided) is at most ``max_error``; 1, and a remark, where
+    there is none.
     """
-    known = np.flatnonzero(emotion >= 0)
-    confidence = emotion_probabilities[known].max(axis=1).astype(np.float64)
-    wrong = emotion_probabilities[known].argmax(axis=1) != emotion[known]
-    order = np.argsort(-confidence, kind="stable")
+    confidence, wrong = _surest_first(emotion_probabilities, emotion)
     # Images of equal confidence are answered together or not at all.
-    ends = np.flatnonzero(np.diff(confidence[order], append=-1.0))
-    answered, errors = ends + 1, np.cumsum(wrong[order])[ends]
+    ends = np.flatnonzero(np.diff(confidence, append=-1.0))
+    answered, errors = ends + 1, np.cumsum(wrong)[ends]
     bound = np.where(errors < answered, beta.ppf(RISK_LEVEL, errors + 1, np.maximum(answered - errors, 1)), 1.0)
     allowed = np.flatnonzero(bound <= max_error)
     if not len(allowed):
@@ -336,16 +299,26 @@ def choose_trust_limit(
             f"unsure (the lowest bound that validation supports is {lowest}). Raise it, or label more validation "
             "images."
         )
-    return float(confidence[order[ends[allowed[-1]]]]), None
+    return float(confidence[ends[allowed[-1]]]), None
+
+
+def _surest_first(
+    probabilities: NDArray[np.floating], emotion: NDArray[np.integer]
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Confidence (n,) of the images with a known emotion, falling, and whether each is wrong (n,)."""
+    found, label = probabilities[emotion >= 0], emotion[emotion >= 0]
+    confidence, wrong = found.max(axis=1).astype(np.float64), found.argmax(axis=1) != label
+    order = np.argsort(-confidence, kind="stable")
+    return confidence[order], wrong[order]
 
 
 def cross_fitted(
     outputs: Outputs, targets: HasTargets, *, pos_weights: NDArray[np.floating] | None = None, seed: int = 0
 ) -> dict[str, Any]:
-    """What calibration does to images that it was not fitted on: each of FOLDS parts is calibrated by the others.
+    """The effect of calibration on images that it was not fitted on: each of FOLDS parts is calibrated by the others.
 
-    ``before`` and ``after`` hold :func:`rafce_ray.metrics.calibration.reliability_figures`; ``au_f1_mean_before`` is at
-    0.5 on raw probabilities, ``au_f1_mean_after`` at the other folds' thresholds.
+    ``before`` and ``after`` are :func:`reliability_figures`; ``au_f1_mean_before`` is at 0.5 on raw probabilities,
+    ``au_f1_mean_after`` at the other folds' thresholds.
     """
     num_images = len(outputs.emotion)
     fold_of = np.random.default_rng([seed, 2]).permutation(np.arange(num_images) % FOLDS)
@@ -353,10 +326,9 @@ def cross_fitted(
     active = np.zeros(outputs.action_units.shape, dtype=bool)
     for fold in range(min(FOLDS, num_images)):
         held_out = fold_of == fold
-        calibration, _ = fit_calibration(
-            _rows(outputs, ~held_out), _target_rows(targets, ~held_out), pos_weights=pos_weights
-        )
-        found = calibrated(_rows(outputs, held_out), calibration)
+        known = _Rows(targets.emotion[~held_out], targets.action_units[~held_out])
+        calibration, _ = fit_calibration(outputs.rows(~held_out), known, pos_weights=pos_weights)
+        found = calibrated(outputs.rows(held_out), calibration)
         emotion[held_out], action_units[held_out] = found.emotion, found.action_units
         active[held_out] = found.action_units >= np.array(calibration.au_thresholds)
     raw = calibrated(outputs, Calibration.uncalibrated(outputs.action_units.shape[1]))
@@ -367,14 +339,6 @@ def cross_fitted(
         "au_f1_mean_before": _mean_f1(raw.action_units >= 0.5, targets.action_units),
         "au_f1_mean_after": _mean_f1(active, targets.action_units),
     }
-
-
-def _rows(outputs: Outputs, rows: NDArray[np.bool_]) -> Outputs:
-    return Outputs(outputs.emotion[rows], outputs.action_units[rows])
-
-
-def _target_rows(targets: HasTargets, rows: NDArray[np.bool_]) -> _Rows:
-    return _Rows(targets.emotion[rows], targets.action_units[rows])
 
 
 def _mean_f1(active: NDArray[np.bool_], action_units: NDArray[np.floating]) -> float:
@@ -396,9 +360,7 @@ SMALLEST = float(np.finfo(np.float32).tiny)
 
 @dataclass(frozen=True)
 class _Scored:
-    """Predictions as rows: the image each belongs to, its probability, whether it came true, and its share of both
-    scores.
-    """
+    """Predictions as rows (n,): image, probability, whether it was right, and its share of both scores."""
 
     image: NDArray[np.int64]
     confidence: NDArray[np.float64]
@@ -414,37 +376,33 @@ def reliability_figures(
 
     * nll: mean log loss in nats, per image or known element; brier: mean squared distance to the truth, over all
       classes (0 to 2) or per element (0 to 1); ece in [0, 1];
-    * intervals: bootstrap 95 % over images; that of the ECE as :func:`_ece_interval` says;
+    * intervals: bootstrap 95 % over images; for that of the ECE see :func:`_ece_interval`;
     * bins: of the ECE, each with ``confidence``, ``hits`` (shares) and ``count``.
     """
     num_images = len(probabilities.emotion)
-    return {
-        name: None if not len(scored.image) else _figures(scored, num_images, resamples, seed)
-        for name, scored in (
-            ("emotion", _score_emotions(probabilities.emotion, targets.emotion)),
-            ("action_units", _score_action_units(probabilities.action_units, targets.action_units)),
-        )
-    }
+    figures: dict[str, Any] = {"emotion": None, "action_units": None}
+    if probabilities.emotion.shape[1] and (targets.emotion >= 0).any():
+        scored = _score_emotions(probabilities.emotion, targets.emotion)
+        figures["emotion"] = _figures(scored, num_images, resamples, seed)
+    if probabilities.action_units.shape[1] and not np.isnan(targets.action_units).all():
+        scored = _score_action_units(probabilities.action_units, targets.action_units)
+        figures["action_units"] = _figures(scored, num_images, resamples, seed)
+    return figures
 
 
 def _score_emotions(probability: NDArray[np.floating], emotion: NDArray[np.integer]) -> _Scored:
-    image = np.flatnonzero(emotion >= 0) if probability.shape[1] else np.zeros(0, dtype=np.int64)
+    image = np.flatnonzero(emotion >= 0)
     found = probability[image].astype(np.float64)
-    if not len(image):
-        nothing = np.zeros(0)
-        return _Scored(image, nothing, nothing, nothing, nothing)
     true = np.eye(found.shape[1])[emotion[image]]
-    of_true = (found * true).sum(axis=1)
     hit = (found.argmax(axis=1) == emotion[image]).astype(np.float64)
-    return _Scored(
-        image, found.max(axis=1), hit, -np.log(np.maximum(of_true, SMALLEST)), ((found - true) ** 2).sum(axis=1)
-    )
+    nll = -np.log(np.maximum((found * true).sum(axis=1), SMALLEST))
+    return _Scored(image, found.max(axis=1), hit, nll, ((found - true) ** 2).sum(axis=1))
 
 
 def _score_action_units(probability: NDArray[np.floating], action_units: NDArray[np.floating]) -> _Scored:
-    image, column = np.nonzero(~np.isnan(action_units)) if probability.shape[1] else (np.zeros(0, dtype=np.int64),) * 2
-    found = probability[image, column].astype(np.float64) if len(image) else np.zeros(0)
-    hit = (action_units[image, column] == 1).astype(np.float64) if len(image) else np.zeros(0)
+    image, column = np.nonzero(~np.isnan(action_units))
+    found = probability[image, column].astype(np.float64)
+    hit = (action_units[image, column] == 1).astype(np.float64)
     of_true = np.where(hit == 1, found, 1 - found)
     return _Scored(image, found, hit, -np.log(np.maximum(of_true, SMALLEST)), (found - hit) ** 2)
 
@@ -456,31 +414,29 @@ def _figures(scored: _Scored, num_images: int, resamples: int, seed: int) -> dic
     np.add.at(per_image[:, :3], scored.image, np.stack([scored.nll, scored.brier, np.ones_like(scored.nll)], axis=1))
     np.add.at(per_image, (scored.image, 3 + bin_of), scored.confidence)
     np.add.at(per_image, (scored.image, 3 + num_bins + bin_of), scored.hit)
-    nll, brier, gaps = _from_sums(per_image.sum(axis=0)[None], num_bins)
+    (nll,), (brier,), (gaps,) = _from_sums(per_image.sum(axis=0)[None], num_bins)
     draws = [_from_sums(weights @ per_image, num_bins) for weights in resample_weights(num_images, resamples, seed)]
     drawn_nll, drawn_brier, drawn_gaps = (np.concatenate(parts) for parts in zip(*draws, strict=True))
-    counts = np.bincount(bin_of, minlength=num_bins)
-    means = [
-        np.bincount(bin_of, weights=values, minlength=num_bins) / counts for values in (scored.confidence, scored.hit)
-    ]
+    count = np.bincount(bin_of)
+    confidence, hits = (np.bincount(bin_of, weights=values) / count for values in (scored.confidence, scored.hit))
     return {
-        "nll": float(nll[0]),
-        "brier": float(brier[0]),
+        "nll": float(nll),
+        "brier": float(brier),
         "ece": float(np.abs(gaps).sum()),
         "intervals": {
             "nll": percentile_interval(drawn_nll),
             "brier": percentile_interval(drawn_brier),
-            "ece": _ece_interval(gaps[0], drawn_gaps),
+            "ece": _ece_interval(gaps, drawn_gaps),
         },
         "bins": [
-            {"confidence": float(confidence), "hits": float(hits), "count": int(count)}
-            for confidence, hits, count in zip(*means, counts, strict=True)
+            {"confidence": float(confidence[i]), "hits": float(hits[i]), "count": int(count[i])}
+            for i in range(num_bins)
         ],
     }
 
 
 def equal_mass_bins(confidence: NDArray[np.floating]) -> NDArray[np.int64]:
-    """The bin (n,) from 0 of each prediction: sorted by confidence, cut into bins whose sizes differ by at most one.
+    """The bin (n,), from 0, of predictions with confidence (n,): bins of sorted values whose sizes differ by at most 1.
 
     There are 15, or fewer so that each holds 10; equal confidences may fall into neighbouring bins.
     """
@@ -492,9 +448,11 @@ def equal_mass_bins(confidence: NDArray[np.floating]) -> NDArray[np.int64]:
 
 
 def _from_sums(sums: NDArray[np.float64], num_bins: int) -> tuple[NDArray[np.float64], ...]:
-    """Log loss (R,), Brier score (R,) and gaps (R, bins) of sums (R, 3 + 2 * bins): log loss, Brier, predictions,
-    confidence per bin, hits per bin. A bin's gap is its mean confidence minus its share of hits, times its share of the
-    predictions."""
+    """Log loss (R,), Brier score (R,) and gaps (R, bins) of sums (R, 3 + 2 * bins).
+
+    The sums are of log loss, Brier score, predictions, confidence per bin and hits per bin. A bin's gap is its mean
+    confidence minus its share of hits, times its share of the predictions.
+    """
     count = np.where(sums[:, 2] > 0, sums[:, 2], np.nan)
     gaps = (sums[:, 3 : 3 + num_bins] - sums[:, 3 + num_bins :]) / count[:, None]
     return sums[:, 0] / count, sums[:, 1] / count, gaps
@@ -517,50 +475,42 @@ def _ece_interval(gaps: NDArray[np.float64], drawn: NDArray[np.float64]) -> list
 
 
 def risk_coverage(emotion_probabilities: NDArray[np.floating], emotion: NDArray[np.integer]) -> dict[str, Any] | None:
-    """What abstaining on the least confident images would save; None where no emotion is known.
+    """Share of wrong answers if the least confident images are not answered; None where no emotion is known.
 
-    ``curve``: at most 100 points with ``coverage`` (share of images answered, most confident first), ``risk`` (share of
-    those that are wrong) and ``confidence`` (the lowest answered). ``aurc``: mean risk over all coverages (Geifman and
-    El-Yaniv 2017). Images of equal confidence are answered in an order that is unknown: each counts as wrong as they
-    are on average.
+    From probabilities (N, E) in [0, 1] and labels (N,), -1 unknown. ``curve``: at most 100 points with ``coverage``
+    (share of images answered, most confident first), ``risk`` (share of those that are wrong) and ``confidence`` (the
+    lowest answered). ``aurc``: mean risk over all coverages (Geifman and El-Yaniv 2017). Images of equal confidence
+    have no order: each counts with their mean error.
     """
-    known = np.flatnonzero(emotion >= 0)
-    if not len(known) or not emotion_probabilities.shape[1]:
+    if not emotion_probabilities.shape[1] or not (emotion >= 0).any():
         return None
-    confidence = emotion_probabilities[known].max(axis=1).astype(np.float64)
-    wrong = emotion_probabilities[known].argmax(axis=1) != emotion[known]
+    confidence, wrong = _surest_first(emotion_probabilities, emotion)
     _, tie = np.unique(confidence, return_inverse=True)
     expected_wrong = (np.bincount(tie, weights=wrong) / np.bincount(tie))[tie]
-    order = np.argsort(-confidence, kind="stable")
-    answered = np.arange(1, len(order) + 1)
-    risk = np.cumsum(expected_wrong[order]) / answered
-    shown = np.unique(np.linspace(0, len(order) - 1, min(100, len(order))).round().astype(int))
-    return {
-        "aurc": float(risk.mean()),
-        "curve": [
-            {
-                "coverage": float(answered[i] / len(order)),
-                "risk": float(risk[i]),
-                "confidence": float(confidence[order[i]]),
-            }
-            for i in shown
-        ],
-    }
+    answered = np.arange(1, len(wrong) + 1)
+    risk, coverage = np.cumsum(expected_wrong) / answered, answered / len(wrong)
+    shown = np.unique(np.linspace(0, len(wrong) - 1, min(100, len(wrong))).round().astype(int))
+    columns = {"coverage": coverage, "risk": risk, "confidence": confidence}
+    curve = [{name: float(values[i]) for name, values in columns.items()} for i in shown]
+    return {"aurc": float(risk.mean()), "curve": curve}
 
 
 @dataclass(frozen=True)
 class SplitOutputs:
-    """Row i of all of it is image ``names[i]``: emotion (N,) int64, -1 unknown; action_units (N, A) float32, NaN
-    unknown.
-    """
+    """Targets and outputs of images ``names``: emotion (N,) int64, -1 unknown; action_units (N, A) float32 or NaN."""
 
     names: list[str]
     emotion: NDArray[np.int64]
     action_units: NDArray[np.float32]
     outputs: Outputs
 
+    def rows(self, chosen: NDArray[Any]) -> SplitOutputs:
+        """Some images, ``chosen`` by a mask (N,) bool or by row numbers."""
+        names = np.array(self.names, dtype=object)[chosen].tolist()
+        return SplitOutputs(names, self.emotion[chosen], self.action_units[chosen], self.outputs.rows(chosen))
+
     def to_parquet(self) -> bytes:
-        """As the bytes of a Parquet file."""
+        """The bytes of a Parquet file."""
         sink = pa.BufferOutputStream()
         columns = {
             "name": pa.array(self.names, pa.string()),
@@ -574,7 +524,7 @@ class SplitOutputs:
 
     @classmethod
     def from_parquet(cls, content: bytes) -> SplitOutputs:
-        """What :meth:`to_parquet` wrote. RafceError where it is something else, or damaged."""
+        """Read what :meth:`to_parquet` wrote. RafceError where it is something else, or damaged."""
         try:
             table = pq.read_table(pa.BufferReader(content))
             return cls(

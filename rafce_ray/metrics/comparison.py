@@ -1,16 +1,15 @@
 """Models compared on the same images, and configurations over several seeds: which differences are more than luck.
 
-Two models resampled together, image by image, share the luck of which images were drawn. The interval of their
-difference is then far narrower than their own intervals suggest. Over seeds, two kinds of luck are added up. Other
-seeds: the standard deviation over seeds, pooled over all configurations, since three seeds alone say little of their
-own spread. Other images: the paired bootstrap.
+Two models are resampled together, image by image. The interval of their difference is then far narrower than their own
+intervals suggest. Over several seeds, two variances are added: that over seeds, pooled over all configurations, since
+three seeds give a poor estimate of their own; and that over images, by the paired bootstrap.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +18,7 @@ from scipy.stats import t as student_t
 from rafce_ray.base.errors import UsageError
 from rafce_ray.base.figures import FIGURES, WITH_INTERVAL
 from rafce_ray.base.taxonomy import Taxonomy
-from rafce_ray.metrics.calibration import Calibration, Outputs, SplitOutputs, calibrated
+from rafce_ray.metrics.calibration import Calibration, SplitOutputs, calibrated
 from rafce_ray.metrics.counts import bootstrap_figures, evaluate_probabilities, percentile_interval
 
 
@@ -30,9 +29,9 @@ def f1_of(name: str) -> str:
 
 @dataclass(frozen=True)
 class Scored:
-    """A model's figures on a split, and the same figures in each of R resamples (R,); NaN is undefined.
+    """A model's figures on a split, and the same in each of R resamples (R,) float64; NaN is undefined.
 
-    They are those of WITH_INTERVAL and :func:`f1_of` every emotion and action unit.
+    The figures are those of WITH_INTERVAL, and :func:`f1_of` every emotion and action unit.
     """
 
     figures: dict[str, float]
@@ -45,10 +44,7 @@ class Scored:
 
 @dataclass(frozen=True)
 class Difference:
-    """Of a figure, one model minus another; ``low`` to ``high``: paired bootstrap 95 % interval.
-
-    NaN where undefined.
-    """
+    """A figure of one model minus that of another, and its paired bootstrap 95 % interval; NaN where undefined."""
 
     value: float
     low: float
@@ -56,28 +52,28 @@ class Difference:
 
     @property
     def is_real(self) -> bool:
-        """Whether the interval leaves 0 out: more than other images of the same kind would explain."""
+        """Whether the interval excludes 0: the difference is larger than the choice of images explains."""
         return self.low > 0 or self.high < 0
 
 
 def comparable_figures(ours: Taxonomy, theirs: Taxonomy) -> list[str]:
-    """Figures of two models that mean the same: of emotions and of action units where both tell the same ones.
+    """Figures that mean the same of two models: those of a task whose emotions or action units are the same.
 
-    ``score`` only where both tasks are the same: of one task alone it is another figure than of both.
+    ``score`` only where both tasks are the same: the score of one task is another figure than that of both.
     """
     figures: list[str] = []
-    if ours.emotions and ours.emotions == theirs.emotions:
-        figures += [name for name in WITH_INTERVAL if FIGURES[name].task == "emotion"]
-        figures += map(f1_of, ours.emotions)
-    if ours.action_units and ours.action_units == theirs.action_units:
-        figures += [name for name in WITH_INTERVAL if FIGURES[name].task == "action_units"]
-        figures += map(f1_of, ours.action_unit_codes)
-    both_tasks = (ours.emotions, ours.action_units) == (theirs.emotions, theirs.action_units)
-    return [*figures, "score"] if both_tasks else figures
+    same_emotions, same_units = ours.emotions == theirs.emotions, ours.action_units == theirs.action_units
+    for task, names, same in (
+        ("emotion", ours.emotions, same_emotions),
+        ("action_units", ours.action_unit_codes, same_units),
+    ):
+        if names and same:
+            figures += [name for name in WITH_INTERVAL if FIGURES[name].task == task] + [f1_of(one) for one in names]
+    return [*figures, "score"] if same_emotions and same_units else figures
 
 
 def same_images(splits: Sequence[SplitOutputs]) -> list[SplitOutputs]:
-    """The splits with their rows in the order of the first. Action-unit targets are left as they are: they may differ.
+    """The splits with their rows in the order of the first. Action-unit targets may differ between splits.
 
     Raises:
         UsageError: they are not of the same images, or an image has another emotion in one of them.
@@ -95,16 +91,10 @@ def same_images(splits: Sequence[SplitOutputs]) -> list[SplitOutputs]:
                 f"first's{_example(extra)}. Compare runs of the same data and split."
             )
         rows = np.array([row_of[name] for name in first.names], dtype=np.int64)
-        outputs = Outputs(other.outputs.emotion[rows], other.outputs.action_units[rows])
-        other = replace(
-            other,
-            names=first.names,
-            emotion=other.emotion[rows],
-            action_units=other.action_units[rows],
-            outputs=outputs,
-        )
-        if first.outputs.emotion.shape[1] and outputs.emotion.shape[1] and (other.emotion != first.emotion).any():
-            name = first.names[int(np.flatnonzero(other.emotion != first.emotion)[0])]
+        other = other.rows(rows)
+        both_named = first.outputs.emotion.shape[1] and other.outputs.emotion.shape[1]
+        if both_named and (changed := np.flatnonzero(other.emotion != first.emotion)).size:
+            name = first.names[changed[0]]
             raise UsageError(
                 f"number {number} has another emotion label for {name} than the first: the labels have changed."
             )
@@ -163,9 +153,7 @@ class OverSeeds:
 
 @dataclass(frozen=True)
 class Spread:
-    """Standard deviation over seeds, and the degrees of freedom that it was estimated with: NaN and 0 where it is
-    unknown.
-    """
+    """Standard deviation over seeds, and the degrees of freedom of its estimate; NaN and 0 where it is unknown."""
 
     deviation: float
     freedom: float
@@ -177,7 +165,7 @@ class Spread:
 
 
 NO_SPREAD = Spread(0.0, math.inf)
-"""Seeds left out of account: an interval is then one of images alone."""
+"""No variation over seeds: an interval is then one of images alone."""
 
 
 def pooled_spread(configurations: Iterable[OverSeeds]) -> Spread:
@@ -210,7 +198,8 @@ def mean_half_width(one: OverSeeds, spread: Spread) -> float:
 
 
 def difference_of_means(one: OverSeeds, other: OverSeeds, spread: Spread) -> tuple[float, float]:
-    """``one`` minus ``other``, and the half-width of its 95 % interval over seeds (and images, where both have draws);
+    """``one`` minus ``other``, and the half-width of its 95 % interval over seeds, and images if both have draws.
+
     NaN where unknown.
     """
     sides = [one.defined, other.defined]
