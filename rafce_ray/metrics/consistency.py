@@ -1,7 +1,6 @@
-"""How what was read of one face fits together: the basic emotions behind a compound one, and action units against
-emotions.
+"""Whether the answers for one face agree: basic emotions behind a compound one, and action units with emotions.
 
-What action units (AUs) go with an emotion is estimated on the user's own train split: textbook prototypes often fail in
+Which action units (AUs) go with an emotion is estimated on the user's train split: textbook prototypes often fail in
 the wild.
 """
 
@@ -19,19 +18,17 @@ from pydantic import ConfigDict
 from rafce_ray.base.taxonomy import Taxonomy
 
 PRIOR_IMAGES = 10.0
-"""Images of the overall prevalence that are added to each class: a class of six images does not make a rule."""
+"""Images of the overall prevalence that are added to each class: six images of a class are no rule."""
 
 CONTRADICTION = 0.1
-"""An AU contradicts an emotion if its state has at most this probability under it, and at most half of what it has
-overall.
-"""
+"""An AU contradicts an emotion if its state has at most this probability given it, and at most half of the overall."""
 
 
 @dataclass(frozen=True)
 class Association:
     """P(AU present | emotion) ``given_emotion`` (E x A) and P(AU present) ``overall`` (A), smoothed, of a train split.
 
-    Each is above 0 and below 1; None where nothing is known: no known element of the AU.
+    Each is above 0 and below 1; None where the AU has no known element.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -49,11 +46,10 @@ class Association:
 
 @dataclass(frozen=True)
 class Consistency:
-    """How well the action units of a face go with its emotion; information only, nothing is decided by it.
+    """How well the action units of a face go with its emotion; for information only.
 
-    ``score`` in (0, 1]: geometric mean over the AUs of the probability of the state each is in, relative to that of its
-    more usual state, both given the emotion; 1: every AU is as it mostly is in that emotion. ``contradicting`` are
-    columns of AUs.
+    ``score`` in (0, 1]: geometric mean over the AUs of the probability of the state of each, relative to that of its
+    more usual state, both given the emotion; 1: every AU has its usual state. ``contradicting`` are columns of AUs.
     """
 
     score: float
@@ -65,8 +61,7 @@ def estimate_association(
 ) -> Association:
     """From train targets: emotion (N,) with -1 unknown; action_units (N, A) 1, 0 or NaN unknown.
 
-    P(AU | e) = (positives + 10 p) / (known + 10) over the images of class e, p = (positives + 1) / (known + 2) over
-    all.
+    P(AU | e) = (positives + 10 p) / (known + 10) over images of class e; p = (positives + 1) / (known + 2) over all.
     """
     known, positive = ~np.isnan(action_units), action_units == 1
     prevalence = (positive.sum(axis=0) + 1.0) / (known.sum(axis=0) + 2.0)
@@ -80,7 +75,7 @@ def estimate_association(
 
 
 def consistency_of(association: Association, label: int, active: Sequence[bool]) -> Consistency | None:
-    """Of one face whose emotion is class ``label`` and whose AUs are ``active`` (A); None where nothing is known."""
+    """The consistency of a face of class ``label`` with AUs ``active`` (A,) bool; None where nothing is known."""
     logarithms, contradicting = [], []
     columns = zip(association.given_emotion[label], association.overall, active, strict=True)
     for column, (given, overall, is_active) in enumerate(columns):
@@ -106,11 +101,9 @@ def basic_emotion_probabilities(emotion: NDArray[np.floating], taxonomy: Taxonom
 
 def basic_emotion_membership(taxonomy: Taxonomy) -> NDArray[np.float64]:
     """(E, B): 1 where one of ``taxonomy.basic_emotions`` is one of the two behind a class, else 0."""
-    basics = taxonomy.basic_emotions
-    membership = np.array(
-        [[basic in (pair or ()) for basic in basics] for pair in taxonomy.components], dtype=np.float64
-    )
-    return membership.reshape(len(taxonomy.components), len(basics))
+    basics, pairs = taxonomy.basic_emotions, taxonomy.components
+    membership = np.array([[basic in (pair or ()) for basic in basics] for pair in pairs], dtype=np.float64)
+    return membership.reshape(len(pairs), len(basics))
 
 
 def _plain(values: NDArray[np.float64], seen: NDArray[np.bool_]) -> tuple[float | None, ...]:

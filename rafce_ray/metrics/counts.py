@@ -1,4 +1,4 @@
-"""Every figure of a model, from counts that are summed over batches and workers and divided once, at the end.
+"""Every figure of a model, from counts that are summed over batches and workers and divided once; and its intervals.
 
 An emotion is predicted by the highest score, an action unit (AU) where its probability is at least its threshold.
 Undefined is NaN, never 0: the F1 of a class or AU that does not occur in the data is not a failure of the model.
@@ -23,7 +23,9 @@ LEVEL_PERCENTILES = (2.5, 97.5)
 """Ends of a 95 % percentile interval."""
 
 CHUNK_WEIGHTS = 4_000_000
-"""Weights held at a time (16 MB): memory does not grow with the number of draws."""
+"""Weights in memory at a time (16 MB): memory does not grow with the number of draws."""
+
+NAN = float("nan")
 
 
 def resample_weights(size: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
@@ -43,20 +45,18 @@ def resample_weights(size: int, resamples: int, seed: int) -> Iterator[np.ndarra
 
 
 def percentile_interval(values: np.ndarray) -> list[float]:
-    """[low, high] of the 95 % percentile interval of draws (R,), NaN ones left out; [NaN, NaN] where none is
-    defined.
-    """
+    """[low, high] of the 95 % percentile interval of draws (R,) without NaN; [NaN, NaN] where none is defined."""
     defined = values[~np.isnan(values)]
-    if not len(defined):
-        return [float("nan"), float("nan")]
-    low, high = np.percentile(defined, LEVEL_PERCENTILES)
-    return [float(low), float(high)]
+    return [float(end) for end in np.percentile(defined, LEVEL_PERCENTILES)] if len(defined) else [NAN, NAN]
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """Known elements of one action unit by falling score: the image of each (n,), whether it is positive (n,) float32,
-    and the last position of every run of equal scores that has a positive in it (where precision counts)."""
+    """Known elements of one action unit by falling score.
+
+    The image of each (n,), whether it is positive (n,) float32, and the last positions of the runs of equal scores that
+    have a positive.
+    """
 
     image: np.ndarray
     positive: np.ndarray
@@ -67,29 +67,21 @@ class Ranking:
         """From scores (N,) and targets (N,) 1, 0 or NaN (unknown, left out)."""
         known = np.flatnonzero(~np.isnan(targets))
         image = known[np.argsort(-scores[known], kind="stable")]
-        positive = targets[image] == 1
-        is_end = np.append(scores[image][1:] != scores[image][:-1], True)[: len(image)]
-        ends = np.flatnonzero(is_end)
+        positive, ranked = targets[image] == 1, scores[image]
+        ends = np.flatnonzero(np.append(ranked[1:] != ranked[:-1], True)[: len(image)])
         num_positives = np.diff(np.cumsum(positive)[ends], prepend=0)
         return cls(image, positive.astype(np.float32), ends[num_positives > 0])
 
     def average_precision(self, weights: np.ndarray) -> np.ndarray:
-        """Average precision (R,) under image weights (R, N) float32, as scikit-learn defines it; NaN where no positive
-        has weight.
+        """Average precision (R,) in [0, 1] under image weights (R, N) float32; NaN where no positive has weight.
 
-        Equal scores share one threshold. Sums of weights are exact below 2^24.
+        The definition is scikit-learn's. Equal scores share one threshold. Sums of weights are exact below 2^24.
         """
         ranked = weights[:, self.image]
         everything = np.cumsum(ranked, axis=1)[:, self.run_end].astype(np.float64)
         positives = np.cumsum(ranked * self.positive, axis=1)[:, self.run_end].astype(np.float64)
         gained = np.diff(positives, axis=1, prepend=0.0)
-        total = gained.sum(axis=1)
-        area = (gained * positives / np.maximum(everything, 1.0)).sum(axis=1)
-        precision: np.ndarray = np.divide(area, total, out=np.full(len(weights), np.nan), where=total > 0)
-        return precision
-
-
-NAN = float("nan")
+        return _ratio((gained * positives / np.maximum(everything, 1.0)).sum(axis=1), gained.sum(axis=1))
 
 
 @dataclass(frozen=True)
@@ -114,8 +106,7 @@ class Counts:
     def zero(cls, taxonomy: Taxonomy) -> Counts:
         """Counts of no image."""
         num_emotions, num_aus = taxonomy.num_emotions, taxonomy.num_action_units
-        tp, fp, fn, tn = np.zeros((4, num_aus), dtype=np.int64)
-        return cls(np.zeros((num_emotions, num_emotions), dtype=np.int64), tp, fp, fn, tn, 0.0, 0, 0.0, 0)
+        return cls.from_vector(torch.zeros(num_emotions**2 + 4 * num_aus + 4, dtype=torch.float64), taxonomy)
 
     def __add__(self, other: Counts) -> Counts:
         return Counts(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(Counts)))
@@ -151,19 +142,17 @@ def count_batch(
     smoothing, no weights, so that they compare between runs of any loss configuration.
     """
     size = len(emotion)
-    scores, probabilities = _double(logits.emotion, size), torch.sigmoid(_double(logits.action_units, size))
-    outcomes = outcomes_of(
-        scores.numpy(), probabilities.numpy(), emotion.cpu().numpy(), action_units.cpu().numpy(), thresholds
-    )
+    scores, au_logits = _double(logits.emotion, size), _double(logits.action_units, size)
+    emotion, action_units = emotion.cpu(), action_units.cpu()
+    probabilities = torch.sigmoid(au_logits).numpy()
+    outcomes = outcomes_of(scores.numpy(), probabilities, emotion.numpy(), action_units.numpy(), thresholds)
     emotion_loss = au_loss = 0.0
     if logits.emotion is not None:
-        target = emotion.cpu()
-        emotion_loss = float(F.cross_entropy(scores[target >= 0], target[target >= 0], reduction="sum"))
+        emotion_loss = float(F.cross_entropy(scores[emotion >= 0], emotion[emotion >= 0], reduction="sum"))
     if logits.action_units is not None:
-        target = action_units.cpu().double()
-        known = ~torch.isnan(target)
-        au_logits = _double(logits.action_units, size)
-        au_loss = float(F.binary_cross_entropy_with_logits(au_logits[known], target[known], reduction="sum"))
+        known = ~torch.isnan(action_units)
+        target = action_units[known].double()
+        au_loss = float(F.binary_cross_entropy_with_logits(au_logits[known], target, reduction="sum"))
     return _count(outcomes, scores.shape[1], emotion_loss, au_loss)
 
 
@@ -195,24 +184,13 @@ def count_probabilities(
 def _count(outcomes: Outcomes, num_emotions: int, emotion_loss_sum: float, au_loss_sum: float) -> Counts:
     cells = np.bincount(outcomes.cell[outcomes.cell >= 0], minlength=num_emotions**2)
     tp, fp, fn, tn = (one.sum(axis=0) for one in (outcomes.tp, outcomes.fp, outcomes.fn, outcomes.tn))
-    return Counts(
-        confusion=cells.reshape(num_emotions, num_emotions),
-        au_tp=tp,
-        au_fp=fp,
-        au_fn=fn,
-        au_tn=tn,
-        emotion_loss_sum=emotion_loss_sum,
-        emotion_known=int(cells.sum()),
-        au_loss_sum=au_loss_sum,
-        au_known=int((tp + fp + fn + tn).sum()),
-    )
+    confusion, au_known = cells.reshape(num_emotions, num_emotions), int((tp + fp + fn + tn).sum())
+    return Counts(confusion, tp, fp, fn, tn, emotion_loss_sum, int(cells.sum()), au_loss_sum, au_known)
 
 
 @dataclass(frozen=True)
 class Outcomes:
-    """What each image came to: cell (N,) is true * E + predicted, -1 where the emotion is unknown; tp, fp, fn, tn (N,
-    A) bool.
-    """
+    """Outcomes: cell (N,) int64 is true * E + predicted, -1 for an unknown emotion; tp, fp, fn, tn (N, A) bool."""
 
     cell: np.ndarray
     tp: np.ndarray
@@ -299,10 +277,9 @@ def figures(counts: Counts, overlap: np.ndarray, supported: np.ndarray) -> dict[
 
 
 def combined_score(macro_f1_supported: Any, au_f1_mean: Any, au_share: float = 0.5) -> np.ndarray:
-    """The one figure of both tasks: ``(1 - au_share) macro_f1_supported + au_share au_f1_mean``, or the one that is
-    defined.
+    """The score: ``(1 - au_share) macro_f1_supported + au_share au_f1_mean``, or the one that is defined.
 
-    These are the figures of SCORED.
+    These are the figures of SCORED, arrays of one shape with values in [0, 1], NaN undefined.
     """
     both = np.stack([np.asarray(macro_f1_supported, dtype=np.float64), np.asarray(au_f1_mean, dtype=np.float64)], -1)
     weights = np.array([1 - au_share, au_share]) * ~np.isnan(both)
@@ -310,7 +287,7 @@ def combined_score(macro_f1_supported: Any, au_f1_mean: Any, au_share: float = 0
 
 
 def with_score(summary: dict[str, Any], au_share: float) -> dict[str, Any]:
-    """A summary whose ``score`` gives the AU task another share than half; an interval of the score is then unknown."""
+    """The summary with a ``score`` of another AU share than half, whose interval is then unknown."""
     if au_share == 0.5:
         return summary
     score = float(combined_score(summary["macro_f1_supported"], summary["au_f1_mean"], au_share))
@@ -331,19 +308,18 @@ def summarise(counts: Counts, taxonomy: Taxonomy, min_support: int = MIN_SUPPORT
     * emotion_loss, au_loss in nats per known image and element; loss is their sum, or the one that is defined.
     * majority_accuracy: of always naming the commonest class. confusion [true][predicted]. per_class and per_au.
 
-    Outputs that are not finite make the task's losses not finite; its figures are then NaN, not those of a random
-    guess.
+    If outputs are not finite, neither are the task's losses. Its figures are then NaN, not those of a random guess.
     """
     support = counts.confusion.sum(axis=1)
     positives = counts.au_tp + counts.au_fn
     values = figures(_where_finite(counts), component_overlap(taxonomy), support >= min_support)
-    losses = [(counts.emotion_loss_sum, counts.emotion_known), (counts.au_loss_sum, counts.au_known)]
-    means = [total / known if known else NAN for total, known in losses]
-    defined = [mean for mean, (_, known) in zip(means, losses, strict=True) if known]
+    emotion_loss = counts.emotion_loss_sum / counts.emotion_known if counts.emotion_known else NAN
+    au_loss = counts.au_loss_sum / counts.au_known if counts.au_known else NAN
+    defined = [loss for loss, known in ((emotion_loss, counts.emotion_known), (au_loss, counts.au_known)) if known]
     summary: dict[str, Any] = {name: float(values[name]) for name in HEADLINES}
     summary |= {
-        "emotion_loss": means[0],
-        "au_loss": means[1],
+        "emotion_loss": emotion_loss,
+        "au_loss": au_loss,
         "loss": sum(defined) if defined else NAN,
         "emotion_known": counts.emotion_known,
         "au_known": counts.au_known,
@@ -358,12 +334,8 @@ def summarise(counts: Counts, taxonomy: Taxonomy, min_support: int = MIN_SUPPORT
     ]
     known = positives + counts.au_fp + counts.au_tn
     summary["per_au"] = [
-        {
-            "action_unit": taxonomy.action_unit_codes[i],
-            "name": ACTION_UNIT_NAMES.get(number, ""),
-            "support": int(positives[i]),
-        }
-        | {"known": int(known[i]), "predicted": int(counts.au_tp[i] + counts.au_fp[i])}
+        {"action_unit": taxonomy.action_unit_codes[i], "name": ACTION_UNIT_NAMES.get(number, "")}
+        | {"support": int(positives[i]), "known": int(known[i]), "predicted": int(counts.au_tp[i] + counts.au_fp[i])}
         | {key: float(values[f"au_{key}"][i]) for key in ("precision", "recall", "f1", "floor")}
         for i, number in enumerate(taxonomy.action_units)
     ]
@@ -371,9 +343,7 @@ def summarise(counts: Counts, taxonomy: Taxonomy, min_support: int = MIN_SUPPORT
 
 
 def component_overlap(taxonomy: Taxonomy) -> np.ndarray:
-    """(E, E): share of the basic emotions of true class i that class j has too; row NaN where i has no known
-    components.
-    """
+    """(E, E) in [0, 1]: share of the basic emotions of true class i that class j has too; NaN without components."""
     overlap = np.full((taxonomy.num_emotions, taxonomy.num_emotions), NAN)
     for i, true in enumerate(taxonomy.components):
         if true is not None:
@@ -382,17 +352,11 @@ def component_overlap(taxonomy: Taxonomy) -> np.ndarray:
 
 
 def _where_finite(counts: Counts) -> Counts:
-    """Counts with NaN in place of those of a task whose loss is not finite."""
+    """Counts with NaN for a task whose loss is not finite."""
     emotion = 1.0 if np.isfinite(counts.emotion_loss_sum) else NAN
     au = 1.0 if np.isfinite(counts.au_loss_sum) else NAN
-    return replace(
-        counts,
-        confusion=counts.confusion * emotion,
-        au_tp=counts.au_tp * au,
-        au_fp=counts.au_fp * au,
-        au_fn=counts.au_fn * au,
-        au_tn=counts.au_tn * au,
-    )
+    units = {name: getattr(counts, name) * au for name in ("au_tp", "au_fp", "au_fn", "au_tn")}
+    return replace(counts, confusion=counts.confusion * emotion, **units)
 
 
 def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
@@ -401,7 +365,7 @@ def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
 
 
 def _mean(values: np.ndarray) -> np.ndarray:
-    """Mean over the last axis of what is not NaN; NaN where nothing is."""
+    """Mean over the last axis without NaN; NaN where all are."""
     return _ratio(np.nansum(values, axis=-1), (~np.isnan(values)).sum(axis=-1))
 
 
@@ -428,14 +392,12 @@ def evaluate_probabilities(
     """All of :func:`summarise`, average precision, and bootstrap 95 % intervals, from probabilities (N, E) and (N, A).
 
     Adds ``num_images``, ``au_ap_mean`` and, per AU, ``ap`` and ``threshold``. ``intervals`` holds [low, high] of every
-    figure in WITH_INTERVAL; ``f1_interval`` stands in every entry of per_class and per_au. They are percentiles over
+    figure in WITH_INTERVAL; every entry of per_class and per_au has its ``f1_interval``. They are percentiles over
     ``resamples`` draws of N images with replacement; a class or AU that a draw misses is left out of that draw's means.
     Which classes count as supported is fixed by the whole data. [NaN, NaN] where a figure is defined in no draw.
     """
-    counts = count_probabilities(
-        emotion_probabilities, au_probabilities, targets.emotion, targets.action_units, thresholds
-    )
-    summary = summarise(counts, taxonomy)
+    given = (emotion_probabilities, au_probabilities, targets.emotion, targets.action_units, thresholds)
+    summary = summarise(count_probabilities(*given), taxonomy)
     rankings = _rankings(au_probabilities, targets)
     precisions = [one.average_precision(np.ones((1, len(targets.emotion)), dtype=np.float32))[0] for one in rankings]
     summary["num_images"] = len(targets.emotion)
@@ -468,44 +430,19 @@ def bootstrap_figures(
 ) -> dict[str, np.ndarray]:
     """Every figure of :func:`figures`, and au_ap_mean, of each resample: arrays whose leading axis is the resample.
 
-    The same number of images and seed give the same resamples, so those of two models on the same images are pairs.
+    From probabilities (N, E) and (N, A). The same number of images and seed give the same resamples, so those of two
+    models on the same images are pairs.
     """
     outcomes = outcomes_of(emotion_probabilities, au_probabilities, targets.emotion, targets.action_units, thresholds)
-    support = np.bincount(targets.emotion[targets.emotion >= 0], minlength=taxonomy.num_emotions)
-    return _bootstrap(
-        outcomes,
-        _rankings(au_probabilities, targets),
-        component_overlap(taxonomy),
-        support[: taxonomy.num_emotions] >= MIN_SUPPORT,
-        resamples=resamples,
-        seed=seed,
-    )
-
-
-def _rankings(au_probabilities: np.ndarray, targets: HasTargets) -> list[Ranking]:
-    return [
-        Ranking.of(au_probabilities[:, column], targets.action_units[:, column])
-        for column in range(au_probabilities.shape[1])
-    ]
-
-
-def _bootstrap(
-    outcomes: Outcomes,
-    rankings: list[Ranking],
-    overlap: np.ndarray,
-    supported: np.ndarray,
-    *,
-    resamples: int,
-    seed: int,
-) -> dict[str, np.ndarray]:
-    """Every figure, and au_ap_mean, of each draw: arrays whose leading axis is the draw."""
-    num_images, num_emotions = len(outcomes.cell), len(overlap)
+    rankings, overlap = _rankings(au_probabilities, targets), component_overlap(taxonomy)
+    num_emotions, num_aus = taxonomy.num_emotions, outcomes.tp.shape[1]
+    support = np.bincount(targets.emotion[targets.emotion >= 0], minlength=num_emotions)
+    supported = support[:num_emotions] >= MIN_SUPPORT
     cells = outcomes.cell[:, None] == np.arange(num_emotions**2)
     indicators = np.concatenate([cells, outcomes.tp, outcomes.fp, outcomes.fn, outcomes.tn], axis=1).astype(np.float32)
-    num_aus = outcomes.tp.shape[1]
     at = np.cumsum([num_emotions**2, num_aus, num_aus, num_aus])
     parts = []
-    for weights in resample_weights(num_images, resamples, seed):
+    for weights in resample_weights(len(outcomes.cell), resamples, seed):
         confusion, tp, fp, fn, tn = np.split(weights @ indicators, at, axis=1)
         counts = Counts(confusion.reshape(len(weights), num_emotions, num_emotions), tp, fp, fn, tn, 0.0, 0, 0.0, 0)
         values = figures(counts, overlap, supported)
@@ -513,3 +450,10 @@ def _bootstrap(
         values["au_ap_mean"] = _mean(np.stack(precisions, axis=1)) if precisions else np.full(len(weights), NAN)
         parts.append(values)
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _rankings(au_probabilities: np.ndarray, targets: HasTargets) -> list[Ranking]:
+    return [
+        Ranking.of(au_probabilities[:, column], targets.action_units[:, column])
+        for column in range(au_probabilities.shape[1])
+    ]

@@ -1,14 +1,13 @@
-"""Whether faces look, and are answered, as validation's did: the population stability index (PSI) of counts against a
-reference.
+"""Drift: the population stability index (PSI) of faces and answers against those of validation.
 
-PSI = sum over bins of (q - p) ln(q / p), where p are the reference's shares of the bins and q those of now: 0 for equal
-shares, the same both ways, without an upper bound. Half a face is added to every bin on both sides: one that is empty
-on one side would make it infinite.
+PSI = sum over bins of (q - p) ln(q / p), where p are the reference's shares of the bins and q the present ones. It is
+0 for equal shares, symmetric, and has no upper bound. Half a face is added to every bin on both sides, since an empty
+bin would make it infinite.
 
-By convention up to 0.1 is no change worth a look, and from 0.25 on a large one (N. Siddiqi, Credit Risk Scorecards,
-Wiley 2006). The convention knows nothing of the number of faces. Where nothing has changed, N of them against M give
-(bins - 1)(1 / N + 1 / M) on average (B. Yurdakul and J. Naranjo, Journal of Risk Model Validation 14(4), 2020); where
-that is above ``MAX_NOISE`` no index is told.
+By convention up to 0.1 is no relevant change, and 0.25 or more a large one (N. Siddiqi, Credit Risk Scorecards, Wiley
+2006). The convention ignores the number of faces. Without any change, N faces against M give (bins - 1)(1 / N + 1 / M)
+on average (B. Yurdakul and J. Naranjo, Journal of Risk Model Validation 14(4), 2020). Where that is above
+``MAX_NOISE``, no index is reported.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ MAX_NOISE = 0.05
 """PSI that chance alone may give on average: half of a moderate change."""
 
 NUM_BINS = 10
-"""Bins of a measured value; each holds about a tenth of the reference."""
+"""Bins of a measured value, each with about a tenth of the reference."""
 
 _ADDED = 0.5
 
@@ -50,9 +49,7 @@ class Light(NamedTuple):
 
 @dataclass(frozen=True)
 class Bins:
-    """Values in bins: ``counts[i]`` lie from ``edges[i - 1]`` up to, but not at, ``edges[i]``; the first and the last
-    bin are open.
-    """
+    """Counts of values: ``counts[i]`` are in [``edges[i - 1]``, ``edges[i]``); the first and last bin are open."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
@@ -60,8 +57,7 @@ class Bins:
     counts: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        rising = all(low < high for low, high in zip(self.edges, self.edges[1:], strict=False))
-        if not self.edges or not rising or not np.isfinite(self.edges).all():
+        if not self.edges or not np.isfinite(self.edges).all() or not (np.diff(self.edges) > 0).all():
             raise ValueError(f"edges {list(self.edges)}: expected finite numbers that rise")
         if len(self.counts) != len(self.edges) + 1:
             raise ValueError(f"{len(self.counts)} counts for {len(self.edges)} edges: expected one more")
@@ -73,8 +69,7 @@ class Bins:
 
 @dataclass(frozen=True)
 class DriftReference:
-    """What validation's faces looked like and how the finished model answered them, as counts of ``num_images``: no
-    image is kept.
+    """Validation's faces and the finished model's answers, as counts of ``num_images``; no image is kept.
 
     ``emotions``: by predicted class; ``action_units``: by AU, those that were active; ``confidence``: probability of
     the predicted class. A task that the model lacks is empty, or None.
@@ -101,9 +96,7 @@ class DriftReference:
             raise ValueError(f"action_units {list(self.action_units)}: expected counts up to {self.num_images:,}")
 
     def counts(self, action_unit_codes: Sequence[str]) -> dict[str, tuple[int, ...]]:
-        """Counts by statistic: ``emotion``, ``confidence``, ``brightness``, ``contrast``, and each AU by its code
-        (inactive, active).
-        """
+        """Counts of ``emotion``, ``confidence``, ``brightness``, ``contrast``, and by AU code (inactive, active)."""
         units = zip(action_unit_codes, self.action_units, strict=True)
         return dict(self._partitions()) | {code: (self.num_images - active, active) for code, active in units}
 
@@ -116,9 +109,7 @@ class DriftReference:
 
 
 def psi(reference: Sequence[int], found: Sequence[int]) -> float:
-    """The population stability index between two sets of counts of the same bins, with half a face added to every
-    bin.
-    """
+    """The population stability index between counts (bins,) of the same bins, with half a face added to every bin."""
     num_reference, num_found = (sum(counts) + _ADDED * len(counts) for counts in (reference, found))
     total = 0.0
     for before, now in zip(reference, found, strict=True):
@@ -128,9 +119,7 @@ def psi(reference: Sequence[int], found: Sequence[int]) -> float:
 
 
 def faces_needed(reference: Sequence[int]) -> int | None:
-    """Faces from which a PSI against these counts may be told; None: never, the reference itself has too few, or a
-    single bin.
-    """
+    """Faces from which a PSI against these counts is reported; None: never, since faces or bins are too few."""
     if len(reference) < 2 or sum(reference) == 0:
         return None
     left = MAX_NOISE / (len(reference) - 1) - 1 / sum(reference)
@@ -144,7 +133,7 @@ def light_of(face: NDArray[np.uint8]) -> Light:
 
 
 def binned(values: NDArray[Any]) -> Bins:
-    """Values (N,) in bins of about equal counts; fewer than ``NUM_BINS`` where many values are the same."""
+    """Values (N,) of any unit in bins of about equal counts; fewer than ``NUM_BINS`` where many values are equal."""
     edges = np.unique(np.quantile(values, np.arange(1, NUM_BINS) / NUM_BINS))
     places = np.searchsorted(edges, values, side="right")
     return Bins(tuple(edges.tolist()), tuple(np.bincount(places, minlength=len(edges) + 1).tolist()))
@@ -153,7 +142,7 @@ def binned(values: NDArray[Any]) -> Bins:
 def build_reference(
     found: Probabilities, au_thresholds: Sequence[float], lights: Sequence[Light]
 ) -> DriftReference | None:
-    """The reference of N faces with their calibrated probabilities; None where one of these is not finite.
+    """The reference of N faces with their probabilities (N, E) and (N, A); None where one of these is not finite.
 
     Raises:
         ValueError: there are no faces.

@@ -16,10 +16,10 @@ UNDEFINED = "–"
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """A number with so many decimals; a dash where undefined."""
-    return (
-        UNDEFINED if value is None or not math.isfinite(value) else f"{value:.{digits}f}".replace("-", "\N{MINUS SIGN}")
-    )
+    """A number with ``digits`` decimals; a dash where undefined."""
+    if value is None or not math.isfinite(value):
+        return UNDEFINED
+    return f"{value:.{digits}f}".replace("-", "\N{MINUS SIGN}")
 
 
 def percent(value: float | None, digits: int = 1) -> str:
@@ -40,9 +40,7 @@ def constant_f1(support: int, known: int) -> float | None:
 
 
 def against_floor(entry: Mapping[str, Any]) -> str | None:
-    """Of an AU's F1 and interval: ``above`` or ``below`` its floor, ``unclear`` where the floor lies inside; None where
-    unknown.
-    """
+    """Whether an AU's F1 interval is ``above`` or ``below`` its floor, or has it inside (``unclear``); None: unknown."""
     bounds, floor = entry.get("f1_interval"), entry.get("floor")
     if floor is None or bounds is None or bounds[0] is None or not math.isfinite(bounds[0]) or not math.isfinite(floor):
         return None
@@ -50,7 +48,7 @@ def against_floor(entry: Mapping[str, Any]) -> str | None:
 
 
 def headline(figures: Mapping[str, Any], split: str) -> str | None:
-    """What was reached, in one sentence; None where nothing is defined."""
+    """The results in one sentence; None where nothing is defined."""
     parts = []
     if figures["emotion_known"] and figures["accuracy"] is not None:
         parts.append(
@@ -67,9 +65,7 @@ def headline(figures: Mapping[str, Any], split: str) -> str | None:
 
 
 def summary(figures: Mapping[str, Any]) -> list[str]:
-    """What was reached, a sentence or two a task, each number with its interval and what no model at all would
-    reach.
-    """
+    """The results in one or two sentences a task, each number with its interval and the constant baseline."""
     return [*_emotion_summary(figures), *_au_summary(figures)]
 
 
@@ -83,20 +79,17 @@ def _emotion_summary(figures: Mapping[str, Any]) -> list[str]:
         verdict = ", and these images do not tell the two apart" if bounds[1] >= floor else ", which is better"
     occurring = sum(entry["support"] > 0 for entry in figures["per_class"])
     supported = sum(entry["support"] >= MIN_SUPPORT for entry in figures["per_class"])
-    parts = (
+    right = (
         f"The emotion is right on {percent(accuracy)} of {figures['emotion_known']:,} "
         f"images{_within(bounds, percent)}; always naming the commonest class would be right on "
         f"{percent(floor)}{verdict}."
     )
-    f1 = (
-        f"Macro-F1 is {number(figures['macro_f1'])}{_within(_bounds(figures, 'macro_f1'), number)} over the "
-        f"{occurring} classes that occur"
-    )
+    within = _within(_bounds(figures, "macro_f1"), number)
+    f1 = f"Macro-F1 is {number(figures['macro_f1'])}{within} over the {occurring} classes that occur"
     if supported and supported != occurring:
-        f1 += (
-            f", {number(figures['macro_f1_supported'])} over the {supported} of them with at least {MIN_SUPPORT} images"
-        )
-    return [parts, f1 + "."]
+        of_supported = number(figures["macro_f1_supported"])
+        f1 += f", {of_supported} over the {supported} of them with at least {MIN_SUPPORT} images"
+    return [right, f1 + "."]
 
 
 def _au_summary(figures: Mapping[str, Any]) -> list[str]:
@@ -105,11 +98,9 @@ def _au_summary(figures: Mapping[str, Any]) -> list[str]:
         return []
     verdicts = [against_floor(entry) for entry in with_positives]
     many = len(with_positives) > 1
-    whose = (
-        f"Mean F1 of the {len(with_positives)} action units with positives"
-        if many
-        else f"F1 of {with_positives[0]['action_unit']}"
-    )
+    whose = f"F1 of {with_positives[0]['action_unit']}"
+    if many:
+        whose = f"Mean F1 of the {len(with_positives)} action units with positives"
     reached = (
         f"{whose} is {number(figures['au_f1_mean'])}{_within(_bounds(figures, 'au_f1_mean'), number)}; always saying "
         f"\u201cpresent\u201d gives {number(figures['au_floor_mean'])}."
