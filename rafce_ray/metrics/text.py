@@ -40,7 +40,7 @@ def constant_f1(support: int, known: int) -> float | None:
 
 
 def against_floor(entry: Mapping[str, Any]) -> str | None:
-    """Whether an AU's F1 interval is ``above`` or ``below`` its floor, or has it inside (``unclear``); None: unknown."""
+    """Whether an AU's F1 interval is ``above`` or ``below`` its floor or contains it, ``unclear``; None: unknown."""
     bounds, floor = entry.get("f1_interval"), entry.get("floor")
     if floor is None or bounds is None or bounds[0] is None or not math.isfinite(bounds[0]) or not math.isfinite(floor):
         return None

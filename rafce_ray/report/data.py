@@ -1,6 +1,4 @@
-"""All that a run's report shows, gathered from its folder and, for other splits than validation, measured on the
-data.
-"""
+"""The data of a run's report: its folder, other splits measured on the data, groups of images, and mistakes."""
 
 from __future__ import annotations
 
@@ -40,10 +38,7 @@ _LONG = ("name", "column", "value")
 
 @dataclass(frozen=True)
 class SliceFile:
-    """Attributes of images: ``columns[attribute][image name]`` is a value, without those that are blank.
-
-    ``names`` are all images.
-    """
+    """Attributes of images ``names``: ``columns[attribute][image name]`` is a value; blank ones are left out."""
 
     place: str
     names: tuple[str, ...]
@@ -74,8 +69,7 @@ def read_slices(place: str) -> SliceFile:
             )
         if not cells[header.index("name")].strip():
             raise UsageError(f"{place}:{line}: column 'name' is blank. Give the image's name.")
-    is_long = sorted(header) == sorted(_LONG)
-    return _read_long(place, header, rows[1:]) if is_long else _read_wide(place, header, rows[1:])
+    return _read_rows(place, header, rows[1:])
 
 
 def _rows(place: str) -> list[tuple[int, list[str]]]:
@@ -107,60 +101,46 @@ def _check_header(place: str, line: int, header: list[str]) -> None:
         raise UsageError(f"{place}:{line}: column {header.index('') + 1} has no name. Name it, or take it out.")
 
 
-def _read_wide(place: str, header: list[str], rows: list[tuple[int, list[str]]]) -> SliceFile:
-    columns: dict[str, dict[str, str]] = {name: {} for name in header if name != "name"}
-    first_line: dict[str, int] = {}
-    for line, cells in rows:
-        values = dict(zip(header, (cell.strip() for cell in cells), strict=True))
-        name = values.pop("name")
-        if name in first_line:
-            raise UsageError(
-                f"{place}:{line}: column 'name': {name!r} is on line {first_line[name]} already. Keep one row an image."
-            )
-        first_line[name] = line
-        for column, value in values.items():
-            if value:
-                columns[column][name] = value
-    return SliceFile(place, tuple(first_line), columns)
-
-
-def _read_long(place: str, header: list[str], rows: list[tuple[int, list[str]]]) -> SliceFile:
-    columns: dict[str, dict[str, str]] = {}
+def _read_rows(place: str, header: list[str], rows: list[tuple[int, list[str]]]) -> SliceFile:
+    """Read a wide file, a row an image, or a long one with the columns name, column and value."""
+    is_long = sorted(header) == sorted(_LONG)
+    columns: dict[str, dict[str, str]] = {} if is_long else {name: {} for name in header if name != "name"}
     first_line: dict[tuple[str, str], int] = {}
     for line, cells in rows:
         values = dict(zip(header, (cell.strip() for cell in cells), strict=True))
-        name, column = values["name"], values["column"]
-        if not column:
-            raise UsageError(f"{place}:{line}: column 'column' is blank. Name the attribute.")
+        name, column = values.pop("name"), ""
+        if is_long:
+            column = values["column"]
+            values = {column: values["value"]}
+            if not column:
+                raise UsageError(f"{place}:{line}: column 'column' is blank. Name the attribute.")
         if (name, column) in first_line:
-            raise UsageError(
-                f"{place}:{line}: column 'column': {column!r} of {name!r} is on line {first_line[name, column]} "
-                "already. Keep one."
-            )
+            earlier = f"is on line {first_line[name, column]} already"
+            if is_long:
+                raise UsageError(f"{place}:{line}: column 'column': {column!r} of {name!r} {earlier}. Keep one.")
+            raise UsageError(f"{place}:{line}: column 'name': {name!r} {earlier}. Keep one row an image.")
         first_line[name, column] = line
-        values_of = columns.setdefault(column, {})
-        if values["value"]:
-            values_of[name] = values["value"]
+        for attribute, value in values.items():
+            of_attribute = columns.setdefault(attribute, {})
+            if value:
+                of_attribute[name] = value
     return SliceFile(place, tuple(dict.fromkeys(name for name, _ in first_line)), columns)
 
 
 MIN_GROUP = 30
-"""Images that a group needs before its figures are shown: of fewer, accuracy is known to no better than 18 points."""
+"""Images that a group needs before its figures are shown: with fewer, accuracy is uncertain by 18 points or more."""
 
 MAX_VALUES = 20
-"""Distinct values, in the file, up to which a column makes groups; more are taken for an identifier."""
+"""Distinct values, in the file, up to which a column makes groups; with more it is an identifier."""
 
 MAX_NUMBERS = 10
-"""Distinct numbers, in the file, up to which each is a group of its own; more are cut into ranges."""
+"""Distinct numbers, in the file, up to which each is a group; more are cut into ranges."""
 
 MIN_NUMBER_SHARE = 0.9
-"""Share of numbers among a column's values from which it is one of numbers; other values, such as NA, are groups beside
-the ranges.
-"""
+"""Share of numbers from which a column is numeric; its other values, such as NA, are groups next to the ranges."""
 
 MAX_RANGES = 4
 
-SHOWN = ("accuracy", "macro_f1", "au_f1_mean")
 
 _NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?")
 _IDENTIFIER = re.compile(r"(^|[^A-Za-z])id$", re.IGNORECASE)
@@ -177,7 +157,7 @@ class WithInterval:
 
 @dataclass(frozen=True)
 class Group:
-    """Images with one value. A figure that would rest on under MIN_GROUP labelled images is not in ``figures``."""
+    """Images with one value. ``figures`` has no figure of under MIN_GROUP labelled images."""
 
     value: str
     num_images: int
@@ -191,10 +171,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Column:
-    """The groups of one attribute.
-
-    ``remark`` says how they were made or why there are none; ``num_unknown`` images have no value.
-    """
+    """The groups of one attribute, how they were made or why there are none, and the number of images without value."""
 
     name: str
     remark: str
@@ -204,10 +181,7 @@ class Column:
 
 @dataclass(frozen=True)
 class GroupTable:
-    """All attributes.
-
-    ``num_unmatched``: names in the file that are no image measured here, with the first few of them.
-    """
+    """All attributes. ``num_unmatched`` names in the file are no image measured here; ``unmatched`` are the first."""
 
     place: str
     num_names: int
@@ -272,35 +246,29 @@ def _column(
     is_number = {value: bool(_NUMBER.fullmatch(value)) for value in values.values()}
     share = np.mean([is_number[value] for value in values.values()]) if values else 0.0
     has_ranges = share >= MIN_NUMBER_SHARE and sum(is_number.values()) > MAX_NUMBERS
+    # Each of these values would be a group.
     num_distinct = len(is_number) - (sum(is_number.values()) if has_ranges else 0)
-    reason = _why_none(name, len(is_number), num_distinct, num_unknown == len(found))
-    if reason:
+    if num_unknown == len(found):
+        return Column(name, "left out: no image measured here has a value", num_unknown, ())
+    if _IDENTIFIER.search(name):
+        reason = f"left out: named as an identifier, {len(is_number)} distinct values"
+        return Column(name, reason, num_unknown, ())
+    if num_distinct > MAX_VALUES:
+        reason = f"left out: {num_distinct} distinct values are more than {MAX_VALUES}, as of an identifier"
         return Column(name, reason, num_unknown, ())
     members, remark = _ranges(found) if has_ranges else ([], "")
     rest = {value for value in found if value is not None and not (has_ranges and is_number[value])}
-    for value in sorted(
-        rest, key=lambda one: (not is_number[one], float(one) if is_number[one] else 0, one.casefold())
-    ):
-        members.append((value, np.array([one == value for one in found])))
+
+    def place(value: str) -> tuple[bool, float, str]:
+        return not is_number[value], float(value) if is_number[value] else 0.0, value.casefold()
+
+    members += [(value, np.array([one == value for one in found])) for value in sorted(rest, key=place)]
     groups = (_measure(value, rows, split, taxonomy, calibration) for value, rows in members)
     return Column(name, remark, num_unknown, tuple(groups))
 
 
-def _why_none(name: str, num_values: int, num_distinct: int, is_unknown: bool) -> str:
-    """Why a column makes no groups; empty where it does. ``num_distinct`` values would each be one."""
-    if is_unknown:
-        return "left out: no image measured here has a value"
-    if _IDENTIFIER.search(name):
-        return f"left out: named as an identifier, {num_values} distinct values"
-    if num_distinct > MAX_VALUES:
-        return f"left out: {num_distinct} distinct values are more than {MAX_VALUES}, as of an identifier"
-    return ""
-
-
 def _ranges(found: Sequence[str | None]) -> tuple[list[tuple[str, NDArray[np.bool_]]], str]:
-    """Ranges of numbers, cut near the quantiles of the images measured into MAX_RANGES, or fewer so that each holds
-    MIN_GROUP; never under 2.
-    """
+    """Ranges cut near the quantiles of the images: MAX_RANGES, or fewer so that each has MIN_GROUP, but at least 2."""
     numbers = np.array([float(one) if one is not None and _NUMBER.fullmatch(one) else np.nan for one in found])
     known = numbers[~np.isnan(numbers)]
     if not len(known):
@@ -326,22 +294,17 @@ def _measure(
     num_images = int(rows.sum())
     if num_images < MIN_GROUP:
         return Group(value, num_images, {})
-    outputs = Outputs(split.outputs.emotion[rows], split.outputs.action_units[rows])
-    names = [name for name, chosen in zip(split.names, rows, strict=True) if chosen]
-    part = SplitOutputs(names, split.emotion[rows], split.action_units[rows], outputs)
-    found = calibrated(outputs, calibration)
+    part = split.rows(rows)
+    found = calibrated(part.outputs, calibration)
     all_figures = finite(
         evaluate_probabilities(found.emotion, found.action_units, part, taxonomy, calibration.au_thresholds)
     )
-    num_labelled = {
-        "accuracy": int((part.emotion >= 0).sum()) if taxonomy.num_emotions else 0,
-        "au_f1_mean": int((~np.isnan(part.action_units)).any(axis=1).sum()),
-    }
-    num_labelled["macro_f1"] = num_labelled["accuracy"]
-    shown = [name for name in SHOWN if num_labelled[name] >= MIN_GROUP]
-    return Group(
-        value, num_images, {name: WithInterval(all_figures[name], *all_figures["intervals"][name]) for name in shown}
-    )
+    with_emotion = int((part.emotion >= 0).sum()) if taxonomy.num_emotions else 0
+    with_units = int((~np.isnan(part.action_units)).any(axis=1).sum())
+    labelled = {"accuracy": with_emotion, "macro_f1": with_emotion, "au_f1_mean": with_units}
+    shown = [name for name, count in labelled.items() if count >= MIN_GROUP]
+    figures = {name: WithInterval(all_figures[name], *all_figures["intervals"][name]) for name in shown}
+    return Group(value, num_images, figures)
 
 
 def _plain(group: Group) -> dict[str, Any]:
@@ -360,9 +323,9 @@ SPLITS_OF: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class ReportData:
-    """A run as its report shows it; ``figures`` None where nothing was measured. All numbers are finite or None.
+    """A run as its report shows it; ``figures`` is None where nothing was measured. All numbers are finite or None.
 
-    ``measured`` says in words how the figures were made. ``remarks`` are things that a reader must know first.
+    ``measured`` says in words how the figures were made. ``remarks`` come first on the page.
     """
 
     run: Evidence
@@ -384,7 +347,7 @@ class ReportData:
 
 @dataclass
 class _Measured:
-    """A split's figures and raw outputs, where they come from, and the data they were measured on, if it was opened."""
+    """A split's figures and raw outputs, how they were measured, and the data, if they were opened."""
 
     figures: dict[str, Any] | None
     how: str
@@ -410,7 +373,7 @@ def gather(
     data have moved.
 
     Raises:
-        UsageError: there is no run here, or what is asked for cannot be had of it; the slices file is malformed.
+        UsageError: there is no run here, it lacks what the arguments need, or the slices file is malformed.
         RafceError: the split cannot be measured.
     """
     check_run(folder)
@@ -479,12 +442,16 @@ def _from_files(run: Evidence) -> _Measured:
 
 
 def _from_data(folder: RunFolder, split: Split, overrides: Sequence[str], device: str) -> _Measured:
-    """Load the bundle and measure it. What it was trained on is found by its provenance."""
+    """Load the bundle and measure it; its provenance identifies the data that it was trained on."""
     bundle = load_bundle(folder.place)
     dataset = open_for_bundle(bundle, data_config_for(bundle, overrides))
     on = choose_device(device)
-    outputs = _concatenate(
-        [split_outputs(bundle, dataset, one, device=on, progress=progress_bar) for one in SPLITS_OF[split]]
+    parts = [split_outputs(bundle, dataset, one, device=on, progress=progress_bar) for one in SPLITS_OF[split]]
+    outputs = SplitOutputs(
+        names=[name for part in parts for name in part.names],
+        emotion=np.concatenate([part.emotion for part in parts]),
+        action_units=np.concatenate([part.action_units for part in parts]),
+        outputs=Outputs.concatenate([part.outputs for part in parts]),
     )
     figures = evaluate_outputs(outputs, bundle.taxonomy, bundle.calibration)
     remarks = []
@@ -498,19 +465,8 @@ def _from_data(folder: RunFolder, split: Split, overrides: Sequence[str], device
     return _Measured(figures, how, outputs, dataset, remarks)
 
 
-def _concatenate(parts: Sequence[SplitOutputs]) -> SplitOutputs:
-    return SplitOutputs(
-        names=[name for part in parts for name in part.names],
-        emotion=np.concatenate([part.emotion for part in parts]),
-        action_units=np.concatenate([part.action_units for part in parts]),
-        outputs=Outputs.concatenate([part.outputs for part in parts]),
-    )
-
-
 def _with_data(run: Evidence, overrides: Sequence[str], split: Split) -> Config:
-    """The run's configuration with other places of its data, which validation figures have no use for beyond the
-    store.
-    """
+    """The run's configuration with other places of its data; of these, validation figures use the store only."""
     others = [text for text in overrides if not text.startswith("data.store_dir=")]
     if split == "validation" and others:
         raise UsageError(
@@ -521,7 +477,7 @@ def _with_data(run: Evidence, overrides: Sequence[str], split: Split) -> Config:
 
 
 def _taxonomy(folder: RunFolder, run: Evidence) -> Taxonomy:
-    """What is trained: as the bundle says or, without one, as the run's records do."""
+    """The taxonomy of the bundle or, without one, of the run's records."""
     try:
         return read_taxonomy(folder.bundle)
     except RafceError:
@@ -536,9 +492,9 @@ JPEG_QUALITY = 82
 
 @dataclass(frozen=True)
 class Mistake:
-    """One image: its label, what was predicted and with what probability, and what the label was given.
+    """One image: its label, the prediction, and the probabilities of the prediction and of the label.
 
-    ``subject`` is the action unit that both speak of, empty where they are emotions.
+    ``subject`` is the action unit that was decided, empty for emotions.
     """
 
     name: str
@@ -552,9 +508,7 @@ class Mistake:
 
 @dataclass(frozen=True)
 class Mistakes:
-    """The surest mistakes of each task, the surest first, and how many there are in all; ``why_no_images`` where there
-    are none.
-    """
+    """The most confident mistakes of each task and how many there are; ``why_no_images`` if they have no pictures."""
 
     emotions: tuple[Mistake, ...]
     num_wrong_emotions: int
@@ -571,28 +525,23 @@ class Mistakes:
             dataset = open_images()
         except (RafceError, OSError) as error:
             return replace(self, why_no_images=f"There are no pictures here: {error}")
-        row_of = {name: row for row, name in enumerate(dataset.names)}
-        rows = np.array([row_of[name] for name in names if name in row_of], dtype=np.int64)
-        pictures = dict(zip([name for name in names if name in row_of], dataset.images.gather(rows), strict=True))
-        missing = len(names) - len(pictures)
-        thumbnails = {name: _data_uri(pixels) for name, pixels in pictures.items()}
-
-        def shown(mistakes: tuple[Mistake, ...]) -> tuple[Mistake, ...]:
-            return tuple(replace(one, thumbnail=thumbnails.get(one.name)) for one in mistakes)
-
-        return replace(
-            self,
-            emotions=shown(self.emotions),
-            action_units=shown(self.action_units),
-            why_no_images=f"{missing} of these images are not in the decoded store." if missing else "",
+        wanted = set(names)
+        row_of = {name: row for row, name in enumerate(dataset.names) if name in wanted}
+        pictures = dataset.images.gather(np.array(list(row_of.values()), dtype=np.int64))
+        thumbnails = dict(zip(row_of, map(_data_uri, pictures), strict=True))
+        missing = len(names) - len(thumbnails)
+        emotions, action_units = (
+            tuple(replace(one, thumbnail=thumbnails.get(one.name)) for one in mistakes)
+            for mistakes in (self.emotions, self.action_units)
         )
+        why = f"{missing} of these images are not in the decoded store." if missing else ""
+        return replace(self, emotions=emotions, action_units=action_units, why_no_images=why)
 
 
 def find_mistakes(split: SplitOutputs, taxonomy: Taxonomy, calibration: Calibration) -> Mistakes:
-    """The most confident wrong emotions, and the action units decided wrongly whose probability is farthest from the
-    truth.
+    """The most confident wrong emotions, and the wrong action units whose probability is farthest from the truth.
 
-    At most one action unit an image, so that one odd picture does not fill the list.
+    At most one action unit an image, so that one unusual picture does not fill the list.
     """
     found = calibrated(split.outputs, calibration)
     emotions: list[Mistake] = []
@@ -615,47 +564,36 @@ def find_mistakes(split: SplitOutputs, taxonomy: Taxonomy, calibration: Calibrat
     active = found.action_units >= np.array(calibration.au_thresholds)
     wrong_au = ~np.isnan(split.action_units) & (active != (split.action_units == 1))
     distance = np.where(wrong_au, np.abs(found.action_units - np.nan_to_num(split.action_units)), -1.0)
-    action_units: list[Mistake] = []
-    if taxonomy.num_action_units:
-        farthest = distance.max(axis=1)
-        rows = np.argsort(-farthest, kind="stable")[:MAX_AU_MISTAKES]
-        action_units = [
-            _au_mistake(split, found.action_units, taxonomy, int(row), int(distance[row].argmax()))
-            for row in rows
-            if farthest[row] >= 0
-        ]
+    farthest = distance.max(axis=1, initial=-1.0)
+    action_units = [
+        _au_mistake(split, found.action_units, taxonomy, int(row), int(distance[row].argmax()))
+        for row in np.argsort(-farthest, kind="stable")[:MAX_AU_MISTAKES]
+        if farthest[row] >= 0
+    ]
     return Mistakes(tuple(emotions), len(wrong), tuple(action_units), int(wrong_au.sum()))
 
 
 def _au_mistake(
     split: SplitOutputs, probability: NDArray[np.floating], taxonomy: Taxonomy, row: int, column: int
 ) -> Mistake:
-    number = taxonomy.action_units[column]
-    is_present, of_present = split.action_units[row, column] == 1, float(probability[row, column])
-    return Mistake(
-        name=split.names[row],
-        subject=f"{action_unit_code(number)} {ACTION_UNIT_NAMES.get(number, '')}".strip(),
-        true="present" if is_present else "absent",
-        predicted="absent" if is_present else "present",
-        probability=1 - of_present if is_present else of_present,
-        of_truth=of_present if is_present else 1 - of_present,
-    )
+    number, of_present = taxonomy.action_units[column], float(probability[row, column])
+    subject = f"{action_unit_code(number)} {ACTION_UNIT_NAMES.get(number, '')}".strip()
+    if split.action_units[row, column] == 1:
+        return Mistake(split.names[row], subject, "present", "absent", 1 - of_present, of_present)
+    return Mistake(split.names[row], subject, "absent", "present", of_present, 1 - of_present)
 
 
 def open_stored(
     data: DataConfig, provenance: dict[str, Any] | None, taxonomy: Taxonomy, store: str | None = None
 ) -> Dataset:
-    """The run's decoded images, from ``store`` or from the store under ``data.store_dir`` that has the run's
-    fingerprint.
+    """The run's decoded images, from ``store`` or the store under ``data.store_dir`` with the run's fingerprint.
 
-    Nothing is decoded anew, and the original files are not looked at.
+    Nothing is decoded again, and the original files are not read.
 
     Raises:
         RafceError: there is no such store.
     """
-    fingerprint = (provenance or {}).get("data_fingerprint")
-    if store is None:
-        store = _find_store(data.store_dir, fingerprint)
+    store = store or _find_store(data.store_dir, (provenance or {}).get("data_fingerprint"))
     return open_dataset(store, taxonomy, data.null_policy, data.null_policy_in_evaluation)
 
 
