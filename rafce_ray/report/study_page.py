@@ -1,12 +1,10 @@
-"""A study's page: which trial won and what is known of it, then how the sweep came to it; the template says how it
-looks.
-"""
+"""A study's page: its cost, its data, and the sections, rows and words of the page; the template lays them out."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache, cached_property
@@ -42,7 +40,7 @@ from rafce_ray.report.study_plots import (
     rung_charts,
     score_by_value,
 )
-from rafce_ray.study.finalists import Finalist, Verdict, sentences
+from rafce_ray.study.finalists import Verdict, sentences
 from rafce_ray.study.folder import StudyFolder
 from rafce_ray.study.importance import parameter_importance
 from rafce_ray.study.on_test import OnTest
@@ -50,9 +48,7 @@ from rafce_ray.study.trials import RungEntry, Trial, best_first, read_rungs, rea
 from rafce_ray.study.watch import STATES, plain, roughly
 
 SAVING = ("stopped_by_scheduler", "stopped_early")
-"""Statuses whose epochs not trained were saved; those of a trial that diverged or failed were lost, others may still
-come.
-"""
+"""Statuses whose remaining epochs count as saved. Those of failed trials are lost, others may still be trained."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +56,8 @@ class Cost:
     """What some trials cost. ``seconds`` and ``seconds_saved``: of one CPU core or one GPU, as :func:`unit` says.
 
     ``epochs_saved``: epochs not trained because of early stopping; ``seconds_saved``: those at each trial's own mean
-    seconds an epoch. ``num_unmeasured``: trials stopped before their first epoch, whose ``seconds_saved`` nobody knows:
-    they are left out.
+    seconds an epoch. ``num_unmeasured``: trials stopped before their first epoch, whose ``seconds_saved`` are unknown
+    and left out.
     """
 
     num_trials: int
@@ -106,7 +102,7 @@ def cost(trials: Sequence[Trial], of: str) -> Cost:
 
 
 def by_status(trials: Sequence[Trial], of: str) -> dict[str, Cost]:
-    """The cost of the trials of each status, in the order in which statuses are met."""
+    """The cost of the trials of each status, in order of first occurrence."""
     statuses = dict.fromkeys(trial.status for trial in trials)
     return {status: cost([trial for trial in trials if trial.status == status], of) for status in statuses}
 
@@ -118,9 +114,8 @@ STUDY_SETTINGS, FINALISTS, TEST = "study.yaml", "finalists.json", "test.json"
 class StudyData:
     """A study as its page shows it. ``trials`` are the sweep's, ``finalists`` their repetitions with other seeds.
 
-    ``configs``: of every trial, by name. ``settings``: study.yaml, ``settings_text`` as it is written. ``provenances``:
-    of every trial that has one. ``findings``: the doctor's over all trials, each with the trials that have it; it is
-    told as of the first of them, the best ranked.
+    ``configs``: of every trial, by name. ``settings``: study.yaml, ``settings_text`` its text. ``provenances``: of
+    every trial that has one. ``findings``: the doctor's, each with the trials that have it, the trial shown first.
     """
 
     study: StudyFolder
@@ -172,7 +167,12 @@ class StudyData:
         values = {trial.name: dict(trial.plan.values) for trial in self.trials}
         if self.base is not None:
             own = flatten(self.configs[self.base.name])
-            values[self.base.name] = {key: own[key] for key in self.keys if self._applies(key, own)}
+            conditions = {key: self._domain(key).get("when", {}) for key in self.keys}
+            values[self.base.name] = {
+                key: own[key]
+                for key, condition in conditions.items()
+                if all(own[other] in wanted for other, wanted in condition.items())
+            }
         return values
 
     @property
@@ -186,10 +186,6 @@ class StudyData:
         domain = (self.settings.get("space") or {}).get(key)
         return domain if isinstance(domain, dict) else {}
 
-    def _applies(self, key: str, own: Mapping[str, Any]) -> bool:
-        """Whether a key is searched where a configuration has these values."""
-        return all(own[other] in wanted for other, wanted in self._domain(key).get("when", {}).items())
-
     @cached_property
     def emphasised(self) -> list[Emphasis]:
         """Trials that stand out in every chart."""
@@ -202,13 +198,11 @@ class StudyData:
 
     def changes(self, trial: Trial) -> dict[str, tuple[Any, Any]]:
         """Keys in which a trial's configuration differs from the base's: the base's value and its own."""
-        if self.base is None:
-            return {}
-        return differences(self.configs[self.base.name], self.configs[trial.name])
+        return {} if self.base is None else differences(self.configs[self.base.name], self.configs[trial.name])
 
 
 def is_study(study: StudyFolder) -> bool:
-    """Whether this is the folder of a study of ``rafce tune``; an ablation's is none."""
+    """Whether this is the folder of a study of ``rafce tune``, not of an ablation."""
     return (study.location / STUDY_SETTINGS).exists()
 
 
@@ -246,7 +240,7 @@ def gather_study(study: StudyFolder, metric: str) -> StudyData:
 
 
 def _record(study: StudyFolder, name: str) -> dict[str, Any] | None:
-    """A file of the study; None, with a warning, where it cannot be read: the rest of the page does without."""
+    """A file of the study; None, with a warning if it is damaged. The rest of the page does not need it."""
     try:
         return (study.location / name).read_record("The study's command then writes it again.")
     except FileNotFoundError:
@@ -257,9 +251,7 @@ def _record(study: StudyFolder, name: str) -> dict[str, Any] | None:
 
 
 def _findings(study: StudyFolder, ranked: Sequence[str]) -> list[tuple[Diagnosis, tuple[str, ...]]]:
-    """Each code once with its trials, gravest first and then by the number of trials; told as of the best trial at its
-    gravest.
-    """
+    """Each code once with its trials, by level, then by number of trials; shown is the best trial of the top level."""
     found: dict[str, dict[str, Diagnosis]] = {}
     for trial in examine_study(study):
         for diagnosis in trial.diagnoses:
@@ -355,19 +347,18 @@ def _named(names: Sequence[str]) -> str:
 
 
 def _provisional(data: StudyData) -> str:
-    """Who leads, as long as nothing was judged."""
+    """The leading trial before there is a verdict."""
     if not data.ranked:
         return "No trial has a score yet."
     best, base = data.ranked[0], data.base
     lead = f"So far {best.name} leads with {data.metric} {number(best.score)} on validation"
-    if base is not None and base.score is not None and base.name != best.name and best.score is not None:
+    if base is not None and base.name == best.name:
+        lead += ": it is the base configuration"
+    elif base is not None and base.score is not None and best.score is not None:
         gain = FIGURES[data.metric].direction * (best.score - base.score)
         lead += f", {number(gain)} better than the base ({base.name}, {number(base.score)})"
-    elif base is not None and base.name == best.name:
-        lead += ": it is the base configuration"
-    return (
-        f"{lead}. The best of many trials is partly the luckiest: nothing has been trained again with other seeds yet."
-    )
+    luck = "The best of many trials is partly the luckiest: nothing has been trained again with other seeds yet."
+    return f"{lead}. {luck}"
 
 
 def _chips(data: StudyData) -> Iterator[str]:
@@ -384,43 +375,31 @@ def _tiles(data: StudyData) -> Iterator[dict[str, Any]]:
     """The few numbers that are read first."""
     verdict, winner = data.verdict, data.winner
     if verdict is not None and (won := verdict.finalist(verdict.winner)) is not None:
-        bounds = interval([won.low, won.high], 3)
-        yield {
-            "label": f"{data.metric} of {verdict.winner}",
-            "value": number_html(won.mean),
-            "notes": [f"95\u00a0% interval: {bounds}", f"in the sweep: {number(won.sweep_score)}"],
-        }
+        within = f"95\u00a0% interval: {interval([won.low, won.high], 3)}"
+        notes = [within, f"in the sweep: {number(won.sweep_score)}"]
+        yield _tile(f"{data.metric} of {verdict.winner}", number_html(won.mean), *notes)
         if verdict.winner != verdict.base:
-            luck = "more than luck" if verdict.gain.is_real else "no more than luck would explain"
-            bounds = interval([verdict.gain.low, verdict.gain.high], 3)
-            yield {
-                "label": "Against the base",
-                "value": Markup('<data value="{}">{}</data>').format(
-                    verdict.gain.value, f"{verdict.gain.value:+.3f}".replace("-", "\N{MINUS SIGN}")
-                ),
-                "notes": [f"95\u00a0% interval: {bounds}", luck],
-            }
+            gain = verdict.gain
+            luck = "more than luck" if gain.is_real else "no more than luck would explain"
+            signed = f"{gain.value:+.3f}".replace("-", "\N{MINUS SIGN}")
+            value = Markup('<data value="{}">{}</data>').format(gain.value, signed)
+            yield _tile("Against the base", value, f"95\u00a0% interval: {interval([gain.low, gain.high], 3)}", luck)
     elif winner is not None:
-        yield {
-            "label": f"{data.metric} of {winner.name}",
-            "value": number_html(winner.score),
-            "notes": ["on validation, one training", f"at epoch {winner.best_epoch}"],
-        }
+        notes = ["on validation, one training", f"at epoch {winner.best_epoch}"]
+        yield _tile(f"{data.metric} of {winner.name}", number_html(winner.score), *notes)
     if data.trials:
         spent = cost(data.trials, unit(data.trials))
         share = percent(spent.epochs / spent.max_epochs, 0)
-        yield {
-            "label": "Epochs trained",
-            "value": Markup("{:,}").format(spent.epochs),
-            "notes": [f"of {spent.max_epochs:,} that these trials could have had ({share})"],
-        }
+        of_all = f"of {spent.max_epochs:,} that these trials could have had ({share})"
+        yield _tile("Epochs trained", Markup("{:,}").format(spent.epochs), of_all)
         counts = Counter(trial.status for trial in data.trials)
         order = [*(one for one in STATES if counts[one]), *(one for one in counts if one not in STATES)]
-        yield {
-            "label": "Trials",
-            "value": Markup("{:,}").format(len(data.trials)),
-            "notes": [", ".join(f"{counts[status]} {state(status)}" for status in order)],
-        }
+        states = ", ".join(f"{counts[status]} {state(status)}" for status in order)
+        yield _tile("Trials", Markup("{:,}").format(len(data.trials)), states)
+
+
+def _tile(label: str, value: Markup, *notes: str) -> dict[str, Any]:
+    return {"label": label, "value": value, "notes": list(notes)}
 
 
 def _alerts(data: StudyData) -> Iterator[tuple[str, str]]:
@@ -431,11 +410,8 @@ def _alerts(data: StudyData) -> Iterator[tuple[str, str]]:
         yield "warning", f"{trial.name} {state(trial.status)}{where}{reason}."
     fingerprints = {record.get("data_fingerprint") for record in data.provenances.values()}
     if len(fingerprints) > 1:
-        yield (
-            "serious",
-            f"The trials were not trained on the same data: there are {len(fingerprints)} fingerprints. Their scores "
-            "cannot be compared.",
-        )
+        differ = f"The trials were not trained on the same data: there are {len(fingerprints)} fingerprints."
+        yield "serious", f"{differ} Their scores cannot be compared."
     if data.verdict is None:
         planned = data.settings.get("num_trials")
         ended = sum(trial.status not in ("waiting", "interrupted") for trial in data.trials)
@@ -446,15 +422,14 @@ def _alerts(data: StudyData) -> Iterator[tuple[str, str]]:
 def _commands(data: StudyData) -> Iterator[tuple[str, str]]:
     """What to do next, each with its command."""
     here = data.study.location
-    if (here / "best").exists():
-        yield "The winner's bundle on photographs:", f"rafce predict --bundle {(here / 'best').command} PHOTO.jpg"
-    if (here / "best.yaml").exists():
-        yield (
-            "The winner's configuration, trained again or on more data:",
-            f"rafce train --config {(here / 'best.yaml').command}",
-        )
+    bundle, best = here / "best", here / "best.yaml"
+    if bundle.exists():
+        yield "The winner's bundle on photographs:", f"rafce predict --bundle {bundle.command} PHOTO.jpg"
+    if best.exists():
+        title = "The winner's configuration, trained again or on more data:"
+        yield title, f"rafce train --config {best.command}"
     if data.verdict is None:
-        yield "The study goes on from where it is:", f"rafce tune --config {(here / 'study.yaml').command}"
+        yield "The study goes on from where it is:", f"rafce tune --config {(here / STUDY_SETTINGS).command}"
     elif data.winner is not None:
         run = data.verdict.finalist(data.winner.name)
         name = next(iter(run.runs.values()), data.winner.name) if run is not None else data.winner.name
@@ -463,13 +438,14 @@ def _commands(data: StudyData) -> Iterator[tuple[str, str]]:
 
 def _front(data: StudyData) -> list[Trial]:
     """The Pareto front, by the emotion figure: trials for which no other is as good in both tasks and better in one."""
-    drawn = [(trial, point) for trial in data.trials if (point := both_figures(trial)) is not None]
-    front = [
-        (trial, (x, y))
-        for trial, (x, y) in drawn
-        if not any(u >= x and v >= y and (u, v) != (x, y) for _, (u, v) in drawn)
-    ]
-    return [trial for trial, _ in sorted(front, key=lambda one: one[1], reverse=True)]
+    points = {trial.name: point for trial in data.trials if (point := both_figures(trial)) is not None}
+    front = {
+        name: (x, y)
+        for name, (x, y) in points.items()
+        if not any(u >= x and v >= y and (u, v) != (x, y) for u, v in points.values())
+    }
+    on_front = [trial for trial in data.trials if trial.name in front]
+    return sorted(on_front, key=lambda trial: front[trial.name], reverse=True)
 
 
 SHOWN = ("accuracy", EMOTION, ACTION_UNIT, "loss")
@@ -482,9 +458,7 @@ BROKEN = ("failed", "diverged")
 
 
 def state(status: str) -> str:
-    """A trial's status for people; one without an end may be in training or interrupted, which its folder cannot
-    tell.
-    """
+    """A trial's status for people; without an end it may be in training or interrupted: its folder is the same."""
     return STATES.get(status, "not ended")
 
 
@@ -492,36 +466,33 @@ def trial_rows(data: StudyData) -> list[dict[str, Any]]:
     """Every trial of the sweep, the best first, then those without a score by number."""
     ranked = {trial.name for trial in data.ranked}
     ordered = [*data.ranked, *(trial for trial in data.trials if trial.name not in ranked)]
-    return [_trial_row(data, trial) for trial in ordered]
-
-
-def _trial_row(data: StudyData, trial: Trial) -> dict[str, Any]:
-    own = data.values[trial.name]
     base = {} if data.base is None else data.values[data.base.name]
-    return {
-        "trial": trial,
-        "roles": roles_of(trial, data.winner, data.base, judged=data.verdict is not None),
-        "state": state(trial.status),
-        "is_broken": trial.status in BROKEN,
-        "figures": [trial.figures.get(name) for name in shown_figures(data)],
-        "values": [
-            {
-                "text": plain(own[key]) if key in own else UNDEFINED,
-                "number": own[key] if isinstance(own.get(key), int | float) else None,
-                "as_base": key in own and base.get(key) == own[key] and trial.plan.number != 0,
-            }
-            for key in data.keys
-        ],
-    }
+
+    def cell(trial: Trial, key: str) -> dict[str, Any]:
+        own = data.values[trial.name]
+        return {
+            "text": plain(own[key]) if key in own else UNDEFINED,
+            "number": own[key] if isinstance(own.get(key), int | float) else None,
+            "as_base": key in own and base.get(key) == own[key] and trial.plan.number != 0,
+        }
+
+    return [
+        {
+            "trial": trial,
+            "roles": roles_of(trial, data.winner, data.base, judged=data.verdict is not None),
+            "state": state(trial.status),
+            "is_broken": trial.status in BROKEN,
+            "figures": [trial.figures.get(name) for name in shown_figures(data)],
+            "values": [cell(trial, key) for key in data.keys],
+        }
+        for trial in ordered
+    ]
 
 
 def shown_figures(data: StudyData) -> list[str]:
-    """Figures beside the metric that any trial has."""
-    return [
-        name
-        for name in SHOWN
-        if name != data.metric and any(trial.figures.get(name) is not None for trial in data.trials)
-    ]
+    """Figures besides the metric that any trial has."""
+    known = {name for trial in data.trials for name, value in trial.figures.items() if value is not None}
+    return [name for name in SHOWN if name != data.metric and name in known]
 
 
 def change_rows(data: StudyData) -> list[tuple[str, str, str]]:
@@ -533,40 +504,32 @@ def change_rows(data: StudyData) -> list[tuple[str, str, str]]:
 
 
 def finalists_table(data: StudyData) -> dict[str, Any] | None:
-    """The verdict's rows and the seeds of its columns; intervals and scores also as places between the lowest and the
-    highest of all.
-    """
-    if data.verdict is None:
+    """The verdict's rows and the seeds of its columns; scores and intervals also as places in [0, 1] of their range."""
+    verdict = data.verdict
+    if verdict is None:
         return None
-    shown = data.verdict.ranked if data.verdict.retrained else data.verdict.ranked[:NOT_RETRAINED]
+    shown = verdict.ranked if verdict.retrained else verdict.ranked[:NOT_RETRAINED]
     seeds = sorted({seed for one in shown for seed in (*one.scores, *one.missing)})
     numbers = [value for one in shown for value in (*one.scores.values(), one.low, one.high) if math.isfinite(value)]
     low, high = (min(numbers), max(numbers)) if numbers else (0.0, 1.0)
     width = (high - low) or 1.0
-
-    def places(one: Finalist) -> list[float | None]:
-        return [(value - low) / width if math.isfinite(value) else None for value in (one.mean, one.low, one.high)]
-
-    rows = [_finalist_row(data, one, seeds) | {"at": places(one)} for one in shown]
+    rows = [
+        {
+            "name": one.trial,
+            "roles": ["winner"] * (one.trial == verdict.winner) + ["base"] * (one.trial == verdict.base),
+            "scores": [(one.scores.get(seed), one.missing.get(seed)) for seed in seeds],
+            "mean": _finite(one.mean),
+            "bounds": [_finite(one.low), _finite(one.high)],
+            "sweep_score": _finite(one.sweep_score),
+            "at": [_finite((value - low) / width) for value in (one.mean, one.low, one.high)],
+        }
+        for one in shown
+    ]
     return {"seeds": seeds, "low": low, "high": high, "rows": rows}
 
 
-def _finalist_row(data: StudyData, one: Finalist, seeds: Sequence[int]) -> dict[str, Any]:
-    verdict = data.verdict
-    assert verdict is not None
-    roles = ["winner"] * (one.trial == verdict.winner) + ["base"] * (one.trial == verdict.base)
-    return {
-        "name": one.trial,
-        "roles": roles,
-        "scores": [(one.scores.get(seed), one.missing.get(seed)) for seed in seeds],
-        "mean": _finite(one.mean),
-        "bounds": [_finite(one.low), _finite(one.high)],
-        "sweep_score": _finite(one.sweep_score),
-    }
-
-
 def test_rows(data: StudyData) -> list[dict[str, Any]]:
-    """Figures of the winner and of the base on the test split, and their differences as they are."""
+    """Figures of the winner and of the base on the test split, and their differences."""
     found = data.on_test
     if found is None:
         return []
@@ -576,18 +539,18 @@ def test_rows(data: StudyData) -> list[dict[str, Any]]:
         if not math.isfinite(own.mean):
             continue
         difference = found.differences.get(name)
-        rows.append(
-            {
-                "name": FIGURES[name].title + (" (lower is better)" if FIGURES[name].direction < 0 else ""),
-                "winner": own.mean,
-                "winner_bounds": [own.low, own.high],
-                "base": None if base is None else _finite(base.mean),
-                "base_bounds": None if base is None else [base.low, base.high],
-                "difference": None if difference is None else _finite(difference.value),
-                "bounds": None if difference is None else [difference.low, difference.high],
-                "verdict": None if difference is None else _verdict(name, difference),
-            }
-        )
+        row = {
+            "name": FIGURES[name].title + (" (lower is better)" if FIGURES[name].direction < 0 else ""),
+            "winner": own.mean,
+            "winner_bounds": [own.low, own.high],
+        }
+        row |= dict.fromkeys(("base", "base_bounds", "difference", "bounds", "verdict"))
+        if base is not None:
+            row |= {"base": _finite(base.mean), "base_bounds": [base.low, base.high]}
+        if difference is not None:
+            row |= {"difference": _finite(difference.value), "bounds": [difference.low, difference.high]}
+            row["verdict"] = _verdict(name, difference)
+        rows.append(row)
     return rows
 
 
@@ -627,7 +590,7 @@ def unjudged_finalists(data: StudyData) -> list[Trial]:
 
 
 def provenance_rows(data: StudyData) -> Iterator[tuple[str, str]]:
-    """Where the study's figures come from; several values where trials differ."""
+    """The provenance of the study's figures; several values where trials differ."""
     yield "study folder", str(data.study.location)
     yield "trials on record", f"{len(data.trials)} of the sweep, {len(data.finalists)} of finalists"
     records = list(data.provenances.values())
