@@ -1,6 +1,4 @@
-"""A run's report as one HTML page: what of it is shown, in which order and in which words; the template says how it
-looks.
-"""
+"""A run's report as one HTML page: the sections, rows and words of the page; the template lays them out."""
 
 from __future__ import annotations
 
@@ -61,12 +59,8 @@ NOTABLE_EVENTS = (
     "diverged",
 )
 
-STATUS = {
-    "finished": "finished",
-    "stopped_early": "stopped early",
-    "diverged": "diverged",
-    None: "not finished",
-}
+STATUS = {"stopped_early": "stopped early", None: "not finished"}
+"""Statuses whose words differ from their names."""
 
 
 def write_report(
@@ -80,14 +74,13 @@ def write_report(
     store: str | None = None,
     device: str = "auto",
 ) -> Location:
-    """Write a run's report and return where it is: ``report.html`` in the run's folder, replaced if it is there, or
-    ``out``, which must be new.
+    """Write a run's report and return its place: ``report.html`` in the run's folder, replaced, or ``out``, if new.
 
-    The other arguments are those of :func:`rafce_ray.report.data.gather`. Validation figures are the run's own and cost
+    The other arguments are those of :func:`rafce_ray.report.data.gather`. Validation figures are the run's own and need
     no forward pass.
 
     Raises:
-        UsageError: there is no run here, ``out`` exists, or what is asked for cannot be had of it.
+        UsageError: there is no run here, ``out`` exists, or the run lacks what the arguments need.
         RafceError: the split cannot be measured.
     """
     place = report_place(folder.location, out)
@@ -97,7 +90,7 @@ def write_report(
 
 
 def report_place(folder: Location, out: str | None) -> Location:
-    """Where the report of a run's or a study's folder goes: into it, or to ``out``. UsageError where that exists."""
+    """The place of the report of a run or a study: in its folder, or ``out``. UsageError where ``out`` exists."""
     if out is None:
         return folder / REPORT_FILE
     place = locate(out)
@@ -107,7 +100,7 @@ def report_place(folder: Location, out: str | None) -> Location:
 
 
 def render_page(data: ReportData) -> str:
-    """The whole page: no script, and nothing that would be fetched from anywhere."""
+    """The whole page, without scripts and external resources."""
     page = (
         _environment()
         .get_template("report.html.j2")
@@ -155,7 +148,7 @@ def _environment() -> Environment:
 
 
 def template_environment(**filters: Callable[..., Any]) -> Environment:
-    """What renders a report's templates, with ``filters`` beside those that every report has."""
+    """The Jinja environment of a report's templates, with ``filters`` besides those that every report has."""
     environment = Environment(
         loader=PackageLoader("rafce_ray.report", "templates"),
         autoescape=True,
@@ -175,26 +168,28 @@ def template_environment(**filters: Callable[..., Any]) -> Environment:
 
 
 def number_html(value: float | None, digits: int = 3) -> Markup:
-    """A number for people, with its exact value for programs."""
-    if value is None:
-        return Markup('<span class="undefined">{}</span>').format(UNDEFINED)
-    return Markup('<data value="{}">{}</data>').format(value, number(value, digits))
+    """A number for people, with its exact value for programs; a marked dash for None."""
+    return _data(value, number(value, digits))
 
 
 def percent_html(value: float | None, digits: int = 1) -> Markup:
-    """A share as a percentage; what is undefined looks it."""
+    """A share in [0, 1] as a percentage, with its exact value for programs; a marked dash for None."""
+    return _data(value, percent(value, digits))
+
+
+def _data(value: float | None, text: str) -> Markup:
     if value is None:
         return Markup('<span class="undefined">{}</span>').format(UNDEFINED)
-    return Markup('<data value="{}">{}</data>').format(value, percent(value, digits))
+    return Markup('<data value="{}">{}</data>').format(value, text)
 
 
 def count_or_dash(value: int | None) -> str:
-    """A count with its thousands apart."""
+    """A count with a comma between thousands; a dash for None."""
     return UNDEFINED if value is None else f"{value:,}"
 
 
 def _tiles(data: ReportData) -> Iterator[dict[str, Any]]:
-    """The few numbers that are read first: a figure, its interval, and what no model at all would reach."""
+    """The few numbers that are read first: a figure, its interval, and its constant baseline."""
     figures = data.figures
     if figures is None:
         return
@@ -209,22 +204,17 @@ def _tiles(data: ReportData) -> Iterator[dict[str, Any]]:
         if data.cross_fitted is not None:
             notes.append(f"cross-fitted: {number(data.cross_fitted['au_f1_mean_after'])}")
         yield _tile("AU-F1, mean", number_html(figures["au_f1_mean"]), intervals.get("au_f1_mean"), "; ".join(notes))
-    reliability = (data.cross_fitted or figures.get("reliability") or {}).get("after") or {}
-    if reliability.get("emotion"):
-        found = reliability["emotion"]
-        before = (data.cross_fitted or figures["reliability"])["before"]["emotion"]["ece"]
+    reliability = data.cross_fitted or figures.get("reliability") or {}
+    if found := (reliability.get("after") or {}).get("emotion"):
         label = "Calibration error" + (", cross-fitted" if data.cross_fitted else "")
-        yield _tile(
-            label, number_html(found["ece"]), found["intervals"]["ece"], f"before calibration: {number(before)}"
-        )
+        note = f"before calibration: {number(reliability['before']['emotion']['ece'])}"
+        yield _tile(label, number_html(found["ece"]), found["intervals"]["ece"], note)
 
 
 def _tile(label: str, value: Markup, bounds: Any, note: str, *, as_percent: bool = False) -> dict[str, Any]:
-    written = (
-        interval([None if one is None else 100 * one for one in bounds], 1)
-        if as_percent and bounds
-        else interval(bounds)
-    )
+    written = interval(bounds)
+    if as_percent and bounds:
+        written = interval([None if one is None else 100 * one for one in bounds], 1)
     return {"label": label, "value": value, "interval": written, "note": note}
 
 
@@ -237,18 +227,11 @@ def _alerts(data: ReportData) -> Iterator[tuple[str, str]]:
         yield "serious", f"Training did not see what the labels say: {difference[0].lower()}{difference[1:]}"
     if run.status == "diverged":
         kept = "The bundle is of the best epoch before." if run.metrics else "There is no bundle."
-        yield (
-            "serious",
-            f"Training diverged after epoch {run.result['epochs'] if run.result else 0}: a loss was not finite. {kept}",
-        )
+        epochs = run.result["epochs"] if run.result else 0
+        yield "serious", f"Training diverged after epoch {epochs}: a loss was not finite. {kept}"
     if run.result is None:
-        yield (
-            "warning",
-            (
-                f"This run has not finished: {len(run.records)} of {run.config.optim.epochs} epochs are on record. The "
-                "page shows what is there."
-            ),
-        )
+        recorded = f"{len(run.records)} of {run.config.optim.epochs} epochs are on record"
+        yield "warning", f"This run has not finished: {recorded}. The page shows what is there."
     if not run.audit:
         yield "info", "The labels were not audited: there is no audit.json."
     if data.figures is not None:
@@ -257,20 +240,17 @@ def _alerts(data: ReportData) -> Iterator[tuple[str, str]]:
 
 def _trained_on(data: ReportData) -> dict[str, Any]:
     audit, targets = data.run.audit or None, data.run.targets
-    codes = {
-        code: ACTION_UNIT_NAMES.get(parse_action_unit_token(code) or 0, "")
-        for code in action_unit_counts(audit, targets)
-    }
+    counts, findings = action_unit_counts(audit, targets), [] if audit is None else audit["findings"]
     return {
         "audit": audit,
         "sizes": split_sizes(audit, targets),
         "classes": class_counts(audit, targets),
-        "action_units": action_unit_counts(audit, targets),
-        "names": codes,
+        "action_units": counts,
+        "names": {code: ACTION_UNIT_NAMES.get(parse_action_unit_token(code) or 0, "") for code in counts},
         "differs": bool(label_differences(audit, targets)),
         "is_recorded": targets is not None,
-        "findings": [] if audit is None else [one for one in audit["findings"] if one["level"] != "info"],
-        "remarks": [] if audit is None else [one for one in audit["findings"] if one["level"] == "info"],
+        "findings": [one for one in findings if one["level"] != "info"],
+        "remarks": [one for one in findings if one["level"] == "info"],
     }
 
 
@@ -309,28 +289,19 @@ def _epochs(data: ReportData) -> list[dict[str, Any]]:
 
 
 def _confusion(data: ReportData) -> dict[str, list[dict[str, Any]]]:
-    """``rows`` of the confusion matrix, and the ``commonest`` confusions, most images first; empty where the outputs
-    were not finite.
-    """
+    """``rows`` of the confusion matrix, and the ``commonest`` confusions by count; empty for outputs not finite."""
     names, matrix = data.taxonomy.emotions, (data.figures or {}).get("confusion", [])
     if any(count is None for row in matrix for count in row):
         return {"rows": [], "commonest": []}
-    rows = [
-        {
-            "true": names[i],
-            "cells": [
-                {"count": int(count), "share": count / max(sum(row), 1), "is_hit": i == j}
-                for j, count in enumerate(row)
-            ],
-        }
-        for i, row in enumerate(matrix)
-    ]
-    wrong: list[dict[str, Any]] = [
-        {"true": names[i], "predicted": names[j], "count": int(count), "of": int(sum(row))}
-        for i, row in enumerate(matrix)
-        for j, count in enumerate(row)
-        if i != j and count
-    ]
+    rows: list[dict[str, Any]] = []
+    wrong: list[dict[str, Any]] = []
+    for i, row in enumerate(matrix):
+        total, cells = int(sum(row)), []
+        for j, count in enumerate(row):
+            cells.append({"count": int(count), "share": count / max(total, 1), "is_hit": i == j})
+            if i != j and count:
+                wrong.append({"true": names[i], "predicted": names[j], "count": int(count), "of": total})
+        rows.append({"true": names[i], "cells": cells})
     return {"rows": rows, "commonest": sorted(wrong, key=lambda one: -one["count"])[:NUM_CONFUSIONS]}
 
 
@@ -352,21 +323,17 @@ def _per_au(data: ReportData) -> list[dict[str, Any]]:
 
 
 def _calibration_rows(data: ReportData) -> Iterator[dict[str, Any]]:
-    """Log loss, Brier and calibration error of each task: before, after, and after on images that the fit did not
-    see.
-    """
-    reliability = None if data.figures is None else data.figures.get("reliability")
+    """Log loss, Brier and calibration error of each task: before, after, and after on images not used in the fit."""
+    reliability = (data.figures or {}).get("reliability")
     if reliability is None:
         return
-    held_out = data.cross_fitted
+    stages = {"before": reliability["before"], "after": reliability["after"]}
+    if data.cross_fitted is not None:
+        stages["after, cross-fitted"] = data.cross_fitted["after"]
     for task, key in (("Emotions", "emotion"), ("Action units", "action_units")):
-        for when, found in (
-            ("before", reliability["before"][key]),
-            ("after", reliability["after"][key]),
-            ("after, cross-fitted", None if held_out is None else held_out["after"][key]),
-        ):
-            if found is not None:
-                yield {"task": task, "when": when, **found}
+        for when, found in stages.items():
+            if found[key] is not None:
+                yield {"task": task, "when": when, **found[key]}
 
 
 def _settings(config: Config) -> dict[str, list[tuple[str, str, str]]]:
@@ -392,17 +359,12 @@ def _provenance(data: ReportData) -> Iterator[tuple[str, str]]:
         yield "weights, sha256", str(run.result["weights_sha256"])
     if started:
         hardware = started[-1].get("hardware", {})
-        yield (
-            "hardware",
-            f"{hardware.get('name')} ({hardware.get('device')}, {hardware.get('threads')} threads), "
-            f"{started[-1].get('precision')}",
-        )
+        device = f"{hardware.get('device')}, {hardware.get('threads')} threads"
+        yield "hardware", f"{hardware.get('name')} ({device}), {started[-1].get('precision')}"
         if workers := distinct(started, "num_workers"):
             yield "workers", workers
-        yield (
-            "started",
-            _time(started[0]["time"]) + (f", {len(started) - 1} more times after" if len(started) > 1 else ""),
-        )
+        again = f", {len(started) - 1} more times after" if len(started) > 1 else ""
+        yield "started", _time(started[0]["time"]) + again
     if run.result is not None:
         yield "training time", f"{duration(run.result['elapsed_s'])} for {run.result['epochs']} epochs"
     yield from ((name, str(version)) for name, version in provenance.get("software", {}).items())

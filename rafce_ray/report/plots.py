@@ -1,6 +1,6 @@
-"""A report's charts as SVG that stands inside a page: its fonts, and its colours as CSS variables of the page.
+"""A report's charts as inline SVG, with the fonts of the page and its CSS variables as colours.
 
-Colours are Okabe and Ito's, which people with colour-blindness tell apart; line style and marker say the same again.
+Colours are Okabe and Ito's, which people with colour-blindness can distinguish; line style and marker repeat them.
 """
 
 from __future__ import annotations
@@ -43,6 +43,9 @@ TRAIN: dict[str, Any] = {"color": ORANGE, "linestyle": "--", "marker": "s", "mar
 VALIDATION: dict[str, Any] = {"color": BLUE, "linestyle": "-", "marker": "o", "markersize": 4, "linewidth": 1.8}
 OPTIMISED: dict[str, Any] = {"color": MUTED, "linestyle": ":", "linewidth": 1.4}
 
+_ALONG_X: dict[str, Any] = {"textcoords": "offset points", "xycoords": ("data", "axes fraction")}
+"""Places of a note: x in units of the data, y as a share of the height; the text is moved by points."""
+
 _STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "rafce",
@@ -79,14 +82,8 @@ _STYLE: Any = {
 
 def loss_curves(run: Evidence) -> Markup:
     """Loss of each task by epoch: as optimised, on natural train images, on validation."""
-    panels = [
-        (title, key)
-        for title, key, trained in (
-            ("Emotion loss", "emotion_loss", run.emotions),
-            ("Action-unit loss", "au_loss", run.action_units),
-        )
-        if trained
-    ]
+    panels = [("Emotion loss", "emotion_loss")] if run.emotions else []
+    panels += [("Action-unit loss", "au_loss")] if run.action_units else []
 
     def draw(axes: Sequence[Axes]) -> None:
         for axis, (title, key) in zip(axes, panels, strict=True):
@@ -102,8 +99,8 @@ def loss_curves(run: Evidence) -> Markup:
 
 def metric_curves(run: Evidence) -> Markup:
     """Accuracy, macro-F1 and AU-F1 by epoch on natural train images and on validation, with the gap between them."""
-    emotions = [("Accuracy", "accuracy"), ("Macro-F1", "macro_f1")] if run.emotions else []
-    panels = emotions + ([("AU-F1 at 0.5", "au_f1_mean")] if run.action_units else [])
+    panels = [("Accuracy", "accuracy"), ("Macro-F1", "macro_f1")] if run.emotions else []
+    panels += [("AU-F1 at 0.5", "au_f1_mean")] if run.action_units else []
 
     def draw(axes: Sequence[Axes]) -> None:
         for axis, (title, key) in zip(axes, panels, strict=True):
@@ -121,7 +118,7 @@ def metric_curves(run: Evidence) -> Markup:
 
 
 def gradient_curves(run: Evidence) -> Markup | None:
-    """How both tasks pull at the trunk: gradient norms and the cosine between them; None for a single task."""
+    """Gradient norms of both tasks on the trunk and the cosine between them; None for a single task."""
     if not any("gradient" in record for record in run.records):
         return None
 
@@ -148,9 +145,7 @@ def gradient_curves(run: Evidence) -> Markup | None:
 
 
 def reliability_diagrams(reliability: Mapping[str, Any]) -> Markup | None:
-    """Share of hits against confidence, before and after calibration, for each task that is known; None where none
-    is.
-    """
+    """Share of hits against confidence, before and after calibration, for each known task; None without any."""
     panels = [
         (title, key)
         for title, key in (("Emotions", "emotion"), ("Action units", "action_units"))
@@ -161,10 +156,7 @@ def reliability_diagrams(reliability: Mapping[str, Any]) -> Markup | None:
 
     def draw(axes: Sequence[Axes]) -> None:
         for axis, (title, key) in zip(axes, panels, strict=True):
-            for when, style in (
-                ("before", {**TRAIN, "markerfacecolor": PAPER}),
-                ("after", VALIDATION),
-            ):
+            for when, style in (("before", {**TRAIN, "markerfacecolor": PAPER}), ("after", VALIDATION)):
                 bins = reliability[when][key]["bins"]
                 points = ([one["confidence"] for one in bins], [one["hits"] for one in bins])
                 axis.plot(*points, label=f"{when} calibration", **{**style, "markersize": 5.5, "linewidth": 1.3})
@@ -176,15 +168,12 @@ def reliability_diagrams(reliability: Mapping[str, Any]) -> Markup | None:
         f"{title} {reliability['before'][key]['ece']:.3f} before, {reliability['after'][key]['ece']:.3f} after"
         for title, key in panels
     )
-    return chart(
-        "reliability", len(panels), 400, draw, f"Reliability diagrams. Expected calibration error: {ece}.", max_panels=2
-    )
+    label = f"Reliability diagrams. Expected calibration error: {ece}."
+    return chart("reliability", len(panels), 400, draw, label, max_panels=2)
 
 
 def risk_coverage_curve(risk_coverage: Mapping[str, Any], unsure_below: float | None) -> Markup:
-    """Share of wrong answers among the most confident share of images; the limit of trust is marked where there is
-    one.
-    """
+    """Share of wrong answers among the most confident share of images, with the limit of trust if there is one."""
     curve = risk_coverage["curve"]
 
     def draw(axes: Sequence[Axes]) -> None:
@@ -197,20 +186,12 @@ def risk_coverage_curve(risk_coverage: Mapping[str, Any], unsure_below: float | 
         if answered:
             at = answered[-1]["coverage"]
             axis.axvline(at, color=INK, linewidth=1, linestyle="--")
-            axis.annotate(
-                f"unsure below {unsure_below:.2f}",
-                (at, 0.02),
-                (6, 0),
-                textcoords="offset points",
-                xycoords=("data", "axes fraction"),
-            )
+            axis.annotate(f"unsure below {unsure_below:.2f}", (at, 0.02), (6, 0), **_ALONG_X)
         axis.set(xlim=(0, 1.02), ylim=(0, min(1.0, max(0.1, 1.25 * max(risk)))))
         axis.set(xlabel="coverage: share of images answered, the surest first", ylabel="risk: share wrong")
 
-    label = (
-        f"Risk-coverage curve: {curve[-1]['risk']:.1%} wrong with every image answered; area under it "
-        f"{risk_coverage['aurc']:.3f}."
-    )
+    area = f"area under it {risk_coverage['aurc']:.3f}"
+    label = f"Risk-coverage curve: {curve[-1]['risk']:.1%} wrong with every image answered; {area}."
     return chart("risk-coverage", 1, 300, draw, label, max_panels=1.45)
 
 
@@ -240,7 +221,7 @@ def chart(name: str, num_panels: int, height_px: int, draw: Any, label: str, max
 
 
 def _inline(svg: str, name: str, label: str, width_px: int) -> Markup:
-    """The drawing as an element of a page: ids of its own, the page's fonts and colours, text for who cannot see it."""
+    """The drawing as an element of a page: with unique ids, the page's fonts and colours, and a text alternative."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'(id="|url\(#|href="#)', rf"\1{name}-", svg)
@@ -264,7 +245,7 @@ def _font(match: re.Match[str]) -> str:
 
 
 def _plain_log_tick(value: float, _: int, *, shown: str) -> str:
-    """Ticks of a decade that begin with one of the digits ``shown``, in plain figures; the others stay bare."""
+    """A label for ticks whose first digit is one of ``shown``, else none."""
     return f"{value:g}" if f"{value:.0e}"[0] in shown else ""
 
 
@@ -273,7 +254,7 @@ def _epochs(run: Evidence) -> list[int]:
 
 
 def _marked(style: Mapping[str, Any], run: Evidence) -> dict[str, Any]:
-    """A style whose markers do not run into each other on long runs."""
+    """A style whose markers do not overlap on long runs."""
     return {**style, "markevery": max(1, len(run.records) // 15)}
 
 
@@ -285,19 +266,11 @@ def _finish_curve(axis: Axes, run: Evidence, title: str, unit: str) -> None:
     best = run.best.get("epoch")
     if best is not None and run.last.get("best_epoch") is not None:
         axis.axvline(best, color=INK, linewidth=1, linestyle=(0, (4, 3)))
-        axis.annotate(
-            f"best: {best}",
-            (best, 1.0),
-            (0, 2),
-            textcoords="offset points",
-            xycoords=("data", "axes fraction"),
-            ha="center",
-            fontsize=TEXT_PX - 1.5,
-            color=INK,
-        )
+        style: dict[str, Any] = {"ha": "center", "fontsize": TEXT_PX - 1.5, "color": INK}
+        axis.annotate(f"best: {best}", (best, 1.0), (0, 2), **_ALONG_X, **style)
 
 
 def _from_to(run: Evidence, path: str) -> str:
-    """``2.243 to 1.608``: first and last value, for who cannot see the chart."""
+    """``2.243 to 1.608``: first and last value, for the text alternative."""
     values = [value for value in run.series(path) if math.isfinite(value)]
     return f"{values[0]:.3f} to {values[-1]:.3f}" if values else "undefined"

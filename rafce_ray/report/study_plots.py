@@ -1,4 +1,4 @@
-"""A study's charts. Their style is that of the run report; a trial keeps its mark in all of them."""
+"""A study's charts, in the style of the run report. A trial has the same mark in all of them."""
 
 from __future__ import annotations
 
@@ -21,16 +21,14 @@ LOG_SPAN = 10.0
 """A key whose positive values span more than this factor gets a logarithmic axis."""
 
 FEW_VALUES = 4
-"""So many distinct numbers at most are categories: a choice among 0.5 and 1.0 has nothing in between."""
+"""Up to so many distinct numbers are categories: a choice between 0.5 and 1.0 has nothing in between."""
 
 
 @dataclass(frozen=True)
 class ValueAxis:
-    """The axis of one sampled key.
+    """The axis of one sampled key. ``low`` and ``high`` bound the numbers of ``linear`` and ``log`` axes.
 
-    ``categories``: values as written, in order; numbers are spread evenly too where they are few.
-
-    ``low`` and ``high`` bound the numbers of the other kinds.
+    ``categories``: values as written, in order; few numbers are categories too.
     """
 
     key: str
@@ -68,7 +66,7 @@ def value_axis(key: str, values: Sequence[Any], choices: Sequence[Any] = ()) -> 
         return ValueAxis(key, "categories", tuple(dict.fromkeys([*listed, *sorted(there)])))
     low, high = float(min(values)), float(max(values))
     if len(set(values)) <= FEW_VALUES or (low <= 0 < high and _spans_decades(value for value in values if value > 0)):
-        # A 0 among powers of ten has no place on a logarithmic axis and leaves the others none on a linear one.
+        # Powers of ten with a 0 fit neither a logarithmic nor a linear axis.
         return ValueAxis(key, "categories", tuple(dict.fromkeys(plain(value) for value in sorted(values))))
     return ValueAxis(key, "log" if low > 0 and _spans_decades(values) else "linear", (), low, high)
 
@@ -119,8 +117,7 @@ class Emphasis:
 class Field:
     """A sweep's trials as its charts show them.
 
-    ``choices``: every sampled key, with the values that it chose from where they were listed; ``values``: by trial,
-    absent where a key does not apply.
+    ``choices``: every sampled key, with its listed values if any; ``values``: by trial, without keys that do not apply.
     """
 
     trials: Sequence[Trial]
@@ -143,10 +140,7 @@ class Field:
 
 
 def emphasise(ranked: Sequence[Trial], winner: Trial | None, base: Trial | None, *, judged: bool) -> list[Emphasis]:
-    """The winner, the next best and the base, ``ranked`` being the best first.
-
-    ``judged``: the winner was found, not only the best so far.
-    """
+    """The winner, the next best of ``ranked`` (best first) and the base; ``judged``: there is a verdict."""
     first = [] if winner is None else [winner]
     best = (first + [trial for trial in ranked if trial not in first])[:NUM_EMPHASISED]
 
@@ -161,15 +155,13 @@ def emphasise(ranked: Sequence[Trial], winner: Trial | None, base: Trial | None,
 
 
 def roles_of(trial: Trial, winner: Trial | None, base: Trial | None, *, judged: bool) -> list[str]:
-    """``winner`` (before the verdict ``best so far``) and ``base``, as far as the trial is one."""
+    """``winner``, or ``best so far`` before the verdict, and ``base``, if the trial is one."""
     roles = ["winner" if judged else "best so far"] if winner is not None and trial.name == winner.name else []
     return roles + (["base"] if base is not None and trial.name == base.name else [])
 
 
 def parallel_coordinates(field: Field) -> Markup | None:
-    """Every trial a line over the axes of what was sampled, the score last and better upwards; None without a scored
-    trial.
-    """
+    """Every trial a line over the axes of the sampled keys, the score last; None without a scored trial."""
     scored = [trial for trial in field.trials if trial.score is not None]
     axes = field.axes
     if not scored or not axes:
@@ -212,24 +204,14 @@ def parallel_coordinates(field: Field) -> Markup | None:
 def _coordinate(panel: Axes, place: int, axis: ValueAxis, *, is_score: bool, turned: bool) -> None:
     panel.plot([place, place], [0, 1], color=INK if is_score else MUTED, linewidth=1.6 if is_score else 0.9, zorder=2)
     box = {"facecolor": PAPER, "edgecolor": "none", "alpha": 0.75, "pad": 0.6}
+    style: dict[str, Any] = {"va": "center", "fontsize": SMALL_PX, "color": INK if is_score else MUTED, "bbox": box}
     for at, text in axis.ticks():
         height = 1 - at if is_score and turned else at
-        panel.annotate(
-            _short(text, 14),
-            (place, height),
-            (5, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=SMALL_PX,
-            color=INK if is_score else MUTED,
-            bbox=box,
-            zorder=4,
-        )
+        panel.annotate(_short(text, 14), (place, height), (5, 0), textcoords="offset points", zorder=4, **style)
     section, _, key = axis.key.rpartition(".")
     raised = 0.1 if place % 2 and not is_score else 0.0
-    panel.text(
-        place, 1.05 + raised, key, ha="center", fontsize=SMALL_PX + 0.5, color=INK, weight="bold" if is_score else None
-    )
+    weight = "bold" if is_score else None
+    panel.text(place, 1.05 + raised, key, ha="center", fontsize=SMALL_PX + 0.5, color=INK, weight=weight)
     if section:
         panel.text(place, 1.1 + raised, section, ha="center", fontsize=SMALL_PX - 1, color=MUTED)
 
@@ -242,9 +224,7 @@ def score_by_value(field: Field) -> Iterator[Markup]:
 
 
 def columns(num_charts: int) -> int | None:
-    """How many small charts a row's width is shared out to; None: to those that there are, which leaves the legend its
-    place.
-    """
+    """Charts that share a row's width; None: those that there are, which leaves room for the legend."""
     return COLUMNS if num_charts >= COLUMNS else None
 
 
@@ -289,19 +269,17 @@ def _scatter(panel: Axes, axis: ValueAxis, field: Field) -> None:
 
 
 def point_of(trial: Trial) -> dict[str, Any]:
-    """How a trial that does not stand out is drawn: full where it came to its own end, hollow where it did not, crossed
-    where it broke.
-    """
-    common = {"color": MUTED, "linestyle": "none", "markersize": 5.5}
+    """The mark of a trial that does not stand out: full if it finished, a cross if it failed, else hollow."""
+    common = {"color": MUTED, "linestyle": "none", "marker": "o", "markersize": 5.5}
     if trial.status in ("failed", "diverged"):
         return {**common, "marker": "x", "markeredgewidth": 1.4}
     if trial.status in ("finished", "stopped_early"):
-        return {**common, "marker": "o"}
-    return {**common, "marker": "o", "markerfacecolor": PAPER, "markeredgewidth": 1.2}
+        return common
+    return {**common, "markerfacecolor": PAPER, "markeredgewidth": 1.2}
 
 
 def _described(one: Emphasis, axes: Sequence[ValueAxis], field: Field) -> str:
-    """An emphasised trial in words, for who cannot see the chart."""
+    """An emphasised trial in words, for the text alternative."""
     own = field.values.get(one.trial.name, {})
     values = ", ".join(f"{axis.key} {plain(own[axis.key]) if axis.key in own else UNDEFINED}" for axis in axes)
     return f"{one.label}: {values}, {field.metric} {number(one.trial.score)}."
@@ -383,34 +361,18 @@ def _draw_rung(panel: Axes, rung: Rung) -> None:
     cutoffs = [math.nan if one.cutoff is None else one.cutoff for one in rung.entries]
     panel.plot(order, cutoffs, color=INK, linewidth=1.4, drawstyle="steps-mid", label="cutoff when it came")
     arrived = dict(zip(rung.entries, order, strict=True))
-    panel.plot(
-        [arrived[one] for one in rung.went_on],
-        [one.score for one in rung.went_on],
-        color=BLUE,
-        marker="o",
-        markersize=6,
-        linestyle="none",
-        label="went on",
-    )
-    panel.plot(
-        [arrived[one] for one in rung.stopped],
-        [one.score for one in rung.stopped],
-        color=ORANGE,
-        marker="x",
-        markersize=6.5,
-        markeredgewidth=1.8,
-        linestyle="none",
-        label="stopped",
-    )
+    went_on: dict[str, Any] = {"color": BLUE, "marker": "o", "markersize": 6}
+    stopped: dict[str, Any] = {"color": ORANGE, "marker": "x", "markersize": 6.5, "markeredgewidth": 1.8}
+    for label, entries, style in (("went on", rung.went_on, went_on), ("stopped", rung.stopped, stopped)):
+        places = [arrived[one] for one in entries]
+        panel.plot(places, [one.score for one in entries], linestyle="none", label=label, **style)
     panel.set_xlim(0.3, len(rung.entries) + 0.7)
     panel.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
     panel.yaxis.set_major_locator(MaxNLocator(5))
 
 
 def learning_curves(field: Field) -> Markup | None:
-    """The metric of every trial by epoch, the end of those that did not come to their own end marked; None before any
-    epoch.
-    """
+    """The metric of every trial by epoch, with marks where trials were stopped or failed; None before any epoch."""
     drawn = [trial for trial in field.trials if any(value is not None for _, value in trial.curve)]
     if not drawn:
         return None
@@ -449,33 +411,29 @@ def _mark_end(panel: Axes, trial: Trial) -> None:
 
 def pareto_chart(field: Field, front: Sequence[Trial]) -> Markup | None:
     """Emotions against action units, with the front; None where one of the figures is nowhere defined."""
-    drawn = [trial for trial in field.trials if both_figures(trial) is not None]
-    if not drawn:
+    points = {trial.name: point for trial in field.trials if (point := both_figures(trial)) is not None}
+    if not points:
         return None
 
     def draw(panels: Sequence[Axes]) -> None:
         panel = panels[0]
-        line = sorted(point for trial in front if (point := both_figures(trial)) is not None)
+        line = sorted(points[trial.name] for trial in front)
         panel.plot(*zip(*line, strict=True), color=INK, linewidth=1.3, drawstyle="steps-pre", zorder=1)
-        for trial in field.others:
-            point = both_figures(trial)
-            if point is not None:
-                panel.plot(*point, zorder=2, **point_of(trial))
+        others = [trial for trial in field.others if trial.name in points]
+        for trial in others:
+            panel.plot(*points[trial.name], zorder=2, **point_of(trial))
         for one in field.emphasised:
-            point = both_figures(one.trial)
-            if point is not None:
-                panel.plot(*point, **one.points)
-        for trial in field.others:
-            point = both_figures(trial)
-            if point is not None and trial in front:
-                panel.annotate(
-                    trial.name.removeprefix("trial_"), point, (5, 5), textcoords="offset points", fontsize=SMALL_PX
-                )
+            if one.trial.name in points:
+                panel.plot(*points[one.trial.name], **one.points)
+        style: dict[str, Any] = {"textcoords": "offset points", "fontsize": SMALL_PX}
+        for trial in others:
+            if trial in front:
+                panel.annotate(trial.name.removeprefix("trial_"), points[trial.name], (5, 5), **style)
         panel.margins(0.08)
         panel.set(xlabel=f"emotions: {EMOTION}", title=f"action units: {ACTION_UNIT}")
 
     names = ", ".join(trial.name for trial in front)
-    label = f"Scatter chart of {ACTION_UNIT} against {EMOTION} for {len(drawn)} trials. On the front: {names}."
+    label = f"Scatter chart of {ACTION_UNIT} against {EMOTION} for {len(points)} trials. On the front: {names}."
     return chart("pareto", 1, 400, draw, label, max_panels=1.25)
 
 
