@@ -279,9 +279,7 @@ def diagnose(
     """A diagnosis with its next step, or with words where no setting helps; its patch holds real changes only."""
     step = Step({}, next_step) if isinstance(next_step, str) else next_step
     changes = changes_of(evidence.config, step.patch)
-    command = step.command
-    if command is None:
-        command = train_command(evidence, changes) if changes else ""
+    command = train_command(evidence, changes) if step.command is None and changes else step.command or ""
     return Diagnosis(level, code, message, step.text, causes=tuple(causes), patch=changes, command=command)
 
 
@@ -333,9 +331,7 @@ def _command(evidence: Evidence, patch: Mapping[str, Any], storage: str | None, 
 def _moved_root(evidence: Evidence) -> str | None:
     """Where the data are, if data.root is relative to another folder, in which the run was started."""
     root, found = evidence.config.data.root, _found_root(evidence)
-    if root is None or found is None or root == found or locate(root).exists():
-        return None
-    return found
+    return None if root is None or root == found or locate(root).exists() else found
 
 
 def _found_root(evidence: Evidence) -> str | None:

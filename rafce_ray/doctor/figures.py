@@ -364,12 +364,11 @@ def against_baseline(evidence: Evidence) -> list[Diagnosis]:
     if not evidence.action_units or evidence.train_positives == 0:
         return []
     patch = changes_of(evidence.config, WITHOUT_ACTION_UNITS)
-    command = train_command(evidence, patch, name=f"{evidence.name}-emotion-only")
     seen = (
-        "Whether AUs help the emotions is unknown: there is no emotion-only run of the same data and budget beside "
-        "this one."
+        "Whether AUs help the emotions is unknown: no emotion-only run of the same data and budget is next to this one."
     )
-    step = Step(patch, "Train one, then ask again.", command)
+    command = train_command(evidence, patch, name=f"{evidence.name}-emotion-only")
+    step = Step(patch, "Train one, then run rafce doctor again.", command)
     return [diagnose(evidence, "no_baseline", "info", seen, step)]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import json
 import re
@@ -388,15 +389,13 @@ def gather(
         mistakes = find_mistakes(measured.outputs, taxonomy, calibration)
         if slice_file is not None:
             groups = group_table(measured.outputs, taxonomy, calibration, slice_file)
+        if images:
+            mistakes = mistakes.with_thumbnails(
+                lambda: measured.dataset or open_stored(run.config.data, run.provenance, taxonomy, store)
+            )
     elif slice_file is not None:
-        raise UsageError(
-            f"{folder.location}: --slices needs the finished model's outputs, and the run has none. Finish it, or "
-            "leave --slices out."
-        )
-    if mistakes is not None and images:
-        mistakes = mistakes.with_thumbnails(
-            lambda: measured.dataset or open_stored(run.config.data, run.provenance, taxonomy, store)
-        )
+        lacks = "--slices needs the finished model's outputs, and the run has none"
+        raise UsageError(f"{folder.location}: {lacks}. Finish it, or leave --slices out.")
     return ReportData(
         run=run,
         split=split,
@@ -601,11 +600,10 @@ def _find_store(store_dir: str, fingerprint: str | None) -> str:
     place = locate(store_dir)
     for info in place.list():
         meta = place / info.base_name / META
-        try:
+        # A store that cannot be read is not the one.
+        with contextlib.suppress(ValueError, OSError):
             if meta.exists() and json.loads(meta.read_bytes()).get("fingerprint") == fingerprint:
                 return str(place / info.base_name)
-        except (ValueError, OSError):
-            continue
     raise RafceError(
         f"no decoded store in {place} has the run's fingerprint {fingerprint}. Name its folder with "
         "data.store_dir=FOLDER, or build it again with rafce evaluate."
