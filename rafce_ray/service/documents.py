@@ -1,13 +1,13 @@
-"""What people and programs read of the service: ``/docs``, ``/openapi.json``, the page of each problem, and the page at
-``/``.
+"""The service's documents: the page at ``/``, ``/docs``, ``/openapi.json`` and a page for each problem.
 
-All of it is made once, at the start; nothing in it comes from a request, and no page loads anything from elsewhere.
-Addresses are relative, so that they work below a prefix that a proxy puts before the service.
+They are made once, at the start. Nothing in them comes from a request, and no page loads anything from elsewhere.
+Addresses are relative: they still work when a proxy puts a prefix before the paths.
 """
 
 from __future__ import annotations
 
 import json
+from functools import partial
 from importlib.resources import files
 from typing import Any
 
@@ -19,13 +19,40 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from rafce_ray import __version__
+from rafce_ray.bundle.model import (
+    ActionUnitPrediction,
+    BasicEmotionScore,
+    ConsistencyRemark,
+    EmotionPrediction,
+    EmotionScore,
+    FacePrediction,
+    plain,
+)
 from rafce_ray.bundle.model_card import PERCEIVED
+from rafce_ray.faces.detect import Box
 from rafce_ray.service.admin import Promote, Reload, Rollback
-from rafce_ray.service.answers import NoImageRead, PredictAnswer, ReadyStatus, Record, Status, to_json
+from rafce_ray.service.answers import (
+    ModelId,
+    NoImageRead,
+    PredictAnswer,
+    ReadyStatus,
+    Record,
+    Result,
+    Status,
+    Timings,
+    to_json,
+)
 from rafce_ray.service.config import ServiceConfig
 from rafce_ray.service.model_info import ModelInfo
 from rafce_ray.service.open_inference import InferAnswer, InferError, InferModel, InferRequest
-from rafce_ray.service.problems import MEDIA_TYPE, PROBLEM_TYPES, ProblemDocument, ProblemType
+from rafce_ray.service.problems import (
+    MEDIA_TYPE,
+    PROBLEM_TYPES,
+    Problem,
+    ProblemDocument,
+    ProblemType,
+    problem_document,
+)
 from rafce_ray.service.requests import Options, PredictRequest
 
 Document = dict[str, Any]
@@ -35,14 +62,10 @@ MEDIA_TYPES = {
     ".css": "text/css",
     ".js": "text/javascript",
     ".svg": "image/svg+xml",
-    ".png": "image/png",
-    ".webp": "image/webp",
-    ".ico": "image/x-icon",
 }
 
 JSON = "application/json"
 IMAGE_TYPES = ("image/jpeg", "image/png", "image/webp")
-_REF = "#/components/schemas/"
 _RECORDS: tuple[Any, ...] = (
     PredictAnswer,
     PredictRequest,
@@ -76,7 +99,7 @@ _PREDICT_PROBLEMS = tuple(code for code in PROBLEM_TYPES if code not in _NOT_OF_
 
 
 def document_routes(config: ServiceConfig) -> list[Route]:
-    """The routes of all documents."""
+    """The routes of all documents; the files of the folder ``page`` have their own names, ``index.html`` is ``/``."""
     document = openapi_document(config)
     environment = Environment(
         loader=PackageLoader("rafce_ray.service", "templates"),
@@ -85,31 +108,23 @@ def document_routes(config: ServiceConfig) -> list[Route]:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    kinds = PROBLEM_TYPES.values()
+    pretty = partial(json.dumps, indent=2, ensure_ascii=False)
     docs = environment.get_template("docs.html.j2").render(
-        root="./", document=document, problems=PROBLEM_TYPES.values(), type_of=type_of, pretty=_pretty
+        root="./", document=document, problems=kinds, type_of=type_of, pretty=pretty
     )
-    style = files("rafce_ray.service").joinpath("templates", "docs.css").read_text("utf-8")
     problem = environment.get_template("problem.html.j2")
-    return [
-        _fixed("/openapi.json", to_json(document), "application/json"),
+    package = files("rafce_ray.service")
+    routes = [
+        _fixed("/openapi.json", to_json(document), JSON),
         _fixed("/docs", docs.encode(), "text/html"),
-        _fixed("/docs.css", style.encode(), "text/css"),
-        *(
-            _fixed(kind.uri, problem.render(root="../", kind=kind).encode(), "text/html")
-            for kind in PROBLEM_TYPES.values()
-        ),
-        *_page_routes(),
+        _fixed("/docs.css", package.joinpath("templates", "docs.css").read_bytes(), "text/css"),
+        *(_fixed(kind.uri, problem.render(root="../", kind=kind).encode(), "text/html") for kind in kinds),
     ]
-
-
-def _page_routes() -> list[Route]:
-    """Every file of the folder ``page`` under its own name, ``index.html`` at ``/``."""
-    routes = []
-    for file in files("rafce_ray.service").joinpath("page").iterdir():
+    for file in package.joinpath("page").iterdir():
         media_type = MEDIA_TYPES.get(f".{file.name.rpartition('.')[2]}")
         if media_type is not None:
-            path = "/" if file.name == "index.html" else f"/{file.name}"
-            routes.append(_fixed(path, file.read_bytes(), media_type))
+            routes.append(_fixed("/" if file.name == "index.html" else f"/{file.name}", file.read_bytes(), media_type))
     return routes
 
 
@@ -128,7 +143,9 @@ def type_of(schema: dict[str, Any]) -> Markup:
     if "anyOf" in schema:
         return Markup(" or ").join(type_of(one) for one in schema["anyOf"])
     if "enum" in schema or "const" in schema:
-        return Markup(" | ").join(Markup("<code>{}</code>").format(_compact(one)) for one in _constants(schema))
+        constants = schema.get("enum", [schema.get("const")])
+        texts = (json.dumps(one, ensure_ascii=False) for one in constants)
+        return Markup(" | ").join(Markup("<code>{}</code>").format(text) for text in texts)
     kind = str(schema.get("type", "any value"))
     if kind == "array":
         inner = {str(one): one for one in schema.get("prefixItems", [schema.get("items", {})])}
@@ -139,22 +156,11 @@ def type_of(schema: dict[str, Any]) -> Markup:
     return escape(" ".join(filter(None, (form, bounds))))
 
 
-def _constants(schema: dict[str, Any]) -> list[Any]:
-    return list(schema["enum"]) if "enum" in schema else [schema["const"]]
-
-
-def _compact(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
-
-
-def _pretty(value: Any) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False)
-
-
 def openapi_document(config: ServiceConfig) -> Document:
-    """The document of a service; a key is asked for where it has a keys file."""
+    """The OpenAPI document of a service. Its operations need a key where the service has a keys file."""
     _, definitions = TypeAdapter.json_schemas(
-        [(record, "serialization", TypeAdapter(record)) for record in _RECORDS], ref_template=_REF + "{model}"
+        [(record, "serialization", TypeAdapter(record)) for record in _RECORDS],
+        ref_template="#/components/schemas/{model}",
     )
     document: Document = {
         "openapi": "3.1.0",
@@ -176,43 +182,39 @@ def openapi_document(config: ServiceConfig) -> Document:
 
 
 def _paths(config: ServiceConfig) -> Document:
+    keys: Document = {} if config.keys_file is None else {"security": [{"key": []}]}
     model = {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}, "description": "Its name."}
+    metadata = _get("metadata", "Open Inference Protocol: inputs and outputs", "InferModel")
+    metadata["responses"]["404"] = _content("There is no such model.", _ref("InferError"))
+    promotion = "Make a version live that passes its gates, or whose gates are overruled"
+    versions = "All versions of the registry, and which is live and why"
     return {
-        "/v1/predict": {"post": _predict(config)},
+        "/v1/predict": {"post": _predict(config) | keys},
         "/v1/model": {"get": _get("model", "Which model answers, how good it is, and what it is for", "ModelInfo")},
         "/healthz": {"get": _get("health", "Whether the process works", "Status", "not_ready")},
         "/readyz": {"get": _get("ready", "Whether a known picture gets its known answer", "ReadyStatus", "not_ready")},
-        "/v2/models/{model}": {
-            "parameters": [model],
-            "get": _get("metadata", "Open Inference Protocol: inputs and outputs", "InferModel", error="InferError"),
-        },
-        "/v2/models/{model}/infer": {"parameters": [model], "post": _infer(config)},
-        "/v1/admin/versions": {
-            "get": _admin(config, "versions", "All versions of the registry, and which is live and why")
-        },
-        "/v1/admin/reload": {"post": _admin(config, "reload", "Look at once whether another version is live", Reload)},
-        "/v1/admin/promote": {
-            "post": _admin(
-                config,
-                "promote",
-                "Make a version live that passes its gates, or whose gates are overruled",
-                Promote,
-            )
-        },
-        "/v1/admin/rollback": {"post": _admin(config, "rollback", "Make live again what was before", Rollback)},
+        "/v2/models/{model}": {"parameters": [model], "get": metadata},
+        "/v2/models/{model}/infer": {"parameters": [model], "post": _infer() | keys},
+        "/v1/admin/versions": {"get": _admin("versions", versions) | keys},
+        "/v1/admin/reload": {"post": _admin("reload", "Look at once whether another version is live", Reload) | keys},
+        "/v1/admin/promote": {"post": _admin("promote", promotion, Promote) | keys},
+        "/v1/admin/rollback": {"post": _admin("rollback", "Make live again what was before", Rollback) | keys},
     }
 
 
 def _predict(config: ServiceConfig) -> Document:
-    pictures = {media: {"schema": {"type": "string", "format": "binary"}} for media in IMAGE_TYPES}
+    picture = {"type": "string", "format": "binary"}
     options = TypeAdapter(Options).json_schema()["properties"]
+    parts = {"files": {"type": "array", "items": picture, "description": "A part for each picture."}, **options}
+    form = {"type": "object", "properties": parts, "required": ["files"], "additionalProperties": False}
+    answer = _content("A result for each picture, in order.", _ref("PredictAnswer"))
+    answer["content"][JSON]["example"] = ANSWER_EXAMPLE
     return {
         "operationId": "predict",
         "summary": "Emotions and action units of every face in one or several pictures",
         "description": "One picture as the body, options in the query; or several as JSON or as a form, each with a "
         "result of its own: a picture that cannot be read does not fail its neighbours. At most "
         f"{config.limits.max_images} pictures and {config.limits.max_body_bytes:,} bytes a request.",
-        **_security(config),
         "parameters": [
             {
                 "name": name,
@@ -225,185 +227,108 @@ def _predict(config: ServiceConfig) -> Document:
         "requestBody": {
             "required": True,
             "content": {
-                **pictures,
-                JSON: {"schema": {"$ref": _REF + "PredictRequest"}, "example": REQUEST_EXAMPLE},
-                "multipart/form-data": {
-                    "schema": {
-                        "type": "object",
-                        "properties": {
-                            "files": {
-                                "type": "array",
-                                "items": {"type": "string", "format": "binary"},
-                                "description": "A part for each picture.",
-                            },
-                            **options,
-                        },
-                        "required": ["files"],
-                        "additionalProperties": False,
-                    }
-                },
+                **{media: {"schema": picture} for media in IMAGE_TYPES},
+                JSON: {"schema": _ref("PredictRequest"), "example": REQUEST_EXAMPLE},
+                "multipart/form-data": {"schema": form},
             },
         },
-        "responses": {
-            "200": {
-                "description": "A result for each picture, in order.",
-                "content": {JSON: {"schema": {"$ref": _REF + "PredictAnswer"}, "example": ANSWER_EXAMPLE}},
-            },
-            **_problems(_PREDICT_PROBLEMS),
-        },
+        "responses": {"200": answer, **_problems(_PREDICT_PROBLEMS)},
     }
 
 
-def _infer(config: ServiceConfig) -> Document:
+def _infer() -> Document:
     return {
         "operationId": "infer",
         "summary": "Open Inference Protocol: probabilities of aligned faces",
         "description": "One input: `images` (FP32 or UINT8, shape (B, S, S, 3), RGB, whole numbers of 0 to 255, S as "
         "in the model's metadata) or `image_bytes` (BYTES, shape (B), base64 of image files that are an aligned face "
         "each).",
-        **_security(config),
-        "requestBody": {"required": True, "content": {JSON: {"schema": {"$ref": _REF + "InferRequest"}}}},
+        "requestBody": {"required": True, "content": {JSON: {"schema": _ref("InferRequest")}}},
         "responses": {
-            "200": _answer("Probabilities.", "InferAnswer"),
-            "default": _answer("What went wrong, with the statuses of /v1/predict.", "InferError"),
+            "200": _content("Probabilities.", _ref("InferAnswer")),
+            "default": _content("What went wrong, with the statuses of /v1/predict.", _ref("InferError")),
         },
     }
 
 
-def _admin(config: ServiceConfig, name: str, summary: str, body: type[Record] | None = None) -> Document:
+def _admin(name: str, summary: str, body: type[Record] | None = None) -> Document:
     operation: Document = {
         "operationId": name,
         "summary": summary,
         "description": "For keys with the scope admin; without a keys file nobody has it.",
-        **_security(config),
         "responses": {
-            "200": {"description": f"{summary}.", "content": {JSON: {"schema": {"type": "object"}}}},
-            "default": {
-                "description": "Why nothing was changed.",
-                "content": {MEDIA_TYPE: {"schema": {"type": "object"}}},
-            },
+            "200": _content(f"{summary}.", {"type": "object"}),
+            "default": _content("Why nothing was changed.", {"type": "object"}, MEDIA_TYPE),
         },
     }
     if body is not None:
-        operation["requestBody"] = {"content": {JSON: {"schema": {"$ref": _REF + body.__name__}}}}
+        operation["requestBody"] = {"content": {JSON: {"schema": _ref(body.__name__)}}}
     return operation
 
 
-def _get(name: str, summary: str, answer: str, *codes: str, error: str | None = None) -> Document:
-    responses = {"200": _answer(f"{summary}.", answer), **_problems(codes)}
-    if error is not None:
-        responses["404"] = _answer("There is no such model.", error)
+def _get(name: str, summary: str, answer: str, *codes: str) -> Document:
+    responses = {"200": _content(f"{summary}.", _ref(answer)), **_problems(codes)}
     return {"operationId": name, "summary": summary, "responses": responses}
 
 
-def _answer(description: str, record: str) -> Document:
-    return {"description": description, "content": {JSON: {"schema": {"$ref": _REF + record}}}}
+def _content(description: str, schema: Document, media_type: str = JSON) -> Document:
+    return {"description": description, "content": {media_type: {"schema": schema}}}
 
 
-def _security(config: ServiceConfig) -> Document:
-    return {} if config.keys_file is None else {"security": [{"key": []}]}
+def _ref(record: str) -> Document:
+    return {"$ref": f"#/components/schemas/{record}"}
 
 
 def _problems(codes: tuple[str, ...]) -> Document:
     """A response for each status, with an example of each kind of problem that has it."""
-    by_status: dict[int, list[ProblemType]] = {}
-    for code in codes:
-        by_status.setdefault(PROBLEM_TYPES[code].status, []).append(PROBLEM_TYPES[code])
-    return {str(status): _problem_response(types) for status, types in sorted(by_status.items())}
-
-
-def _problem_schema(types: list[ProblemType]) -> Document:
-    plain = {"$ref": _REF + "ProblemDocument"}
-    several = any(one.code == "no_image_read" for one in types)
-    return {"anyOf": [plain, {"$ref": _REF + "NoImageRead"}]} if several else plain
-
-
-def _problem_response(types: list[ProblemType]) -> Document:
-    response: Document = {
-        "description": " ".join(f"`{one.code}`: {one.meaning}" for one in types),
-        "content": {
-            MEDIA_TYPE: {
-                "schema": _problem_schema(types),
-                "examples": {one.code: {"value": problem_example(one)} for one in types},
-            }
-        },
-    }
-    if types[0].status == 429:
-        response["headers"] = {"Retry-After": {"schema": {"type": "integer", "minimum": 1}, "description": "Seconds."}}
-    return response
+    responses: Document = {}
+    for status in sorted({PROBLEM_TYPES[code].status for code in codes}):
+        kinds = [PROBLEM_TYPES[code] for code in codes if PROBLEM_TYPES[code].status == status]
+        schema = _ref("ProblemDocument")
+        if any(kind.code == "no_image_read" for kind in kinds):
+            schema = {"anyOf": [schema, _ref("NoImageRead")]}
+        response = _content(" ".join(f"`{kind.code}`: {kind.meaning}" for kind in kinds), schema, MEDIA_TYPE)
+        response["content"][MEDIA_TYPE]["examples"] = {kind.code: {"value": problem_example(kind)} for kind in kinds}
+        if status == 429:
+            seconds = {"schema": {"type": "integer", "minimum": 1}, "description": "Seconds."}
+            response["headers"] = {"Retry-After": seconds}
+        responses[str(status)] = response
+    return responses
 
 
 def problem_example(kind: ProblemType) -> Document:
     """A problem document of this kind."""
-    document = {
-        "type": kind.uri,
-        "title": kind.title,
-        "status": kind.status,
-        "detail": kind.meaning,
-        "hint": kind.hint,
-        "instance": "/v1/predict",
-        "request_id": "5f0c1b7e9a3d4c2f8e6a1b0d9c8e7f65",
-    }
+    document: Document = {**problem_document(Problem(kind.code, kind.meaning), "/v1/predict", _REQUEST_ID)}
     return document | {"results": [ANSWER_EXAMPLE["results"][1]]} if kind.code == "no_image_read" else document
 
+
+_REQUEST_ID = "5f0c1b7e9a3d4c2f8e6a1b0d9c8e7f65"
 
 REQUEST_EXAMPLE: Document = {
     "images": [{"id": "left", "data": "/9j/4AAQSkZJRg..."}, {"data": "data:image/png;base64,iVBORw0KGgo..."}],
     "options": {"faces": "detect", "top_k": 2, "return_distribution": False},
 }
 
-ANSWER_EXAMPLE: Document = {
-    "model": {
-        "name": "rafce",
-        "version": "3",
-        "sha256": "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08",
-    },
-    "request_id": "5f0c1b7e9a3d4c2f8e6a1b0d9c8e7f65",
-    "results": [
-        {
-            "id": "left",
-            "status": "ok",
-            "width": 600,
-            "height": 800,
-            "faces": [
-                {
-                    "box": {"x": 142, "y": 200, "width": 318, "height": 318},
-                    "alignment": "eyes",
-                    "emotion": {
-                        "label": "happily surprised",
-                        "index": 0,
-                        "probability": 0.71,
-                        "unsure": False,
-                        "top": [
-                            {"label": "happily surprised", "index": 0, "probability": 0.71},
-                            {"label": "happily sad", "index": 13, "probability": 0.12},
-                        ],
-                        "basic": [{"label": "surprised", "probability": 0.75}, {"label": "happy", "probability": 0.9}],
-                    },
-                    "action_units": [
-                        {
-                            "code": "AU12",
-                            "name": "Lip corner puller",
-                            "probability": 0.93,
-                            "threshold": 0.4,
-                            "active": True,
-                        }
-                    ],
-                    "consistency": {"score": 0.97, "contradicting": []},
-                }
-            ],
-            "faces_left_out": 0,
-            "error": None,
-        },
-        {
-            "id": "1",
-            "status": "error",
-            "width": None,
-            "height": None,
-            "faces": [],
-            "faces_left_out": 0,
-            "error": problem_example(PROBLEM_TYPES["undecodable"]),
-        },
-    ],
-    "timings": {"decode_ms": 46.1, "queue_ms": 0.2, "inference_ms": 4.9, "total_ms": 52.3},
-}
+_SURPRISED = EmotionScore("happily surprised", 0, 0.71)
+_BASIC = (BasicEmotionScore("surprised", 0.75), BasicEmotionScore("happy", 0.9))
+_FACE = FacePrediction(
+    Box(142, 200, 318, 318),
+    "eyes",
+    EmotionPrediction(
+        **vars(_SURPRISED), unsure=False, top=(_SURPRISED, EmotionScore("happily sad", 13, 0.12)), basic=_BASIC
+    ),
+    (ActionUnitPrediction("AU12", "Lip corner puller", 0.93, 0.4, True),),
+    ConsistencyRemark(0.97, ()),
+)
+_DAMAGED = Problem("undecodable", PROBLEM_TYPES["undecodable"].meaning)
+ANSWER_EXAMPLE: Document = plain(
+    PredictAnswer(
+        ModelId("rafce", "3", "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"),
+        _REQUEST_ID,
+        (
+            Result("left", "ok", 600, 800, (_FACE,), 0, None),
+            Result("1", "error", None, None, (), 0, problem_document(_DAMAGED, "/v1/predict", _REQUEST_ID)),
+        ),
+        Timings(decode_ms=46.1, queue_ms=0.2, inference_ms=4.9, total_ms=52.3),
+    )
+)

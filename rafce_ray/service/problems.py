@@ -33,13 +33,18 @@ _PLAIN_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 
 @dataclass(frozen=True)
 class ProblemType:
-    """One kind of refusal: its stable ``code``, HTTP status, title, what it means and the usual remedy."""
+    """One kind of refusal: its stable ``code``, HTTP status, what it means and the usual remedy."""
 
     code: str
     status: int
-    title: str
     meaning: str
     hint: str
+    name: str = ""
+
+    @property
+    def title(self) -> str:
+        """The kind in a few words: its name or, by default, the code's words."""
+        return self.name or self.code.replace("_", " ").capitalize()
 
     @property
     def uri(self) -> str:
@@ -47,207 +52,126 @@ class ProblemType:
         return f"/problems/{self.code}"
 
 
-def _types(*rows: tuple[int, str, str, str, str]) -> dict[str, ProblemType]:
-    return {code: ProblemType(code, status, title, meaning, hint) for status, code, title, meaning, hint in rows}
-
-
 _AGAIN = "Send the picture again as an ordinary JPEG, PNG or WebP file."
 
-PROBLEM_TYPES: Mapping[str, ProblemType] = _types(
-    (400, "bad_request", "Bad request", "The request cannot be meant as it stands.", "Correct what the detail names."),
-    (
+_TABLE: dict[str, tuple[int, str, str] | tuple[int, str, str, str]] = {
+    "bad_request": (400, "The request is malformed.", "Correct what the detail names."),
+    "bad_headers": (
         400,
-        "bad_headers",
-        "Bad headers",
-        "A header that may be there once is there twice, or two headers contradict each other.",
+        "A header is repeated, or two headers contradict each other.",
         "Send each header once, and either Content-Length or Transfer-Encoding.",
     ),
-    (
+    "body_incomplete": (400, "The body and Content-Length differ in length.", "Send the body's true length."),
+    "malformed_json": (
         400,
-        "body_incomplete",
-        "Body incomplete",
-        "The body does not have as many bytes as Content-Length says.",
-        "Send the request again with the body's true length.",
-    ),
-    (
-        400,
-        "malformed_json",
-        "Malformed JSON",
         "The body is not one JSON value in UTF-8; NaN and Infinity are no JSON.",
         "Send a body that a strict JSON parser accepts.",
+        "Malformed JSON",
     ),
-    (
+    "json_too_complex": (
         400,
-        "json_too_complex",
-        "JSON too complex",
         "The JSON is nested too deeply or has more members than any valid request.",
         'Send {"images": [{"id": ..., "data": ...}], "options": {...}} and nothing else.',
+        "JSON too complex",
     ),
-    (
+    "duplicate_key": (400, "A JSON object has the same key twice.", "Leave one of them out."),
+    "duplicate_id": (400, "Two images of one request have the same id.", "Give each image its own id."),
+    "bad_id": (400, "An image's id is no short printable text.", "Use 1 to 128 printable characters."),
+    "missing_key": (400, "A required JSON key or form part is not there.", "Add it."),
+    "unknown_key": (400, "A JSON key or form part has no meaning here.", "Correct or remove it."),
+    "wrong_type": (400, "A JSON value has the wrong type.", "Correct it."),
+    "unknown_option": (400, "There is no such option.", "Correct or remove it."),
+    "bad_option": (400, "An option has a value that is not allowed.", "Use a value that is allowed."),
+    "bad_base64": (400, "An image's data is not base64 (RFC 4648).", "Encode the file's bytes: base64 photo.jpg"),
+    "malformed_multipart": (
         400,
-        "duplicate_key",
-        "Duplicate key",
-        "A JSON object has the same key twice, so it is not clear which value is meant.",
-        "Leave one of them out.",
-    ),
-    (400, "duplicate_id", "Duplicate id", "Two images of one request have the same id.", "Give each image its own id."),
-    (400, "bad_id", "Bad id", "An image's id is no short printable text.", "Use 1 to 128 printable characters."),
-    (400, "missing_key", "Missing key", "A required JSON key or form part is not there.", "Add it."),
-    (400, "unknown_key", "Unknown key", "A JSON key or form part has no meaning here.", "Correct or remove it."),
-    (400, "wrong_type", "Wrong type", "A JSON value has another type than the one that is needed.", "Correct it."),
-    (400, "unknown_option", "Unknown option", "There is no such option.", "Correct or remove it."),
-    (400, "bad_option", "Bad option", "An option has a value that it cannot have.", "Use a value that is allowed."),
-    (
-        400,
-        "bad_base64",
-        "Bad base64",
-        "An image's data is not base64 (RFC 4648).",
-        "Encode the file's bytes: base64 photo.jpg",
-    ),
-    (
-        400,
-        "malformed_multipart",
-        "Malformed multipart",
         "The body is not multipart/form-data with the boundary that Content-Type names.",
         "Let the HTTP client build the form: curl -F files=@photo.jpg",
     ),
-    (
-        401,
-        "key_needed",
-        "Key needed",
-        "The request carries no key, or one in another form than a bearer key.",
-        "Send the header Authorization: Bearer KEY.",
-    ),
-    (401, "wrong_key", "Wrong key", "The key is not one of this service's.", "Check the key with whoever gave it."),
-    (
+    "key_needed": (401, "The request has no bearer key.", "Send the header Authorization: Bearer KEY."),
+    "wrong_key": (401, "The key is not one of this service's.", "Check the key with its operator."),
+    "scope_missing": (
         403,
-        "scope_missing",
-        "Not allowed",
         "The key is known but may not do this.",
         "Use a key with the scope that the detail names.",
+        "Not allowed",
     ),
-    (
+    "not_loopback": (
         403,
-        "not_loopback",
-        "This machine only",
         "The service runs without keys and so answers its own machine only.",
         "Start it with a keys file and loopback_only: false to serve others.",
+        "This machine only",
     ),
-    (
+    "cross_site": (
         403,
-        "cross_site",
-        "Another site's request",
         "A page of another site or a foreign host name asked a service that is for its own machine only.",
         "Open the service by http://127.0.0.1:PORT or http://localhost:PORT; behind a proxy, start it with --keys "
         "keys.json.",
+        "Another site's request",
     ),
-    (404, "not_found", "Not found", "There is nothing at this path.", "See /docs for what there is."),
-    (
+    "not_found": (404, "There is nothing at this path.", "See /docs for what there is."),
+    "no_such_version": (
         404,
-        "no_such_version",
-        "No such version",
         "The registry has no version of this name.",
         "Take a name that GET /v1/admin/versions lists.",
     ),
-    (405, "method_not_allowed", "Method not allowed", "The path does not take this method.", "See /docs."),
-    (
+    "method_not_allowed": (405, "The path does not take this method.", "See /docs."),
+    "change_refused": (
         409,
-        "change_refused",
-        "Change refused",
         "The version may not become live: a gate says no, or there is nothing to go back to. What was live stays.",
         "See gates for the figures; force with a why overrules them.",
     ),
-    (
-        408,
-        "body_too_slow",
-        "Body too slow",
-        "The whole body did not arrive in the time that the service waits for it.",
-        "Send it over a faster connection, or make the picture smaller.",
-    ),
-    (
+    "body_too_slow": (408, "The whole body did not arrive in time.", "Use a faster connection or smaller pictures."),
+    "body_too_large": (413, "The body has too many bytes.", "Send smaller or fewer pictures in a request."),
+    "too_many_images": (413, "One request has too many images.", "Split it into several."),
+    "too_many_bytes": (
         413,
-        "body_too_large",
-        "Body too large",
-        "The body has more bytes than the service reads.",
-        "Make the pictures smaller, compress them more, or send fewer a request.",
-    ),
-    (413, "too_many_images", "Too many images", "One request holds too many images.", "Split it into several."),
-    (
-        413,
-        "too_many_bytes",
+        "An image's file has too many bytes.",
+        "Make it smaller or compress it more.",
         "Image file too large",
-        "An image's file has more bytes than are decoded.",
-        "Make the picture smaller or compress it more.",
     ),
-    (414, "uri_too_long", "Address too long", "Path and query are too long.", "Put nothing but options in the query."),
-    (
+    "uri_too_long": (414, "Path and query are too long.", "Put nothing but options in the query.", "Address too long"),
+    "unsupported_media_type": (
         415,
-        "unsupported_media_type",
-        "Unsupported media type",
-        "The body's Content-Type is none that this path takes.",
+        "This path does not take the body's Content-Type.",
         "Use image/jpeg, image/png, image/webp, application/json or multipart/form-data.",
     ),
-    (
+    "unsupported_encoding": (
         415,
-        "unsupported_encoding",
-        "Unsupported content encoding",
-        "The body is compressed for its transfer.",
+        "The body is compressed.",
         "Send it without Content-Encoding.",
+        "Unsupported content encoding",
     ),
-    (415, "unsupported_format", "Unsupported image format", "The file is no JPEG, PNG or WebP.", _AGAIN),
-    (422, "empty", "Empty", "There are no bytes where a picture is expected.", "Send a JPEG, PNG or WebP picture."),
-    (422, "bad_header", "Unreadable header", "The picture's header is damaged.", _AGAIN),
-    (422, "too_small", "Picture too small", "The picture has too few pixels.", "Send a larger picture."),
-    (422, "too_large", "Picture too large", "The picture has too many pixels.", "Scale the picture down."),
-    (422, "too_many_scans", "Too many scans", "The JPEG has more scans than a picture needs.", _AGAIN),
-    (422, "undecodable", "Undecodable", "The picture is damaged or cut short.", "Get it again from its source."),
-    (
-        422,
-        "no_face",
-        "No face",
-        "No face was found in the picture.",
-        "Send a picture with a frontal face, or faces=aligned for one that is a face already.",
-    ),
-    (
-        422,
-        "no_image_read",
-        "No image read",
-        "None of the request's images could be answered; results says for each why.",
-        "Correct what the results name.",
-    ),
-    (
+    "unsupported_format": (415, "The file is no JPEG, PNG or WebP.", _AGAIN, "Unsupported image format"),
+    "empty": (422, "The picture has no bytes.", "Send a JPEG, PNG or WebP picture."),
+    "bad_header": (422, "The picture's header is damaged.", _AGAIN, "Unreadable header"),
+    "too_small": (422, "The picture has too few pixels.", "Send a larger picture.", "Picture too small"),
+    "too_large": (422, "The picture has too many pixels.", "Scale the picture down.", "Picture too large"),
+    "too_many_scans": (422, "The JPEG has more scans than a picture needs.", _AGAIN),
+    "undecodable": (422, "The picture is damaged or cut short.", "Get it again from its source."),
+    "no_face": (422, "No face was found in the picture.", "Send a frontal face, or faces=aligned for an aligned face."),
+    "no_image_read": (422, "None of the images could be answered; results says why.", "Correct what the results name."),
+    "busy": (429, "The service already has as many requests or bytes as it takes.", "Try again after Retry-After."),
+    "too_many_wrong_keys": (
         429,
-        "busy",
-        "Busy",
-        "As many requests or bytes as the service takes are in work.",
-        "Try again after Retry-After.",
-    ),
-    (
-        429,
-        "too_many_wrong_keys",
-        "Too many wrong keys",
         "This peer sent many wrong keys within a minute.",
-        "Wait for Retry-After seconds and use a right key.",
+        "Wait for Retry-After seconds and use a valid key.",
     ),
-    (431, "headers_too_large", "Headers too large", "The headers are too many or too long.", "Send fewer headers."),
-    (499, "client_gone", "Client gone", "The client closed the connection before the answer.", "Send it again."),
-    (500, "internal_error", "Internal error", "The service failed.", "Report the request id to whoever runs it."),
-    (
-        501,
-        "unknown_method",
-        "Unknown method",
-        "The request's method is not one of HTTP's.",
-        "See /docs for what there is, and send the method in capitals.",
-    ),
-    (503, "not_ready", "Not ready", "The model is not loaded or not verified yet.", "Try again; see /readyz."),
-    (
+    "headers_too_large": (431, "The headers are too many or too long.", "Send fewer headers."),
+    "client_gone": (499, "The client closed the connection before the answer.", "Send it again."),
+    "internal_error": (500, "The service failed.", "Report the request id to its operator."),
+    "unknown_method": (501, "HTTP has no such method.", "See /docs, and send the method in capitals."),
+    "not_ready": (503, "The model is not loaded or not verified yet.", "Try again; see /readyz."),
+    "deadline": (
         504,
-        "deadline",
-        "Deadline passed",
         "The answer was not ready in time.",
         "Try again, with smaller or fewer pictures. Its operator can raise limits.deadline_s or --replicas.",
+        "Deadline passed",
     ),
-)
+}
+"""Of each code: HTTP status, meaning, usual remedy and, if it is not the code in words, the title."""
+
+PROBLEM_TYPES: Mapping[str, ProblemType] = {code: ProblemType(code, *row) for code, row in _TABLE.items()}
 """Every code that the service answers, by code. Those of an image are :class:`rafce_ray.faces.decode.DecodeError`'s."""
 
 
