@@ -1,6 +1,7 @@
-"""Faces of all requests through one model, batch by batch: one thread that takes whatever waits, without a timer.
+"""Which requests are admitted, and how their faces go through the model in batches.
 
-While a batch runs the next one gathers, so batches grow with the load and a lonely request waits for nobody.
+One thread takes all faces that wait, without a timer. While a batch runs the next one gathers, so batches grow with the
+load and a single request never waits for others.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from queue import SimpleQueue
-from types import TracebackType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,22 +63,24 @@ class Batcher:
         self._thread.start()
 
     async def probabilities(self, predictor: Predictor, faces: NDArray[np.uint8]) -> Batched:
-        """Of (B, S, S, 3) uint8 faces, calibrated; B may exceed a batch.
+        """Calibrated probabilities, 0-1, of RGB faces (B, S, S, 3) uint8; B may exceed a batch.
 
-        Cancelled before its batch begins, it costs nothing.
-
-        Raises:
-            NotFiniteError: the model gave a value that is no number for one of the faces.
-            RafceError: the thread was closed.
+        A call that is cancelled before its batch begins costs nothing. NotFiniteError where an output of a face is not
+        finite; RafceError where the thread was closed.
         """
         if not self._thread.is_alive():
             raise RafceError("the inference thread has ended: start the service again.")
         size = self._max_batch_faces
         if len(faces) <= size:
             return await self._put(predictor, faces)
-        # Batch by batch, so that a large request that is given up costs one batch and not all of them.
-        parts = [self._put(predictor, faces[start : start + size]) for start in range(0, len(faces), size)]
-        return _joined(await asyncio.gather(*parts))
+        # Batch by batch, so that a large request that is cancelled costs one batch and not all of them.
+        waiting = [self._put(predictor, faces[start : start + size]) for start in range(0, len(faces), size)]
+        parts = await asyncio.gather(*waiting)
+        # The request waited for its first batch, and took until its last one was done.
+        queue_s, total_s = parts[0].queue_s, max(part.queue_s + part.inference_s for part in parts)
+        emotion = np.concatenate([part.probabilities.emotion for part in parts])
+        action_units = np.concatenate([part.probabilities.action_units for part in parts])
+        return Batched(Probabilities(emotion, action_units), queue_s, total_s - queue_s)
 
     def _put(self, predictor: Predictor, faces: NDArray[np.uint8]) -> asyncio.Future[Batched]:
         future: asyncio.Future[Batched] = asyncio.get_running_loop().create_future()
@@ -114,12 +116,13 @@ class Batcher:
                 _deliver(outcomes)
             if closing:
                 break
-        _deliver([(waiting, RafceError("the service is shutting down.")) for waiting in self._left(following)])
+        left = [] if following is None else [following]
+        while not self._queue.empty():
+            left += filter(None, [self._queue.get()])
+        _deliver([(waiting, RafceError("the service is shutting down.")) for waiting in left])
 
     def _gather(self, first: _Waiting) -> tuple[list[_Waiting], _Waiting | None, bool]:
-        """The batch that begins with ``first``, the one that did not fit into it any more, and whether the thread is to
-        end.
-        """
+        """The batch that begins with ``first``, the request that no longer fits, and whether the thread shall end."""
         batch = [] if first.future.cancelled() else [first]
         num_faces = len(first.faces) if batch else 0
         while not self._queue.empty():
@@ -136,32 +139,9 @@ class Batcher:
             num_faces += len(waiting.faces)
         return batch, None, False
 
-    def _left(self, following: _Waiting | None) -> list[_Waiting]:
-        left = [] if following is None else [following]
-        while not self._queue.empty():
-            waiting = self._queue.get()
-            if waiting is not None:
-                left.append(waiting)
-        return left
-
-
-def _joined(parts: Sequence[Batched]) -> Batched:
-    """The parts of one request as one: it waited for its first batch, and took until its last one was done."""
-    total_s = max(part.queue_s + part.inference_s for part in parts)
-    return Batched(
-        Probabilities(
-            np.concatenate([part.probabilities.emotion for part in parts]),
-            np.concatenate([part.probabilities.action_units for part in parts]),
-        ),
-        parts[0].queue_s,
-        total_s - parts[0].queue_s,
-    )
-
 
 def _run(batch: Sequence[_Waiting]) -> list[_Outcome]:
-    """What became of each request of a batch; whatever an engine raises is its requests' outcome and ends nothing
-    else.
-    """
+    """The outcome of each request of a batch. An exception of the engine is one, and ends no thread."""
     started = time.monotonic()
     predictor = batch[0].predictor
     try:
@@ -223,28 +203,26 @@ class Admission:
     def place(self, num_bytes: int = 0) -> Place:
         """A place for a request whose body has ``num_bytes`` as far as is known; more are added as they come.
 
-        Raises:
-            Problem: ``busy`` (429) with Retry-After: there is no room.
+        Problem ``busy`` (429) with Retry-After where there is no room.
         """
         if self.num_requests >= self.max_requests:
-            self._refuse(f"All {self.max_requests:,} places are taken.")
-        if self.num_bytes + num_bytes > self.max_bytes:
-            self._refuse(f"Its {num_bytes:,} bytes would exceed the {self.max_bytes:,} that are held at once.")
+            raise self._refusal(f"All {self.max_requests:,} places are taken.")
+        place = Place(self)
+        place.hold(num_bytes)
         self.num_requests += 1
-        self.num_bytes += num_bytes
-        return Place(self, num_bytes)
+        return place
 
-    def _refuse(self, detail: str) -> None:
+    def _refusal(self, detail: str) -> Problem:
         self.num_refused += 1
-        raise Problem("busy", detail, headers={"retry-after": str(RETRY_AFTER_S)})
+        return Problem("busy", detail, headers={"retry-after": str(RETRY_AFTER_S)})
 
 
 class Place:
     """One request's place: it holds ``num_bytes`` until its ``with`` block ends."""
 
-    def __init__(self, admission: Admission, num_bytes: int) -> None:
+    def __init__(self, admission: Admission) -> None:
         self._admission = admission
-        self.num_bytes = num_bytes
+        self.num_bytes = 0
 
     def hold(self, num_bytes: int) -> None:
         """Hold ``num_bytes`` in all, if that is more than now; Problem ``busy`` where there is no room."""
@@ -253,17 +231,14 @@ class Place:
             return
         admission = self._admission
         if admission.num_bytes + more > admission.max_bytes:
-            admission._refuse(
-                f"Its {num_bytes:,} bytes would exceed the {admission.max_bytes:,} that are held at once."
-            )
+            detail = f"Its {num_bytes:,} bytes would exceed the {admission.max_bytes:,} that are held at once."
+            raise admission._refusal(detail)
         admission.num_bytes += more
         self.num_bytes = num_bytes
 
     def __enter__(self) -> Place:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._admission.num_requests -= 1
         self._admission.num_bytes -= self.num_bytes

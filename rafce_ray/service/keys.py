@@ -12,13 +12,13 @@ import os
 import re
 import secrets
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, MutableMapping
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from rafce_ray.base.console import pretty_json, run_main, say
 from rafce_ray.base.errors import UsageError
@@ -36,8 +36,8 @@ LOOK_S = 1.0
 MAX_KEY_BYTES = 512
 MAX_WRONG_KEYS = 10
 WRONG_KEYS_S = 60.0
-"""A peer may send ``MAX_WRONG_KEYS`` wrong keys in these seconds; right keys pass all the same, since peers behind one
-proxy look alike and a key has 256 bits."""
+"""A peer may send ``MAX_WRONG_KEYS`` wrong keys in these seconds. Valid keys still pass: peers behind one proxy look
+alike, and a key has 256 bits."""
 
 MAX_PEERS = 10_000
 
@@ -46,29 +46,24 @@ _MAKE_ONE = "Make one with: python -m rafce_ray.service.keys new NAME --file key
 _log = logging.getLogger(__name__)
 
 
-class Key(BaseModel):
-    """One key as its file holds it: never the key itself."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class Key(BaseModel, frozen=True, extra="forbid"):
+    """One key as its file has it: a hash, never the key itself."""
 
     id: str = Field(pattern=r"^[A-Za-z0-9._-]{1,64}$", description="Name of the key's owner, which stands in the log.")
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="sha256 of the key, hexadecimal.")
     scopes: frozenset[Scope] = Field(min_length=1, description="What the key may do.")
 
 
-class KeyFile(BaseModel):
+class KeyFile(BaseModel, frozen=True, extra="forbid"):
     """The file: ``{"keys": [{"id", "sha256", "scopes"}]}``."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     keys: tuple[Key, ...]
 
 
 class Keys:
-    """The keys of a file, read again when the file changes; without a file everybody may predict and nobody
-    administrate.
+    """The keys of a file, read again when it changes. Without a file anyone may predict and nobody administrate.
 
-    A new file that cannot be used is told in the log, and the old keys stay.
+    When a new file cannot be used, the log says so and the old keys stay.
     """
 
     def __init__(self, file: Path | None, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -83,50 +78,39 @@ class Keys:
     def authorize(self, scope: MutableMapping[str, Any], needed: Scope) -> None:
         """Let the request of an ASGI ``scope`` pass, and leave its key's id there; synchronous and cheap.
 
-        Raises:
-            Problem: ``key_needed``, ``wrong_key`` (401), ``scope_missing`` (403), ``too_many_wrong_keys`` (429).
+        Problem ``key_needed``, ``wrong_key`` (401), ``scope_missing`` (403) or ``too_many_wrong_keys`` (429).
         """
         if self._file is None:
             if needed == "predict":
                 return
-            raise Problem(
-                "scope_missing", f"The service has no keys, and this needs one with scope {needed}.", hint=_MAKE_ONE
-            )
-        self._look_for_changes()
+            detail = f"The service has no keys, and this needs one with scope {needed}."
+            raise Problem("scope_missing", detail, hint=_MAKE_ONE)
+        self._look_for_changes(self._file)
         presented = _bearer(scope)
         if presented is None:
             raise Problem("key_needed", "The request carries no bearer key.", headers={"www-authenticate": "Bearer"})
-        key = self._find(presented)
-        if key is None:
+        digest = sha256(presented).hexdigest()
+        # Every key is compared, always: the time does not tell which one is near.
+        found = [key for key in self._keys if hmac.compare_digest(key.sha256, digest)]
+        if not found:
             self._wrong.count(scope)
-            raise Problem(
-                "wrong_key",
-                "The key is not known here.",
-                headers={"www-authenticate": 'Bearer error="invalid_token"'},
-            )
-        scope[KEY_ID] = key.id
-        if needed not in key.scopes:
+            headers = {"www-authenticate": 'Bearer error="invalid_token"'}
+            raise Problem("wrong_key", "The key is not known here.", headers=headers)
+        scope[KEY_ID] = found[0].id
+        if needed not in found[0].scopes:
             raise Problem("scope_missing", f"The key has no scope {needed}.")
 
-    def _find(self, presented: bytes) -> Key | None:
-        digest = sha256(presented).hexdigest()
-        found = None
-        for key in self._keys:  # All of them, always: the time tells nothing about which one is near.
-            if hmac.compare_digest(key.sha256, digest):
-                found = key
-        return found
-
-    def _look_for_changes(self) -> None:
+    def _look_for_changes(self, file: Path) -> None:
         now = self._clock()
-        if self._file is None or now - self._looked < LOOK_S:
+        if now - self._looked < LOOK_S:
             return
         self._looked = now
-        stamp = _stamp(self._file)
+        stamp = _stamp(file)
         if stamp == self._stamp:
             return
         self._stamp = stamp
         try:
-            self._keys = read_keys(self._file)
+            self._keys = read_keys(file)
         except UsageError as error:
             _log.error("keys file unusable; the old keys stay", extra={"fields": {"reason": str(error)}})
         else:
@@ -134,16 +118,14 @@ class Keys:
 
 
 class _WrongKeys:
-    """How many wrong keys each peer sent of late."""
+    """How many wrong keys each peer sent lately."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._counts: OrderedDict[str, tuple[float, int]] = OrderedDict()
 
     def count(self, scope: MutableMapping[str, Any]) -> None:
-        """Count one more; Problem ``too_many_wrong_keys`` from the ``MAX_WRONG_KEYS`` + 1st on until their time is
-        over.
-        """
+        """Count one more; Problem ``too_many_wrong_keys`` where a peer has sent more than ``MAX_WRONG_KEYS``."""
         peer, now = (scope.get("client") or ("",))[0], self._clock()
         since, number = self._counts.get(peer, (now, 0))
         if now - since >= WRONG_KEYS_S:
@@ -162,11 +144,7 @@ class _WrongKeys:
 
 
 def read_keys(file: Path) -> tuple[Key, ...]:
-    """The keys of a file.
-
-    Raises:
-        UsageError: it cannot be read, is not what it should be, sets a name twice, holds no key, or an id or key twice.
-    """
+    """The keys of a file. UsageError where it is unreadable or malformed, has no key, or a name, id or key twice."""
     try:
         content = file.read_bytes()
         keys = KeyFile.model_validate_json(content, strict=False).keys
@@ -176,23 +154,21 @@ def read_keys(file: Path) -> tuple[Key, ...]:
         fault = error.errors()[0]
         place = ".".join(str(part) for part in fault["loc"]) or "the file"
         raise UsageError(f"{file}: {place}: {fault['msg']}. {_MAKE_ONE}") from None
-    # A reader of JSON silently keeps the last value of a repeated name; this one refuses it.
+    # A JSON parser silently keeps the last value of a repeated name; this one refuses it.
     parse_yaml(content, str(file))
     if not keys:
         raise UsageError(f"{file}: holds no key. {_MAKE_ONE}")
     for name in ("id", "sha256"):
-        values = [getattr(key, name) for key in keys]
-        twice = next((value for value in values if values.count(value) > 1), None)
-        if twice is not None:
-            raise UsageError(f"{file}: two keys have the {name} {twice}. Remove one of them.")
+        value, number = Counter(getattr(key, name) for key in keys).most_common(1)[0]
+        if number > 1:
+            raise UsageError(f"{file}: two keys have the {name} {value}. Remove one of them.")
     return keys
 
 
 def new_key(file: Path, key_id: str, scopes: frozenset[Scope]) -> str:
-    """Make a key, add its hash to the file (made if need be, readable by its owner only) and return the key.
+    """Make a key, add its hash to the file and return the key. A new file is readable by its owner only.
 
-    Raises:
-        UsageError: the id is taken or cannot be one, or the file cannot be used.
+    UsageError where the id is taken or malformed, or the file cannot be used.
     """
     keys = read_keys(file) if file.exists() else ()
     if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", key_id):
@@ -203,15 +179,13 @@ def new_key(file: Path, key_id: str, scopes: frozenset[Scope]) -> str:
         )
     secret = secrets.token_urlsafe(32)
     keys = (*keys, Key(id=key_id, sha256=sha256(secret.encode()).hexdigest(), scopes=scopes))
-    content = pretty_json(
-        {"keys": [{"id": key.id, "sha256": key.sha256, "scopes": sorted(key.scopes)} for key in keys]}
-    )
-    beside = file.with_name(f".{file.name}.{secrets.token_hex(4)}.tmp")
+    content = pretty_json({"keys": [key.model_dump() | {"scopes": sorted(key.scopes)} for key in keys]})
+    scratch = file.with_name(f".{file.name}.{secrets.token_hex(4)}.tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as stream:
+        with os.fdopen(os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as stream:
             stream.write(content)
-        os.replace(beside, file)
+        os.replace(scratch, file)
     except OSError as error:
         raise UsageError(f"{file}: cannot be written ({error.strerror}). Give --file a place that can.") from None
     return secret
@@ -244,7 +218,7 @@ def _stamp(file: Path) -> tuple[int, ...] | None:
 
 
 def _bearer(scope: MutableMapping[str, Any]) -> bytes | None:
-    """The key that the request carries, if it carries one in the right form."""
+    """The request's key; None where it has none or not as a bearer."""
     for name, value in scope["headers"]:
         if name == b"authorization":
             scheme, _, key = value.partition(b" ")

@@ -1,9 +1,8 @@
-"""What one process counts of its requests, in plain numbers: cheap enough for the event loop, and without anything of
-Ray.
+"""Counts of one process and its requests, in plain numbers: cheap enough for the event loop, and without Ray.
 
-Whoever exports the numbers reads them from a thread of its own. An instrument is written by one thread at a time, so
-none has a lock: requests and faces by the event loop, batches by the inference thread, models by whoever swaps them,
-gauges by who exports.
+The exporter reads them in a thread of its own. One thread at a time writes an instrument, so none has a lock: the event
+loop counts requests and faces, the inference thread batches, the thread that swaps models their swaps, and the exporter
+sets the gauges.
 """
 
 from __future__ import annotations
@@ -29,9 +28,9 @@ _SHARES = tuple(number / 10 for number in range(1, 11))
 
 @dataclass
 class Counter:
-    """What only grows, by its labels.
+    """A number that only grows, by its labels.
 
-    A series is there, as 0, from :meth:`expect` on: one that begins with its first event hides that.
+    :meth:`expect` starts a series at 0: Prometheus does not count the first event of a series that begins with it.
     """
 
     name: str
@@ -44,11 +43,11 @@ class Counter:
             self.expect([()])
 
     def add(self, *labels: str) -> None:
-        """One more."""
+        """Count one more."""
         self.values[labels] = self.values.get(labels, 0) + 1
 
     def expect(self, series: Iterable[Labels]) -> None:
-        """Have these series, from 0 on."""
+        """Start these series at 0, unless they are there."""
         for labels in series:
             self.values.setdefault(labels, 0)
 
@@ -76,25 +75,22 @@ class Histogram:
             self.expect([()])
 
     def observe(self, value: float, *labels: str) -> None:
-        """One more value."""
-        cells = self.values.get(labels)
-        if cells is None:
-            cells = self.values.setdefault(labels, self._empty())
+        """Count one more value."""
+        if labels not in self.values:
+            self.expect([labels])
+        cells = self.values[labels]
         cells.counts[bisect_left(self.bounds, value)] += 1
         cells.total += value
 
     def expect(self, series: Iterable[Labels]) -> None:
-        """Have these series, from 0 on."""
+        """Start these series at 0, unless they are there."""
         for labels in series:
-            self.values.setdefault(labels, self._empty())
-
-    def _empty(self) -> Cells:
-        return Cells([0] * (len(self.bounds) + 1))
+            self.values.setdefault(labels, Cells([0] * (len(self.bounds) + 1)))
 
 
 @dataclass
 class Gauge:
-    """What is so now, by its labels; NaN: it is not known."""
+    """A present value, by its labels; NaN: unknown."""
 
     name: str
     description: str
@@ -102,7 +98,7 @@ class Gauge:
     values: dict[Labels, float] = field(default_factory=dict)
 
     def set(self, value: float, *labels: str) -> None:
-        """It is this much now."""
+        """Set the present value."""
         self.values[labels] = value
 
 

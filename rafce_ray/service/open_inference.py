@@ -1,9 +1,8 @@
 """Open Inference Protocol v2 (``/v2/...``): the same model and the same bounds for clients that speak it.
 
-``infer`` takes one input. ``images``, FP32 or UINT8, shape (B, S, S, 3), flat or nested: aligned RGB faces, whole
-numbers of 0 to
-255. ``image_bytes``, BYTES, shape (B): base64 of JPEG, PNG or WebP files, each one aligned face. Photographs go to
-     ``/v1/predict``.
+``infer`` takes one input: ``images``, FP32 or UINT8, shape (B, S, S, 3), flat or nested: aligned RGB faces, whole
+numbers of 0 to 255; or ``image_bytes``, BYTES, shape (B): base64 of JPEG, PNG or WebP files, each one aligned face.
+Photographs go to ``/v1/predict``.
 """
 
 from __future__ import annotations
@@ -39,8 +38,6 @@ from rafce_ray.service.requests import declared_bytes, decode_base64, read_body
 if TYPE_CHECKING:
     from rafce_ray.service.app import Service
 
-Parameters = dict[str, Any]
-
 
 class InferInput(Record):
     """One input tensor; ``data`` is flat, row by row, or nested as ``shape`` says."""
@@ -49,14 +46,14 @@ class InferInput(Record):
     datatype: Literal["FP32", "UINT8", "BYTES"] = Field(description="FP32 or UINT8 for images, BYTES for image_bytes.")
     shape: list[Annotated[int, Field(ge=1)]] = Field(description="(B, S, S, 3) or (B).")
     data: list[Any] = Field(description="Whole numbers of 0 to 255; or base64 of files.")
-    parameters: Parameters = Field(default_factory=dict, description="None is read.")
+    parameters: dict[str, Any] = Field(default_factory=dict, description="None is read.")
 
 
 class InferOutput(Record):
-    """One output that is asked for."""
+    """One requested output."""
 
     name: str = Field(description="emotion_probabilities or action_unit_probabilities.")
-    parameters: Parameters = Field(default_factory=dict, description="None is read.")
+    parameters: dict[str, Any] = Field(default_factory=dict, description="None is read.")
 
 
 class InferRequest(Record):
@@ -65,7 +62,7 @@ class InferRequest(Record):
     id: str | None = Field(default=None, max_length=128, description="Echoed in the answer.")
     inputs: list[InferInput] = Field(min_length=1, max_length=1)
     outputs: list[InferOutput] = Field(default_factory=list, max_length=2, description="By default all.")
-    parameters: Parameters = Field(default_factory=dict, description="None is read.")
+    parameters: dict[str, Any] = Field(default_factory=dict, description="None is read.")
 
 
 class InferTensor(Record):
@@ -113,16 +110,11 @@ class InferError(Record):
 
 
 def parse_infer_request(body: bytes, *, max_numbers: int) -> InferRequest:
-    """The body's JSON, which may hold so many numbers.
-
-    Raises:
-        Problem: it is no JSON, holds more values, or is no request of the protocol.
-    """
+    """The body's JSON. Problem where it is no request of the protocol or has more than about ``max_numbers``."""
     # Counted before it is parsed: a list of small numbers takes twenty times the bytes of its text.
     if body.count(b",") > max_numbers + 1000:
-        raise Problem(
-            "too_many_images", f"The body has more than the {max_numbers:,} numbers that its images may have."
-        )
+        detail = f"The body has more than the {max_numbers:,} numbers that its images may have."
+        raise Problem("too_many_images", detail)
     try:
         return InferRequest.model_validate(orjson.loads(body))
     except orjson.JSONDecodeError as error:
@@ -132,10 +124,9 @@ def parse_infer_request(body: bytes, *, max_numbers: int) -> InferRequest:
 
 
 def pixels_of(given: InferInput, px: int) -> NDArray[np.uint8]:
-    """(B, px, px, 3) uint8 of an input ``images``.
+    """RGB faces (B, px, px, 3) uint8 of an input ``images``.
 
-    Raises:
-        Problem: another datatype or shape, or a value that is no whole number of 0 to 255.
+    Problem where the datatype or shape is another, or a value is no whole number of 0 to 255.
     """
     if given.datatype == "BYTES":
         raise Problem("wrong_type", "The input images is BYTES; it takes FP32 or UINT8.")
@@ -156,23 +147,13 @@ def pixels_of(given: InferInput, px: int) -> NDArray[np.uint8]:
 
 
 def encoded_images(given: InferInput, max_image_bytes: int) -> list[bytes]:
-    """The files of an input ``image_bytes``.
-
-    Raises:
-        Problem: another datatype or shape, no base64, or a file of more bytes.
-    """
+    """The files of an input ``image_bytes``. Problem for another datatype or shape, no base64, or too many bytes."""
     if given.datatype != "BYTES" or given.shape != [len(given.data)]:
-        raise Problem(
-            "bad_request",
-            f"The input image_bytes is {given.datatype} of shape {given.shape} with {len(given.data):,} values; BYTES "
-            "of shape (B) is expected.",
-        )
-    files = []
-    for text in given.data:
-        if not isinstance(text, str):
-            raise Problem("wrong_type", "The data of image_bytes holds something else than base64.")
-        files.append(decode_base64(text, max_image_bytes))
-    return files
+        found = f"{given.datatype} of shape {given.shape} with {len(given.data):,} values"
+        raise Problem("bad_request", f"The input image_bytes is {found}; BYTES of shape (B) is expected.")
+    if not all(isinstance(text, str) for text in given.data):
+        raise Problem("wrong_type", "The data of image_bytes holds something else than base64.")
+    return [decode_base64(text, max_image_bytes) for text in given.data]
 
 
 Handler = Callable[["Service", Request], Awaitable[Any]]
@@ -182,7 +163,7 @@ EMOTIONS, ACTION_UNITS = "emotion_probabilities", "action_unit_probabilities"
 
 
 def open_inference_routes(service: Service) -> list[Route]:
-    """The routes below ``/v2``; a model may be asked for by name alone or with its live version."""
+    """The routes below ``/v2``; a request names the model alone, or with its live version."""
     handlers: list[tuple[str, Handler, str]] = [
         ("/v2", _server, "GET"),
         ("/v2/health/live", _live, "GET"),
@@ -194,7 +175,7 @@ def open_inference_routes(service: Service) -> list[Route]:
 
 
 def _endpoint(service: Service, handler: Handler) -> Callable[[Request], Awaitable[Response]]:
-    """A handler whose problems are told as the protocol has it: ``{"error": text}``."""
+    """A handler whose problems have the protocol's form: ``{"error": text}``."""
 
     @wraps(handler)
     async def endpoint(request: Request) -> Response:
@@ -280,9 +261,8 @@ async def _inferred(service: Service, served: Served, body: bytes) -> dict[str, 
 async def _faces(service: Service, request: InferRequest, px: int) -> tuple[NDArray[np.uint8], list[Light]]:
     loop, limits, given = asyncio.get_running_loop(), service.config.limits, request.inputs[0]
     if given.shape and given.shape[0] > limits.max_images:
-        raise Problem(
-            "too_many_images", f"The input has {given.shape[0]:,} images; at most {limits.max_images} are taken."
-        )
+        detail = f"The input has {given.shape[0]:,} images; at most {limits.max_images} are taken."
+        raise Problem("too_many_images", detail)
     if given.name == IMAGES:
         return await loop.run_in_executor(service.pool, _pixels, given, px)
     if given.name != IMAGE_BYTES:
@@ -315,13 +295,12 @@ def _labels(taxonomy: Taxonomy) -> dict[str, list[str]]:
 
 
 def _asked_for(service: Service, request: Request) -> Served:
-    """The live model, if that is the one that the path names. Problem ``not_found``."""
+    """The live model, if the path names it; else Problem ``not_found``."""
     served = service.live.served
     name, version = request.path_params["model"], request.path_params.get("version", served.model.version)
     if name != served.model.name:
         raise Problem("not_found", f"There is no model {shown(name)}.", hint=f"Ask for {served.model.name}.")
     if version != served.model.version:
-        raise Problem(
-            "not_found", f"Version {shown(version)} is not served.", hint=f"The live one is {served.model.version}."
-        )
+        hint = f"The live one is {served.model.version}."
+        raise Problem("not_found", f"Version {shown(version)} is not served.", hint=hint)
     return served

@@ -1,6 +1,4 @@
-"""From a parsed request to its answer: every image read, the faces of all of them through the model at once, a result
-for each.
-"""
+"""From a parsed request to its answer: read every image, run all faces through the model at once, write the results."""
 
 from __future__ import annotations
 
@@ -18,7 +16,7 @@ import numpy as np
 
 from rafce_ray.bundle.model import EmotionScore, Prediction, plain
 from rafce_ray.faces.decode import DEFAULT_LIMITS, DecodeError, Limits, decode_image, decode_sized_face
-from rafce_ray.faces.detect import Face, FaceFinder, Pixels, build_face_finder, given_face, may_be_aligned
+from rafce_ray.faces.detect import Face, FaceFinder, build_face_finder, given_face, may_be_aligned
 from rafce_ray.metrics.calibration import Probabilities
 from rafce_ray.metrics.drift import Light, light_of
 from rafce_ray.service.answers import PredictAnswer, Result, Timings, distribution_of, face_answer, to_json
@@ -33,9 +31,7 @@ Faces = Literal["detect", "aligned"]
 
 @dataclass(frozen=True)
 class ReadImage:
-    """One image: px of the upright picture, its faces as crops, largest first, with their light, and how many more it
-    had than are answered for.
-    """
+    """One image: px of the upright picture, its faces as crops, largest first, with their light, and how many more."""
 
     width: int
     height: int
@@ -45,10 +41,9 @@ class ReadImage:
 
 
 class Reader:
-    """Decodes images and finds faces in ``pool``, whose ``num_threads`` threads each find a finder free.
+    """Decodes images and finds faces in ``pool``, with a finder for each of its ``num_threads`` threads.
 
-    OpenCV's own threads are switched off for the whole process: side by side, photographs are read 1.3 times as fast
-    (measured).
+    It switches OpenCV's own threads off for the whole process: in parallel, photographs are read 1.3 times as fast.
     """
 
     def __init__(
@@ -65,16 +60,14 @@ class Reader:
         self._pool = pool
         self._max_faces = max_faces
         self._limits = limits
-        # A finder lets one thread in at a time: with as many of them as threads none waits.
-        self._finders: SimpleQueue[FaceFinder] = SimpleQueue()
+        self._finders: SimpleQueue[FaceFinder] = SimpleQueue()  # A finder serves one thread at a time.
         for _ in range(num_threads):
             self._finders.put(build_face_finder(face_model))
 
     async def read(self, content: bytes, px: int, faces: Faces) -> ReadImage:
-        """The faces of an encoded image as crops of ``px`` a side; ``aligned``: the whole image is one face.
+        """The faces of an encoded image as RGB crops (px, px, 3) uint8; ``aligned``: the whole image is one face.
 
-        Raises:
-            Problem: a DecodeError's code, or ``no_face``.
+        Problem ``no_face``, or with a DecodeError's code.
         """
         return await asyncio.get_running_loop().run_in_executor(self._pool, self._read, content, px, faces)
 
@@ -94,20 +87,13 @@ class Reader:
         finally:
             self._finders.put(finder)
         if not found:
-            raise Problem(
-                "no_face",
-                f"No face was found in the picture of {width} x {height} px.",
-                hint=_no_face_hint(width, height),
-            )
+            hint = "Send a picture in which the face is larger and seen from the front."
+            if may_be_aligned(width, height):
+                hint = "If the picture is an aligned face already, send the option faces=aligned."
+            raise Problem("no_face", f"No face was found in the picture of {width} x {height} px.", hint=hint)
         kept = tuple(found[: self._max_faces])
         lights = tuple(light_of(face.pixels) for face in kept)
         return ReadImage(width, height, kept, lights, len(found) - len(kept))
-
-
-def _no_face_hint(width: int, height: int) -> str:
-    if may_be_aligned(width, height):
-        return "If the picture is an aligned face already, send the option faces=aligned."
-    return "Send a picture in which the face is larger and seen from the front."
 
 
 _Answer = tuple[Prediction, tuple[EmotionScore, ...] | None]
@@ -115,9 +101,7 @@ _Answer = tuple[Prediction, tuple[EmotionScore, ...] | None]
 
 @dataclass(frozen=True)
 class Context:
-    """What one request is answered with and as: the model that it was admitted with, its path, id and begin
-    (``time.monotonic``).
-    """
+    """The surroundings of one request: the model at its admission, its path and id, and its start (monotonic s)."""
 
     reader: Reader
     batcher: Batcher
@@ -129,10 +113,9 @@ class Context:
 
 
 async def predict(request: ParsedRequest, context: Context) -> bytes:
-    """The answer as JSON; beside others that can be, an image that cannot be read has its problem in its result.
+    """The answer as JSON. Where some images are unreadable, their results have the problems.
 
-    Raises:
-        Problem: no image can be read; with several of them, ``no_image_read`` with their results.
+    Problem where no image is readable: the image's or, of several images, ``no_image_read`` with their results.
     """
     began = time.monotonic()
     images = await _read(request.items, request.options, context)
@@ -141,7 +124,8 @@ async def predict(request: ParsedRequest, context: Context) -> bytes:
     if len(problems) == len(images):
         raise _refusal(request, problems, context)
     crops = [face.pixels for image in images if isinstance(image, ReadImage) for face in image.faces]
-    batched = await context.batcher.probabilities(context.served.predictor, _stacked(crops))
+    faces = crops[0][None] if len(crops) == 1 else np.stack(crops)
+    batched = await context.batcher.probabilities(context.served.predictor, faces)
     answers = _answers(batched.probabilities, request.options, context)
     results = _results(request, images, answers, context)
     timings = Timings(
@@ -157,20 +141,27 @@ async def predict(request: ParsedRequest, context: Context) -> bytes:
 
 
 def _refusal(request: ParsedRequest, problems: Sequence[Problem], context: Context) -> Problem:
-    """What a request is answered of whose images all have a problem."""
+    """The problem of a request whose images all have one."""
     if len(problems) == 1:
         return problems[0]
-    results = [_error(item, problem, context) for item, problem in zip(request.items, problems, strict=True)]
-    return Problem(
-        "no_image_read",
-        f"None of the {len(problems)} images could be answered; the first: {problems[0].detail}",
-        members={"results": plain(tuple(results))},
-    )
+    results = _results(request, problems, (), context)
+    detail = f"None of the {len(problems)} images could be answered; the first: {problems[0].detail}"
+    return Problem("no_image_read", detail, members={"results": plain(results)})
 
 
-def _error(item: Item, problem: Problem, context: Context) -> Result:
-    document = problem_document(problem, context.path, context.request_id)
-    return Result(item.id, "error", None, None, (), 0, document)
+def _results(
+    request: ParsedRequest, images: Sequence[ReadImage | Problem], answers: Sequence[_Answer], context: Context
+) -> tuple[Result, ...]:
+    faces = iter(answers)
+    results: list[Result] = []
+    for item, image in zip(request.items, images, strict=True):
+        if isinstance(image, Problem):
+            document = problem_document(image, context.path, context.request_id)
+            results.append(Result(item.id, "error", None, None, (), 0, document))
+        else:
+            found = tuple(face_answer(face, *next(faces)) for face in image.faces)
+            results.append(Result(item.id, "ok", image.width, image.height, found, image.faces_left_out, None))
+    return tuple(results)
 
 
 async def _read(items: Sequence[Item], options: Options, context: Context) -> list[ReadImage | Problem]:
@@ -190,41 +181,21 @@ async def _read_item(item: Item, options: Options, context: Context) -> ReadImag
         return problem
 
 
-def _results(
-    request: ParsedRequest, images: Sequence[ReadImage | Problem], answers: Sequence[_Answer], context: Context
-) -> tuple[Result, ...]:
-    faces = iter(answers)
-    results: list[Result] = []
-    for item, image in zip(request.items, images, strict=True):
-        if isinstance(image, Problem):
-            results.append(_error(item, image, context))
-            continue
-        found = tuple(face_answer(face, *next(faces)) for face in image.faces)
-        results.append(Result(item.id, "ok", image.width, image.height, found, image.faces_left_out, None))
-    return tuple(results)
-
-
 def _answers(found: Probabilities, options: Options, context: Context) -> list[_Answer]:
-    """Of every face what the model says and, where it was asked for, the distribution of its emotions."""
+    """The prediction of each face and, if requested, the distribution of its emotions."""
     predictor = context.served.predictor
     predictions = predictor.named(found, options.top_k)
     if not options.return_distribution:
         return [(prediction, None) for prediction in predictions]
-    taxonomy = predictor.bundle.taxonomy
-    return [
-        (prediction, distribution_of(row, taxonomy)) for prediction, row in zip(predictions, found.emotion, strict=True)
-    ]
+    distributions = (distribution_of(row, predictor.bundle.taxonomy) for row in found.emotion)
+    return list(zip(predictions, distributions, strict=True))
 
 
 def count_faces(predictions: Sequence[Prediction], lights: Sequence[Light], served: Served, meter: Meter) -> None:
-    """Count what was answered of each face, and let the model's drift be watched."""
+    """Count the answered faces, for the metrics and for the watch on drift."""
     for prediction, light in zip(predictions, lights, strict=True):
         meter.count_face(prediction)
         served.drift.add(prediction, light)
-
-
-def _stacked(crops: list[Pixels]) -> Pixels:
-    return crops[0][None] if len(crops) == 1 else np.stack(crops)
 
 
 def _ms(seconds: float) -> float:

@@ -1,12 +1,10 @@
-"""What a request to ``/v1/predict`` carries: images and options, from a raw, JSON or multipart body, bounded before it
-is parsed.
+"""Images and options of a request to ``/v1/predict``, from a raw, JSON or multipart body, bounded before it is parsed.
 
-A raw body is one image; whether it is the JPEG, PNG or WebP that Content-Type says is left to the decoder, which goes
-by magic bytes, so ``application/octet-stream`` is taken as well. No URL and no path is ever an image.
+A raw body is one image. The decoder goes by magic bytes, so ``application/octet-stream`` is accepted as well. No URL
+and no path is ever an image.
 
-A form is split at its boundary, since its body is in memory already: linear, and bounded by the number of parts. (A
-streaming parser took 0.25 s a MiB for bodies that are full of almost-boundaries, and Starlette's writes large files to
-disk.)
+A form is split at its boundary: linear time, bounded by the number of parts. (A streaming parser took 0.25 s a MiB for
+bodies full of almost-boundaries, and Starlette's writes large files to disk.)
 """
 
 from __future__ import annotations
@@ -69,12 +67,8 @@ MAX_BOUNDARY_BYTES = 70
 MAX_PART_HEADER_BYTES = 4096
 MAX_OPTION_BYTES = 64
 
-_AS_IT_IS = (b"7bit", b"8bit", b"binary")
-_PADDING = b" \t"
 _FOLD = re.compile(rb"\r\n[ \t]+")
 """A header may go on in the next line, which then starts with a blank (RFC 822)."""
-
-_TEXTS_OF_BOOLEANS = {"true": True, "false": False}
 
 
 @dataclass(frozen=True)
@@ -123,10 +117,7 @@ class Item:
 
 @dataclass(frozen=True)
 class ParsedRequest:
-    """What is asked, whatever kind of body it came in.
-
-    ``raw``: one image, whose problem is the response's; otherwise each of the ``items`` has a result of its own.
-    """
+    """A request of any kind. ``raw``: one image, whose problem is the response's; else each item has its own result."""
 
     kind: Literal["raw", "json", "multipart"]
     items: tuple[Item, ...]
@@ -151,10 +142,10 @@ async def read_request(
 ) -> ParsedRequest:
     """Read the whole body, whose bytes ``place`` then holds, and parse it: large ones in ``pool``, off the event loop.
 
-    Raises:
-        Problem: the request is malformed, too large, too slow or its client has gone.
+    Problem where the request is malformed, too large, too slow or its client has gone.
     """
-    media_type, parameters = media_type_of(_header(scope, b"content-type"))
+    content_type = _header(scope, b"content-type")
+    media_type, parameters = (content_type, {}) if content_type in RAW else parse_options_header(content_type)
     if media_type in RAW or media_type in ALIASES:
         options = options_of_query(scope["query_string"], rules)
         declared = declared_bytes(scope)
@@ -179,11 +170,7 @@ async def read_request(
 
 
 async def read_body(receive: Receive, place: Place) -> bytes:
-    """The whole body; ``place`` holds its bytes as they come.
-
-    Raises:
-        Problem: ``busy`` where they are too many beside those of others, ``client_gone``, or the edge's.
-    """
+    """The whole body; ``place`` holds its bytes as they come. Problem ``busy``, ``client_gone`` or one of the edge."""
     chunks: list[bytes] = []
     num_bytes = 0
     while True:
@@ -202,11 +189,6 @@ def declared_bytes(scope: MutableMapping[str, Any]) -> int:
     """The body's Content-Length, for ``admission.place``; 0 where there is none."""
     length = _header(scope, b"content-length")
     return int(length) if length.isdigit() else 0
-
-
-def media_type_of(content_type: bytes) -> tuple[bytes, dict[bytes, bytes]]:
-    """The media type of a Content-Type header in lower case, and its parameters by lower-case name."""
-    return (content_type, {}) if content_type in RAW else parse_options_header(content_type)
 
 
 def _parser(
@@ -272,16 +254,12 @@ def options_of_texts(pairs: Iterable[tuple[str, str]], rules: BodyRules) -> Opti
         if name == "top_k" and text.isascii() and text.isdigit() and len(text) < 10:
             values[name] = int(text)
         else:
-            values[name] = _TEXTS_OF_BOOLEANS.get(text, text) if name == "return_distribution" else text
+            values[name] = {"true": True, "false": False}.get(text, text) if name == "return_distribution" else text
     return options_of(values, rules)
 
 
 def options_of(values: Mapping[str, Any], rules: BodyRules) -> Options:
-    """The options of plain values.
-
-    Raises:
-        Problem: ``unknown_option`` or ``bad_option``.
-    """
+    """The options of plain values. Problem ``unknown_option`` or ``bad_option``."""
     for name in values:
         if name not in OPTION_NAMES:
             hint = f"{nearest(name, OPTION_NAMES)}The options are {', '.join(OPTION_NAMES)}."
@@ -305,54 +283,45 @@ def _bad_option(name: str, found: object, expected: str) -> Problem:
 
 def json_type(value: object) -> str:
     """A JSON value's type in JSON's words."""
-    names = {
-        bool: "a boolean",
-        int: "a number",
-        float: "a number",
-        str: "a string",
-        list: "an array",
-        dict: "an object",
-    }
+    if isinstance(value, int | float):
+        return "a boolean" if isinstance(value, bool) else "a number"
+    names: dict[type, str] = {str: "a string", list: "an array", dict: "an object"}
     return names.get(type(value), "null")
 
 
 def parse_json_body(body: bytes, rules: BodyRules) -> tuple[tuple[Item, ...], Options]:
     """The images and options of ``{"images": [{"id", "data"}], "options": {...}}``.
 
-    An image whose base64 is bad or too long becomes an item with that problem.
-
-    Raises:
-        Problem: the JSON is malformed or is not of this form.
+    An image whose base64 is bad or too long becomes an item with that problem. Problem where the JSON is malformed.
     """
     root = parse_json(body, max_marks=1000 + MARKS_PER_IMAGE * rules.max_images)
     _check_object(root, "the body", PredictRequest)
-    images = root["images"]
+    images, options = root["images"], root.get("options", {})
     if not isinstance(images, list):
         raise _wrong_type("images", images, "an array")
     if not images:
         raise Problem("missing_key", "images is empty.", hint='Give at least one {"data": ...}.')
     if len(images) > rules.max_images:
-        raise Problem(
-            "too_many_images",
-            f"images has {len(images):,} members; at most {rules.max_images} are read in one request.",
-        )
-    options = root.get("options", {})
+        detail = f"images has {len(images):,} members; at most {rules.max_images} are read in one request."
+        raise Problem("too_many_images", detail)
     if not isinstance(options, dict):
         raise _wrong_type("options", options, "an object")
     ids = _checked_ids(images)
     read_options = options_of(options, rules)
-    items = [Item(id_, _content(image["data"], rules)) for id_, image in zip(ids, images, strict=True)]
+    items: list[Item] = []
+    for id_, image in zip(ids, images, strict=True):
+        try:
+            items.append(Item(id_, decode_base64(image["data"], rules.max_image_bytes)))
+        except Problem as problem:
+            items.append(Item(id_, problem))
     return tuple(items), read_options
 
 
 def parse_json(body: bytes, *, max_marks: int) -> Any:
-    """A JSON value of strict JSON in UTF-8.
+    """A JSON value of strict JSON in UTF-8. Problem ``malformed_json``, ``duplicate_key`` or ``json_too_complex``.
 
-    ``max_marks``: brackets, braces, colons and commas, those in strings included, that it may have: they bound depth,
-    members and so the time and memory that parsing takes.
-
-    Raises:
-        Problem: ``malformed_json``, ``duplicate_key`` or ``json_too_complex``.
+    ``max_marks``: how many brackets, braces, colons and commas it may have, those in strings included. They bound
+    depth and members, and so the time and memory of the parser.
     """
     num_marks = sum(map(body.count, (b"{", b"[", b":", b",")))
     if num_marks > max_marks:
@@ -371,15 +340,14 @@ def parse_json(body: bytes, *, max_marks: int) -> Any:
 def decode_base64(text: str, max_bytes: int) -> bytes:
     """The bytes of base64 in the standard or URL alphabet; padding, line breaks and a data URI's prefix may be there.
 
-    Raises:
-        Problem: ``bad_base64``; ``too_many_bytes`` where there are more than ``max_bytes``, before any is decoded.
+    Problem ``bad_base64``, or ``too_many_bytes`` (before any is decoded) where there are more than ``max_bytes``.
     """
     uri = _DATA_URI.match(text)
     if uri is not None:
         if text[uri.end() : uri.end() + 1] != "," or not uri[0].lower().endswith(";base64"):
             raise Problem("bad_base64", "The data URI does not say ;base64, after its type.", hint=_ENCODE)
         text = text[uri.end() + 1 :]
-    # Each look goes through the whole text, but much faster than the decoder does.
+    # Each search goes through the whole text, but much faster than the decoder does.
     if len(text) % 4 or any(mark in text for mark in f"{_BLANKS}-_"):
         text = _standard_base64(text)
     num_bytes = len(text) // 4 * 3 - text[-2:].count("=")
@@ -436,14 +404,6 @@ def _bad_base64(text: str) -> Problem:
     return Problem("bad_base64", detail, hint=_ENCODE)
 
 
-def _content(text: str, rules: BodyRules) -> bytes | Problem:
-    """An image's bytes, or why there are none."""
-    try:
-        return decode_base64(text, rules.max_image_bytes)
-    except Problem as problem:
-        return problem
-
-
 def _checked_ids(images: Sequence[Any]) -> list[str]:
     """The ids, by default the position; every member's shape is checked on the way."""
     ids: dict[str, int] = {}
@@ -493,30 +453,24 @@ def _no_constant(name: str) -> Never:
     raise Problem("malformed_json", f"{name} is no JSON.")
 
 
-def _integer(text: str) -> int:
-    return int(_short(text))
-
-
-def _float(text: str) -> float:
-    return float(_short(text))
-
-
-def _short(text: str) -> str:
+def _number(text: str, kind: type[int] | type[float]) -> float:
     if len(text) > 40:
         raise Problem("json_too_complex", f"A number has {len(text):,} characters; at most 40 are read.")
-    return text
+    return kind(text)
 
 
 _DECODER = json.JSONDecoder(
-    object_pairs_hook=_object, parse_constant=_no_constant, parse_int=_integer, parse_float=_float
+    object_pairs_hook=_object,
+    parse_constant=_no_constant,
+    parse_int=partial(_number, kind=int),
+    parse_float=partial(_number, kind=float),
 )
 
 
 def parse_multipart_body(body: bytes, boundary: bytes, rules: BodyRules) -> tuple[tuple[Item, ...], Options]:
-    """The images, in order and with their position as id, and the options; file names are not looked at.
+    """The images, in order and with their position as id, and the options; file names are ignored.
 
-    Raises:
-        Problem: the body is malformed, or has too many or unknown parts.
+    Problem where the body is malformed, or has too many or unknown parts.
     """
     items: list[Item] = []
     options: list[tuple[str, str]] = []
@@ -525,7 +479,9 @@ def parse_multipart_body(body: bytes, boundary: bytes, rules: BodyRules) -> tupl
         if name == FILES:
             items.append(Item(str(len(items)), sized(content, rules)))
         elif name in OPTION_NAMES:
-            options.append((name, _option_text(name, content)))
+            if len(content) > MAX_OPTION_BYTES:
+                raise Problem("bad_option", f"The option {name} has more than {MAX_OPTION_BYTES} bytes.")
+            options.append((name, content.decode("utf-8", "replace")))
         else:
             known = f"Images are parts named {FILES}; options are {', '.join(OPTION_NAMES)}."
             hint = nearest(name, (FILES, *OPTION_NAMES)) + known
@@ -540,9 +496,8 @@ def parse_multipart_body(body: bytes, boundary: bytes, rules: BodyRules) -> tupl
 def _parts(body: bytes, boundary: bytes, max_parts: int) -> list[bytes]:
     """The parts between the boundaries; what comes before the first and after the last is left out (RFC 2046)."""
     if not 0 < len(boundary) <= MAX_BOUNDARY_BYTES:
-        raise Problem(
-            "malformed_multipart", f"The boundary has {len(boundary)} bytes; it needs 1 to {MAX_BOUNDARY_BYTES}."
-        )
+        detail = f"The boundary has {len(boundary)} bytes; it needs 1 to {MAX_BOUNDARY_BYTES}."
+        raise Problem("malformed_multipart", detail)
     delimiter = b"\r\n--" + boundary
     start = 0 if body.startswith(delimiter[2:]) else body.find(delimiter) + 2
     if start == 1:
@@ -553,7 +508,7 @@ def _parts(body: bytes, boundary: bytes, max_parts: int) -> list[bytes]:
             return parts
         if len(parts) == max_parts:
             raise _too_many_parts(max_parts - len(OPTION_NAMES))
-        part = part.lstrip(_PADDING)
+        part = part.lstrip(b" \t")
         if not part.startswith(b"\r\n"):
             what = "LF alone" if part.startswith(b"\n") else "something else"
             raise Problem("malformed_multipart", f"A boundary is followed by {what} instead of a new line (CR LF).")
@@ -572,7 +527,7 @@ def _name_and_content(part: bytes) -> tuple[str, bytes]:
         match field.strip().lower():
             case b"content-disposition" if name is None and kind == b"form-data":
                 name = parameters.get(b"name")
-            case b"content-transfer-encoding" if kind not in _AS_IT_IS:
+            case b"content-transfer-encoding" if kind not in (b"7bit", b"8bit", b"binary"):
                 detail = f"A part is encoded for mail: Content-Transfer-Encoding is {shown(kind.decode('latin-1'))}."
                 raise Problem("malformed_multipart", detail, hint="Send the file's bytes as they are, without it.")
     if name is None:
@@ -580,16 +535,6 @@ def _name_and_content(part: bytes) -> tuple[str, bytes]:
     return name.decode("utf-8", "replace"), part[end + 4 :]
 
 
-def _option_text(name: str, content: bytes) -> str:
-    try:
-        if len(content) <= MAX_OPTION_BYTES:
-            return content.decode("utf-8")
-    except UnicodeDecodeError:
-        pass
-    raise Problem("bad_option", f"The option {name} is no text of at most {MAX_OPTION_BYTES} bytes.")
-
-
 def _too_many_parts(max_images: int) -> Problem:
-    return Problem(
-        "too_many_images", f"The form has more than {max_images} images, the most that one request may have."
-    )
+    detail = f"The form has more than {max_images} images, the most that one request may have."
+    return Problem("too_many_images", detail)
