@@ -1,3 +1,1 @@
-"""Versions of bundles in one folder, which of them is live and why: what is served, promoted past gates, and rolled
-back.
-"""
+"""Versions of bundles in one folder, and which is live and why: add, promote through gates, roll back."""

@@ -1,4 +1,4 @@
-"""What a version must pass before it is live: each gate says what it found in figures, and whether that will do."""
+"""The gates that a version must pass before it is live; each reports its figures and a verdict."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rafce_ray.bundle.canary import check_canary
 from rafce_ray.bundle.engines import MAX_DIFFERENCE, EngineChoice, build_engine
 from rafce_ray.bundle.model import Predictor
 from rafce_ray.metrics.counts import combined_score
-from rafce_ray.registry.live import Gate, Verdict
+from rafce_ray.registry.live import Gate, GateName, Verdict
 from rafce_ray.registry.versions import load_stored
 
 BATCHES = (1, 8)
@@ -34,11 +34,12 @@ WARM_UPS = 3
 def ms_per_face(predictors: Sequence[Predictor]) -> list[dict[str, float]]:
     """Of each model, by batch size, the median milliseconds of a forward pass divided by its faces.
 
-    The models take turns, so that whatever else the machine does meets them alike.
+    The models take turns, so that other load on the machine affects them alike.
     """
     found: list[dict[str, float]] = [{} for _ in predictors]
     for batch in BATCHES:
-        images = [_images(predictor, batch) for predictor in predictors]
+        shapes = [(batch, px, px, 3) for px in (one.bundle.preprocessing.stored_px for one in predictors)]
+        images = [np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8) for shape in shapes]
         times: list[list[float]] = [[] for _ in predictors]
         until = time.perf_counter() + BUDGET_S
         for turn in range(-WARM_UPS, MAX_ROUNDS):
@@ -54,16 +55,11 @@ def ms_per_face(predictors: Sequence[Predictor]) -> list[dict[str, float]]:
     return found
 
 
-def _images(predictor: Predictor, batch: int) -> np.ndarray:
-    px = predictor.bundle.preprocessing.stored_px
-    return np.random.default_rng(0).integers(0, 256, (batch, px, px, 3), dtype=np.uint8)
-
-
 NO_LIVE = "Nothing is live yet."
 
 
 def canary_gate(candidate: Predictor) -> Gate:
-    """Whether the engine gives the answer to the stored images that torch gave when the bundle was made."""
+    """Whether the engine answers the stored images as torch did when the bundle was made."""
     bundle = candidate.bundle
     if bundle.canary is None:
         detail = "The bundle is of a format that stores no answers; only that its weights are whole is known."
@@ -102,19 +98,14 @@ def taxonomy_gate(candidate: Bundle, live: Bundle | None) -> Gate:
     if differences:
         text = "; ".join(differences)
         return Gate(name="taxonomy", verdict="refused", detail=f"{text[0].upper()}{text[1:]}.", figures=figures)
-    return Gate(
-        name="taxonomy",
-        verdict="passed",
-        detail=f"The same {told}, in the same order as the live version's.",
-        figures=figures,
-    )
+    detail = f"The same {told}, in the same order as the live version's."
+    return Gate(name="taxonomy", verdict="passed", detail=detail, figures=figures)
 
 
 def metrics_gate(candidate: Bundle, live: Bundle | None) -> Gate:
-    """Whether the candidate's figures, as its bundle stores them, reach the lower end of the live version's 95 %
-    intervals.
+    """Whether the candidate's stored figures reach the lower ends of the live version's 95 % intervals.
 
-    Compared is the score (equal parts of both tasks' figures), or the one figure that the live version has; part by
+    It compares the score (equal parts of both tasks' figures), or the one figure that the live version has; part by
     part where the live version's score has no interval. Figures of other data are shown and never pass.
     """
     ours, theirs = _figures(candidate), {} if live is None else _figures(live)
@@ -124,35 +115,34 @@ def metrics_gate(candidate: Bundle, live: Bundle | None) -> Gate:
     comparisons = _comparisons(ours, theirs, live)
     figures: dict[str, Any] = {"candidate": ours, "live": theirs, "comparisons": comparisons}
     if missing := [FIGURES[name].title for name in theirs if name not in ours]:
-        return _refused_metrics(
-            f"The candidate's bundle has no {' and no '.join(missing)}, the live version's has.", figures
-        )
-    told = "; ".join(
-        f"{FIGURES[one['figure']].title} {one['candidate']:.3f} against {one['live']:.3f} (95 % interval "
-        f"{one['low']:.3f} to {one['high']:.3f})"
-        if one["low"] is not None
-        else f"{FIGURES[one['figure']].title} {one['candidate']:.3f} against {one['live']:.3f} (no interval)"
-        for one in comparisons
-    )
+        detail = f"The candidate's bundle has no {' and no '.join(missing)}, the live version's has."
+        return Gate(name="metrics", verdict="refused", detail=detail, figures=figures)
+    texts = []
+    for one in comparisons:
+        interval = "no interval" if one["low"] is None else f"95 % interval {one['low']:.3f} to {one['high']:.3f}"
+        title = FIGURES[one["figure"]].title
+        texts.append(f"{title} {one['candidate']:.3f} against {one['live']:.3f} ({interval})")
+    told = "; ".join(texts)
     figures["data_differs"] = differs = _data_differences(candidate, live)
+    verdict: Verdict = "refused"
     if differs:
-        return _refused_metrics(
+        detail = (
             f"Measured on other data than the live version ({'; '.join(differs)}), so this says nothing: {told}. "
-            "Measure both with rafce evaluate on the same data and, if the candidate holds, overrule this.",
-            figures,
+            "Measure both with rafce evaluate on the same data and, if the candidate holds, overrule this."
         )
-    if any(one["low"] is None for one in comparisons):
-        return _refused_metrics(f"The live version's figures have no interval to compare with: {told}.", figures)
-    if all(one["candidate"] >= one["low"] for one in comparisons):
-        return Gate(
-            name="metrics", verdict="passed", detail=f"{told[0].upper()}{told[1:]}, on the same data.", figures=figures
-        )
-    return _refused_metrics(f"Below what luck with the images explains: {told}, on the same data.", figures)
+    elif any(one["low"] is None for one in comparisons):
+        detail = f"The live version's figures have no interval to compare with: {told}."
+    elif all(one["candidate"] >= one["low"] for one in comparisons):
+        verdict, detail = "passed", f"{told[0].upper()}{told[1:]}, on the same data."
+    else:
+        detail = f"Below what luck with the images explains: {told}, on the same data."
+    return Gate(name="metrics", verdict=verdict, detail=detail, figures=figures)
 
 
 def latency_gate(candidate: Predictor, live: Predictor | None, *, max_ratio: float) -> Gate:
-    """Whether the candidate takes at most ``max_ratio`` times as long for a face as the live version, alone and in a
-    batch; takes seconds.
+    """Whether a face takes at most ``max_ratio`` times as long as in the live version, alone and in a batch.
+
+    Measuring takes seconds.
     """
     measured = ms_per_face([candidate] if live is None else [candidate, live])
     engine = candidate.engine.name
@@ -176,57 +166,49 @@ def latency_gate(candidate: Predictor, live: Predictor | None, *, max_ratio: flo
 
 
 def _figures(bundle: Bundle) -> dict[str, float]:
-    """Those of the tasks' figures that the bundle has."""
     return {name: value for name in SCORED if (value := _number(bundle.metrics.get(name))) is not None}
 
 
 def _comparisons(ours: dict[str, float], theirs: dict[str, float], live: Bundle) -> list[dict[str, Any]]:
     """Figure by figure: candidate, live and the live one's interval, None where unknown."""
-    both = ours.keys() >= set(SCORED) and theirs.keys() >= set(SCORED)
-    score = float(combined_score(theirs[SCORED[0]], theirs[SCORED[1]])) if both else math.nan
-    interval = _interval(live, "score")
-    # A training may have weighted the tasks otherwise: its score is then another figure.
-    stored = _number(live.metrics.get("score"))
-    if both and interval is not None and stored is not None and math.isclose(stored, score, rel_tol=1e-6):
-        candidate = float(combined_score(ours[SCORED[0]], ours[SCORED[1]]))
-        return [_comparison("score", candidate, score, interval)]
-    return [_comparison(name, ours[name], theirs[name], _interval(live, name)) for name in theirs if name in ours]
+    pairs = {name: (ours[name], theirs[name]) for name in theirs if name in ours}
+    if pairs.keys() >= set(SCORED):
+        candidate, score = (float(combined_score(one[SCORED[0]], one[SCORED[1]])) for one in (ours, theirs))
+        # A training may have weighted the tasks otherwise: its score is then another figure.
+        stored = _number(live.metrics.get("score"))
+        known = stored is not None and _interval(live, "score")[0] is not None
+        if known and math.isclose(stored or 0.0, score, rel_tol=1e-6):
+            pairs = {"score": (candidate, score)}
+    found = []
+    for name, (candidate, score) in pairs.items():
+        low, high = _interval(live, name)
+        found.append({"figure": name, "candidate": candidate, "live": score, "low": low, "high": high})
+    return found
 
 
-def _comparison(figure: str, candidate: float, live: float, interval: tuple[float, float] | None) -> dict[str, Any]:
-    low, high = interval or (None, None)
-    return {"figure": figure, "candidate": candidate, "live": live, "low": low, "high": high}
-
-
-def _interval(bundle: Bundle, name: str) -> tuple[float, float] | None:
+def _interval(bundle: Bundle, name: str) -> tuple[float, float] | tuple[None, None]:
     bounds = (bundle.metrics.get("intervals") or {}).get(name) or []
     known = [bound for bound in map(_number, bounds) if bound is not None]
-    return (known[0], known[1]) if len(known) == len(bounds) == 2 else None
+    return (known[0], known[1]) if len(known) == len(bounds) == 2 else (None, None)
 
 
 def _data_differences(candidate: Bundle, live: Bundle) -> list[str]:
-    """In what the data differ that both were measured on; what is not known differs."""
-    pairs = [
-        ("data fingerprint", candidate.provenance.get("data_fingerprint"), live.provenance.get("data_fingerprint"))
-    ]
-    for key, what in (
-        ("split", "split"),
-        ("num_images", "images"),
-        ("emotion_known", "images with a known emotion"),
-        ("au_known", "known labels of action units"),
-    ):
-        pairs.append((what, candidate.metrics.get(key), live.metrics.get(key)))
-    return [
-        f"{what} {_told(ours)}, live {_told(theirs)}" for what, ours, theirs in pairs if ours is None or ours != theirs
-    ]
-
-
-def _told(value: object) -> str:
-    return "unknown" if value is None else str(value)[:12]
-
-
-def _refused_metrics(detail: str, figures: dict[str, Any]) -> Gate:
-    return Gate(name="metrics", verdict="refused", detail=detail, figures=figures)
+    """How the data differ that both were measured on; unknown data count as different."""
+    names = {
+        "data_fingerprint": "data fingerprint",
+        "split": "split",
+        "num_images": "images",
+        "emotion_known": "images with a known emotion",
+        "au_known": "known labels of action units",
+    }
+    differences = []
+    for key, name in names.items():
+        place = "provenance" if key == "data_fingerprint" else "metrics"
+        ours, theirs = getattr(candidate, place).get(key), getattr(live, place).get(key)
+        if ours is None or ours != theirs:
+            texts = ["unknown" if value is None else str(value)[:12] for value in (ours, theirs)]
+            differences.append(f"{name} {texts[0]}, live {texts[1]}")
+    return differences
 
 
 def _number(value: object) -> float | None:
@@ -238,10 +220,10 @@ def _number(value: object) -> float | None:
 def examine(
     folder: Location, live: Location | None, *, max_latency_ratio: float, engine: EngineChoice
 ) -> tuple[tuple[Gate, ...], Bundle | None]:
-    """What every gate finds of the version in ``folder``, and its bundle; takes seconds.
+    """The gates of the version in ``folder``, and its bundle; takes seconds.
 
-    Without a ``live`` version there is nothing to compare with; one that cannot be read makes every comparing gate say
-    no. The bundle is None where it cannot be read: nothing is then compared.
+    Without a ``live`` version there is nothing to compare with; where it is unreadable, every comparing gate refuses.
+    The bundle is None where it is unreadable: nothing is then compared.
     """
     gates, candidate = verify(folder, engine)
     if candidate is None:
@@ -250,19 +232,12 @@ def examine(
         other = None if live is None else _build(load_stored(live), engine)
     except RafceError as error:
         detail = f"The live version cannot be read, so nothing can be compared with it: {error}"
-        return (
-            *gates,
-            Gate(name="taxonomy", verdict="refused", detail=detail),
-            Gate(name="metrics", verdict="refused", detail=detail),
-            Gate(name="latency", verdict="refused", detail=detail),
-        ), candidate.bundle
+        names: tuple[GateName, ...] = ("taxonomy", "metrics", "latency")
+        return (*gates, *(Gate(name=name, verdict="refused", detail=detail) for name in names)), candidate.bundle
     theirs = None if other is None else other.bundle
-    compared = (
-        taxonomy_gate(candidate.bundle, theirs),
-        metrics_gate(candidate.bundle, theirs),
-        latency_gate(candidate, other, max_ratio=max_latency_ratio),
-    )
-    return (*gates, *compared), candidate.bundle
+    taxonomy, metrics = taxonomy_gate(candidate.bundle, theirs), metrics_gate(candidate.bundle, theirs)
+    latency = latency_gate(candidate, other, max_ratio=max_latency_ratio)
+    return (*gates, taxonomy, metrics, latency), candidate.bundle
 
 
 def verify(folder: Location, engine: EngineChoice) -> tuple[tuple[Gate, ...], Predictor | None]:
@@ -279,11 +254,11 @@ def verify(folder: Location, engine: EngineChoice) -> tuple[tuple[Gate, ...], Pr
 
 
 def damaged(error: BundleError) -> Gate:
-    """The gate that a bundle does not pass that cannot be loaded."""
+    """The gate that refuses a bundle that cannot be loaded."""
     return Gate(name="integrity", verdict="refused", detail=str(error))
 
 
 def _build(bundle: Bundle, engine: EngineChoice) -> Predictor:
-    # What there is to remark of an engine is told where it serves.
+    # The service logs the remarks on its engine.
     built, _ = build_engine(bundle, engine, choose_device("auto"))
     return Predictor(bundle, engine=built)

@@ -1,13 +1,11 @@
-"""Which version is live, since when, why and what was before: ``live.json``; and every such record there ever was, in
-``history/``.
-"""
+"""Which version is live, since when and why: ``live.json``; all such records ever written are in ``history/``."""
 
 from __future__ import annotations
 
 from datetime import datetime
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from rafce_ray.base.claim import SILENT_S, held
 from rafce_ray.base.console import pretty_json
@@ -20,34 +18,29 @@ HISTORY = "history"
 PATIENCE_S = 1.5 * SILENT_S
 """Seconds to wait for another program's change: longer than the claim of a program that died lasts."""
 
+GateName = Literal["integrity", "canary", "taxonomy", "metrics", "latency"]
 Verdict = Literal["passed", "refused", "nothing to compare with"]
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class Gate(BaseModel, frozen=True, extra="forbid"):
+    """One check of a version before it becomes live; ``figures`` has the numbers of ``detail`` for programs."""
 
-
-class Gate(_Record):
-    """One check of a version before it becomes live; ``figures`` are what ``detail`` tells, for machines."""
-
-    name: Literal["integrity", "canary", "taxonomy", "metrics", "latency"]
+    name: GateName
     verdict: Verdict
     detail: str
     figures: dict[str, Any] = Field(default_factory=dict)
 
     @property
     def may_be_overruled(self) -> bool:
-        """Whether force helps: a bundle that is damaged or answers otherwise than when it was made is served by no
-        service.
-        """
+        """Whether force helps: no service serves a bundle that is damaged or whose answers have changed."""
         return self.name not in ("integrity", "canary")
 
 
-class LiveRecord(_Record):
-    """One change of what is live.
+class LiveRecord(BaseModel, frozen=True, extra="forbid"):
+    """One change of the live version.
 
-    ``number`` counts the changes from 1. ``sha256``: of the version's weights. ``by``: whoever did it. ``overruled``:
-    names of gates that said no. ``before``: the versions that a rollback goes back to, the next first.
+    ``number`` counts the changes from 1. ``sha256``: of the version's weights. ``by``: who made the change.
+    ``overruled``: names of gates that refused. ``before``: the versions of further rollbacks, the next one first.
     """
 
     format_version: Literal[1] = 1
@@ -64,22 +57,18 @@ class LiveRecord(_Record):
 
     @property
     def may_change_taxonomy(self) -> bool:
-        """Whether this change knowingly put other names in place: overruled, or back to what was there before that."""
+        """Whether this change may replace the names of classes: the gate was overruled, or it is a rollback."""
         return self.action == "rollback" or "taxonomy" in self.overruled
 
 
 def read_live(registry: Location) -> LiveRecord | None:
-    """What is live; None where nothing ever was.
-
-    Raises:
-        RafceError: ``live.json`` cannot be read.
-    """
+    """The live version; None where there never was one. RafceError where ``live.json`` cannot be read."""
     return _read(registry / LIVE)
 
 
 def read_history(registry: Location) -> list[LiveRecord]:
-    """Every change of what is live, the first one first. RafceError where one cannot be read."""
-    # Before the listing: what becomes live meanwhile is then in neither or in both.
+    """Every change of the live version, the oldest first. RafceError where one cannot be read."""
+    # Before the listing: a version that becomes live meanwhile is then in neither or in both.
     live = read_live(registry)
     folder = registry / HISTORY
     names = [info.base_name for info in folder.list() if info.is_file and not info.base_name.startswith(".")]
@@ -91,43 +80,36 @@ def read_history(registry: Location) -> list[LiveRecord]:
 
 
 def replace_live(registry: Location, seen: LiveRecord | None, new: LiveRecord) -> None:
-    """Make ``new`` what is live, provided that ``seen`` still is; readers see the one or the other.
+    """Make ``new`` live, provided that ``seen`` still is; readers see the one or the other.
 
-    Raises:
-        GateError: another program changed what is live meanwhile; it says who and to what. Nothing was changed.
-        RafceError: other programs hold the registry for long, or the storage took too long. Nothing was changed.
+    Nothing is changed where it raises GateError (another program made a change meanwhile; the message says which) or
+    RafceError (other programs hold the registry for long, or the storage took too long).
     """
     with held(registry, patience_s=PATIENCE_S) as check:
         now = read_live(registry)
-        if now != seen:
-            raise GateError(_overtaken(registry, now))
+        if now is None and seen is not None:
+            raise GateError(
+                f"{registry.shown}: {LIVE} was removed meanwhile. Nothing was changed; find out who did it."
+            )
+        if now is not None and now != seen:
+            raise GateError(
+                f"{registry.shown}: {now.by} made {now.version} live meanwhile ({now.action} number {now.number}, "
+                f"{now.since:%Y-%m-%d %H:%M:%S} UTC: {now.why}), so this was checked against a version that is no "
+                f"longer live. Nothing was changed; give the command again to check against {now.version}."
+            )
         if now is not None:
             _remember(registry, now)
         check()
-        # Tried again for long, it might overwrite the change of a program that came after the claim had ended.
-        (registry / LIVE).write_bytes(_to_bytes(new), patient=False)
+        # A long retry might overwrite the change of a program that came after the claim had ended.
+        (registry / LIVE).write_bytes(pretty_json(new.model_dump(mode="json")), patient=False)
         _remember(registry, new)
-
-
-def _overtaken(registry: Location, now: LiveRecord | None) -> str:
-    if now is None:
-        return f"{registry.shown}: {LIVE} was removed meanwhile. Nothing was changed; find out who did it."
-    return (
-        f"{registry.shown}: {now.by} made {now.version} live meanwhile ({now.action} number {now.number}, "
-        f"{now.since:%Y-%m-%d %H:%M:%S} UTC: {now.why}), so this was checked against a version that is no longer live. "
-        f"Nothing was changed; give the command again to check against {now.version}."
-    )
 
 
 def _remember(registry: Location, record: LiveRecord) -> None:
     """Append a change to the history, unless it is there."""
     file = registry / HISTORY / f"{record.number:06d}-{record.action}-{record.version}.json"
     if not file.exists():
-        file.write_bytes(_to_bytes(record))
-
-
-def _to_bytes(record: LiveRecord) -> bytes:
-    return pretty_json(record.model_dump(mode="json"))
+        file.write_bytes(pretty_json(record.model_dump(mode="json")))
 
 
 def _read(file: Location) -> LiveRecord | None:

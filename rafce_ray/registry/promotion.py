@@ -1,4 +1,4 @@
-"""Make a version live once it passed its gates, or go back to the one before; whatever is refused changes nothing."""
+"""Make a version live when it passes its gates, or roll back to the one before. A refusal changes nothing."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import getpass
 import socket
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from typing import Literal
 
 from rafce_ray.base.errors import GateError, UsageError
 from rafce_ray.base.storage import Location
-from rafce_ray.bundle.bundle import BundleError, find_bundle
+from rafce_ray.bundle.bundle import Bundle, BundleError, find_bundle
 from rafce_ray.bundle.engines import EngineChoice
 from rafce_ray.registry.gates import damaged, examine, verify
 from rafce_ray.registry.live import Gate, LiveRecord, read_live, replace_live
@@ -40,9 +41,8 @@ class Reason:
         if self.why is not None and not (0 < len(self.why.strip()) <= MAX_WHY and self.why.isprintable()):
             raise UsageError(f"why: give one line of 1 to {MAX_WHY} printable characters.")
         if self.force and self.why is None:
-            raise UsageError(
-                "force: overruling a gate needs its reason, which stays in the history; give why (--why TEXT) as well."
-            )
+            needed = "overruling a gate needs its reason, which stays in the history; give why (--why TEXT) as well."
+            raise UsageError(f"force: {needed}")
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Rules:
 
 
 class Refused(GateError):
-    """Gates said no: of ``version`` (None: a bundle that was not even added), with all ``gates`` that were asked."""
+    """Gates refused ``version`` (None: a bundle that was not even added); ``gates`` are all that were checked."""
 
     def __init__(self, message: str, version: str | None, gates: tuple[Gate, ...]) -> None:
         super().__init__(message)
@@ -68,7 +68,7 @@ class Refused(GateError):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What is live now, and whether that is new; False where the version was live already."""
+    """The live version, and whether it has changed; False where it was live already."""
 
     live: LiveRecord
     changed: bool
@@ -77,24 +77,19 @@ class Outcome:
 def take_candidate(registry: Location, source: str, name: str | None = None) -> tuple[str, bool]:
     """The version that ``source`` names, or the bundle at this place added as one; and whether it was added now.
 
-    Raises:
-        Refused: the bundle may not be used.
-        UsageError: ``source`` is neither, or the name cannot be given.
+    Refused where the bundle may not be used; UsageError where ``source`` is neither, or the name cannot be given.
     """
     if is_name(source) and source in version_names(registry):
         if name is not None:
-            raise UsageError(
-                f"{source!r} is a version already and keeps its name; --as names a bundle that is added. Write "
-                f"./{source} for a folder."
-            )
+            found = f"{source!r} is a version already and keeps its name"
+            raise UsageError(f"{found}; --as names a bundle that is added. Write ./{source} for a folder.")
         return source, False
     try:
         place = find_bundle(source)
     except BundleError as error:
         known = ", ".join(version_names(registry)) or "none"
-        raise UsageError(
-            f"{source!r} is no version of {registry.shown} (there are: {known}), and as a place: {error}"
-        ) from None
+        found = f"{source!r} is no version of {registry.shown} (there are: {known})"
+        raise UsageError(f"{found}, and as a place: {error}") from None
     try:
         return add_version(registry, place.uri, name)
     except BundleError as error:
@@ -104,10 +99,8 @@ def take_candidate(registry: Location, source: str, name: str | None = None) -> 
 def promote(registry: Location, version: str, reason: Reason, rules: Rules) -> Outcome:
     """Make a version live that passes its gates, or whose gates are overruled.
 
-    Raises:
-        Refused: a gate said no.
-        GateError: another program changed what is live meanwhile.
-        UsageError: there is no such version.
+    Refused where a gate refuses, GateError where another program made a change meanwhile, UsageError where there is no
+    such version.
     """
     folder = version_folder(registry, version)
     seen = read_live(registry)
@@ -118,53 +111,52 @@ def promote(registry: Location, version: str, reason: Reason, rules: Rules) -> O
     refusing = [gate for gate in gates if gate.verdict == "refused"]
     if bundle is None or any(not (reason.force and gate.may_be_overruled) for gate in refusing):
         raise _refusal(registry, version, gates)
-    new = LiveRecord(
-        number=1 if seen is None else seen.number + 1,
-        action="promote",
-        version=version,
-        sha256=bundle.weights_sha256,
-        since=datetime.now(UTC),
-        why=reason.why or ("the first version" if seen is None else "every gate passed"),
-        by=reason.by,
-        overruled=tuple(gate.name for gate in refusing),
-        gates=gates,
-        before=() if seen is None else (seen.version, *seen.before),
-    )
-    replace_live(registry, seen, new)
-    return Outcome(new, changed=True)
+    why = reason.why or ("the first version" if seen is None else "every gate passed")
+    versions = (version,) if seen is None else (version, seen.version, *seen.before)
+    return _make_live(registry, seen, "promote", bundle, why, reason.by, gates, versions)
 
 
 def roll_back(registry: Location, reason: Reason, rules: Rules) -> Outcome:
-    """Make live again what was before; again, and it is what was before that.
+    """Roll back to the version before; a second rollback goes to the one before that.
 
-    Only whether the version is whole and answers as stored is asked: it was live, and something is wrong with what is
-    now.
-
-    Raises:
-        Refused: it is not whole any more.
-        UsageError: there is nothing to go back to.
+    The only checks are that the version is whole and answers as stored: it was live once, and the present one is
+    wrong. Refused where it is damaged; UsageError where there is no version before.
     """
     seen = read_live(registry)
     if seen is None or not seen.before:
         what = "nothing is live" if seen is None else f"nothing was live before {seen.version}"
-        raise UsageError(
-            f"{registry.shown}: {what}, so there is nothing to go back to. Promote a version by its name instead."
-        )
+        remedy = "Promote a version by its name instead."
+        raise UsageError(f"{registry.shown}: {what}, so there is nothing to go back to. {remedy}")
     version = seen.before[0]
     gates, predictor = verify(version_folder(registry, version), rules.engine)
     if predictor is None or any(gate.verdict == "refused" for gate in gates):
         raise _refusal(registry, version, gates)
+    why = reason.why or f"rolled back from {seen.version}"
+    return _make_live(registry, seen, "rollback", predictor.bundle, why, reason.by, gates, seen.before)
+
+
+def _make_live(
+    registry: Location,
+    seen: LiveRecord | None,
+    action: Literal["promote", "rollback"],
+    bundle: Bundle,
+    why: str,
+    by: str,
+    gates: tuple[Gate, ...],
+    versions: tuple[str, ...],
+) -> Outcome:
+    """Make the first of ``versions`` live, from which further rollbacks go to the others."""
     new = LiveRecord(
-        number=seen.number + 1,
-        action="rollback",
-        version=version,
-        sha256=predictor.bundle.weights_sha256,
+        number=1 if seen is None else seen.number + 1,
+        action=action,
+        sha256=bundle.weights_sha256,
         since=datetime.now(UTC),
-        why=reason.why or f"rolled back from {seen.version}",
-        by=reason.by,
-        overruled=(),
+        why=why,
+        by=by,
+        overruled=tuple(gate.name for gate in gates if gate.verdict == "refused"),
         gates=gates,
-        before=seen.before[1:],
+        version=versions[0],
+        before=versions[1:],
     )
     replace_live(registry, seen, new)
     return Outcome(new, changed=True)
@@ -175,14 +167,10 @@ def _refusal(registry: Location, version: str | None, gates: tuple[Gate, ...]) -
     refusing = [gate for gate in gates if gate.verdict == "refused"]
     said = "\n".join(f"  {gate.name}: {gate.detail}" for gate in refusing)
     what = "the bundle" if version is None else version
+    remedy = (
+        "No service would serve it, so force does not help: get the bundle again from its source, or choose another."
+    )
     if all(gate.may_be_overruled for gate in refusing):
-        remedy = (
-            f"Choose another version, or overrule with: rafce bundle promote {registry.command} {version} "
-            "--force --why TEXT"
-        )
-    else:
-        remedy = (
-            "No service would serve it, so force does not help: get the bundle again from its source, or choose "
-            "another."
-        )
+        command = f"rafce bundle promote {registry.command} {version} --force --why TEXT"
+        remedy = f"Choose another version, or overrule with: {command}"
     return Refused(f"{what} was not made live, and nothing was changed:\n{said}\n{remedy}", version, gates)

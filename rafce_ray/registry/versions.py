@@ -19,21 +19,17 @@ from rafce_ray.registry.live import LiveRecord
 
 VERSIONS = "versions"
 NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
-"""Names of versions: nothing that could lead out of the registry."""
+"""Names of versions: no path out of the registry."""
 
 SHORT_SHA = 12
-"""Digits of the weights' sha256 that name a version where nobody gave it a name."""
-
+"""Digits of the weights' sha256 that name a version by default."""
 
 _NAMES = "names are 1 to 64 letters, digits, dots, dashes and underscores, and start with a letter or digit."
 
 
 @dataclass(frozen=True)
 class Version:
-    """A version as its manifest tells it, which may be broken: ``problem`` then says how.
-
-    ``added``: UTC, None where unknown.
-    """
+    """A version by its manifest; if that is broken, ``problem`` says how. ``added``: UTC, None where unknown."""
 
     name: str
     added: datetime | None
@@ -42,9 +38,8 @@ class Version:
 
     @property
     def sha256(self) -> str | None:
-        """Of the weights, as the manifest says."""
-        weights = self.manifest.get("weights")
-        return weights.get("sha256") if isinstance(weights, dict) else None
+        """Of the weights, from the manifest."""
+        return _section(self.manifest, "weights").get("sha256")
 
 
 def is_name(text: str) -> bool:
@@ -53,18 +48,14 @@ def is_name(text: str) -> bool:
 
 
 def place_of_version(registry: Location, name: str) -> Location:
-    """Where the bundle of a version of this name lies, or would. UsageError where none could have this name."""
+    """The folder for the bundle of a version. UsageError where no version can have this name."""
     if not is_name(name):
         raise UsageError(f"version {name!r}: {_NAMES}")
     return registry / VERSIONS / name
 
 
 def version_folder(registry: Location, name: str) -> Location:
-    """The bundle of a version.
-
-    Raises:
-        UsageError: there is no such version, or none could have this name.
-    """
+    """The bundle of a version. UsageError where there is no such version, or none can have this name."""
     folder = place_of_version(registry, name)
     if not (folder / MANIFEST).exists():
         known = version_names(registry)
@@ -96,9 +87,9 @@ def read_version(registry: Location, name: str) -> Version:
         raise
     except (OSError, ValueError) as error:
         return Version(name, added, {}, f"{MANIFEST} cannot be read ({error}).")
-    if not isinstance(manifest, dict):
-        return Version(name, added, {}, f"{MANIFEST} holds a {type(manifest).__name__}, expected an object.")
-    return Version(name, added, manifest)
+    if isinstance(manifest, dict):
+        return Version(name, added, manifest)
+    return Version(name, added, {}, f"{MANIFEST} holds a {type(manifest).__name__}, expected an object.")
 
 
 @contextmanager
@@ -114,20 +105,16 @@ def local_copy(place: Location) -> Iterator[Path]:
 
 
 def add_version(registry: Location, source: str, name: str | None = None) -> tuple[str, bool]:
-    """Copy a bundle, or a run folder's, into the registry; its name, by default the start of its weights' sha256, and
-    whether it is new.
+    """Copy a bundle, or that of a run folder, into the registry; returns its name and whether it is new.
 
-    What is there already under this name with the same content is left as it is.
-
-    Raises:
-        BundleError: it is no bundle that may be used, or its copy is not.
-        UsageError: the name cannot be one, or is another bundle's.
+    The default name is the start of its weights' sha256. A version with the same name and content stays as it is.
+    BundleError where the bundle or its copy may not be used; UsageError where the name is invalid or another bundle's.
     """
-    if name is not None and not is_name(name):
-        raise UsageError(f"version {name!r}: {_NAMES}")
+    if name is not None:
+        place_of_version(registry, name)
     place = find_bundle(source)
     with tempfile.TemporaryDirectory() as scratch:
-        # What is checked is what is copied, whatever becomes of the source meanwhile.
+        # The checked bundle is the copied one, even if the source changes meanwhile.
         copy = Path(scratch) / "bundle"
         place.download(copy)
         bundle = _load_copy(copy, place)
@@ -135,19 +122,29 @@ def add_version(registry: Location, source: str, name: str | None = None) -> tup
         folder = registry / VERSIONS / version
         is_new = not (folder / MANIFEST).exists()
         if is_new:
-            # What is there without a manifest, which is written last, was left by a program that died half-way.
+            # The manifest is written last: a folder without one was left by a program that died.
             folder.delete()
             try:
                 folder.upload(copy)
             except StorageError:
                 raise
             except OSError as error:
-                raise RafceError(
-                    f"{folder.shown}: cannot be written ({error}). Look what is there, and try again."
-                ) from error
-        _check_same(folder, copy)
-        if is_new:
-            _check_stored(folder)
+                detail = f"cannot be written ({error}). Look what is there, and try again."
+                raise RafceError(f"{folder.shown}: {detail}") from error
+        # A manifest has its weights' sha256, so it identifies the bundle.
+        if (folder / MANIFEST).read_bytes() != (copy / MANIFEST).read_bytes():
+            raise UsageError(
+                f"{folder.shown}: this version is there already and is another bundle; versions are never altered. "
+                "Give the new one a name of its own with --as NAME."
+            )
+    if is_new:
+        try:
+            load_stored(folder)
+        except BundleError as error:
+            raise BundleError(
+                f"{error} What was stored is not what was copied: the storage failed, or another program stored under "
+                "this name at the same time. Remove the folder and add the bundle again."
+            ) from error
     return version, is_new
 
 
@@ -158,39 +155,18 @@ def load_stored(folder: Location) -> Bundle:
 
 
 def _load_copy(copy: Path, source: Location) -> Bundle:
-    """A bundle from a passing copy of ``source``, which it and its errors name."""
+    """A bundle from a temporary copy of ``source``; the bundle and its errors name the source."""
     try:
         return replace(load_bundle(copy), path=str(source))
     except BundleError as error:
         raise BundleError(str(error).replace(str(copy), source.shown)) from None
 
 
-def _check_same(folder: Location, copy: Path) -> None:
-    """UsageError where a version is another bundle than this one: a manifest holds its weights' sha256, so it tells
-    them apart.
-    """
-    if (folder / MANIFEST).read_bytes() != (copy / MANIFEST).read_bytes():
-        raise UsageError(
-            f"{folder.shown}: this version is there already and is another bundle; versions are never altered. Give "
-            "the new one a name of its own with --as NAME."
-        )
-
-
-def _check_stored(folder: Location) -> None:
-    """BundleError where what was just written cannot be read back whole."""
-    try:
-        load_stored(folder)
-    except BundleError as error:
-        raise BundleError(
-            f"{error} What was stored is not what was copied: the storage failed, or another program stored under this "
-            "name at the same time. Remove the folder and add the bundle again."
-        ) from error
-
-
 def summary_of(version: Version, live: LiveRecord | None) -> dict[str, Any]:
-    """Names, sizes and figures of a version from its manifest; None where it does not tell."""
+    """Names, sizes and figures of a version from its manifest; None where it has none."""
     manifest = version.manifest
     taxonomy, metrics = _section(manifest, "taxonomy"), _section(manifest, "metrics")
+    figures = ("split", "num_images", "score", "accuracy", "macro_f1_supported", "au_f1_mean")
     return {
         "version": version.name,
         "is_live": live is not None and live.version == version.name,
@@ -202,13 +178,8 @@ def summary_of(version: Version, live: LiveRecord | None) -> dict[str, Any]:
         "image_px": _section(manifest, "architecture").get("image_px"),
         "emotions": _names(taxonomy.get("emotions"), "label"),
         "action_units": _names(taxonomy.get("action_units"), "code"),
-        "split": metrics.get("split"),
-        "num_images": metrics.get("num_images"),
-        "score": metrics.get("score"),
+        **{name: metrics.get(name) for name in figures},
         "score_interval": _section(metrics, "intervals").get("score"),
-        "accuracy": metrics.get("accuracy"),
-        "macro_f1_supported": metrics.get("macro_f1_supported"),
-        "au_f1_mean": metrics.get("au_f1_mean"),
         "data_fingerprint": _section(manifest, "provenance").get("data_fingerprint"),
         "problem": version.problem,
     }

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 from ray import serve
 from ray.serve.schema import LoggingConfig
 from starlette.types import ASGIApp
@@ -25,10 +25,8 @@ from rafce_ray.service.edge import log_as_json
 log = logging.getLogger(__name__.replace("serve", "service"))
 
 
-class LiveVersion(BaseModel):
-    """``user_config``: what can be changed while the service runs."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class LiveVersion(BaseModel, frozen=True, extra="forbid"):
+    """``user_config``: the settings that can change while the service runs."""
 
     version: str = Field("", description="Version that is served whatever the registry says; empty: the live one.")
 
@@ -36,8 +34,7 @@ class LiveVersion(BaseModel):
 SETTINGS: Mapping[str, Any] = {
     "name": "rafce",
     "user_config": {"version": ""},
-    # The service bounds what is in work by itself (limits.max_requests) and refuses at once; Serve's bounds lie behind
-    # it.
+    # The service has its own bound (limits.max_requests) and refuses at once; Serve's bounds are behind it.
     "max_ongoing_requests": 512,
     "max_queued_requests": 64,
     "backpressure_config": {"status_code": 429, "retry_after_s": 1.0},
@@ -49,7 +46,7 @@ SETTINGS: Mapping[str, Any] = {
     # The service writes an access log of its own, without addresses.
     "logging_config": LoggingConfig(encoding="JSON", enable_access_log=False),
 }
-"""What the deployment is unless ``serve/*.yaml`` or ``rafce serve`` say otherwise."""
+"""Defaults of the deployment, which ``serve/*.yaml`` and ``rafce serve`` may replace."""
 
 
 class FaceService:
@@ -57,8 +54,7 @@ class FaceService:
 
     def __init__(self, config: ServiceConfig) -> None:
         """Load and verify the model. RafceError where it may not be served."""
-        # Standard error is Serve's log, in which a line costs as much as all else that a request does on the event
-        # loop.
+        # Standard error is Serve's log. A line in it costs as much of the event loop as the rest of a request.
         log_as_json(file=log_file())
         if not USES_HAPROXY or not MIDDLEWARES:
             log.warning(
@@ -77,17 +73,16 @@ class FaceService:
         return app.build_app(self._service)
 
     async def reconfigure(self, user_config: Mapping[str, Any]) -> None:
-        """Serve another version; one that is refused is told in the log, and the version before goes on.
+        """Serve another version; the log reports one that is refused, and the version before stays.
 
-        Raises:
-            RafceError: this is the replica's first version.
+        RafceError where the replica's first version is refused.
         """
         try:
             version = read_live_version(user_config).version
             if version or self._configured:
                 await asyncio.to_thread(self._service.switch, version)
         except RafceError as error:
-            # An exception would make Serve replace replicas that answer by such as cannot start.
+            # An exception would make Serve replace replicas that answer by replicas that cannot start.
             if not self._configured:
                 raise
             log.error("user_config %s is refused: %s", dict(user_config), error)
@@ -106,7 +101,7 @@ class FaceService:
 
 
 def log_file() -> Path:
-    """Where this replica writes its log: beside Serve's own, where the dashboard and whoever collects logs find it."""
+    """Where this replica writes its log: next to Serve's own, where the dashboard and log collectors find it."""
     context = serve.get_replica_context()
     return logs_folder() / f"service_{context.deployment}_{context.replica_id.unique_id}.log"
 

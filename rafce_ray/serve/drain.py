@@ -39,11 +39,10 @@ def drain(folder: Path, *, timeout_s: float = DRAIN_S, idle_s: float = IDLE_S) -
     for admin in admins:
         # Disabled, it refuses connections at once; shut down, its answers also say "Connection: close".
         _ask(admin, f"shutdown frontend {FRONTEND}")
-    end = time.monotonic() + timeout_s
     idle_since = time.monotonic()
+    end = idle_since + timeout_s
     while admins:
-        counts = [_in_work(admin) for admin in admins]
-        connections, requests = sum(each for each, _ in counts), sum(each for _, each in counts)
+        connections, requests = map(sum, zip(*map(_in_work, admins), strict=True))
         now = time.monotonic()
         if requests:
             idle_since = now
@@ -90,14 +89,12 @@ def _main(argv: Sequence[str]) -> int:
         description="Stop accepting requests on this machine and answer those in work. The port stays closed.",
     )
     parser.add_argument("folder", type=Path, help="the folder given to python -m rafce_ray.serve.fast_path")
-    parser.add_argument(
-        "--timeout", type=float, default=DRAIN_S, metavar="S", help="seconds to wait at most (default: 30)"
-    )
+    help_ = "seconds to wait at most (default: 30)"
+    parser.add_argument("--timeout", type=float, default=DRAIN_S, metavar="S", help=help_)
     arguments = parser.parse_args(argv)
     if not arguments.folder.is_dir():
-        raise UsageError(
-            f"{arguments.folder}: there is no such folder. Give the one given to python -m rafce_ray.serve.fast_path."
-        )
+        remedy = "Give the one given to python -m rafce_ray.serve.fast_path."
+        raise UsageError(f"{arguments.folder}: there is no such folder. {remedy}")
     lost = drain(arguments.folder, timeout_s=arguments.timeout)
     say(outcome(lost, arguments.timeout))
     return 1 if lost else 0

@@ -27,27 +27,19 @@ MAX_FOLDER_BYTES = 20
 """A Unix socket's path has at most 107 bytes; Ray puts a folder with a name of 56 between this one and its sockets."""
 
 DRAINING_S = 3
-"""A replica that is to go stays reachable for so long, while HAProxy learns of it; one that comes later is tried
-elsewhere.
-"""
+"""A stopping replica stays reachable for these seconds, until HAProxy sends its requests elsewhere."""
 
 
 def fast_path(folder: Path, *, host: str | None = None, free_ports: bool = True) -> dict[str, str]:
-    """Variables for one cluster that serves; makes ``folder``, readable by its owner alone, with the program that Ray
-    starts.
+    """Variables for one cluster that serves; makes ``folder``, private to its owner, with the program that Ray starts.
 
     ``host``: where HAProxy takes requests, while replicas listen where Serve's ``http_options.host`` says.
-    ``free_ports``: choose ports for HAProxy's statistics and the like that are free now, so that several clusters fit
-    on one machine.
-
-    Raises:
-        UsageError: the folder's path is too long.
+    ``free_ports``: choose free ports for HAProxy's statistics and the like, so that several clusters fit on a machine.
+    UsageError where the folder's path is too long.
     """
     if len(os.fsencode(folder.absolute())) > MAX_FOLDER_BYTES:
-        raise UsageError(
-            f"{folder}: the path has more than {MAX_FOLDER_BYTES} bytes, too many for HAProxy's sockets in it. Choose "
-            "one like /tmp/rafce."
-        )
+        found = f"the path has more than {MAX_FOLDER_BYTES} bytes, too many for HAProxy's sockets in it"
+        raise UsageError(f"{folder}: {found}. Choose one like /tmp/rafce.")
     folder = folder.absolute()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     for status, answer in _own_answers().items():
@@ -98,16 +90,14 @@ def variables(folder: Path) -> dict[str, str]:
         "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1000",
         # At Ray's 0.1 s the controller's loop takes 4 % of a core; HAProxy finds by itself what has died.
         "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
-        # By default replicas and proxies hand on what they counted, and the log monitor lists its folder, ten times a
-        # second.
+        # By default replicas and proxies publish their counts, and the log monitor lists its folder, every 0.1 s.
         "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "2000",
         "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0",
         "LOG_NAME_UPDATE_INTERVAL_S": "5",
         # Ray's workers run at nice 15: whatever else computes on the machine would come before the requests.
         "RAY_worker_niceness": "0",
         "RAY_SERVE_LOG_TO_STDERR": "0",
-        # glibc's allocator would keep the memory of large pictures, a heap for each thread that decodes: it goes back
-        # at once.
+        # glibc's allocator would keep the memory of large pictures in each decoding thread: return it at once.
         "MALLOC_MMAP_THRESHOLD_": str(2**21),
         "MALLOC_ARENA_MAX": "2",
     }

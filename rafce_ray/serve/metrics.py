@@ -1,11 +1,10 @@
-"""The service's numbers as Ray's metrics, which the node's agent hands to Prometheus with ``ray_`` before their names.
+"""The service's numbers as Ray's metrics, which the node's agent gives to Prometheus with ``ray_`` before their names.
 
-A call of Ray's costs tens of microseconds, too much for every request: a thread of its own brings what has been
-counted.
+A call of Ray's costs tens of microseconds, too much for every request: a thread publishes the counts.
 
-Ray's histograms take one value a call, and the agent replaces each by the middle of its bucket, so that their sum is a
-guess. What has been counted is exact: it goes out as gauges under the names that Prometheus gives a histogram,
-``_bucket`` by ``le``, ``_sum`` and ``_count``, which ``rate`` and ``histogram_quantile`` read like any other's.
+Ray's histograms take one value a call, and the agent replaces each by the middle of its bucket, so that their sum is
+inexact. The exact counts are published as gauges under the names of Prometheus's histograms, ``_bucket`` by ``le``,
+``_sum`` and ``_count``, which ``rate`` and ``histogram_quantile`` read like any other's.
 """
 
 from __future__ import annotations
@@ -32,14 +31,13 @@ class _Exported(Protocol):
 
 
 class Export:
-    """Publishes what ``measured`` gives, every ``period_s`` seconds, until it is closed; to be made in a replica, whose
-    name its series get.
-    """
+    """Publishes the instruments of ``measured()`` every ``period_s`` seconds. Series get the name of the replica."""
 
     def __init__(self, measured: Callable[[], Meter], period_s: float = PERIOD_S) -> None:
         self._measured = measured
         self._period_s = period_s
-        self._exported: list[_Exported] = [_exported(instrument) for instrument in measured().instruments()]
+        exports = {Counter: _Counter, Histogram: _Histogram, Gauge: _Gauge}
+        self._exported: list[_Exported] = [exports[type(one)](one) for one in measured().instruments()]
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="export-metrics", daemon=True)
         self._thread.start()
@@ -61,16 +59,6 @@ class Export:
                 log.exception("the metrics could not be published; the next attempt follows")
 
 
-def _exported(instrument: Counter | Histogram | Gauge) -> _Exported:
-    match instrument:
-        case Counter():
-            return _Counter(instrument)
-        case Histogram():
-            return _Histogram(instrument)
-        case Gauge():
-            return _Gauge(instrument)
-
-
 class _Counter:
     def __init__(self, counter: Counter) -> None:
         self._counter = counter
@@ -80,12 +68,10 @@ class _Counter:
     def publish(self) -> None:
         for labels, value in list(self._counter.values.items()):
             tags = dict(zip(self._counter.labels, labels, strict=True))
-            before = self._published.get(labels)
-            if before is None:
-                # `inc` refuses 0, without which a series begins with its first event, of which `rate` then knows
-                # nothing.
+            if labels not in self._published:
+                # `inc` refuses 0, but `rate` misses the first event of a series that begins with it.
                 self._metric._record(0.0, tags)
-                before = 0
+            before = self._published.get(labels, 0)
             if value > before:
                 self._metric.inc(value - before, tags)
             self._published[labels] = value
@@ -97,7 +83,7 @@ class _Gauge:
         self._metric = metrics.Gauge(gauge.name, gauge.description, gauge.labels)
 
     def publish(self) -> None:
-        # Again even where nothing has changed: the agent forgets what it has not heard of for two of its intervals.
+        # Also without a change: the agent forgets a series after two of its intervals.
         for labels, value in list(self._gauge.values.items()):
             self._metric.set(value, dict(zip(self._gauge.labels, labels, strict=True)))
 
