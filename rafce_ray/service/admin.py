@@ -1,6 +1,6 @@
-"""What is live, asked and changed over HTTP: reload, promote, rollback, for keys with the scope ``admin``.
+"""Show and change the live version over HTTP: reload, promote, rollback, for keys with the scope ``admin``.
 
-Versions are named, and lie in the configured registry; no request names a place.
+Requests name versions of the configured registry, never a place.
 """
 
 from __future__ import annotations
@@ -65,16 +65,13 @@ _Body = TypeVar("_Body", Reload, Promote, Rollback)
 def admin_routes(service: Service) -> list[Route]:
     """``POST /v1/admin/{reload,promote,rollback}`` and ``GET /v1/admin/versions``."""
     admin = _Admin(service)
-    return [
-        Route("/v1/admin/reload", admin.reload, methods=["POST"]),
-        Route("/v1/admin/promote", admin.promote, methods=["POST"]),
-        Route("/v1/admin/rollback", admin.rollback, methods=["POST"]),
-        Route("/v1/admin/versions", admin.versions, methods=["GET"]),
-    ]
+    changes = (admin.reload, admin.promote, admin.rollback)
+    routes = [Route(f"/v1/admin/{change.__name__}", change, methods=["POST"]) for change in changes]
+    return [*routes, Route("/v1/admin/versions", admin.versions, methods=["GET"])]
 
 
 class _Admin:
-    """One change at a time in one process: its gates load and time models beside the one that answers."""
+    """One change at a time in one process: its gates load and time models next to the one that answers."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
@@ -83,8 +80,14 @@ class _Admin:
     async def versions(self, request: Request) -> Response:
         """All versions, and which is live and why."""
         self._authorize(request)
-        found = await asyncio.to_thread(_describe, self._registry())
-        return _answer(found)
+        registry = self._registry()
+
+        def describe() -> dict[str, Any]:
+            live = read_live(registry)
+            versions = [summary_of(version, live) for version in list_versions(registry)]
+            return {"live": None if live is None else live.model_dump(mode="json"), "versions": versions}
+
+        return _answer(await asyncio.to_thread(describe))
 
     async def reload(self, request: Request) -> Response:
         """Look at once whether another version is live."""
@@ -105,7 +108,7 @@ class _Admin:
         return await self._change(request, lambda: promote(registry, version, reason, rules))
 
     async def rollback(self, request: Request) -> Response:
-        """Make live again what was before."""
+        """Roll back to the version before."""
         by = self._authorize(request)
         registry = self._registry()
         reason = _reason(by, (await _read_body(request, Rollback)).why)
@@ -113,7 +116,7 @@ class _Admin:
         return await self._change(request, lambda: roll_back(registry, reason, rules))
 
     def _authorize(self, request: Request) -> str:
-        """Who asks, by the key's id; Problem where they may not."""
+        """The caller, by the key's id; Problem where the key has not the scope."""
         self._service.keys.authorize(request.scope, "admin")
         return f"key {request.scope.get(KEY_ID, 'unknown')}"
 
@@ -128,18 +131,16 @@ class _Admin:
         return locate(place)
 
     async def _change(self, request: Request, change: Callable[[], Outcome | None]) -> Response:
-        """Answer a change once it is made and this process serves what is live.
+        """Answer when the change is made and this process serves the live version.
 
-        It goes on in its thread when the client leaves: half a change is worse than one that nobody heard of.
+        The change continues in its thread when the client leaves: it must not stop half-way.
         """
         try:
-            found = await asyncio.to_thread(self._make, change)
-        except Refused as refused:
-            gates = [gate.model_dump(mode="json") for gate in refused.gates]
-            return _refusal(request, refused, gates)
+            return _answer(await asyncio.to_thread(self._make, change))
         except RafceError as error:
-            return _refusal(request, error, None)
-        return _answer(found)
+            gates = [gate.model_dump(mode="json") for gate in error.gates] if isinstance(error, Refused) else None
+            problem = Problem("change_refused", sentence(str(error)), members={"gates": gates})
+            return problem_response(problem, request.scope)
 
     def _make(self, change: Callable[[], Outcome | None]) -> dict[str, Any]:
         live = self._service.live
@@ -163,12 +164,6 @@ class _Admin:
         }
 
 
-def _describe(registry: Location) -> dict[str, Any]:
-    live = read_live(registry)
-    versions = [summary_of(version, live) for version in list_versions(registry)]
-    return {"live": None if live is None else live.model_dump(mode="json"), "versions": versions}
-
-
 async def _read_body(request: Request, record: type[_Body]) -> _Body:
     """The body's JSON object as a record; an empty body is an empty object. Problem where it is none."""
     body = await request.body()
@@ -180,12 +175,9 @@ async def _read_body(request: Request, record: type[_Body]) -> _Body:
         kinds = {fault["type"] for fault in error.errors()}
         code = "unknown_key" if "extra_forbidden" in kinds else "missing_key" if "missing" in kinds else "wrong_type"
         found = "; ".join(explain(error, record))[:500]
-        raise Problem(code, f"The body cannot be used: {found}", hint=_keys_of(record)) from None
-
-
-def _keys_of(record: type[Record]) -> str:
-    keys = " and ".join(record.model_fields)
-    return f"It may have {keys}." if keys else "Send it empty, or {}."
+        keys = " and ".join(record.model_fields)
+        hint = f"It may have {keys}." if keys else "Send it empty, or {}."
+        raise Problem(code, f"The body cannot be used: {found}", hint=hint) from None
 
 
 def _reason(by: str, why: str | None, force: bool = False) -> Reason:
@@ -197,8 +189,3 @@ def _reason(by: str, why: str | None, force: bool = False) -> Reason:
 
 def _answer(found: Mapping[str, Any]) -> Response:
     return Response(to_json(found), media_type="application/json")
-
-
-def _refusal(request: Request, error: RafceError, gates: list[dict[str, Any]] | None) -> Response:
-    """Why the change was not made, with every gate's figures."""
-    return problem_response(Problem("change_refused", sentence(str(error)), members={"gates": gates}), request.scope)

@@ -1,7 +1,6 @@
-"""What the service answers, written as JSON: the records that are sent, and what ``/openapi.json`` says of them.
+"""The service's answers: records, their JSON, and their descriptions in ``/openapi.json``.
 
-The records are plain dataclasses: an answer is not validated while a client waits. A test holds real answers against
-them.
+The records are plain dataclasses: an answer is not validated while a client waits. A test validates real answers.
 """
 
 from __future__ import annotations
@@ -30,10 +29,8 @@ _Px = Annotated[int | None, Field(ge=1, description="Of the upright picture, px;
 _RequestId = Annotated[str, Field(description="As in the x-request-id header.")]
 
 
-class Record(BaseModel):
-    """Every field is always there, and there are no others. For what is not sent often: pydantic validates it."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class Record(BaseModel, extra="forbid", frozen=True):
+    """A record that pydantic validates, for answers that are not sent often; it has no unknown fields."""
 
 
 @dataclass(frozen=True)
@@ -59,19 +56,13 @@ class Timings(Strict):
 class Result(Strict):
     """One picture of the request."""
 
-    id: Annotated[
-        str, Field(description="The picture's id in the request or, where that has none, its position from 0.")
-    ]
+    id: Annotated[str, Field(description="The picture's id in the request; by default its position from 0.")]
     status: Literal["ok", "error"]
     width: _Px
     height: _Px
     faces: Annotated[tuple[FacePrediction, ...], Field(description="Largest first; empty where status is error.")]
-    faces_left_out: Annotated[
-        int, Field(ge=0, description="Smaller faces beyond the service's limit, of which nothing is said.")
-    ]
-    error: Annotated[
-        ProblemDocument | None, Field(description="Why there is no answer for this picture; null where status is ok.")
-    ]
+    faces_left_out: Annotated[int, Field(ge=0, description="Number of smaller faces beyond the service's limit.")]
+    error: Annotated[ProblemDocument | None, Field(description="Why there is no answer; null where status is ok.")]
 
 
 @dataclass(frozen=True)
@@ -115,11 +106,9 @@ def face_answer(face: Face, prediction: Prediction, distribution: tuple[EmotionS
 
 
 def distribution_of(probabilities: NDArray[Any], taxonomy: Taxonomy) -> tuple[EmotionScore, ...]:
-    """All emotions of one face with their probabilities (E,), in the order of their index."""
-    return tuple(
-        EmotionScore(label, index, probability)
-        for index, (label, probability) in enumerate(zip(taxonomy.emotions, probabilities.tolist(), strict=True))
-    )
+    """All emotions of one face with their ``probabilities`` (E,) float, 0-1, in the order of their index."""
+    pairs = zip(taxonomy.emotions, probabilities.tolist(), strict=True)
+    return tuple(EmotionScore(label, index, probability) for index, (label, probability) in enumerate(pairs))
 
 
 def to_json(value: Any) -> bytes:

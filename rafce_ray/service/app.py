@@ -1,6 +1,4 @@
-"""The service as one ASGI application: ``Service`` is what outlives a request, ``build_app`` its routes with the edge
-around them.
-"""
+"""The service as one ASGI application: ``Service`` is its state, ``build_app`` its routes and the edge."""
 
 from __future__ import annotations
 
@@ -33,7 +31,7 @@ from rafce_ray.service.problems import EXCEPTION_HANDLERS, REQUEST_ID, Problem, 
 from rafce_ray.service.requests import BodyRules, declared_bytes, read_request
 
 HUNG_S = 60.0
-"""Seconds for which one batch may run before the process counts as ill: none takes a tenth of it."""
+"""Seconds after which a running batch counts as hung; a batch takes less than a tenth of it."""
 
 JSON = "application/json"
 
@@ -42,10 +40,7 @@ class Service:
     """A model ready to answer, with all that its requests share; one event loop uses it."""
 
     def __init__(self, config: ServiceConfig) -> None:
-        """Load, verify and warm the model: takes seconds.
-
-        RafceError where it may not be served, UsageError where a file is missing.
-        """
+        """Load, verify and warm the model in seconds. RafceError where it may not be served or a file is missing."""
         limits, cores = config.limits, num_cores()
         self.config = config
         self.keys = Keys(None if config.keys_file is None else Path(config.keys_file))
@@ -64,10 +59,9 @@ class Service:
         self.readiness = Readiness(self.reader, self.batcher, limits.deadline_s)
 
     def switch(self, version: str) -> None:
-        """Serve this version and stay with it, or with ``""`` follow what is live again; returns when it answers.
+        """Serve this version until the next call, or with ``""`` the live one again; returns when it answers.
 
-        Raises:
-            RafceError: it may not be served; the model before goes on.
+        RafceError where it may not be served: the model before stays.
         """
         if version:
             self.live.switch(version)
@@ -84,12 +78,12 @@ class Service:
             raise Problem("not_ready", "The inference thread has ended or hangs.")
 
     async def check_ready(self, served: Served) -> None:
-        """Problem ``not_ready`` where this process is ill or the model's canary does not answer as it should."""
+        """Problem ``not_ready`` where this process is ill or the model's canary gets a wrong answer."""
         self.check_health()
         await self.readiness.check(served)
 
     def measured(self) -> Meter:
-        """What has been counted so far, with gauges as they are now; for one thread at a time."""
+        """The counts so far, with present gauges; for one thread at a time."""
         meter, served = self.meter, self.live.served
         meter.tell_model(served.model.version, served.model.sha256, served.predictor.engine.name)
         taxonomy = served.predictor.bundle.taxonomy
@@ -118,7 +112,7 @@ def build_app(service: Service) -> ASGIApp:
         ],
         exception_handlers=EXCEPTION_HANDLERS,
     )
-    # A path with a slash too many is no other path's, and a redirect would be built from the client's Host header.
+    # A redirect would be built from the client's Host header.
     app.router.redirect_slashes = False
     return Edge(app, service.config.limits, service.config.callers(), meter=service.meter)
 

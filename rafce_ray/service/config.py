@@ -1,4 +1,4 @@
-"""What one service serves and how much it takes: the arguments of ``rafce serve`` and of ``serve/*.yaml``."""
+"""The configuration of one service, of ``rafce serve`` and ``serve/*.yaml``: model, limits and permitted callers."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ _OF_PREFLIGHT: Headers = (
 class Callers:
     """Peers, host names and origins that a service answers.
 
-    ``loopback_only``: refuse peers that are not this machine. ``keys``: each request needs a key. A page of another
-    site cannot know it, so Host and Origin need not be this machine's. ``hosts``: host names besides this machine's, in
-    lower case, ``*.`` before one for all below it; none: any, if there are keys. ``origins``: sites whose pages may
-    read answers, or ``*``.
+    ``loopback_only``: refuse peers that are not this machine. ``keys``: each request needs a key, which a page of
+    another site cannot know: Host and Origin may then be any. ``hosts``: host names besides this machine's, in lower
+    case, ``*.`` before one for all below it; none: any, if there are keys. ``origins``: sites whose pages may read
+    answers, or ``*``.
     """
 
     loopback_only: bool = True
@@ -66,10 +66,7 @@ class Callers:
             raise Problem("cross_site", f"The request comes from a page of another site, {shown(site)}.", hint=hint)
 
     def cors(self, scope: Scope, headers: Mapping[bytes, bytes]) -> Iterator[tuple[bytes, bytes]]:
-        """Headers of the response by which a browser lets a page of an allowed origin read it.
-
-        Keys go into a header of their own, so that credentials (cookies) are never allowed.
-        """
+        """Headers by which a browser lets a page of an allowed origin read the response; never with cookies."""
         if not self.origins:
             return
         if ANY not in self.origins:
@@ -86,10 +83,9 @@ class Callers:
             yield b"access-control-expose-headers", _EXPOSED
 
     def _is_answered(self, name: str) -> bool:
-        # With keys an address is as good as a name of this machine: no other site can be reached under it.
-        return (
-            _is_local_name(name) or (self.keys and _is_address(name)) or any(_is_named(name, one) for one in self.hosts)
-        )
+        # With keys, any address may be this machine's name: no other site has it.
+        is_address = self.keys and _address(name) is not None
+        return _is_local_name(name) or is_address or any(_is_named(name, one) for one in self.hosts)
 
     def _may_read(self, origin: bytes) -> bool:
         return ANY in self.origins or origin.decode("latin-1").lower() in self.origins
@@ -124,10 +120,6 @@ def _address(host: str) -> IPv4Address | IPv6Address | None:
     except ValueError:
         return None
     return getattr(address, "ipv4_mapped", None) or address
-
-
-def _is_address(host: str) -> bool:
-    return _address(host) is not None
 
 
 def _is_loopback(host: str) -> bool:
@@ -268,8 +260,7 @@ class ServiceConfig(Section):
 def read_service_config(values: Mapping[str, Any]) -> ServiceConfig:
     """The configuration from plain values, as YAML or a command line gives them.
 
-    Raises:
-        ConfigError: every fault at once: key, what was found, what was expected, the nearest known key.
+    ConfigError with all faults: key, found and expected value, the nearest known key.
     """
     try:
         return ServiceConfig.model_validate(dict(values))

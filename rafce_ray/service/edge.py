@@ -1,8 +1,7 @@
-"""Around the whole application: what no handler should have to think of.
+"""The edge around the application, the HTTP protocol below it, and the log.
 
-Headers and bodies are bounded while they come in, a refused client still gets to read its answer, every answer has a
-request id and security headers, every request is counted and has one line in the log, and a failure tells a client
-nothing but its id.
+Headers and bodies are bounded while they arrive. A refused client still reads its answer. Every answer has a request id
+and security headers; every request is counted and has one line in the log. A failure shows a client only its id.
 """
 
 from __future__ import annotations
@@ -48,8 +47,8 @@ T = TypeVar("T")
 MAX_HEADERS = 100
 LINGER_S = 2.0
 LINGER_BYTES = 64 * 2**20
-"""For so long, and so many bytes, the rest of a refused body is read and dropped: closing at once would reset the
-connection before the client has read why."""
+"""Limits for reading and dropping the rest of a refused body: closing at once would reset the connection before the
+client has read why."""
 
 SECURITY_HEADERS: Final = (
     (b"cache-control", b"no-store"),
@@ -65,18 +64,10 @@ SECURITY_HEADERS: Final = (
     (b"x-content-type-options", b"nosniff"),
     (b"x-frame-options", b"DENY"),
 )
-"""On every response; an application that sets one of them itself is left its own."""
+"""On every response, unless the application sets the header itself."""
 
 _AT_MOST_ONCE = frozenset(
-    (
-        b"authorization",
-        b"content-encoding",
-        b"content-length",
-        b"content-type",
-        b"host",
-        b"origin",
-        b"transfer-encoding",
-    )
+    b"authorization content-encoding content-length content-type host origin transfer-encoding".split()
 )
 _METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT"))
 
@@ -147,7 +138,7 @@ class _Exchange:
             self._account()
 
     async def receive(self) -> Message:
-        """The next part of the body, counted and timed; the Problem that it is where it may not be."""
+        """The next part of the body, counted and timed; Problem where it is too large, too slow or incomplete."""
         if self._body_complete:
             return await self._receive()
         try:
@@ -161,9 +152,8 @@ class _Exchange:
         if self._num_received > limit:
             raise Problem("body_too_large", f"The body has more than {limit:,} bytes.")
         if self._body_complete and declared is not None and declared != self._num_received:
-            raise Problem(
-                "body_incomplete", f"The body has {self._num_received:,} bytes; Content-Length says {declared:,}."
-            )
+            detail = f"The body has {self._num_received:,} bytes; Content-Length says {declared:,}."
+            raise Problem("body_incomplete", detail)
         return message
 
     async def send(self, message: Message) -> None:
@@ -184,7 +174,9 @@ class _Exchange:
         self._answered = not message.get("more_body", False)
         if self._answered and self._closes:
             await self._send({**message, "more_body": True})
-            await self._drop_rest_of_body()
+            # A client that waits for "100 Continue" sends nothing, and reading its body would make it send.
+            if not self._awaits_continue:
+                await self._drop_body(LINGER_S)
             message = {"type": "http.response.body", "body": b"", "more_body": False}
         await self._send(message)
 
@@ -202,18 +194,13 @@ class _Exchange:
         self._awaits_continue = b"expect" in found
         length = found.get(b"content-length")
         self._expects_body = b"transfer-encoding" in found or length not in (None, b"0")
-        if num_bytes > limits.max_header_bytes or len(scope["headers"]) > MAX_HEADERS:
-            raise Problem(
-                "headers_too_large",
-                f"There are {len(scope['headers']):,} headers of {num_bytes:,} bytes; at most {MAX_HEADERS} of "
-                f"{limits.max_header_bytes:,} are read.",
-            )
+        limit = limits.max_header_bytes
+        if num_bytes > limit or len(scope["headers"]) > MAX_HEADERS:
+            size = f"There are {len(scope['headers']):,} headers of {num_bytes:,} bytes"
+            raise Problem("headers_too_large", f"{size}; at most {MAX_HEADERS} of {limit:,} are read.")
         num_bytes = len(scope.get("raw_path") or scope["path"]) + len(scope.get("query_string", b""))
-        if num_bytes > limits.max_header_bytes:
-            raise Problem(
-                "uri_too_long",
-                f"Path and query have {num_bytes:,} bytes; at most {limits.max_header_bytes:,} are read.",
-            )
+        if num_bytes > limit:
+            raise Problem("uri_too_long", f"Path and query have {num_bytes:,} bytes; at most {limit:,} are read.")
         self._edge.callers.check(scope, found)
         if twice is not None:
             raise Problem("bad_headers", f"The header {twice.decode('latin-1')} is there more than once.")
@@ -244,17 +231,12 @@ class _Exchange:
             self._body_complete = not message.get("more_body", False)
 
     async def _has_unread_body(self) -> bool:
-        """Whether part of the body has not come in yet, after everything that has come in was taken and dropped."""
+        """Drop all of the body that has arrived, and return whether part of it is still missing."""
         if self._body_complete or self._gone or not self._expects_body:
             return False
         if not self._awaits_continue:
             await self._drop_body(0)
         return not self._body_complete
-
-    async def _drop_rest_of_body(self) -> None:
-        # A client that waits for "100 Continue" sends nothing, and asking for its body would tell it to.
-        if not self._awaits_continue:
-            await self._drop_body(LINGER_S)
 
     async def _drop_body(self, seconds: float) -> None:
         with suppress(TimeoutError):
@@ -285,13 +267,9 @@ class _Exchange:
 
 
 async def within(work: Awaitable[T], receive: Receive, deadline: float, late: Problem) -> T:
-    """The result of ``work``, which is cancelled when the client goes away or at ``deadline`` (``loop.time()``
-    seconds).
+    """The result of ``work``, cancelled at ``deadline`` (``loop.time()`` seconds) or when the client goes away.
 
-    For after the body has been read: it is what notices that nobody waits for the answer any more.
-
-    Raises:
-        Problem: ``client_gone`` or ``late``.
+    For use after the body has been read. Problem ``late``, or ``client_gone``.
     """
     client_gone = asyncio.create_task(_client_gone(receive))
     try:
@@ -321,7 +299,7 @@ async def _client_gone(receive: Receive) -> None:
 
 
 MAX_HEADER_BYTES = 64 * 1024
-"""The edge has its own, smaller bound and explains it; this one only keeps the parser from gathering more."""
+"""The edge has its own, smaller bound; this one limits what the parser gathers."""
 
 HEADER_TIMEOUT_S = 10.0
 """Seconds from a connection's start, or a request's first byte, to the end of its headers."""
@@ -354,9 +332,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         if self._in_headers:
             self._num_header_bytes += len(data)
             if self._num_header_bytes > MAX_HEADER_BYTES:
-                self._refuse(
-                    Problem("headers_too_large", f"Request line and headers have more than {MAX_HEADER_BYTES:,} bytes.")
-                )
+                detail = f"Request line and headers have more than {MAX_HEADER_BYTES:,} bytes."
+                self._refuse(Problem("headers_too_large", detail))
 
     def on_message_begin(self) -> None:
         """Start counting and timing a request's headers."""
@@ -442,18 +419,15 @@ class JsonLines(logging.Formatter):
             error = record.exc_info[1]
             line["exception"] = type(error).__name__
             line["message"] = str(error)[:MAX_MESSAGE].encode("ascii", "backslashreplace").decode()
-            line["frames"] = [
-                f"{frame.filename}:{frame.lineno} {frame.name}" for frame in traceback.extract_tb(error.__traceback__)
-            ]
+            frames = traceback.extract_tb(error.__traceback__)
+            line["frames"] = [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in frames]
         return orjson.dumps(line, default=str).decode()
 
 
 class _BufferedFile(RotatingFileHandler):
-    """Writes a line at once while it is quiet; where lines come fast, those of ``FLUSH_S`` together, which a process
-    that is killed loses.
+    """Writes a first line at once, and lines that follow fast together after ``FLUSH_S``; a killed process loses these.
 
-    A system call lets other threads in, and the event loop would wait for them at every line. A warning is never kept
-    waiting.
+    A system call for every line would let other threads delay the event loop. A warning is written at once.
     """
 
     def __init__(self, file: Path) -> None:
@@ -481,7 +455,7 @@ class _BufferedFile(RotatingFileHandler):
 
     def flush(self) -> None:
         """Write what waits."""
-        # Before: a line that comes meanwhile is one that waits.
+        # Before the flush: a line that comes meanwhile still waits.
         self._waiting = False
         super().flush()
         self._flushed = time.monotonic()

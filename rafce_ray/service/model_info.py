@@ -1,6 +1,4 @@
-"""What ``/v1/model`` tells: which model answers, what it tells, how good it is, its limits, and what it is and is not
-for.
-"""
+"""The answer of ``/v1/model``, the model card as data; and whether the model is ready."""
 
 from __future__ import annotations
 
@@ -101,9 +99,7 @@ class DriftStatistic(Record):
 
 
 class Drift(Record):
-    """Whether it can be told that faces look, or are answered, otherwise than in validation; the figures are among the
-    metrics.
-    """
+    """Whether the service knows if faces or answers differ from those of validation; the metrics have the figures."""
 
     watched: bool
     remark: str | None = Field(description="Why it is not known, or not of everything, and the remedy.")
@@ -136,14 +132,12 @@ class ModelInfo(Record):
 
 def model_info(config: ServiceConfig, served: Served, failed: FailedSwap | None) -> ModelInfo:
     """The model card as data; NaN and infinities of its figures are null. It names no file of this machine."""
-    bundle = served.predictor.bundle
+    bundle, engine = served.predictor.bundle, served.predictor.engine
     limits = config.limits.model_dump(include=set(RequestLimits.model_fields))
     return ModelInfo(
         model=served.model,
         since=served.since,
-        engine=Engine(
-            name=served.predictor.engine.name, precision=served.predictor.engine.precision, remarks=served.remarks
-        ),
+        engine=Engine(name=engine.name, precision=engine.precision, remarks=served.remarks),
         refused=None if failed is None else Refused(version=failed.version, at=failed.at),
         meaning=PERCEIVED,
         intended_use=INTENDED_USE,
@@ -188,7 +182,7 @@ def _taxonomy(taxonomy: Taxonomy, thresholds: tuple[float, ...]) -> ModelTaxonom
 
 
 FRESH_S = 1.0
-"""Seconds for which a canary's success counts: whoever asks more often costs nothing."""
+"""Seconds for which a canary's success counts; more frequent checks cost nothing."""
 
 
 class Readiness:
@@ -202,11 +196,7 @@ class Readiness:
         self._ready: tuple[Served, float] | None = None
 
     async def check(self, served: Served) -> None:
-        """Return when a canary of this model gave its answer.
-
-        Raises:
-            Problem: ``not_ready``: it gave another one, failed, or none in time.
-        """
+        """Return when a canary of this model got the right answer; Problem ``not_ready`` if a wrong, late or no one."""
         async with self._asking:
             if self._ready is not None and self._ready[0] is served and time.monotonic() - self._ready[1] < FRESH_S:
                 return
@@ -218,12 +208,12 @@ class Readiness:
                 raise Problem("not_ready", f"The canary had no answer within {self._deadline_s:g} s.") from None
             except RafceError as error:
                 raise Problem("not_ready", f"The canary failed: {error}") from error
-            off = _difference(found, served)
+            expected = calibrated(served.canary.outputs, served.predictor.bundle.calibration)
+            first = Probabilities(expected.emotion[:1], expected.action_units[:1])
+            off = probabilities_apart(found, first)
             if not off <= MAX_DIFFERENCE:
-                raise Problem(
-                    "not_ready",
-                    f"The canary's probabilities are off by {off:.2g}; at most {MAX_DIFFERENCE:g} is expected.",
-                )
+                detail = f"The canary's probabilities are off by {off:.2g}; at most {MAX_DIFFERENCE:g} is expected."
+                raise Problem("not_ready", detail)
             self._ready = served, time.monotonic()
 
     async def _ask(self, served: Served) -> Probabilities:
@@ -232,9 +222,3 @@ class Readiness:
         px = served.predictor.bundle.preprocessing.stored_px
         image = await self._reader.read(stream.getvalue(), px, "aligned")
         return (await self._batcher.probabilities(served.predictor, image.faces[0].pixels[None])).probabilities
-
-
-def _difference(found: Probabilities, served: Served) -> float:
-    """Largest difference of a probability of the first canary."""
-    expected = calibrated(served.canary.outputs, served.predictor.bundle.calibration)
-    return probabilities_apart(found, Probabilities(expected.emotion[:1], expected.action_units[:1]))

@@ -30,15 +30,7 @@ from rafce_ray.service.batching import Place
 from rafce_ray.service.problems import Problem, nearest, sentence, shown
 
 RAW = (b"image/jpeg", b"image/png", b"image/webp", b"application/octet-stream")
-ALIASES = (
-    b"image/jpg",
-    b"image/pjpeg",
-    b"image/jfif",
-    b"image/x-jpeg",
-    b"image/x-png",
-    b"image/x-webp",
-    b"binary/octet-stream",
-)
+ALIASES = tuple(b"image/jpg image/pjpeg image/jfif image/x-jpeg image/x-png image/x-webp binary/octet-stream".split())
 """Names that old browsers, phones and object stores give to the media types of ``RAW``."""
 
 JSON = b"application/json"
