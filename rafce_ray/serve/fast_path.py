@@ -1,7 +1,7 @@
-"""The environment in which Ray Serve takes requests by HAProxy instead of its Python proxy, and safely.
+"""The environment in which Ray Serve receives requests through HAProxy instead of its Python proxy, and safely.
 
 A constant answer costs 10 ms of CPU through the Python proxy and 0.4 ms through HAProxy. Ray reads these variables when
-it is imported, in every process: they must be there before ``ray start`` or ``ray.init``.
+it is imported, in every process: set them before ``ray start`` or ``ray.init``.
 
 ``eval "$(python -m rafce_ray.serve.fast_path FOLDER)"`` sets them in a shell; FOLDER is private, and its path short.
 """

@@ -56,12 +56,10 @@ def serve_until_stopped(config: ServiceConfig, host: str, port: int, replicas: i
     check_port(host, port)
     check_ray()
     url = f"http://{_reachable(host)}:{port}"
-    say(
-        f"serving {what} at {url} with {replicas} replica{'s' if replicas > 1 else ''}: starting Ray takes about 20 s; "
-        "Ctrl-C ends it"
-    )
+    number = f"{replicas} replica{'s' if replicas > 1 else ''}"
+    say(f"serving {what} at {url} with {number}: starting Ray takes about 20 s; Ctrl-C ends it")
     stop = threading.Event()
-    # Again within: Ray takes SIGTERM for itself when it starts.
+    # Inside as well: Ray replaces the handler of SIGTERM when it starts.
     with _stopped_by_signals(stop), ray_serve(host, port, dashboard) as folder, _stopped_by_signals(stop):
         _deploy(config, replicas, stop)
         _wait_until_ready(url, stop)
@@ -159,9 +157,8 @@ def _deploy(config: ServiceConfig, replicas: int, stop: threading.Event) -> None
         actor["num_gpus"] = round(min(1.0, ray.cluster_resources().get("GPU", 0) / (2 * replicas)), 4)
     config = config.model_copy(update={"threads": threads})
     application = bound(config, num_replicas=replicas, ray_actor_options=actor, max_constructor_retry_count=1)
-    serve.run_many(
-        [serve.RunTarget(application, name=APPLICATION, route_prefix="/")], wait_for_applications_running=False
-    )
+    target = serve.RunTarget(application, name=APPLICATION, route_prefix="/")
+    serve.run_many([target], wait_for_applications_running=False)
     while not stop.wait(POLL_S):
         state = serve.status().applications[APPLICATION]
         if state.status == "RUNNING":

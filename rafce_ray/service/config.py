@@ -149,15 +149,11 @@ MIB = 2**20
 
 HostName = Annotated[str, AfterValidator(host_name)]
 Origin = Annotated[str, AfterValidator(origin_of)]
-
-
-def _listed(value: Any) -> Any:
-    """A single text is a list of one."""
-    return [value] if isinstance(value, str) else value
+_Listed = BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
 
 
 class Limits(Section):
-    """How much one client, and all of them together, may ask for at most."""
+    """Upper bounds for one client and for all of them together."""
 
     max_body_bytes: int = Field(32 * MIB, ge=1024, description="Bytes of one request's body.")
     max_header_bytes: int = Field(
@@ -178,11 +174,9 @@ class Limits(Section):
     @model_validator(mode="after")
     def _one_request_fits(self) -> Self:
         if self.max_bytes < self.max_body_bytes:
-            raise ValueError(
-                f"limits.max_bytes: found {self.max_bytes:,}, less than limits.max_body_bytes "
-                f"({self.max_body_bytes:,}), so the largest request could never be admitted. Raise the one or lower "
-                "the other."
-            )
+            found = f"found {self.max_bytes:,}, less than limits.max_body_bytes ({self.max_body_bytes:,})"
+            remedy = "so the largest request could never be admitted. Raise the one or lower the other."
+            raise ValueError(f"limits.max_bytes: {found}, {remedy}")
         return self
 
     def image_limits(self) -> decode.Limits:
@@ -218,12 +212,12 @@ class ServiceConfig(Section):
         None, description="JSON file of hashed keys (python -m rafce_ray.service.keys); none: no key is asked for."
     )
     loopback_only: bool = Field(True, description="Refuse every peer but this machine itself. false needs keys_file.")
-    allowed_hosts: Annotated[tuple[HostName, ...], BeforeValidator(_listed)] = Field(
+    allowed_hosts: Annotated[tuple[HostName, ...], _Listed] = Field(
         (),
         description="Names in the Host header that are answered besides this machine's, such as a proxy's; *.example: "
         "all below it. Empty: any where there are keys, else none. Needs keys_file.",
     )
-    allow_origins: Annotated[tuple[Origin, ...], BeforeValidator(_listed)] = Field(
+    allow_origins: Annotated[tuple[Origin, ...], _Listed] = Field(
         (),
         description="Sites whose pages may ask from a browser and read the answers (CORS), such as "
         "https://app.example. *: any, which needs keys_file.",
@@ -239,17 +233,14 @@ class ServiceConfig(Section):
 
     @model_validator(mode="after")
     def _strangers_need_keys(self) -> Self:
+        command = "python -m rafce_ray.service.keys new NAME --file keys.json and set keys_file: keys.json."
         if not self.loopback_only and self.keys_file is None:
-            raise ValueError(
-                "loopback_only: found false without keys_file; others than this machine are served with keys only. "
-                "Make one with python -m rafce_ray.service.keys new NAME --file keys.json and set keys_file: keys.json."
-            )
+            found = "found false without keys_file; others than this machine are served with keys only"
+            raise ValueError(f"loopback_only: {found}. Make one with {command}")
         if self.keys_file is None and (self.allowed_hosts or ANY in self.allow_origins):
-            key, found = ("allowed_hosts", self.allowed_hosts) if self.allowed_hosts else ("allow_origins", (ANY,))
-            raise ValueError(
-                f"{key}: found {', '.join(found)} without keys_file, so that anyone's page could ask. Make a key with "
-                "python -m rafce_ray.service.keys new NAME --file keys.json and set keys_file: keys.json."
-            )
+            key, values = ("allowed_hosts", self.allowed_hosts) if self.allowed_hosts else ("allow_origins", (ANY,))
+            found = f"found {', '.join(values)} without keys_file, so that anyone's page could ask"
+            raise ValueError(f"{key}: {found}. Make a key with {command}")
         return self
 
     def callers(self) -> Callers:

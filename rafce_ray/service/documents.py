@@ -83,18 +83,8 @@ _RECORDS: tuple[Any, ...] = (
     Rollback,
 )
 
-_NOT_OF_PREDICT = frozenset(
-    (
-        "not_found",
-        "method_not_allowed",
-        "unknown_method",
-        "not_ready",
-        "scope_missing",
-        "client_gone",
-        "change_refused",
-        "no_such_version",
-    )
-)
+_NOT_OF_PREDICT = {"not_found", "method_not_allowed", "unknown_method", "not_ready", "scope_missing", "client_gone"}
+_NOT_OF_PREDICT |= {"change_refused", "no_such_version"}
 _PREDICT_PROBLEMS = tuple(code for code in PROBLEM_TYPES if code not in _NOT_OF_PREDICT)
 
 

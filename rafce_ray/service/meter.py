@@ -173,7 +173,7 @@ class Meter:
         return list(vars(self).values())
 
     def count_request(self, route: str | None, status: int, ms: float, problem: str | None) -> None:
-        """A request has been answered; ``problem``: the code of the one that it was answered with."""
+        """Count an answered request; ``problem``: the code of its problem, if it was refused."""
         route = NO_ROUTE if route is None else route
         self.requests.add(route, str(status))
         self.request_ms.observe(ms, route)
@@ -205,7 +205,7 @@ class Meter:
                 self.au_positives.add(unit.code)
 
     def expect_answers(self, emotions: Sequence[str], action_unit_codes: Sequence[str]) -> None:
-        """Have a series for everything that a model may tell."""
+        """Start a series for every class of a model."""
         self.predictions.expect((emotion,) for emotion in emotions)
         self.au_positives.expect((code,) for code in action_unit_codes)
 
@@ -216,9 +216,7 @@ class Meter:
         self.model_info.set(1.0, version, sha256, engine)
 
     def tell_drift(self, psi: Mapping[str, float], num_faces: int, num_reference_images: int) -> None:
-        """How far the latest faces are from the reference, by statistic; of those that are not named nothing is known
-        any more.
-        """
+        """Set the drift of the latest faces from the reference, by statistic; the other statistics become unknown."""
         for labels in self.drift_psi.values:
             self.drift_psi.values[labels] = math.nan
         for statistic, value in psi.items():

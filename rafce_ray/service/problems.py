@@ -1,4 +1,4 @@
-"""Everything that the service refuses: one table of stable codes, and how a refusal looks on the wire (RFC 9457)."""
+"""The refusals of the service: one table of stable codes, and their form in responses (RFC 9457)."""
 
 from __future__ import annotations
 
@@ -25,8 +25,7 @@ REQUEST_ID = "rafce.request_id"
 """Key of the ASGI scope under which the edge leaves the request's id."""
 
 PROBLEM_CODE = "rafce.problem_code"
-"""Key of the ASGI scope under which whoever answers with a problem leaves its code, for the edge to count."""
-
+"""Key of the ASGI scope under which an answer leaves its problem's code, for the edge to count."""
 
 _PLAIN_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 
@@ -176,10 +175,10 @@ PROBLEM_TYPES: Mapping[str, ProblemType] = {code: ProblemType(code, *row) for co
 
 
 class Problem(Exception):
-    """A request, or one image of it, that is refused: a code of ``PROBLEM_TYPES`` and what exactly was found.
+    """A refused request or image: a code of ``PROBLEM_TYPES`` and the details.
 
-    ``hint`` says the remedy better than the type's general one; ``headers`` go into the response (Retry-After),
-    ``members`` into its object.
+    ``hint`` replaces the type's general remedy; ``headers`` go into the response (Retry-After), ``members`` into its
+    object.
     """
 
     def __init__(
@@ -248,7 +247,7 @@ def problem_response(problem: Problem, scope: MutableMapping[str, Any]) -> Respo
 
 
 def request_id_of(wanted: bytes) -> str:
-    """The id of a request: what its X-Request-ID says, if that is short and plain, else a new one."""
+    """The id of a request: its X-Request-ID, if that is short and plain, else a new one."""
     return wanted.decode() if _PLAIN_ID.fullmatch(wanted) else f"{random.getrandbits(128):032x}"
 
 
@@ -291,17 +290,15 @@ async def _answer_http_exception(request: Request, error: Exception) -> Response
         headers["Allow"] = ", ".join(sorted({*headers["Allow"].split(", "), "OPTIONS"}))
         if request.method == "OPTIONS":
             return Response(status_code=204, headers=headers)
-    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "bad_request")
-    method, path = request.method, request.scope["path"]
-    detail = {
-        "not_found": f"There is nothing at {shown(path)}.",
-        "method_not_allowed": f"{shown(path)} takes no {method}.",
-    }
-    hint = None
-    if code == "not_found":
+    path = request.scope["path"]
+    code, detail, hint = "bad_request", error.detail, None
+    if error.status_code == 404:
+        code, detail = "not_found", f"There is nothing at {shown(path)}."
         near = nearest(path, [route.path for route in request.app.routes if isinstance(route, Route)])
         hint = f"{near}{PROBLEM_TYPES[code].hint}"
-    return problem_response(Problem(code, detail.get(code, error.detail), hint=hint, headers=headers), request.scope)
+    elif error.status_code == 405:
+        code, detail = "method_not_allowed", f"{shown(path)} takes no {request.method}."
+    return problem_response(Problem(code, detail, hint=hint, headers=headers), request.scope)
 
 
 async def _answer_unexpected(request: Request, error: Exception) -> Response:
@@ -310,7 +307,7 @@ async def _answer_unexpected(request: Request, error: Exception) -> Response:
 
 
 def unexpected() -> Problem:
-    """What a client learns of a failure that nobody foresaw: nothing but that it happened."""
+    """The problem of an unexpected failure, without its details."""
     return Problem("internal_error", "The service failed to answer this request.")
 
 
