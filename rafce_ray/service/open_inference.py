@@ -124,7 +124,7 @@ def parse_infer_request(body: bytes, *, max_numbers: int) -> InferRequest:
 
 
 def pixels_of(given: InferInput, px: int) -> NDArray[np.uint8]:
-    """RGB faces (B, px, px, 3) uint8 of an input ``images``.
+    """RGB faces (B, S, S, 3) uint8, S = ``px``, of an input ``images``.
 
     Problem where the datatype or shape is another, or a value is no whole number of 0 to 255.
     """
