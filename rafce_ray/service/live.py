@@ -340,16 +340,17 @@ class DriftWatch:
             block[start["confidence"] + reference.confidence.place(emotion.probability)] += 1
         block[start["brightness"] + reference.brightness.place(light.brightness)] += 1
         block[start["contrast"] + reference.contrast.place(light.contrast)] += 1
-        place = self._first_unit
-        for unit in prediction.action_units:
-            block[place + unit.active] += 1
-            place += 2
+        for place, unit in enumerate(prediction.action_units):
+            if unit.active:
+                block[self._first_unit + 2 * place + 1] += 1
         self._num_in_block += 1
         if self._num_in_block == BLOCK_FACES:
             self._slide()
 
     def _slide(self) -> None:
         """Move the window on by one block, and compare."""
+        for place in range(self._first_unit, len(self._block), 2):
+            self._block[place] = BLOCK_FACES - self._block[place + 1]  # The inactive ones.
         self._blocks.append(self._block)
         self._total = [total + new for total, new in zip(self._total, self._block, strict=True)]
         if len(self._blocks) > WINDOW_BLOCKS:
