@@ -566,10 +566,7 @@ class Audit:
         for one in self.splits:
             units = zip(codes, one.au_known, one.au_positives, one.au_prevalence, strict=True)
             splits[one.split] = {
-                "num_rows": one.num_rows,
-                "num_images": one.num_images,
-                "num_null": one.num_null,
-                "num_emotion_unknown": one.num_emotion_unknown,
+                **{key: value for key, value in vars(one).items() if key.startswith("num_")},
                 "classes": dict(zip(names, one.classes, strict=True)),
                 "action_units": {
                     code: {"known": known, "positives": positives, "prevalence": prevalence}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -80,7 +80,14 @@ def image_findings(labels: Labels, targets: Targets, progress: Progress | None) 
         findings.append(Finding("warning", "blank_images", message, remedy, len(rows), evidence))
     shown = np.flatnonzero(~blank)
     groups = [pixels.rows[shown[group]] for group in groups_of_equals(pa.array(pixels.digests[shown]))]
-    return [*findings, *_exact_findings(images, groups), *_near_findings(images, pixels, shown, groups)]
+    exact = [(int(group[0]), row, group) for group in groups for row in group[1:].tolist()]
+    near = _near_pairs_of(images, pixels, shown, groups)
+    for code, what, across, pairs in (
+        ("exact_duplicates", "images are exact duplicates of another", "more than one split", exact),
+        ("near_duplicates", "pairs of images are nearly the same", "different splits", near),
+    ):
+        findings += _pair_findings(images, code, what, across, pairs)
+    return findings
 
 
 def _measure(labels: Labels, progress: Progress | None) -> _Pixels:
@@ -130,42 +137,27 @@ def _undecodable_finding(labels: Labels, undecodable: list[Undecodable]) -> Find
     return Finding(level, "undecodable_images", message, remedy, len(undecodable), evidence)
 
 
-def _exact_findings(images: _Images, groups: list[npt.NDArray[np.int64]]) -> Iterator[Finding]:
-    pairs = [(int(group[0]), row, group) for group in groups for row in group[1:].tolist()]
-    what = "images are exact duplicates of another"
-    codes = "exact_duplicates", "exact_duplicates_across_splits"
-    yield from _pair_findings(images, codes, what, "in more than one split", pairs)
+_Pair = tuple[int, int, npt.NDArray[np.int64]]
+"""Two label rows, and all rows of their images."""
 
 
-def _near_findings(
+def _near_pairs_of(
     images: _Images, pixels: _Pixels, shown: npt.NDArray[np.int64], groups: list[npt.NDArray[np.int64]]
-) -> Iterator[Finding]:
+) -> Iterator[_Pair]:
     """Near duplicates among images that are no exact ones; each group of exact duplicates counts as its first image."""
     repeated = np.concatenate([group[1:] for group in groups]) if groups else np.zeros(0, np.int64)
     distinct = shown[~np.isin(pixels.rows[shown], repeated)]
     group_of = {int(group[0]): group for group in groups}
-    pairs = []
-    for one, other in pixels.rows[distinct][near_pairs(pixels.hashes[distinct])].tolist():
-        if _is_close(images, one, other):
-            pairs.append((one, other, np.concatenate([group_of.get(row, np.array([row])) for row in (one, other)])))
-    what = "pairs of images are nearly the same"
-    codes = "near_duplicates", "near_duplicates_across_splits"
-    yield from _pair_findings(images, codes, what, "in different splits", pairs)
-
-
-def _is_close(images: _Images, one: int, other: int) -> bool:
     decode = face_decoder(images.labels.image_root, HASH_PX)
-    pixels = [face for face in (decode(images.path(row)) for row in (one, other)) if not isinstance(face, Undecodable)]
-    if len(pixels) < 2:
-        return False
-    left, right = (face.astype(np.float32) @ _GREY for face in pixels)
-    return correlation(left, right) >= MIN_CORRELATION
+    for one, other in pixels.rows[distinct][near_pairs(pixels.hashes[distinct])].tolist():
+        faces = [face for row in (one, other) if not isinstance(face := decode(images.path(row)), Undecodable)]
+        grey = [face.astype(np.float32) @ _GREY for face in faces]
+        if len(grey) == 2 and correlation(*grey) >= MIN_CORRELATION:
+            yield one, other, np.concatenate([group_of.get(row, np.array([row])) for row in (one, other)])
 
 
-def _pair_findings(
-    images: _Images, codes: tuple[str, str], what: str, across: str, pairs: list[tuple[int, int, npt.NDArray[np.int64]]]
-) -> Iterator[Finding]:
-    """Two label rows of each pair, and all rows of their images: those within a split, then those across splits."""
+def _pair_findings(images: _Images, code: str, what: str, across: str, pairs: Iterable[_Pair]) -> Iterator[Finding]:
+    """The pairs within a split, then those across splits."""
     within_split, across_splits = EvidenceList(), EvidenceList()
     for one, other, rows in pairs:
         differs = "" if images.same_labels(one, other) else ", labelled differently"
@@ -173,10 +165,10 @@ def _pair_findings(
         found.add(f"{images.describe(one)} = {images.describe(other)}{differs}")
     remedy = "Keep one of each, or all in the same split."
     if within_split:
-        yield within_split.finding("warning", codes[0], f"{len(within_split)} {what} within a split", remedy)
+        yield within_split.finding("warning", code, f"{len(within_split)} {what} within a split", remedy)
     if across_splits:
-        message = f"{len(across_splits)} {what} {across}: what is tested was trained on"
-        yield across_splits.finding("error", codes[1], message, remedy)
+        message = f"{len(across_splits)} {what} in {across}: what is tested was trained on"
+        yield across_splits.finding("error", f"{code}_across_splits", message, remedy)
 
 
 HASH_PX = 64

@@ -154,11 +154,14 @@ def resolve_targets(
     null_row = _equals(labels_table["au_state"], "null")
     in_train, evaluation = split == SPLITS.index("train"), evaluation_null_policy or null_policy
     is_negative = null_row & np.where(in_train, null_policy == "negative", evaluation == "negative")
+    distinct = labels_table["emotion"].combine_chunks().dictionary_encode()
+    classes = [emotion_index(text, taxonomy) for text in distinct.dictionary.to_pylist()]
+    codes = np.asarray(pc.fill_null(distinct.indices, len(classes)))
     shares = labels_table["votes"].combine_chunks()
     votes = np.full((len(shares), NUM_VOTES), np.nan, np.float32)
     votes[np.asarray(pc.is_valid(shares))] = np.asarray(shares.drop_null().flatten()).reshape(-1, NUM_VOTES)
     return Targets(
-        emotion=_emotion_targets(labels_table, taxonomy),
+        emotion=np.array([*classes, -1], np.int64)[codes],
         action_units=_action_unit_targets(labels_table, taxonomy, is_negative),
         null_row=null_row,
         votes=votes,
@@ -175,14 +178,6 @@ def emotion_index(text: str, taxonomy: Taxonomy) -> int:
         return found
     is_spelling = any(label_key(text) == label_key(name) for name in names)
     return int(text) if int(text) < len(names) and not is_spelling else -1
-
-
-def _emotion_targets(labels_table: pa.Table, taxonomy: Taxonomy) -> npt.NDArray[np.int64]:
-    distinct = labels_table["emotion"].combine_chunks().dictionary_encode()
-    classes = [emotion_index(text, taxonomy) for text in distinct.dictionary.to_pylist()]
-    codes = np.asarray(pc.fill_null(distinct.indices, len(classes)))
-    targets: npt.NDArray[np.int64] = np.array([*classes, -1], np.int64)[codes]
-    return targets
 
 
 def _action_unit_targets(

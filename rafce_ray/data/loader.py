@@ -43,21 +43,20 @@ class ImageArray:
     """Stored images, memory-mapped: every process of a node shares the same pages."""
 
     def __init__(self, batches: list[npt.NDArray[np.uint8]], meta: StoreMeta) -> None:
-        self._batches = batches
-        self._rows_per_batch = meta.rows_per_batch
-        self._num_images = meta.num_images
+        self._batches, self._meta = batches, meta
         self.stored_px = meta.stored_px
 
     def __len__(self) -> int:
-        return self._num_images
+        return self._meta.num_images
 
     def gather(self, indices: npt.NDArray[np.integer]) -> npt.NDArray[np.uint8]:
         """A uint8 (n, S, S, 3) copy of the images at ``indices``, in their order; IndexError out of range."""
         images = np.empty((len(indices), self.stored_px, self.stored_px, 3), np.uint8)
         for row, index in enumerate(np.asarray(indices).tolist()):
-            if not 0 <= index < self._num_images:
-                raise IndexError(f"image {index} of a store with {self._num_images}")
-            images[row] = self._batches[index // self._rows_per_batch][index % self._rows_per_batch]
+            if not 0 <= index < len(self):
+                raise IndexError(f"image {index} of a store with {len(self)}")
+            batch, position = divmod(index, self._meta.rows_per_batch)
+            images[row] = self._batches[batch][position]
         return images
 
 
@@ -273,12 +272,15 @@ class TrainLoader:
         self._seed, self._rank, self._num_workers, self._device = seed, rank, num_workers, device
         targets = dataset.targets
         self._sampling_weights = balancing_weights(targets.emotion[indices]) if oversample else None
-        self._emotion_weight = _emotion_weights(targets.emotion, class_weights)
-        self._known_aus = (~np.isnan(targets.action_units)).sum(axis=1)
-        self._known_votes = np.asarray(~np.isnan(targets.votes).any(axis=1))
-        self._emotion = torch.from_numpy(targets.emotion).to(device)
-        self._action_units = torch.from_numpy(targets.action_units).to(device)
-        self._votes = torch.from_numpy(targets.votes).to(device)
+        weights = np.ones(dataset.taxonomy.num_emotions) if class_weights is None else class_weights
+        # The norms' parts by image; -1, an unknown emotion, takes the last weight.
+        self._known: list[np.ndarray] = [
+            np.append(weights, 0.0)[targets.emotion],
+            (~np.isnan(targets.action_units)).sum(axis=1),
+            np.asarray(~np.isnan(targets.votes).any(axis=1)),
+        ]
+        arrays = targets.emotion, targets.action_units, targets.votes
+        self._targets = [torch.from_numpy(array).to(device) for array in arrays]
         self._images = ImageSource(dataset, indices, device)
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
@@ -299,10 +301,8 @@ class TrainLoader:
 
     def _batch(self, whole: np.ndarray, mine: np.ndarray, images: Tensor) -> Batch:
         at = torch.from_numpy(mine).to(self._device)
-        targets = self._emotion[at], self._action_units[at], self._votes[at]
-        known = self._emotion_weight, self._known_aus, self._known_votes
-        emotion, units, votes = (torch.tensor(float(one[whole].sum()), device=self._device) for one in known)
-        return Batch(images, *targets, emotion_norm=emotion, au_norm=units, votes_norm=votes, rows=mine)
+        norms = [torch.tensor(float(known[whole].sum()), device=self._device) for known in self._known]
+        return Batch._make([images, *(values[at] for values in self._targets), *norms, mine])
 
 
 class ImageSource:
@@ -336,11 +336,3 @@ class ImageSource:
 
     def _pinned(self, batch: np.ndarray) -> Tensor:
         return torch.from_numpy(self._images.gather(batch)).pin_memory()
-
-
-def _emotion_weights(emotion: np.ndarray, class_weights: np.ndarray | None) -> np.ndarray:
-    """Per image, the weight of its emotion in the loss; 0 where the emotion is unknown."""
-    known = emotion >= 0
-    if class_weights is None:
-        return known.astype(np.float64)
-    return np.where(known, np.asarray(class_weights, dtype=np.float64)[np.where(known, emotion, 0)], 0.0)

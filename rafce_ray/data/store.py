@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import shutil
-import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -28,7 +27,7 @@ from filelock import FileLock, Timeout
 
 from rafce_ray.base.console import say
 from rafce_ray.base.errors import GateError, RafceError
-from rafce_ray.base.storage import Location, StorageError, locate
+from rafce_ray.base.storage import Location, StorageError, locate, new_folder
 from rafce_ray.config import DataConfig
 from rafce_ray.data.records import Labels, Progress, advancing, positions
 from rafce_ray.faces.decode import DECODER_VERSION, FILE_LIMITS, DecodeError, decode_face
@@ -454,17 +453,8 @@ def _build(path: Path, labels: Labels, data: DataConfig, progress: Progress | No
             f"{path.parent}: {free / 1e9:.1f} GB are free, the store needs {needed / 1e9:.1f} GB. Free some, set "
             "data.store_dir to another disk, or lower data.stored_px."
         )
-    unfinished = path.with_name(f".{path.name}.{socket.gethostname().replace('.', '-')}-{os.getpid()}.tmp")
-    # The lock is held: whatever has this name was left by a dead process.
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
-    try:
-        meta = write_store(unfinished, labels, path.name, data.stored_px, progress)
-        os.rename(unfinished, path)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
-    return meta
+    with new_folder(path) as unfinished:
+        return write_store(unfinished, labels, path.name, data.stored_px, progress)
 
 
 def _download(shared: Location, path: Path) -> None:
