@@ -34,20 +34,6 @@ from rafce_ray.metrics.consistency import Association
 from rafce_ray.metrics.drift import DriftReference
 from rafce_ray.model.network import Architecture, MultiTaskModel, build_model
 
-__all__ = [
-    "MANIFEST",
-    "MODEL_CARD",
-    "WEIGHTS",
-    "Bundle",
-    "BundleError",
-    "canary_of",
-    "find_bundle",
-    "load_bundle",
-    "read_taxonomy",
-    "read_weights",
-    "save_bundle",
-]
-
 FORMAT_VERSION = 4
 """Version of the layout that this code writes; it also reads all earlier ones."""
 

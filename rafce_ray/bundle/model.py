@@ -25,8 +25,6 @@ from rafce_ray.metrics.calibration import Outputs, Probabilities, calibrated
 from rafce_ray.metrics.consistency import basic_emotion_membership, consistency_of
 
 Probability = Annotated[float, Field(ge=0, le=1, description="Calibrated probability, 0 to 1.")]
-_Label = Annotated[str, Field(description="Name of the class.")]
-_Index = Annotated[int, Field(ge=0, description="Label of the class in the training data, from 0.")]
 
 
 class Strict:
@@ -39,8 +37,8 @@ class Strict:
 class EmotionScore(Strict):
     """One emotion class."""
 
-    label: _Label
-    index: _Index
+    label: Annotated[str, Field(description="Name of the class.")]
+    index: Annotated[int, Field(ge=0, description="Label of the class in the training data, from 0.")]
     probability: Probability
 
 
@@ -59,12 +57,9 @@ class BasicEmotionScore(Strict):
 
 
 @dataclass(frozen=True)
-class EmotionPrediction(Strict):
+class EmotionPrediction(EmotionScore):
     """The most probable emotion as people would perceive it."""
 
-    label: _Label
-    index: _Index
-    probability: Probability
     unsure: Annotated[
         bool, Field(description="Its probability is below the model's limit of trust: do not take it at its word.")
     ]
@@ -238,17 +233,14 @@ class Predictor:
         top = tuple(EmotionScore(taxonomy.emotions[index], index, emotion[index]) for index in order)
         unsure = calibration.unsure_below is not None and top[0].probability < calibration.unsure_below
         scores = tuple(BasicEmotionScore(*pair) for pair in zip(self._basic_emotions, basics, strict=True))
-        read = EmotionPrediction(top[0].label, top[0].index, top[0].probability, unsure, top, scores)
-        return Prediction(read, found, self._consistency(top[0].index, found))
-
-    def _consistency(self, label: int, units: tuple[ActionUnitPrediction, ...]) -> ConsistencyRemark | None:
-        association = self.bundle.association
-        if association is None or not units:
-            return None
-        found = consistency_of(association, label, [unit.active for unit in units])
-        if found is None:
-            return None
-        return ConsistencyRemark(found.score, tuple(units[column].code for column in found.contradicting))
+        read = EmotionPrediction(**vars(top[0]), unsure=unsure, top=top, basic=scores)
+        association, remark = self.bundle.association, None
+        if association is not None and found:
+            remark = consistency_of(association, top[0].index, [unit.active for unit in found])
+        if remark is None:
+            return Prediction(read, found, None)
+        contradicting = tuple(found[column].code for column in remark.contradicting)
+        return Prediction(read, found, ConsistencyRemark(remark.score, contradicting))
 
 
 def predict_files(

@@ -7,7 +7,7 @@ figures. The card compares what the labels say (``audit.json``) with what traini
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -351,39 +351,37 @@ class Count:
 
 def class_counts(audit: Record, targets: Record) -> dict[str, dict[str, Count]]:
     """Images ``[class][split]`` in label order; empty where emotions are not trained or nothing is on record."""
-    labels = _get(audit, "splits")
-    return {
-        name: {
-            split: Count(_get(labels, split, "classes", name), _get(targets, split, "classes", name))
-            for split in SPLITS
-        }
-        for name in _get(targets, "train", "classes") or _get(labels, "train", "classes") or ()
-    }
+    return _counts(audit, targets, "classes", Count)
 
 
 def action_unit_counts(audit: Record, targets: Record) -> dict[str, dict[str, Count]]:
     """Positives ``[code][split]`` in vocabulary order; empty where AUs are not trained or nothing is on record."""
+
+    def count(labels: Record, trained: Record) -> Count:
+        said, seen = labels or {}, trained or {}
+        return Count(said.get("positives"), seen.get("positives"), seen.get("known", said.get("known")))
+
+    return _counts(audit, targets, "action_units", count)
+
+
+def _counts(
+    audit: Record, targets: Record, task: str, count: Callable[[Any, Any], Count]
+) -> dict[str, dict[str, Count]]:
     labels = _get(audit, "splits")
-    found: dict[str, dict[str, Count]] = {}
-    for code in _get(targets, "train", "action_units") or _get(labels, "train", "action_units") or ():
-        found[code] = {}
-        for split in SPLITS:
-            said, seen = (_get(record, split, "action_units", code) or {} for record in (labels, targets))
-            known = seen.get("known", said.get("known"))
-            found[code][split] = Count(said.get("positives"), seen.get("positives"), known)
-    return found
+    names = _get(targets, "train", task) or _get(labels, "train", task) or ()
+    return {
+        name: {split: count(_get(labels, split, task, name), _get(targets, split, task, name)) for split in SPLITS}
+        for name in names
+    }
 
 
 def split_sizes(audit: Record, targets: Record) -> dict[str, dict[str, int | None]]:
     """Per split: labelled ``rows``, ``images``, ``null`` AU labels, ``emotion_unknown``, and images as ``trained``."""
     return {
         split: {
-            "rows": _get(audit, "splits", split, "num_rows"),
-            "images": _get(audit, "splits", split, "num_images"),
-            "null": _get(audit, "splits", split, "num_null"),
-            "emotion_unknown": _get(audit, "splits", split, "num_emotion_unknown"),
-            "trained": _get(targets, split, "num_images"),
+            name: _get(audit, "splits", split, f"num_{name}") for name in ("rows", "images", "null", "emotion_unknown")
         }
+        | {"trained": _get(targets, split, "num_images")}
         for split in SPLITS
     }
 

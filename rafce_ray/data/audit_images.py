@@ -81,12 +81,11 @@ def image_findings(labels: Labels, targets: Targets, progress: Progress | None) 
     shown = np.flatnonzero(~blank)
     groups = [pixels.rows[shown[group]] for group in groups_of_equals(pa.array(pixels.digests[shown]))]
     exact = [(int(group[0]), row, group) for group in groups for row in group[1:].tolist()]
+    codes = "exact_duplicates", "exact_duplicates_across_splits"
+    findings += _pair_findings(images, codes, "images are exact duplicates of another", "more than one split", exact)
     near = _near_pairs_of(images, pixels, shown, groups)
-    for code, what, across, pairs in (
-        ("exact_duplicates", "images are exact duplicates of another", "more than one split", exact),
-        ("near_duplicates", "pairs of images are nearly the same", "different splits", near),
-    ):
-        findings += _pair_findings(images, code, what, across, pairs)
+    codes = "near_duplicates", "near_duplicates_across_splits"
+    findings += _pair_findings(images, codes, "pairs of images are nearly the same", "different splits", near)
     return findings
 
 
@@ -156,7 +155,9 @@ def _near_pairs_of(
             yield one, other, np.concatenate([group_of.get(row, np.array([row])) for row in (one, other)])
 
 
-def _pair_findings(images: _Images, code: str, what: str, across: str, pairs: Iterable[_Pair]) -> Iterator[Finding]:
+def _pair_findings(
+    images: _Images, codes: tuple[str, str], what: str, across: str, pairs: Iterable[_Pair]
+) -> Iterator[Finding]:
     """The pairs within a split, then those across splits."""
     within_split, across_splits = EvidenceList(), EvidenceList()
     for one, other, rows in pairs:
@@ -165,10 +166,10 @@ def _pair_findings(images: _Images, code: str, what: str, across: str, pairs: It
         found.add(f"{images.describe(one)} = {images.describe(other)}{differs}")
     remedy = "Keep one of each, or all in the same split."
     if within_split:
-        yield within_split.finding("warning", code, f"{len(within_split)} {what} within a split", remedy)
+        yield within_split.finding("warning", codes[0], f"{len(within_split)} {what} within a split", remedy)
     if across_splits:
         message = f"{len(across_splits)} {what} in {across}: what is tested was trained on"
-        yield across_splits.finding("error", f"{code}_across_splits", message, remedy)
+        yield across_splits.finding("error", codes[1], message, remedy)
 
 
 HASH_PX = 64

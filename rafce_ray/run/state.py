@@ -241,11 +241,8 @@ class Training:
     def au_weight(self, epoch: int) -> float:
         """The AU loss weight of an epoch (0-based) under the curriculum."""
         loss = self.config.loss
-        if epoch < loss.au_start_epoch:
-            return 0.0
-        if loss.au_ramp_epochs == 0:
-            return loss.au_weight
-        return loss.au_weight * min(1.0, (epoch - loss.au_start_epoch + 1) / loss.au_ramp_epochs)
+        ramp = (epoch - loss.au_start_epoch + 1) / max(loss.au_ramp_epochs, 1)
+        return loss.au_weight * min(1.0, max(0.0, ramp))
 
     def save(self, metrics: dict[str, Any], score: float | None) -> Checkpoint:
         """Write a checkpoint of the current state; rank 0 only."""
