@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from rafce_ray.base.console import LEVEL_STYLES, printable
@@ -721,9 +721,8 @@ def render(audit: Audit, console: Console) -> None:
 
 
 def _table(title: str, columns: list[str], rows: list[tuple[str, ...]]) -> Table:
-    table = Table(title=title, title_justify="left")
-    for position, column in enumerate(columns):
-        table.add_column(column, justify="right" if position else "left")
+    others = (Column(name, justify="right") for name in columns[1:])
+    table = Table(columns[0], *others, title=title, title_justify="left")
     for row in rows:
         table.add_row(*row)
     return table

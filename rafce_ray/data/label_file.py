@@ -663,7 +663,14 @@ def read_rafce(root: Location, images: str | None, encoding: str = AUTO) -> Labe
     if len(labelled) == 2 and not names.equals(labelled[1].names):
         names = pc.unique(pa.concat_arrays([file.names for file in labelled]))
     unit_columns, tokens, unit_findings = _action_units(names, action_units or no_label_file())
-    columns = {"name": names, **_emotion_columns(names, emotions or no_label_file()), **unit_columns}
+    emotion_rows = emotions or no_label_file()
+    row = emotion_rows.locate(names)
+    columns = {
+        "name": names,
+        "emotion": emotion_rows.values.combine_chunks().take(pa.array(row, mask=~emotion_rows.usable(row))),
+        "emotion_line": pa.array(emotion_rows.lines_at(row), mask=row < 0),
+        **unit_columns,
+    }
     findings = [
         *_file_findings(names, emotions, "rows_without_emotion", "their emotion is unknown"),
         *_file_findings(names, action_units, "rows_without_action_units", "their action units are unknown"),
@@ -685,7 +692,7 @@ def read_rafce(root: Location, images: str | None, encoding: str = AUTO) -> Labe
     ]
     digests = {file.file: file.sha256 for file in (*labelled, partition, votes) if file}
     emotion_file, au_file = (file.file if file else None for file in (emotions, action_units))
-    del emotions, action_units, labelled, partition, votes
+    del emotions, emotion_rows, action_units, labelled, partition, votes
     release_memory()
     matched = match_images(names, root, images)
     columns |= image_columns(matched.listing.table, matched.index)
@@ -725,14 +732,6 @@ def _spare_findings(names: pa.Array, file: LabelFile | None, level: Level, code:
         )
         message = f"{file.file}: {len(unknown)} names have neither an emotion nor an action-unit label: not used"
         yield Finding(level, code, message, "Add their labels, or delete the lines.", len(unknown), evidence)
-
-
-def _emotion_columns(names: pa.Array, file: LabelFile) -> dict[str, pa.Array]:
-    row = file.locate(names)
-    return {
-        "emotion": file.values.combine_chunks().take(pa.array(row, mask=~file.usable(row))),
-        "emotion_line": pa.array(file.lines_at(row), mask=row < 0),
-    }
 
 
 def _action_units(names: pa.Array, file: LabelFile) -> tuple[dict[str, pa.Array], dict[str, int], list[Finding]]:

@@ -81,7 +81,12 @@ def list_images(folder: Location, *, recursive: bool, limit: int | None = None) 
         OSError: the folder itself cannot be read.
     """
     local, unreadable = folder.local, EvidenceList()
-    entries = _scan(local, recursive, unreadable) if local is not None else _list_remote(folder, recursive)
+    if local is not None:
+        entries = _scan(local, recursive, unreadable)
+    else:
+        files = (info for info in folder.list(recursive=recursive) if info.type == pafs.FileType.File)
+        skip = len(folder.path.rstrip("/")) + 1
+        entries = ((info.path[skip:], info.size or 0, info.mtime_ns or 0) for info in files)
     rows = ArrowRows(_SCHEMA)
     for entry in islice(entries, limit):
         if entry[0].lower().endswith(_ENDINGS):
@@ -200,18 +205,18 @@ def _scan(
                 unreadable.add(error.strerror or str(error), relative)
 
 
-def _list_remote(folder: Location, recursive: bool) -> Iterator[tuple[str, int, int]]:
-    skip = len(folder.path.rstrip("/")) + 1
-    for info in folder.list(recursive=recursive):
-        if info.type == pafs.FileType.File:
-            yield info.path[skip:], info.size or 0, info.mtime_ns or 0
-
-
 def _match(names: pa.Array, listing: Listing) -> Matched:
     paths = listing.table["path"].chunk(0)
     keys = _keys(paths)
     repeated = groups_of_equals(keys)
-    index = _match_repeated(names, paths, keys) if repeated else positions(_keys(names), keys)
+    index = positions(_keys(names), keys)
+    if repeated:
+        # Files differ only by suffix or extension: the very name comes first, then the file with the suffix.
+        is_aligned = np.asarray(pc.match_substring_regex(paths, f"_aligned((?i){_ANY})?$"))
+        order = np.argsort(~is_aligned, kind="stable")
+        by_key = np.append(order, -1)[positions(_keys(names), keys.take(pa.array(order)))]
+        exact = positions(names, paths)
+        index = np.where(exact >= 0, exact, by_key)
     index, findings = _match_plain(names, paths, index)
     used = np.zeros(len(paths), bool)
     used[index[index >= 0]] = True
@@ -294,16 +299,6 @@ def _unlisted(missing: pa.Array, folder: Location) -> dict[str, NearImage]:
         elif os.path.islink(path):
             found[name] = NearImage("as a link to a file that is missing", name)
     return found
-
-
-def _match_repeated(names: pa.Array, paths: pa.Array, keys: pa.Array) -> npt.NDArray[np.int64]:
-    """Where files differ only by suffix or extension: the very name first, then the file with the suffix."""
-    exact = pc.index_in(names, value_set=paths)
-    # index_in takes the first of equal keys: files with the suffix come first.
-    is_aligned = np.asarray(pc.match_substring_regex(paths, f"_aligned((?i){_ANY})?$"))
-    order = pa.array(np.argsort(~is_aligned, kind="stable"))
-    by_key = order.take(pc.index_in(_keys(names), value_set=keys.take(order)))
-    return np.asarray(pc.fill_null(pc.coalesce(pc.cast(exact, pa.int64()), by_key), -1))
 
 
 def _keys(names: pa.Array) -> pa.Array:

@@ -64,7 +64,8 @@ def write_split(
     if faults:
         raise GateError("\n".join(f"{one.message}. {one.remedy}".strip() for one in faults))
     source = table.find_table(locate(str(data.root))) if labels.layout == "table" else None
-    written = _target(labels, source)
+    stem, _, ending = ("labels.csv" if source is None else source.name).rpartition(".")
+    written = labels.root / (label_file.PARTITION_FILE if labels.layout == "rafce" else f"{stem}.split.{ending}")
     if written.exists():
         aside = shlex.quote(f"{written.shown}.old")
         raise UsageError(
@@ -183,14 +184,6 @@ def _labelled(labels_table: pa.Table) -> tuple[npt.NDArray[np.int64], npt.NDArra
     numbers = sorted({number for one in lists for number in one})
     present = np.array([np.isin(numbers, one) for one in lists], bool).reshape(len(lists), len(numbers))
     return np.unique(emotions, return_inverse=True)[1].astype(np.int64), present
-
-
-def _target(labels: Labels, source: Location | None) -> Location:
-    if labels.layout == "rafce":
-        return labels.root / label_file.PARTITION_FILE
-    name = "labels.csv" if source is None else source.name
-    stem, _, ending = name.rpartition(".")
-    return labels.root / f"{stem}.split.{ending}"
 
 
 def _column(cells: table.Cells | None, title: str, labels: Labels) -> dict[str, str]:

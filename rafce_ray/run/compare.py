@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
-from rich.table import Table
+from rich.table import Column, Table
 
 from rafce_ray.base.console import warn
 from rafce_ray.base.errors import UsageError
@@ -353,22 +353,15 @@ def render(compared: Compared) -> list[Table]:
 def _other_circumstances(compared: Compared) -> list[list[str]]:
     """Rows of the circumstances, except the configuration, in which any run differs from the first."""
     all_of_them = [run.circumstances for run in compared.runs]
-    differing = {
-        one.what
-        for other in all_of_them[1:]
-        for one in compare_circumstances(all_of_them[0], other)
-        if one.verdict == "differs" and one.what not in ("configuration", "seed")
-    }
+    compared_ones = (one for other in all_of_them[1:] for one in compare_circumstances(all_of_them[0], other))
+    differing = {one.what for one in compared_ones if one.verdict == "differs"} - {"configuration", "seed"}
     names = dict.fromkeys(what for one in all_of_them for what in one if what in differing)
     return [[what, *(str(one.get(what))[:20] for one in all_of_them)] for what in names]
 
 
 def _table(first: str, runs: Sequence[Run]) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), title=" ", title_justify="left")
-    table.add_column(first, no_wrap=True)
-    for run in runs:
-        table.add_column(run.name, justify="right", overflow="fold")
-    return table
+    others = (Column(run.name, justify="right", overflow="fold") for run in runs)
+    return Table(Column(first, no_wrap=True), *others, box=None, padding=(0, 2, 0, 0), title=" ", title_justify="left")
 
 
 def _with_interval(value: float, interval: Sequence[float]) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
-from rich.table import Table
+from rich.table import Column, Table
 
 from rafce_ray.base.console import progress_bar, to_json
 from rafce_ray.base.errors import UsageError
@@ -167,9 +167,8 @@ def data_changes(original: RunFolder, plan: Plan) -> str:
 
 def circumstances_table(circumstances: Sequence[Circumstance]) -> Table:
     """Every circumstance as a table row; one that is the same has one value."""
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for name in ("circumstance", "original", "now", ""):
-        table.add_column(name, overflow="fold")
+    columns = (Column(name, overflow="fold") for name in ("circumstance", "original", "now", ""))
+    table = Table(*columns, box=None, padding=(0, 2, 0, 0))
     for one in circumstances:
         now = "" if one.verdict == "same" else one.replay or "unknown"
         table.add_row(one.what, one.original or "unknown", now, one.verdict)
