@@ -120,15 +120,9 @@ def _training_data(provenance: Mapping[str, Any], audit: Record, targets: Record
     ]
     if audit is None and targets is None:
         return "\n\n".join([*lines, "There is no record of its labels."])
+    titles = "labelled rows", "with an image", "AU label null", "emotion unknown", "in this run"
     rows = [
-        {
-            "split": split,
-            "labelled rows": _count(size["rows"]),
-            "with an image": _count(size["images"]),
-            "AU label null": _count(size["null"]),
-            "emotion unknown": _count(size["emotion_unknown"]),
-            "in this run": _count(size["trained"]),
-        }
+        {"split": split, **dict(zip(titles, map(_count, size.values()), strict=True))}
         for split, size in split_sizes(audit, targets).items()
     ]
     lines.append(_table(rows))
@@ -266,25 +260,17 @@ def _limits_of_figures(figures: Mapping[str, Any]) -> Iterator[str]:
     never_right = [_text(one["emotion"]) for one in classes if one["support"] >= MIN_SUPPORT and one["f1"] == 0]
     units = figures.get("per_au", [])
     against = {entry["action_unit"]: against_floor(entry) for entry in units}
+    absent = [name for name, support in images.items() if support == 0]
+    rare = [name for name, support in images.items() if 0 < support < MIN_SUPPORT]
+    without_positive = [entry["action_unit"] for entry in units if entry["support"] == 0]
+    below, unclear = ([code for code in against if against[code] == verdict] for verdict in ("below", "unclear"))
     for text, names in (
-        ("Classes that do not occur in the split, of which nothing is known", [n for n in images if images[n] == 0]),
-        (
-            f"Classes with under {MIN_SUPPORT} images, whose figures mean little",
-            [name for name in images if 0 < images[name] < MIN_SUPPORT],
-        ),
+        ("Classes that do not occur in the split, of which nothing is known", absent),
+        (f"Classes with under {MIN_SUPPORT} images, whose figures mean little", rare),
         ("Classes that it never gets right", never_right),
-        (
-            "Action units without a positive in the split, of which nothing is known",
-            [entry["action_unit"] for entry in units if entry["support"] == 0],
-        ),
-        (
-            "Action units below the floor of always saying present",
-            [code for code, verdict in against.items() if verdict == "below"],
-        ),
-        (
-            "Action units that cannot be told apart from that floor",
-            [code for code, verdict in against.items() if verdict == "unclear"],
-        ),
+        ("Action units without a positive in the split, of which nothing is known", without_positive),
+        ("Action units below the floor of always saying present", below),
+        ("Action units that cannot be told apart from that floor", unclear),
     ):
         if names:
             yield f"{text}: {', '.join(names)}."
