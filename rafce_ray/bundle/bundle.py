@@ -330,7 +330,7 @@ def read_taxonomy(location: Location) -> Taxonomy:
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """Parameters and buffers (...) of a local bundle by name, in the architecture's shapes and dtypes, on the CPU.
+    """Parameters and buffers of a local bundle by name, in the architecture's shapes and dtypes, on the CPU.
 
     Raises:
         BundleError: the manifest or the weights cannot be read, or the sha256 differs from the manifest's.

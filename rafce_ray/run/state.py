@@ -66,7 +66,7 @@ class Session(Protocol):
         """The module whose gradients are averaged over workers."""
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sum of values (...) over workers, of their shape and dtype, on the CPU; every worker must call it."""
+        """Sum of values (N,) over workers, of the same shape and dtype, on the CPU; every worker must call it."""
 
     def broadcast(self, value: str | None) -> str | None:
         """Rank 0's value; every worker must call it."""
@@ -96,7 +96,7 @@ class LocalSession:
         return module
 
     def sum(self, values: Tensor) -> Tensor:
-        """The values (...) themselves, of their shape and dtype, on the CPU."""
+        """The values (N,) themselves, of the same shape and dtype, on the CPU."""
         return values.detach().cpu()
 
     def broadcast(self, value: str | None) -> str | None:
