@@ -13,7 +13,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -341,7 +341,7 @@ def ensure_store_at(
     if meta is not None and not is_remote:
         return StoreHandle(path, str(path), False, "", meta)
     with _locked(local, key):
-        _remove_leftovers(local)
+        _remove_leftovers(local, key)
         built, reason = False, ""
         meta = _whole(path)
         if meta is None and is_remote and (shared / key / META).exists():
@@ -412,10 +412,11 @@ def _lock(folder: Path, key: str) -> FileLock:
     return FileLock(folder / f".{key}.lock")
 
 
-def _remove_leftovers(folder: Path) -> None:
-    """Delete half-made stores whose builder is gone: nobody holds their lock."""
+def _remove_leftovers(folder: Path, held: str) -> None:
+    """Delete half-made stores whose builder is gone: nobody else holds their lock. ``held``: this process's key."""
     for leftover in folder.glob(".*.tmp"):
-        with suppress(Timeout), _lock(folder, leftover.name.split(".")[1]).acquire(blocking=False):
+        key = leftover.name.split(".")[1]
+        with suppress(Timeout), nullcontext() if key == held else _lock(folder, key).acquire(blocking=False):
             shutil.rmtree(leftover, ignore_errors=True)
             say(f"Removed a half-made store that an ended process left behind: {leftover.name}")
 

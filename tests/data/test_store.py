@@ -1,5 +1,6 @@
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -109,6 +110,17 @@ def test_nothing_decodable_is_refused_and_leaves_nothing(make_faces, tmp_path):
     with pytest.raises(GateError, match=r"none of 3 labelled images .* 3 cannot be decoded"):
         ensure(config(root, tmp_path))
     assert leftovers(tmp_path / "stores") == []
+
+
+def test_what_killed_builders_left_is_removed_whatever_its_key(make_faces, tmp_path, capsys):
+    data = config(make_faces(3), tmp_path)
+    path = ensure(data).path
+    shutil.rmtree(path)
+    for key in (path.name, "another"):
+        (path.parent / f".{key}.0123abcd.tmp").mkdir()
+    assert ensure(data).built
+    assert leftovers(path.parent) == []
+    assert capsys.readouterr().err.count("Removed a half-made store") == 2
 
 
 def test_changes_of_the_source_rebuild_the_store_and_are_named(make_faces, tmp_path):
