@@ -23,6 +23,7 @@ from rafce_ray.base.figures import MAIN
 from rafce_ray.base.hardware import describe_hardware
 from rafce_ray.bundle.evaluate import EVALUATION_BATCH
 from rafce_ray.data.loader import batch_remark, step_seed, tally
+from rafce_ray.data.records import counted
 from rafce_ray.faces.preprocess import preprocess
 from rafce_ray.metrics.counts import Counts, count_batch, summarise, with_score
 from rafce_ray.model.optim import learning_rate
@@ -106,8 +107,8 @@ def _announce(training: Training, remark: str | None) -> None:
     weights = training.weights_report
     training.folder.add_event(
         "started",
-        message=f"{session.num_workers} worker(s) on {session.device.type}, {training.precision}; backbone weights: "
-        f"{weights.summary}",
+        message=f"{counted(session.num_workers, 'worker')} on {session.device.type}, {training.precision}; "
+        f"backbone weights: {weights.summary}",
         pid=os.getpid(),
         num_workers=session.num_workers,
         precision=training.precision,
