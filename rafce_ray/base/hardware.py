@@ -1,11 +1,13 @@
-"""Describes the machine: its devices, bf16 support, and the hardware and software that a run's provenance records."""
+"""Describes the machine: devices, cores, own addresses, and the hardware and software in a run's provenance."""
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
-from functools import cache
+from functools import cache, lru_cache
 from importlib import metadata
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,27 @@ def choose_device(wanted: str = "auto") -> torch.device:
     if wanted not in here:
         raise UsageError(f"--device {wanted}: there is no such device here. Use one of: auto, {', '.join(here)}.")
     return torch.device(wanted)
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@lru_cache(maxsize=256)
+def ip_address_of(host: str) -> IPv4Address | IPv6Address | None:
+    """A host that is written as an address, IPv4 for one mapped into IPv6; None for a name."""
+    try:
+        address = ip_address(host)
+    except ValueError:
+        return None
+    return getattr(address, "ipv4_mapped", None) or address
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host is this machine itself, by its address or as ``localhost``."""
+    address = ip_address_of(host)
+    return host == "localhost" or (address is not None and address.is_loopback)
 
 
 def has_fast_bf16(device: torch.device) -> bool:

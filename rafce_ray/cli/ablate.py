@@ -6,7 +6,7 @@ import argparse
 
 from rafce_ray.base.console import print_json, say, to_json
 from rafce_ray.base.errors import UsageError
-from rafce_ray.cli.arguments import JSON_HELP, command, recipe_names
+from rafce_ray.cli.arguments import add_configuration, command, require_data_root
 
 
 @command
@@ -16,10 +16,7 @@ def main(argv: list[str]) -> int:
     from rafce_ray.config import load_config
 
     base = load_config(arguments.config, arguments.overrides, recipe=arguments.recipe)
-    if base.data.root is None:
-        raise UsageError(
-            "data.root is not set: name the folder of labelled faces, for example data.root=path/to/RAF-CE."
-        )
+    require_data_root(base)
     if arguments.seeds < 1:
         raise UsageError(f"--seeds {arguments.seeds}: expected at least 1; 3 tell luck from effect.")
     from rafce_ray.study.ablation import ablated_keys, ablation_arms, markdown, plot
@@ -39,16 +36,15 @@ def main(argv: list[str]) -> int:
         minority=arguments.minority.split(",") if arguments.minority else None,
         concurrent=arguments.concurrent,
     )
+    table = markdown(ablation)
     (study.location / "ablation.json").write_bytes((to_json(ablation.to_json()) + "\n").encode())
-    (study.location / "ablation.md").write_bytes(markdown(ablation).encode())
+    (study.location / "ablation.md").write_bytes(table.encode())
     (study.location / "ablation.svg").write_bytes(plot(ablation))
-    print(markdown(ablation))
+    print(table)
     if arguments.json:
         print_json(ablation.to_json())
-    say(
-        f"made {study.location.shown}: ablation.md, ablation.json, ablation.svg; next: rafce doctor "
-        f"{study.location.shown}"
-    )
+    place = study.location.shown
+    say(f"made {place}: ablation.md, ablation.json, ablation.svg; next: rafce doctor {place}")
     if ablation.missing:
         say(
             f"{len(ablation.missing)} trials have no result and are left out: {', '.join(ablation.missing)}. The same "
@@ -65,11 +61,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Example: rafce ablate data.root=faces model.backbone=mobilenet_v3_small model.image_px=64 "
         "optim.epochs=24",
     )
-    parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="configuration keys: data and size of the runs"
-    )
-    parser.add_argument("--config", metavar="FILE", help="YAML configuration of data and size")
-    parser.add_argument("--recipe", metavar="NAME", help=f"predefined configuration: {', '.join(recipe_names())}")
+    add_configuration(parser, "configuration keys: data and size of the runs")
     parser.add_argument("--seeds", type=int, default=3, help="seeds per arm (default 3)")
     parser.add_argument("--arms", metavar="A,B", help="run these arms only, and the arms that they are compared with")
     parser.add_argument(
@@ -81,5 +73,4 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--concurrent", type=int, help="trials that run at the same time (default: one per GPU, or per CPU)"
     )
-    parser.add_argument("--json", action="store_true", help=JSON_HELP)
     return parser

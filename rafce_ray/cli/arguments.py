@@ -7,9 +7,13 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rafce_ray.base.console import run_main
-from rafce_ray.base.errors import did_you_mean
+from rafce_ray.base.errors import UsageError, did_you_mean
+
+if TYPE_CHECKING:
+    from rafce_ray.config import Config
 
 SPLITS = ("train", "validation", "test")
 ENGINES = ("auto", "torch", "openvino", "onnxruntime")
@@ -39,6 +43,26 @@ def parse_verb(parser: argparse.ArgumentParser, argv: Sequence[str], known: Iter
     """Exit with 2, and the nearest verb, where the first word of a command with verbs of its own is none of them."""
     if argv and not argv[0].startswith("-") and argv[0] not in (verbs := list(known)):
         parser.error(unknown_verb(argv[0], verbs))
+
+
+def add_configuration(parser: argparse.ArgumentParser, overrides: str) -> None:
+    """The arguments that make a training configuration: ``overrides``, --config and --recipe; and --json."""
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help=overrides)
+    parser.add_argument("--config", metavar="FILE", help="YAML configuration; it overrides the recipe")
+    parser.add_argument("--recipe", metavar="NAME", help=f"predefined configuration: {', '.join(recipe_names())}")
+    parser.add_argument("--json", action="store_true", help=JSON_HELP)
+
+
+def add_data_overrides(parser: argparse.ArgumentParser, help_: str) -> None:
+    """``overrides`` of the section data."""
+    parser.add_argument("overrides", nargs="*", metavar="data.KEY=VALUE", help=help_)
+
+
+def require_data_root(config: Config, prefix: str = "") -> None:
+    """UsageError where no data is named; ``prefix`` precedes the key on the command line, such as ``base.``."""
+    if config.data.root is None:
+        key = f"{prefix}data.root"
+        raise UsageError(f"{key} is not set: name the folder of labelled faces, for example {key}=path/to/RAF-CE.")
 
 
 def recipe_names() -> list[str]:

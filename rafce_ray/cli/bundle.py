@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rafce_ray.base.console import print_json, say
 from rafce_ray.cli.arguments import BUNDLE_HELP, ENGINES, command, parse_verb
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import Console
 
     from rafce_ray.base.storage import Location
     from rafce_ray.registry.live import Gate, LiveRecord
     from rafce_ray.registry.promotion import Outcome
 
-_COLUMNS = ("version", "live", "added", "backbone", "score", "on", "sha256")
 _STYLES = {"passed": "green", "refused": "bold red"}
 
 
@@ -46,7 +45,8 @@ def _list(registry: Location, arguments: argparse.Namespace) -> None:
         for row in rows:
             print_json(row)
     elif rows:
-        _print_rows(_COLUMNS, [_cells(row) for row in rows])
+        columns = ("version", "live", "added", "backbone", "score", "on", "sha256")
+        _print_table(columns, map(_cells, rows))
     for row in rows:
         if row["problem"] is not None:
             say(f"{row['version']}: {row['problem']}")
@@ -54,32 +54,39 @@ def _list(registry: Location, arguments: argparse.Namespace) -> None:
 
 
 def _show(registry: Location, arguments: argparse.Namespace) -> None:
-    from rafce_ray.base.console import console
     from rafce_ray.registry.live import read_history, read_live
     from rafce_ray.registry.versions import read_version, summary_of
 
     live = read_live(registry)
-    if arguments.version is None:
-        history = read_history(registry)
-        if arguments.json:
-            print_json(
-                {
-                    "live": None if live is None else live.model_dump(mode="json"),
-                    "history": [record.model_dump(mode="json") for record in history],
-                }
-            )
-        else:
-            if live is not None:
-                console.print(_gates_table(live.gates))
-            if history:
-                _print_rows(("number", "when", "what", "version", "by", "overruled", "why"), map(_event, history))
-        say(_what_is_live(registry, live))
-        return
-    summary = summary_of(read_version(registry, arguments.version), live)
-    if arguments.json:
-        print_json(summary)
+    columns: tuple[str, ...] = ("what", "value")
+    if arguments.version is not None:
+        record = summary_of(read_version(registry, arguments.version), live)
+        rows = [[key, _text(value)] for key, value in record.items()]
     else:
-        _print_rows(("what", "value"), [(key, _text(value)) for key, value in summary.items()])
+        history = read_history(registry)
+        record = {
+            "live": None if live is None else live.model_dump(mode="json"),
+            "history": [one.model_dump(mode="json") for one in history],
+        }
+        columns = ("number", "when", "what", "version", "by", "overruled", "why")
+        rows = [
+            [
+                f"{one.number}",
+                f"{one.since:%Y-%m-%d %H:%M:%S}",
+                one.action,
+                one.version,
+                one.by,
+                _text(one.overruled),
+                one.why,
+            ]
+            for one in history
+        ]
+        if live is not None and not arguments.json:
+            _print_gates(live.gates)
+    if arguments.json:
+        print_json(record)
+    elif rows:
+        _print_table(columns, rows)
     say(_what_is_live(registry, live))
 
 
@@ -97,7 +104,6 @@ def _add(registry: Location, arguments: argparse.Namespace) -> None:
 
 
 def _promote(registry: Location, arguments: argparse.Namespace) -> None:
-    from rafce_ray.base.console import console
     from rafce_ray.registry.promotion import Reason, Refused, Rules, promote, take_candidate
 
     reason = Reason(arguments.why, arguments.force)
@@ -109,7 +115,7 @@ def _promote(registry: Location, arguments: argparse.Namespace) -> None:
         say(f"Asking the gates of {version}: it is loaded, asked and timed.")
         outcome = promote(registry, version, reason, rules)
     except Refused as refused:
-        console.print(_gates_table(refused.gates))
+        _print_gates(refused.gates)
         if arguments.json:
             gates = [gate.model_dump(mode="json") for gate in refused.gates]
             print_json({"changed": False, "version": refused.version, "refused": True, "gates": gates})
@@ -124,10 +130,8 @@ def _rollback(registry: Location, arguments: argparse.Namespace) -> None:
 
 
 def _tell(registry: Location, outcome: Outcome, is_json: bool) -> None:
-    from rafce_ray.base.console import console
-
     if outcome.changed:
-        console.print(_gates_table(outcome.live.gates))
+        _print_gates(outcome.live.gates)
         if outcome.live.overruled:
             say(f"Overruled: {', '.join(outcome.live.overruled)}, because: {outcome.live.why}")
     else:
@@ -148,35 +152,14 @@ def _what_is_live(registry: Location, live: LiveRecord | None) -> str:
     )
 
 
-def _gates_table(gates: Sequence[Gate]) -> Table:
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for name in ("gate", "verdict", "found"):
-        table.add_column(name, overflow="fold", vertical="top", no_wrap=name == "gate")
-    for gate in gates:
-        table.add_row(gate.name, Text(gate.verdict, _STYLES.get(gate.verdict, "")), Text(gate.detail))
-    return table
-
-
-def _event(record: LiveRecord) -> tuple[str, ...]:
-    when = f"{record.since:%Y-%m-%d %H:%M:%S}"
-    overruled = ", ".join(record.overruled) or "-"
-    return (str(record.number), when, record.action, record.version, record.by, overruled, record.why)
-
-
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
-    live = "live" if row["is_live"] else ""
-    measured = "-" if row["split"] is None else f"{row['split']}, {_text(row['num_images'])} images"
-    score = row["score"]
     return (
         row["version"],
-        live,
+        "live" if row["is_live"] else "",
         _text(row["added"])[:16].replace("T", " "),
         _text(row["backbone"]),
-        "-" if score is None else f"{score:.3f}",
-        measured,
+        "-" if row["score"] is None else f"{row['score']:.3f}",
+        "-" if row["split"] is None else f"{row['split']}, {_text(row['num_images'])} images",
         _text(row["sha256"])[:12],
     )
 
@@ -187,22 +170,32 @@ def _text(value: object) -> str:
     return "-" if value is None else str(value)
 
 
-def _print_rows(columns: Sequence[str], rows: Any) -> None:
+def _print_gates(gates: Sequence[Gate]) -> None:
+    from rafce_ray.base.console import console
+
+    _print_columns(console, ("gate", "verdict", "found"), ((gate.name, gate.verdict, gate.detail) for gate in gates))
+
+
+def _print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """A table on a terminal, lines with tabs elsewhere."""
     if not sys.stdout.isatty():
-        for row in [columns, *rows]:
-            sys.stdout.write("\t".join(row) + "\n")
+        sys.stdout.writelines("\t".join(row) + "\n" for row in [columns, *rows])
         return
     from rich.console import Console
+
+    _print_columns(Console(highlight=False), columns, rows)
+
+
+def _print_columns(console: Console, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     for name in columns:
-        table.add_column(name, overflow="fold", vertical="top")
+        table.add_column(name, overflow="fold", vertical="top", no_wrap=name == "gate")
     for row in rows:
-        table.add_row(*map(Text, row))
-    Console(highlight=False).print(table)
+        table.add_row(*(Text(cell, _STYLES.get(cell, "")) for cell in row))
+    console.print(table)
 
 
 def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
@@ -217,25 +210,25 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     show.add_argument("version", nargs="?", metavar="VERSION", help="a version's name")
     add = _verb(verbs, "add", _add, "add a bundle to the registry, verified, without promoting it")
     add.add_argument("bundle", metavar="BUNDLE", help=BUNDLE_HELP)
-    _name_option(add)
-    promote_verb = _verb(verbs, "promote", _promote, "promote a version to live, if all checks (gates) pass")
-    promote_verb.add_argument("candidate", metavar="BUNDLE_OR_VERSION", help="a version's name, or a bundle to add")
-    _name_option(promote_verb)
-    promote_verb.add_argument("--force", action="store_true", help="promote although gates refuse; needs --why")
-    promote_verb.add_argument("--why", metavar="TEXT", help="reason, recorded in the history")
-    promote_verb.add_argument(
+    promote = _verb(verbs, "promote", _promote, "promote a version to live, if all checks (gates) pass")
+    promote.add_argument("candidate", metavar="BUNDLE_OR_VERSION", help="a version's name, or a bundle to add")
+    promote.add_argument("--force", action="store_true", help="promote although gates refuse; needs --why")
+    promote.add_argument(
         "--max-latency-ratio",
         type=float,
         default=1.5,
         metavar="X",
         help="allowed ms per face, as a multiple of the live version's (default %(default)s)",
     )
-    _engine_option(promote_verb)
-    rollback = _verb(
-        verbs, "rollback", _rollback, "roll back to the version that was live before; repeat it to go back further"
-    )
-    rollback.add_argument("--why", metavar="TEXT", help="reason, recorded in the history")
-    _engine_option(rollback)
+    back = "roll back to the version that was live before; repeat it to go back further"
+    rollback = _verb(verbs, "rollback", _rollback, back)
+    for verb in (add, promote):
+        name = "name of the new version (default: start of its weights' sha256)"
+        verb.add_argument("--as", dest="name", metavar="NAME", help=name)
+    for verb in (promote, rollback):
+        verb.add_argument("--why", metavar="TEXT", help="reason, recorded in the history")
+        engine = "engine that runs the models while they are checked and timed (default auto, as in serving)"
+        verb.add_argument("--engine", choices=ENGINES, default="auto", help=engine)
     return parser, list(verbs.choices)
 
 
@@ -245,22 +238,3 @@ def _verb(verbs: Any, name: str, run: Callable[[Location, argparse.Namespace], N
     parser.add_argument("--json", action="store_true", help="print JSON on standard output")
     parser.set_defaults(run=run)
     return parser
-
-
-def _name_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--as", dest="name", metavar="NAME", help="name of the new version (default: start of its weights' sha256)"
-    )
-
-
-def _engine_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--engine",
-        choices=ENGINES,
-        default="auto",
-        help="engine that runs the models while they are checked and timed (default auto, as in serving)",
-    )
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from rafce_ray.base.console import print_json, say, warn
 from rafce_ray.base.errors import UsageError
-from rafce_ray.cli.arguments import command
+from rafce_ray.cli.arguments import JSON_HELP, command
 
 if TYPE_CHECKING:
     from rafce_ray.run.compare import Compared
@@ -81,5 +81,5 @@ def _parser() -> argparse.ArgumentParser:
         "--split", choices=("validation", "test"), default="validation", help="split to compare on (default validation)"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... for --split test (default auto)")
-    parser.add_argument("--json", action="store_true", help="print one JSON line on standard output")
+    parser.add_argument("--json", action="store_true", help=JSON_HELP)
     return parser

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from rafce_ray.base.console import print_json, say
 from rafce_ray.base.errors import LEVELS, UsageError
-from rafce_ray.cli.arguments import command
+from rafce_ray.cli.arguments import JSON_HELP, command
 
 if TYPE_CHECKING:
     from rafce_ray.doctor.evidence import Diagnosis, Evidence
@@ -103,5 +103,5 @@ def _parser() -> argparse.ArgumentParser:
         metavar="RUN",
         help="run to compare with (default: the nearest emotion-only run of the same data and budget)",
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line of standard output")
+    parser.add_argument("--json", action="store_true", help=JSON_HELP)
     return parser

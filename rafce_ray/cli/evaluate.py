@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from rafce_ray.base.console import print_json, say, warn
-from rafce_ray.cli.arguments import BUNDLE_HELP, DEVICE_HELP, SPLITS, command, positive
+from rafce_ray.cli.arguments import BUNDLE_HELP, DEVICE_HELP, JSON_HELP, SPLITS, add_data_overrides, command, positive
 
 
 @command
@@ -47,10 +47,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--bundle", required=True, help=BUNDLE_HELP)
     parser.add_argument("--split", choices=SPLITS, default="test", help="split to measure on (default test)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line of standard output")
+    parser.add_argument("--json", action="store_true", help=JSON_HELP)
     parser.add_argument("--batch-size", type=positive, metavar="N", help="images per forward pass (default 128)")
     parser.add_argument("--device", default="auto", help=DEVICE_HELP)
-    parser.add_argument(
-        "overrides", nargs="*", metavar="data.KEY=VALUE", help="other data than the model was trained on"
-    )
+    add_data_overrides(parser, "other data than the model was trained on")
     return parser

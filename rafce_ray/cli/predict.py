@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections import Counter
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rafce_ray.base.console import progress_bar, say
 from rafce_ray.base.errors import UsageError
 from rafce_ray.cli.arguments import BUNDLE_HELP, DEVICE_HELP, command, positive
-
-if TYPE_CHECKING:
-    import torch
-
-    from rafce_ray.bundle.bundle import Bundle
 
 
 @command
@@ -26,7 +19,9 @@ def main(argv: list[str]) -> int:
     arguments = _arguments(argv)
     if arguments.ray:
         return _main_on_ray(arguments)
-    _refuse_cluster_options(arguments)
+    for name in ("workers", "shard_files"):
+        if getattr(arguments, name) is not None:
+            raise UsageError(f"--{name.replace('_', '-')}: is for predicting on a cluster. Add --ray, or leave it out.")
     uris = [path for path in arguments.paths if "://" in path and not path.startswith("file://")]
     if uris:
         raise UsageError(f"{uris[0]}: object stores are read on a cluster alone. Add --ray --out FOLDER.")
@@ -36,9 +31,9 @@ def main(argv: list[str]) -> int:
 def _main_here(arguments: argparse.Namespace) -> int:
     import torch
 
-    from rafce_ray.base.hardware import choose_device
+    from rafce_ray.base.hardware import choose_device, num_cores
     from rafce_ray.bundle.bundle import load_bundle
-    from rafce_ray.bundle.model import Predictor, outcomes, predict_files
+    from rafce_ray.bundle.model import Predictor, detector_of, in_words, outcomes, predict_files
     from rafce_ray.bundle.writing import check_out, open_output
     from rafce_ray.faces.detect import build_face_finder
     from rafce_ray.faces.files import Skipped, find_images, load_ahead, load_file
@@ -51,22 +46,32 @@ def _main_here(arguments: argparse.Namespace) -> int:
     predictor = Predictor(bundle, device)
     # A core is left to reading: OpenMP's threads wait in a busy loop, which cost a factor of 10 where they had to
     # share.
-    torch.set_num_threads(min(torch.get_num_threads(), max(1, _num_cores() - 1)))
-    say(_plan(arguments, bundle, predictor.device, num_files))
+    torch.set_num_threads(min(torch.get_num_threads(), max(1, num_cores() - 1)))
+    say(
+        f"Predicting {num_files:,} image files on {predictor.device}: faces "
+        f"{detector_of(arguments.faces, arguments.face_model)}; {bundle.architecture.backbone} of {bundle.path} "
+        f"({bundle.taxonomy.num_emotions} emotions, {bundle.taxonomy.num_action_units} action units); results to "
+        f"{arguments.out or 'standard output as JSON lines'}."
+    )
     load = partial(load_file, finder=finder, px=bundle.preprocessing.stored_px)
     counts: Counter[str] = Counter()
     with (
         progress_bar("predicting", num_files) as advance,
         open_output(out, bundle, arguments.top_k) as write,
     ):
-        loaded = load_ahead(load, find_images(arguments.paths), min(8, _num_cores()))
+        loaded = load_ahead(load, find_images(arguments.paths), min(8, num_cores()))
         for result in predict_files(predictor, loaded, batch_size=arguments.batch_size, top_k=arguments.top_k):
             write(result)
             counts.update(outcomes(result))
             advance(1)
     if skipped.counts:
         say(skipped.in_words())
-    say(_summary(arguments, counts))
+    hint = f"rafce evaluate --bundle {arguments.bundle} measures this bundle on labelled faces."
+    if not counts["predicted"]:
+        hint = "see what is wrong, and the remedy, under error in each row."
+    elif arguments.out is None:
+        hint = "--out FILE.csv, .parquet or .jsonl keeps them in a file."
+    say(f"{in_words(counts)}; written to {arguments.out or 'standard output'}. Next: {hint}")
     return 0 if counts["predicted"] else 1
 
 
@@ -81,32 +86,6 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     return arguments
 
 
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _plan(arguments: argparse.Namespace, bundle: Bundle, device: torch.device, num_files: int) -> str:
-    from rafce_ray.bundle.model import detector_of
-
-    detector = detector_of(arguments.faces, arguments.face_model)
-    return (
-        f"Predicting {num_files:,} image files on {device}: faces {detector}; {bundle.architecture.backbone} of "
-        f"{bundle.path} ({bundle.taxonomy.num_emotions} emotions, {bundle.taxonomy.num_action_units} action units); "
-        f"results to {arguments.out or 'standard output as JSON lines'}."
-    )
-
-
-def _summary(arguments: argparse.Namespace, counts: Counter[str]) -> str:
-    from rafce_ray.bundle.model import in_words
-
-    hint = f"rafce evaluate --bundle {arguments.bundle} measures this bundle on labelled faces."
-    if not counts["predicted"]:
-        hint = "see what is wrong, and the remedy, under error in each row."
-    elif arguments.out is None:
-        hint = "--out FILE.csv, .parquet or .jsonl keeps them in a file."
-    return f"{in_words(counts)}; written to {arguments.out or 'standard output'}. Next: {hint}"
-
-
 def _main_on_ray(arguments: argparse.Namespace) -> int:
     from rafce_ray.bundle.writing import FORMATS
 
@@ -119,24 +98,8 @@ def _main_on_ray(arguments: argparse.Namespace) -> int:
         raise UsageError("--ray: ray is not installed. Install it with pip install 'rafce_ray[ray]'.")
     from rafce_ray.train.predict import predict_on_ray
 
-    return predict_on_ray(
-        arguments.paths,
-        bundle=arguments.bundle,
-        out=arguments.out,
-        faces=arguments.faces,
-        face_model=arguments.face_model,
-        top_k=arguments.top_k,
-        batch_size=arguments.batch_size,
-        shard_files=arguments.shard_files,
-        workers=arguments.workers,
-        use_gpu=None if arguments.device == "auto" else False,
-    )
-
-
-def _refuse_cluster_options(arguments: argparse.Namespace) -> None:
-    for name in ("workers", "shard_files"):
-        if getattr(arguments, name) is not None:
-            raise UsageError(f"--{name.replace('_', '-')}: is for predicting on a cluster. Add --ray, or leave it out.")
+    options = {name: value for name, value in vars(arguments).items() if name not in ("paths", "ray", "device")}
+    return predict_on_ray(arguments.paths, **options, use_gpu=None if arguments.device == "auto" else False)
 
 
 def _parser() -> argparse.ArgumentParser:

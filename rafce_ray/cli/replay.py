@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rafce_ray.base.console import print_json, say, to_json, warn
 from rafce_ray.base.errors import GateError
-from rafce_ray.cli.arguments import command
+from rafce_ray.cli.arguments import JSON_HELP, add_data_overrides, command
 from rafce_ray.train.environment import check_ray
 
 if TYPE_CHECKING:
@@ -136,12 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "run", metavar="RUN_OR_TRIAL", help="folder of a finished run, or of a study's trial; a path or URI"
     )
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="data.KEY=VALUE",
-        help="current place of the data: data.root, data.images, data.store_dir",
-    )
+    add_data_overrides(parser, "current place of the data: data.root, data.images, data.store_dir")
     parser.add_argument(
         "--tolerance",
         type=float,
@@ -149,5 +144,5 @@ def _parser() -> argparse.ArgumentParser:
         "GPU, whose kernels do not add in the same order each time)",
     )
     parser.add_argument("--anyway", action="store_true", help="train even if the data have changed")
-    parser.add_argument("--json", action="store_true", help="print the comparison as one JSON line on standard output")
+    parser.add_argument("--json", action="store_true", help=JSON_HELP)
     return parser

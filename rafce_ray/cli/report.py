@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from rafce_ray.base.console import print_json, say, warn
 from rafce_ray.base.errors import UsageError
-from rafce_ray.cli.arguments import DEVICE_HELP, command
+from rafce_ray.base.figures import MAIN
+from rafce_ray.cli.arguments import DEVICE_HELP, JSON_HELP, add_data_overrides, command
 
 if TYPE_CHECKING:
     from rafce_ray.base.storage import Location
-    from rafce_ray.report.data import ReportData
     from rafce_ray.study.folder import StudyFolder
 
 
@@ -42,18 +42,21 @@ def main(argv: list[str]) -> int:
         overrides=arguments.overrides,
         device=arguments.device,
     )
-    content = render_page(data).encode()
-    place.write_bytes(content)
+    page = render_page(data)
     for remark in data.remarks:
         warn(remark)
-    after = (
-        f"rafce report {folder.location.command} --split test"
-        if data.split == "validation"
-        else f"rafce doctor {folder.location.command}"
-    )
-    say(f"made {place} ({len(content) / 1000:,.0f} kB); open it in a browser. Next: {after}")
-    if arguments.json:
-        print_json(_record(data, place, len(content)))
+    again = f"rafce report {folder.location.command} --split test"
+    after = again if data.split == "validation" else f"rafce doctor {folder.location.command}"
+    figures = data.figures or {}
+    record = {
+        "run": data.run.place,
+        "status": data.run.status,
+        "split": data.split,
+        "figures": {key: figures.get(key) for key in ("num_images", *MAIN, "intervals")},
+        "diagnoses": [one.to_json() for one in data.diagnoses],
+        "groups": None if data.groups is None else data.groups.to_json(),
+    }
+    _conclude(page, place, after, record if arguments.json else None)
     return 0
 
 
@@ -77,44 +80,27 @@ def _report_study(study: StudyFolder, arguments: argparse.Namespace) -> None:
     place = report_place(study.location, arguments.out)
     say(f"Reporting on the study {study.location}, to {place}.")
     data = gather_study(study, metric_of(study))
-    content = render_study(data).encode()
-    place.write_bytes(content)
     winner = None if data.winner is None else data.winner.name
-    after = (
-        f"rafce trials {study.location.command}"
-        if winner is None
-        else f"rafce report {(study.trials / winner).command}"
-    )
-    say(f"made {place} ({len(content) / 1000:,.0f} kB); open it in a browser. Next: {after}")
-    if arguments.json:
-        print_json(
-            {
-                "report": str(place),
-                "num_bytes": len(content),
-                "study": str(study.location),
-                "metric": data.metric,
-                "trials": len(data.trials),
-                "finalists": len(data.finalists),
-                "winner": winner,
-                "judged": data.verdict is not None,
-            }
-        )
-
-
-def _record(data: ReportData, place: Location, num_bytes: int) -> dict[str, Any]:
-    from rafce_ray.base.figures import MAIN
-
-    figures = data.figures or {}
-    return {
-        "report": str(place),
-        "num_bytes": num_bytes,
-        "run": data.run.place,
-        "status": data.run.status,
-        "split": data.split,
-        "figures": {key: figures.get(key) for key in ("num_images", *MAIN, "intervals")},
-        "diagnoses": [one.to_json() for one in data.diagnoses],
-        "groups": None if data.groups is None else data.groups.to_json(),
+    best = None if winner is None else f"rafce report {(study.trials / winner).command}"
+    record = {
+        "study": str(study.location),
+        "metric": data.metric,
+        "trials": len(data.trials),
+        "finalists": len(data.finalists),
+        "winner": winner,
+        "judged": data.verdict is not None,
     }
+    after = best or f"rafce trials {study.location.command}"
+    _conclude(render_study(data), place, after, record if arguments.json else None)
+
+
+def _conclude(page: str, place: Location, after: str, record: dict[str, Any] | None) -> None:
+    """Write the page, and name the command ``after`` it; ``record``: what --json prints besides the page's size."""
+    content = page.encode()
+    place.write_bytes(content)
+    say(f"made {place} ({len(content) / 1000:,.0f} kB); open it in a browser. Next: {after}")
+    if record is not None:
+        print_json({"report": str(place), "num_bytes": len(content), **record})
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -140,9 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out", metavar="FILE.html", help="a new file (default: report.html in the run's folder, replaced)"
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line of standard output")
+    parser.add_argument("--json", action="store_true", help=JSON_HELP)
     parser.add_argument("--device", default="auto", help=DEVICE_HELP)
-    parser.add_argument(
-        "overrides", nargs="*", metavar="data.KEY=VALUE", help="current place of the data, if it has been moved"
-    )
+    add_data_overrides(parser, "current place of the data, if it has been moved")
     return parser

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ipaddress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,11 +31,12 @@ def main(argv: list[str]) -> int:
 
 def _config(arguments: argparse.Namespace) -> ServiceConfig:
     """The service's configuration from the command line. ConfigError for what cannot be used."""
+    from rafce_ray.base.hardware import is_loopback
     from rafce_ray.base.storage import locate
     from rafce_ray.config import apply_overrides
     from rafce_ray.service.config import ServiceConfig, read_service_config
 
-    loopback = _is_loopback(arguments.host)
+    loopback = is_loopback(arguments.host)
     if not loopback and arguments.keys is None:
         raise UsageError(
             f"--host {arguments.host} lets other machines connect, which needs keys. Make one with: python -m "
@@ -50,15 +50,6 @@ def _config(arguments: argparse.Namespace) -> ServiceConfig:
     if arguments.keys is not None:
         values["keys_file"] = str(Path(arguments.keys).absolute())
     return read_service_config(apply_overrides(values, arguments.overrides, ServiceConfig))
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _parser() -> argparse.ArgumentParser:

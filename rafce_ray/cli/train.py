@@ -7,8 +7,7 @@ import math
 from typing import Any
 
 from rafce_ray.base.console import print_json, say, warn
-from rafce_ray.base.errors import UsageError
-from rafce_ray.cli.arguments import JSON_HELP, command, recipe_names
+from rafce_ray.cli.arguments import add_configuration, command, require_data_root
 
 
 @command
@@ -21,10 +20,7 @@ def main(argv: list[str]) -> int:
     if arguments.print_config:
         print(to_yaml(config), end="")
         return 0
-    if config.data.root is None:
-        raise UsageError(
-            "data.root is not set: name the folder of labelled faces, for example data.root=path/to/RAF-CE."
-        )
+    require_data_root(config)
     from rafce_ray.base.storage import locate
     from rafce_ray.train.launch import launch, named
 
@@ -48,16 +44,11 @@ def _parser() -> argparse.ArgumentParser:
         "the same command resumes it from the newest valid checkpoint.",
         epilog="Example: rafce train --recipe demo data.root=demo/faces optim.epochs=5",
     )
-    parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="configuration keys; they override the file"
-    )
-    parser.add_argument("--config", metavar="FILE", help="YAML configuration; it overrides the recipe")
-    parser.add_argument("--recipe", metavar="NAME", help=f"predefined configuration: {', '.join(recipe_names())}")
+    add_configuration(parser, "configuration keys; they override the file")
     parser.add_argument(
         "--resume", action="store_true", help="continue a finished run, for example with a higher optim.epochs"
     )
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration as YAML and stop")
-    parser.add_argument("--json", action="store_true", help=JSON_HELP)
     return parser
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 
 from rafce_ray.base.console import print_json, say, warn
-from rafce_ray.base.errors import UsageError
-from rafce_ray.cli.arguments import JSON_HELP, command
+from rafce_ray.cli.arguments import JSON_HELP, command, require_data_root
 
 
 @command
@@ -19,10 +18,7 @@ def main(argv: list[str]) -> int:
     if arguments.print_config:
         print(study_yaml(study), end="")
         return 0
-    if study.base_config().data.root is None:
-        raise UsageError(
-            "base.data.root is not set: name the folder of labelled faces, for example base.data.root=path/to/RAF-CE."
-        )
+    require_data_root(study.base_config(), "base.")
     from rafce_ray.base.storage import locate
     from rafce_ray.study.folder import StudyFolder
     from rafce_ray.study.plan import first_line
@@ -35,8 +31,7 @@ def main(argv: list[str]) -> int:
     result = tune(study, dry_run=arguments.dry_run, retry_failed=arguments.retry_failed)
     if result is None:
         say("dry run: nothing was trained; without --dry-run the study starts")
-        return 0
-    if arguments.json:
+    elif arguments.json:
         print_json(result)
     return 0
 

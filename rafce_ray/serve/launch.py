@@ -22,10 +22,10 @@ from typing import Any
 
 from rafce_ray.base.console import handled_signals, say
 from rafce_ray.base.errors import RafceError, UsageError
+from rafce_ray.base.hardware import num_cores
 from rafce_ray.base.storage import locate
 from rafce_ray.serve.drain import DRAIN_S, drain, outcome
 from rafce_ray.serve.fast_path import fast_path
-from rafce_ray.service.app import num_cores
 from rafce_ray.service.config import ServiceConfig
 from rafce_ray.service.keys import read_keys
 from rafce_ray.service.live import source_of

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -15,6 +14,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from rafce_ray.base.hardware import num_cores
 from rafce_ray.service.admin import admin_routes
 from rafce_ray.service.answers import ReadyStatus, Status, to_json
 from rafce_ray.service.batching import Admission, Batcher
@@ -155,8 +155,3 @@ async def _readyz(service: Service, request: Request) -> Response:
 async def _model(service: Service, request: Request) -> Response:
     info = model_info(service.config, service.live.served, service.live.failed)
     return Response(info.model_dump_json(), media_type=JSON)
-
-
-def num_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

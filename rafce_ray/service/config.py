@@ -5,13 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
-from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 from starlette.types import Scope
 
+from rafce_ray.base.hardware import ip_address_of, is_loopback
 from rafce_ray.config import ConfigError, Section, explain
 from rafce_ray.faces import decode
 from rafce_ray.service.problems import Problem, shown
@@ -50,7 +49,7 @@ class Callers:
         A page of another site can make a browser ask a loopback service, under a host name of its own if it likes.
         """
         client = scope.get("client")
-        if self.loopback_only and (client is None or not _is_loopback(client[0])):
+        if self.loopback_only and (client is None or not is_loopback(client[0])):
             raise Problem("not_loopback", "This service answers peers on its own machine only.")
         local_names_only = self.loopback_only and not self.keys
         host, origin = headers.get(b"host"), headers.get(b"origin")
@@ -59,7 +58,12 @@ class Callers:
             if self.keys and _HOST.fullmatch(name):
                 hint = f"Start the service with allowed_hosts=[{name}] if it is to answer under this name."
             raise Problem("cross_site", f"The Host header names another machine, {shown(name)}.", hint=hint)
-        if origin is not None and local_names_only and not (self._may_read(origin) or _is_local_origin(origin)):
+        if (
+            origin is not None
+            and local_names_only
+            and not self._may_read(origin)
+            and not is_loopback(_name(origin.partition(b"://")[2]))
+        ):
             site, hint = origin.decode("latin-1").lower(), None
             if _ORIGIN.fullmatch(site):
                 hint = f"Start the service with allow_origins=[{site}] if pages of this site may ask it."
@@ -84,8 +88,8 @@ class Callers:
 
     def _is_answered(self, name: str) -> bool:
         # With keys, any address may be this machine's name: no other site has it.
-        is_address = self.keys and _address(name) is not None
-        return _is_local_name(name) or is_address or any(_is_named(name, one) for one in self.hosts)
+        is_address = self.keys and ip_address_of(name) is not None
+        return is_loopback(name) or is_address or any(_is_named(name, one) for one in self.hosts)
 
     def _may_read(self, origin: bytes) -> bool:
         return ANY in self.origins or origin.decode("latin-1").lower() in self.origins
@@ -111,28 +115,6 @@ def origin_of(text: str) -> str:
 
 _HOST = re.compile(r"(\*\.)?[a-z0-9_]([a-z0-9_.-]*[a-z0-9_])?")
 _ORIGIN = re.compile(r"https?://([a-z0-9_]([a-z0-9_.-]*[a-z0-9_])?|\[[0-9a-f:.]+\])(:\d{1,5})?")
-
-
-@lru_cache(maxsize=256)
-def _address(host: str) -> IPv4Address | IPv6Address | None:
-    try:
-        address = ip_address(host)
-    except ValueError:
-        return None
-    return getattr(address, "ipv4_mapped", None) or address
-
-
-def _is_loopback(host: str) -> bool:
-    address = _address(host)
-    return address is not None and address.is_loopback
-
-
-def _is_local_name(name: str) -> bool:
-    return name == "localhost" or _is_loopback(name)
-
-
-def _is_local_origin(origin: bytes) -> bool:
-    return _is_local_name(_name(origin.partition(b"://")[2]))
 
 
 def _name(host: bytes) -> str:
