@@ -69,18 +69,10 @@ def _show(registry: Location, arguments: argparse.Namespace) -> None:
             "history": [one.model_dump(mode="json") for one in history],
         }
         columns = ("number", "when", "what", "version", "by", "overruled", "why")
-        rows = [
-            [
-                f"{one.number}",
-                f"{one.since:%Y-%m-%d %H:%M:%S}",
-                one.action,
-                one.version,
-                one.by,
-                _text(one.overruled),
-                one.why,
-            ]
-            for one in history
-        ]
+        rows = []
+        for one in history:
+            what = (one.action, one.version, one.by, _text(one.overruled), one.why)
+            rows.append([str(one.number), f"{one.since:%Y-%m-%d %H:%M:%S}", *what])
         if live is not None and not arguments.json:
             _print_gates(live.gates)
     if arguments.json:

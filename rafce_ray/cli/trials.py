@@ -4,17 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from rafce_ray.base.console import print_json, say
 from rafce_ray.base.errors import UsageError, did_you_mean
 from rafce_ray.base.figures import FIGURES
 from rafce_ray.cli.arguments import command, positive
-
-if TYPE_CHECKING:
-    from rafce_ray.study.folder import StudyFolder
-    from rafce_ray.study.listing import Listing, Row
 
 
 @command
@@ -23,6 +17,7 @@ def main(argv: list[str]) -> int:
     arguments = _parser().parse_args(argv)
     from rafce_ray.study.folder import StudyFolder
     from rafce_ray.study.listing import (
+        STATUSES,
         ascends,
         default_columns,
         ordered,
@@ -33,14 +28,22 @@ def main(argv: list[str]) -> int:
     )
 
     study = StudyFolder(arguments.study)
-    statuses = _statuses(arguments.status)
+    statuses = [name.replace("-", "_").replace(" ", "_") for name in _names(arguments.status)]
+    for name in statuses:
+        if name not in STATUSES:
+            near = did_you_mean(name, STATUSES) or "."
+            raise UsageError(f"--status {name}: no trial has such a status{near} Known: {', '.join(STATUSES)}.")
     listing = read_listing(study)
     if not listing.rows:
         say(f"{study.location.shown} has no trials yet.")
         return 0
     key = arguments.sort or listing.metric
     wanted = _names(arguments.columns)
-    _check_columns([key, *wanted], listing)
+    known = listing.columns
+    for name in (key, *wanted):
+        if name not in known:
+            near = did_you_mean(name, known) or "."
+            raise UsageError(f"{name!r} is no column of these trials{near} Columns: {', '.join(known)}.")
     role = None if arguments.all else "finalist" if arguments.finalists else "sweep"
     candidates = [row for row in listing.rows if role in (None, row.get("role", "sweep"))]
     rows = [row for row in candidates if not statuses or row["status"] in statuses]
@@ -58,50 +61,20 @@ def main(argv: list[str]) -> int:
         print_tabbed(listing, rows, columns)
     first = "best" if key in FIGURES and ascending == ascends(key) else "lowest" if ascending else "highest"
     hidden = len(listing.rows) - len(candidates)
-    _say_what_is_shown(study, rows, len(candidates), hidden, f"{first} {key} first")
+    others = f"; --all lists {hidden} more" if hidden else ""
+    say(f"{len(rows)} of {len(candidates)} trials, {first} {key} first{others}.")
+    if any(row["status"] == "interrupted" for row in rows):
+        say("interrupted: a trial without a result; it may also be training now.")
+    whole = [row for row in rows if row["status"] in ("finished", "stopped_early")]
+    commands = [f"rafce doctor {(study.trials / row['trial']).command}" for row in rows[:1]]
+    commands += [f"rafce replay {(study.trials / row['trial']).command}" for row in whole[:1]]
+    if commands:
+        say(f"Next: {'; '.join(commands)}")
     return 0
-
-
-def _statuses(text: str | None) -> list[str]:
-    from rafce_ray.study.listing import STATUSES
-
-    statuses = [name.replace("-", "_").replace(" ", "_") for name in _names(text)]
-    for name in statuses:
-        if name not in STATUSES:
-            raise UsageError(
-                f"--status {name}: no trial has such a status{did_you_mean(name, STATUSES) or '.'} Known: "
-                f"{', '.join(STATUSES)}."
-            )
-    return statuses
 
 
 def _names(text: str | None) -> list[str]:
     return [name.strip() for name in (text or "").split(",") if name.strip()]
-
-
-def _check_columns(names: Sequence[str], listing: Listing) -> None:
-    known = listing.columns
-    for name in names:
-        if name not in known:
-            raise UsageError(
-                f"{name!r} is no column of these trials{did_you_mean(name, known) or '.'} Columns: {', '.join(known)}."
-            )
-
-
-def _say_what_is_shown(
-    study: StudyFolder, rows: Sequence[Row], num_candidates: int, num_others: int, order: str
-) -> None:
-    others = f"; --all lists {num_others} more" if num_others else ""
-    say(f"{len(rows)} of {num_candidates} trials, {order}{others}.")
-    if any(row["status"] == "interrupted" for row in rows):
-        say("interrupted: a trial without a result; it may also be training now.")
-    if not rows:
-        return
-    folder = study.trials
-    commands = [f"rafce doctor {(folder / rows[0]['trial']).command}"]
-    whole = [row for row in rows if row["status"] in ("finished", "stopped_early")]
-    commands += [f"rafce replay {(folder / row['trial']).command}" for row in whole[:1]]
-    say(f"Next: {'; '.join(commands)}")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -58,35 +58,39 @@ def ms_per_face(predictors: Sequence[Predictor]) -> list[dict[str, float]]:
 NO_LIVE = "Nothing is live yet."
 
 
+def _gate(name: GateName, passes: bool | None, detail: str, **figures: Any) -> Gate:
+    """A gate with a verdict; ``passes`` is None where there is nothing to compare with."""
+    verdict: Verdict = "nothing to compare with" if passes is None else "passed" if passes else "refused"
+    return Gate(name=name, verdict=verdict, detail=detail, figures=figures)
+
+
 def canary_gate(candidate: Predictor) -> Gate:
     """Whether the engine answers the stored images as torch did when the bundle was made."""
-    bundle = candidate.bundle
+    bundle, engine = candidate.bundle, candidate.engine.name
     if bundle.canary is None:
         detail = "The bundle is of a format that stores no answers; only that its weights are whole is known."
-        return Gate(name="canary", verdict="nothing to compare with", detail=detail)
+        return _gate("canary", None, detail)
     off = check_canary(candidate.outputs(bundle.canary.images), bundle.canary, bundle.calibration)
-    figures = {
-        "engine": candidate.engine.name,
-        "num_images": len(bundle.canary.images),
-        "largest_difference": off if math.isfinite(off) else None,
-        "tolerance": MAX_DIFFERENCE,
-    }
-    detail = (
-        f"Probabilities of {figures['num_images']} stored images are off by at most {off:.1e} "
-        f"({candidate.engine.name}); {MAX_DIFFERENCE:g} is allowed."
+    num_images = len(bundle.canary.images)
+    return _gate(
+        "canary",
+        off <= MAX_DIFFERENCE,
+        f"Probabilities of {num_images} stored images are off by at most {off:.1e} ({engine}); {MAX_DIFFERENCE:g} is "
+        "allowed.",
+        engine=engine,
+        num_images=num_images,
+        largest_difference=off if math.isfinite(off) else None,
+        tolerance=MAX_DIFFERENCE,
     )
-    verdict: Verdict = "passed" if off <= MAX_DIFFERENCE else "refused"
-    return Gate(name="canary", verdict=verdict, detail=detail, figures=figures)
 
 
 def taxonomy_gate(candidate: Bundle, live: Bundle | None) -> Gate:
     """Whether clients of the live version understand the candidate: the same names in the same order."""
     if live is None:
-        return Gate(name="taxonomy", verdict="nothing to compare with", detail=NO_LIVE)
+        return _gate("taxonomy", None, NO_LIVE)
     ours, theirs = candidate.taxonomy, live.taxonomy
-    told = f"{ours.num_emotions} emotions and {ours.num_action_units} action units"
     figures = {"num_emotions": ours.num_emotions, "num_action_units": ours.num_action_units}
-    differences = [
+    differences = "; ".join(
         f"the {what} are {', '.join(map(str, new))}; the live version's are {', '.join(map(str, old))}"
         for what, new, old in (
             ("emotions", ours.emotions, theirs.emotions),
@@ -94,12 +98,11 @@ def taxonomy_gate(candidate: Bundle, live: Bundle | None) -> Gate:
             ("action units", ours.action_unit_codes, theirs.action_unit_codes),
         )
         if new != old
-    ]
+    )
     if differences:
-        text = "; ".join(differences)
-        return Gate(name="taxonomy", verdict="refused", detail=f"{text[0].upper()}{text[1:]}.", figures=figures)
-    detail = f"The same {told}, in the same order as the live version's."
-    return Gate(name="taxonomy", verdict="passed", detail=detail, figures=figures)
+        return _gate("taxonomy", False, f"{differences[0].upper()}{differences[1:]}.", **figures)
+    told = f"{ours.num_emotions} emotions and {ours.num_action_units} action units"
+    return _gate("taxonomy", True, f"The same {told}, in the same order as the live version's.", **figures)
 
 
 def metrics_gate(candidate: Bundle, live: Bundle | None) -> Gate:
@@ -108,15 +111,18 @@ def metrics_gate(candidate: Bundle, live: Bundle | None) -> Gate:
     It compares the score (equal parts of both tasks' figures), or the one figure that the live version has; part by
     part where the live version's score has no interval. Figures of other data are shown and never pass.
     """
-    ours, theirs = _figures(candidate), {} if live is None else _figures(live)
+    ours, theirs = (
+        {name: value for name in SCORED if bundle and (value := _number(bundle.metrics.get(name))) is not None}
+        for bundle in (candidate, live)
+    )
     if live is None or not theirs:
         told = NO_LIVE if live is None else "The live version's bundle has no figures."
-        return Gate(name="metrics", verdict="nothing to compare with", detail=told, figures={"candidate": ours})
+        return _gate("metrics", None, told, candidate=ours)
     comparisons = _comparisons(ours, theirs, live)
     figures: dict[str, Any] = {"candidate": ours, "live": theirs, "comparisons": comparisons}
     if missing := [FIGURES[name].title for name in theirs if name not in ours]:
         detail = f"The candidate's bundle has no {' and no '.join(missing)}, the live version's has."
-        return Gate(name="metrics", verdict="refused", detail=detail, figures=figures)
+        return _gate("metrics", False, detail, **figures)
     texts = []
     for one in comparisons:
         interval = "no interval" if one["low"] is None else f"95 % interval {one['low']:.3f} to {one['high']:.3f}"
@@ -124,7 +130,7 @@ def metrics_gate(candidate: Bundle, live: Bundle | None) -> Gate:
         texts.append(f"{title} {one['candidate']:.3f} against {one['live']:.3f} ({interval})")
     told = "; ".join(texts)
     figures["data_differs"] = differs = _data_differences(candidate, live)
-    verdict: Verdict = "refused"
+    passes = False
     if differs:
         detail = (
             f"Measured on other data than the live version ({'; '.join(differs)}), so this says nothing: {told}. "
@@ -133,10 +139,10 @@ def metrics_gate(candidate: Bundle, live: Bundle | None) -> Gate:
     elif any(one["low"] is None for one in comparisons):
         detail = f"The live version's figures have no interval to compare with: {told}."
     elif all(one["candidate"] >= one["low"] for one in comparisons):
-        verdict, detail = "passed", f"{told[0].upper()}{told[1:]}, on the same data."
+        passes, detail = True, f"{told[0].upper()}{told[1:]}, on the same data."
     else:
         detail = f"Below what luck with the images explains: {told}, on the same data."
-    return Gate(name="metrics", verdict=verdict, detail=detail, figures=figures)
+    return _gate("metrics", passes, detail, **figures)
 
 
 def latency_gate(candidate: Predictor, live: Predictor | None, *, max_ratio: float) -> Gate:
@@ -150,23 +156,16 @@ def latency_gate(candidate: Predictor, live: Predictor | None, *, max_ratio: flo
     if live is None:
         told = ", ".join(f"{ms:.2f} ms a face in a batch of {batch}" for batch, ms in measured[0].items())
         detail = f"{told} ({engine}). {NO_LIVE}"
-        return Gate(name="latency", verdict="nothing to compare with", detail=detail, figures=figures)
+        return _gate("latency", None, detail, **figures)
     ratios = {batch: ms / measured[1][batch] for batch, ms in measured[0].items()}
     told = ", ".join(
         f"{ms:.2f} ms a face against {measured[1][batch]:.2f} in a batch of {batch} ({ratios[batch]:.2f} times)"
         for batch, ms in measured[0].items()
     )
     engines = engine if engine == live.engine.name else f"{engine} against {live.engine.name}"
-    return Gate(
-        name="latency",
-        verdict="passed" if max(ratios.values()) <= max_ratio else "refused",
-        detail=f"{told}; at most {max_ratio:g} times is allowed ({engines}).",
-        figures=figures | {"live_ms_per_face": measured[1], "ratios": ratios, "live_engine": live.engine.name},
-    )
-
-
-def _figures(bundle: Bundle) -> dict[str, float]:
-    return {name: value for name in SCORED if (value := _number(bundle.metrics.get(name))) is not None}
+    figures |= {"live_ms_per_face": measured[1], "ratios": ratios, "live_engine": live.engine.name}
+    detail = f"{told}; at most {max_ratio:g} times is allowed ({engines})."
+    return _gate("latency", max(ratios.values()) <= max_ratio, detail, **figures)
 
 
 def _comparisons(ours: dict[str, float], theirs: dict[str, float], live: Bundle) -> list[dict[str, Any]]:
@@ -187,9 +186,10 @@ def _comparisons(ours: dict[str, float], theirs: dict[str, float], live: Bundle)
 
 
 def _interval(bundle: Bundle, name: str) -> tuple[float, float] | tuple[None, None]:
-    bounds = (bundle.metrics.get("intervals") or {}).get(name) or []
-    known = [bound for bound in map(_number, bounds) if bound is not None]
-    return (known[0], known[1]) if len(known) == len(bounds) == 2 else (None, None)
+    match [*map(_number, (bundle.metrics.get("intervals") or {}).get(name) or [])]:
+        case [float() as low, float() as high]:
+            return low, high
+    return None, None
 
 
 def _data_differences(candidate: Bundle, live: Bundle) -> list[str]:
@@ -233,7 +233,7 @@ def examine(
     except RafceError as error:
         detail = f"The live version cannot be read, so nothing can be compared with it: {error}"
         names: tuple[GateName, ...] = ("taxonomy", "metrics", "latency")
-        return (*gates, *(Gate(name=name, verdict="refused", detail=detail) for name in names)), candidate.bundle
+        return (*gates, *(_gate(name, False, detail) for name in names)), candidate.bundle
     theirs = None if other is None else other.bundle
     taxonomy, metrics = taxonomy_gate(candidate.bundle, theirs), metrics_gate(candidate.bundle, theirs)
     latency = latency_gate(candidate, other, max_ratio=max_latency_ratio)
@@ -246,16 +246,16 @@ def verify(folder: Location, engine: EngineChoice) -> tuple[tuple[Gate, ...], Pr
         bundle = load_stored(folder)
     except BundleError as error:
         return (damaged(error),), None
-    num_values = sum(tensor.numel() for tensor in bundle.model.state_dict().values())
-    detail = f"sha256 {bundle.weights_sha256[:12]}… as in the manifest; {num_values:,} values, all finite."
-    figures = {"sha256": bundle.weights_sha256, "num_values": num_values}
+    sha256, num_values = bundle.weights_sha256, sum(one.numel() for one in bundle.model.state_dict().values())
+    detail = f"sha256 {sha256[:12]}… as in the manifest; {num_values:,} values, all finite."
     predictor = _build(bundle, engine)
-    return (Gate(name="integrity", verdict="passed", detail=detail, figures=figures), canary_gate(predictor)), predictor
+    integrity = _gate("integrity", True, detail, sha256=sha256, num_values=num_values)
+    return (integrity, canary_gate(predictor)), predictor
 
 
 def damaged(error: BundleError) -> Gate:
     """The gate that refuses a bundle that cannot be loaded."""
-    return Gate(name="integrity", verdict="refused", detail=str(error))
+    return _gate("integrity", False, str(error))
 
 
 def _build(bundle: Bundle, engine: EngineChoice) -> Predictor:

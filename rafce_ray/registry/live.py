@@ -72,7 +72,7 @@ def read_history(registry: Location) -> list[LiveRecord]:
     live = read_live(registry)
     folder = registry / HISTORY
     names = [info.base_name for info in folder.list() if info.is_file and not info.base_name.startswith(".")]
-    records = [record for name in names if (record := _read(folder / name)) is not None]
+    records = list(filter(None, (_read(folder / name) for name in names)))
     # A program that died between its two writes left the newest change in live.json alone.
     if live is not None and live not in records:
         records.append(live)

@@ -108,12 +108,8 @@ def promote(registry: Location, version: str, reason: Reason, rules: Rules) -> O
         return Outcome(seen, changed=False)
     live = None if seen is None else version_folder(registry, seen.version)
     gates, bundle = examine(folder, live, max_latency_ratio=rules.max_latency_ratio, engine=rules.engine)
-    refusing = [gate for gate in gates if gate.verdict == "refused"]
-    if bundle is None or any(not (reason.force and gate.may_be_overruled) for gate in refusing):
-        raise _refusal(registry, version, gates)
-    why = reason.why or ("the first version" if seen is None else "every gate passed")
-    versions = (version,) if seen is None else (version, seen.version, *seen.before)
-    return _make_live(registry, seen, "promote", bundle, why, reason.by, gates, versions)
+    why, before = ("the first version", ()) if seen is None else ("every gate passed", (seen.version, *seen.before))
+    return _make_live(registry, seen, "promote", bundle, reason, why, gates, (version, *before))
 
 
 def roll_back(registry: Location, reason: Reason, rules: Rules) -> Outcome:
@@ -127,33 +123,36 @@ def roll_back(registry: Location, reason: Reason, rules: Rules) -> Outcome:
         what = "nothing is live" if seen is None else f"nothing was live before {seen.version}"
         remedy = "Promote a version by its name instead."
         raise UsageError(f"{registry.shown}: {what}, so there is nothing to go back to. {remedy}")
-    version = seen.before[0]
-    gates, predictor = verify(version_folder(registry, version), rules.engine)
-    if predictor is None or any(gate.verdict == "refused" for gate in gates):
-        raise _refusal(registry, version, gates)
-    why = reason.why or f"rolled back from {seen.version}"
-    return _make_live(registry, seen, "rollback", predictor.bundle, why, reason.by, gates, seen.before)
+    gates, predictor = verify(version_folder(registry, seen.before[0]), rules.engine)
+    bundle, why = None if predictor is None else predictor.bundle, f"rolled back from {seen.version}"
+    return _make_live(registry, seen, "rollback", bundle, reason, why, gates, seen.before)
 
 
 def _make_live(
     registry: Location,
     seen: LiveRecord | None,
     action: Literal["promote", "rollback"],
-    bundle: Bundle,
+    bundle: Bundle | None,
+    reason: Reason,
     why: str,
-    by: str,
     gates: tuple[Gate, ...],
     versions: tuple[str, ...],
 ) -> Outcome:
-    """Make the first of ``versions`` live, from which further rollbacks go to the others."""
+    """Make the first of ``versions`` live, from which further rollbacks go to the others; Refused by its gates.
+
+    ``why``: the reason where none was given.
+    """
+    refusing = [gate for gate in gates if gate.verdict == "refused"]
+    if bundle is None or any(not (reason.force and gate.may_be_overruled) for gate in refusing):
+        raise _refusal(registry, versions[0], gates)
     new = LiveRecord(
         number=1 if seen is None else seen.number + 1,
         action=action,
         sha256=bundle.weights_sha256,
         since=datetime.now(UTC),
-        why=why,
-        by=by,
-        overruled=tuple(gate.name for gate in gates if gate.verdict == "refused"),
+        why=reason.why or why,
+        by=reason.by,
+        overruled=tuple(gate.name for gate in refusing),
         gates=gates,
         version=versions[0],
         before=versions[1:],

@@ -88,13 +88,13 @@ def _main(argv: Sequence[str]) -> int:
         prog="python -m rafce_ray.serve.drain",
         description="Stop accepting requests on this machine and answer those in work. The port stays closed.",
     )
-    parser.add_argument("folder", type=Path, help="the folder given to python -m rafce_ray.serve.fast_path")
+    given = "the one given to python -m rafce_ray.serve.fast_path"
+    parser.add_argument("folder", type=Path, help=f"HAProxy's folder, {given}")
     help_ = "seconds to wait at most (default: 30)"
     parser.add_argument("--timeout", type=float, default=DRAIN_S, metavar="S", help=help_)
     arguments = parser.parse_args(argv)
     if not arguments.folder.is_dir():
-        remedy = "Give the one given to python -m rafce_ray.serve.fast_path."
-        raise UsageError(f"{arguments.folder}: there is no such folder. {remedy}")
+        raise UsageError(f"{arguments.folder}: there is no such folder. Give {given}.")
     lost = drain(arguments.folder, timeout_s=arguments.timeout)
     say(outcome(lost, arguments.timeout))
     return 1 if lost else 0

@@ -88,29 +88,29 @@ def mended(config: str, *, host: str | None, answers: Path) -> str:
     lines: list[str] = []
     parts: list[tuple[str, str]] = []
     section = ""
+
+    def replace(setting: str, *by: str) -> None:
+        parts.append((section, setting))
+        lines.extend(f"    {one}" for one in by)
+
     for line in config.splitlines():
         if line and not line[0].isspace():
             section = " ".join(line.split()[:2])
         match line.split():
             case ["bind", address] if section == "frontend http_frontend":
-                parts.append((section, "bind"))
                 where = address if host is None else f"{host}:{_port(address)}"
-                lines.append(f"    bind {where}")
                 rules = (*(READABLE if spare else ()), *PASSED_ON, f"http-request set-header {PEER} %[src]", NO_RETRY)
-                lines += [f"    {rule}" for rule in rules]
+                replace("bind", f"bind {where}", *rules)
             case ["bind", address, *_]:
-                parts.append((section, "bind"))
-                lines.append(f"    bind 127.0.0.1:{_port(address)}")
+                replace("bind", f"bind 127.0.0.1:{_port(address)}")
             case ["stats", "socket", path, "mode", _, *rest]:
-                parts.append((section, "stats socket"))
-                lines.append(f"    stats socket {path} mode 600 {' '.join(rest)}")
+                replace("stats socket", f"stats socket {path} mode 600 {' '.join(rest)}")
             case ["mode", "http"] if section == "defaults":
-                parts.append((section, "mode http"))
-                lines += [line, *(f"    timeout {timeout}" for timeout in TIMEOUTS)]
-                lines += [f"    http-error {_answer(status, answers)}" for status in OWN_STATUSES if status != 404]
+                own = (f"http-error {_answer(status, answers)}" for status in OWN_STATUSES if status != 404)
+                replace("mode http", "mode http", *(f"timeout {timeout}" for timeout in TIMEOUTS), *own)
             case ["http-request", "return", *_] if section == "backend default_backend":
-                parts.append((section, "http-request return"))
-                lines.append(f"    http-request return {_answer(404 if has_applications else 503, answers)}")
+                status = 404 if has_applications else 503
+                replace("http-request return", f"http-request return {_answer(status, answers)}")
             case ["use_backend" | "default_backend", *_] if section == "frontend http_frontend" and spare:
                 if f"    {UNREADABLE}" not in lines:
                     lines.append(f"    {UNREADABLE}")

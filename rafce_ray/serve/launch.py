@@ -51,11 +51,12 @@ def serve_until_stopped(config: ServiceConfig, host: str, port: int, replicas: i
     if config.keys_file is not None:
         read_keys(Path(config.keys_file))
     target = source_of(config).look()
-    version = f" (version {target.version})" if config.registry is not None else ""
-    what = f"{locate(target.place).shown}{version}"
+    what = locate(target.place).shown + ("" if target.version is None else f" (version {target.version})")
     check_port(host, port)
     check_ray()
-    url = f"http://{_reachable(host)}:{port}"
+    # The address of the host from this machine, as URLs write it.
+    here = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    url = f"http://[{here}]:{port}" if ":" in here else f"http://{here}:{port}"
     number = f"{replicas} replica{'s' if replicas > 1 else ''}"
     say(f"serving {what} at {url} with {number}: starting Ray takes about 20 s; Ctrl-C ends it")
     stop = threading.Event()
@@ -199,9 +200,3 @@ def _tell(config: ServiceConfig, url: str) -> None:
     urls = [f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics" for node in nodes]
     say(f"metrics for Prometheus: {', '.join(urls)}")
     print(url, flush=True)
-
-
-def _reachable(host: str) -> str:
-    """The address of ``host`` from this machine, as URLs write it."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"[{host}]" if ":" in host else host

@@ -14,7 +14,7 @@ import logging
 import threading
 from collections.abc import Callable
 from functools import partial
-from typing import Protocol
+from typing import Any
 
 from ray.serve import metrics
 
@@ -25,9 +25,7 @@ PERIOD_S = 2.0
 
 log = logging.getLogger(__name__.replace("serve", "service"))
 
-
-class _Exported(Protocol):
-    def publish(self) -> None: ...
+_Publish = Callable[[], None]
 
 
 class Export:
@@ -36,8 +34,8 @@ class Export:
     def __init__(self, measured: Callable[[], Meter], period_s: float = PERIOD_S) -> None:
         self._measured = measured
         self._period_s = period_s
-        exports = {Counter: _Counter, Histogram: _Histogram, Gauge: _Gauge}
-        self._exported: list[_Exported] = [exports[type(one)](one) for one in measured().instruments()]
+        exports: dict[type, Callable[[Any], _Publish]] = {Counter: _counter, Histogram: _histogram, Gauge: _gauge}
+        self._exported = [exports[type(one)](one) for one in measured().instruments()]
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="export-metrics", daemon=True)
         self._thread.start()
@@ -53,55 +51,55 @@ class Export:
             stopped = self._stop.wait(self._period_s)
             try:
                 self._measured()
-                for exported in self._exported:
-                    exported.publish()
+                for publish in self._exported:
+                    publish()
             except Exception:
                 log.exception("the metrics could not be published; the next attempt follows")
 
 
-class _Counter:
-    def __init__(self, counter: Counter) -> None:
-        self._counter = counter
-        self._metric = metrics.Counter(counter.name, counter.description, counter.labels)
-        self._published: dict[Labels, int] = {}
+def _counter(counter: Counter) -> _Publish:
+    metric = metrics.Counter(counter.name, counter.description, counter.labels)
+    published: dict[Labels, int] = {}
 
-    def publish(self) -> None:
-        for labels, value in list(self._counter.values.items()):
-            tags = dict(zip(self._counter.labels, labels, strict=True))
-            if labels not in self._published:
+    def publish() -> None:
+        for labels, value in list(counter.values.items()):
+            tags = dict(zip(counter.labels, labels, strict=True))
+            if labels not in published:
                 # `inc` refuses 0, but `rate` misses the first event of a series that begins with it.
-                self._metric._record(0.0, tags)
-            before = self._published.get(labels, 0)
+                metric._record(0.0, tags)
+            before = published.get(labels, 0)
             if value > before:
-                self._metric.inc(value - before, tags)
-            self._published[labels] = value
+                metric.inc(value - before, tags)
+            published[labels] = value
+
+    return publish
 
 
-class _Gauge:
-    def __init__(self, gauge: Gauge) -> None:
-        self._gauge = gauge
-        self._metric = metrics.Gauge(gauge.name, gauge.description, gauge.labels)
+def _gauge(gauge: Gauge) -> _Publish:
+    metric = metrics.Gauge(gauge.name, gauge.description, gauge.labels)
 
-    def publish(self) -> None:
+    def publish() -> None:
         # Also without a change: the agent forgets a series after two of its intervals.
-        for labels, value in list(self._gauge.values.items()):
-            self._metric.set(value, dict(zip(self._gauge.labels, labels, strict=True)))
+        for labels, value in list(gauge.values.items()):
+            metric.set(value, dict(zip(gauge.labels, labels, strict=True)))
+
+    return publish
 
 
-class _Histogram:
-    def __init__(self, histogram: Histogram) -> None:
-        self._histogram = histogram
-        gauge = partial(metrics.Gauge, description=histogram.description)
-        self._buckets = gauge(f"{histogram.name}_bucket", tag_keys=(*histogram.labels, "le"))
-        self._sum = gauge(f"{histogram.name}_sum", tag_keys=histogram.labels)
-        self._count = gauge(f"{histogram.name}_count", tag_keys=histogram.labels)
-        self._limits = (*(f"{bound:g}" for bound in histogram.bounds), "+Inf")
+def _histogram(histogram: Histogram) -> _Publish:
+    gauge = partial(metrics.Gauge, description=histogram.description)
+    buckets = gauge(f"{histogram.name}_bucket", tag_keys=(*histogram.labels, "le"))
+    sums = gauge(f"{histogram.name}_sum", tag_keys=histogram.labels)
+    counts = gauge(f"{histogram.name}_count", tag_keys=histogram.labels)
+    limits = (*(f"{bound:g}" for bound in histogram.bounds), "+Inf")
 
-    def publish(self) -> None:
-        for labels, cells in list(self._histogram.values.items()):
-            tags = dict(zip(self._histogram.labels, labels, strict=True))
+    def publish() -> None:
+        for labels, cells in list(histogram.values.items()):
+            tags = dict(zip(histogram.labels, labels, strict=True))
             cumulative = list(itertools.accumulate(list(cells.counts)))
-            for limit, count in zip(self._limits, cumulative, strict=True):
-                self._buckets.set(count, {**tags, "le": limit})
-            self._sum.set(cells.total, dict(tags))
-            self._count.set(cumulative[-1], dict(tags))
+            for limit, count in zip(limits, cumulative, strict=True):
+                buckets.set(count, {**tags, "le": limit})
+            sums.set(cells.total, dict(tags))
+            counts.set(cumulative[-1], dict(tags))
+
+    return publish

@@ -75,6 +75,7 @@ class _Admin:
 
     def __init__(self, service: Service) -> None:
         self._service = service
+        self._rules = Rules(engine=service.config.engine)
         self._changing = threading.Lock()
 
     async def versions(self, request: Request) -> Response:
@@ -97,23 +98,19 @@ class _Admin:
 
     async def promote(self, request: Request) -> Response:
         """Make a version live that passes its gates, or whose gates are overruled."""
-        by = self._authorize(request)
-        registry = self._registry()
+        by, registry = self._authorize(request), self._registry()
         body = await _read_body(request, Promote)
         version, reason = body.version, _reason(by, body.why, body.force)
         if not is_name(version) or version not in await asyncio.to_thread(version_names, registry):
             hint = "GET /v1/admin/versions lists what there is; a bundle is added on the server with rafce bundle add."
             raise Problem("no_such_version", f"The registry has no version {shown(version)}.", hint=hint)
-        rules = Rules(engine=self._service.config.engine)
-        return await self._change(request, lambda: promote(registry, version, reason, rules))
+        return await self._change(request, lambda: promote(registry, version, reason, self._rules))
 
     async def rollback(self, request: Request) -> Response:
         """Roll back to the version before."""
-        by = self._authorize(request)
-        registry = self._registry()
+        by, registry = self._authorize(request), self._registry()
         reason = _reason(by, (await _read_body(request, Rollback)).why)
-        rules = Rules(engine=self._service.config.engine)
-        return await self._change(request, lambda: roll_back(registry, reason, rules))
+        return await self._change(request, lambda: roll_back(registry, reason, self._rules))
 
     def _authorize(self, request: Request) -> str:
         """The caller, by the key's id; Problem where the key has not the scope."""
@@ -145,8 +142,8 @@ class _Admin:
     def _make(self, change: Callable[[], Outcome | None]) -> dict[str, Any]:
         live = self._service.live
         if not self._changing.acquire(blocking=False):
-            headers = {"retry-after": str(RETRY_AFTER_S)}
-            raise Problem("busy", "Another change of what is live is being checked.", headers=headers)
+            wait = {"retry-after": str(RETRY_AFTER_S)}
+            raise Problem("busy", "Another change of what is live is being checked.", headers=wait)
         try:
             before = live.served
             outcome = change()

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from starlette.types import Scope
 
 from rafce_ray.base.hardware import ip_address_of, is_loopback
@@ -134,20 +134,28 @@ Origin = Annotated[str, AfterValidator(origin_of)]
 _Listed = BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
 
 
-class Limits(Section):
-    """Upper bounds for one client and for all of them together."""
+class RequestLimits(Section):
+    """How much may be asked for at once."""
+
+    # In the schema of an answer every field is there.
+    model_config = ConfigDict(json_schema_serialization_defaults_required=True)
 
     max_body_bytes: int = Field(32 * MIB, ge=1024, description="Bytes of one request's body.")
-    max_header_bytes: int = Field(
-        16 * 1024, ge=1024, description="Bytes of one request's headers together; its path and query may have as many."
-    )
     max_images: int = Field(16, ge=1, le=1024, description="Images in one request.")
     max_image_bytes: int = Field(16 * MIB, ge=1024, description="Bytes of one image file.")
     max_image_side_px: int = Field(8192, ge=16, le=65535, description="Longer side of one image, px.")
     max_image_pixels: int = Field(25_000_000, ge=256, description="Pixels of one image, width times height.")
     max_faces: int = Field(32, ge=1, description="Faces that are answered for in one photograph, the largest first.")
+    deadline_s: float = Field(10.0, gt=0, description="Seconds from a request's admission to its answer; then 504.")
+
+
+class Limits(RequestLimits):
+    """Upper bounds for one client and for all of them together."""
+
+    max_header_bytes: int = Field(
+        16 * 1024, ge=1024, description="Bytes of one request's headers together; its path and query may have as many."
+    )
     body_timeout_s: float = Field(10.0, gt=0, description="Seconds in which the whole body must arrive.")
-    deadline_s: float = Field(10.0, gt=0, description="Seconds from a request's admission to its answer.")
     max_requests: int = Field(64, ge=1, description="Requests in work at once in one replica; beyond it 429.")
     max_bytes: int = Field(
         256 * MIB, ge=1024, description="Bytes of bodies in work at once in one replica; beyond it 429."

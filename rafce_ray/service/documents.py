@@ -57,12 +57,8 @@ from rafce_ray.service.requests import Options, PredictRequest
 
 Document = dict[str, Any]
 
-MEDIA_TYPES = {
-    ".html": "text/html",
-    ".css": "text/css",
-    ".js": "text/javascript",
-    ".svg": "image/svg+xml",
-}
+MEDIA_TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
+"""Of a page's files, by the end of their names."""
 
 JSON = "application/json"
 IMAGE_TYPES = ("image/jpeg", "image/png", "image/webp")
@@ -112,7 +108,7 @@ def document_routes(config: ServiceConfig) -> list[Route]:
         *(_fixed(kind.uri, problem.render(root="../", kind=kind).encode(), "text/html") for kind in kinds),
     ]
     for file in package.joinpath("page").iterdir():
-        media_type = MEDIA_TYPES.get(f".{file.name.rpartition('.')[2]}")
+        media_type = MEDIA_TYPES.get(file.name.rpartition(".")[2])
         if media_type is not None:
             routes.append(_fixed("/" if file.name == "index.html" else f"/{file.name}", file.read_bytes(), media_type))
     return routes
@@ -242,18 +238,13 @@ def _infer() -> Document:
 
 
 def _admin(name: str, summary: str, body: type[Record] | None = None) -> Document:
-    operation: Document = {
-        "operationId": name,
-        "summary": summary,
-        "description": "For keys with the scope admin; without a keys file nobody has it.",
-        "responses": {
-            "200": _content(f"{summary}.", {"type": "object"}),
-            "default": _content("Why nothing was changed.", {"type": "object"}, MEDIA_TYPE),
-        },
+    content = {} if body is None else {"requestBody": {"content": {JSON: {"schema": _ref(body.__name__)}}}}
+    responses = {
+        "200": _content(f"{summary}.", {"type": "object"}),
+        "default": _content("Why nothing was changed.", {"type": "object"}, MEDIA_TYPE),
     }
-    if body is not None:
-        operation["requestBody"] = {"content": {JSON: {"schema": _ref(body.__name__)}}}
-    return operation
+    description = "For keys with the scope admin; without a keys file nobody has it."
+    return {"operationId": name, "summary": summary, "description": description, "responses": responses, **content}
 
 
 def _get(name: str, summary: str, answer: str, *codes: str) -> Document:

@@ -21,8 +21,8 @@ from rafce_ray.bundle.model_card import INTENDED_USE, PERCEIVED, PROHIBITED_USE
 from rafce_ray.metrics.calibration import Probabilities, calibrated
 from rafce_ray.service.answers import ModelId, Record
 from rafce_ray.service.batching import Batcher
-from rafce_ray.service.config import ServiceConfig
-from rafce_ray.service.live import WINDOW_FACES, DriftWatch, FailedSwap, Served
+from rafce_ray.service.config import RequestLimits, ServiceConfig
+from rafce_ray.service.live import WINDOW_FACES, FailedSwap, Served
 from rafce_ray.service.predicting import Reader
 from rafce_ray.service.problems import Problem
 
@@ -76,18 +76,6 @@ class ModelInput(Record):
     network_px: int = Field(ge=1, description="Side of the network's own input, px.")
 
 
-class RequestLimits(Record):
-    """How much may be asked for at once."""
-
-    max_body_bytes: int = Field(description="Bytes of a request's body.")
-    max_images: int = Field(description="Pictures in a request.")
-    max_image_bytes: int = Field(description="Bytes of a picture's file.")
-    max_image_side_px: int = Field(description="Longer side of a picture, px.")
-    max_image_pixels: int = Field(description="Width times height of a picture.")
-    max_faces: int = Field(description="Faces that are answered for in a picture, the largest first.")
-    deadline_s: float = Field(description="Seconds from a request's admission to its answer; then 504.")
-
-
 class DriftStatistic(Record):
     """One distribution that is compared with that of validation."""
 
@@ -132,8 +120,7 @@ class ModelInfo(Record):
 
 def model_info(config: ServiceConfig, served: Served, failed: FailedSwap | None) -> ModelInfo:
     """The model card as data; NaN and infinities of its figures are null. It names no file of this machine."""
-    bundle, engine = served.predictor.bundle, served.predictor.engine
-    limits = config.limits.model_dump(include=set(RequestLimits.model_fields))
+    bundle, engine, watch = served.predictor.bundle, served.predictor.engine, served.drift
     return ModelInfo(
         model=served.model,
         since=served.since,
@@ -149,22 +136,17 @@ def model_info(config: ServiceConfig, served: Served, failed: FailedSwap | None)
         ),
         taxonomy=_taxonomy(bundle.taxonomy, bundle.calibration.au_thresholds),
         unsure_below=bundle.calibration.unsure_below,
-        drift=_drift(served.drift),
+        drift=Drift(
+            watched=any(number is not None for number in watch.min_faces.values()),
+            remark=watch.remark,
+            reference_images=watch.num_reference_images,
+            window_faces=WINDOW_FACES,
+            statistics=tuple(DriftStatistic(name=name, min_faces=number) for name, number in watch.min_faces.items()),
+        ),
         architecture=bundle.architecture.backbone,
         metrics=finite(bundle.metrics),
-        limits=RequestLimits(**limits),
+        limits=config.limits,
         model_card=served.card,
-    )
-
-
-def _drift(watch: DriftWatch) -> Drift:
-    needed = watch.min_faces
-    return Drift(
-        watched=any(number is not None for number in needed.values()),
-        remark=watch.remark,
-        reference_images=watch.num_reference_images,
-        window_faces=WINDOW_FACES,
-        statistics=tuple(DriftStatistic(name=name, min_faces=number) for name, number in needed.items()),
     )
 
 

@@ -216,10 +216,7 @@ async def _metadata(service: Service, request: Request) -> dict[str, Any]:
             {"name": IMAGES, "datatype": "FP32", "shape": [-1, px, px, 3]},
             {"name": IMAGE_BYTES, "datatype": "BYTES", "shape": [-1]},
         ],
-        "outputs": [
-            {"name": name, "datatype": "FP32", "shape": [-1, len(labels)], "parameters": {"labels": labels}}
-            for name, labels in _labels(taxonomy).items()
-        ],
+        "outputs": [_tensor(name, [-1, len(labels)], labels) for name, labels in _labels(taxonomy).items()],
     }
 
 
@@ -279,13 +276,11 @@ def _pixels(given: InferInput, px: int) -> tuple[NDArray[np.uint8], list[Light]]
 
 def _output(name: str, found: Probabilities, labels: list[str]) -> dict[str, Any]:
     values = (found.emotion if name == EMOTIONS else found.action_units).astype(np.float32)
-    return {
-        "name": name,
-        "datatype": "FP32",
-        "shape": list(values.shape),
-        "data": values.ravel().tolist(),
-        "parameters": {"labels": labels},
-    }
+    return _tensor(name, list(values.shape), labels) | {"data": values.ravel().tolist()}
+
+
+def _tensor(name: str, shape: list[int], labels: list[str]) -> dict[str, Any]:
+    return {"name": name, "datatype": "FP32", "shape": shape, "parameters": {"labels": labels}}
 
 
 def _labels(taxonomy: Taxonomy) -> dict[str, list[str]]:

@@ -278,8 +278,8 @@ def nearest(wanted: str, known: Sequence[str]) -> str:
 
 
 async def _answer_problem(request: Request, error: Exception) -> Response:
-    assert isinstance(error, Problem)
-    return problem_response(error, request.scope)
+    """Any other exception than a Problem Starlette raises again after this, and the edge logs it."""
+    return problem_response(error if isinstance(error, Problem) else unexpected(), request.scope)
 
 
 async def _answer_http_exception(request: Request, error: Exception) -> Response:
@@ -301,11 +301,6 @@ async def _answer_http_exception(request: Request, error: Exception) -> Response
     return problem_response(Problem(code, detail, hint=hint, headers=headers), request.scope)
 
 
-async def _answer_unexpected(request: Request, error: Exception) -> Response:
-    """Starlette raises the exception again after this, and the edge logs it."""
-    return problem_response(unexpected(), request.scope)
-
-
 def unexpected() -> Problem:
     """The problem of an unexpected failure, without its details."""
     return Problem("internal_error", "The service failed to answer this request.")
@@ -314,6 +309,6 @@ def unexpected() -> Problem:
 EXCEPTION_HANDLERS: Mapping[Any, Callable[[Request, Exception], Coroutine[Any, Any, Response]]] = {
     Problem: _answer_problem,
     HTTPException: _answer_http_exception,
-    Exception: _answer_unexpected,
+    Exception: _answer_problem,
 }
 """For ``Starlette(exception_handlers=...)``: every refusal as a problem."""

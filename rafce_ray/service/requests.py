@@ -126,7 +126,6 @@ class BodyRules:
 
 
 OPTION_NAMES = tuple(one.name for one in fields(Options))
-_Parse = Callable[[bytes], tuple[tuple[Item, ...], Options]]
 
 
 async def read_request(
@@ -147,12 +146,18 @@ async def read_request(
         if isinstance(content, Problem):
             raise content
         return ParsedRequest("raw", (Item("0", content),), options)
-    kind, parse = _parser(media_type, parameters, rules)
+    kind: Literal["json", "multipart"] = "json"
+    parse: Callable[[bytes], tuple[tuple[Item, ...], Options]] = partial(parse_json_body, rules=rules)
+    if media_type == MULTIPART:
+        kind = "multipart"
+        parse = partial(parse_multipart_body, boundary=parameters.get(b"boundary", b""), rules=rules)
+    elif media_type != JSON:
+        raise _unsupported(media_type)
+    elif parameters.get(b"charset", b"utf-8").lower() not in (b"utf-8", b"utf8", b"us-ascii"):
+        raise Problem("unsupported_media_type", "JSON is read as UTF-8 only.", hint="Send charset=utf-8 or none.")
     if scope["query_string"]:
-        where = "the key options" if kind == "json" else "form parts of their own"
-        raise Problem(
-            "unknown_option", f"Options of a {kind} body do not go into the query.", hint=f"Put them into {where}."
-        )
+        hint = f"Put them into {'the key options' if kind == 'json' else 'form parts of their own'}."
+        raise Problem("unknown_option", f"Options of a {kind} body do not go into the query.", hint=hint)
     body = await read_body(receive, place)
     if len(body) <= PARSED_ON_THE_LOOP_BYTES:
         items, options = parse(body)
@@ -183,15 +188,7 @@ def declared_bytes(scope: MutableMapping[str, Any]) -> int:
     return int(length) if length.isdigit() else 0
 
 
-def _parser(
-    media_type: bytes, parameters: dict[bytes, bytes], rules: BodyRules
-) -> tuple[Literal["json", "multipart"], _Parse]:
-    if media_type == JSON:
-        if parameters.get(b"charset", b"utf-8").lower() not in (b"utf-8", b"utf8", b"us-ascii"):
-            raise Problem("unsupported_media_type", "JSON is read as UTF-8 only.", hint="Send charset=utf-8 or none.")
-        return "json", partial(parse_json_body, rules=rules)
-    if media_type == MULTIPART:
-        return "multipart", partial(parse_multipart_body, boundary=parameters.get(b"boundary", b""), rules=rules)
+def _unsupported(media_type: bytes) -> Problem:
     known = [name.decode() for name in (*RAW, JSON, MULTIPART)]
     found = media_type.decode("latin-1")
     detail = f"Content-Type is {shown(found)}." if found else "There is no Content-Type."
@@ -200,7 +197,7 @@ def _parser(
         # Another format's type is not a misspelling.
         near = "Save the picture as JPEG, PNG or WebP. "
     hint = f"{near}Use one of {', '.join(known)}: curl -H 'Content-Type: image/jpeg' ..."
-    raise Problem("unsupported_media_type", detail, hint=hint)
+    return Problem("unsupported_media_type", detail, hint=hint)
 
 
 def _header(scope: MutableMapping[str, Any], wanted: bytes) -> bytes:
@@ -221,9 +218,7 @@ def too_many_bytes(num_bytes: int, limit: int) -> Problem:
 
 
 def options_of_query(query: bytes, rules: BodyRules) -> Options:
-    """The options of a query string; Problem where it is no query string or an option is unknown, bad or there
-    twice.
-    """
+    """The options of a query string. Problem where it is malformed, or an option is unknown, bad or given twice."""
     if not query:
         return options_of({}, rules)
     try:
@@ -231,9 +226,8 @@ def options_of_query(query: bytes, rules: BodyRules) -> Options:
             query.decode("ascii"), keep_blank_values=True, strict_parsing=True, errors="strict", max_num_fields=16
         )
     except ValueError:
-        raise Problem(
-            "bad_request", "The query string cannot be read.", hint="Write it as ?faces=aligned&top_k=2."
-        ) from None
+        hint = "Write it as ?faces=aligned&top_k=2."
+        raise Problem("bad_request", "The query string cannot be read.", hint=hint) from None
     return options_of_texts(pairs, rules)
 
 
