@@ -105,8 +105,18 @@ def _audit(arguments: argparse.Namespace, given: list[str]) -> int:
         render(found, Console(highlight=False, soft_wrap=True))
         if arguments.json is not None:
             _write_json(arguments.json, found)
-    _conclude(found, arguments, given)
-    return 0 if found.may_train else GateError.exit_code
+    counts = ", ".join(
+        f"{sum(finding.level == level for finding in found.findings)} {level}"
+        for level in ("refusal", "error", "warning", "info")
+    )
+    counted = f"Findings: {counts}." + ("" if arguments.json in (None, "-") else f" Written to {arguments.json}.")
+    if not found.may_train:
+        reasons = "; ".join(finding.message for finding in found.refusals)
+        say(f"Refused: this data may not be trained on: {reasons}. {counted}")
+        return GateError.exit_code
+    again = shlex.join([f"data.root={arguments.root}", *given])
+    say(f"May be trained on. {counted} Next: rafce train {again}")
+    return 0
 
 
 def _yaml_text(text: str) -> str:
@@ -121,20 +131,6 @@ def _write_json(place: str, found: Audit) -> None:
         locate(place).write_bytes((to_json(found.to_json()) + "\n").encode())
     except OSError as error:
         raise UsageError(f"--json {place}: cannot be written ({error}). Name a file in a folder that can.") from error
-
-
-def _conclude(found: Audit, arguments: argparse.Namespace, given: list[str]) -> None:
-    counts = ", ".join(
-        f"{sum(finding.level == level for finding in found.findings)} {level}"
-        for level in ("refusal", "error", "warning", "info")
-    )
-    written = f" Written to {arguments.json}." if arguments.json not in (None, "-") else ""
-    if not found.may_train:
-        reasons = "; ".join(finding.message for finding in found.refusals)
-        say(f"Refused: this data may not be trained on: {reasons}. Findings: {counts}.{written}")
-        return
-    again = shlex.join([f"data.root={arguments.root}", *given])
-    say(f"May be trained on. Findings: {counts}.{written} Next: rafce train {again}")
 
 
 def _fractions(text: str) -> tuple[float, float, float]:

@@ -16,8 +16,6 @@ from rafce_ray.train.environment import ray_folder
 PROMETHEUS_PORT, GRAFANA_PORT = 9090, 3000
 """Ray's dashboard looks for both at these ports, unless its cluster was told otherwise."""
 
-_ADDRESS = re.compile(r"(?:http://)?([A-Za-z0-9._-]+:\d{1,5})/?")
-
 
 @command
 def main(argv: list[str]) -> int:
@@ -25,7 +23,7 @@ def main(argv: list[str]) -> int:
     arguments = _parser().parse_args(argv)
     cluster, token_file = arguments.cluster, arguments.token_file
     if cluster is not None:
-        found = _ADDRESS.fullmatch(cluster)
+        found = re.fullmatch(r"(?:http://)?([A-Za-z0-9._-]+:\d{1,5})/?", cluster)
         if found is None:
             raise UsageError(f"--cluster {cluster}: expected HOST:PORT of Ray's dashboard, such as 10.0.0.5:8265.")
         cluster, ray = found[1], None
@@ -53,20 +51,14 @@ def main(argv: list[str]) -> int:
     compose = shlex.quote(str(arguments.write / "compose.yaml"))
     say(f"Start both: docker compose -f {compose} up -d    Stop both: docker compose -f {compose} down")
     say(f"Prometheus: http://127.0.0.1:{arguments.prometheus_port} (/alerts, /targets)")
-    boards = [json.loads(content) for name, content in files.items() if name.endswith(".json")]
-    for board in boards:
+    for board in (json.loads(content) for name, content in files.items() if name.endswith(".json")):
         say(f"Grafana, {board['title']}: http://127.0.0.1:{arguments.grafana_port}/d/{board['uid']}")
     forwarded = " ".join(f"-L {port}:127.0.0.1:{port}" for port in ports.values())
     say(f"From another machine: ssh -N {forwarded} THIS-MACHINE")
-    for name, port, usual in (
-        ("PROMETHEUS", arguments.prometheus_port, PROMETHEUS_PORT),
-        ("GRAFANA", arguments.grafana_port, GRAFANA_PORT),
-    ):
+    for (name, port), usual in zip(ports.items(), (PROMETHEUS_PORT, GRAFANA_PORT), strict=True):
         if port != usual:
-            say(
-                "For the metrics page of Ray's dashboard, start the cluster with "
-                f"RAY_{name}_HOST=http://127.0.0.1:{port}"
-            )
+            host = f"RAY_{name.removesuffix('_port').upper()}_HOST=http://127.0.0.1:{port}"
+            say(f"For the metrics page of Ray's dashboard, start the cluster with {host}")
     return 0
 
 

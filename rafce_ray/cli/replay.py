@@ -38,15 +38,12 @@ def main(argv: list[str]) -> int:
     for key, (trained, now) in plan.edited.items():
         warn(f"config.yaml was edited after training: {key} is {now!r} in it, {trained!r} was trained with and is now.")
     console.print(circumstances_table(plan.before))
-    record: dict[str, Any] = {
-        "original": str(original.location),
-        "edited": {key: list(values) for key, values in plan.edited.items()},
-    }
+    edited = {key: list(values) for key, values in plan.edited.items()}
+    record: dict[str, Any] = {"original": str(original.location), "edited": edited}
     if plan.data_changed and not arguments.anyway:
         if arguments.json:
-            print_json(
-                record | {"replay": None, "equal": None, "circumstances": [one.to_json() for one in plan.before]}
-            )
+            before = [one.to_json() for one in plan.before]
+            print_json(record | {"replay": None, "equal": None, "circumstances": before})
         raise GateError(data_changes(original, plan))
     replay = train_again(plan)
     comparison, same_weights = compare_runs(original, replay, arguments.tolerance)
@@ -72,17 +69,11 @@ def _conclude(
     replay: RunFolder,
 ) -> int:
     """Say how it came out. GateError where a figure differs."""
-    weights = {
-        True: "the weights are the same, bit for bit",
-        False: "the weights differ",
-        None: "there are no weights to compare",
-    }[same_weights]
+    known = {True: "the weights are the same, bit for bit", False: "the weights differ"}
+    weights = "there are no weights to compare" if same_weights is None else known[same_weights]
     if comparison.only_in_replay:
-        names = ", ".join(comparison.only_in_replay[:3])
-        say(
-            f"{len(comparison.only_in_replay)} figures are only in the replay ({names}, ...): this version records "
-            "more."
-        )
+        number, names = len(comparison.only_in_replay), ", ".join(comparison.only_in_replay[:3])
+        say(f"{number} figures are only in the replay ({names}, ...): this version records more.")
     if comparison.equal:
         largest = comparison.largest
         where = f" at {largest}" if largest is not None and largest.size > 0 else ""
@@ -109,21 +100,17 @@ def _conclude(
 
 
 def _causes(circumstances: Sequence[Circumstance], same_weights: bool | None) -> str:
+    altered = "the original's records were altered, or"
     if same_weights:
-        return (
-            "As the weights are the same, the original's records were altered, or another version measures otherwise."
-        )
+        return f"As the weights are the same, {altered} another version measures otherwise."
     lines = [
-        f"  {one.what}: {one.original} in the original, {one.replay} in the replay ({one.verdict})"
+        f"\n  {one.what}: {one.original} in the original, {one.replay} in the replay ({one.verdict})"
         for one in circumstances
         if one.verdict != "same"
     ]
     if not lines:
-        return (
-            "No circumstance that is known differs: the original's records were altered, or its hardware does not "
-            "compute the same twice."
-        )
-    return "What differs, or is not known to be the same:\n" + "\n".join(lines)
+        return f"No circumstance that is known differs: {altered} its hardware does not compute the same twice."
+    return f"What differs, or is not known to be the same:{''.join(lines)}"
 
 
 def _parser() -> argparse.ArgumentParser:

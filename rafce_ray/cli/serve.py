@@ -18,10 +18,8 @@ def main(argv: list[str]) -> int:
     """``rafce serve``; returns the exit code."""
     arguments = _parser().parse_intermixed_args(argv)
     if arguments.replicas < 1 or not 0 < arguments.port < 2**16:
-        raise UsageError(
-            f"--replicas {arguments.replicas} --port {arguments.port}: at least one replica, and a port from 1 to "
-            "65535."
-        )
+        given = f"--replicas {arguments.replicas} --port {arguments.port}"
+        raise UsageError(f"{given}: at least one replica, and a port from 1 to 65535.")
     config = _config(arguments)
     from rafce_ray.serve.launch import serve_until_stopped
 

@@ -118,11 +118,18 @@ async def predict(request: ParsedRequest, context: Context) -> bytes:
     Problem where no image is readable: the image's or, of several images, ``no_image_read`` with their results.
     """
     began = time.monotonic()
-    images = await _read(request.items, request.options, context)
+    if len(request.items) == 1:
+        images = [await _read_item(request.items[0], request.options, context)]
+    else:
+        images = await asyncio.gather(*(_read_item(item, request.options, context) for item in request.items))
     decoded = time.monotonic()
     problems = [image for image in images if isinstance(image, Problem)]
+    if len(problems) == len(images) == 1:
+        raise problems[0]
     if len(problems) == len(images):
-        raise _refusal(request, problems, context)
+        detail = f"None of the {len(problems)} images could be answered; the first: {problems[0].detail}"
+        members = {"results": plain(_results(request, problems, (), context))}
+        raise Problem("no_image_read", detail, members=members)
     crops = [face.pixels for image in images if isinstance(image, ReadImage) for face in image.faces]
     faces = crops[0][None] if len(crops) == 1 else np.stack(crops)
     batched = await context.batcher.probabilities(context.served.predictor, faces)
@@ -140,15 +147,6 @@ async def predict(request: ParsedRequest, context: Context) -> bytes:
     return to_json(PredictAnswer(context.served.model, context.request_id, results, timings))
 
 
-def _refusal(request: ParsedRequest, problems: Sequence[Problem], context: Context) -> Problem:
-    """The problem of a request whose images all have one."""
-    if len(problems) == 1:
-        return problems[0]
-    results = _results(request, problems, (), context)
-    detail = f"None of the {len(problems)} images could be answered; the first: {problems[0].detail}"
-    return Problem("no_image_read", detail, members={"results": plain(results)})
-
-
 def _results(
     request: ParsedRequest, images: Sequence[ReadImage | Problem], answers: Sequence[_Answer], context: Context
 ) -> tuple[Result, ...]:
@@ -162,12 +160,6 @@ def _results(
             found = tuple(face_answer(face, *next(faces)) for face in image.faces)
             results.append(Result(item.id, "ok", image.width, image.height, found, image.faces_left_out, None))
     return tuple(results)
-
-
-async def _read(items: Sequence[Item], options: Options, context: Context) -> list[ReadImage | Problem]:
-    if len(items) == 1:
-        return [await _read_item(items[0], options, context)]
-    return await asyncio.gather(*(_read_item(item, options, context) for item in items))
 
 
 async def _read_item(item: Item, options: Options, context: Context) -> ReadImage | Problem:
