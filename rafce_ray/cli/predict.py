@@ -55,10 +55,7 @@ def _main_here(arguments: argparse.Namespace) -> int:
     )
     load = partial(load_file, finder=finder, px=bundle.preprocessing.stored_px)
     counts: Counter[str] = Counter()
-    with (
-        progress_bar("predicting", num_files) as advance,
-        open_output(out, bundle, arguments.top_k) as write,
-    ):
+    with progress_bar("predicting", num_files) as advance, open_output(out, bundle, arguments.top_k) as write:
         loaded = load_ahead(load, find_images(arguments.paths), min(8, num_cores()))
         for result in predict_files(predictor, loaded, batch_size=arguments.batch_size, top_k=arguments.top_k):
             write(result)

@@ -52,8 +52,7 @@ def _config(arguments: argparse.Namespace) -> ServiceConfig:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="rafce serve",
-        description="Serve a model over HTTP on this machine with Ray Serve, until Ctrl-C.",
+        prog="rafce serve", description="Serve a model over HTTP on this machine with Ray Serve, until Ctrl-C."
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--bundle", metavar="PATH", help=BUNDLE_HELP)

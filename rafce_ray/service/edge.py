@@ -204,10 +204,7 @@ class _Exchange:
         self._edge.callers.check(scope, found)
         if twice is not None:
             raise Problem("bad_headers", f"The header {twice.decode('latin-1')} is there more than once.")
-        self._check_body_headers(found)
-
-    def _check_body_headers(self, found: dict[bytes, bytes]) -> None:
-        length, limit = found.get(b"content-length"), self._edge.limits.max_body_bytes
+        limit = limits.max_body_bytes
         if length is not None:
             if b"transfer-encoding" in found:
                 raise Problem("bad_headers", "Content-Length and Transfer-Encoding contradict each other.")
