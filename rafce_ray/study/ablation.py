@@ -32,20 +32,23 @@ from rafce_ray.study.folder import StudyFolder
 SEED_EPOCHS = 50
 """Epochs of the seed's runs; its patience is scaled where a run has fewer."""
 
-EIGHT_CHANGES = (
-    ("null masking", "data.null_policy"),
-    ("AU loss weight", "loss.au_weight"),
-    ("dropout", "model.dropout"),
-    ("weight decay", "optim.weight_decay"),
-    ("learning rate", "optim.lr"),
-    ("gradient clipping", "optim.grad_clip"),
-    ("label smoothing", "loss.label_smoothing"),
-    ("patience", "optim.patience"),
+CLAIMED_CHANGES = (
+    ("null masking", "data.null_policy", "au_f1", "AU-F1 from 0.0000 to above 0.50"),
+    ("AU loss weight", "loss.au_weight", "au_f1", "AU-F1 from 0.0000 to above 0.50"),
+    ("dropout", "model.dropout", "gap", "less overfitting"),
+    ("weight decay", "optim.weight_decay", "gap", "less overfitting"),
+    ("learning rate", "optim.lr", "accuracy", "more stable training"),
+    ("gradient clipping", "optim.grad_clip", "accuracy", "no exploding gradients"),
+    ("label smoothing", "loss.label_smoothing", "gap", "less overfitting"),
+    ("patience", "optim.patience", "accuracy", "more time to train"),
 )
-"""The rows of the seed's table of changes, and the key that each of them is here.
+"""The seed's table of changes: title, key here, the figure that would show the effect, and the expected effect.
 
 The values are those of the two recipes.
 """
+
+EIGHT_CHANGES = tuple((title, key) for title, key, _, _ in CLAIMED_CHANGES)
+"""Title and key of each change."""
 
 READ_LABELS = {"data.action_unit_targets": "labels"}
 
@@ -149,7 +152,7 @@ FIGURES = {
     "au_f1": "AU-F1 at 0.5",
     "au_f1_tuned": "AU-F1, own thresholds",
     "au_ap": "AU average precision",
-    "gap": "gap in accuracy",
+    "gap": "gap in accuracy, points",
     "component_accuracy": "component accuracy",
     "nll": "emotion log loss, calibrated",
 }
@@ -162,19 +165,6 @@ LOWER_IS_BETTER = ("gap", "nll")
 
 SHOWN = ("accuracy", "macro_f1", "macro_f1_supported", "au_f1", "au_ap", "gap")
 PLOTTED = ("accuracy", "macro_f1_supported", "au_f1", "au_ap", "gap")
-IN_POINTS = ("gap",)
-
-CLAIMS = (
-    ("null masking", "au_f1", "AU-F1 from 0.0000 to above 0.50"),
-    ("AU loss weight", "au_f1", "AU-F1 from 0.0000 to above 0.50"),
-    ("dropout", "gap", "less overfitting"),
-    ("weight decay", "gap", "less overfitting"),
-    ("learning rate", "accuracy", "more stable training"),
-    ("gradient clipping", "accuracy", "no exploding gradients"),
-    ("label smoothing", "gap", "less overfitting"),
-    ("patience", "accuracy", "more time to train"),
-)
-"""The seed's table of changes: what each was expected to do, and the figure that would show it."""
 
 SCORED = {name: name for name in ("accuracy", "macro_f1", "macro_f1_supported", "component_accuracy")}
 SCORED |= {"au_f1": "au_f1_mean", "au_ap": "au_ap_mean"}
@@ -336,7 +326,7 @@ def _caption(ablation: Ablation) -> str:
 
 
 def _table(ablation: Ablation, arms: list[Arm]) -> list[str]:
-    titles = ["arm", "against", *map(_title, SHOWN), *(f"F1 {name}" for name in ablation.minority)]
+    titles = ["arm", "against", *(FIGURES[name] for name in SHOWN), *(f"F1 {name}" for name in ablation.minority)]
     lines = [f"| {' | '.join(titles)} |", f"|{'---|' * len(titles)}"]
     for arm in arms:
         measured, contrasts = ablation.measured[arm.name], ablation.contrasts.get(arm.name, {})
@@ -357,13 +347,9 @@ def _cell(measured: Measured, contrast: Contrast | None, name: str) -> str:
     return f"{text} {_mark(contrast, name)}".rstrip()
 
 
-def _title(name: str) -> str:
-    return FIGURES[name] + (", points" if name in IN_POINTS else "")
-
-
 def _units(name: str) -> tuple[int, int]:
     """What a figure is multiplied by, and its digits after the point."""
-    return (100, 1) if name in IN_POINTS else (1, 4 if name == "au_f1" else 3)
+    return {"gap": (100, 1), "au_f1": (1, 4)}.get(name, (1, 3))
 
 
 def _mark(contrast: Contrast | None, name: str) -> str:
@@ -377,7 +363,7 @@ def _claims(ablation: Ablation) -> Iterator[str]:
     """One line per claim: the expectation, and what was found for the change alone and for reading the labels."""
     yield "| change | the seed expected | found alone, action units unread | verdict |"
     yield "|---|---|---|---|"
-    of_changes = [(title, arm_of_change(title), name, expected) for title, name, expected in CLAIMS]
+    of_changes = [(title, arm_of_change(title), name, expected) for title, _, name, expected in CLAIMED_CHANGES]
     for title, arm, name, expected in (*of_changes, ("reading the labels", "labels-read", "au_f1", "not considered")):
         if arm not in ablation.contrasts:
             continue
@@ -416,7 +402,7 @@ def plot(ablation: Ablation) -> bytes:
                 axis.errorbar(
                     one.mean * scale, rows[arm.name], xerr=one.half_width * scale, capsize=2, linewidth=1, **look
                 )
-            axis.set_title(_title(name), fontsize=9)
+            axis.set_title(FIGURES[name], fontsize=9)
             axis.grid(axis="y", color="0.93")
             axis.set_axisbelow(True)
         axes[0].set_yticks(list(rows.values()), [arm.title for arm in arms])

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rafce_ray.base.errors import did_you_mean
 from rafce_ray.base.figures import FIGURES, monitors_of
 from rafce_ray.config import Config, ConfigError, build_config, flatten, nested
-from rafce_ray.study.proposals import MAX_COMBINATIONS, new_combinations, random_proposals
+from rafce_ray.study.proposals import MAX_COMBINATIONS, fixed_proposals
 from rafce_ray.study.space import Domain, Space, condition_values, in_order, parse_domain, repeated, same
 
 if TYPE_CHECKING:
@@ -180,17 +180,19 @@ def _condition_faults(key: str, space: Space, base: Mapping[str, Any], unread: C
 
 def normalised(base: Config, space: Space) -> dict[str, Domain]:
     """The space with each option as a run's configuration has it (``AU12`` is 12), so that both can be compared."""
-    values = flatten(base)
+    read = {}
+    for key, domain in space.items():
+        others = flatten(base) | condition_values(space, key)
+        options = (
+            tuple(_as_read(others, key, option) for option in domain.written) if domain.is_list else domain.written
+        )
+        read[key] = dataclasses.replace(domain, written=options)
+    return read
 
-    def held(key: str, option: Any) -> Any:
-        return flatten(build_config(nested(values | condition_values(space, key) | {key: option})))[key]
 
-    return {
-        key: dataclasses.replace(domain, written=tuple(held(key, option) for option in domain.written))
-        if domain.is_list
-        else domain
-        for key, domain in space.items()
-    }
+def _as_read(others: Mapping[str, Any], key: str, value: Any) -> Any:
+    """A value as a run's configuration has it, next to the values of the other keys. ConfigError if it has none."""
+    return flatten(build_config(nested({**others, key: value})))[key]
 
 
 def repeated_options(space: Space) -> list[str]:
@@ -209,7 +211,7 @@ def with_words_read(space: Space) -> dict[str, Domain]:
 
     def held(key: str, value: Any) -> Any:
         try:
-            return flatten(build_config(nested(values | {key: value})))[key] if isinstance(value, str) else value
+            return _as_read(values, key, value) if isinstance(value, str) else value
         except (ConfigError, KeyError):
             # The key is unknown, or the word does not fit: later checks report that.
             return value
@@ -224,10 +226,10 @@ def with_words_read(space: Space) -> dict[str, Domain]:
     }
 
 
-def study_faults(study: StudyConfig) -> list[str]:
+def study_faults(study: StudyConfig) -> Iterator[str]:
     """What in a study does not go together."""
-    checks = (_metric_faults, _search_faults, _scheduler_faults, _resource_faults)
-    return [fault for check in checks for fault in check(study)]
+    for check in (_metric_faults, _search_faults, _scheduler_faults, _resource_faults):
+        yield from check(study)
 
 
 def _metric_faults(study: StudyConfig) -> Iterator[str]:
@@ -290,14 +292,12 @@ def _scheduler_faults(study: StudyConfig) -> Iterator[str]:
 
 def _resource_faults(study: StudyConfig) -> Iterator[str]:
     gpus, workers = study.resources.gpus_per_worker, study.resources.workers
-    if gpus is None:
-        return
-    if gpus > 1:
+    if gpus is not None and gpus > 1:
         yield (
             f"resources.gpus_per_worker: found {gpus:g}; a worker uses one GPU. Set 1 or a fraction, and "
             "resources.workers for more"
         )
-    elif workers > 1 and gpus != 1:
+    elif gpus is not None and workers > 1 and gpus != 1:
         yield (
             f"resources.gpus_per_worker: found {gpus:g} with resources.workers={workers}; several workers take a whole "
             "GPU each. Set it to 1, or base.run.use_gpu=false to train on CPUs"
@@ -331,10 +331,8 @@ def combination_faults(study: StudyConfig) -> list[str]:
 
 def foreseen(study: StudyConfig) -> Iterator[dict[str, Any]]:
     """The values that trials other than the base will have, as far as that is known: see :func:`combination_faults`."""
-    if study.search == "grid":
-        return islice(new_combinations(study.space, study.base_values), MAX_COMBINATIONS + 1)
-    planned = (study.num_trials or 1) - 1
-    return islice(random_proposals(study), min(planned, CHECKED_PROPOSALS))
+    drawn = min((study.num_trials or 1) - 1, CHECKED_PROPOSALS)
+    return islice(fixed_proposals(study), MAX_COMBINATIONS + 1 if study.search == "grid" else drawn)
 
 
 def _reasons(error: ConfigError) -> list[str]:

@@ -289,7 +289,8 @@ def build_study(values: Mapping[str, Any]) -> StudyConfig:
         space = normalised(config, space)
         faults += repeated_options(space)
     study = StudyConfig.model_validate(named | {"space": space, "base": own})
-    faults += study_faults(study) or ([] if faults else combination_faults(study))
+    faults += study_faults(study)
+    faults = faults or combination_faults(study)
     if faults:
         raise _unusable(faults)
     return study

@@ -143,20 +143,14 @@ def final_name(trial: Trial, seed: int) -> str:
 class _Run:
     """A training that gave a score; ``outputs`` on validation, None where they were not kept."""
 
-    seed: int
     name: str
     score: float
     outputs: SplitOutputs | None
     taxonomy: Taxonomy
 
 
-@dataclass(frozen=True)
-class _Candidate:
-    """A trial of the sweep, the runs it is judged by, and the seeds without one."""
-
-    trial: Trial
-    runs: tuple[_Run, ...]
-    missing: dict[int, str]
+_Candidate = tuple[Trial, dict[int, _Run], dict[int, str]]
+"""A trial of the sweep, the runs that it is judged by, by seed, and the state of the seeds without one."""
 
 
 def judge(study: StudyFolder, metric: str, k_names: Sequence[str], *, base: str) -> Verdict:
@@ -168,7 +162,6 @@ def judge(study: StudyFolder, metric: str, k_names: Sequence[str], *, base: str)
     Raises:
         RafceError: no finalist has a result yet.
     """
-    sweep = {name: read_trial(study.trial(name), metric) for name in k_names}
     runs: dict[str, dict[int, _Run | str]] = {name: {} for name in k_names}
     for name in study.trial_names():
         folder = study.trial(name)
@@ -177,14 +170,15 @@ def judge(study: StudyFolder, metric: str, k_names: Sequence[str], *, base: str)
             plan, job = found
             runs[str(plan.of)][job.config.run.seed] = _read_run(folder, metric)
     seeds = sorted({seed for found_runs in runs.values() for seed in found_runs})
-    candidates = []
-    for name, trial in sweep.items():
+    candidates: list[_Candidate] = []
+    for name, of_trial in runs.items():
+        trial = read_trial(study.trial(name), metric)
         if trial is None:
             raise RafceError(f"{study.trials / name}: this finalist's trial has no plan. Give the same command again.")
-        by_seed = {seed: runs[name].get(seed, "not started") for seed in seeds}
-        scored = tuple(run for run in by_seed.values() if isinstance(run, _Run))
-        candidates.append(_Candidate(trial, scored, {s: run for s, run in by_seed.items() if isinstance(run, str)}))
-    if not any(one.runs for one in candidates):
+        by_seed = {seed: of_trial.get(seed, "not started") for seed in seeds}
+        scored = {seed: run for seed, run in by_seed.items() if isinstance(run, _Run)}
+        candidates.append((trial, scored, {seed: run for seed, run in by_seed.items() if isinstance(run, str)}))
+    if not any(scored for _, scored, _ in candidates):
         raise RafceError(
             f"{study.location}: none of the finalists {', '.join(k_names)} has a result. Give the same command again, "
             "or set finalists.k=0."
@@ -200,10 +194,10 @@ def judge_sweep(study: StudyFolder, metric: str, trials: Sequence[Trial]) -> Ver
     Raises:
         RafceError: no trial has a score.
     """
-    candidates = []
+    candidates: list[_Candidate] = []
     for trial in best_first(_eligible(trials), metric):
         run = _read_run(study.trial(trial.name), metric)
-        candidates.append(_Candidate(trial, () if isinstance(run, str) else (run,), {}))
+        candidates.append((trial, {} if isinstance(run, str) else {trial.seed: run}, {}))
     if not candidates:
         raise RafceError(
             f"{study.location}: no trial has a score ({metric}) yet. Give the same command again; it goes on."
@@ -251,28 +245,19 @@ def _read_run(folder: RunFolder, metric: str) -> _Run | str:
     is_whole = outputs is not None and trial.status in ENDED
     if trial.score is None or (trial.plan.role == "finalist" and not is_whole):
         return trial.status.replace("_", " ")
-    return _Run(trial.seed, trial.name, trial.score, outputs, found[1].taxonomy)
-
-
-@dataclass(frozen=True)
-class _Measured:
-    """Every candidate's metric over its seeds, by trial, and the trials whose AU labels were replaced."""
-
-    figures: dict[str, OverSeeds]
-    num_images: int
-    relabelled: frozenset[str]
-    remarks: list[str]
+    return _Run(trial.name, trial.score, outputs, found[1].taxonomy)
 
 
 def _verdict(
     study: StudyFolder, metric: str, candidates: Sequence[_Candidate], base: str, *, retrained: bool
 ) -> Verdict:
-    measured = _measure(metric, candidates, base)
-    figures, remarks = measured.figures, measured.remarks
+    figures, comparable, relabelled = _measure(metric, candidates, base)
+    remarks = comparable.remarks
     spread = pooled_spread(figures.values()) if retrained else NO_SPREAD
     basis: Basis = "seeds and images" if retrained and spread.freedom else "images only"
     spread = spread if spread.freedom else NO_SPREAD
-    ranked = _rank([_finalist(one, figures[one.trial.name], spread) for one in candidates], metric, by_bound=retrained)
+    finalists = [_finalist(one, figures[one[0].name], spread) for one in candidates]
+    ranked = _rank(finalists, metric, by_bound=retrained)
     names = [one.trial for one in ranked]
     winner = names[0]
     if not retrained:
@@ -282,15 +267,21 @@ def _verdict(
     others = [name for name in names if name != winner]
 
     def gain(one: str, other: str) -> Difference:
-        return _gain(metric, figures.get(one), figures.get(other), spread)
+        if one not in figures or other not in figures:
+            return UNKNOWN
+        value, half_width = difference_of_means(figures[one], figures[other], spread)
+        if figures[one].draws is None or figures[other].draws is None:
+            half_width = math.nan
+        better = FIGURES[metric].direction * value
+        return Difference(better, better - half_width, better + half_width)
 
-    in_sweep = best_first([one.trial for one in candidates], metric)
+    in_sweep = best_first([trial for trial, _, _ in candidates], metric)
     best = in_sweep[0].name if in_sweep else winner
     scores = {one.name: one.score for one in in_sweep if one.score is not None}
     sweep_gain = FIGURES[metric].direction * (scores.get(best, math.nan) - scores.get(base, math.nan))
     again = gain(best, base) if retrained else UNKNOWN
     # Relabelled, its sweep's score was taken by another yardstick.
-    is_comparable = sweep_gain > 0 and math.isfinite(again.value) and best not in measured.relabelled
+    is_comparable = sweep_gain > 0 and math.isfinite(again.value) and best not in relabelled
     return Verdict(
         metric=metric,
         retrained=retrained,
@@ -304,48 +295,54 @@ def _verdict(
         retrained_gain=again,
         luck_share=1 - again.value / sweep_gain if is_comparable else None,
         basis=basis,
-        num_images=measured.num_images,
+        num_images=len(comparable.splits[0].names) if comparable.splits else 0,
         remarks=tuple(remarks),
     )
 
 
-def _measure(metric: str, candidates: Sequence[_Candidate], base: str) -> _Measured:
+def _measure(
+    metric: str, candidates: Sequence[_Candidate], base: str
+) -> tuple[dict[str, OverSeeds], Comparable, set[str]]:
+    """Every candidate's metric over its seeds, the outputs measured, and the trials whose AU labels were replaced."""
     # The base first: its labels are the ones that all are measured by.
-    in_order = sorted(candidates, key=lambda one: one.trial.name != base)
-    runs = [(one.trial.name, run) for one in in_order for run in one.runs]
-    kept = [(run, TaggedOutputs(name, run.outputs, run.taxonomy)) for name, run in runs if run.outputs is not None]
-    comparable = on_labels_of_first([tagged for _, tagged in kept])
-    values = {run.name: run.score for _, run in runs}
-    draws: dict[str, NDArray[np.float64]] = {}
-    for (run, _), split, is_relabelled in zip(kept, comparable.splits, comparable.is_relabelled, strict=True):
-        found = score_with_losses(split, run.taxonomy, Calibration.uncalibrated(run.taxonomy.num_action_units))
-        draws[run.name] = found.draws[metric]
-        if is_relabelled:
-            values[run.name] = found.figures[metric]
-    figures = {
-        one.trial.name: OverSeeds(
-            tuple(values[run.name] for run in one.runs), mean_draws([draws.get(run.name) for run in one.runs])
-        )
-        for one in candidates
+    in_order = sorted(candidates, key=lambda one: one[0].name != base)
+    values = {run.name: run.score for _, runs, _ in candidates for run in runs.values()}
+    kept = {
+        run.name: TaggedOutputs(trial.name, run.outputs, run.taxonomy)
+        for trial, runs, _ in in_order
+        for run in runs.values()
+        if run.outputs is not None
     }
-    relabelled = (tagged.trial for (_, tagged), other in zip(kept, comparable.is_relabelled, strict=True) if other)
-    num_images = len(comparable.splits[0].names) if comparable.splits else 0
-    return _Measured(figures, num_images, frozenset(relabelled), comparable.remarks)
+    comparable = on_labels_of_first(list(kept.values()))
+    draws, relabelled = {}, set()
+    for name, split, is_relabelled in zip(kept, comparable.splits, comparable.is_relabelled, strict=True):
+        taxonomy = kept[name].taxonomy
+        found = score_with_losses(split, taxonomy, Calibration.uncalibrated(taxonomy.num_action_units))
+        draws[name] = found.draws[metric]
+        if is_relabelled:
+            values[name] = found.figures[metric]
+            relabelled.add(kept[name].trial)
+    figures = {}
+    for trial, runs, _ in candidates:
+        names = [run.name for run in runs.values()]
+        of_runs = mean_draws([draws.get(name) for name in names])
+        figures[trial.name] = OverSeeds(tuple(values[name] for name in names), of_runs)
+    return figures, comparable, relabelled
 
 
 def _finalist(candidate: _Candidate, figure: OverSeeds, spread: Spread) -> Finalist:
+    trial, runs, missing = candidate
     half_width = mean_half_width(figure, spread) if figure.draws is not None else math.nan
-    trial = candidate.trial
     return Finalist(
         trial=trial.name,
         values=trial.plan.values,
         sweep_score=math.nan if trial.score is None else trial.score,
-        scores=dict(zip((run.seed for run in candidate.runs), figure.values, strict=True)),
-        runs={run.seed: run.name for run in candidate.runs},
+        scores=dict(zip(runs, figure.values, strict=True)),
+        runs={seed: run.name for seed, run in runs.items()},
         mean=figure.mean,
         low=figure.mean - half_width,
         high=figure.mean + half_width,
-        missing=candidate.missing,
+        missing=missing,
     )
 
 
@@ -359,17 +356,6 @@ def _rank(finalists: Sequence[Finalist], metric: str, *, by_bound: bool) -> list
         return first, second, one.trial
 
     return sorted(finalists, key=key)
-
-
-def _gain(metric: str, one: OverSeeds | None, other: OverSeeds | None, spread: Spread) -> Difference:
-    if one is None or other is None:
-        return UNKNOWN
-    value, half_width = difference_of_means(one, other, spread)
-    if one.draws is None or other.draws is None:
-        half_width = math.nan
-    # Above 0 is better, also where less of the metric is.
-    better = FIGURES[metric].direction * value
-    return Difference(better, better - half_width, better + half_width)
 
 
 LOSSES = ("emotion_loss", "au_loss", "loss")

@@ -138,14 +138,8 @@ def _compared(name: str, one: Difference) -> str:
     return f"Its {name} is {change} the base's, by {abs(one.value):.3f}{interval}: {real}."
 
 
-@dataclass(frozen=True)
-class _Run:
-    """A measured run of a trial."""
-
-    trial: str
-    name: str
-    bundle: Bundle
-    outputs: TaggedOutputs
+_Run = tuple[str, Bundle, TaggedOutputs]
+"""The name of a measured run of a trial, its bundle, and its outputs, which name the trial."""
 
 
 def measure_on_test(
@@ -188,7 +182,7 @@ def measure_on_test(
                     f"no image of the test split of {folder.config().data.root} is labelled: nothing is measured on it."
                 )
                 return None
-            runs.append(_Run(trial, folder.location.name, bundle, TaggedOutputs(trial, outputs, bundle.taxonomy)))
+            runs.append((folder.location.name, bundle, TaggedOutputs(trial, outputs, bundle.taxonomy)))
     return _replace_current(study, current, _compare(verdict, runs))
 
 
@@ -262,17 +256,19 @@ def _outputs(
 
 
 def _compare(verdict: Verdict, runs: Sequence[_Run]) -> OnTest:
-    comparable = on_labels_of_first([run.outputs for run in runs])
+    comparable = on_labels_of_first([tagged for _, _, tagged in runs])
     scored: dict[str, list[Scored]] = {}
-    for run, split in zip(runs, comparable.splits, strict=True):
-        found = score_with_losses(split, run.bundle.taxonomy, run.bundle.calibration)
-        scored.setdefault(run.trial, []).append(found)
+    names: dict[str, list[str]] = {}
+    for (name, bundle, tagged), split in zip(runs, comparable.splits, strict=True):
+        found = score_with_losses(split, bundle.taxonomy, bundle.calibration)
+        scored.setdefault(tagged.trial, []).append(found)
+        names.setdefault(tagged.trial, []).append(name)
     measured, spreads = over_seeds(scored, MEASURED)
     spreads = {name: spread if spread.freedom else NO_SPREAD for name, spread in spreads.items()}
     differences = {}
     if verdict.base != verdict.winner and verdict.base in scored:
         ours, theirs = measured[verdict.winner], measured[verdict.base]
-        one, other = {run.trial: run.bundle.taxonomy for run in runs}.values()
+        one, other = {tagged.trial: tagged.taxonomy for _, _, tagged in runs}.values()
         same = {*comparable_figures(one, other), *(["emotion_loss"] if one.emotions == other.emotions else [])}
         for name in (name for name in COMPARED if name in same):
             value, half_width = difference_of_means(ours[name], theirs[name], spreads[name])
@@ -282,7 +278,7 @@ def _compare(verdict: Verdict, runs: Sequence[_Run]) -> OnTest:
         winner=verdict.winner,
         base=verdict.base,
         num_images=len(comparable.splits[0].names),
-        runs={trial: tuple(run.name for run in runs if run.trial == trial) for trial in trials},
+        runs={trial: tuple(names[trial]) for trial in trials},
         figures={
             trial: {name: _mean_figure(one, spreads[name]) for name, one in measured[trial].items()} for trial in trials
         },

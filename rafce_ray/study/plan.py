@@ -25,6 +25,7 @@ from rafce_ray.study.config import StudyConfig
 from rafce_ray.study.folder import StudyFolder
 from rafce_ray.study.proposals import planned_trials, propose
 from rafce_ray.study.space import identity
+from rafce_ray.study.watch import plain
 
 NESTED_MEMORY_BYTES = 2**20
 """What Tune reserves for a trial of several workers, as it wants something. Ray Train reserves the CPUs."""
@@ -265,8 +266,7 @@ def tell_trials(study: StudyConfig) -> None:
         values = propose(study, number)
         if values is None:
             break
-        rounded = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in values.items()}
-        shown = ", ".join(f"{key} {value}" for key, value in rounded.items())
+        shown = ", ".join(f"{key} {plain(value)}" for key, value in values.items())
         say(f"  trial_{number:04d}: {shown or 'the base'}")
     if total > SHOWN_TRIALS:
         say(f"  ... and {total - SHOWN_TRIALS} more")

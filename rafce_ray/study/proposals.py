@@ -6,7 +6,6 @@ import importlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count, islice
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -55,15 +54,16 @@ def propose(study: StudyConfig, number: int, history: Sequence[Observed] = ()) -
         return None
     if study.search == "optuna":
         earlier = sorted((one for one in history if one.number < number), key=lambda one: one.number)
-        seen = {_effective(one.values, study.space, study.base_values) for one in [Observed(0, {}, None), *earlier]}
+        seen = {_effective(study, values) for values in ({}, *(one.values for one in earlier))}
         values = _ask_tpe(study, number, earlier)
-        if _effective(values, study.space, study.base_values) not in seen:
-            return values
-        # TPE insists on what was proposed before: a random draw of what is left instead.
-        return _draw_new(study, number, seen)
-    if study.search == "grid":
-        return next(islice(new_combinations(study.space, study.base_values), number - 1, None), None)
-    return next(islice(random_proposals(study), number - 1, None), None)
+        # TPE may propose what was proposed before: then a random draw of what is left.
+        return values if _effective(study, values) not in seen else _draw_new(study, number, seen)
+    return next(islice(fixed_proposals(study), number - 1, None), None)
+
+
+def fixed_proposals(study: StudyConfig) -> Iterator[dict[str, Any]]:
+    """The values of trials 1, 2, ... where scores do not change them: of a grid, else of a random search."""
+    return new_combinations(study) if study.search == "grid" else random_proposals(study)
 
 
 def planned_trials(study: StudyConfig) -> int:
@@ -71,15 +71,14 @@ def planned_trials(study: StudyConfig) -> int:
     limit = study.num_trials or MAX_COMBINATIONS + 1
     if not all(domain.is_finite for domain in study.space.values()):
         return limit
-    return min(limit, 1 + sum(1 for _ in islice(new_combinations(study.space, study.base_values), limit)))
+    return min(limit, 1 + sum(1 for _ in islice(new_combinations(study), limit)))
 
 
-def new_combinations(space: Space, base: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def new_combinations(study: StudyConfig) -> Iterator[dict[str, Any]]:
     """Every combination of a finite space except the base's values, in key order, the first varying slowest."""
-    own = _effective({}, space, base)
-    seen = {own}
-    for values in combinations(space, base):
-        effective = _effective(values, space, base)
+    seen = {_effective(study, {})}
+    for values in combinations(study.space, study.base_values):
+        effective = _effective(study, values)
         if effective not in seen:
             seen.add(effective)
             yield values
@@ -87,12 +86,12 @@ def new_combinations(space: Space, base: Mapping[str, Any]) -> Iterator[dict[str
 
 def random_proposals(study: StudyConfig) -> Iterator[dict[str, Any]]:
     """The values of trials 1, 2, ... of a random search: each by its own generator, none twice, until none is left."""
-    seen = {_effective({}, study.space, study.base_values)}
+    seen = {_effective(study, {})}
     for number in count(1):
         values = _draw_new(study, number, seen)
         if values is None:
             return
-        seen.add(_effective(values, study.space, study.base_values))
+        seen.add(_effective(study, values))
         yield values
 
 
@@ -100,23 +99,17 @@ def _draw_new(study: StudyConfig, number: int, seen: set[Any]) -> dict[str, Any]
     """A draw that is not among those seen; None where a finite space has no other."""
     rng = np.random.default_rng([study.seed, number])
     finite = all(domain.is_finite for domain in study.space.values())
-    for attempt in count():
+    for _ in range(ATTEMPTS + 1) if finite else count():
         values = draw(study.space, study.base_values, rng)
-        if _effective(values, study.space, study.base_values) not in seen:
+        if _effective(study, values) not in seen:
             return values
-        if finite and attempt >= ATTEMPTS:
-            break
-    left = [
-        values
-        for values in new_combinations(study.space, study.base_values)
-        if _effective(values, study.space, study.base_values) not in seen
-    ]
+    left = [values for values in new_combinations(study) if _effective(study, values) not in seen]
     return left[int(rng.integers(len(left)))] if left else None
 
 
-def _effective(values: Mapping[str, Any], space: Space, base: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What the searched keys are, sampled or not, as something hashable."""
-    return tuple(identity(values.get(key, base[key])) for key in space)
+def _effective(study: StudyConfig, values: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The values of all searched keys, sampled or the base's, as something hashable."""
+    return tuple(identity(values.get(key, study.base_values[key])) for key in study.space)
 
 
 def _ask_tpe(study: StudyConfig, number: int, earlier: Sequence[Observed]) -> dict[str, Any]:
@@ -140,16 +133,15 @@ def _ask_tpe(study: StudyConfig, number: int, earlier: Sequence[Observed]) -> di
         )
         for one in earlier:
             codes = _codes(one.values, study.space, study.base_values)
-            if codes is not None:
-                states = optuna.trial.TrialState
-                memory.add_trial(
-                    optuna.trial.create_trial(
-                        state=states.RUNNING if one.score is None else states.COMPLETE,
-                        value=one.score,
-                        params=codes,
-                        distributions={key: _distribution(optuna, study.space[key]) for key in codes},
-                    )
-                )
+            if codes is None:
+                continue
+            fixed, states = optuna.trial.FixedTrial(codes), optuna.trial.TrialState
+            for key in codes:
+                _suggest(fixed, key, study.space[key])
+            state = states.RUNNING if one.score is None else states.COMPLETE
+            memory.add_trial(
+                optuna.trial.create_trial(state=state, value=one.score, params=codes, distributions=fixed.distributions)
+            )
         trial = memory.ask()
         values: dict[str, Any] = {}
         for key in in_order(study.space):
@@ -178,18 +170,6 @@ def _codes(values: Mapping[str, Any], space: Space, base: Mapping[str, Any]) -> 
         else:
             codes[key] = next(place for place, one in enumerate(domain.values()) if same(one, value))
     return codes
-
-
-def _distribution(optuna: ModuleType, domain: Domain) -> Any:
-    """The distribution that :func:`_suggest` draws from."""
-    if not domain.is_finite:
-        return optuna.distributions.FloatDistribution(*domain.written, log=domain.kind == "loguniform")
-    if domain.kind == "randint":
-        return optuna.distributions.IntDistribution(*domain.written)
-    places = len(domain.values())
-    if domain.kind == "quniform":
-        return optuna.distributions.IntDistribution(0, places - 1)
-    return optuna.distributions.CategoricalDistribution(tuple(range(places)))
 
 
 def _suggest(trial: Any, key: str, domain: Domain) -> Any:
