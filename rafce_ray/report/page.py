@@ -27,16 +27,7 @@ from rafce_ray.bundle.model_card import (
     split_sizes,
 )
 from rafce_ray.config import Config, flatten
-from rafce_ray.metrics.text import (
-    UNDEFINED,
-    against_floor,
-    constant_f1,
-    headline,
-    interval,
-    number,
-    percent,
-    summary,
-)
+from rafce_ray.metrics.text import UNDEFINED, against_floor, constant_f1, headline, interval, number, percent, summary
 from rafce_ray.report import plots
 from rafce_ray.report.data import MIN_GROUP, ReportData, Split, gather
 from rafce_ray.run.compare import distinct

@@ -127,10 +127,7 @@ def ordered(listing: Listing, rows: Sequence[Row], column: str, *, ascending: bo
         return (0, float(value), "") if is_number(value) else (1, 0.0, as_text(value))
 
     there = [row for row in rows if listing.has(row, column)]
-    return [
-        *sorted(there, key=key, reverse=not ascending),
-        *(row for row in rows if not listing.has(row, column)),
-    ]
+    return [*sorted(there, key=key, reverse=not ascending), *(row for row in rows if not listing.has(row, column))]
 
 
 def ascends(column: str) -> bool:
