@@ -29,7 +29,7 @@ from rafce_ray.metrics.comparison import (
     same_images,
     score,
 )
-from rafce_ray.metrics.counts import evaluate_probabilities
+from rafce_ray.metrics.counts import Tasks, evaluate_probabilities
 
 TAXONOMY = make_taxonomy(tuple(list(RAFCE_EMOTIONS)[:4]), (1, 12))
 CALIBRATION = Calibration(1.5, (0.4, 0.6))
@@ -69,13 +69,9 @@ def scored():
 def test_figures_and_intervals_are_those_of_the_metrics(scored):
     split = make_split(2)
     exponentials = np.exp(split.outputs.emotion.astype(np.float64) / 1.5)
-    figures = evaluate_probabilities(
-        exponentials / exponentials.sum(axis=1, keepdims=True),
-        1 / (1 + np.exp(-split.outputs.action_units.astype(np.float64))),
-        split,
-        TAXONOMY,
-        (0.4, 0.6),
-    )
+    emotion = exponentials / exponentials.sum(axis=1, keepdims=True)
+    action_units = 1 / (1 + np.exp(-split.outputs.action_units.astype(np.float64)))
+    figures = evaluate_probabilities(Tasks(emotion, action_units), split, TAXONOMY, (0.4, 0.6))
     found = scored[1]
     for name in WITH_INTERVAL:
         assert found.figures[name] == pytest.approx(figures[name])

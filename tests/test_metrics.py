@@ -20,6 +20,7 @@ from rafce_ray.base.taxonomy import RAFCE_EMOTIONS, SEED18, Taxonomy, make_taxon
 from rafce_ray.metrics.counts import (
     Counts,
     Ranking,
+    Tasks,
     component_overlap,
     count_batch,
     count_probabilities,
@@ -205,9 +206,7 @@ def test_a_vector_of_another_taxonomy_is_refused():
 def test_probabilities_give_the_counts_of_their_logits():
     case = random_case(3)
     from_logits = count(case)
-    from_probabilities = count_probabilities(
-        case.emotion_probabilities, case.au_probabilities, case.targets.emotion, case.targets.action_units
-    )
+    from_probabilities = count_probabilities(Tasks(case.emotion_probabilities, case.au_probabilities), case.targets)
     for field in fields(Counts):
         np.testing.assert_allclose(getattr(from_probabilities, field.name), getattr(from_logits, field.name), rtol=1e-5)
 
@@ -215,10 +214,11 @@ def test_probabilities_give_the_counts_of_their_logits():
 def test_thresholds_per_action_unit_and_at_the_threshold_means_present():
     probabilities = np.array([[0.5, 0.5], [0.4, 0.5]])
     targets = np.ones((2, 2))
-    counts = count_probabilities(np.zeros((2, 0)), probabilities, np.full(2, -1), targets, thresholds=[0.4, 0.6])
+    found, known = Tasks(np.zeros((2, 0)), probabilities), Tasks(np.full(2, -1), targets)
+    counts = count_probabilities(found, known, thresholds=[0.4, 0.6])
     assert counts.au_tp.tolist() == [2, 0]
     assert counts.au_fn.tolist() == [0, 2]
-    assert count_probabilities(np.zeros((2, 0)), probabilities, np.full(2, -1), targets).au_tp.tolist() == [1, 2]
+    assert count_probabilities(found, known).au_tp.tolist() == [1, 2]
 
 
 def test_a_task_that_is_not_there_is_nan_and_the_other_is_not():
@@ -260,9 +260,8 @@ def test_outputs_that_are_not_finite_have_no_figures():
 
 def test_values_are_plain_and_survive_json():
     case = random_case(4)
-    result = evaluate_probabilities(
-        case.emotion_probabilities, case.au_probabilities, case.targets, RAFCE, resamples=20
-    )
+    found = Tasks(case.emotion_probabilities, case.au_probabilities)
+    result = evaluate_probabilities(found, case.targets, RAFCE, resamples=20)
 
     def check(value: object) -> None:
         assert type(value) in (float, int, str, list, dict), type(value)
@@ -275,9 +274,9 @@ def test_values_are_plain_and_survive_json():
 
 def test_labels_out_of_range_are_refused():
     with pytest.raises(ValueError, match="emotion label 3 for 3 classes"):
-        count_probabilities(np.full((1, 3), 1 / 3), np.zeros((1, 0)), np.array([3]), np.zeros((1, 0)))
+        count_probabilities(Tasks(np.full((1, 3), 1 / 3), np.zeros((1, 0))), Tasks(np.array([3]), np.zeros((1, 0))))
     with pytest.raises(ValueError, match="other than 0, 1 and NaN"):
-        count_probabilities(np.zeros((1, 0)), np.full((1, 1), 0.5), np.array([-1]), np.array([[0.5]]))
+        count_probabilities(Tasks(np.zeros((1, 0)), np.full((1, 1), 0.5)), Tasks(np.array([-1]), np.array([[0.5]])))
 
 
 def test_component_overlap_of_rafce():
@@ -324,7 +323,7 @@ def test_interval_of_accuracy_is_the_binomial_one():
     right = generator.random(900) < 0.6
     predicted = np.where(right, emotion, (emotion + 1) % 3)
     result = evaluate_probabilities(
-        np.eye(3)[predicted], np.full((900, 2), 0.5), Targets(emotion, np.full((900, 2), np.nan)), THREE
+        Tasks(np.eye(3)[predicted], np.full((900, 2), 0.5)), Targets(emotion, np.full((900, 2), np.nan)), THREE
     )
     low, high = result["intervals"]["accuracy"]
     half = 1.96 * math.sqrt(0.6 * 0.4 / 900)
@@ -338,11 +337,10 @@ def test_bootstrap_figures_equal_those_of_the_drawn_images():
     (weights,) = resample_weights(60, 1, seed=0)
     drawn = np.repeat(np.arange(60), weights[0].astype(int))
     once = evaluate_probabilities(
-        case.emotion_probabilities, case.au_probabilities, case.targets, RAFCE, resamples=1, seed=0
+        Tasks(case.emotion_probabilities, case.au_probabilities), case.targets, RAFCE, resamples=1, seed=0
     )
     by_hand = evaluate_probabilities(
-        case.emotion_probabilities[drawn],
-        case.au_probabilities[drawn],
+        Tasks(case.emotion_probabilities[drawn], case.au_probabilities[drawn]),
         Targets(case.targets.emotion[drawn], case.targets.action_units[drawn]),
         RAFCE,
         resamples=1,
@@ -353,7 +351,7 @@ def test_bootstrap_figures_equal_those_of_the_drawn_images():
 
 def test_evaluation_carries_ap_and_thresholds_and_is_deterministic():
     case = random_case(5)
-    arguments = (case.emotion_probabilities, case.au_probabilities, case.targets, RAFCE)
+    arguments = (Tasks(case.emotion_probabilities, case.au_probabilities), case.targets, RAFCE)
     thresholds = np.linspace(0.3, 0.7, 18).tolist()
     result = evaluate_probabilities(*arguments, thresholds, resamples=50, seed=3)
     for i, entry in enumerate(result["per_au"]):
@@ -373,9 +371,8 @@ def test_evaluation_carries_ap_and_thresholds_and_is_deterministic():
 
 
 def test_no_images_give_nan():
-    result = evaluate_probabilities(
-        np.zeros((0, 3)), np.zeros((0, 2)), Targets(np.zeros(0, dtype=np.int64), np.zeros((0, 2))), THREE, resamples=5
-    )
+    targets = Targets(np.zeros(0, dtype=np.int64), np.zeros((0, 2)))
+    result = evaluate_probabilities(Tasks(np.zeros((0, 3)), np.zeros((0, 2))), targets, THREE, resamples=5)
     assert math.isnan(result["accuracy"])
     assert all(math.isnan(end) for end in result["intervals"]["score"])
 
@@ -385,7 +382,7 @@ def test_action_units_alone_have_figures_and_intervals():
     probabilities = np.array([[0.9, 0.2], [0.8, 0.6], [0.1, 0.7], [0.2, 0.1]])
     truth = np.array([[1.0, 0.0], [1.0, 1.0], [0.0, np.nan], [0.0, 0.0]])
     targets = Targets(np.full(4, -1, dtype=np.int64), truth)
-    result = evaluate_probabilities(np.zeros((4, 0)), probabilities, targets, taxonomy, resamples=20)
+    result = evaluate_probabilities(Tasks(np.zeros((4, 0)), probabilities), targets, taxonomy, resamples=20)
     assert result["au_f1_mean"] == 1.0
     assert math.isnan(result["accuracy"])
     assert result["per_class"] == []

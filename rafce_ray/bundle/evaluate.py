@@ -103,10 +103,8 @@ def evaluate_outputs(outputs: SplitOutputs, taxonomy: Taxonomy, calibration: Cal
     """
     raw = calibrated(outputs.outputs, Calibration.uncalibrated(taxonomy.num_action_units))
     found = calibrated(outputs.outputs, calibration)
-    figures = evaluate_probabilities(found.emotion, found.action_units, outputs, taxonomy, calibration.au_thresholds)
-    at_half = summarise(
-        count_probabilities(raw.emotion, raw.action_units, outputs.emotion, outputs.action_units), taxonomy
-    )
+    figures = evaluate_probabilities(found, outputs, taxonomy, calibration.au_thresholds)
+    at_half = summarise(count_probabilities(raw, outputs), taxonomy)
     for entry, half in zip(figures["per_au"], at_half["per_au"], strict=True):
         entry["f1_at_half"] = half["f1"]
     unsure, known, limit = None, outputs.emotion >= 0, calibration.unsure_below

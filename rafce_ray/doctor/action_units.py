@@ -26,6 +26,7 @@ from rafce_ray.doctor.evidence import (
     Verdict,
     audit_command,
     bounds,
+    change,
     confirmed_if,
     diagnose,
     figure,
@@ -56,8 +57,6 @@ POS_WEIGHT_CAP = 10.0
 
 
 TOO_LOW = "the weight of the AU loss is too low"
-
-
 COLLAPSED = "the predictions have collapsed"
 
 
@@ -260,8 +259,7 @@ def _remedy(evidence: Evidence, causes: Sequence[Cause], active: int) -> Step:
             "Look at single AUs' labels and faces."
         )
         return Step({}, text, audit_command(evidence))
-    text = f"The data and the predictions leave the weight: raise loss.au_weight from {weight:g} to {raised:g}."
-    return Step({"loss.au_weight": raised}, text)
+    return change(config, "loss.au_weight", raised, " Neither the data nor the predictions are the cause.")
 
 
 def _true_cause(evidence: Evidence) -> str:
@@ -408,14 +406,11 @@ def _change_weight(evidence: Evidence, code: str, seen: str, cause: Cause, ratio
     aimed = weight * ratio / AIM if ratio > 1 else weight * ratio * AIM
     changed = significant(min(max(aimed, weight / LARGEST_STEP), weight * LARGEST_STEP, LARGEST_AU_WEIGHT))
     if changed > weight and not evidence.train_positives:
-        advice = "Find out first whether any AU target is positive; until then leave loss.au_weight as it is."
-        step = Step({}, advice)
+        step = Step({}, "First find out whether any AU target is positive; until then leave loss.au_weight as it is.")
     elif changed == weight or (changed < weight) != (ratio < 1):
-        advice = f"Leave loss.au_weight={weight:g}: it is as high as it should be."
-        step = Step({}, f"{advice} Look at the AU labels and at single AUs' F1.")
+        step = Step({}, f"Leave loss.au_weight={weight:g}, which is high enough. Look at AU labels and single AUs' F1.")
     else:
-        verb = "Raise" if changed > weight else "Lower"
-        step = Step({"loss.au_weight": changed}, f"{verb} loss.au_weight from {weight:g} to {changed:g}.")
+        step = change(evidence.config, "loss.au_weight", changed)
     return diagnose(evidence, code, "warning", seen, step, [_targets_hold_nothing(evidence), cause])
 
 
@@ -428,22 +423,15 @@ def _conflict(evidence: Evidence, recent: list[dict[str, Any]], gradients: float
         f"On the trunk the two tasks pull against each other: cosine {median:.2f} between their "
         f"gradients (median of the last {len(cosines)} epochs; {', '.join(f'{value:.2f}' for value in cosines)})."
     )
-    harm, compare = (
-        "what one task needs to see harms the other",
-        "compare with an emotion-only run to know what it costs",
-    )
+    compare = "compare with an emotion-only run to know what it costs"
     causes = [
         Cause("one task drowns the other", "ruled out", f"their weighted norms are {_apart(gradients)} apart"),
-        Cause(harm, "possible", compare),
+        Cause("what one task needs to see harms the other", "possible", compare),
     ]
     raised = min(2 * weight, AIM)
     if FIGURES[evidence.monitor].task == "action_units" and evidence.train_positives and raised > weight:
-        advice = f"AUs are what is monitored: raise loss.au_weight from {weight:g} to {raised:g}."
-        step = Step({"loss.au_weight": raised}, advice)
+        step = change(evidence.config, "loss.au_weight", raised, " AUs are monitored.")
     else:
-        advice = (
-            f"Lower loss.au_weight from {weight:g} to {weight / 2:g}; if emotions gain nothing by it, "
-            "loss.au_stop_gradient=true keeps the AU loss out of the trunk."
-        )
-        step = Step({"loss.au_weight": weight / 2}, advice)
+        more = " If emotions gain nothing, loss.au_stop_gradient=true keeps the AU loss out of the trunk."
+        step = change(evidence.config, "loss.au_weight", weight / 2, more)
     return [diagnose(evidence, "gradients_in_conflict", "warning", seen, step, causes)]

@@ -273,6 +273,12 @@ class Step:
     command: str | None = None
 
 
+def change(config: Config, key: str, value: float, more: str = "") -> Step:
+    """``Raise optim.lr from 0.001 to 0.005.``: one setting with another number, and further advice."""
+    now = flatten(config)[key]
+    return Step({key: value}, f"{'Raise' if value > now else 'Lower'} {key} from {now:g} to {value:g}.{more}")
+
+
 def diagnose(
     evidence: Evidence, code: str, level: Level, message: str, next_step: Step | str, causes: Sequence[Cause] = ()
 ) -> Diagnosis:

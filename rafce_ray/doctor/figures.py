@@ -24,6 +24,7 @@ from rafce_ray.doctor.evidence import (
     Verdict,
     audit_command,
     bounds,
+    change,
     changes_of,
     confirmed_if,
     diagnose,
@@ -125,7 +126,7 @@ def action_units_below_floor(evidence: Evidence) -> list[Diagnosis]:
     if outputs is None or calibration is None or not (trained and evidence.action_units and evidence.train_positives):
         return []
     found = calibrated(outputs.outputs, calibration)
-    draws = bootstrap_figures(found.emotion, found.action_units, outputs, evidence.taxonomy, calibration.au_thresholds)
+    draws = bootstrap_figures(found, outputs, evidence.taxonomy, calibration.au_thresholds)
     above = draws["au_f1"] - draws["au_floor"]
     entries = evidence.metrics["per_au"]
     supported = [i for i, entry in enumerate(entries) if entry["support"] >= MIN_SUPPORT]
@@ -238,9 +239,6 @@ HIGH_ECE = 0.05
 """Calibration error from which a confidence misleads, on images that calibration was not fitted on: one in twenty."""
 
 
-CALIBRATION = "calibration.enabled"
-
-
 def miscalibrated(evidence: Evidence) -> list[Diagnosis]:
     """At the end: confidences off by over 5 points and more than noise, on images that calibration did not see."""
     enabled = evidence.config.calibration.enabled
@@ -261,10 +259,10 @@ def miscalibrated(evidence: Evidence) -> list[Diagnosis]:
     small: Verdict = "possible" if enabled else "unknown"
     images = f"{evidence.metrics['num_images']:,} images"
     causes = [
-        Cause("calibration is switched off", confirmed_if(not enabled), settings(evidence.config, CALIBRATION)),
+        Cause("calibration is switched off", confirmed_if(not enabled), f"calibration.enabled={str(enabled).lower()}"),
         Cause("validation is too small to calibrate by", small, images),
     ]
-    step = Step({CALIBRATION: True}, "Set calibration.enabled=true.")
+    step = Step({"calibration.enabled": True}, "Set calibration.enabled=true.")
     if enabled:
         step = Step({}, "Do not show confidences as probabilities; label more validation images.")
     return [diagnose(evidence, "miscalibrated", "warning", seen, step, causes)]
@@ -424,12 +422,8 @@ def _after_comparison(evidence: Evidence, real: float) -> Step:
         return Step({}, "Keep the baseline.")
     if evidence.train_positives == 0:
         return data_remedy(evidence)
-    weight = evidence.config.loss.au_weight
-    text = (
-        f"AUs cost the emotions something: lower loss.au_weight from {weight:g} to {weight / 2:g}, keep the AU loss "
-        "out of the trunk (loss.au_stop_gradient=true), or let it come in later (loss.au_start_epoch)."
-    )
-    return Step({"loss.au_weight": weight / 2}, text)
+    more = " Or keep the AU loss out of the trunk: loss.au_stop_gradient=true. Or start it later: loss.au_start_epoch."
+    return change(evidence.config, "loss.au_weight", evidence.config.loss.au_weight / 2, more)
 
 
 def _emotions_of(split: SplitOutputs) -> SplitOutputs:

@@ -15,7 +15,7 @@ from rich.text import Text
 from rafce_ray.base.console import LEVEL_STYLES, console, progress_bar, say, warn
 from rafce_ray.base.errors import LEVELS, DamagedFile
 from rafce_ray.base.figures import FIGURES
-from rafce_ray.config import Config, write_yaml
+from rafce_ray.config import Config, nested, write_yaml
 from rafce_ray.doctor.action_units import action_units_not_read, au_f1_zero, task_balance
 from rafce_ray.doctor.evidence import Cause, Diagnosis, Evidence, figure
 from rafce_ray.doctor.figures import (
@@ -173,7 +173,8 @@ def print_diagnoses(diagnoses: Sequence[Diagnosis]) -> None:
             parts += [_indented("causes, in the order to look at them", above=1), _cause_table(diagnosis.causes)]
         parts.append(_indented(Text.assemble(("advice: ", "bold"), diagnosis.remedy), above=1))
         if diagnosis.patch:
-            parts += [_indented("changes of the configuration", above=1), _indented(_yaml(diagnosis.patch), by=6)]
+            shown = write_yaml(nested(diagnosis.patch), default_flow_style=None, width=1000).rstrip()
+            parts += [_indented("changes of the configuration", above=1), _indented(shown, by=6)]
         for part in parts:
             console.print(part, soft_wrap=False)
         if diagnosis.command:
@@ -192,15 +193,6 @@ def _cause_table(causes: Sequence[Cause]) -> RenderableType:
         style = "bold" if cause.verdict in ("confirmed", "possible") else ""
         table.add_row(Text(cause.verdict, style), Text.assemble((cause.text, style), "\n", (cause.evidence, "dim")))
     return Padding(table, (0, 0, 0, 6))
-
-
-def _yaml(patch: dict[str, Any]) -> str:
-    """A patch as the sections of a configuration file."""
-    nested: dict[str, dict[str, Any]] = {}
-    for dotted, value in patch.items():
-        section, _, key = dotted.partition(".")
-        nested.setdefault(section, {})[key] = value
-    return write_yaml(nested, default_flow_style=None, width=1000).rstrip()
 
 
 def print_study(trials: Sequence[Trial]) -> None:

@@ -18,6 +18,7 @@ from rafce_ray.doctor.evidence import (
     Step,
     Verdict,
     best_is_last,
+    change,
     confirmed_if,
     diagnose,
     figure,
@@ -141,12 +142,10 @@ def _falling_causes(evidence: Evidence, *, unlearns: bool, steered: bool | None,
 
 def _against_falling(config: Config, *, unlearns: bool, steered: bool) -> Step:
     if steered:
-        weight = 0.5 if config.loss.au_weight > 0.5 else config.loss.au_weight / 2
-        return Step({"loss.au_weight": weight}, f"Lower loss.au_weight from {config.loss.au_weight:g} to {weight:g}.")
+        return change(config, "loss.au_weight", 0.5 if config.loss.au_weight > 0.5 else config.loss.au_weight / 2)
     if not unlearns:
         return next_regularisation(config) or Step({}, "Only more train images help.")
-    slower = significant(config.optim.lr / 3)
-    return Step({"optim.lr": slower}, f"Lower optim.lr from {config.optim.lr:g} to {slower:g}.")
+    return change(config, "optim.lr", significant(config.optim.lr / 3))
 
 
 def _au_gradient_dominates(evidence: Evidence) -> bool | None:
@@ -204,8 +203,7 @@ def batch_of_all_images(evidence: Evidence) -> list[Diagnosis]:
     if steps < 2:
         step = Step({}, "Label more train images: these are too few for more than one step an epoch.")
     else:
-        advice = f"Lower optim.batch_size to {smaller}, for {steps} steps an epoch."
-        step = Step({"optim.batch_size": smaller}, advice)
+        step = Step({"optim.batch_size": smaller}, f"Lower optim.batch_size to {smaller}, for {steps} steps an epoch.")
     return [diagnose(evidence, "batch_of_all_images", "warning", seen, step)]
 
 
@@ -343,18 +341,16 @@ def learning_rate_too_low(evidence: Evidence) -> list[Diagnosis]:
     fall = 1 - losses[-1] / losses[0]
     if not (optim.lr < usual and (np.diff(losses) < 0).all() and fall < SLOW_FALL):
         return []
-    faster = significant(optim.lr * FASTER)
     seen = (
         f"The train loss fell in every epoch after the warm-up, but by {fall:.1%} in all ({losses[0]:.3f} to "
         f"{losses[-1]:.3f} in {len(losses)} epochs), with optim.lr={optim.lr:g}."
     )
-    slow = f"below {usual:g}, and the descent is steady and slow"
     causes = [
-        Cause("the learning rate is too low", "confirmed", slow),
+        Cause("the learning rate is too low", "confirmed", f"below {usual:g}, and the descent is steady and slow"),
         Cause("the loss swings", "ruled out", "it fell in every epoch"),
     ]
-    advice = f"Raise optim.lr from {optim.lr:g} to {faster:g}."
-    return [diagnose(evidence, "learning_rate_too_low", "warning", seen, Step({"optim.lr": faster}, advice), causes)]
+    step = change(evidence.config, "optim.lr", significant(optim.lr * FASTER))
+    return [diagnose(evidence, "learning_rate_too_low", "warning", seen, step, causes)]
 
 
 def _settled(evidence: Evidence) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from scipy.special import expit, logsumexp, softmax
 from scipy.stats import beta
 
 from rafce_ray.base.errors import RafceError
-from rafce_ray.metrics.counts import HasTargets, percentile_interval, resample_weights
+from rafce_ray.metrics.counts import OfTasks, Tasks, percentile_interval, resample_weights
 
 
 @dataclass(frozen=True)
@@ -118,15 +118,9 @@ RISK_LEVEL = 0.95
 """Confidence of the upper bound on the error of emotions that are not marked unsure."""
 
 
-@dataclass(frozen=True)
-class _Rows:
-    emotion: NDArray[np.int64]
-    action_units: NDArray[np.floating]
-
-
 def fit_calibration(
     outputs: Outputs,
-    targets: HasTargets,
+    targets: OfTasks,
     *,
     pos_weights: NDArray[np.floating] | None = None,
     max_error: float | None = None,
@@ -313,7 +307,7 @@ def _surest_first(
 
 
 def cross_fitted(
-    outputs: Outputs, targets: HasTargets, *, pos_weights: NDArray[np.floating] | None = None, seed: int = 0
+    outputs: Outputs, targets: OfTasks, *, pos_weights: NDArray[np.floating] | None = None, seed: int = 0
 ) -> dict[str, Any]:
     """The effect of calibration on images that it was not fitted on: each of FOLDS parts is calibrated by the others.
 
@@ -326,7 +320,7 @@ def cross_fitted(
     active = np.zeros(outputs.action_units.shape, dtype=bool)
     for fold in range(min(FOLDS, num_images)):
         held_out = fold_of == fold
-        known = _Rows(targets.emotion[~held_out], targets.action_units[~held_out])
+        known = Tasks(targets.emotion[~held_out], targets.action_units[~held_out])
         calibration, _ = fit_calibration(outputs.rows(~held_out), known, pos_weights=pos_weights)
         found = calibrated(outputs.rows(held_out), calibration)
         emotion[held_out], action_units[held_out] = found.emotion, found.action_units
@@ -370,7 +364,7 @@ class _Scored:
 
 
 def reliability_figures(
-    probabilities: Probabilities, targets: HasTargets, *, resamples: int = 1000, seed: int = 0
+    probabilities: Probabilities, targets: OfTasks, *, resamples: int = 1000, seed: int = 0
 ) -> dict[str, Any]:
     """``emotion`` and ``action_units``, each None where nothing of it is predicted and known, else
 

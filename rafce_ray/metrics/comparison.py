@@ -105,7 +105,7 @@ def same_images(splits: Sequence[SplitOutputs]) -> list[SplitOutputs]:
 def score(split: SplitOutputs, taxonomy: Taxonomy, calibration: Calibration, *, resamples: int = 1000) -> Scored:
     """A model's figures on a split and in resamples of it; equal splits get the same resamples."""
     found = calibrated(split.outputs, calibration)
-    given = (found.emotion, found.action_units, split, taxonomy, calibration.au_thresholds)
+    given = (found, split, taxonomy, calibration.au_thresholds)
     figures = evaluate_probabilities(*given, resamples=1)
     drawn = bootstrap_figures(*given, resamples=resamples)
     values, draws = {name: figures[name] for name in WITH_INTERVAL}, {name: drawn[name] for name in WITH_INTERVAL}

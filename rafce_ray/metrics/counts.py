@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -26,6 +26,27 @@ CHUNK_WEIGHTS = 4_000_000
 """Weights in memory at a time (16 MB): memory does not grow with the number of draws."""
 
 NAN = float("nan")
+
+
+class OfTasks(Protocol):
+    """Arrays of both tasks for N images.
+
+    As answers: emotion (N, E) and action_units (N, A), probabilities in [0, 1] or scores; E or A is 0 for a task that
+    is not predicted. As targets: emotion (N,) int64, -1 unknown; action_units (N, A) float, 1 / 0 / NaN unknown.
+    """
+
+    @property
+    def emotion(self) -> np.ndarray: ...  # noqa: D102
+
+    @property
+    def action_units(self) -> np.ndarray: ...  # noqa: D102
+
+
+class Tasks(NamedTuple):
+    """A plain :class:`OfTasks`, of answers or of targets."""
+
+    emotion: np.ndarray
+    action_units: np.ndarray
 
 
 def resample_weights(size: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
@@ -144,8 +165,8 @@ def count_batch(
     size = len(emotion)
     scores, au_logits = _double(logits.emotion, size), _double(logits.action_units, size)
     emotion, action_units = emotion.cpu(), action_units.cpu()
-    probabilities = torch.sigmoid(au_logits).numpy()
-    outcomes = outcomes_of(scores.numpy(), probabilities, emotion.numpy(), action_units.numpy(), thresholds)
+    answers = Tasks(scores.numpy(), torch.sigmoid(au_logits).numpy())
+    outcomes = outcomes_of(answers, Tasks(emotion.numpy(), action_units.numpy()), thresholds)
     emotion_loss = au_loss = 0.0
     if logits.emotion is not None:
         emotion_loss = float(F.cross_entropy(scores[emotion >= 0], emotion[emotion >= 0], reduction="sum"))
@@ -156,29 +177,21 @@ def count_batch(
     return _count(outcomes, scores.shape[1], emotion_loss, au_loss)
 
 
-def count_probabilities(
-    emotion_probabilities: np.ndarray,
-    au_probabilities: np.ndarray,
-    emotion: np.ndarray,
-    action_units: np.ndarray,
-    thresholds: float | Sequence[float] = 0.5,
-) -> Counts:
-    """Counts from probabilities (N, E) and (N, A), E or A 0 for a task that is not predicted; targets as in
-    :func:`count_batch`.
+def count_probabilities(found: OfTasks, targets: OfTasks, thresholds: float | Sequence[float] = 0.5) -> Counts:
+    """Counts from probabilities (N, E) and (N, A), E or A 0 for a task that is not predicted.
 
     A probability that single precision has rounded to 0 counts as its smallest normal number, 1e-38, in the loss.
     """
-    emotion, action_units = np.asarray(emotion), np.asarray(action_units, dtype=np.float64)
-    outcomes = outcomes_of(emotion_probabilities, au_probabilities, emotion, action_units, thresholds)
+    outcomes = outcomes_of(found, targets, thresholds)
     emotion_loss = au_loss = 0.0
-    if emotion_probabilities.shape[1]:
-        known = emotion >= 0
-        emotion_loss = float(-_log(emotion_probabilities[known, emotion[known]]).sum())
-    if au_probabilities.shape[1]:
-        known = ~np.isnan(action_units)
-        present, probability = action_units[known] == 1, np.asarray(au_probabilities, dtype=np.float64)[known]
+    if found.emotion.shape[1]:
+        known = targets.emotion >= 0
+        emotion_loss = float(-_log(found.emotion[known, targets.emotion[known]]).sum())
+    if found.action_units.shape[1]:
+        known = ~np.isnan(targets.action_units)
+        present, probability = targets.action_units[known] == 1, found.action_units[known].astype(np.float64)
         au_loss = float(-_log(np.where(present, probability, 1 - probability)).sum())
-    return _count(outcomes, emotion_probabilities.shape[1], emotion_loss, au_loss)
+    return _count(outcomes, found.emotion.shape[1], emotion_loss, au_loss)
 
 
 def _count(outcomes: Outcomes, num_emotions: int, emotion_loss_sum: float, au_loss_sum: float) -> Counts:
@@ -199,33 +212,28 @@ class Outcomes:
     tn: np.ndarray
 
 
-def outcomes_of(
-    emotion_scores: np.ndarray,
-    au_probabilities: np.ndarray,
-    emotion: np.ndarray,
-    action_units: np.ndarray,
-    thresholds: float | Sequence[float],
-) -> Outcomes:
+def outcomes_of(found: OfTasks, targets: OfTasks, thresholds: float | Sequence[float]) -> Outcomes:
     """Outcomes of images from scores or probabilities (N, E) and probabilities (N, A).
 
     Raises:
         ValueError: a label beyond E, or an AU target other than 0, 1 and NaN.
     """
-    size, num_emotions = emotion_scores.shape
+    emotion, action_units = targets.emotion, targets.action_units
+    size, num_emotions = found.emotion.shape
     if num_emotions and int(emotion.max(initial=-1)) >= num_emotions:
         raise ValueError(
             f"emotion label {emotion.max()} for {num_emotions} classes: expected -1 (unknown) to {num_emotions - 1}"
         )
     cell = np.full(size, -1, dtype=np.int64)
     if num_emotions:
-        cell = np.where(emotion >= 0, emotion * num_emotions + emotion_scores.argmax(axis=1), -1)
-    if not au_probabilities.shape[1]:
+        cell = np.where(emotion >= 0, emotion * num_emotions + found.emotion.argmax(axis=1), -1)
+    if not found.action_units.shape[1]:
         nothing = np.zeros((size, 0), dtype=bool)
         return Outcomes(cell, nothing, nothing, nothing, nothing)
     positive, negative = action_units == 1, action_units == 0
     if bool((~positive & ~negative & ~np.isnan(action_units)).any()):
         raise ValueError("action-unit targets hold values other than 0, 1 and NaN (unknown)")
-    present = np.asarray(au_probabilities) >= np.asarray(thresholds, dtype=np.float64)
+    present = found.action_units >= np.asarray(thresholds, dtype=np.float64)
     return Outcomes(cell, positive & present, negative & present, positive & ~present, negative & ~present)
 
 
@@ -369,20 +377,9 @@ def _mean(values: np.ndarray) -> np.ndarray:
     return _ratio(np.nansum(values, axis=-1), (~np.isnan(values)).sum(axis=-1))
 
 
-class HasTargets(Protocol):
-    """Targets of evaluated images: emotion (N,) int64, -1 unknown; action_units (N, A) float, 1 / 0 / NaN unknown."""
-
-    @property
-    def emotion(self) -> np.ndarray: ...  # noqa: D102
-
-    @property
-    def action_units(self) -> np.ndarray: ...  # noqa: D102
-
-
 def evaluate_probabilities(
-    emotion_probabilities: np.ndarray,
-    au_probabilities: np.ndarray,
-    targets: HasTargets,
+    found: OfTasks,
+    targets: OfTasks,
     taxonomy: Taxonomy,
     thresholds: float | Sequence[float] = 0.5,
     *,
@@ -396,15 +393,12 @@ def evaluate_probabilities(
     ``resamples`` draws of N images with replacement; a class or AU that a draw misses is left out of that draw's means.
     Which classes count as supported is fixed by the whole data. [NaN, NaN] where a figure is defined in no draw.
     """
-    given = (emotion_probabilities, au_probabilities, targets.emotion, targets.action_units, thresholds)
-    summary = summarise(count_probabilities(*given), taxonomy)
-    rankings = _rankings(au_probabilities, targets)
+    summary = summarise(count_probabilities(found, targets, thresholds), taxonomy)
+    rankings = _rankings(found, targets)
     precisions = [one.average_precision(np.ones((1, len(targets.emotion)), dtype=np.float32))[0] for one in rankings]
     summary["num_images"] = len(targets.emotion)
     summary["au_ap_mean"] = float(_mean(np.asarray(precisions)))
-    draws = bootstrap_figures(
-        emotion_probabilities, au_probabilities, targets, taxonomy, thresholds, resamples=resamples, seed=seed
-    )
+    draws = bootstrap_figures(found, targets, taxonomy, thresholds, resamples=resamples, seed=seed)
     summary["intervals"] = {name: percentile_interval(draws[name]) for name in WITH_INTERVAL}
     for i, entry in enumerate(summary["per_class"]):
         entry["f1_interval"] = percentile_interval(draws["f1"][:, i])
@@ -419,9 +413,8 @@ def evaluate_probabilities(
 
 
 def bootstrap_figures(
-    emotion_probabilities: np.ndarray,
-    au_probabilities: np.ndarray,
-    targets: HasTargets,
+    found: OfTasks,
+    targets: OfTasks,
     taxonomy: Taxonomy,
     thresholds: float | Sequence[float] = 0.5,
     *,
@@ -433,8 +426,8 @@ def bootstrap_figures(
     From probabilities (N, E) and (N, A). The same number of images and seed give the same resamples, so those of two
     models on the same images are pairs.
     """
-    outcomes = outcomes_of(emotion_probabilities, au_probabilities, targets.emotion, targets.action_units, thresholds)
-    rankings, overlap = _rankings(au_probabilities, targets), component_overlap(taxonomy)
+    outcomes = outcomes_of(found, targets, thresholds)
+    rankings, overlap = _rankings(found, targets), component_overlap(taxonomy)
     num_emotions, num_aus = taxonomy.num_emotions, outcomes.tp.shape[1]
     support = np.bincount(targets.emotion[targets.emotion >= 0], minlength=num_emotions)
     supported = support[:num_emotions] >= MIN_SUPPORT
@@ -452,8 +445,5 @@ def bootstrap_figures(
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def _rankings(au_probabilities: np.ndarray, targets: HasTargets) -> list[Ranking]:
-    return [
-        Ranking.of(au_probabilities[:, column], targets.action_units[:, column])
-        for column in range(au_probabilities.shape[1])
-    ]
+def _rankings(found: OfTasks, targets: OfTasks) -> list[Ranking]:
+    return [Ranking.of(*columns) for columns in zip(found.action_units.T, targets.action_units.T, strict=False)]

@@ -297,9 +297,7 @@ def _measure(
         return Group(value, num_images, {})
     part = split.rows(rows)
     found = calibrated(part.outputs, calibration)
-    all_figures = finite(
-        evaluate_probabilities(found.emotion, found.action_units, part, taxonomy, calibration.au_thresholds)
-    )
+    all_figures = finite(evaluate_probabilities(found, part, taxonomy, calibration.au_thresholds))
     with_emotion = int((part.emotion >= 0).sum()) if taxonomy.num_emotions else 0
     with_units = int((~np.isnan(part.action_units)).any(axis=1).sum())
     labelled = {"accuracy": with_emotion, "macro_f1": with_emotion, "au_f1_mean": with_units}

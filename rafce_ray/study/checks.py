@@ -166,10 +166,7 @@ def _condition_faults(key: str, space: Space, base: Mapping[str, Any], unread: C
                     f"Search {parent}, or set base.{parent}"
                 )
         elif not space[parent].is_finite:
-            yield (
-                f"{where} is continuous: it would hardly ever be one of {list(wanted)!r}. Search it by choice or "
-                "quniform"
-            )
+            yield f"{where} is continuous: hardly ever one of {list(wanted)!r}. Search it by choice or quniform"
         else:
             # A parent that has a condition itself keeps the base's value where that does not hold.
             kept = [base[parent]] if space[parent].when else []
@@ -235,20 +232,14 @@ def study_faults(study: StudyConfig) -> Iterator[str]:
 def _metric_faults(study: StudyConfig) -> Iterator[str]:
     better, mode = ("higher", "max") if study.direction > 0 else ("lower", "min")
     if study.mode not in (None, mode):
-        yield (
-            f"mode: found {study.mode!r}; metric {study.metric} is better when {better}: write mode: {mode}, or "
-            "leave it out"
-        )
+        yield f"mode: found {study.mode!r}; {study.metric} is better when {better}: write mode: {mode}, or leave it out"
     data = study.base_config().data
     for task, missing, metrics in (
         ("emotions", data.emotions == "none", monitors_of("emotion")),
         ("action_units", data.action_units == "none", monitors_of("action_units")),
     ):
         if missing and study.metric in metrics:
-            yield (
-                f"metric: {study.metric} is undefined with base.data.{task}=none. Choose another metric, or train "
-                f"{task}"
-            )
+            yield f"metric: {study.metric} is undefined with base.data.{task}=none. Choose another, or train {task}"
     for key in CHOOSES_ACTION_UNITS:
         if key in study.space and FIGURES[study.metric].task != "emotion":
             yield (
@@ -260,17 +251,11 @@ def _metric_faults(study: StudyConfig) -> Iterator[str]:
 def _search_faults(study: StudyConfig) -> Iterator[str]:
     if study.search != "grid":
         if study.num_trials is None:
-            yield (
-                f"num_trials: null means every combination, which search={study.search} does not have; set the "
-                "number of trials"
-            )
+            yield f"num_trials: null means every combination, which search={study.search} does not have; set a number"
         return
     for key, domain in study.space.items():
         if not domain.is_finite:
-            yield (
-                f"space.{key}: {domain} is continuous, which a grid cannot list. Write {{grid: [...]}}, or set "
-                "search=random"
-            )
+            yield f"space.{key}: {domain} is continuous, which a grid cannot list. Use {{grid: [...]}} or search=random"
 
 
 def _scheduler_faults(study: StudyConfig) -> Iterator[str]:

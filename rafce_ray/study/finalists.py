@@ -395,15 +395,9 @@ def on_labels_of_first(runs: Sequence[TaggedOutputs]) -> Comparable:
     splits, is_relabelled, remarks = same_images([run.outputs for run in runs]), [False] * len(runs), []
     for number, run in enumerate(runs):
         if run.taxonomy.action_units != first.taxonomy.action_units:
-            remarks.append(
-                f"{run.trial} tells other action units than {first.trial}: their figures of action units answer "
-                "different questions."
-            )
+            remarks.append(f"{run.trial} has other action units than {first.trial}: do not compare their AU figures.")
         elif not np.array_equal(splits[number].action_units, targets, equal_nan=True):
-            remarks.append(
-                f"{run.trial} reads the AU labels otherwise than {first.trial}: it is measured by those of "
-                f"{first.trial}."
-            )
+            remarks.append(f"{run.trial} reads other AU labels than {first.trial}: it is measured by the latter's.")
             splits[number] = replace(splits[number], action_units=targets)
             is_relabelled[number] = True
     return Comparable(splits, is_relabelled, list(dict.fromkeys(remarks)))
@@ -517,10 +511,7 @@ def _luck(verdict: Verdict) -> str:
     if best == verdict.base:
         return f"In the sweep the base itself ({best}) was best: there was no gain that could have been luck."
     if verdict.luck_share is None:
-        return (
-            f"How much of the sweep's gain was luck is unknown: {best} and the base were not both trained in the "
-            "sweep and again."
-        )
+        return f"The share of luck is unknown: {best} and the base were not both trained in the sweep and again."
     again = verdict.retrained_gain
     told = (
         f"In the sweep {best} was {_better(verdict.sweep_gain)} than the base; trained again with other seeds it is "
@@ -538,10 +529,7 @@ def _luck(verdict: Verdict) -> str:
 def _basis(verdict: Verdict) -> str:
     images = f"{verdict.num_images:,} validation images"
     if verdict.basis == "seeds and images":
-        return (
-            "Intervals allow for other seeds (deviation pooled over the finalists) and for other images than these "
-            f"{images}."
-        )
+        return f"Intervals allow for other seeds (pooled over the finalists) and for other images than these {images}."
     if verdict.retrained:
         most = max(len(one.scores) for one in verdict.ranked)
         why = "one seed each does not tell how seeds differ" if most < 2 else "the seeds of each gave the same score"
@@ -549,7 +537,4 @@ def _basis(verdict: Verdict) -> str:
             f"Intervals allow for other images than these {images} only: {why}. Set "
             f"finalists.seeds=3{'' if most < 2 else ' or more'}."
         )
-    return (
-        f"Intervals allow for other images than these {images} only, not for other seeds; a trial without raw "
-        "outputs has none."
-    )
+    return f"Intervals allow for other images than these {images} only, not for other seeds; they need raw outputs."

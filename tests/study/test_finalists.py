@@ -266,9 +266,7 @@ def test_a_finalist_that_reads_null_as_negative_is_measured_by_the_bases_labels(
     verdict = judge(folder.study, "au_f1_mean", [base, other], base=base)
     expected = score(split, TAXONOMY, Calibration.uncalibrated(2), resamples=1).figures["au_f1_mean"]
     assert verdict.finalist(other).scores == {1: expected, 2: expected}
-    assert verdict.remarks == (
-        "trial_0001 reads the AU labels otherwise than trial_0000: it is measured by those of trial_0000.",
-    )
+    assert verdict.remarks == ("trial_0001 reads other AU labels than trial_0000: it is measured by the latter's.",)
     assert verdict.luck_share is None, "its score in the sweep was taken by its own labels"
 
 

@@ -148,9 +148,7 @@ def test_winner_and_base_are_measured_once_on_the_same_images_by_the_same_labels
     )
     assert list(found.differences) == list(COMPARED)
     assert (found.basis, found.looks) == ("seeds and images", 1)
-    assert found.remarks == (
-        "trial_0001 reads the AU labels otherwise than trial_0000: it is measured by those of trial_0000.",
-    )
+    assert found.remarks == ("trial_0001 reads other AU labels than trial_0000: it is measured by the latter's.",)
 
     before = kept(study)
     assert sorted(before) == sorted(

@@ -70,7 +70,7 @@ def test_runs_are_measured_by_the_labels_of_the_first_and_that_is_said(split):
     runs = [TaggedOutputs("base", split, TAXONOMY), TaggedOutputs("other", backwards, TAXONOMY)]
     found = on_labels_of_first(runs)
     assert found.is_relabelled == [False, True]
-    assert found.remarks == ["other reads the AU labels otherwise than base: it is measured by those of base."]
+    assert found.remarks == ["other reads other AU labels than base: it is measured by the latter's."]
     np.testing.assert_array_equal(found.splits[1].action_units, split.action_units)
     np.testing.assert_array_equal(found.splits[1].outputs.action_units, split.outputs.action_units)
     assert on_labels_of_first(runs[:1]).remarks == []
@@ -80,4 +80,4 @@ def test_other_action_units_are_told(split):
     other = TaggedOutputs("other", split, make_taxonomy(TAXONOMY.emotions, (2, 4)))
     found = on_labels_of_first([TaggedOutputs("base", split, TAXONOMY), other])
     assert found.is_relabelled == [False, False]
-    assert "other tells other action units than base" in found.remarks[0]
+    assert "other has other action units than base" in found.remarks[0]

@@ -209,7 +209,7 @@ def test_faults_between_keys_come_with_those_of_single_values():
     lines = faults(searched("model.dropout", {"uniform": [0.5, 1.5]}, mode="min", metric="macro_f1"))
     assert len(lines) == 2
     assert lines[0].startswith("space.model.dropout: 1.5 cannot be trained: model.dropout: found 1.5")
-    assert lines[1] == "mode: found 'min'; metric macro_f1 is better when higher: write mode: max, or leave it out"
+    assert lines[1] == "mode: found 'min'; macro_f1 is better when higher: write mode: max, or leave it out"
 
 
 @pytest.mark.parametrize(
@@ -356,7 +356,7 @@ def test_conditions_that_cannot_hold_are_refused(space, part):
     ("others", "part"),
     [
         ({"name": "a/b"}, "name: 'a/b' is no folder name"),
-        ({"metric": "loss", "mode": "max"}, "metric loss is better when lower: write mode: min"),
+        ({"metric": "loss", "mode": "max"}, "loss is better when lower: write mode: min"),
         ({"search": "grid"}, "space.optim.lr: {loguniform: [0.0001, 0.01]} is continuous, which a grid cannot list"),
         ({"num_trials": None}, "num_trials: null means every combination, which search=random does not have"),
         ({"num_trials": 0}, "num_trials: found 0"),
