@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from functools import cache
 from typing import Any
@@ -33,10 +32,15 @@ from rafce_ray.report.data import MIN_GROUP, ReportData, Split, gather
 from rafce_ray.run.compare import distinct
 from rafce_ray.run.folder import RunFolder
 from rafce_ray.run.watch import duration
+from rafce_ray.study.listing import as_text
+from rafce_ray.study.watch import roughly
 
 REPORT_FILE = "report.html"
 NUM_CONFUSIONS = 8
 EVIDENCE_SHOWN = 5
+SHOWN_TRIALS = 6
+"""Trials that are named where many could be."""
+
 NOTABLE_EVENTS = (
     "resumed",
     "warning",
@@ -93,7 +97,7 @@ def report_place(folder: Location, out: str | None) -> Location:
 def render_page(data: ReportData) -> str:
     """The whole page, without scripts and external resources."""
     page = (
-        _environment()
+        template_environment()
         .get_template("report.html.j2")
         .render(
             data=data,
@@ -115,7 +119,11 @@ def render_page(data: ReportData) -> str:
             groups=data.groups,
             settings=_settings(data.run.config),
             provenance=list(_provenance(data)),
-            events=[(_time(one["time"]), one["event"], one["message"]) for one in _notable(data.run.events)],
+            events=[
+                (_time(one["time"]), one["event"], one["message"])
+                for one in data.run.events
+                if one["event"] in NOTABLE_EVENTS and one.get("message")
+            ],
             text={
                 "split_note": SPLIT_NOTES[data.split],
                 "perceived": PERCEIVED,
@@ -134,12 +142,8 @@ def render_page(data: ReportData) -> str:
 
 
 @cache
-def _environment() -> Environment:
-    return template_environment()
-
-
-def template_environment(**filters: Callable[..., Any]) -> Environment:
-    """The Jinja environment of a report's templates, with ``filters`` besides those that every report has."""
+def template_environment() -> Environment:
+    """The Jinja environment of the reports' templates."""
     environment = Environment(
         loader=PackageLoader("rafce_ray.report", "templates"),
         autoescape=True,
@@ -153,9 +157,16 @@ def template_environment(**filters: Callable[..., Any]) -> Environment:
         "interval": interval,
         "count": count_or_dash,
         "duration": duration,
-        **filters,
+        "roughly": roughly,
+        "named": named,
     }
     return environment
+
+
+def named(names: Sequence[str]) -> str:
+    """The first of many names, and how many more there are."""
+    more = len(names) - SHOWN_TRIALS
+    return ", ".join(names[:SHOWN_TRIALS]) + (f" and {more} more" if more > 0 else "")
 
 
 def number_html(value: float | None, digits: int = 3) -> Markup:
@@ -330,12 +341,8 @@ def _calibration_rows(data: ReportData) -> Iterator[dict[str, Any]]:
 def _settings(config: Config) -> dict[str, list[tuple[str, str, str]]]:
     """Settings that are not at their default, and those that are: key, value, default."""
     default = flatten(Config())
-    rows = [(key, _setting(value), _setting(default[key])) for key, value in flatten(config).items()]
+    rows = [(key, as_text(value), as_text(default[key])) for key, value in flatten(config).items()]
     return {"changed": [row for row in rows if row[1] != row[2]], "default": [row for row in rows if row[1] == row[2]]}
-
-
-def _setting(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _provenance(data: ReportData) -> Iterator[tuple[str, str]]:
@@ -361,14 +368,10 @@ def _provenance(data: ReportData) -> Iterator[tuple[str, str]]:
     yield from ((name, str(version)) for name, version in provenance.get("software", {}).items())
 
 
-def _notable(events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [event for event in events if event["event"] in NOTABLE_EVENTS and event.get("message")]
-
-
 def _time(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
 def patch_lines(patch: dict[str, Any]) -> list[str]:
     """A patch as the command line takes it."""
-    return [f"{key}={_setting(value)}" for key, value in patch.items()]
+    return [f"{key}={as_text(value)}" for key, value in patch.items()]

@@ -7,10 +7,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any
 
-from jinja2 import Environment
 from markupsafe import Markup
 
 from rafce_ray import __version__
@@ -29,7 +28,6 @@ from rafce_ray.report.study_plots import (
     EMOTION,
     Emphasis,
     Field,
-    Rung,
     both_figures,
     emphasise,
     group_rungs,
@@ -45,7 +43,7 @@ from rafce_ray.study.folder import StudyFolder
 from rafce_ray.study.importance import parameter_importance
 from rafce_ray.study.on_test import OnTest
 from rafce_ray.study.trials import RungEntry, Trial, best_first, read_rungs, read_trials
-from rafce_ray.study.watch import STATES, plain, roughly
+from rafce_ray.study.watch import STATES, plain
 
 SAVING = ("stopped_by_scheduler", "stopped_early")
 """Statuses whose remaining epochs count as saved. Those of failed trials are lost, others may still be trained."""
@@ -266,10 +264,6 @@ def _findings(study: StudyFolder, ranked: Sequence[str]) -> list[tuple[Diagnosis
     return sorted(findings, key=lambda one: (LEVELS.index(one[0].level), -len(one[1])))
 
 
-SHOWN_TRIALS = 6
-"""Trials that are named where many could be."""
-
-
 def write_study_report(study: StudyFolder, metric: str) -> Location:
     """Write a study's report and return where it is: ``report.html`` in the study's folder, replaced if it is there.
 
@@ -289,61 +283,49 @@ def render_study(data: StudyData) -> str:
     of = unit((*data.trials, *data.finalists))
     rungs = group_rungs(data.rungs, data.metric)
     front = _front(data)
-    template = _environment().get_template("study.html.j2")
-    page = template.render(
-        data=data,
-        name=data.settings.get("name", data.study.location.name),
-        lead=said[:2] or [_provisional(data)],
-        said=said[2:],
-        chips=list(_chips(data)),
-        tiles=list(_tiles(data)),
-        alerts=list(_alerts(data)),
-        commands=list(_commands(data)),
-        changes=change_rows(data),
-        finalists=finalists_table(data),
-        unjudged=unjudged_finalists(data),
-        test={"said": [] if data.on_test is None else data.on_test.sentences(), "rows": test_rows(data)},
-        figures=[(name, FIGURES[name].title) for name in shown_figures(data)],
-        rows=trial_rows(data),
-        state=state,
-        charts=_charts(data, rungs, front),
-        importance=parameter_importance(data.trials, data.metric, data.values),
-        rungs=rungs,
-        front=front,
-        both_figures=both_figures,
-        both_titles=[FIGURES[name].title for name in (EMOTION, ACTION_UNIT)],
-        unit=of,
-        costs=list(cost_rows(data, of)),
-        sweep_cost=cost(data.trials, of),
-        findings=[(one, trials, patch_lines(one.patch)) for one, trials in data.findings],
-        provenance=list(provenance_rows(data)),
-        undefined=UNDEFINED,
-        better="higher" if FIGURES[data.metric].direction > 0 else "lower",
-        version=__version__,
-        made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    page = (
+        template_environment()
+        .get_template("study.html.j2")
+        .render(
+            data=data,
+            name=data.settings.get("name", data.study.location.name),
+            lead=said[:2] or [_provisional(data)],
+            said=said[2:],
+            chips=list(_chips(data)),
+            tiles=list(_tiles(data)),
+            alerts=list(_alerts(data)),
+            commands=list(_commands(data)),
+            changes=change_rows(data),
+            finalists=finalists_table(data),
+            unjudged=unjudged_finalists(data),
+            test={"said": [] if data.on_test is None else data.on_test.sentences(), "rows": test_rows(data)},
+            figures=[(name, FIGURES[name].title) for name in shown_figures(data)],
+            rows=trial_rows(data),
+            state=state,
+            charts={
+                "parallel": parallel_coordinates(data.field),
+                "values": list(score_by_value(data.field)),
+                "rungs": list(rung_charts(rungs)),
+                "curves": learning_curves(data.field),
+                "pareto": pareto_chart(data.field, front),
+            },
+            importance=parameter_importance(data.trials, data.metric, data.values),
+            rungs=rungs,
+            front=front,
+            both_figures=both_figures,
+            both_titles=[FIGURES[name].title for name in (EMOTION, ACTION_UNIT)],
+            unit=of,
+            costs=list(cost_rows(data, of)),
+            sweep_cost=cost(data.trials, of),
+            findings=[(one, trials, patch_lines(one.patch)) for one, trials in data.findings],
+            provenance=list(provenance_rows(data)),
+            undefined=UNDEFINED,
+            better="higher" if FIGURES[data.metric].direction > 0 else "lower",
+            version=__version__,
+            made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        )
     )
     return str(page)
-
-
-@cache
-def _environment() -> Environment:
-    return template_environment(named=_named, roughly=roughly)
-
-
-def _charts(data: StudyData, rungs: Sequence[Rung], front: Sequence[Trial]) -> dict[str, Any]:
-    return {
-        "parallel": parallel_coordinates(data.field),
-        "values": list(score_by_value(data.field)),
-        "rungs": list(rung_charts(rungs)),
-        "curves": learning_curves(data.field),
-        "pareto": pareto_chart(data.field, front),
-    }
-
-
-def _named(names: Sequence[str]) -> str:
-    """The first of many names, and how many more there are."""
-    more = len(names) - SHOWN_TRIALS
-    return ", ".join(names[:SHOWN_TRIALS]) + (f" and {more} more" if more > 0 else "")
 
 
 def _provisional(data: StudyData) -> str:

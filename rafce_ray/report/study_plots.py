@@ -14,6 +14,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from rafce_ray.base.figures import FIGURES, SCORED
 from rafce_ray.metrics.text import UNDEFINED, number
 from rafce_ray.report.plots import BLUE, GREEN, INK, MUTED, ORANGE, PAPER, TEXT_PX, chart
+from rafce_ray.study.listing import is_number
 from rafce_ray.study.trials import RungEntry, Trial
 from rafce_ray.study.watch import plain
 
@@ -60,7 +61,7 @@ class ValueAxis:
 
 def value_axis(key: str, values: Sequence[Any], choices: Sequence[Any] = ()) -> ValueAxis:
     """The axis for a key's values, of which there is at least one; words come in the order of ``choices``."""
-    if not all(_is_number(value) for value in values):
+    if not all(is_number(value) for value in values):
         there = {plain(value) for value in values}
         listed = [name for name in map(plain, choices) if name in there]
         return ValueAxis(key, "categories", tuple(dict.fromkeys([*listed, *sorted(there)])))
@@ -74,10 +75,6 @@ def value_axis(key: str, values: Sequence[Any], choices: Sequence[Any] = ()) -> 
 def _spans_decades(values: Iterable[float]) -> bool:
     found = list(values)
     return bool(found) and max(found) / min(found) > LOG_SPAN
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 SMALL_PX = TEXT_PX - 2

@@ -157,7 +157,6 @@ def tune(study: StudyConfig, *, dry_run: bool = False, retry_failed: bool = Fals
             tell(study, folder, shares, prepared)
             sweep(study, folder, shares, readings)
             finalists = train_finalists(study, folder, shares, readings)
-
         return conclude_study(study, folder, finalists)
 
 
@@ -197,8 +196,7 @@ def ways_of_reading(study: StudyConfig) -> dict[str, DataConfig]:
 
 def claim_of(study: StudyConfig, prepared: Prepared) -> dict[str, Any]:
     """What makes the study the one that it is: with anything of it changed, its trials would not belong together."""
-    plain = study.model_dump(mode="json")
-    base = identity_of(study.base_config())
+    plain, base = study.model_dump(mode="json"), identity_of(study.base_config())
     kept = {key: plain[key] for key in ("search", "seed", "metric", "scheduler")}
     kept["scheduler"] |= REMOVED_SCHEDULER_KEYS
     # With the order of its keys: trial n of a grid follows from it.
@@ -221,8 +219,8 @@ def sweep(study: StudyConfig, folder: StudyFolder, shares: Shares, readings: Rea
     from rafce_ray.tune.sweep import Sweep
     from rafce_ray.tune.trials import run_on_tune, stoppable
 
-    config, control = study.base_config(), Control()
-    scheduler = build_scheduler(study, Course(folder, study.metric, config.optim.epochs, control))
+    control = Control()
+    scheduler = build_scheduler(study, Course(folder, study.metric, study.base_config().optim.epochs, control))
     supply = Sweep(study, folder, shares, readings, scheduler)
     total, spent = planned_trials(study), read_elapsed(folder)
     ended, left = supply.num_ended, supply.num_left
@@ -249,10 +247,7 @@ def sweep(study: StudyConfig, folder: StudyFolder, shares: Shares, readings: Rea
             ) from error
     supply.write_table()
     if control.stop == "interrupted":
-        say(
-            f"stopped: {folder.location.shown} keeps every trial; the same command goes on from the epochs that were "
-            "saved"
-        )
+        say(f"stopped: {folder.location.shown} keeps every trial; the same command goes on from the saved epochs")
         raise KeyboardInterrupt
     if control.stop is not None:
         say(f"the time budget of {study.time_budget_s:.0f} s is spent; with a higher one the same command goes on")
