@@ -311,7 +311,7 @@ def cross_fitted(
 ) -> dict[str, Any]:
     """The effect of calibration on images that it was not fitted on: each of FOLDS parts is calibrated by the others.
 
-    ``before`` and ``after`` are :func:`reliability_figures`; ``au_f1_mean_before`` is at 0.5 on raw probabilities,
+    ``pos_weights`` (A,) are those of :func:`fit_calibration`. ``before`` and ``after`` are :func:`reliability_figures`; ``au_f1_mean_before`` is at 0.5 on raw probabilities,
     ``au_f1_mean_after`` at the other folds' thresholds.
     """
     num_images = len(outputs.emotion)

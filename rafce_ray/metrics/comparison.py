@@ -141,7 +141,7 @@ class OverSeeds:
 
     @property
     def defined(self) -> NDArray[np.float64]:
-        """The values that are not NaN."""
+        """The values (n,) float64 that are not NaN."""
         values = np.array(self.values, dtype=np.float64)
         return values[~np.isnan(values)]
 

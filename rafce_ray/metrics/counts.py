@@ -133,14 +133,14 @@ class Counts:
         return Counts(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(Counts)))
 
     def to_vector(self) -> Tensor:
-        """All of it as one float64 tensor on the CPU, for one all-reduce; exact for counts below 2^53."""
+        """All of it as one (E * E + 4 * A + 4,) float64 tensor on the CPU, for one all-reduce; exact below 2^53."""
         return torch.from_numpy(
             np.concatenate([np.ravel(getattr(self, field.name)) for field in fields(Counts)]).astype(np.float64)
         )
 
     @classmethod
     def from_vector(cls, vector: Tensor, taxonomy: Taxonomy) -> Counts:
-        """The counts that :meth:`to_vector` wrote."""
+        """The counts that :meth:`to_vector` wrote, from (E * E + 4 * A + 4,) float64 on any device."""
         num_emotions, num_aus = taxonomy.num_emotions, taxonomy.num_action_units
         sizes = [num_emotions**2, *[num_aus] * 4, 1, 1, 1, 1]
         if len(vector) != sum(sizes):
@@ -287,7 +287,7 @@ def figures(counts: Counts, overlap: np.ndarray, supported: np.ndarray) -> dict[
 def combined_score(macro_f1_supported: Any, au_f1_mean: Any, au_share: float = 0.5) -> np.ndarray:
     """The score: ``(1 - au_share) macro_f1_supported + au_share au_f1_mean``, or the one that is defined.
 
-    These are the figures of SCORED, arrays of one shape with values in [0, 1], NaN undefined.
+    These are the figures of SCORED, both (R,) or of no axis, float64 in [0, 1]; the score is alike. NaN is undefined.
     """
     both = np.stack([np.asarray(macro_f1_supported, dtype=np.float64), np.asarray(au_f1_mean, dtype=np.float64)], -1)
     weights = np.array([1 - au_share, au_share]) * ~np.isnan(both)
