@@ -311,8 +311,9 @@ def cross_fitted(
 ) -> dict[str, Any]:
     """The effect of calibration on images that it was not fitted on: each of FOLDS parts is calibrated by the others.
 
-    ``pos_weights`` (A,) are those of :func:`fit_calibration`. ``before`` and ``after`` are :func:`reliability_figures`; ``au_f1_mean_before`` is at 0.5 on raw probabilities,
-    ``au_f1_mean_after`` at the other folds' thresholds.
+    ``pos_weights`` (A,) are those of :func:`fit_calibration`. ``before`` and ``after`` are
+    :func:`reliability_figures`; ``au_f1_mean_before`` is at 0.5 on raw probabilities, ``au_f1_mean_after`` at the other
+    folds' thresholds.
     """
     num_images = len(outputs.emotion)
     fold_of = np.random.default_rng([seed, 2]).permutation(np.arange(num_images) % FOLDS)
