@@ -18,7 +18,7 @@ from rafce_ray.base.errors import RafceError
 from rafce_ray.config import ConfigError, explain
 from rafce_ray.serve.metrics import Export
 from rafce_ray.serve.ray_private import MIDDLEWARES, USES_HAPROXY, logs_folder
-from rafce_ray.service import app
+from rafce_ray.service import app, state
 from rafce_ray.service.config import ServiceConfig, read_service_config
 from rafce_ray.service.edge import log_as_json
 
@@ -61,7 +61,7 @@ class FaceService:
                 "requests come through Ray Serve's Python proxy, ten times slower and steered by clients' headers: "
                 "set the variables of python -m rafce_ray.serve.fast_path before Ray starts"
             )
-        self._service = app.Service(config)
+        self._service = state.Service(config)
         self._export = Export(self._service.measured)
         self._configured = False
         # What was imported and loaded stays: looking through it again for garbage stops all requests for 0.3 s.

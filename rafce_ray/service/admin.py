@@ -29,7 +29,7 @@ from rafce_ray.service.problems import Problem, problem_response, sentence, show
 from rafce_ray.service.requests import parse_json
 
 if TYPE_CHECKING:
-    from rafce_ray.service.app import Service
+    from rafce_ray.service.state import Service
 
 MAX_BODY_BYTES = 16 * 1024
 MAX_MARKS = 100

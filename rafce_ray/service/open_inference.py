@@ -36,7 +36,7 @@ from rafce_ray.service.problems import PROBLEM_CODE, Problem, deadline_passed, s
 from rafce_ray.service.requests import declared_bytes, decode_base64, read_body
 
 if TYPE_CHECKING:
-    from rafce_ray.service.app import Service
+    from rafce_ray.service.state import Service
 
 
 class InferInput(Record):

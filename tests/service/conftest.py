@@ -16,8 +16,9 @@ from PIL import Image
 
 from rafce_ray.bundle.bundle import load_bundle
 from rafce_ray.bundle.model import Predictor
-from rafce_ray.service.app import Service, build_app
+from rafce_ray.service.app import build_app
 from rafce_ray.service.config import read_service_config
+from rafce_ray.service.state import Service
 
 STORED_PX = 40
 

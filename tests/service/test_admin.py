@@ -16,9 +16,10 @@ from rafce_ray.registry.live import read_history
 from rafce_ray.registry.promotion import Reason, Rules, promote, roll_back
 from rafce_ray.registry.versions import add_version
 from rafce_ray.service import admin
-from rafce_ray.service.app import Service, build_app
+from rafce_ray.service.app import build_app
 from rafce_ray.service.config import read_service_config
 from rafce_ray.service.keys import new_key
+from rafce_ray.service.state import Service
 
 RULES = Rules(max_latency_ratio=1000, engine="torch")
 

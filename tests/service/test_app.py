@@ -22,9 +22,8 @@ from pydantic import TypeAdapter
 
 from rafce_ray.config import apply_overrides
 from rafce_ray.metrics.calibration import Outputs
-from rafce_ray.service import app as app_module
+from rafce_ray.service import state as state_module
 from rafce_ray.service.answers import NoImageRead, PredictAnswer
-from rafce_ray.service.app import Service
 from rafce_ray.service.config import read_service_config
 from rafce_ray.service.documents import ANSWER_EXAMPLE, REQUEST_EXAMPLE, openapi_document
 from rafce_ray.service.keys import new_key
@@ -32,6 +31,7 @@ from rafce_ray.service.live import FailedSwap
 from rafce_ray.service.model_info import FRESH_S, ModelInfo
 from rafce_ray.service.problems import PROBLEM_TYPES, ProblemDocument
 from rafce_ray.service.requests import PredictRequest
+from rafce_ray.service.state import Service
 
 PNG = {"content-type": "image/png"}
 ANSWER = TypeAdapter(PredictAnswer)
@@ -355,7 +355,7 @@ def test_a_hung_batch_is_ill(service, client, slow, face, monkeypatch):
         asked = pool.submit(client.post, "/v1/predict?faces=aligned", content=face, headers=PNG)
         assert slow.began.wait(10)
         assert service.is_healthy()
-        monkeypatch.setattr(app_module, "HUNG_S", 0.0)
+        monkeypatch.setattr(state_module, "HUNG_S", 0.0)
         time.sleep(0.01)
         assert not service.is_healthy()
         assert problem(client.get("/healthz")) == "not_ready"

@@ -12,7 +12,8 @@ import pytest
 from serve_faults import read_corpus
 from starlette.types import ASGIApp
 
-from rafce_ray.service.app import Service, build_app
+from rafce_ray.service.app import build_app
+from rafce_ray.service.state import Service
 
 
 @pytest.fixture(scope="module")

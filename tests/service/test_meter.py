@@ -7,10 +7,10 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from rafce_ray.service.app import Service
 from rafce_ray.service.config import read_service_config
 from rafce_ray.service.live import BLOCK_FACES
 from rafce_ray.service.meter import Counter, Histogram, Meter
+from rafce_ray.service.state import Service
 
 
 def test_a_counter_is_there_from_0_on():

