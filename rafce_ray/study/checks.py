@@ -10,8 +10,17 @@ from typing import TYPE_CHECKING, Any
 from rafce_ray.base.errors import did_you_mean
 from rafce_ray.base.figures import FIGURES, monitors_of
 from rafce_ray.config import Config, ConfigError, build_config, flatten, nested
-from rafce_ray.study.proposals import MAX_COMBINATIONS, fixed_proposals
-from rafce_ray.study.space import Domain, Space, condition_values, in_order, parse_domain, repeated, same
+from rafce_ray.study.space import (
+    MAX_COMBINATIONS,
+    Domain,
+    Space,
+    condition_values,
+    fixed_proposals,
+    in_order,
+    parse_domain,
+    repeated,
+    same,
+)
 
 if TYPE_CHECKING:
     from rafce_ray.study.config import StudyConfig

@@ -23,8 +23,7 @@ from rafce_ray.model.network import build_architecture, build_model
 from rafce_ray.study.checks import foreseen
 from rafce_ray.study.config import StudyConfig
 from rafce_ray.study.folder import StudyFolder
-from rafce_ray.study.proposals import planned_trials, propose
-from rafce_ray.study.space import identity
+from rafce_ray.study.space import identity, planned_trials, propose
 from rafce_ray.study.watch import plain
 
 NESTED_MEMORY_BYTES = 2**20

@@ -29,7 +29,7 @@ from rafce_ray.study.finalists import Verdict, best_run, judge, judge_sweep, sen
 from rafce_ray.study.folder import StudyFolder
 from rafce_ray.study.on_test import measure_on_test
 from rafce_ray.study.plan import Shares, share_out, tell_batches, tell_plan, tell_trials
-from rafce_ray.study.proposals import planned_trials, propose
+from rafce_ray.study.space import planned_trials, propose
 from rafce_ray.study.trials import Training, Trial, read_trials
 from rafce_ray.train.environment import check_ray
 from rafce_ray.train.launch import ray_cluster, tell_findings

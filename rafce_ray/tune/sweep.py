@@ -15,7 +15,7 @@ from rafce_ray.run.state import Job
 from rafce_ray.study.config import StudyConfig
 from rafce_ray.study.folder import StudyFolder
 from rafce_ray.study.plan import Shares
-from rafce_ray.study.proposals import Observed, propose
+from rafce_ray.study.space import Observed, propose
 from rafce_ray.study.trials import (
     ENDED,
     Role,

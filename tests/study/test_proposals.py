@@ -6,7 +6,7 @@ import pytest
 from rafce_ray.base.errors import UsageError
 from rafce_ray.config import flatten
 from rafce_ray.study.config import build_study
-from rafce_ray.study.proposals import MAX_COMBINATIONS, STARTUP_TRIALS, Observed, planned_trials, propose
+from rafce_ray.study.space import MAX_COMBINATIONS, STARTUP_TRIALS, Observed, planned_trials, propose
 
 
 def study_of(space, **others):

@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from rafce_ray.study.config import load_study, study_yaml
-from rafce_ray.study.proposals import planned_trials, propose
+from rafce_ray.study.space import planned_trials, propose
 
 FOLDER = Path(__file__).parents[2] / "tune_configs"
 FILES = sorted(FOLDER.glob("*.yaml"))

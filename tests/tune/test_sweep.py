@@ -18,8 +18,7 @@ from rafce_ray.run.checkpoint import list_checkpoints, save_checkpoint
 from rafce_ray.study.config import StudyConfig, build_study
 from rafce_ray.study.folder import StudyFolder
 from rafce_ray.study.plan import Shares
-from rafce_ray.study.proposals import Observed, planned_trials, propose
-from rafce_ray.study.space import Domain
+from rafce_ray.study.space import Domain, Observed, planned_trials, propose
 from rafce_ray.study.trials import read_plan, read_trials
 from rafce_ray.train.worker import read_trial_job
 from rafce_ray.tune import launch, trials
