@@ -25,7 +25,6 @@ from rafce_ray.run.folder import RunFolder
 from rafce_ray.run.replay import Plan
 from rafce_ray.run.state import Job
 from rafce_ray.run.watch import RunWatch
-from rafce_ray.run.worker_changes import root_cause
 from rafce_ray.train.environment import check_ray, dashboard_line, not_started, ray_address
 
 if TYPE_CHECKING:
@@ -117,7 +116,7 @@ def build_trainer(
 def _fit(job: Job, num_cpus: float, num_gpus: float) -> dict[str, Any] | None:
     from ray.train import TrainingFailedError
 
-    from rafce_ray.train.worker import ChangesCallback, command_shown
+    from rafce_ray.train.worker import ChangesCallback, command_shown, root_cause
 
     run, folder = job.config.run, RunFolder(job.run_dir)
     trainer = build_trainer(job, num_cpus, num_gpus, max_failures=run.max_failures, callbacks=[ChangesCallback(job)])

@@ -4,7 +4,7 @@ import pytest
 
 from rafce_ray.config import RunConfig
 from rafce_ray.run.folder import RunFolder
-from rafce_ray.run.worker_changes import WorkerChanges, describe_failures, root_cause
+from rafce_ray.train.worker import WorkerChanges, describe_failures, root_cause
 
 
 @pytest.fixture
