@@ -12,7 +12,7 @@ WORKDIR /opt/rafce
 
 # First what changes seldom. torch's own index has builds without CUDA, a tenth of the size.
 COPY pyproject.toml constraints.txt README.md LICENSE ./
-RUN mkdir rafce_ray \
+RUN mkdir rafce_ray rafce_drawing \
     && index="" \
     && if [ -z "${VARIANT}" ]; then index="--extra-index-url=https://download.pytorch.org/whl/cpu"; fi \
     && python -m pip install --no-cache-dir --root-user-action=ignore --constraint constraints.txt ${index:+"$index"} \
