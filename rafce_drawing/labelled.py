@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import uuid
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -31,6 +29,7 @@ from numpy.typing import NDArray
 from rafce_drawing.paint import draw_face
 from rafce_drawing.shape import Action, sample_person, sample_scene
 from rafce_ray.base.errors import UsageError
+from rafce_ray.base.storage import new_folder
 from rafce_ray.base.taxonomy import BASIC_EMOTIONS, RAFCE_EMOTIONS
 from rafce_ray.data.label_file import CLASS_COUNTS, NUM_LABELLED, NUM_NULL_TRAIN, TRAIN_POSITIVES
 
@@ -425,16 +424,11 @@ def synthesize(
     _check_arguments(root, seed, processes)
     plan = plan_labels(num_images, _stream(seed, _PLAN_STREAM))
     tasks = _tasks(plan)
-    root.parent.mkdir(parents=True, exist_ok=True)
-    beside = root.with_name(f".{root.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        (beside / "aligned").mkdir(parents=True)
-        rows = _draw_all(tasks, beside / "aligned", seed, processes or os.cpu_count() or 1, progress)
-        _write_labels(beside, plan, tasks, rows)
-        os.rename(beside, root)
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
+    with new_folder(root) as scratch:
+        images = scratch / "aligned"
+        images.mkdir()
+        rows = _draw_all(tasks, images, seed, processes or os.cpu_count() or 1, progress)
+        _write_labels(scratch, plan, tasks, rows)
     per_split = {name: int((plan.split == code).sum()) for code, name in enumerate(SPLITS)}
     return SyntheticSummary(root, num_images, len(tasks) - num_images, per_split)
 

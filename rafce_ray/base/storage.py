@@ -430,7 +430,7 @@ class Location:
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A scratch folder that becomes ``folder``, which must not exist, when the block ends without an error."""
+    """A scratch folder that becomes ``folder``, which must be empty or absent, when the block ends without an error."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
     scratch.mkdir()
