@@ -18,6 +18,7 @@ from typing import Any
 
 from ray.serve import metrics
 
+from rafce_ray.serve.ray_private import start_at_zero
 from rafce_ray.service.meter import Counter, Gauge, Histogram, Labels, Meter
 
 PERIOD_S = 2.0
@@ -66,7 +67,7 @@ def _counter(counter: Counter) -> _Publish:
             tags = dict(zip(counter.labels, labels, strict=True))
             if labels not in published:
                 # `inc` refuses 0, but `rate` misses the first event of a series that begins with it.
-                metric._record(0.0, tags)
+                start_at_zero(metric, tags)
             before = published.get(labels, 0)
             if value > before:
                 metric.inc(value - before, tags)
