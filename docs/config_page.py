@@ -65,7 +65,7 @@ PARTS: tuple[tuple[str, type[BaseModel], str], ...] = (
         StudyConfig,
         "`rafce tune --config FILE`: a YAML file, with `key=value` over it. `base.SECTION.KEY=value` sets a run's key "
         "for every trial, `space.SECTION.KEY=DOMAIN` what is searched, `space.SECTION.KEY=null` takes a key out of the "
-        f"search. A domain is written as `{HOW_TO_WRITE}`; `when: {{other.key: [values]}}` beside it makes it apply "
+        f"search. A domain is written as `{HOW_TO_WRITE}`; `when: {{other.key: [values]}}` next to it makes it apply "
         "only where other keys have these values.",
     ),
     (

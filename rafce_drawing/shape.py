@@ -601,7 +601,7 @@ def _add_nose(shape: FaceShape, muscles: Muscles, person: Person) -> None:
 
 
 def _add_nose_wing(shape: FaceShape, muscles: Muscles, person: Person, side: int) -> None:
-    """One wing of the nose, and the wrinkles of AU 9 beside the bridge."""
+    """One wing of the nose, and the wrinkles of AU 9 next to the bridge."""
     sign, y, width = SIGN[side], person.nose_y, person.nose_width
     lift, nine = wing_lift(muscles, side), muscles.side(9, side)
     flare = 1.0 + 0.15 * muscles.side(38, side) - 0.12 * muscles.side(39, side)

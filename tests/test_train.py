@@ -213,10 +213,10 @@ def test_a_finished_run_goes_on_with_more_epochs_when_asked(overrides, ray_clust
 
 
 def test_the_name_of_a_run_that_failed_before_its_first_step_is_free(overrides, tmp_path, ray_cluster_of_tests):
-    once = [*overrides, "run.name=mended", "optim.epochs=1", "optim.warmup_epochs=0", "run.max_failures=0"]
+    once = [*overrides, "run.name=corrected", "optim.epochs=1", "optim.warmup_epochs=0", "run.max_failures=0"]
     with pytest.raises(RafceError, match=r"missing\.pt"):
         launch(load_config(overrides=[*once, f"model.weights={tmp_path / 'missing.pt'}"]))
-    folder = RunFolder(str(Path(load_config(overrides=once).run.storage) / "mended"))
+    folder = RunFolder(str(Path(load_config(overrides=once).run.storage) / "corrected"))
     assert folder.config().model.weights.endswith("missing.pt")
     assert launch(load_config(overrides=once))["status"] == "finished"
     assert folder.config().model.weights == "none"

@@ -431,7 +431,7 @@ def _front(data: StudyData) -> list[Trial]:
 
 
 SHOWN = ("accuracy", EMOTION, ACTION_UNIT, "loss")
-"""Figures beside the score."""
+"""Figures shown with the score."""
 
 NOT_RETRAINED = 5
 """Trials in the finalists' table of a sweep that trained none again."""

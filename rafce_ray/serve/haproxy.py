@@ -72,7 +72,7 @@ class UnknownConfiguration(Exception):
     """The configuration is none that this module can make safe."""
 
 
-def mended(config: str, *, host: str | None, answers: Path) -> str:
+def corrected(config: str, *, host: str | None, answers: Path) -> str:
     """HAProxy's configuration as Ray wrote it, closed to all but requests.
 
     ``host`` replaces Ray's address for requests; ``answers``: folder with a file for each of :data:`OWN_STATUSES`.
@@ -146,7 +146,7 @@ def main(arguments: list[str]) -> int:
     file = Path(arguments[arguments.index("-f") + 1])
     try:
         # Ray gives each node a folder of its own in the one that fast_path made.
-        text = mended(file.read_text(), host=os.environ.get(HOST), answers=file.parents[1])
+        text = corrected(file.read_text(), host=os.environ.get(HOST), answers=file.parents[1])
     except UnknownConfiguration as error:
         print(f"{file}: not the configuration that is known here: {error}. HAProxy is not started.", file=sys.stderr)
         return 1

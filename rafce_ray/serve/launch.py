@@ -154,7 +154,7 @@ def _deploy(config: ServiceConfig, replicas: int, stop: threading.Event) -> None
     threads = config.threads or max(1, num_cores() // replicas)
     actor: dict[str, Any] = {"num_cpus": 0, "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(threads)}}}
     if config.engine in ("auto", "torch"):
-        # Half of it, so that a new replica finds room beside the old one that it replaces.
+        # Half of it, so that a new replica finds room next to the old one that it replaces.
         actor["num_gpus"] = round(min(1.0, ray.cluster_resources().get("GPU", 0) / (2 * replicas)), 4)
     config = config.model_copy(update={"threads": threads})
     application = bound(config, num_replicas=replicas, ray_actor_options=actor, max_constructor_retry_count=1)

@@ -394,7 +394,7 @@ MAX_MESSAGE = 200
 
 MAX_FILE_BYTES = 2**26
 FILES_KEPT = 4
-"""Earlier log files beside the one that is written."""
+"""Earlier log files that are kept."""
 
 FLUSH_S = 0.2
 """Seconds after which a line is in its file at the latest."""

@@ -26,7 +26,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from rafce_ray.serve.fast_path import fast_path
-from rafce_ray.serve.haproxy import UNREADABLE, UnknownConfiguration, mended
+from rafce_ray.serve.haproxy import UNREADABLE, UnknownConfiguration, corrected
 from rafce_ray.serve.ingress import NoReplica, Steered
 from rafce_ray.service.config import Callers, Limits
 from rafce_ray.service.edge import BoundedHttpProtocol, Edge
@@ -56,7 +56,7 @@ backend http-rafce
 
 
 def test_only_requests_are_taken_from_elsewhere_and_changes_are_asked_once():
-    lines = mended(WRITTEN, host="0.0.0.0", answers=Path("/answers")).splitlines()
+    lines = corrected(WRITTEN, host="0.0.0.0", answers=Path("/answers")).splitlines()
     told = "hdr x-request-id %[var(txn.rafce_id)] hdr cache-control no-store hdr x-content-type-options nosniff"
     form = "content-type application/problem+json lf-file /answers/{}.json " + told
     again = {502: " hdr retry-after 1", 503: " hdr retry-after 1"}
@@ -93,7 +93,7 @@ def test_only_requests_are_taken_from_elsewhere_and_changes_are_asked_once():
 
 
 def test_what_cannot_be_read_goes_to_serves_own_proxy_where_there_is_one():
-    lines = mended(WRITTEN + SPARE, host=None, answers=Path("/answers")).splitlines()
+    lines = corrected(WRITTEN + SPARE, host=None, answers=Path("/answers")).splitlines()
     assert lines[lines.index("    mode tcp") - 1].strip() == "bind *:8000"
     assert lines[lines.index("    use_backend http-rafce") - 1] == f"    {UNREADABLE}"
     start = lines.index("backend unreadable")
@@ -108,7 +108,7 @@ def test_what_cannot_be_read_goes_to_serves_own_proxy_where_there_is_one():
 @pytest.mark.parametrize("more", ["frontend other\n    bind *:1\n", "listen stats\n    bind *:8405\n"])
 def test_a_configuration_with_other_parts_is_refused(more):
     with pytest.raises(UnknownConfiguration):
-        mended(WRITTEN + more, host=None, answers=Path("/answers"))
+        corrected(WRITTEN + more, host=None, answers=Path("/answers"))
 
 
 STARTED, GONE = threading.Event(), threading.Event()
@@ -155,7 +155,7 @@ Start = Callable[..., int]
 @pytest.fixture(scope="module")
 def start(until: Callable[..., None]) -> Iterator[Start]:
     """``start(servers, spare, prefix)``: the port of an HAProxy before these ports, with the configuration that Ray
-    writes, mended.
+    writes, corrected.
     """
     with ExitStack() as stack:
 
@@ -190,7 +190,7 @@ def start(until: Callable[..., None]) -> Iterator[Start]:
             file = node / "haproxy.cfg"
             api = HAProxyApi(config, {} if prefix is None else {backend.name: backend}, config_file_path=str(file))
             api._generate_config_file_internal()
-            file.write_text(mended(file.read_text(), host=None, answers=folder))
+            file.write_text(corrected(file.read_text(), host=None, answers=folder))
             said = folder / "said"
             proxy = stack.enter_context(running([get_haproxy_binary(), "-db", "-f", str(file)], os.environ, said))
 
