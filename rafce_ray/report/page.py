@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+import time
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from functools import cache
 from typing import Any
@@ -28,7 +30,7 @@ from rafce_ray.bundle.model_card import (
 from rafce_ray.config import Config, flatten
 from rafce_ray.metrics.text import UNDEFINED, against_floor, constant_f1, headline, interval, number, percent, summary
 from rafce_ray.report import plots
-from rafce_ray.report.data import MIN_GROUP, ReportData, Split, gather
+from rafce_ray.report.data import MIN_GROUP, ReportData, gather
 from rafce_ray.run.compare import distinct
 from rafce_ray.run.folder import RunFolder
 from rafce_ray.run.watch import duration
@@ -37,7 +39,6 @@ from rafce_ray.study.watch import roughly
 
 REPORT_FILE = "report.html"
 NUM_CONFUSIONS = 8
-EVIDENCE_SHOWN = 5
 SHOWN_TRIALS = 6
 """Trials that are named where many could be."""
 
@@ -54,33 +55,19 @@ NOTABLE_EVENTS = (
     "diverged",
 )
 
-STATUS = {"stopped_early": "stopped early", None: "not finished"}
-"""Statuses whose words differ from their names."""
 
-
-def write_report(
-    folder: RunFolder,
-    *,
-    split: Split = "validation",
-    slices: str | None = None,
-    images: bool = True,
-    out: str | None = None,
-    overrides: Sequence[str] = (),
-    store: str | None = None,
-    device: str = "auto",
-) -> Location:
+def write_report(folder: RunFolder, *, out: str | None = None, **arguments: Any) -> Location:
     """Write a run's report and return its place: ``report.html`` in the run's folder, replaced, or ``out``, if new.
 
-    The other arguments are those of :func:`rafce_ray.report.data.gather`. Validation figures are the run's own and need
-    no forward pass.
+    ``arguments`` are those of :func:`rafce_ray.report.data.gather`. Validation figures are the run's own and need no
+    forward pass.
 
     Raises:
         UsageError: there is no run here, ``out`` exists, or the run lacks what the arguments need.
         RafceError: the split cannot be measured.
     """
     place = report_place(folder.location, out)
-    data = gather(folder, split=split, slices=slices, images=images, overrides=overrides, store=store, device=device)
-    place.write_bytes(render_page(data).encode())
+    place.write_bytes(render_page(gather(folder, **arguments)).encode())
     return place
 
 
@@ -96,49 +83,27 @@ def report_place(folder: Location, out: str | None) -> Location:
 
 def render_page(data: ReportData) -> str:
     """The whole page, without scripts and external resources."""
-    page = (
+    matrix = (data.figures or {}).get("confusion", [])
+    if any(count is None for row in matrix for count in row):
+        # The outputs were not finite.
+        matrix = []
+    return (
         template_environment()
         .get_template("report.html.j2")
         .render(
             data=data,
             run=data.run,
             figures=data.figures,
-            status=STATUS.get(data.run.status, data.run.status),
             headline=None if data.figures is None else headline(data.figures, data.split),
             summary=[] if data.figures is None else summary(data.figures),
-            tiles=list(_tiles(data)),
-            alerts=list(_alerts(data)),
-            diagnoses=[(one, patch_lines(one.patch)) for one in data.diagnoses],
             trained=_trained_on(data),
-            charts=_charts(data),
-            epochs=_epochs(data),
-            confusion=_confusion(data),
-            per_class=_per_class(data),
-            per_au=_per_au(data),
-            calibration=list(_calibration_rows(data)),
-            groups=data.groups,
+            matrix=matrix,
+            confusions=_confusions(data.taxonomy.emotions, matrix),
             settings=_settings(data.run.config),
-            provenance=list(_provenance(data)),
-            events=[
-                (_time(one["time"]), one["event"], one["message"])
-                for one in data.run.events
-                if one["event"] in NOTABLE_EVENTS and one.get("message")
-            ],
-            text={
-                "split_note": SPLIT_NOTES[data.split],
-                "perceived": PERCEIVED,
-                "intended": INTENDED_USE,
-                "prohibited": PROHIBITED_USE,
-                "of_emotions": [name for name in WITH_INTERVAL if FIGURES[name].task == "emotion"],
-                "titles": {name: one.title for name, one in FIGURES.items()},
-                "undefined": UNDEFINED,
-            },
-            limits={"support": MIN_SUPPORT, "group": MIN_GROUP, "evidence": EVIDENCE_SHOWN},
-            version=__version__,
-            made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+            started=[event for event in data.run.events if event["event"] == "started"],
+            made=_time(time.time(), "%Y-%m-%d %H:%M UTC"),
         )
     )
-    return str(page)
 
 
 @cache
@@ -154,11 +119,34 @@ def template_environment() -> Environment:
     environment.filters |= {
         "num": number_html,
         "pct": percent_html,
+        "number": number,
+        "percent": percent,
         "interval": interval,
+        "percent_interval": percent_interval,
         "count": count_or_dash,
         "duration": duration,
         "roughly": roughly,
         "named": named,
+        "time": _time,
+        "patched": patch_lines,
+    }
+    environment.globals |= {
+        "FIGURES": FIGURES,
+        "MAIN": MAIN,
+        "MIN_SUPPORT": MIN_SUPPORT,
+        "MIN_GROUP": MIN_GROUP,
+        "OF_EMOTIONS": [name for name in WITH_INTERVAL if FIGURES[name].task == "emotion"],
+        "SPLIT_NOTES": SPLIT_NOTES,
+        "PERCEIVED": PERCEIVED,
+        "INTENDED_USE": INTENDED_USE,
+        "PROHIBITED_USE": PROHIBITED_USE,
+        "NOTABLE_EVENTS": NOTABLE_EVENTS,
+        "UNDEFINED": UNDEFINED,
+        "against_floor": against_floor,
+        "constant_f1": constant_f1,
+        "distinct": distinct,
+        "plots": plots,
+        "version": __version__,
     }
     return environment
 
@@ -180,64 +168,19 @@ def percent_html(value: float | None, digits: int = 1) -> Markup:
 
 
 def _data(value: float | None, text: str) -> Markup:
-    if value is None:
+    if value is None or not math.isfinite(value):
         return Markup('<span class="undefined">{}</span>').format(UNDEFINED)
     return Markup('<data value="{}">{}</data>').format(value, text)
+
+
+def percent_interval(bounds: Sequence[float | None] | None) -> str:
+    """``44.0 to 53.0``: bounds in [0, 1] in percent; a dash where undefined."""
+    return interval(bounds and [None if one is None else 100 * one for one in bounds], 1)
 
 
 def count_or_dash(value: int | None) -> str:
     """A count with a comma between thousands; a dash for None."""
     return UNDEFINED if value is None else f"{value:,}"
-
-
-def _tiles(data: ReportData) -> Iterator[dict[str, Any]]:
-    """The few numbers that are read first: a figure, its interval, and its constant baseline."""
-    figures = data.figures
-    if figures is None:
-        return
-    intervals = figures.get("intervals", {})
-    if figures["emotion_known"]:
-        floor = f"commonest class alone: {percent(figures['majority_accuracy'])}"
-        yield _tile("Accuracy", percent_html(figures["accuracy"]), intervals.get("accuracy"), floor, as_percent=True)
-        supported = f"classes with {MIN_SUPPORT} images or more: {number(figures['macro_f1_supported'])}"
-        yield _tile("Macro-F1", number_html(figures["macro_f1"]), intervals.get("macro_f1"), supported)
-    if data.taxonomy.num_action_units:
-        notes = [f"always \u201cpresent\u201d: {number(figures['au_floor_mean'])}"]
-        if data.cross_fitted is not None:
-            notes.append(f"cross-fitted: {number(data.cross_fitted['au_f1_mean_after'])}")
-        yield _tile("AU-F1, mean", number_html(figures["au_f1_mean"]), intervals.get("au_f1_mean"), "; ".join(notes))
-    reliability = data.cross_fitted or figures.get("reliability") or {}
-    if found := (reliability.get("after") or {}).get("emotion"):
-        label = "Calibration error" + (", cross-fitted" if data.cross_fitted else "")
-        note = f"before calibration: {number(reliability['before']['emotion']['ece'])}"
-        yield _tile(label, number_html(found["ece"]), found["intervals"]["ece"], note)
-
-
-def _tile(label: str, value: Markup, bounds: Any, note: str, *, as_percent: bool = False) -> dict[str, Any]:
-    written = interval(bounds)
-    if as_percent and bounds:
-        written = interval([None if one is None else 100 * one for one in bounds], 1)
-    return {"label": label, "value": value, "interval": written, "note": note}
-
-
-def _alerts(data: ReportData) -> Iterator[tuple[str, str]]:
-    """What a reader must know before any figure: level and sentence."""
-    run = data.run
-    for remark in data.remarks:
-        yield "serious", remark
-    for difference in label_differences(run.audit, run.targets):
-        yield "serious", f"Training did not see what the labels say: {difference[0].lower()}{difference[1:]}"
-    if run.status == "diverged":
-        kept = "The bundle is of the best epoch before." if run.metrics else "There is no bundle."
-        epochs = run.result["epochs"] if run.result else 0
-        yield "serious", f"Training diverged after epoch {epochs}: a loss was not finite. {kept}"
-    if run.result is None:
-        recorded = f"{len(run.records)} of {run.config.optim.epochs} epochs are on record"
-        yield "warning", f"This run has not finished: {recorded}. The page shows what is there."
-    if not run.audit:
-        yield "info", "The labels were not audited: there is no audit.json."
-    if data.figures is not None:
-        yield "info", SPLIT_NOTES[data.split]
 
 
 def _trained_on(data: ReportData) -> dict[str, Any]:
@@ -249,93 +192,22 @@ def _trained_on(data: ReportData) -> dict[str, Any]:
         "classes": class_counts(audit, targets),
         "action_units": counts,
         "names": {code: ACTION_UNIT_NAMES.get(parse_action_unit_token(code) or 0, "") for code in counts},
-        "differs": bool(label_differences(audit, targets)),
+        "differences": label_differences(audit, targets),
         "is_recorded": targets is not None,
         "findings": [one for one in findings if one["level"] != "info"],
         "remarks": [one for one in findings if one["level"] == "info"],
     }
 
 
-def _charts(data: ReportData) -> dict[str, Markup | None]:
-    figures, run = data.figures or {}, data.run
-    reliability, risk = figures.get("reliability"), figures.get("risk_coverage")
-    limit = None if data.calibration is None else data.calibration.unsure_below
-    return {
-        "losses": plots.loss_curves(run) if run.records else None,
-        "metrics": plots.metric_curves(run) if run.records else None,
-        "gradients": plots.gradient_curves(run),
-        "reliability": None if reliability is None else plots.reliability_diagrams(reliability),
-        "risk_coverage": None if risk is None else plots.risk_coverage_curve(risk, limit),
-    }
-
-
-def _epochs(data: ReportData) -> list[dict[str, Any]]:
-    """The best and the last epoch: train, validation and gap of each headline figure."""
-    run = data.run
-    if not run.records:
-        return []
-    is_one = run.best["epoch"] == run.last["epoch"]
-    chosen = [("best and last", run.last)] if is_one else [("best", run.best), ("last", run.last)]
-    return [
-        {
-            "label": label,
-            "epoch": record["epoch"],
-            "rows": [
-                (FIGURES[key].title, record["train_natural"][key], record["validation"][key], record["gap"][key])
-                for key in MAIN
-                if record["validation"][key] is not None or record["train_natural"][key] is not None
-            ],
-        }
-        for label, record in chosen
+def _confusions(names: Sequence[str], matrix: list[list[int]]) -> list[tuple[str, str, int, float]]:
+    """The commonest confusions: true and predicted class, images, and their share of the true class."""
+    found = [
+        (names[i], names[j], int(count), count / sum(row))
+        for i, row in enumerate(matrix)
+        for j, count in enumerate(row)
+        if i != j and count
     ]
-
-
-def _confusion(data: ReportData) -> dict[str, list[dict[str, Any]]]:
-    """``rows`` of the confusion matrix, and the ``commonest`` confusions by count; empty for outputs not finite."""
-    names, matrix = data.taxonomy.emotions, (data.figures or {}).get("confusion", [])
-    if any(count is None for row in matrix for count in row):
-        return {"rows": [], "commonest": []}
-    rows: list[dict[str, Any]] = []
-    wrong: list[dict[str, Any]] = []
-    for i, row in enumerate(matrix):
-        total, cells = int(sum(row)), []
-        for j, count in enumerate(row):
-            cells.append({"count": int(count), "share": count / max(total, 1), "is_hit": i == j})
-            if i != j and count:
-                wrong.append({"true": names[i], "predicted": names[j], "count": int(count), "of": total})
-        rows.append({"true": names[i], "cells": cells})
-    return {"rows": rows, "commonest": sorted(wrong, key=lambda one: -one["count"])[:NUM_CONFUSIONS]}
-
-
-def _per_class(data: ReportData) -> list[dict[str, Any]]:
-    if data.figures is None:
-        return []
-    known = data.figures["emotion_known"]
-    return [
-        {**entry, "floor": constant_f1(entry["support"], known), "f1_interval": entry.get("f1_interval")}
-        for entry in data.figures["per_class"]
-    ]
-
-
-def _per_au(data: ReportData) -> list[dict[str, Any]]:
-    if data.figures is None:
-        return []
-    optional = dict.fromkeys(("f1_interval", "f1_at_half", "threshold", "ap"))
-    return [{**optional, **entry, "against": against_floor(entry)} for entry in data.figures["per_au"]]
-
-
-def _calibration_rows(data: ReportData) -> Iterator[dict[str, Any]]:
-    """Log loss, Brier and calibration error of each task: before, after, and after on images not used in the fit."""
-    reliability = (data.figures or {}).get("reliability")
-    if reliability is None:
-        return
-    stages = {"before": reliability["before"], "after": reliability["after"]}
-    if data.cross_fitted is not None:
-        stages["after, cross-fitted"] = data.cross_fitted["after"]
-    for task, key in (("Emotions", "emotion"), ("Action units", "action_units")):
-        for when, found in stages.items():
-            if found[key] is not None:
-                yield {"task": task, "when": when, **found[key]}
+    return sorted(found, key=lambda one: -one[2])[:NUM_CONFUSIONS]
 
 
 def _settings(config: Config) -> dict[str, list[tuple[str, str, str]]]:
@@ -345,31 +217,8 @@ def _settings(config: Config) -> dict[str, list[tuple[str, str, str]]]:
     return {"changed": [row for row in rows if row[1] != row[2]], "default": [row for row in rows if row[1] == row[2]]}
 
 
-def _provenance(data: ReportData) -> Iterator[tuple[str, str]]:
-    run, provenance = data.run, data.run.provenance or {}
-    started = [event for event in run.events if event["event"] == "started"]
-    yield "run folder", run.place
-    yield "data", str((run.audit or {}).get("root") or run.config.data.root)
-    yield "data fingerprint", str(provenance.get("data_fingerprint", UNDEFINED))
-    yield "configuration hash", str(provenance.get("config_hash", UNDEFINED))
-    yield "seed", str(provenance.get("seed", UNDEFINED))
-    if run.result is not None and run.result.get("weights_sha256"):
-        yield "weights, sha256", str(run.result["weights_sha256"])
-    if started:
-        hardware = started[-1].get("hardware", {})
-        device = f"{hardware.get('device')}, {hardware.get('threads')} threads"
-        yield "hardware", f"{hardware.get('name')} ({device}), {started[-1].get('precision')}"
-        if workers := distinct(started, "num_workers"):
-            yield "workers", workers
-        again = f", {len(started) - 1} more times after" if len(started) > 1 else ""
-        yield "started", _time(started[0]["time"]) + again
-    if run.result is not None:
-        yield "training time", f"{duration(run.result['elapsed_s'])} for {run.result['epochs']} epochs"
-    yield from ((name, str(version)) for name, version in provenance.get("software", {}).items())
-
-
-def _time(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+def _time(seconds: float, form: str = "%Y-%m-%d %H:%M:%S UTC") -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime(form)
 
 
 def patch_lines(patch: dict[str, Any]) -> list[str]:

@@ -10,9 +10,6 @@ from datetime import UTC, datetime
 from functools import cached_property
 from typing import Any
 
-from markupsafe import Markup
-
-from rafce_ray import __version__
 from rafce_ray.base.console import warn
 from rafce_ray.base.errors import LEVELS, DamagedFile, UsageError
 from rafce_ray.base.figures import FIGURES
@@ -21,8 +18,8 @@ from rafce_ray.config import Config, differences, flatten, parse_yaml
 from rafce_ray.doctor.evidence import Diagnosis
 from rafce_ray.doctor.rules import examine_study
 from rafce_ray.metrics.comparison import Difference
-from rafce_ray.metrics.text import UNDEFINED, interval, number, percent
-from rafce_ray.report.page import REPORT_FILE, number_html, patch_lines, template_environment
+from rafce_ray.metrics.text import UNDEFINED
+from rafce_ray.report.page import REPORT_FILE, template_environment
 from rafce_ray.report.study_plots import (
     ACTION_UNIT,
     EMOTION,
@@ -38,7 +35,7 @@ from rafce_ray.report.study_plots import (
     rung_charts,
     score_by_value,
 )
-from rafce_ray.study.finalists import Verdict, sentences
+from rafce_ray.study.finalists import Finalist, Verdict, sentences
 from rafce_ray.study.folder import StudyFolder
 from rafce_ray.study.importance import parameter_importance
 from rafce_ray.study.on_test import OnTest
@@ -97,12 +94,6 @@ def cost(trials: Sequence[Trial], of: str) -> Cost:
         seconds_saved=sum(saved[trial.name] * compute_seconds(trial, of) / trial.epochs for trial in measured),
         num_unmeasured=len(stopped) - len(measured),
     )
-
-
-def by_status(trials: Sequence[Trial], of: str) -> dict[str, Cost]:
-    """The cost of the trials of each status, in order of first occurrence."""
-    statuses = dict.fromkeys(trial.status for trial in trials)
-    return {status: cost([trial for trial in trials if trial.status == status], of) for status in statuses}
 
 
 STUDY_SETTINGS, FINALISTS, TEST = "study.yaml", "finalists.json", "test.json"
@@ -283,25 +274,28 @@ def render_study(data: StudyData) -> str:
     of = unit((*data.trials, *data.finalists))
     rungs = group_rungs(data.rungs, data.metric)
     front = _front(data)
-    page = (
+    scored = {trial.name for trial in (*data.ranked, *best_first(data.finalists, data.metric))}
+    statuses = Counter(trial.status for trial in data.trials)
+    return (
         template_environment()
         .get_template("study.html.j2")
         .render(
             data=data,
             name=data.settings.get("name", data.study.location.name),
-            lead=said[:2] or [_provisional(data)],
+            here=data.study.location,
+            planned=data.settings.get("num_trials"),
+            direction=FIGURES[data.metric].direction,
+            better="higher" if FIGURES[data.metric].direction > 0 else "lower",
+            lead=said[:2],
             said=said[2:],
-            chips=list(_chips(data)),
-            tiles=list(_tiles(data)),
-            alerts=list(_alerts(data)),
-            commands=list(_commands(data)),
-            changes=change_rows(data),
-            finalists=finalists_table(data),
-            unjudged=unjudged_finalists(data),
-            test={"said": [] if data.on_test is None else data.on_test.sentences(), "rows": test_rows(data)},
-            figures=[(name, FIGURES[name].title) for name in shown_figures(data)],
-            rows=trial_rows(data),
-            state=state,
+            statuses=[(state(one), statuses[one]) for one in dict.fromkeys([*STATES, *statuses]) if statuses[one]],
+            changes=None if data.winner is None else data.changes(data.winner),
+            rows=[*data.ranked, *(trial for trial in data.trials if trial.name not in scored)],
+            finalists=[
+                *best_first(data.finalists, data.metric),
+                *(trial for trial in data.finalists if trial.name not in scored),
+            ],
+            shown_figures=shown_figures(data),
             charts={
                 "parallel": parallel_coordinates(data.field),
                 "values": list(score_by_value(data.field)),
@@ -312,110 +306,27 @@ def render_study(data: StudyData) -> str:
             importance=parameter_importance(data.trials, data.metric, data.values),
             rungs=rungs,
             front=front,
-            both_figures=both_figures,
-            both_titles=[FIGURES[name].title for name in (EMOTION, ACTION_UNIT)],
             unit=of,
             costs=list(cost_rows(data, of)),
+            spent=cost(data.trials, unit(data.trials)),
             sweep_cost=cost(data.trials, of),
-            findings=[(one, trials, patch_lines(one.patch)) for one, trials in data.findings],
-            provenance=list(provenance_rows(data)),
-            undefined=UNDEFINED,
-            better="higher" if FIGURES[data.metric].direction > 0 else "lower",
-            version=__version__,
+            software={
+                name: _all(one.get("software", {}).get(name) for one in data.provenances.values())
+                for record in data.provenances.values()
+                for name in record.get("software", {})
+            },
+            both_figures=both_figures,
+            both_titles=[FIGURES[name].title for name in (EMOTION, ACTION_UNIT)],
+            plain=plain,
+            roles_of=roles_of,
+            state=state,
+            ends_of=_ends,
+            seeds_of=lambda shown: sorted({seed for one in shown for seed in (*one.scores, *one.missing)}),
+            verdict_of=_verdict,
+            all_of=_all,
             made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         )
     )
-    return str(page)
-
-
-def _provisional(data: StudyData) -> str:
-    """The leading trial before there is a verdict."""
-    if not data.ranked:
-        return "No trial has a score yet."
-    best, base = data.ranked[0], data.base
-    lead = f"So far {best.name} leads with {data.metric} {number(best.score)} on validation"
-    if base is not None and base.name == best.name:
-        lead += ": it is the base configuration"
-    elif base is not None and base.score is not None and best.score is not None:
-        gain = FIGURES[data.metric].direction * (best.score - base.score)
-        lead += f", {number(gain)} better than the base ({base.name}, {number(base.score)})"
-    luck = "The best of many trials is partly the luckiest: nothing has been trained again with other seeds yet."
-    return f"{lead}. {luck}"
-
-
-def _chips(data: StudyData) -> Iterator[str]:
-    planned = data.settings.get("num_trials")
-    of_planned = f" of {planned}" if planned else ""
-    yield f"{len(data.trials)}{of_planned} trials"
-    if "search" in data.settings:
-        yield f"search: {data.settings['search']}"
-    yield f"scheduler: {(data.settings.get('scheduler') or {}).get('type', 'none')}"
-    yield f"metric: {data.metric}, {'higher' if FIGURES[data.metric].direction > 0 else 'lower'} is better"
-
-
-def _tiles(data: StudyData) -> Iterator[dict[str, Any]]:
-    """The few numbers that are read first."""
-    verdict, winner = data.verdict, data.winner
-    if verdict is not None and (won := verdict.finalist(verdict.winner)) is not None:
-        within = f"95\u00a0% interval: {interval([won.low, won.high], 3)}"
-        notes = [within, f"in the sweep: {number(won.sweep_score)}"]
-        yield _tile(f"{data.metric} of {verdict.winner}", number_html(won.mean), *notes)
-        if verdict.winner != verdict.base:
-            gain = verdict.gain
-            luck = "more than luck" if gain.is_real else "no more than luck would explain"
-            signed = f"{gain.value:+.3f}".replace("-", "\N{MINUS SIGN}")
-            value = Markup('<data value="{}">{}</data>').format(gain.value, signed)
-            yield _tile("Against the base", value, f"95\u00a0% interval: {interval([gain.low, gain.high], 3)}", luck)
-    elif winner is not None:
-        notes = ["on validation, one training", f"at epoch {winner.best_epoch}"]
-        yield _tile(f"{data.metric} of {winner.name}", number_html(winner.score), *notes)
-    if data.trials:
-        spent = cost(data.trials, unit(data.trials))
-        share = percent(spent.epochs / spent.max_epochs, 0)
-        of_all = f"of {spent.max_epochs:,} that these trials could have had ({share})"
-        yield _tile("Epochs trained", Markup("{:,}").format(spent.epochs), of_all)
-        counts = Counter(trial.status for trial in data.trials)
-        order = [*(one for one in STATES if counts[one]), *(one for one in counts if one not in STATES)]
-        states = ", ".join(f"{counts[status]} {state(status)}" for status in order)
-        yield _tile("Trials", Markup("{:,}").format(len(data.trials)), states)
-
-
-def _tile(label: str, value: Markup, *notes: str) -> dict[str, Any]:
-    return {"label": label, "value": value, "notes": list(notes)}
-
-
-def _alerts(data: StudyData) -> Iterator[tuple[str, str]]:
-    """What a reader must know before any figure: level and sentence."""
-    for trial in broken(data):
-        reason = f": {trial.reason.rstrip('.')}" if trial.reason else ""
-        where = f" after epoch {trial.epochs}" if trial.epochs else " before its first epoch ended"
-        yield "warning", f"{trial.name} {state(trial.status)}{where}{reason}."
-    fingerprints = {record.get("data_fingerprint") for record in data.provenances.values()}
-    if len(fingerprints) > 1:
-        differ = f"The trials were not trained on the same data: there are {len(fingerprints)} fingerprints."
-        yield "serious", f"{differ} Their scores cannot be compared."
-    if data.verdict is None:
-        planned = data.settings.get("num_trials")
-        ended = sum(trial.status not in ("waiting", "interrupted") for trial in data.trials)
-        of_planned = f"{ended} of {planned} trials" if planned else f"{ended} trials"
-        yield "info", f"The study has not ended: {of_planned} have. The page shows what is there."
-
-
-def _commands(data: StudyData) -> Iterator[tuple[str, str]]:
-    """What to do next, each with its command."""
-    here = data.study.location
-    bundle, best = here / "best", here / "best.yaml"
-    if bundle.exists():
-        yield "The winner's bundle on photographs:", f"rafce predict --bundle {bundle.command} PHOTO.jpg"
-    if best.exists():
-        title = "The winner's configuration, trained again or on more data:"
-        yield title, f"rafce train --config {best.command}"
-    if data.verdict is None:
-        yield "The study goes on from where it is:", f"rafce tune --config {(here / STUDY_SETTINGS).command}"
-    elif data.winner is not None:
-        run = data.verdict.finalist(data.winner.name)
-        name = next(iter(run.runs.values()), data.winner.name) if run is not None else data.winner.name
-        yield "All about one of the winner's runs:", f"rafce report {data.study.trial(name).location.command}"
 
 
 def _front(data: StudyData) -> list[Trial]:
@@ -433,42 +344,10 @@ def _front(data: StudyData) -> list[Trial]:
 SHOWN = ("accuracy", EMOTION, ACTION_UNIT, "loss")
 """Figures shown with the score."""
 
-NOT_RETRAINED = 5
-"""Trials in the finalists' table of a sweep that trained none again."""
-
-BROKEN = ("failed", "diverged")
-
 
 def state(status: str) -> str:
     """A trial's status for people; without an end it may be in training or interrupted: its folder is the same."""
     return STATES.get(status, "not ended")
-
-
-def trial_rows(data: StudyData) -> list[dict[str, Any]]:
-    """Every trial of the sweep, the best first, then those without a score by number."""
-    ranked = {trial.name for trial in data.ranked}
-    ordered = [*data.ranked, *(trial for trial in data.trials if trial.name not in ranked)]
-    base = {} if data.base is None else data.values[data.base.name]
-
-    def cell(trial: Trial, key: str) -> dict[str, Any]:
-        own = data.values[trial.name]
-        return {
-            "text": plain(own[key]) if key in own else UNDEFINED,
-            "number": own[key] if isinstance(own.get(key), int | float) else None,
-            "as_base": key in own and base.get(key) == own[key] and trial.plan.number != 0,
-        }
-
-    return [
-        {
-            "trial": trial,
-            "roles": roles_of(trial, data.winner, data.base, judged=data.verdict is not None),
-            "state": state(trial.status),
-            "is_broken": trial.status in BROKEN,
-            "figures": [trial.figures.get(name) for name in shown_figures(data)],
-            "values": [cell(trial, key) for key in data.keys],
-        }
-        for trial in ordered
-    ]
 
 
 def shown_figures(data: StudyData) -> list[str]:
@@ -477,110 +356,33 @@ def shown_figures(data: StudyData) -> list[str]:
     return [name for name in SHOWN if name != data.metric and name in known]
 
 
-def change_rows(data: StudyData) -> list[tuple[str, str, str]]:
-    """Keys in which the winner differs from the base: key, the base's value, the winner's."""
-    if data.winner is None:
-        return []
-    changes = data.changes(data.winner)
-    return [(key, plain(base), plain(own)) for key, (base, own) in changes.items() if key != "run.seed"]
-
-
-def finalists_table(data: StudyData) -> dict[str, Any] | None:
-    """The verdict's rows and the seeds of its columns; scores and intervals also as places in [0, 1] of their range."""
-    verdict = data.verdict
-    if verdict is None:
-        return None
-    shown = verdict.ranked if verdict.retrained else verdict.ranked[:NOT_RETRAINED]
-    seeds = sorted({seed for one in shown for seed in (*one.scores, *one.missing)})
-    numbers = [value for one in shown for value in (*one.scores.values(), one.low, one.high) if math.isfinite(value)]
-    low, high = (min(numbers), max(numbers)) if numbers else (0.0, 1.0)
-    width = (high - low) or 1.0
-    rows = [
-        {
-            "name": one.trial,
-            "roles": ["winner"] * (one.trial == verdict.winner) + ["base"] * (one.trial == verdict.base),
-            "scores": [(one.scores.get(seed), one.missing.get(seed)) for seed in seeds],
-            "mean": _finite(one.mean),
-            "bounds": [_finite(one.low), _finite(one.high)],
-            "sweep_score": _finite(one.sweep_score),
-            "at": [_finite((value - low) / width) for value in (one.mean, one.low, one.high)],
-        }
-        for one in shown
+def _ends(finalists: Sequence[Finalist]) -> tuple[float, float]:
+    """The least and the largest of scores and ends of intervals, between which the finalists' scale runs."""
+    numbers = [
+        value for one in finalists for value in (*one.scores.values(), one.low, one.high) if math.isfinite(value)
     ]
-    return {"seeds": seeds, "low": low, "high": high, "rows": rows}
+    return (min(numbers), max(numbers)) if numbers else (0.0, 1.0)
 
 
-def test_rows(data: StudyData) -> list[dict[str, Any]]:
-    """Figures of the winner and of the base on the test split, and their differences."""
-    found = data.on_test
-    if found is None:
-        return []
-    rows = []
-    for name, own in found.figures[found.winner].items():
-        base = found.figures.get(found.base, {}).get(name) if found.base != found.winner else None
-        if not math.isfinite(own.mean):
-            continue
-        difference = found.differences.get(name)
-        row = {
-            "name": FIGURES[name].title + (" (lower is better)" if FIGURES[name].direction < 0 else ""),
-            "winner": own.mean,
-            "winner_bounds": [own.low, own.high],
-        }
-        row |= dict.fromkeys(("base", "base_bounds", "difference", "bounds", "verdict"))
-        if base is not None:
-            row |= {"base": _finite(base.mean), "base_bounds": [base.low, base.high]}
-        if difference is not None:
-            row |= {"difference": _finite(difference.value), "bounds": [difference.low, difference.high]}
-            row["verdict"] = _verdict(name, difference)
-        rows.append(row)
-    return rows
-
-
-def _verdict(name: str, difference: Difference) -> str | None:
-    if not math.isfinite(difference.low):
+def _verdict(name: str, difference: Difference | None) -> str | None:
+    if difference is None or not math.isfinite(difference.low):
         return None
     if not difference.is_real:
         return "within noise"
     return "better" if difference.value * FIGURES[name].direction > 0 else "worse"
 
 
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
 def cost_rows(data: StudyData, of: str) -> Iterator[tuple[str, str, Cost]]:
     """Of the sweep and of its finalists the cost by status and in all, then of both: part, status, cost."""
     for part, trials in (("sweep", data.trials), ("finalists", data.finalists)):
         if trials:
-            yield from ((part, state(status), one) for status, one in by_status(trials, of).items())
+            for status in dict.fromkeys(trial.status for trial in trials):
+                yield part, state(status), cost([trial for trial in trials if trial.status == status], of)
             yield part, "all", cost(trials, of)
     if data.finalists:
         yield "study", "all", cost([*data.trials, *data.finalists], of)
 
 
-def broken(data: StudyData) -> list[Trial]:
-    """Trials and finalists that failed or diverged."""
-    return [trial for trial in (*data.trials, *data.finalists) if trial.status in BROKEN]
-
-
-def unjudged_finalists(data: StudyData) -> list[Trial]:
-    """Finalists' runs of a study that has no verdict yet, the best first."""
-    if data.verdict is not None:
-        return []
-    scored = best_first(data.finalists, data.metric)
-    return [*scored, *(trial for trial in data.finalists if trial not in scored)]
-
-
-def provenance_rows(data: StudyData) -> Iterator[tuple[str, str]]:
-    """The provenance of the study's figures; several values where trials differ."""
-    yield "study folder", str(data.study.location)
-    yield "trials on record", f"{len(data.trials)} of the sweep, {len(data.finalists)} of finalists"
-    records = list(data.provenances.values())
-    yield "data fingerprint", _all(record.get("data_fingerprint") for record in records)
-    software = dict.fromkeys(name for record in records for name in record.get("software", {}))
-    for name in software:
-        yield name, _all(record.get("software", {}).get(name) for record in records)
-
-
-def _all(values: Iterator[Any]) -> str:
+def _all(values: Iterable[Any]) -> str:
+    """The distinct values, for what should be one."""
     return ", ".join(dict.fromkeys(UNDEFINED if value is None else str(value) for value in values)) or UNDEFINED
