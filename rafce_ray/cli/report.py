@@ -54,7 +54,7 @@ def main(argv: list[str]) -> int:
         "split": data.split,
         "figures": {key: figures.get(key) for key in ("num_images", *MAIN, "intervals")},
         "diagnoses": [one.to_json() for one in data.diagnoses],
-        "groups": None if data.groups is None else data.groups.to_json(),
+        "groups": data.groups,
     }
     _conclude(page, place, after, record if arguments.json else None)
     return 0

@@ -8,7 +8,7 @@ import io
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -47,7 +47,7 @@ class SliceFile:
 
 
 def read_slices(place: str) -> SliceFile:
-    """Read a file of attributes, wide or long.
+    """Read a file of attributes: wide, a row an image, or long, with the columns name, column and value.
 
     Raises:
         UsageError: it cannot be read, or a line is not as the header says; the message names line and column.
@@ -56,21 +56,39 @@ def read_slices(place: str) -> SliceFile:
     if not rows:
         raise UsageError(f"{place}: is empty. Expected a header such as name,age,gender and a row an image.")
     line, header = rows[0][0], [cell.strip() for cell in rows[0][1]]
-    name = find_name(header, f"{place}:{line}")
-    if name is not None:
-        header[name] = "name"
+    if (title := find_name(header, f"{place}:{line}")) is not None:
+        header[title] = "name"
     _check_header(place, line, header)
     if len(rows) == 1:
         raise UsageError(f"{place}: holds a header and no row. Expected a row an image.")
+    is_long = sorted(header) == sorted(_LONG)
+    columns: dict[str, dict[str, str]] = {} if is_long else {name: {} for name in header if name != "name"}
+    first_line: dict[tuple[str, str], int] = {}
     for line, cells in rows[1:]:
         if len(cells) != len(header):
             raise UsageError(
                 f"{place}:{line}: {len(cells)} columns, but the header has {len(header)} ({', '.join(header)}). "
                 "Give every row as many; put a value that holds a comma in double quotes."
             )
-        if not cells[header.index("name")].strip():
+        values = dict(zip(header, (cell.strip() for cell in cells), strict=True))
+        name, column = values.pop("name"), values["column"] if is_long else ""
+        if not name:
             raise UsageError(f"{place}:{line}: column 'name' is blank. Give the image's name.")
-    return _read_rows(place, header, rows[1:])
+        if is_long and not column:
+            raise UsageError(f"{place}:{line}: column 'column' is blank. Name the attribute.")
+        if (name, column) in first_line:
+            where, keep = (
+                f"on line {first_line[name, column]} already",
+                "Keep one." if is_long else "Keep one row an image.",
+            )
+            what = f"column 'column': {column!r} of {name!r}" if is_long else f"column 'name': {name!r}"
+            raise UsageError(f"{place}:{line}: {what} is {where}. {keep}")
+        first_line[name, column] = line
+        for attribute, value in ({column: values["value"]} if is_long else values).items():
+            of_attribute = columns.setdefault(attribute, {})
+            if value:
+                of_attribute[name] = value
+    return SliceFile(place, tuple(dict.fromkeys(name for name, _ in first_line)), columns)
 
 
 def _rows(place: str) -> list[tuple[int, list[str]]]:
@@ -102,32 +120,6 @@ def _check_header(place: str, line: int, header: list[str]) -> None:
         raise UsageError(f"{place}:{line}: column {header.index('') + 1} has no name. Name it, or take it out.")
 
 
-def _read_rows(place: str, header: list[str], rows: list[tuple[int, list[str]]]) -> SliceFile:
-    """Read a wide file, a row an image, or a long one with the columns name, column and value."""
-    is_long = sorted(header) == sorted(_LONG)
-    columns: dict[str, dict[str, str]] = {} if is_long else {name: {} for name in header if name != "name"}
-    first_line: dict[tuple[str, str], int] = {}
-    for line, cells in rows:
-        values = dict(zip(header, (cell.strip() for cell in cells), strict=True))
-        name, column = values.pop("name"), ""
-        if is_long:
-            column = values["column"]
-            values = {column: values["value"]}
-            if not column:
-                raise UsageError(f"{place}:{line}: column 'column' is blank. Name the attribute.")
-        if (name, column) in first_line:
-            earlier = f"is on line {first_line[name, column]} already"
-            if is_long:
-                raise UsageError(f"{place}:{line}: column 'column': {column!r} of {name!r} {earlier}. Keep one.")
-            raise UsageError(f"{place}:{line}: column 'name': {name!r} {earlier}. Keep one row an image.")
-        first_line[name, column] = line
-        for attribute, value in values.items():
-            of_attribute = columns.setdefault(attribute, {})
-            if value:
-                of_attribute[name] = value
-    return SliceFile(place, tuple(dict.fromkeys(name for name, _ in first_line)), columns)
-
-
 MIN_GROUP = 30
 """Images that a group needs before its figures are shown: with fewer, accuracy is uncertain by 18 points or more."""
 
@@ -147,75 +139,13 @@ _NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?")
 _IDENTIFIER = re.compile(r"(^|[^A-Za-z])id$", re.IGNORECASE)
 
 
-@dataclass(frozen=True)
-class WithInterval:
-    """A figure and its bootstrap 95 % interval over the group's images; None is undefined."""
+def group_table(split: SplitOutputs, taxonomy: Taxonomy, calibration: Calibration, slices: SliceFile) -> dict[str, Any]:
+    """Figures of every group of a split under a calibration, as ``rafce report --json`` gives them.
 
-    value: float | None
-    low: float | None
-    high: float | None
-
-
-@dataclass(frozen=True)
-class Group:
-    """Images with one value. ``figures`` has no figure of under MIN_GROUP labelled images."""
-
-    value: str
-    num_images: int
-    figures: dict[str, WithInterval]
-
-    @property
-    def hidden(self) -> bool:
-        """Whether the group is too small for any figure."""
-        return self.num_images < MIN_GROUP
-
-
-@dataclass(frozen=True)
-class Column:
-    """The groups of one attribute, how they were made or why there are none, and the number of images without value."""
-
-    name: str
-    remark: str
-    num_unknown: int
-    groups: tuple[Group, ...]
-
-
-@dataclass(frozen=True)
-class GroupTable:
-    """All attributes. ``num_unmatched`` names in the file are no image measured here; ``unmatched`` are the first."""
-
-    place: str
-    num_names: int
-    num_unmatched: int
-    unmatched: tuple[str, ...]
-    num_without_row: int
-    overall: Group
-    columns: tuple[Column, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return {
-            "file": self.place,
-            "names": self.num_names,
-            "names_without_image": self.num_unmatched,
-            "images_without_row": self.num_without_row,
-            "overall": _plain(self.overall),
-            "columns": [
-                {
-                    "column": column.name,
-                    "remark": column.remark,
-                    "images_without_value": column.num_unknown,
-                    "groups": [_plain(group) for group in column.groups],
-                }
-                for column in self.columns
-            ],
-        }
-
-
-def group_table(split: SplitOutputs, taxonomy: Taxonomy, calibration: Calibration, slices: SliceFile) -> GroupTable:
-    """Figures of every group of a split under a calibration.
-
-    Accuracy, macro-F1 over the classes that occur in the group, and mean F1 of the AUs that have positives in it.
+    Accuracy, macro-F1 over the classes that occur in the group, and mean F1 of the AUs that have positives in it, each
+    with its bootstrap 95 % interval over the group's images; no figure of under MIN_GROUP labelled images. Of every
+    column how its groups were made, or why there are none. ``without_image`` are the first names that are no image
+    measured here.
 
     Raises:
         UsageError: the file names none of the images.
@@ -227,48 +157,54 @@ def group_table(split: SplitOutputs, taxonomy: Taxonomy, calibration: Calibratio
             f"{slices.place}: column 'name': none of its {len(unmatched)} names ({unmatched[0]!r}, ...) is one of the "
             f"{len(here)} images measured ({split.names[0]!r}, ...). Write the names as the labels do."
         )
-    everything = np.ones(len(split.names), dtype=bool)
-    return GroupTable(
-        place=slices.place,
-        num_names=len(slices.names),
-        num_unmatched=len(unmatched),
-        unmatched=tuple(unmatched[:3]),
-        num_without_row=len(here - there),
-        overall=_measure("all images", everything, split, taxonomy, calibration),
-        columns=tuple(_column(name, values, split, taxonomy, calibration) for name, values in slices.columns.items()),
-    )
+
+    def measure(value: str, rows: NDArray[np.bool_]) -> dict[str, Any]:
+        return _measure(value, split.rows(rows), taxonomy, calibration)
+
+    columns = []
+    for name, values in slices.columns.items():
+        found = [values.get(image) for image in split.names]
+        members, remark = _groups(name, values.values(), found)
+        groups = [measure(value, rows) for value, rows in members]
+        columns.append({"column": name, "remark": remark, "images_without_value": found.count(None), "groups": groups})
+    return {
+        "file": slices.place,
+        "names": len(slices.names),
+        "names_without_image": len(unmatched),
+        "without_image": unmatched[:3],
+        "images_without_row": len(here - there),
+        "overall": measure("all images", np.ones(len(split.names), dtype=bool)),
+        "columns": columns,
+    }
 
 
-def _column(
-    name: str, values: dict[str, str], split: SplitOutputs, taxonomy: Taxonomy, calibration: Calibration
-) -> Column:
-    found = [values.get(image) for image in split.names]
-    num_unknown = found.count(None)
-    is_number = {value: bool(_NUMBER.fullmatch(value)) for value in values.values()}
-    share = np.mean([is_number[value] for value in values.values()]) if values else 0.0
+Members = list[tuple[str, NDArray[np.bool_]]]
+"""Values with the mask (N,) of their images."""
+
+
+def _groups(name: str, listed: Collection[str], found: Sequence[str | None]) -> tuple[Members, str]:
+    """The groups of a column that lists some values, ``found`` of the images; and how they were made, or why not."""
+    is_number = {value: bool(_NUMBER.fullmatch(value)) for value in listed}
+    share = np.mean([is_number[value] for value in listed]) if listed else 0.0
     has_ranges = share >= MIN_NUMBER_SHARE and sum(is_number.values()) > MAX_NUMBERS
     # Each of these values would be a group.
     num_distinct = len(is_number) - (sum(is_number.values()) if has_ranges else 0)
-    if num_unknown == len(found):
-        return Column(name, "left out: no image measured here has a value", num_unknown, ())
+    if all(value is None for value in found):
+        return [], "left out: no image measured here has a value"
     if _IDENTIFIER.search(name):
-        reason = f"left out: named as an identifier, {len(is_number)} distinct values"
-        return Column(name, reason, num_unknown, ())
+        return [], f"left out: named as an identifier, {len(is_number)} distinct values"
     if num_distinct > MAX_VALUES:
-        reason = f"left out: {num_distinct} distinct values are more than {MAX_VALUES}, as of an identifier"
-        return Column(name, reason, num_unknown, ())
+        return [], f"left out: {num_distinct} distinct values are more than {MAX_VALUES}, as of an identifier"
     members, remark = _ranges(found) if has_ranges else ([], "")
     rest = {value for value in found if value is not None and not (has_ranges and is_number[value])}
 
     def place(value: str) -> tuple[bool, float, str]:
         return not is_number[value], float(value) if is_number[value] else 0.0, value.casefold()
 
-    members += [(value, np.array([one == value for one in found])) for value in sorted(rest, key=place)]
-    groups = (_measure(value, rows, split, taxonomy, calibration) for value, rows in members)
-    return Column(name, remark, num_unknown, tuple(groups))
+    return members + [(value, np.array([one == value for one in found])) for value in sorted(rest, key=place)], remark
 
 
-def _ranges(found: Sequence[str | None]) -> tuple[list[tuple[str, NDArray[np.bool_]]], str]:
+def _ranges(found: Sequence[str | None]) -> tuple[Members, str]:
     """Ranges cut near the quantiles of the images: MAX_RANGES, or fewer so that each has MIN_GROUP, but at least 2."""
     numbers = np.array([float(one) if one is not None and _NUMBER.fullmatch(one) else np.nan for one in found])
     known = numbers[~np.isnan(numbers)]
@@ -289,26 +225,17 @@ def _ranges(found: Sequence[str | None]) -> tuple[list[tuple[str, NDArray[np.boo
     return members, f"numbers, cut at quantiles of these images into {len(members)} ranges"
 
 
-def _measure(
-    value: str, rows: NDArray[np.bool_], split: SplitOutputs, taxonomy: Taxonomy, calibration: Calibration
-) -> Group:
-    num_images = int(rows.sum())
-    if num_images < MIN_GROUP:
-        return Group(value, num_images, {})
-    part = split.rows(rows)
-    found = calibrated(part.outputs, calibration)
-    all_figures = finite(evaluate_probabilities(found, part, taxonomy, calibration.au_thresholds))
-    with_emotion = int((part.emotion >= 0).sum()) if taxonomy.num_emotions else 0
-    with_units = int((~np.isnan(part.action_units)).any(axis=1).sum())
-    labelled = {"accuracy": with_emotion, "macro_f1": with_emotion, "au_f1_mean": with_units}
-    shown = [name for name, count in labelled.items() if count >= MIN_GROUP]
-    figures = {name: WithInterval(all_figures[name], *all_figures["intervals"][name]) for name in shown}
-    return Group(value, num_images, figures)
-
-
-def _plain(group: Group) -> dict[str, Any]:
-    figures = {name: {"value": one.value, "interval": [one.low, one.high]} for name, one in group.figures.items()}
-    return {"value": group.value, "images": group.num_images, "hidden": group.hidden, "figures": figures}
+def _measure(value: str, part: SplitOutputs, taxonomy: Taxonomy, calibration: Calibration) -> dict[str, Any]:
+    num_images, figures = len(part.names), {}
+    if num_images >= MIN_GROUP:
+        found = calibrated(part.outputs, calibration)
+        measured = finite(evaluate_probabilities(found, part, taxonomy, calibration.au_thresholds))
+        with_emotion = int((part.emotion >= 0).sum()) if taxonomy.num_emotions else 0
+        with_units = int((~np.isnan(part.action_units)).any(axis=1).sum())
+        labelled = {"accuracy": with_emotion, "macro_f1": with_emotion, "au_f1_mean": with_units}
+        shown = [name for name, count in labelled.items() if count >= MIN_GROUP]
+        figures = {name: {"value": measured[name], "interval": measured["intervals"][name]} for name in shown}
+    return {"value": value, "images": num_images, "hidden": num_images < MIN_GROUP, "figures": figures}
 
 
 Split = Literal["validation", "test", "held-out"]
@@ -334,7 +261,7 @@ class ReportData:
     measured: str
     calibration: Calibration | None
     mistakes: Mistakes | None
-    groups: GroupTable | None
+    groups: dict[str, Any] | None
     diagnoses: tuple[Diagnosis, ...]
     remarks: tuple[str, ...] = ()
 

@@ -51,19 +51,19 @@ def test_figures_of_a_group_are_those_of_scikit_learn_on_its_rows(tmp_path):
     calibration = Calibration(1.5, (0.3, 0.6), (1.2, 0.8), (0.1, -0.2), None)
     table = table_of(tmp_path, split, wide(split, "group", values), calibration)
     found = calibrated(split.outputs, calibration)
-    for group in table.columns[0].groups:
-        rows = np.array([value == group.value for value in values])
+    for group in table["columns"][0]["groups"]:
+        rows = np.array([value == group["value"] for value in values])
         true, predicted = split.emotion[rows], found.emotion[rows].argmax(axis=1)
         active = found.action_units[rows] >= [0.3, 0.6]
-        assert group.num_images == rows.sum()
-        assert group.figures["accuracy"].value == pytest.approx(accuracy_score(true, predicted))
-        assert group.figures["macro_f1"].value == pytest.approx(f1_score(true, predicted, average="macro"))
+        assert group["images"] == rows.sum()
+        assert group["figures"]["accuracy"]["value"] == pytest.approx(accuracy_score(true, predicted))
+        assert group["figures"]["macro_f1"]["value"] == pytest.approx(f1_score(true, predicted, average="macro"))
         au_f1 = f1_score(split.action_units[rows], active, average="macro")
-        assert group.figures["au_f1_mean"].value == pytest.approx(au_f1)
-        for figure in group.figures.values():
-            assert figure.low < figure.value < figure.high
-    assert [group.value for group in table.columns[0].groups] == ["a", "b"]
-    assert table.overall.num_images == 100
+        assert group["figures"]["au_f1_mean"]["value"] == pytest.approx(au_f1)
+        for figure in group["figures"].values():
+            assert figure["interval"][0] < figure["value"] < figure["interval"][1]
+    assert [group["value"] for group in table["columns"][0]["groups"]] == ["a", "b"]
+    assert table["overall"]["images"] == 100
 
 
 def test_intervals_are_of_the_group_not_of_all_images(tmp_path):
@@ -81,32 +81,32 @@ def test_intervals_are_of_the_group_not_of_all_images(tmp_path):
         Outputs(logits, np.zeros((80, 2), np.float32)),
     )
     table = table_of(tmp_path, split, wide(split, "half", ["right"] * 40 + ["wrong"] * 40))
-    right, wrong = table.columns[0].groups
-    assert (right.figures["accuracy"].value, right.figures["accuracy"].low) == (1, 1)
-    assert wrong.figures["accuracy"].value == 0.5
+    right, wrong = table["columns"][0]["groups"]
+    assert (right["figures"]["accuracy"]["value"], right["figures"]["accuracy"]["interval"][0]) == (1, 1)
+    assert wrong["figures"]["accuracy"]["value"] == 0.5
     # Binomial standard deviation of 40 halves: 0.079.
-    assert wrong.figures["accuracy"].high - wrong.figures["accuracy"].low == pytest.approx(4 * 0.079, abs=0.06)
+    low, high = wrong["figures"]["accuracy"]["interval"]
+    assert high - low == pytest.approx(4 * 0.079, abs=0.06)
     # No AU label is known in any group: no figure, rather than one of nothing.
-    assert "au_f1_mean" not in right.figures
+    assert "au_f1_mean" not in right["figures"]
 
 
 def test_small_groups_are_listed_with_their_size_and_without_figures(tmp_path):
     split = split_of(MIN_GROUP + MIN_GROUP - 1)
     table = table_of(tmp_path, split, wide(split, "g", ["big"] * MIN_GROUP + ["small"] * (MIN_GROUP - 1)))
-    big, small = table.columns[0].groups
-    assert (big.num_images, big.hidden) == (30, False)
-    assert set(big.figures) == {"accuracy", "macro_f1", "au_f1_mean"}
-    assert (small.num_images, small.hidden, small.figures) == (29, True, {})
-    plain = table.to_json()["columns"][0]["groups"][1]
-    assert plain == {"value": "small", "images": 29, "hidden": True, "figures": {}}
-    to_json(table.to_json())
+    big, small = table["columns"][0]["groups"]
+    assert (big["images"], big["hidden"]) == (30, False)
+    assert set(big["figures"]) == {"accuracy", "macro_f1", "au_f1_mean"}
+    assert (small["images"], small["hidden"], small["figures"]) == (29, True, {})
+    assert small == {"value": "small", "images": 29, "hidden": True, "figures": {}}
+    to_json(table)
 
 
 def test_a_figure_that_rests_on_few_labels_is_hidden_too(tmp_path):
     split = split_of(60)
     split.emotion[10:] = -1
     table = table_of(tmp_path, split, wide(split, "g", ["a"] * 60))
-    assert set(table.columns[0].groups[0].figures) == {"au_f1_mean"}
+    assert set(table["columns"][0]["groups"][0]["figures"]) == {"au_f1_mean"}
 
 
 def test_long_form_says_the_same_as_wide_form(tmp_path):
@@ -114,42 +114,42 @@ def test_long_form_says_the_same_as_wide_form(tmp_path):
     values = ["x" if number < 35 else "y" for number in range(70)]
     rows = [f"{name},g,{value}" for name, value in zip(split.names, values, strict=True)]
     long = table_of(tmp_path, split, "\n".join(["name,column,value", *rows]))
-    assert long.columns == table_of(tmp_path, split, wide(split, "g", values)).columns
+    assert long["columns"] == table_of(tmp_path, split, wide(split, "g", values))["columns"]
     turned = [f"{value},{name},g" for name, value in zip(split.names, values, strict=True)]
-    assert table_of(tmp_path, split, "\n".join(["value,name,column", *turned])).columns == long.columns
+    assert table_of(tmp_path, split, "\n".join(["value,name,column", *turned]))["columns"] == long["columns"]
 
 
 def test_numbers_are_cut_into_ranges_near_their_quantiles(tmp_path):
     split = split_of(120)
     values = [20 + number % 30 for number in range(120)]
-    column = table_of(tmp_path, split, wide(split, "age", values)).columns[0]
-    assert column.remark == "numbers, cut at quantiles of these images into 4 ranges"
+    column = table_of(tmp_path, split, wide(split, "age", values))["columns"][0]
+    assert column["remark"] == "numbers, cut at quantiles of these images into 4 ranges"
     # 30 distinct values of 4 images each: cuts nearest to 30, 60 and 90 images below are at 28 or 32, at 60, at 88 or
     # 92.
-    assert [group.value for group in column.groups] == ["20 to 26", "27 to 34", "35 to 41", "42 to 49"]
-    assert [group.num_images for group in column.groups] == [28, 32, 28, 32]
+    assert [group["value"] for group in column["groups"]] == ["20 to 26", "27 to 34", "35 to 41", "42 to 49"]
+    assert [group["images"] for group in column["groups"]] == [28, 32, 28, 32]
 
 
 def test_equal_numbers_stay_in_one_range(tmp_path):
     split = split_of(80)
     values = [1] * 50 + list(range(2, 32))
-    column = table_of(tmp_path, split, wide(split, "count", values)).columns[0]
-    assert [(group.value, group.num_images) for group in column.groups] == [("1", 50), ("2 to 31", 30)]
+    column = table_of(tmp_path, split, wide(split, "count", values))["columns"][0]
+    assert [(group["value"], group["images"]) for group in column["groups"]] == [("1", 50), ("2 to 31", 30)]
 
 
 def test_values_that_are_no_numbers_are_groups_beside_the_ranges(tmp_path):
     split = split_of(100)
     values = [*range(20, 116), "NA", "NA", "NA", "NA"]
-    column = table_of(tmp_path, split, wide(split, "age", values)).columns[0]
-    assert [group.value for group in column.groups] == ["20 to 51", "52 to 83", "84 to 115", "NA"]
-    assert [group.num_images for group in column.groups] == [32, 32, 32, 4]
+    column = table_of(tmp_path, split, wide(split, "age", values))["columns"][0]
+    assert [group["value"] for group in column["groups"]] == ["20 to 51", "52 to 83", "84 to 115", "NA"]
+    assert [group["images"] for group in column["groups"]] == [32, 32, 32, 4]
 
 
 def test_few_distinct_numbers_are_groups_in_numeric_order(tmp_path):
     split = split_of(90)
-    column = table_of(tmp_path, split, wide(split, "rating", [(2, 10, 1)[n % 3] for n in range(90)])).columns[0]
-    assert [group.value for group in column.groups] == ["1", "2", "10"]
-    assert column.remark == ""
+    column = table_of(tmp_path, split, wide(split, "rating", [(2, 10, 1)[n % 3] for n in range(90)]))["columns"][0]
+    assert [group["value"] for group in column["groups"]] == ["1", "2", "10"]
+    assert column["remark"] == ""
 
 
 @pytest.mark.parametrize(
@@ -163,27 +163,27 @@ def test_few_distinct_numbers_are_groups_in_numeric_order(tmp_path):
 )
 def test_columns_that_make_no_groups_say_why(column, values, reason, tmp_path):
     split = split_of(60)
-    found = table_of(tmp_path, split, wide(split, column, values)).columns[0]
-    assert found.groups == ()
-    assert reason in found.remark
+    found = table_of(tmp_path, split, wide(split, column, values))["columns"][0]
+    assert found["groups"] == []
+    assert reason in found["remark"]
 
 
 def test_names_that_do_not_match_are_counted_both_ways(tmp_path):
     split = split_of(40)
     rows = [f"{name},a,{'x' if n < 38 else ''}" for n, name in enumerate([*split.names[5:], "else.jpg", "9.jpg"])]
     table = table_of(tmp_path, split, "\n".join(["name,g,h", *rows]))
-    assert (table.num_names, table.num_unmatched, table.unmatched) == (37, 2, ("else.jpg", "9.jpg"))
-    assert table.num_without_row == 5
-    g, h = table.columns
-    assert (g.num_unknown, g.groups[0].num_images) == (5, 35)
-    assert h.num_unknown == 5
+    assert (table["names"], table["names_without_image"], table["without_image"]) == (37, 2, ["else.jpg", "9.jpg"])
+    assert table["images_without_row"] == 5
+    g, h = table["columns"]
+    assert (g["images_without_value"], g["groups"][0]["images"]) == (5, 35)
+    assert h["images_without_value"] == 5
 
 
 def test_blank_values_are_unknown_and_counted(tmp_path):
     split = split_of(40)
-    column = table_of(tmp_path, split, wide(split, "g", ["a"] * 33 + [" "] * 7)).columns[0]
-    assert column.num_unknown == 7
-    assert [(group.value, group.num_images) for group in column.groups] == [("a", 33)]
+    column = table_of(tmp_path, split, wide(split, "g", ["a"] * 33 + [" "] * 7))["columns"][0]
+    assert column["images_without_value"] == 7
+    assert [(group["value"], group["images"]) for group in column["groups"]] == [("a", 33)]
 
 
 def test_a_file_of_other_images_is_refused(tmp_path):
@@ -228,7 +228,7 @@ def test_what_is_not_text_or_not_there_is_refused(tmp_path):
 @pytest.mark.parametrize("title", ["filename", "Image", "img_path"])
 def test_names_are_read_under_usual_titles(title, tmp_path):
     read = read_slices(written(tmp_path, f"age,{title}\n30,a.jpg\n"))
-    assert (read.names, read.columns) == (("a.jpg",), {"age": {"a.jpg": "30"}})
+    assert (read.names, read["columns"]) == (("a.jpg",), {"age": {"a.jpg": "30"}})
 
 
 def test_a_byte_order_mark_quotes_and_windows_line_ends_are_read(tmp_path):
