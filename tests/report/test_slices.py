@@ -228,7 +228,7 @@ def test_what_is_not_text_or_not_there_is_refused(tmp_path):
 @pytest.mark.parametrize("title", ["filename", "Image", "img_path"])
 def test_names_are_read_under_usual_titles(title, tmp_path):
     read = read_slices(written(tmp_path, f"age,{title}\n30,a.jpg\n"))
-    assert (read.names, read["columns"]) == (("a.jpg",), {"age": {"a.jpg": "30"}})
+    assert (read.names, read.columns) == (("a.jpg",), {"age": {"a.jpg": "30"}})
 
 
 def test_a_byte_order_mark_quotes_and_windows_line_ends_are_read(tmp_path):
