@@ -24,36 +24,22 @@ from rafce_ray.doctor.evidence import (
     Evidence,
     Step,
     Verdict,
-    audit_command,
     bounds,
     change,
     confirmed_if,
-    diagnose,
     figure,
     possible_if,
     significant,
 )
 
-EPOCHS_TO_LEARN_AUS = 5
-"""Epochs with an AU loss after which AU-F1 should be above 0 (the seed's rule)."""
-
-ZERO_F1 = 1e-6
-"""A mean F1 below is 0: one hit in a million elements gives more."""
-
-MANY_NULL_ROWS = 0.5
-"""Share of null rows from which they may matter. RAF-CE, whose nulls the seed blamed, has 0.055."""
-
-MANY_HIDDEN = 0.5
-"""Share of masked AU elements from which the mask may matter."""
-
+EPOCHS_TO_LEARN_AUS = 5  # Epochs with an AU loss after which AU-F1 should be above 0 (the seed's rule)
+ZERO_F1 = 1e-6  # A mean F1 below is 0: one hit in a million elements gives more
+MANY_NULL_ROWS = 0.5  # Share of null rows from which they may matter. RAF-CE, whose nulls the seed blamed, has 0.055
+MANY_HIDDEN = 0.5  # Share of masked AU elements from which the mask may matter
+# Ratio of mean average precision to mean prevalence of an informative ranking: chance alone reaches a few percent.
 AP_LIFT = 1.25
-"""Ratio of mean average precision to mean prevalence of an informative ranking: chance alone reaches a few percent."""
-
-AU_WEIGHT_STEPS = (1.0, 2.0, 3.0)
-"""The seed's ladder of AU loss weights; a higher weight does not help."""
-
-POS_WEIGHT_CAP = 10.0
-"""Positive weight that is advised: the usual cap. Above it rare AUs get too many false alarms."""
+AU_WEIGHT_STEPS = (1.0, 2.0, 3.0)  # The seed's ladder of AU loss weights; a higher weight does not help
+POS_WEIGHT_CAP = 10.0  # Positive weight that is advised: the usual cap. Above it rare AUs get too many false alarms
 
 
 TOO_LOW = "the weight of the AU loss is too low"
@@ -80,7 +66,7 @@ def au_f1_zero(evidence: Evidence) -> list[Diagnosis]:
     if f1 < ZERO_F1 and tuned > ZERO_F1:
         floor = figure(evidence.metrics, "au_floor_mean")
         seen += f" At the bundle's tuned thresholds it reads {tuned:.3f}; always saying 'present' gets {floor:.3f}."
-    return [diagnose(evidence, "au_f1_zero", "serious", seen, _remedy(evidence, causes, active), causes)]
+    return [evidence.diagnose("au_f1_zero", "serious", seen, _remedy(evidence, causes, active), causes)]
 
 
 def action_units_not_read(evidence: Evidence) -> list[Diagnosis]:
@@ -90,8 +76,8 @@ def action_units_not_read(evidence: Evidence) -> list[Diagnosis]:
     if found is None or found["level"] == "info":
         return []
     level: Level = "serious" if found["level"] == "error" else "warning"
-    step = Step({}, found["remedy"], audit_command(evidence))
-    return [diagnose(evidence, "action_units_not_read", level, f"{found['message']}.", step)]
+    step = Step({}, found["remedy"], evidence.audit_command())
+    return [evidence.diagnose("action_units_not_read", level, f"{found['message']}.", step)]
 
 
 def data_remedy(evidence: Evidence) -> Step:
@@ -100,7 +86,7 @@ def data_remedy(evidence: Evidence) -> Step:
     if evidence.config.data.action_unit_targets == "all_zero" and evidence.labelled_positives != 0:
         text = f"Train on what the labels say: data.action_unit_targets=labels. {keep}"
         return Step({"data.action_unit_targets": "labels"}, text)
-    return Step({}, f"Look at the labels before anything else. {keep}", audit_command(evidence))
+    return Step({}, f"Look at the labels before anything else. {keep}", evidence.audit_command())
 
 
 def next_au_weight(weight: float) -> float | None:
@@ -122,7 +108,7 @@ def _au_never_trained(evidence: Evidence) -> list[Diagnosis]:
         advice = "Leave the task out with data.action_units=none, or give it a weight if AUs are wanted."
         step = Step({"data.action_units": "none", "data.action_unit_targets": "labels"}, advice)
         cause = Cause("the AU loss is switched off", "confirmed", "loss.au_weight=0")
-    return [diagnose(evidence, "au_never_trained", "warning", seen, step, [cause])]
+    return [evidence.diagnose("au_never_trained", "warning", seen, step, [cause])]
 
 
 def _cause_tree(evidence: Evidence, active: int) -> list[Cause]:
@@ -237,7 +223,7 @@ def _remedy(evidence: Evidence, causes: Sequence[Cause], active: int) -> Step:
     if evidence.train_positives == 0:
         return data_remedy(evidence)
     if evidence.train_positives is None or _validation_positives(evidence) == 0:
-        return Step({}, "Look at the AU labels of both splits first.", audit_command(evidence))
+        return Step({}, "Look at the AU labels of both splits first.", evidence.audit_command())
     collapse = next(cause.verdict for cause in causes if cause.text.startswith(COLLAPSED))
     if collapse == "confirmed" and not config.calibration.enabled:
         text = "Let thresholds be fitted on validation: calibration.enabled=true. More AU weight would not move them."
@@ -258,7 +244,7 @@ def _remedy(evidence: Evidence, causes: Sequence[Cause], active: int) -> Step:
             f"Do not raise loss.au_weight={weight:g} any further: beyond 3 it is not what is missing. "
             "Look at single AUs' labels and faces."
         )
-        return Step({}, text, audit_command(evidence))
+        return Step({}, text, evidence.audit_command())
     return change(config, "loss.au_weight", raised, " Neither the data nor the predictions are the cause.")
 
 
@@ -284,24 +270,16 @@ def _validation_positives(evidence: Evidence) -> int:
     return sum(entry["support"] for entry in evidence.last["validation"]["per_au"])
 
 
-FAR_APART = 10.0
-"""Ratio from which two losses or gradients are out of balance (the seed's rule)."""
-
-AIM = 3.0
-"""Ratio that a changed weight aims at: well below ten, and the stronger task remains the stronger one."""
-
+FAR_APART = 10.0  # Ratio from which two losses or gradients are out of balance (the seed's rule)
+AIM = 3.0  # Ratio that a changed weight aims at: well below ten, and the stronger task remains the stronger one
+# Largest factor of one change of a weight: measured gradients are valid near the weight they were measured at.
 LARGEST_STEP = 3.0
-"""Largest factor of one change of a weight: measured gradients are valid near the weight they were measured at."""
-
 LARGEST_AU_WEIGHT = 10.0
-
+# Last epochs over which gradients are compared: those of one epoch come from 32 images and vary widely.
 PROBED_EPOCHS = 5
-"""Last epochs over which gradients are compared: those of one epoch come from 32 images and vary widely."""
-
 MIN_PROBED_EPOCHS = 3
-
+# Median cosine below which gradients conflict. Healthy runs had single epochs down to -0.13 and medians above 0.1.
 CONFLICT = -0.1
-"""Median cosine below which gradients conflict. Healthy runs had single epochs down to -0.13 and medians above 0.1."""
 
 
 def task_balance(evidence: Evidence) -> list[Diagnosis]:
@@ -361,7 +339,7 @@ def _without_targets(evidence: Evidence, losses: float) -> list[Diagnosis]:
         Cause("there is nothing to find in the AU targets", "confirmed", "0 positive AU targets in train"),
         Cause(TOO_LOW, "ruled out", _weights(evidence)),
     ]
-    return [diagnose(evidence, "losses_apart", "info", seen, data_remedy(evidence), causes)]
+    return [evidence.diagnose("losses_apart", "info", seen, data_remedy(evidence), causes)]
 
 
 def _gradients_apart(evidence: Evidence, gradients: float, losses: float) -> Diagnosis:
@@ -390,7 +368,7 @@ def _losses_apart(evidence: Evidence, losses: float, gradients: float) -> Diagno
     found = f"their gradients on the trunk are {_apart(gradients)} apart: losses of different kinds need not be alike"
     causes = [_targets_hold_nothing(evidence), Cause(drowned, "ruled out", found)]
     advice = "Leave loss.au_weight as it is: what moves the trunk is in balance."
-    return diagnose(evidence, "losses_apart", "info", seen, advice, causes)
+    return evidence.diagnose("losses_apart", "info", seen, advice, causes)
 
 
 def _targets_hold_nothing(evidence: Evidence) -> Cause:
@@ -411,7 +389,7 @@ def _change_weight(evidence: Evidence, code: str, seen: str, cause: Cause, ratio
         step = Step({}, f"Leave loss.au_weight={weight:g}, which is high enough. Look at AU labels and single AUs' F1.")
     else:
         step = change(evidence.config, "loss.au_weight", changed)
-    return diagnose(evidence, code, "warning", seen, step, [_targets_hold_nothing(evidence), cause])
+    return evidence.diagnose(code, "warning", seen, step, [_targets_hold_nothing(evidence), cause])
 
 
 def _conflict(evidence: Evidence, recent: list[dict[str, Any]], gradients: float) -> list[Diagnosis]:
@@ -434,4 +412,4 @@ def _conflict(evidence: Evidence, recent: list[dict[str, Any]], gradients: float
     else:
         more = " If emotions gain nothing, loss.au_stop_gradient=true keeps the AU loss out of the trunk."
         step = change(evidence.config, "loss.au_weight", weight / 2, more)
-    return [diagnose(evidence, "gradients_in_conflict", "warning", seen, step, causes)]
+    return [evidence.diagnose("gradients_in_conflict", "warning", seen, step, causes)]

@@ -170,6 +170,85 @@ class Evidence:
         """A figure of every epoch, NaN where undefined."""
         return [figure(record, path) for record in self.records]
 
+    def diagnose(
+        self, code: str, level: Level, message: str, next_step: Step | str, causes: Sequence[Cause] = ()
+    ) -> Diagnosis:
+        """A diagnosis with its next step, or with words where no setting helps; its patch holds real changes only."""
+        step = Step({}, next_step) if isinstance(next_step, str) else next_step
+        changes = changes_of(self.config, step.patch)
+        command = self.train_command(changes) if step.command is None and changes else step.command or ""
+        return Diagnosis(level, code, message, step.text, causes=tuple(causes), patch=changes, command=command)
+
+    def train_command(self, patch: Mapping[str, Any], *, name: str | None = None) -> str:
+        """``rafce train`` with this run's configuration and the patch, as the next run, quoted for a shell."""
+        return self._command(patch, self.next_storage, name or self.next_name)
+
+    def resume_command(self, patch: Mapping[str, Any]) -> str | None:
+        """``rafce train --resume``: continues the run with more epochs or patience; None where that is impossible.
+
+        A trial must not outgrow its study, and a run is resumed with the data.root that it was started with.
+        """
+        if self.is_trial or self._moved_root() is not None:
+            return None
+        folder = locate(self.place)
+        return self._command(patch, str(folder.parent), folder.name) + " --resume"
+
+    def audit_command(self) -> str:
+        """The command that audits the labels of this run."""
+        return audit.audit_command(self.config.data, self._found_root())
+
+    def _command(self, patch: Mapping[str, Any], storage: str | None, name: str) -> str:
+        config, values = self.config, dict(patch)
+        if (root := self._moved_root()) is not None:
+            values["data.root"] = root
+        if storage is not None and str(locate(config.run.storage)) != storage:
+            values["run.storage"] = storage
+        if config.run.name != name:
+            values["run.name"] = name
+        if locate(self.place).local is not None:
+            start = ["rafce", "train", "--config", (locate(self.place) / "config.yaml").shown]
+        else:
+            # --config reads local files only: the command lists everything that is not a default.
+            defaults, current = flatten(Config()), flatten(config)
+            values = {key: value for key, value in current.items() if value != defaults[key]} | values
+            start = ["rafce", "train"]
+        return shlex.join([*start, *(f"{key}={as_yaml(value)}" for key, value in values.items())])
+
+    def _moved_root(self) -> str | None:
+        """Where the data are, if data.root is relative to another folder, in which the run was started."""
+        root, found = self.config.data.root, self._found_root()
+        return None if root is None or root == found or locate(root).exists() else found
+
+    def _found_root(self) -> str | None:
+        """Where the audit found the data: a folder, or the table in it that data.root names."""
+        root, found = self.config.data.root, (self.audit or {}).get("root")
+        name = locate(root).name if root is not None else ""
+        if found is None or name.rpartition(".")[2].lower() not in TABLE_EXTENSIONS:
+            return found
+        return str(locate(found) / name)
+
+    def late_fall(self) -> float:
+        """Share by which the train loss, of emotions if trained, fell over the last three epochs; NaN where unknown."""
+        losses = self.series(f"train.{'emotion_loss' if self.emotions else 'au_loss'}")
+        return 1 - losses[-1] / losses[-1 - TAIL_EPOCHS] if len(losses) > TAIL_EPOCHS else math.nan
+
+    def still_learning(self) -> bool:
+        """Whether more epochs may help: the loss still fell, the last epoch is the best, or epochs are too few."""
+        fall = self.late_fall()
+        return math.isnan(fall) or fall > STILL_FALLING or self.best_is_last()
+
+    def loss_trend(self) -> str:
+        """The course of the train loss over the last epochs, in words."""
+        fall, epochs = self.late_fall(), f"{len(self.records)} epochs"
+        if math.isnan(fall):
+            return f"there are {epochs} only"
+        verb = "fell" if fall >= 0 else "rose"
+        return f"the train loss {verb} by {abs(fall):.1%} over the last {TAIL_EPOCHS} of {epochs}"
+
+    def best_is_last(self) -> bool:
+        """Whether no epoch is better than the last one."""
+        return bool(self.records) and self.best["epoch"] == self.last["epoch"]
+
 
 def figure(record: Mapping[str, Any], path: str) -> float:
     """The number at a dotted path (``validation.accuracy``) of a record; NaN where it is missing or undefined."""
@@ -279,74 +358,10 @@ def change(config: Config, key: str, value: float, more: str = "") -> Step:
     return Step({key: value}, f"{'Raise' if value > now else 'Lower'} {key} from {now:g} to {value:g}.{more}")
 
 
-def diagnose(
-    evidence: Evidence, code: str, level: Level, message: str, next_step: Step | str, causes: Sequence[Cause] = ()
-) -> Diagnosis:
-    """A diagnosis with its next step, or with words where no setting helps; its patch holds real changes only."""
-    step = Step({}, next_step) if isinstance(next_step, str) else next_step
-    changes = changes_of(evidence.config, step.patch)
-    command = train_command(evidence, changes) if step.command is None and changes else step.command or ""
-    return Diagnosis(level, code, message, step.text, causes=tuple(causes), patch=changes, command=command)
-
-
 def changes_of(config: Config, patch: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a patch that changes a configuration."""
     current = flatten(config)
     return {key: value for key, value in patch.items() if current[key] != value}
-
-
-def train_command(evidence: Evidence, patch: Mapping[str, Any], *, name: str | None = None) -> str:
-    """``rafce train`` with this run's configuration and the patch, as the next run, quoted for a shell."""
-    return _command(evidence, patch, evidence.next_storage, name or evidence.next_name)
-
-
-def resume_command(evidence: Evidence, patch: Mapping[str, Any]) -> str | None:
-    """``rafce train --resume``, which continues the run with more epochs or patience; None where that is impossible.
-
-    A trial must not outgrow its study, and a run is resumed with the data.root that it was started with.
-    """
-    if evidence.is_trial or _moved_root(evidence) is not None:
-        return None
-    folder = locate(evidence.place)
-    return _command(evidence, patch, str(folder.parent), folder.name) + " --resume"
-
-
-def audit_command(evidence: Evidence) -> str:
-    """The command that audits the labels of this run."""
-    return audit.audit_command(evidence.config.data, _found_root(evidence))
-
-
-def _command(evidence: Evidence, patch: Mapping[str, Any], storage: str | None, name: str) -> str:
-    config, values = evidence.config, dict(patch)
-    if (root := _moved_root(evidence)) is not None:
-        values["data.root"] = root
-    if storage is not None and str(locate(config.run.storage)) != storage:
-        values["run.storage"] = storage
-    if config.run.name != name:
-        values["run.name"] = name
-    if locate(evidence.place).local is not None:
-        start = ["rafce", "train", "--config", (locate(evidence.place) / "config.yaml").shown]
-    else:
-        # --config reads local files only: the command lists everything that is not a default.
-        defaults, current = flatten(Config()), flatten(config)
-        values = {key: value for key, value in current.items() if value != defaults[key]} | values
-        start = ["rafce", "train"]
-    return shlex.join([*start, *(f"{key}={as_yaml(value)}" for key, value in values.items())])
-
-
-def _moved_root(evidence: Evidence) -> str | None:
-    """Where the data are, if data.root is relative to another folder, in which the run was started."""
-    root, found = evidence.config.data.root, _found_root(evidence)
-    return None if root is None or root == found or locate(root).exists() else found
-
-
-def _found_root(evidence: Evidence) -> str | None:
-    """Where the audit found the data: a folder, or the table in it that data.root names."""
-    root, found = evidence.config.data.root, (evidence.audit or {}).get("root")
-    name = locate(root).name if root is not None else ""
-    if found is None or name.rpartition(".")[2].lower() not in TABLE_EXTENSIONS:
-        return found
-    return str(locate(found) / name)
 
 
 def as_yaml(value: Any) -> str:
@@ -356,13 +371,11 @@ def as_yaml(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-TAIL_EPOCHS = 3
-"""Last epochs whose mean is the present state of a run."""
-
+TAIL_EPOCHS = 3  # Last epochs whose mean is the present state of a run
+# The seed's steps against overfitting, from the present configuration upwards; a smaller backbone is the last one.
 DROPOUT_STEPS = (0.5, 0.6, 0.7)
 WEIGHT_DECAY_STEPS = (1e-3, 2e-3, 5e-3)
 GRAD_CLIP = 0.5
-"""The seed's steps against overfitting, from the present configuration upwards; a smaller backbone is the last one."""
 
 SMALLER_BACKBONE = {
     "resnet101": "resnet50",
@@ -374,14 +387,11 @@ SMALLER_BACKBONE = {
     "efficientnet_b0": "mobilenet_v3_small",
 }
 
-STILL_FALLING = 0.03
-"""Share by which the train loss falls over the last three epochs of a run that is still learning."""
-
+STILL_FALLING = 0.03  # Share by which the train loss falls over the last three epochs of a run that is still learning
+# The seed's values where regularisation is too strong or the learning rate too low.
 MILD_DROPOUT, MILD_WEIGHT_DECAY, USUAL_LR = 0.4, 5e-4, 1e-3
-"""The seed's values where regularisation is too strong or the learning rate too low."""
-
+# The weight decay of the seed's fixed recipe: up to here it does not keep a model from learning.
 STRONG_WEIGHT_DECAY = 1e-3
-"""The weight decay of the seed's fixed recipe: up to here it does not keep a model from learning."""
 
 
 def next_regularisation(config: Config) -> Step | None:
@@ -414,7 +424,7 @@ def next_capacity(evidence: Evidence) -> Step:
     config = evidence.config
     if config.model.freeze_backbone:
         return Step({"model.freeze_backbone": False}, "Train the trunk too: model.freeze_backbone=false.")
-    if still_learning(evidence):
+    if evidence.still_learning():
         return longer_step(config)
     if config.data.augmentation == "strong":
         return Step({"data.augmentation": "light"}, "Augment less: data.augmentation=light.")
@@ -442,35 +452,9 @@ def significant(value: float) -> float:
     return float(f"{value:.2g}")
 
 
-def late_fall(evidence: Evidence) -> float:
-    """Share by which the train loss fell over the last three epochs, that of emotions if trained; NaN where unknown."""
-    losses = evidence.series(f"train.{'emotion_loss' if evidence.emotions else 'au_loss'}")
-    return 1 - losses[-1] / losses[-1 - TAIL_EPOCHS] if len(losses) > TAIL_EPOCHS else math.nan
-
-
-def still_learning(evidence: Evidence) -> bool:
-    """Whether more epochs may help: the train loss still fell, the last epoch is the best, or epochs are too few."""
-    fall = late_fall(evidence)
-    return math.isnan(fall) or fall > STILL_FALLING or best_is_last(evidence)
-
-
-def loss_trend(evidence: Evidence) -> str:
-    """The course of the train loss over the last epochs, in words."""
-    fall, epochs = late_fall(evidence), f"{len(evidence.records)} epochs"
-    if math.isnan(fall):
-        return f"there are {epochs} only"
-    verb = "fell" if fall >= 0 else "rose"
-    return f"the train loss {verb} by {abs(fall):.1%} over the last {TAIL_EPOCHS} of {epochs}"
-
-
 def strongly_regularised(config: Config) -> bool:
     """Whether dropout or weight decay may be what keeps a model from learning."""
     return config.model.dropout > MILD_DROPOUT or config.optim.weight_decay > STRONG_WEIGHT_DECAY
-
-
-def best_is_last(evidence: Evidence) -> bool:
-    """Whether no epoch is better than the last one."""
-    return bool(evidence.records) and evidence.best["epoch"] == evidence.last["epoch"]
 
 
 def more_epochs(config: Config) -> int:

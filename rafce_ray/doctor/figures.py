@@ -22,21 +22,16 @@ from rafce_ray.doctor.evidence import (
     Evidence,
     Step,
     Verdict,
-    audit_command,
     bounds,
     change,
     changes_of,
     confirmed_if,
-    diagnose,
     figure,
     longer_step,
-    loss_trend,
     next_capacity,
     next_regularisation,
     possible_if,
     settings,
-    still_learning,
-    train_command,
 )
 from rafce_ray.doctor.training import LEARNT_SHARE, NOISE, learnt_share
 from rafce_ray.metrics.calibration import MIN_POSITIVES, Calibration, Outputs, SplitOutputs, calibrated
@@ -73,20 +68,20 @@ def _never_found(evidence: Evidence, entries: list[dict[str, Any]]) -> Diagnosis
     accuracy = f"train accuracy {figure(evidence.best, 'train_natural.accuracy'):.1%}"
     chosen = settings(evidence.config, "loss.imbalance", "model.compositional_head")
     aside = f"predicted {sum(entry['predicted'] for entry in entries)} times in all; {chosen}"
-    little = possible_if(underfits or still_learning(evidence))
+    little = possible_if(underfits or evidence.still_learning())
     causes = [
         Cause("train has no image of them", *no_image),
-        Cause("the whole model has learnt too little yet", little, f"{accuracy}; {loss_trend(evidence)}"),
+        Cause("the whole model has learnt too little yet", little, f"{accuracy}; {evidence.loss_trend()}"),
         Cause("frequent classes push them aside", "possible", aside),
     ]
     if absent:
         advice = f"Label train images of {', '.join(absent)}: what was never shown is never found."
-        step = Step({}, advice, audit_command(evidence))
+        step = Step({}, advice, evidence.audit_command())
     elif underfits:
         step = Step({}, "Train longer first: an undertrained model predicts only the most common classes.")
     else:
         step = _for_rare_classes(evidence)
-    return diagnose(evidence, "class_never_found", "warning", seen, step, causes)
+    return evidence.diagnose("class_never_found", "warning", seen, step, causes)
 
 
 def _for_rare_classes(evidence: Evidence) -> Step:
@@ -111,7 +106,7 @@ def _too_few(evidence: Evidence, entries: list[dict[str, Any]]) -> Diagnosis:
     )
     seen = f"F1 0 of classes with under {MIN_SUPPORT} validation images means nothing: {listed}."
     advice = "Judge by macro-F1 over supported classes, and label more validation images of these."
-    return diagnose(evidence, "class_support_too_small", "info", seen, Step({}, advice, audit_command(evidence)))
+    return evidence.diagnose("class_support_too_small", "info", seen, Step({}, advice, evidence.audit_command()))
 
 
 def largest_recall(count: int) -> float:
@@ -146,16 +141,16 @@ def action_units_below_floor(evidence: Evidence) -> list[Diagnosis]:
     if 2 * len(weak) > len(supported):
         step = _for_action_units(evidence)
         step = replace(step, text=f"Do not use its AUs yet: most say no more than a constant. {step.text}")
-        return [diagnose(evidence, "au_below_floor", "warning", seen, step, causes)]
+        return [evidence.diagnose("au_below_floor", "warning", seen, step, causes)]
     others = [one["action_unit"] for one in entries if one["support"] > 0 and one["action_unit"] not in codes]
     advice = "Do not rely on these AUs. Label more faces that show them, or leave them out."
     step = Step({"data.action_units": [int(code.removeprefix("AU")) for code in others]}, advice)
-    return [diagnose(evidence, "au_below_floor", "info", seen, step, causes)]
+    return [evidence.diagnose("au_below_floor", "info", seen, step, causes)]
 
 
 def _for_action_units(evidence: Evidence) -> Step:
     """What lets AUs learn more where their targets are in order: time first, then weight."""
-    if still_learning(evidence):
+    if evidence.still_learning():
         return longer_step(evidence.config)
     weight = next_au_weight(evidence.config.loss.au_weight)
     if weight is None:
@@ -205,7 +200,7 @@ def at_majority_floor(evidence: Evidence) -> list[Diagnosis]:
         Cause("the model has not learnt its train images either", confirmed_if(not has_learnt), train),
     ]
     step = replace(step, text=f"Do not use its emotions. {step.text}")
-    return [diagnose(evidence, "at_majority_floor", "warning", seen, step, causes)]
+    return [evidence.diagnose("at_majority_floor", "warning", seen, step, causes)]
 
 
 def improvement_within_noise(evidence: Evidence) -> list[Diagnosis]:
@@ -232,7 +227,7 @@ def improvement_within_noise(evidence: Evidence) -> list[Diagnosis]:
         f"Call no difference below about {(high - low) / 2:.3f} an improvement. Compare runs with the paired "
         "interval of rafce compare, over more than one seed."
     )
-    return [diagnose(evidence, "improvement_within_noise", "info", seen, advice)]
+    return [evidence.diagnose("improvement_within_noise", "info", seen, advice)]
 
 
 HIGH_ECE = 0.05
@@ -265,7 +260,7 @@ def miscalibrated(evidence: Evidence) -> list[Diagnosis]:
     step = Step({"calibration.enabled": True}, "Set calibration.enabled=true.")
     if enabled:
         step = Step({}, "Do not show confidences as probabilities; label more validation images.")
-    return [diagnose(evidence, "miscalibrated", "warning", seen, step, causes)]
+    return [evidence.diagnose("miscalibrated", "warning", seen, step, causes)]
 
 
 def calibration_noise(bins: Sequence[dict[str, Any]]) -> tuple[float, float]:
@@ -365,9 +360,9 @@ def against_baseline(evidence: Evidence) -> list[Diagnosis]:
     seen = (
         "Whether AUs help the emotions is unknown: no emotion-only run of the same data and budget is next to this one."
     )
-    command = train_command(evidence, patch, name=f"{evidence.name}-emotion-only")
+    command = evidence.train_command(patch, name=f"{evidence.name}-emotion-only")
     step = Step(patch, "Train one, then run rafce doctor again.", command)
-    return [diagnose(evidence, "no_baseline", "info", seen, step)]
+    return [evidence.diagnose("no_baseline", "info", seen, step)]
 
 
 def compare_emotions(one: Evidence, other: Evidence) -> dict[str, Difference]:
@@ -410,7 +405,7 @@ def _compare(evidence: Evidence, baseline: Evidence) -> Diagnosis:
         Cause("it is the luck of the seed", "possible", f"{seeds}; the interval is about images only"),
     ]
     remedy = _after_comparison(evidence, real)
-    return diagnose(evidence, "baseline", "warning" if real < 0 else "info", seen, remedy, causes)
+    return evidence.diagnose("baseline", "warning" if real < 0 else "info", seen, remedy, causes)
 
 
 def _after_comparison(evidence: Evidence, real: float) -> Step:

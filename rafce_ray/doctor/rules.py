@@ -136,6 +136,15 @@ def examine_study(study: StudyFolder, baseline: Evidence | None = None) -> list[
     return trials
 
 
+def found_in(trials: Sequence[Trial]) -> dict[str, list[tuple[Trial, Diagnosis]]]:
+    """Findings by code, each with its trials, the gravest codes first."""
+    by_code: dict[str, list[tuple[Trial, Diagnosis]]] = {}
+    for trial in trials:
+        for diagnosis in trial.diagnoses:
+            by_code.setdefault(diagnosis.code, []).append((trial, diagnosis))
+    return dict(sorted(by_code.items(), key=lambda item: min(_gravity(one) for _, one in item[1])))
+
+
 def best_trial(trials: Sequence[Trial]) -> Trial | None:
     """The ended trial with the best monitored figure, or macro-F1 over supported classes if monitors differ."""
     ended = [trial for trial in trials if trial.evidence.metrics]
@@ -197,12 +206,9 @@ def _cause_table(causes: Sequence[Cause]) -> RenderableType:
 
 def print_study(trials: Sequence[Trial]) -> None:
     """Print findings by code with their trials, then the details of the best trial and of what is serious elsewhere."""
-    by_code: dict[str, list[tuple[Trial, Diagnosis]]] = {}
-    for trial in trials:
-        for diagnosis in trial.diagnoses:
-            by_code.setdefault(diagnosis.code, []).append((trial, diagnosis))
-    by_level = [(min((one for _, one in found), key=_gravity).level, code, found) for code, found in by_code.items()]
-    for level, code, found in sorted(by_level, key=lambda one: LEVELS.index(one[0])):
+    by_code = found_in(trials)
+    for code, found in by_code.items():
+        level = min((one for _, one in found), key=_gravity).level
         trials_with_it = f": {code}, {len(found)} of {len(trials)} trials"
         console.print(Text.assemble((f"\n{level}", LEVEL_STYLES[level]), trials_with_it), soft_wrap=False)
         if level == "info":

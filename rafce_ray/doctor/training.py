@@ -17,43 +17,28 @@ from rafce_ray.doctor.evidence import (
     Evidence,
     Step,
     Verdict,
-    best_is_last,
     change,
     confirmed_if,
-    diagnose,
     figure,
-    late_fall,
-    loss_trend,
     more_epochs,
     next_capacity,
     next_regularisation,
     possible_if,
-    resume_command,
     settings,
     significant,
-    still_learning,
     strongly_regularised,
 )
 
 AUGMENTATION = "data.augmentation"
-
-LARGEST_GAP = 0.30
-"""Train-validation gap from which a run overfits (the seed's rule)."""
-
-CURVE_EPOCHS = 5
-"""Epochs that a rule on a curve needs."""
-
+LARGEST_GAP = 0.30  # Train-validation gap from which a run overfits (the seed's rule)
+CURVE_EPOCHS = 5  # Epochs that a rule on a curve needs
+# Standard errors beyond which an accuracy has changed. Epochs share images, so that their noise is even smaller.
 NOISE = 2.0
-"""Standard errors beyond which an accuracy has changed. Epochs share images, so that their noise is even smaller."""
-
+# A run has learnt if its train accuracy goes this share of the way from always naming the commonest class to 1.
 LEARNT_SHARE = 0.25
-"""A run has learnt if its train accuracy goes this share of the way from always naming the commonest class to 1."""
-
-STEPS_AN_EPOCH = 4
-"""Least steps an epoch that a smaller batch size should give."""
-
+STEPS_AN_EPOCH = 4  # Least steps an epoch that a smaller batch size should give
+# Below this gap a low train accuracy is underfitting, not strong regularisation on a small train split.
 SMALL_GAP = 0.10
-"""Below this gap a low train accuracy is underfitting, not strong regularisation on a small train split."""
 
 
 def overfitting(evidence: Evidence) -> list[Diagnosis]:
@@ -88,7 +73,7 @@ def overfitting(evidence: Evidence) -> list[Diagnosis]:
     ]
     spent = "The ladder of dropout, weight decay, clipping and smaller backbones is spent: only more train images help."
     step = next_regularisation(config) or Step({}, spent)
-    return [diagnose(evidence, "overfitting", "warning", seen, step, causes)]
+    return [evidence.diagnose("overfitting", "warning", seen, step, causes)]
 
 
 def validation_falling(evidence: Evidence) -> list[Diagnosis]:
@@ -115,7 +100,7 @@ def validation_falling(evidence: Evidence) -> list[Diagnosis]:
     causes = _falling_causes(evidence, unlearns=unlearns, steered=steered, train_now=train_now)
     step = _against_falling(evidence.config, unlearns=unlearns, steered=steered is True)
     kept = f"The best epoch's weights are kept ({evidence.best.get('epoch')} by {evidence.monitor})."
-    return [diagnose(evidence, "validation_falling", "warning", seen, Step(step.patch, f"{step.text} {kept}"), causes)]
+    return [evidence.diagnose("validation_falling", "warning", seen, Step(step.patch, f"{step.text} {kept}"), causes)]
 
 
 def _falling_causes(evidence: Evidence, *, unlearns: bool, steered: bool | None, train_now: float) -> list[Cause]:
@@ -178,12 +163,12 @@ def underfitting(evidence: Evidence) -> list[Diagnosis]:
     strength = settings(config, "model.dropout", "optim.weight_decay", AUGMENTATION)
     frozen, weights = config.model.freeze_backbone, config.model.weights
     causes = [
-        Cause("too few epochs", possible_if(still_learning(evidence)), loss_trend(evidence)),
+        Cause("too few epochs", possible_if(evidence.still_learning()), evidence.loss_trend()),
         Cause("regularisation or augmentation is too strong", possible_if(strong), strength),
         Cause("the trunk cannot learn", confirmed_if(frozen), settings(config, "model.freeze_backbone")),
         Cause("it starts from nothing", possible_if(weights == "none"), f"model.weights={weights}"),
     ]
-    return [diagnose(evidence, "underfitting", "warning", seen, next_capacity(evidence), causes)]
+    return [evidence.diagnose("underfitting", "warning", seen, next_capacity(evidence), causes)]
 
 
 def learnt_share(evidence: Evidence) -> float:
@@ -204,7 +189,7 @@ def batch_of_all_images(evidence: Evidence) -> list[Diagnosis]:
         step = Step({}, "Label more train images: these are too few for more than one step an epoch.")
     else:
         step = Step({"optim.batch_size": smaller}, f"Lower optim.batch_size to {smaller}, for {steps} steps an epoch.")
-    return [diagnose(evidence, "batch_of_all_images", "warning", seen, step)]
+    return [evidence.diagnose("batch_of_all_images", "warning", seen, step)]
 
 
 def train_longer(evidence: Evidence) -> list[Diagnosis]:
@@ -212,19 +197,19 @@ def train_longer(evidence: Evidence) -> list[Diagnosis]:
     num_epochs = len(evidence.records)
     if evidence.status != "finished" or num_epochs < TAIL_EPOCHS:
         return []
-    recent, fall = evidence.last["epoch"] - evidence.best["epoch"] < TAIL_EPOCHS, late_fall(evidence)
-    if not (best_is_last(evidence) or (recent and fall > STILL_FALLING)):
+    recent, fall = evidence.last["epoch"] - evidence.best["epoch"] < TAIL_EPOCHS, evidence.late_fall()
+    if not (evidence.best_is_last() or (recent and fall > STILL_FALLING)):
         return []
     config, epochs = evidence.config, more_epochs(evidence.config)
     seen = f"Epoch {evidence.best['epoch']} of {num_epochs} is the best: the run ended while it was still improving."
     verdict: Verdict = "unknown" if math.isnan(fall) else "confirmed" if fall > STILL_FALLING else "possible"
-    found = f"{loss_trend(evidence)}; optim.patience={config.optim.patience} was not spent"
-    command = resume_command(evidence, {"optim.epochs": epochs})
+    found = f"{evidence.loss_trend()}; optim.patience={config.optim.patience} was not spent"
+    command = evidence.resume_command({"optim.epochs": epochs})
     advice = f"Train longer: {epochs} epochs."
     if command is not None:
         advice += " --resume goes on from the last epoch, with the learning rate of the longer schedule."
     step = Step({"optim.epochs": epochs}, advice, command)
-    return [diagnose(evidence, "train_longer", "info", seen, step, [Cause("too few epochs", verdict, found)])]
+    return [evidence.diagnose("train_longer", "info", seen, step, [Cause("too few epochs", verdict, found)])]
 
 
 def standard_error(share: float, count: float) -> float:
@@ -232,29 +217,15 @@ def standard_error(share: float, count: float) -> float:
     return math.sqrt(max(share * (1 - share), 0.0) / max(count, 1))
 
 
-SAFE_CLIP = 1.0
-"""Gradient norm at which the seed's fixed recipe clips."""
-
-RISEN = 1.10
-"""Ratio of train loss to its minimum from which it has risen: means over thousands of images vary by less."""
-
-SWING = 1.05
-"""Ratio of train loss to that of the epoch before from which the epoch went the wrong way."""
-
-SWINGING_SHARE = 1 / 3
-"""Share of epochs that went the wrong way from which a loss swings."""
-
-EXPLODED = 10.0
-"""Ratio of largest to median gradient norm of epochs from which gradients explode."""
-
+SAFE_CLIP = 1.0  # Gradient norm at which the seed's fixed recipe clips
+RISEN = 1.10  # Ratio of train loss to its minimum from which it has risen: means over thousands of images vary by less
+SWING = 1.05  # Ratio of train loss to that of the epoch before from which the epoch went the wrong way
+SWINGING_SHARE = 1 / 3  # Share of epochs that went the wrong way from which a loss swings
+EXPLODED = 10.0  # Ratio of largest to median gradient norm of epochs from which gradients explode
+# Learning rates below which they are blamed for a slow descent: a fifth of the usual ones.
 LOW_LR = {"adamw": 1e-4, "adam": 1e-4, "sgd": 1e-2}
-"""Learning rates below which they are blamed for a slow descent: a fifth of the usual ones."""
-
-SLOW_FALL = 0.10
-"""Share of its first value by which a train loss falls over a whole run that hardly learns."""
-
-FASTER = 5.0
-"""Factor by which a rate that is too low is raised."""
+SLOW_FALL = 0.10  # Share of its first value by which a train loss falls over a whole run that hardly learns
+FASTER = 5.0  # Factor by which a rate that is too low is raised
 
 
 def diverged(evidence: Evidence) -> list[Diagnosis]:
@@ -294,7 +265,7 @@ def diverged(evidence: Evidence) -> list[Diagnosis]:
         if optim.grad_clip > SAFE_CLIP:
             patch["optim.grad_clip"] = SAFE_CLIP
         advice = f"Lower optim.lr tenfold, to {patch['optim.lr']:g}."
-    return [diagnose(evidence, "diverged", "serious", seen, Step(patch, advice), causes)]
+    return [evidence.diagnose("diverged", "serious", seen, Step(patch, advice), causes)]
 
 
 def learning_rate_too_high(evidence: Evidence) -> list[Diagnosis]:
@@ -329,7 +300,7 @@ def learning_rate_too_high(evidence: Evidence) -> list[Diagnosis]:
     if optim.grad_clip == 0:
         patch["optim.grad_clip"] = SAFE_CLIP
         advice += f" and clip gradients at {SAFE_CLIP:g}"
-    return [diagnose(evidence, "learning_rate_too_high", "warning", seen, Step(patch, f"{advice}."), causes)]
+    return [evidence.diagnose("learning_rate_too_high", "warning", seen, Step(patch, f"{advice}."), causes)]
 
 
 def learning_rate_too_low(evidence: Evidence) -> list[Diagnosis]:
@@ -350,7 +321,7 @@ def learning_rate_too_low(evidence: Evidence) -> list[Diagnosis]:
         Cause("the loss swings", "ruled out", "it fell in every epoch"),
     ]
     step = change(evidence.config, "optim.lr", significant(optim.lr * FASTER))
-    return [diagnose(evidence, "learning_rate_too_low", "warning", seen, step, causes)]
+    return [evidence.diagnose("learning_rate_too_low", "warning", seen, step, causes)]
 
 
 def _settled(evidence: Evidence) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from rafce_ray.base.figures import FIGURES
 from rafce_ray.base.storage import Location
 from rafce_ray.config import Config, differences, flatten, parse_yaml
 from rafce_ray.doctor.evidence import Diagnosis
-from rafce_ray.doctor.rules import examine_study
+from rafce_ray.doctor.rules import examine_study, found_in
 from rafce_ray.metrics.comparison import Difference
 from rafce_ray.metrics.text import UNDEFINED
 from rafce_ray.report.page import REPORT_FILE, template_environment
@@ -241,18 +241,18 @@ def _record(study: StudyFolder, name: str) -> dict[str, Any] | None:
 
 def _findings(study: StudyFolder, ranked: Sequence[str]) -> list[tuple[Diagnosis, tuple[str, ...]]]:
     """Each code once with its trials, by level, then by number of trials; shown is the best trial of the top level."""
-    found: dict[str, dict[str, Diagnosis]] = {}
-    for trial in examine_study(study):
-        for diagnosis in trial.diagnoses:
-            found.setdefault(diagnosis.code, {}).setdefault(trial.evidence.name, diagnosis)
-    order = {name: place for place, name in enumerate(ranked)}
     findings = []
-    for by_trial in found.values():
-        names = sorted(by_trial, key=lambda name: (order.get(name, len(order)), name))
+    for by_trial in found_in(examine_study(study)).values():
+        found = sorted(by_trial, key=lambda one: _place(one[0].evidence.name, ranked))
         # min takes the first among equals.
-        shown = min(names, key=lambda name: LEVELS.index(by_trial[name].level))
-        findings.append((by_trial[shown], (shown, *(name for name in names if name != shown))))
+        shown = min(found, key=lambda one: LEVELS.index(one[1].level))
+        names = dict.fromkeys(trial.evidence.name for trial, _ in (shown, *found))
+        findings.append((shown[1], tuple(names)))
     return sorted(findings, key=lambda one: (LEVELS.index(one[0].level), -len(one[1])))
+
+
+def _place(name: str, ranked: Sequence[str]) -> tuple[int, str]:
+    return ranked.index(name) if name in ranked else len(ranked), name
 
 
 def write_study_report(study: StudyFolder, metric: str) -> Location:
