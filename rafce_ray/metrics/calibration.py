@@ -15,7 +15,15 @@ from scipy.special import expit, logsumexp, softmax
 from scipy.stats import beta
 
 from rafce_ray.base.errors import RafceError
-from rafce_ray.metrics.counts import OfTasks, Tasks, percentile_interval, resample_weights
+from rafce_ray.metrics.counts import (
+    OfTasks,
+    Tasks,
+    count_probabilities,
+    figures,
+    losses_per_image,
+    percentile_interval,
+    resample_weights,
+)
 
 
 @dataclass(frozen=True)
@@ -331,37 +339,21 @@ def cross_fitted(
         "folds": FOLDS,
         "before": reliability_figures(raw, targets),
         "after": reliability_figures(Probabilities(emotion, action_units), targets),
-        "au_f1_mean_before": _mean_f1(raw.action_units >= 0.5, targets.action_units),
-        "au_f1_mean_after": _mean_f1(active, targets.action_units),
+        "au_f1_mean_before": _mean_f1(raw.action_units >= 0.5, targets),
+        "au_f1_mean_after": _mean_f1(active, targets),
     }
 
 
-def _mean_f1(active: NDArray[np.bool_], action_units: NDArray[np.floating]) -> float:
+def _mean_f1(active: NDArray[np.bool_], targets: OfTasks) -> float:
     """Mean F1 over AUs with positives, from decisions (N, A); NaN where there are none."""
-    positive, negative = action_units == 1, action_units == 0
-    tp, fp, fn = (active & positive).sum(axis=0), (active & negative).sum(axis=0), (~active & positive).sum(axis=0)
-    occurs = tp + fn > 0
-    return float(np.mean((2 * tp / np.maximum(2 * tp + fp + fn, 1))[occurs])) if occurs.any() else float("nan")
+    counts = count_probabilities(Tasks(np.zeros((len(active), 0)), active.astype(np.float64)), targets)
+    return float(figures(counts, np.zeros((0, 0)), np.zeros(0, dtype=bool))["au_f1_mean"])
 
 
 NUM_BINS = 15
 """Bins of equal mass; fewer where there are not MIN_PER_BIN predictions for each."""
 
 MIN_PER_BIN = 10
-
-SMALLEST = float(np.finfo(np.float32).tiny)
-"""A probability below this (1e-38) counts as this in a log loss, as it does in :mod:`rafce_ray.metrics.counts`."""
-
-
-@dataclass(frozen=True)
-class _Scored:
-    """Predictions as rows (n,): image, probability, whether it was right, and its share of both scores."""
-
-    image: NDArray[np.int64]
-    confidence: NDArray[np.float64]
-    hit: NDArray[np.float64]
-    nll: NDArray[np.float64]
-    brier: NDArray[np.float64]
 
 
 def reliability_figures(
@@ -374,49 +366,48 @@ def reliability_figures(
     * intervals: bootstrap 95 % over images; for that of the ECE see :func:`_ece_interval`;
     * bins: of the ECE, each with ``confidence``, ``hits`` (shares) and ``count``.
     """
-    num_images = len(probabilities.emotion)
-    figures: dict[str, Any] = {"emotion": None, "action_units": None}
-    if probabilities.emotion.shape[1] and (targets.emotion >= 0).any():
-        scored = _score_emotions(probabilities.emotion, targets.emotion)
-        figures["emotion"] = _figures(scored, num_images, resamples, seed)
-    if probabilities.action_units.shape[1] and not np.isnan(targets.action_units).all():
-        scored = _score_action_units(probabilities.action_units, targets.action_units)
-        figures["action_units"] = _figures(scored, num_images, resamples, seed)
-    return figures
+    losses = losses_per_image(probabilities, targets)
+    found: dict[str, Any] = {"emotion": None, "action_units": None}
+    if losses[:, 1].any():
+        image = np.flatnonzero(targets.emotion >= 0)
+        probability, label = probabilities.emotion[image].astype(np.float64), targets.emotion[image]
+        brier = ((probability - np.eye(probability.shape[1])[label]) ** 2).sum(axis=1)
+        hit = (probability.argmax(axis=1) == label).astype(np.float64)
+        found["emotion"] = _figures(image, probability.max(axis=1), hit, brier, losses[:, 0], resamples, seed)
+    if losses[:, 3].any():
+        image, column = np.nonzero(~np.isnan(targets.action_units))
+        confidence = probabilities.action_units[image, column].astype(np.float64)
+        hit = (targets.action_units[image, column] == 1).astype(np.float64)
+        brier = (confidence - hit) ** 2
+        found["action_units"] = _figures(image, confidence, hit, brier, losses[:, 2], resamples, seed)
+    return found
 
 
-def _score_emotions(probability: NDArray[np.floating], emotion: NDArray[np.integer]) -> _Scored:
-    image = np.flatnonzero(emotion >= 0)
-    found = probability[image].astype(np.float64)
-    true = np.eye(found.shape[1])[emotion[image]]
-    hit = (found.argmax(axis=1) == emotion[image]).astype(np.float64)
-    nll = -np.log(np.maximum((found * true).sum(axis=1), SMALLEST))
-    return _Scored(image, found.max(axis=1), hit, nll, ((found - true) ** 2).sum(axis=1))
-
-
-def _score_action_units(probability: NDArray[np.floating], action_units: NDArray[np.floating]) -> _Scored:
-    image, column = np.nonzero(~np.isnan(action_units))
-    found = probability[image, column].astype(np.float64)
-    hit = (action_units[image, column] == 1).astype(np.float64)
-    of_true = np.where(hit == 1, found, 1 - found)
-    return _Scored(image, found, hit, -np.log(np.maximum(of_true, SMALLEST)), (found - hit) ** 2)
-
-
-def _figures(scored: _Scored, num_images: int, resamples: int, seed: int) -> dict[str, Any]:
-    bin_of = equal_mass_bins(scored.confidence)
+def _figures(
+    image: NDArray[np.int64],
+    confidence: NDArray[np.float64],
+    hit: NDArray[np.float64],
+    brier: NDArray[np.float64],
+    nll: NDArray[np.float64],
+    resamples: int,
+    seed: int,
+) -> dict[str, Any]:
+    """Figures of n predictions: image, probability, whether it was right, and Brier score (n,); log loss per image."""
+    bin_of = equal_mass_bins(confidence)
     num_bins = int(bin_of.max()) + 1
-    per_image = np.zeros((num_images, 3 + 2 * num_bins))
-    np.add.at(per_image[:, :3], scored.image, np.stack([scored.nll, scored.brier, np.ones_like(scored.nll)], axis=1))
-    np.add.at(per_image, (scored.image, 3 + bin_of), scored.confidence)
-    np.add.at(per_image, (scored.image, 3 + num_bins + bin_of), scored.hit)
-    (nll,), (brier,), (gaps,) = _from_sums(per_image.sum(axis=0)[None], num_bins)
-    draws = [_from_sums(weights @ per_image, num_bins) for weights in resample_weights(num_images, resamples, seed)]
+    per_image = np.zeros((len(nll), 3 + 2 * num_bins))
+    per_image[:, 0] = nll
+    np.add.at(per_image[:, 1:3], image, np.stack([brier, np.ones_like(brier)], axis=1))
+    np.add.at(per_image, (image, 3 + bin_of), confidence)
+    np.add.at(per_image, (image, 3 + num_bins + bin_of), hit)
+    (whole_nll,), (whole_brier,), (gaps,) = _from_sums(per_image.sum(axis=0)[None], num_bins)
+    draws = [_from_sums(weights @ per_image, num_bins) for weights in resample_weights(len(nll), resamples, seed)]
     drawn_nll, drawn_brier, drawn_gaps = (np.concatenate(parts) for parts in zip(*draws, strict=True))
     count = np.bincount(bin_of)
-    confidence, hits = (np.bincount(bin_of, weights=values) / count for values in (scored.confidence, scored.hit))
+    mean_confidence, hits = (np.bincount(bin_of, weights=values) / count for values in (confidence, hit))
     return {
-        "nll": float(nll),
-        "brier": float(brier),
+        "nll": float(whole_nll),
+        "brier": float(whole_brier),
         "ece": float(np.abs(gaps).sum()),
         "intervals": {
             "nll": percentile_interval(drawn_nll),
@@ -424,7 +415,7 @@ def _figures(scored: _Scored, num_images: int, resamples: int, seed: int) -> dic
             "ece": _ece_interval(gaps, drawn_gaps),
         },
         "bins": [
-            {"confidence": float(confidence[i]), "hits": float(hits[i]), "count": int(count[i])}
+            {"confidence": float(mean_confidence[i]), "hits": float(hits[i]), "count": int(count[i])}
             for i in range(num_bins)
         ],
     }

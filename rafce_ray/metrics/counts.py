@@ -183,15 +183,23 @@ def count_probabilities(found: OfTasks, targets: OfTasks, thresholds: float | Se
     A probability that single precision has rounded to 0 counts as its smallest normal number, 1e-38, in the loss.
     """
     outcomes = outcomes_of(found, targets, thresholds)
-    emotion_loss = au_loss = 0.0
-    if found.emotion.shape[1]:
-        known = targets.emotion >= 0
-        emotion_loss = float(-_log(found.emotion[known, targets.emotion[known]]).sum())
-    if found.action_units.shape[1]:
-        known = ~np.isnan(targets.action_units)
-        present, probability = targets.action_units[known] == 1, found.action_units[known].astype(np.float64)
-        au_loss = float(-_log(np.where(present, probability, 1 - probability)).sum())
+    emotion_loss, _, au_loss, _ = losses_per_image(found, targets).sum(axis=0).tolist()
     return _count(outcomes, found.emotion.shape[1], emotion_loss, au_loss)
+
+
+def losses_per_image(found: OfTasks, targets: OfTasks) -> np.ndarray:
+    """(N, 4) float64: the emotion loss, known emotions (0 or 1), the AU loss and known AUs of each image, in nats."""
+    sums = np.zeros((len(found.emotion), 4))
+    if found.emotion.shape[1]:
+        known = np.flatnonzero(targets.emotion >= 0)
+        sums[known, 0] = -_log(found.emotion[known, targets.emotion[known]])
+        sums[known, 1] = 1
+    if found.action_units.shape[1]:
+        is_known, probability = ~np.isnan(targets.action_units), found.action_units.astype(np.float64)
+        of_true = np.where(targets.action_units == 1, probability, 1 - probability)
+        sums[:, 2] = np.where(is_known, -_log(of_true), 0.0).sum(axis=1)
+        sums[:, 3] = is_known.sum(axis=1)
+    return sums
 
 
 def _count(outcomes: Outcomes, num_emotions: int, emotion_loss_sum: float, au_loss_sum: float) -> Counts:

@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, TypeAdapter
 from rafce_ray.base.errors import RafceError
 from rafce_ray.base.figures import FIGURES
 from rafce_ray.base.taxonomy import Taxonomy
-from rafce_ray.metrics.calibration import SMALLEST, Calibration, SplitOutputs, calibrated
+from rafce_ray.metrics.calibration import Calibration, SplitOutputs, calibrated
 from rafce_ray.metrics.comparison import (
     NO_SPREAD,
     RESAMPLES,
@@ -29,7 +29,7 @@ from rafce_ray.metrics.comparison import (
     same_images,
     score,
 )
-from rafce_ray.metrics.counts import resample_weights
+from rafce_ray.metrics.counts import losses_per_image, resample_weights
 from rafce_ray.run.folder import RunFolder
 from rafce_ray.study.folder import StudyFolder
 from rafce_ray.study.trials import ENDED, Trial, best_first, read_plan, read_trial
@@ -408,7 +408,7 @@ def score_with_losses(
 ) -> Scored:
     """:func:`rafce_ray.metrics.comparison.score` with LOSSES among the figures, in the same resamples."""
     found = score(split, taxonomy, calibration, resamples=resamples)
-    sums = _loss_sums(split, calibration)
+    sums = losses_per_image(calibrated(split.outputs, calibration), split)
     drawn = [_losses(weights @ sums) for weights in resample_weights(len(sums), resamples, seed=0)]
     whole = _losses(sums.sum(axis=0)[None])
     return Scored(
@@ -430,22 +430,6 @@ def over_seeds(
 
     figures = {configuration: {name: of(found, name) for name in names} for configuration, found in runs.items()}
     return figures, {name: pooled_spread(found[name] for found in figures.values()) for name in names}
-
-
-def _loss_sums(split: SplitOutputs, calibration: Calibration) -> NDArray[np.float64]:
-    """(N, 4): per image the emotion loss, known emotions (0 or 1), the AU loss, known AUs."""
-    found = calibrated(split.outputs, calibration)
-    sums = np.zeros((len(split.names), 4))
-    if found.emotion.shape[1]:
-        known = np.flatnonzero(split.emotion >= 0)
-        sums[known, 0] = -np.log(np.maximum(found.emotion[known, split.emotion[known]], SMALLEST))
-        sums[known, 1] = 1
-    if found.action_units.shape[1]:
-        of_true = np.where(split.action_units == 1, found.action_units, 1 - found.action_units)
-        is_known = ~np.isnan(split.action_units)
-        sums[:, 2] = np.where(is_known, -np.log(np.maximum(of_true, SMALLEST)), 0.0).sum(axis=1)
-        sums[:, 3] = is_known.sum(axis=1)
-    return sums
 
 
 def _losses(sums: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
