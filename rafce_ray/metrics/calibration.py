@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field, FiniteFloat
+from pydantic.dataclasses import dataclass as checked
 from scipy.optimize import minimize, minimize_scalar
 from scipy.special import expit, logsumexp, softmax
 from scipy.stats import beta
@@ -56,7 +57,11 @@ class Probabilities:
     action_units: NDArray[np.float64]
 
 
-@dataclass(frozen=True)
+_Probability = Annotated[float, Field(ge=0, le=1)]
+_Factor = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+@checked(frozen=True, config=ConfigDict(extra="forbid"))
 class Calibration:
     """How logits become probabilities and decisions.
 
@@ -66,28 +71,16 @@ class Calibration:
     none is.
     """
 
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
-
-    temperature: float = 1.0
-    au_thresholds: tuple[float, ...] = ()
-    au_slopes: tuple[float, ...] = ()
-    au_shifts: tuple[float, ...] = ()
-    unsure_below: float | None = None
+    temperature: _Factor = 1.0
+    au_thresholds: tuple[_Probability, ...] = ()
+    au_slopes: tuple[_Factor, ...] = ()
+    au_shifts: tuple[FiniteFloat, ...] = ()
+    unsure_below: _Probability | None = None
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.temperature < float("inf"):
-            raise ValueError(f"temperature {self.temperature}: expected a number above 0")
-        if not all(0.0 <= threshold <= 1.0 for threshold in self.au_thresholds):
-            raise ValueError(f"au_thresholds {list(self.au_thresholds)}: expected probabilities in [0, 1]")
-        if not all(0.0 < slope < float("inf") for slope in self.au_slopes):
-            raise ValueError(f"au_slopes {list(self.au_slopes)}: expected numbers above 0")
-        if not np.isfinite(self.au_shifts).all():
-            raise ValueError(f"au_shifts {list(self.au_shifts)}: expected finite numbers")
         for name, values in (("au_slopes", self.au_slopes), ("au_shifts", self.au_shifts)):
             if len(values) not in (0, len(self.au_thresholds)):
                 raise ValueError(f"{len(values)} {name} for {len(self.au_thresholds)} au_thresholds")
-        if self.unsure_below is not None and not 0.0 <= self.unsure_below <= 1.0:
-            raise ValueError(f"unsure_below {self.unsure_below}: expected a probability in [0, 1]")
 
     @classmethod
     def uncalibrated(cls, num_action_units: int) -> Calibration:

@@ -202,26 +202,18 @@ def losses_per_image(found: OfTasks, targets: OfTasks) -> np.ndarray:
     return sums
 
 
-def _count(outcomes: Outcomes, num_emotions: int, emotion_loss_sum: float, au_loss_sum: float) -> Counts:
-    cells = np.bincount(outcomes.cell[outcomes.cell >= 0], minlength=num_emotions**2)
-    tp, fp, fn, tn = (one.sum(axis=0) for one in (outcomes.tp, outcomes.fp, outcomes.fn, outcomes.tn))
+def _count(outcomes: Sequence[np.ndarray], num_emotions: int, emotion_loss_sum: float, au_loss_sum: float) -> Counts:
+    cell, *of_units = outcomes
+    cells = np.bincount(cell[cell >= 0], minlength=num_emotions**2)
+    tp, fp, fn, tn = (one.sum(axis=0) for one in of_units)
     confusion, au_known = cells.reshape(num_emotions, num_emotions), int((tp + fp + fn + tn).sum())
     return Counts(confusion, tp, fp, fn, tn, emotion_loss_sum, int(cells.sum()), au_loss_sum, au_known)
 
 
-@dataclass(frozen=True)
-class Outcomes:
-    """Outcomes: cell (N,) int64 is true * E + predicted, -1 for an unknown emotion; tp, fp, fn, tn (N, A) bool."""
-
-    cell: np.ndarray
-    tp: np.ndarray
-    fp: np.ndarray
-    fn: np.ndarray
-    tn: np.ndarray
-
-
-def outcomes_of(found: OfTasks, targets: OfTasks, thresholds: float | Sequence[float]) -> Outcomes:
+def outcomes_of(found: OfTasks, targets: OfTasks, thresholds: float | Sequence[float]) -> tuple[np.ndarray, ...]:
     """Outcomes of images from scores or probabilities (N, E) and probabilities (N, A).
+
+    cell (N,) int64 is true * E + predicted, -1 for an unknown emotion; tp, fp, fn, tn (N, A) bool.
 
     Raises:
         ValueError: a label beyond E, or an AU target other than 0, 1 and NaN.
@@ -237,12 +229,12 @@ def outcomes_of(found: OfTasks, targets: OfTasks, thresholds: float | Sequence[f
         cell = np.where(emotion >= 0, emotion * num_emotions + found.emotion.argmax(axis=1), -1)
     if not found.action_units.shape[1]:
         nothing = np.zeros((size, 0), dtype=bool)
-        return Outcomes(cell, nothing, nothing, nothing, nothing)
+        return cell, nothing, nothing, nothing, nothing
     positive, negative = action_units == 1, action_units == 0
     if bool((~positive & ~negative & ~np.isnan(action_units)).any()):
         raise ValueError("action-unit targets hold values other than 0, 1 and NaN (unknown)")
     present = found.action_units >= np.asarray(thresholds, dtype=np.float64)
-    return Outcomes(cell, positive & present, negative & present, positive & ~present, negative & ~present)
+    return cell, positive & present, negative & present, positive & ~present, negative & ~present
 
 
 def _log(probabilities: np.ndarray) -> np.ndarray:
@@ -434,16 +426,16 @@ def bootstrap_figures(
     From probabilities (N, E) and (N, A). The same number of images and seed give the same resamples, so those of two
     models on the same images are pairs.
     """
-    outcomes = outcomes_of(found, targets, thresholds)
+    cell, *of_units = outcomes_of(found, targets, thresholds)
     rankings, overlap = _rankings(found, targets), component_overlap(taxonomy)
-    num_emotions, num_aus = taxonomy.num_emotions, outcomes.tp.shape[1]
+    num_emotions, num_aus = taxonomy.num_emotions, of_units[0].shape[1]
     support = np.bincount(targets.emotion[targets.emotion >= 0], minlength=num_emotions)
     supported = support[:num_emotions] >= MIN_SUPPORT
-    cells = outcomes.cell[:, None] == np.arange(num_emotions**2)
-    indicators = np.concatenate([cells, outcomes.tp, outcomes.fp, outcomes.fn, outcomes.tn], axis=1).astype(np.float32)
+    cells = cell[:, None] == np.arange(num_emotions**2)
+    indicators = np.concatenate([cells, *of_units], axis=1).astype(np.float32)
     at = np.cumsum([num_emotions**2, num_aus, num_aus, num_aus])
     parts = []
-    for weights in resample_weights(len(outcomes.cell), resamples, seed):
+    for weights in resample_weights(len(cell), resamples, seed):
         confusion, tp, fp, fn, tn = np.split(weights @ indicators, at, axis=1)
         counts = Counts(confusion.reshape(len(weights), num_emotions, num_emotions), tp, fp, fn, tn, 0.0, 0, 0.0, 0)
         values = figures(counts, overlap, supported)

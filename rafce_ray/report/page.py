@@ -13,22 +13,13 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from rafce_ray import __version__
+from rafce_ray.base import figures
 from rafce_ray.base.errors import UsageError
-from rafce_ray.base.figures import FIGURES, MAIN, MIN_SUPPORT, WITH_INTERVAL
 from rafce_ray.base.storage import Location, locate
 from rafce_ray.base.taxonomy import ACTION_UNIT_NAMES, parse_action_unit_token
-from rafce_ray.bundle.model_card import (
-    INTENDED_USE,
-    PERCEIVED,
-    PROHIBITED_USE,
-    SPLIT_NOTES,
-    action_unit_counts,
-    class_counts,
-    label_differences,
-    split_sizes,
-)
+from rafce_ray.bundle import model_card
 from rafce_ray.config import Config, flatten
-from rafce_ray.metrics.text import UNDEFINED, against_floor, constant_f1, headline, interval, number, percent, summary
+from rafce_ray.metrics import text
 from rafce_ray.report import plots
 from rafce_ray.report.data import MIN_GROUP, ReportData, gather
 from rafce_ray.run.compare import distinct
@@ -41,19 +32,6 @@ REPORT_FILE = "report.html"
 NUM_CONFUSIONS = 8
 SHOWN_TRIALS = 6
 """Trials that are named where many could be."""
-
-NOTABLE_EVENTS = (
-    "resumed",
-    "warning",
-    "invalid_checkpoint",
-    "hung_worker",
-    "workers_failed",
-    "waiting_for_room",
-    "resized",
-    "calibration",
-    "finding",
-    "diverged",
-)
 
 
 def write_report(folder: RunFolder, *, out: str | None = None, **arguments: Any) -> Location:
@@ -94,8 +72,8 @@ def render_page(data: ReportData) -> str:
             data=data,
             run=data.run,
             figures=data.figures,
-            headline=None if data.figures is None else headline(data.figures, data.split),
-            summary=[] if data.figures is None else summary(data.figures),
+            headline=None if data.figures is None else text.headline(data.figures, data.split),
+            summary=[] if data.figures is None else text.summary(data.figures),
             trained=_trained_on(data),
             matrix=matrix,
             confusions=_confusions(data.taxonomy.emotions, matrix),
@@ -119,9 +97,9 @@ def template_environment() -> Environment:
     environment.filters |= {
         "num": number_html,
         "pct": percent_html,
-        "number": number,
-        "percent": percent,
-        "interval": interval,
+        "number": text.number,
+        "percent": text.percent,
+        "interval": text.interval,
         "percent_interval": percent_interval,
         "count": count_or_dash,
         "duration": duration,
@@ -131,19 +109,10 @@ def template_environment() -> Environment:
         "patched": patch_lines,
     }
     environment.globals |= {
-        "FIGURES": FIGURES,
-        "MAIN": MAIN,
-        "MIN_SUPPORT": MIN_SUPPORT,
+        "figure_table": figures,
+        "card": model_card,
+        "text": text,
         "MIN_GROUP": MIN_GROUP,
-        "OF_EMOTIONS": [name for name in WITH_INTERVAL if FIGURES[name].task == "emotion"],
-        "SPLIT_NOTES": SPLIT_NOTES,
-        "PERCEIVED": PERCEIVED,
-        "INTENDED_USE": INTENDED_USE,
-        "PROHIBITED_USE": PROHIBITED_USE,
-        "NOTABLE_EVENTS": NOTABLE_EVENTS,
-        "UNDEFINED": UNDEFINED,
-        "against_floor": against_floor,
-        "constant_f1": constant_f1,
         "distinct": distinct,
         "plots": plots,
         "version": __version__,
@@ -159,40 +128,40 @@ def named(names: Sequence[str]) -> str:
 
 def number_html(value: float | None, digits: int = 3) -> Markup:
     """A number for people, with its exact value for programs; a marked dash for None."""
-    return _data(value, number(value, digits))
+    return _data(value, text.number(value, digits))
 
 
 def percent_html(value: float | None, digits: int = 1) -> Markup:
     """A share in [0, 1] as a percentage, with its exact value for programs; a marked dash for None."""
-    return _data(value, percent(value, digits))
+    return _data(value, text.percent(value, digits))
 
 
-def _data(value: float | None, text: str) -> Markup:
+def _data(value: float | None, shown: str) -> Markup:
     if value is None or not math.isfinite(value):
-        return Markup('<span class="undefined">{}</span>').format(UNDEFINED)
-    return Markup('<data value="{}">{}</data>').format(value, text)
+        return Markup('<span class="undefined">{}</span>').format(text.UNDEFINED)
+    return Markup('<data value="{}">{}</data>').format(value, shown)
 
 
 def percent_interval(bounds: Sequence[float | None] | None) -> str:
     """``44.0 to 53.0``: bounds in [0, 1] in percent; a dash where undefined."""
-    return interval(bounds and [None if one is None else 100 * one for one in bounds], 1)
+    return text.interval(bounds and [None if one is None else 100 * one for one in bounds], 1)
 
 
 def count_or_dash(value: int | None) -> str:
     """A count with a comma between thousands; a dash for None."""
-    return UNDEFINED if value is None else f"{value:,}"
+    return text.UNDEFINED if value is None else f"{value:,}"
 
 
 def _trained_on(data: ReportData) -> dict[str, Any]:
     audit, targets = data.run.audit or None, data.run.targets
-    counts, findings = action_unit_counts(audit, targets), [] if audit is None else audit["findings"]
+    counts, findings = model_card.action_unit_counts(audit, targets), [] if audit is None else audit["findings"]
     return {
         "audit": audit,
-        "sizes": split_sizes(audit, targets),
-        "classes": class_counts(audit, targets),
+        "sizes": model_card.split_sizes(audit, targets),
+        "classes": model_card.class_counts(audit, targets),
         "action_units": counts,
         "names": {code: ACTION_UNIT_NAMES.get(parse_action_unit_token(code) or 0, "") for code in counts},
-        "differences": label_differences(audit, targets),
+        "differences": model_card.label_differences(audit, targets),
         "is_recorded": targets is not None,
         "findings": [one for one in findings if one["level"] != "info"],
         "remarks": [one for one in findings if one["level"] == "info"],

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
@@ -45,39 +46,6 @@ OPTIMISED: dict[str, Any] = {"color": MUTED, "linestyle": ":", "linewidth": 1.4}
 
 _ALONG_X: dict[str, Any] = {"textcoords": "offset points", "xycoords": ("data", "axes fraction")}
 """Places of a note: x in units of the data, y as a share of the height; the text is moved by points."""
-
-_STYLE: Any = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "rafce",
-    "font.family": "DejaVu Sans",
-    "font.size": TEXT_PX,
-    "axes.titlesize": TEXT_PX + 1,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.titlepad": 10,
-    "axes.labelsize": TEXT_PX,
-    "axes.labelcolor": MUTED,
-    "axes.edgecolor": MUTED,
-    "axes.linewidth": 0.8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": GRID,
-    "grid.linewidth": 0.8,
-    "text.color": INK,
-    "text.parse_math": False,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "xtick.labelsize": TEXT_PX - 1,
-    "ytick.labelsize": TEXT_PX - 1,
-    "legend.frameon": False,
-    "legend.fontsize": TEXT_PX,
-    "legend.handlelength": 2.6,
-    "figure.facecolor": "none",
-    "axes.facecolor": "none",
-    "savefig.facecolor": "none",
-}
 
 
 def loss_curves(run: Evidence) -> Markup:
@@ -198,7 +166,7 @@ def risk_coverage_curve(risk_coverage: Mapping[str, Any], unsure_below: float | 
 def chart(name: str, num_panels: int, height_px: int, draw: Any, label: str, max_panels: float | None = None) -> Markup:
     """One row of panels, never wider than the page; a single one takes up to two thirds of it."""
     width = WIDTH_PX * min(1.0, num_panels / (max_panels or max(num_panels, 1.5)))
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(fname=Path(__file__).parent / "templates/chart.mplstyle"):
         figure = Figure(figsize=(width / 72, height_px / 72), dpi=72)
         axes = figure.subplots(1, num_panels, squeeze=False)[0]
         # Margins are given: measuring every label would take as long again as drawing it.
