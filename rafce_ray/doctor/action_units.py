@@ -29,6 +29,7 @@ from rafce_ray.doctor.evidence import (
     confirmed_if,
     figure,
     possible_if,
+    settings,
     significant,
 )
 
@@ -323,10 +324,6 @@ def _apart(ratio: float) -> str:
     return f"{factor:,.0f} times" if factor >= FAR_APART else f"{factor:.1f} times"
 
 
-def _weights(evidence: Evidence) -> str:
-    return f"loss.au_weight={evidence.config.loss.au_weight:g}"
-
-
 def _without_targets(evidence: Evidence, losses: float) -> list[Diagnosis]:
     """The seed saw a tiny AU loss and raised its weight; without positive targets it must be tiny."""
     value = figure(evidence.last, "train.emotion_loss")
@@ -337,18 +334,18 @@ def _without_targets(evidence: Evidence, losses: float) -> list[Diagnosis]:
     )
     causes = [
         Cause("there is nothing to find in the AU targets", "confirmed", "0 positive AU targets in train"),
-        Cause(TOO_LOW, "ruled out", _weights(evidence)),
+        Cause(TOO_LOW, "ruled out", settings(evidence.config, "loss.au_weight")),
     ]
     return [evidence.diagnose("losses_apart", "info", seen, data_remedy(evidence), causes)]
 
 
 def _gradients_apart(evidence: Evidence, gradients: float, losses: float) -> Diagnosis:
     weaker, stronger = ("AU", "emotion") if gradients > 1 else ("emotion", "AU")
+    found = settings(evidence.config, "loss.au_weight")
     seen = (
         f"On the trunk the {stronger} gradient is {_apart(gradients)} the {weaker} gradient (norms with "
-        f"{_weights(evidence)}, median of the last epochs): the {weaker} task hardly shapes what both see."
+        f"{found}, median of the last epochs): the {weaker} task hardly shapes what both see."
     )
-    found = _weights(evidence)
     if math.isfinite(losses):
         found += f"; the losses themselves are {_apart(losses)} apart"
     cause = Cause(f"the weight of the AU loss is too {'low' if gradients > 1 else 'high'}", "possible", found)
@@ -357,9 +354,9 @@ def _gradients_apart(evidence: Evidence, gradients: float, losses: float) -> Dia
 
 def _losses_apart(evidence: Evidence, losses: float, gradients: float) -> Diagnosis:
     larger, smaller = ("emotion", "AU") if losses > 1 else ("AU", "emotion")
+    weight = settings(evidence.config, "loss.au_weight")
     seen = (
-        f"The {larger} loss is {_apart(losses)} the {smaller} loss (train, with {_weights(evidence)}, median of "
-        "the last epochs)."
+        f"The {larger} loss is {_apart(losses)} the {smaller} loss (train, with {weight}, median of the last epochs)."
     )
     drowned = "one task drowns the other"
     if not math.isfinite(gradients):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -325,7 +325,7 @@ def with_baseline(evidence: Evidence, candidates: Sequence[Evidence]) -> Evidenc
     return replace(evidence, baseline=min(fit, key=distance, default=None))
 
 
-def emotion_only_runs(folders: Sequence[RunFolder]) -> list[Evidence]:
+def emotion_only_runs(folders: Iterable[RunFolder]) -> list[Evidence]:
     """The ended runs without AUs among some run folders; unreadable ones are left out with a warning."""
     found = []
     for folder in folders:
@@ -335,12 +335,6 @@ def emotion_only_runs(folders: Sequence[RunFolder]) -> list[Evidence]:
         except (RafceError, OSError, ValueError) as error:
             warn(f"{folder.location} is left out as a baseline: {error}")
     return found
-
-
-def siblings(folder: RunFolder) -> list[RunFolder]:
-    """The folders next to a run's, and its own."""
-    around = folder.location.parent
-    return [RunFolder(str(around / info.base_name)) for info in around.list()]
 
 
 def other_differences(one: Config, other: Config) -> list[str]:

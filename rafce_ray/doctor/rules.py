@@ -26,7 +26,6 @@ from rafce_ray.doctor.figures import (
     emotion_only_runs,
     improvement_within_noise,
     miscalibrated,
-    siblings,
     with_baseline,
 )
 from rafce_ray.doctor.training import (
@@ -103,7 +102,9 @@ def examine_run(folder: RunFolder, baseline: Evidence | None = None) -> list[Dia
     """All findings of a run, compared with ``baseline`` or else with the nearest emotion-only run next to it."""
     evidence = Evidence.of_run(folder, baseline)
     if baseline is None:
-        evidence = with_baseline(evidence, emotion_only_runs(siblings(folder)))
+        around = folder.location.parent
+        siblings = (RunFolder(str(around / info.base_name)) for info in around.list())
+        evidence = with_baseline(evidence, emotion_only_runs(siblings))
     return examine(evidence)
 
 

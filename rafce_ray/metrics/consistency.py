@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass as checked
 
 from rafce_ray.base.taxonomy import Taxonomy
 
@@ -24,24 +25,23 @@ CONTRADICTION = 0.1
 """An AU contradicts an emotion if its state has at most this probability given it, and at most half of the overall."""
 
 
-@dataclass(frozen=True)
+_Inside = Annotated[float, Field(gt=0, lt=1)] | None
+
+
+@checked(frozen=True, config=ConfigDict(extra="forbid"))
 class Association:
     """P(AU present | emotion) ``given_emotion`` (E x A) and P(AU present) ``overall`` (A), smoothed, of a train split.
 
     Each is above 0 and below 1; None where the AU has no known element.
     """
 
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
-
-    given_emotion: tuple[tuple[float | None, ...], ...]
-    overall: tuple[float | None, ...]
+    given_emotion: tuple[tuple[_Inside, ...], ...]
+    overall: tuple[_Inside, ...]
 
     def __post_init__(self) -> None:
-        for row in (*self.given_emotion, self.overall):
+        for row in self.given_emotion:
             if len(row) != len(self.overall):
                 raise ValueError(f"a row of {len(row)} action units beside {len(self.overall)}")
-            if any(value is not None and not 0.0 < value < 1.0 for value in row):
-                raise ValueError(f"{list(row)}: expected probabilities between 0 and 1, neither of them, or null")
 
 
 @dataclass(frozen=True)

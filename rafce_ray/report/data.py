@@ -468,22 +468,15 @@ def find_mistakes(split: SplitOutputs, taxonomy: Taxonomy, calibration: Calibrat
     At most one action unit an image, so that one unusual picture does not fill the list.
     """
     found = calibrated(split.outputs, calibration)
-    emotions: list[Mistake] = []
+    names, emotions = taxonomy.emotions, list[Mistake]()
     wrong: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
     if taxonomy.num_emotions:
         predicted = found.emotion.argmax(axis=1)
         wrong = np.flatnonzero((split.emotion >= 0) & (predicted != split.emotion))
         surest = wrong[np.argsort(-found.emotion[wrong].max(axis=1), kind="stable")][:MAX_EMOTION_MISTAKES]
         emotions = [
-            Mistake(
-                name=split.names[row],
-                subject="",
-                true=taxonomy.emotions[split.emotion[row]],
-                predicted=taxonomy.emotions[predicted[row]],
-                probability=float(found.emotion[row].max()),
-                of_truth=float(found.emotion[row, split.emotion[row]]),
-            )
-            for row in surest
+            Mistake(split.names[row], "", names[true], names[said], *found.emotion[row, [said, true]].tolist())
+            for row, true, said in zip(surest, split.emotion[surest], predicted[surest], strict=True)
         ]
     active = found.action_units >= np.array(calibration.au_thresholds)
     wrong_au = ~np.isnan(split.action_units) & (active != (split.action_units == 1))

@@ -72,13 +72,10 @@ def render_page(data: ReportData) -> str:
             data=data,
             run=data.run,
             figures=data.figures,
-            headline=None if data.figures is None else text.headline(data.figures, data.split),
-            summary=[] if data.figures is None else text.summary(data.figures),
             trained=_trained_on(data),
             matrix=matrix,
             confusions=_confusions(data.taxonomy.emotions, matrix),
             settings=_settings(data.run.config),
-            started=[event for event in data.run.events if event["event"] == "started"],
             made=_time(time.time(), "%Y-%m-%d %H:%M UTC"),
         )
     )
