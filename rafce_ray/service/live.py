@@ -223,13 +223,13 @@ class LiveModel:
                 raise
             raise RafceError(f"{target.place}: cannot be read ({error}).") from error
         before, self.served, self._serving, self.failed = self.served, served, target, None
-        self._meter.swaps.add()
+        self._meter.swaps.inc()
         log.info("model %s serves instead of %s", served.model.version, before.model.version)
         return served
 
     def _refuse(self, version: str | None, place: str, error: Exception) -> None:
         if self.failed is None or self.failed.reason != str(error):
-            self._meter.refused_versions.add()
+            self._meter.refused_versions.inc()
             log.error("a new model is refused and %s goes on: %s", self.served.model.version, error)
         self.failed = FailedSwap(version, place, str(error), datetime.now(UTC))
 
