@@ -9,12 +9,12 @@ import hashlib
 import logging
 import math
 import threading
-from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from itertools import accumulate
+
+import numpy as np
 
 from rafce_ray.base.errors import GateError, RafceError, UsageError
 from rafce_ray.base.hardware import choose_device
@@ -273,8 +273,9 @@ def load_served(target: Target, config: ServiceConfig) -> Served:
 
 
 BLOCK_FACES = 50
-WINDOW_BLOCKS = 40
-WINDOW_FACES = BLOCK_FACES * WINDOW_BLOCKS
+"""Faces after which the window is compared again."""
+
+WINDOW_FACES = 2000
 """Number of latest faces that are compared, however long ago they came."""
 
 RETURNED = 0.2
@@ -297,21 +298,16 @@ class DriftWatch:
         for name, counts in self._counts.items():
             needed = faces_needed(counts)
             self.min_faces[name] = None if needed is None or needed > WINDOW_FACES else needed
-        # A block counts the faces of all statistics in one list: bins of the first statistic, of the second, and so on.
-        *starts, size = accumulate(map(len, self._counts.values()), initial=0)
-        self._start = dict(zip(self._counts, starts, strict=True))
-        self._first_unit = size - 2 * taxonomy.num_action_units
-        self._total = [0] * size
-        self._block = [0] * size
-        self._num_in_block = 0
-        self._blocks: deque[list[int]] = deque()
+        # The bin of each statistic (columns) of the latest faces (rows).
+        self._bins = np.zeros((WINDOW_FACES, len(self._counts)), np.intp)
+        self._num_added = 0
         self._drifted: set[str] = set()
         self.psi = dict.fromkeys(self._counts, math.nan)
 
     @property
     def num_faces(self) -> int:
         """Faces that are compared now."""
-        return BLOCK_FACES * len(self._blocks)
+        return min(self._num_added // BLOCK_FACES * BLOCK_FACES, WINDOW_FACES)
 
     @property
     def remark(self) -> str | None:
@@ -331,36 +327,23 @@ class DriftWatch:
 
     def add(self, prediction: Prediction, light: Light) -> None:
         """Count an answered face."""
-        reference, block, start = self._reference, self._block, self._start
+        reference, emotion = self._reference, prediction.emotion
         if reference is None:
             return
-        emotion = prediction.emotion
+        bins = [reference.brightness.place(light.brightness), reference.contrast.place(light.contrast)]
         if emotion is not None and reference.confidence is not None:
-            block[start["emotion"] + emotion.index] += 1
-            block[start["confidence"] + reference.confidence.place(emotion.probability)] += 1
-        block[start["brightness"] + reference.brightness.place(light.brightness)] += 1
-        block[start["contrast"] + reference.contrast.place(light.contrast)] += 1
-        for place, unit in enumerate(prediction.action_units):
-            if unit.active:
-                block[self._first_unit + 2 * place + 1] += 1
-        self._num_in_block += 1
-        if self._num_in_block == BLOCK_FACES:
-            self._slide()
+            bins = [emotion.index, reference.confidence.place(emotion.probability), *bins]
+        self._bins[self._num_added % WINDOW_FACES] = [*bins, *(unit.active for unit in prediction.action_units)]
+        self._num_added += 1
+        if self._num_added % BLOCK_FACES == 0:
+            self._compare()
 
-    def _slide(self) -> None:
-        """Move the window on by one block, and compare."""
-        for place in range(self._first_unit, len(self._block), 2):
-            self._block[place] = BLOCK_FACES - self._block[place + 1]  # The inactive ones.
-        self._blocks.append(self._block)
-        self._total = [total + new for total, new in zip(self._total, self._block, strict=True)]
-        if len(self._blocks) > WINDOW_BLOCKS:
-            self._total = [total - old for total, old in zip(self._total, self._blocks.popleft(), strict=True)]
-        self._block, self._num_in_block = [0] * len(self._total), 0
+    def _compare(self) -> None:
         found = dict.fromkeys(self._counts, math.nan)
-        for name, reference in self._counts.items():
-            needed, start = self.min_faces[name], self._start[name]
+        for (name, reference), bins in zip(self._counts.items(), self._bins[: self.num_faces].T, strict=True):
+            needed = self.min_faces[name]
             if needed is not None and self.num_faces >= needed:
-                found[name] = psi(reference, self._total[start : start + len(reference)])
+                found[name] = psi(reference, np.bincount(bins, minlength=len(reference)).tolist())
         self.psi = found
         for name, value in found.items():
             if name in self._drifted and value < RETURNED:
