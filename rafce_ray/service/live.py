@@ -50,67 +50,44 @@ class Target:
 
 
 @dataclass(frozen=True)
-class BundleFolder:
-    """A source of models: one folder, whose bundle may be replaced."""
+class Source:
+    """Where models come from: a bundle's folder or a registry, a path or URI each; the other one is None."""
 
-    place: str
-
-    def look(self) -> Target:
-        """The bundle that is there now. Its stamp is of the manifest's content and the weights' size and time.
-
-        RafceError or OSError where it cannot be read.
-        """
-        folder = find_bundle(self.place)
-        manifest = (folder / MANIFEST).read_bytes()
-        weights = (folder / WEIGHTS).info()
-        stamp = hashlib.sha256(manifest + f"{folder.path} {weights.size} {weights.mtime_ns}".encode()).hexdigest()
-        return Target(None, self.place, stamp)
-
-    def find(self, version: str) -> Target:
-        """Raise UsageError: a folder has no versions."""
-        raise UsageError(
-            f"version {version!r}: a service of the bundle folder {self.place} has no versions. Serve a registry, or "
-            "put the new bundle in the folder's place."
-        )
-
-
-@dataclass(frozen=True)
-class Registry:
-    """A source of models: a registry, whose live version was the last to be promoted or rolled back to."""
-
-    place: str
+    bundle: str | None
+    registry: str | None
 
     def look(self) -> Target:
-        """The live version, from the live record alone: versions never change.
+        """The bundle that is in the folder now, or the live version by its record alone: versions never change.
 
-        RafceError where none was ever promoted.
+        RafceError or OSError where it cannot be read, or no version was ever promoted.
         """
-        registry = locate(self.place)
+        if self.registry is None:
+            assert self.bundle is not None, "ServiceConfig has one of the two"
+            folder = find_bundle(self.bundle)
+            weights = (folder / WEIGHTS).info()
+            told = f"{folder.path} {weights.size} {weights.mtime_ns}"
+            stamp = hashlib.sha256((folder / MANIFEST).read_bytes() + told.encode()).hexdigest()
+            return Target(None, self.bundle, stamp)
+        registry = locate(self.registry)
         live = read_live(registry)
         if live is None:
             raise RafceError(
-                f"{self.place}: no version is live yet. Add one with rafce bundle add and make it live with rafce "
+                f"{self.registry}: no version is live yet. Add one with rafce bundle add and make it live with rafce "
                 "bundle promote."
             )
         folder = place_of_version(registry, live.version)
         return Target(live.version, folder.uri, live.sha256, force=live.may_change_taxonomy)
 
     def find(self, version: str) -> Target:
-        """A version by its name. UsageError where there is none."""
-        registry = locate(self.place)
+        """A version by its name. UsageError where there is none, as of every folder."""
+        if self.registry is None:
+            raise UsageError(
+                f"version {version!r}: a service of the bundle folder {self.bundle} has no versions. Serve a registry, "
+                "or put the new bundle in the folder's place."
+            )
+        registry = locate(self.registry)
         folder = version_folder(registry, version)
         return Target(version, folder.uri, read_version(registry, version).sha256 or "")
-
-
-Source = BundleFolder | Registry
-
-
-def source_of(config: ServiceConfig) -> Source:
-    """Where the configuration says that the live model is."""
-    if config.registry is not None:
-        return Registry(config.registry)
-    assert config.bundle is not None, "ServiceConfig has one of the two"
-    return BundleFolder(config.bundle)
 
 
 @dataclass(frozen=True)
@@ -172,10 +149,10 @@ class LiveModel:
             self._pinned = False
             return self._swap(self._source.look())
 
-    def switch(self, version: str, *, force: bool = False) -> Served:
+    def switch(self, version: str) -> Served:
         """Serve this version until :meth:`refresh`, whatever is live in the source. RafceError as there."""
         with self._swapping:
-            served = self._swap(self._source.find(version), force=force)
+            served = self._swap(self._source.find(version))
             self._pinned = True
             return served
 
@@ -204,7 +181,7 @@ class LiveModel:
             with suppress(RafceError):  # _swap notes why it refused.
                 self._swap(target)
 
-    def _swap(self, target: Target, *, force: bool = False) -> Served:
+    def _swap(self, target: Target) -> Served:
         if target == self._serving:
             self.failed = None
             return self.served
@@ -212,7 +189,7 @@ class LiveModel:
         try:
             served = self._load(target)
             gate = taxonomy_gate(served.predictor.bundle, self.served.predictor.bundle)
-            if gate.verdict == "refused" and not (force or target.force):
+            if gate.verdict == "refused" and not target.force:
                 raise GateError(
                     f"{served.place}: {gate.detail} Clients rely on them: serve it by itself under another name, or "
                     "force it if they know."

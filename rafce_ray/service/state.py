@@ -10,7 +10,7 @@ from rafce_ray.base.hardware import num_cores
 from rafce_ray.service.batching import Admission, Batcher
 from rafce_ray.service.config import ServiceConfig
 from rafce_ray.service.keys import Keys
-from rafce_ray.service.live import LiveModel, Served, load_served, source_of
+from rafce_ray.service.live import LiveModel, Served, Source, load_served
 from rafce_ray.service.meter import Meter
 from rafce_ray.service.model_info import Readiness
 from rafce_ray.service.predicting import Reader
@@ -38,7 +38,9 @@ class Service:
             limits=limits.image_limits(),
         )
         self.meter = Meter()
-        self.live = LiveModel(source_of(config), partial(load_served, config=config), config.watch_s, self.meter)
+        self.live = LiveModel(
+            Source(config.bundle, config.registry), partial(load_served, config=config), config.watch_s, self.meter
+        )
         self.batcher = Batcher(config.max_batch_faces, self.meter)
         self.readiness = Readiness(self.reader, self.batcher, limits.deadline_s)
 
