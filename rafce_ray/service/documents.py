@@ -14,7 +14,6 @@ from typing import Any
 
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup, escape
 from pydantic import TypeAdapter
 from starlette.requests import Request
 from starlette.responses import Response
@@ -79,9 +78,7 @@ def document_routes(config: ServiceConfig) -> list[Route]:
     document = openapi_document(config)
     kinds = PROBLEM_TYPES.values()
     pretty = partial(json.dumps, indent=2, ensure_ascii=False)
-    docs = _TEMPLATES.get_template("docs.html.j2").render(
-        root="./", document=document, problems=kinds, type_of=type_of, pretty=pretty
-    )
+    docs = _TEMPLATES.get_template("docs.html.j2").render(root="./", document=document, problems=kinds, pretty=pretty)
     problem = _TEMPLATES.get_template("problem.html.j2")
     package = files("rafce_ray.service")
     routes = [
@@ -102,27 +99,6 @@ def _fixed(path: str, content: bytes, media_type: str) -> Route:
         return Response(content, media_type=media_type)
 
     return Route(path, endpoint)
-
-
-def type_of(schema: dict[str, Any]) -> Markup:
-    """A JSON schema's type in a few words as HTML, with links to the records that it names."""
-    if "$ref" in schema:
-        name = schema["$ref"].rpartition("/")[2]
-        return Markup('<a href="#{0}">{0}</a>').format(name)
-    if "anyOf" in schema:
-        return Markup(" or ").join(type_of(one) for one in schema["anyOf"])
-    if "enum" in schema or "const" in schema:
-        constants = schema.get("enum", [schema.get("const")])
-        texts = (json.dumps(one, ensure_ascii=False) for one in constants)
-        return Markup(" | ").join(Markup("<code>{}</code>").format(text) for text in texts)
-    kind = str(schema.get("type", "any value"))
-    if kind == "array":
-        inner = {str(one): one for one in schema.get("prefixItems", [schema.get("items", {})])}
-        return Markup("array of ") + Markup(", ").join(type_of(one) for one in inner.values())
-    low, high = schema.get("minimum", schema.get("exclusiveMinimum")), schema.get("maximum")
-    bounds = f"{low} to {high}" if high is not None else f"from {low}" if low is not None else ""
-    form = {"binary": "file", "date-time": "time, ISO 8601"}.get(str(schema.get("format")), kind)
-    return escape(" ".join(filter(None, (form, bounds))))
 
 
 def openapi_document(config: ServiceConfig) -> Document:
