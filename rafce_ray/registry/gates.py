@@ -15,7 +15,7 @@ from rafce_ray.base.figures import FIGURES, SCORED
 from rafce_ray.base.hardware import choose_device
 from rafce_ray.base.storage import Location
 from rafce_ray.bundle.bundle import Bundle, BundleError, load_bundle
-from rafce_ray.bundle.canary import check_canary
+from rafce_ray.bundle.canary import largest_difference
 from rafce_ray.bundle.engines import MAX_DIFFERENCE, EngineChoice, build_engine
 from rafce_ray.bundle.model import Predictor
 from rafce_ray.metrics.counts import combined_score
@@ -69,7 +69,7 @@ def canary_gate(candidate: Predictor) -> Gate:
     if bundle.canary is None:
         detail = "The bundle is of a format that stores no answers; only that its weights are whole is known."
         return _gate("canary", None, detail)
-    off = check_canary(candidate.outputs(bundle.canary.images), bundle.canary, bundle.calibration)
+    off = largest_difference(candidate.outputs(bundle.canary.images), bundle.canary.outputs, bundle.calibration)
     num_images = len(bundle.canary.images)
     return _gate(
         "canary",

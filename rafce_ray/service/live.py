@@ -21,7 +21,7 @@ from rafce_ray.base.hardware import choose_device
 from rafce_ray.base.storage import locate
 from rafce_ray.base.taxonomy import Taxonomy
 from rafce_ray.bundle.bundle import MANIFEST, MODEL_CARD, WEIGHTS, BundleError, canary_of, find_bundle, load_bundle
-from rafce_ray.bundle.canary import Canary, check_canary, draw_images
+from rafce_ray.bundle.canary import Canary, draw_images, largest_difference
 from rafce_ray.bundle.engines import MAX_DIFFERENCE, build_engine
 from rafce_ray.bundle.model import Prediction, Predictor
 from rafce_ray.metrics.drift import LARGE, DriftReference, Light, faces_needed, psi
@@ -150,7 +150,9 @@ class LiveModel:
             return self._swap(self._source.look())
 
     def switch(self, version: str) -> Served:
-        """Serve this version until :meth:`refresh`, whatever is live in the source. RafceError as there."""
+        """Serve this version until the next call, or with ``""`` what is live in the source; RafceError as there."""
+        if not version:
+            return self.refresh()
         with self._swapping:
             served = self._swap(self._source.find(version))
             self._pinned = True
@@ -223,7 +225,7 @@ def load_served(target: Target, config: ServiceConfig) -> Served:
     canary = canary_of(bundle)
     if bundle.canary is None:
         remarks = (*remarks, "The bundle stores no canary: its answers are those that torch gave when it was loaded.")
-    off = check_canary(predictor.outputs(canary.images), canary, bundle.calibration)
+    off = largest_difference(predictor.outputs(canary.images), canary.outputs, bundle.calibration)
     if not off <= MAX_DIFFERENCE:
         raise BundleError(
             f"{target.place}: the canary's probabilities are off by {off:.2g}, more than {MAX_DIFFERENCE:g}: the model "

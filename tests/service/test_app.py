@@ -28,10 +28,10 @@ from rafce_ray.service.config import read_service_config
 from rafce_ray.service.documents import openapi_document
 from rafce_ray.service.keys import new_key
 from rafce_ray.service.live import FailedSwap
-from rafce_ray.service.model_info import FRESH_S, ModelInfo
+from rafce_ray.service.model_info import ModelInfo
 from rafce_ray.service.problems import PROBLEM_TYPES, ProblemDocument
 from rafce_ray.service.requests import PredictRequest
-from rafce_ray.service.state import Service
+from rafce_ray.service.state import FRESH_S, Service
 
 PNG = {"content-type": "image/png"}
 ANSWER = TypeAdapter(PredictAnswer)
@@ -327,7 +327,7 @@ def test_an_engine_that_breaks_is_a_500_without_a_word_of_why(service, client, s
 
 
 def test_it_is_ready_when_the_canary_gives_its_answer_and_not_otherwise(service, client, slow, monkeypatch):
-    monkeypatch.setattr("rafce_ray.service.model_info.FRESH_S", 0.0)
+    monkeypatch.setattr("rafce_ray.service.state.FRESH_S", 0.0)
     slow.go.set()
     assert client.get("/readyz").json()["model"]["sha256"] == service.live.served.model.sha256
     right = slow.outputs
