@@ -14,12 +14,11 @@ import os
 import shlex
 import socket
 import sys
-from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from string import Template
 
-from rafce_ray.base.console import run_main
+from rafce_ray.base.console import command
 from rafce_ray.base.errors import UsageError
 from rafce_ray.serve.haproxy import HOST, ID, OWN_STATUSES, PATH
 from rafce_ray.service.problems import Problem, problem_document
@@ -86,17 +85,14 @@ def _free_ports(number: int) -> list[int]:
         return [one.getsockname()[1] for one in sockets]
 
 
-def _main(argv: Sequence[str]) -> int:
+@command
+def main(argv: list[str]) -> int:
+    """Print the variables as shell commands; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m rafce_ray.serve.fast_path", description=__doc__)
     parser.add_argument("folder", type=Path, help="private folder for HAProxy, for example /tmp/rafce")
     for name, value in fast_path(parser.parse_args(argv).folder, free_ports=False).items():
         print(f"export {name}={shlex.quote(value)}")
     return 0
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Print the variables as shell commands; returns the exit code."""
-    return run_main(_main, argv)
 
 
 if __name__ == "__main__":
