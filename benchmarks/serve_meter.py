@@ -93,8 +93,7 @@ def publishing_cost() -> dict[str, float]:
             for number in range(20):
                 meter.count_request("/v1/predict", 200, float(number), None)
                 began = time.perf_counter()
-                for publish in export._exported:
-                    publish()
+                export.publish()
                 took.append(1000 * (time.perf_counter() - began))
             return {"publishing once, ms": round(statistics.median(took), 2), "the first time, ms": round(took[0], 2)}
 

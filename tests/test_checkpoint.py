@@ -6,11 +6,11 @@ import torch
 
 from rafce_ray.base.storage import Location, locate
 from rafce_ray.run.checkpoint import (
+    BUNDLE,
     best_valid,
     clear_scratch,
     fault,
     list_checkpoints,
-    local_bundle,
     newest_valid,
     prune,
     read_trainer_state,
@@ -42,7 +42,7 @@ def test_what_is_saved_is_read_back(folder):
     found, invalid = newest_valid(folder)
     assert (found, invalid) == (saved, [])
     assert read_trainer_state(found)["value"].item() == 3
-    with local_bundle(found) as bundle:
+    with (found.location / BUNDLE).local_copy() as bundle:
         assert (bundle / "model.safetensors").read_text() == "weights 3"
 
 
@@ -104,7 +104,7 @@ def test_a_checkpoint_of_the_same_name_is_replaced(folder):
     write(folder, 1, content="old")
     again = write(folder, 1, content="new")
     assert fault(again) is None
-    with local_bundle(again) as bundle:
+    with (again.location / BUNDLE).local_copy() as bundle:
         assert (bundle / "model.safetensors").read_text() == "new 1"
 
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from rafce_ray import __version__
-from rafce_ray.base.console import finite, progress_bar, run_main, to_json
+from rafce_ray.base.console import command, finite, progress_bar, to_json
 from rafce_ray.base.errors import GateError, UsageError
 from rafce_ray.cli import VERBS, main
 
@@ -144,7 +144,7 @@ def test_errors_become_exit_codes_without_a_traceback(error, code, capsys):
     def body(_: list[str]) -> int:
         raise error
 
-    assert run_main(body, []) == code
+    assert command(body)([]) == code
     assert "Traceback" not in capsys.readouterr().err
 
 
@@ -155,11 +155,11 @@ def test_a_place_that_cannot_be_used_is_told_in_a_line(tmp_path, capsys):
         return len(Path(places[0]).read_text())
 
     for place, reason in (("x" * 300, "name too long"), ("", "Is a directory"), ("file/x", "Not a directory")):
-        assert run_main(body, [str(tmp_path / place)]) == 2
+        assert command(body)([str(tmp_path / place)]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith(f"error: {tmp_path / place}: ")
         assert reason in line
-    assert run_main(body, [str(tmp_path / "missing")]) == 1
+    assert command(body)([str(tmp_path / "missing")]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {tmp_path / 'missing'}: No such file or directory. ")
 
@@ -168,7 +168,7 @@ def test_a_place_whose_name_is_not_utf8_is_told_in_a_line(capsys):
     def body(_: list[str]) -> int:
         return len("/home/caf\udce9/stores".encode())
 
-    assert run_main(body, []) == 2
+    assert command(body)([]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(r"error: /home/caf\udce9/stores: its name is not UTF-8. ")
 
@@ -187,7 +187,7 @@ def test_a_full_disk_is_told_in_a_line(capsys):
     def body(_: list[str]) -> int:
         raise OSError(errno.ENOSPC, "No space left on device", "/runs/new/metrics.jsonl")
 
-    assert run_main(body, []) == 1
+    assert command(body)([]) == 1
     assert capsys.readouterr().err.splitlines() == [
         "error: /runs/new/metrics.jsonl: No space left on device. Free some space, then give the same command again."
     ]
@@ -195,8 +195,8 @@ def test_a_full_disk_is_told_in_a_line(capsys):
 
 def test_a_reader_of_standard_output_that_goes_away_ends_a_command_quietly():
     body = (
-        "import itertools, rafce_ray.base.console as c; c.run_main(lambda _: any(map(c.print_json, "
-        "itertools.repeat({}))), [])"
+        "import itertools, rafce_ray.base.console as c; c.command(lambda _: any(map(c.print_json, "
+        "itertools.repeat({}))))([])"
     )
     with subprocess.Popen([sys.executable, "-c", body], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.close()

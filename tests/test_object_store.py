@@ -33,7 +33,7 @@ from rafce_ray.run.checkpoint import Checkpoint, list_checkpoints, newest_valid
 from rafce_ray.run.folder import RunFolder
 from rafce_ray.run.loop import fit
 from rafce_ray.run.state import Job, LocalSession
-from rafce_ray.service.live import Registry
+from rafce_ray.service.live import Source
 
 BUSY = OSError(
     "When uploading object 'k': AWS Error SLOW_DOWN during PutObject operation: Please reduce your request rate."
@@ -440,7 +440,7 @@ def test_a_look_at_what_is_live_costs_two_requests(write_bundle, s3_door, s3_pla
     bundle = write_bundle(tmp_path / "bundle")
     promote = ["bundle", "promote", place, str(bundle), "--engine", "torch", "--as", "one"]
     assert rafce(promote) == 0
-    source = Registry(place)
+    source = Source(None, place)
     assert source.look().version == "one"
     with s3_door.orders() as door:
         source.look()

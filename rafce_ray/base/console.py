@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import cache
+from functools import cache, wraps
 from typing import TYPE_CHECKING, Any, TextIO
 
 from rafce_ray.base.errors import Level, RafceError, UsageError
@@ -87,8 +87,20 @@ MOST_COLUMNS = 10_000
 """Of a terminal; Rich would make lines of any length that ``COLUMNS`` says."""
 
 
-def run_main(main: Callable[[list[str]], int], argv: list[str] | None) -> int:
-    """Run a command and turn its errors into messages and exit codes: 0 done, 1 failed, 2 usage, 3 failed a gate."""
+def command(body: Callable[[list[str]], int]) -> Callable[..., int]:
+    """A program's ``main``, which takes the process's arguments unless it is given some.
+
+    It turns errors into messages and exit codes: 0 done, 1 failed, 2 usage, 3 failed a gate.
+    """
+
+    @wraps(body)
+    def main(argv: list[str] | None = None) -> int:
+        return _run_main(body, argv)
+
+    return main
+
+
+def _run_main(main: Callable[[list[str]], int], argv: list[str] | None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     if os.environ.get("COLUMNS", "").isdigit() and int(os.environ["COLUMNS"]) > MOST_COLUMNS:
         os.environ["COLUMNS"] = str(MOST_COLUMNS)

@@ -9,6 +9,7 @@ import os
 import re
 import shlex
 import shutil
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterator
@@ -419,6 +420,17 @@ class Location:
         with new_folder(folder) as scratch:
             self._ask(lambda: _copy(self.filesystem, self.path, pafs.LocalFileSystem(), str(scratch)))
 
+    @contextmanager
+    def local_copy(self) -> Iterator[Path]:
+        """The folder as a local one: itself, or a copy that lasts as long as the block."""
+        if self.local is not None:
+            yield self.local
+            return
+        with tempfile.TemporaryDirectory() as scratch:
+            copy = Path(scratch) / self.name
+            self.download(copy)
+            yield copy
+
     def _ask(self, request: Callable[[], Answer], patient: bool = True) -> Answer:
         if self.local is None:
             return ask(self.uri, request, patient=patient)
@@ -441,7 +453,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def locate(place: str | Path) -> Location:
+def locate(place: str | Path | Location) -> Location:
     """A :class:`Location` from a local path (made absolute, ``~`` expanded) or a pyarrow filesystem URI.
 
     Object stores other than AWS are named in the URI (``s3://bucket/p?endpoint_override=host:9000&scheme=http``) or by
@@ -451,6 +463,8 @@ def locate(place: str | Path) -> Location:
         UsageError: the URI's scheme is unknown, its parts cannot be read, it is not UTF-8, it holds a secret, or its
             bucket's region cannot be found out.
     """
+    if isinstance(place, Location):
+        return place
     text = str(place)
     try:
         text.encode()

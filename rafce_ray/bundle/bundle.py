@@ -275,7 +275,7 @@ def save_bundle(
     return str(weights["sha256"])
 
 
-def load_bundle(place: str | Path) -> Bundle:
+def load_bundle(place: str | Path | Location) -> Bundle:
     """Read a bundle from a local folder or a URI; ``place`` may also be a run folder, whose ``bundle/`` is then read.
 
     Raises:
@@ -284,15 +284,14 @@ def load_bundle(place: str | Path) -> Bundle:
             pickle in the folder.
     """
     location = find_bundle(place)
-    if location.local is not None:
-        return _load(location.local, str(location))
-    with tempfile.TemporaryDirectory() as scratch:
-        copy = Path(scratch) / "bundle"
-        location.download(copy)
-        return _load(copy, str(location))
+    with location.local_copy() as folder:
+        try:
+            return _load(folder, str(location))
+        except BundleError as error:
+            raise BundleError(str(error).replace(str(folder), location.shown)) from None
 
 
-def find_bundle(place: str | Path) -> Location:
+def find_bundle(place: str | Path | Location) -> Location:
     """The bundle folder at ``place`` or, in a run folder, at its ``bundle/``; BundleError where there is none."""
     location = locate(place)
     try:

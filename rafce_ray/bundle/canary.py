@@ -78,11 +78,6 @@ def draw_canary(model: nn.Module, preprocessing: Preprocessing) -> Canary:
     return Canary(images, raw_outputs(reference, images, preprocessing, cpu))
 
 
-def check_canary(outputs: Outputs, canary: Canary, calibration: Calibration) -> float:
-    """The :func:`largest_difference` between an engine's raw outputs for the canary's images and the stored ones."""
-    return largest_difference(outputs, canary.outputs, calibration)
-
-
 def largest_difference(found: Outputs, expected: Outputs, calibration: Calibration) -> float:
     """Largest absolute difference between two sets of raw outputs, as calibrated probabilities.
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Iterable, Sequence
-from functools import wraps
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rafce_ray.base.console import run_main
+from rafce_ray.base.console import command as command
 from rafce_ray.base.errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:
@@ -20,18 +19,6 @@ ENGINES = ("auto", "torch", "openvino", "onnxruntime")
 DEVICE_HELP = "auto, cpu, cuda, cuda:1, ... (default auto)"
 BUNDLE_HELP = "bundle folder, or the folder of a finished run; a path or URI"
 JSON_HELP = "print the result as one JSON line on standard output"
-
-
-def command(body: Callable[[list[str]], int]) -> Callable[..., int]:
-    """A verb's ``main``: takes the process's arguments unless it is given some, and turns errors into messages and exit
-    codes.
-    """
-
-    @wraps(body)
-    def main(argv: list[str] | None = None) -> int:
-        return run_main(body, argv)
-
-    return main
 
 
 def unknown_verb(verb: str, known: Iterable[str]) -> str:

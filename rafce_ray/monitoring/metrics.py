@@ -39,7 +39,6 @@ def _of_study(name: str, description: str, *tags: str) -> Metric:
     return Metric(f"rafce_tune_{name}", description, ("study", *tags))
 
 
-EPOCH = _of_run("epoch", "Epochs that are done.")
 MAX_EPOCHS = _of_run("max_epochs", "Epochs that the run trains at most (optim.epochs).")
 LOSS = _of_run("loss", "Mean loss of the epoch, nats; task total is the weighted sum.", "split", "task")
 METRIC = _of_run(
@@ -47,20 +46,12 @@ METRIC = _of_run(
 )
 AU_F1 = _of_run("au_f1", "F1 of an action unit on validation at threshold 0.5; absent without positives.", "au")
 GAP = _of_run("gap", "Train minus validation of a figure, both in evaluation mode on natural images.", "name")
-IMAGES_PER_S = _of_run("images_per_s", "Images trained a second in the epoch, all workers together.")
-DATA_WAIT = _of_run("data_wait_ratio", "Share of the epoch in which training waited for images, 0 to 1.")
 GRAD_NORM = _of_run(
     "grad_norm",
     "Norm of the gradient: of the whole loss before clipping, mean over steps; of each task's unweighted loss at the "
     "trunk.",
     "task",
 )
-GRADIENT_COSINE = _of_run("gradient_cosine", "Cosine between both tasks' gradients at the trunk, -1 to 1.")
-LEARNING_RATE = _of_run("learning_rate", "Learning rate of the epoch's last step.")
-BEST_SCORE = _of_run("best_score", "Best monitored figure so far; negated where less is better.")
-BEST_EPOCH = _of_run("best_epoch", "Epoch of the best monitored figure.")
-CHECKPOINT_SECONDS = _of_run("checkpoint_seconds", "Time that writing the epoch's checkpoint took.")
-CHECKPOINT_BYTES = _of_run("checkpoint_bytes", "Size of the epoch's checkpoint.")
 LAST_STEP = _of_run(
     "last_step_timestamp_seconds", "When the last step ended, Unix time; when the worker started, before the first."
 )
@@ -89,15 +80,15 @@ GRADIENT_NORMS = {"train/grad_norm": "total", "gradient/emotion_norm": "emotion"
 AU_F1_PREFIX = "validation/au_f1/"
 
 ONE_OF_A_RUN = {
-    "epoch": EPOCH,
-    "images_per_s": IMAGES_PER_S,
-    "data_wait": DATA_WAIT,
-    "gradient/cosine": GRADIENT_COSINE,
-    "lr": LEARNING_RATE,
-    "best_score": BEST_SCORE,
-    "best_epoch": BEST_EPOCH,
-    "checkpoint/seconds": CHECKPOINT_SECONDS,
-    "checkpoint/bytes": CHECKPOINT_BYTES,
+    "epoch": _of_run("epoch", "Epochs that are done."),
+    "images_per_s": _of_run("images_per_s", "Images trained a second in the epoch, all workers together."),
+    "data_wait": _of_run("data_wait_ratio", "Share of the epoch in which training waited for images, 0 to 1."),
+    "gradient/cosine": _of_run("gradient_cosine", "Cosine between both tasks' gradients at the trunk, -1 to 1."),
+    "lr": _of_run("learning_rate", "Learning rate of the epoch's last step."),
+    "best_score": _of_run("best_score", "Best monitored figure so far; negated where less is better."),
+    "best_epoch": _of_run("best_epoch", "Epoch of the best monitored figure."),
+    "checkpoint/seconds": _of_run("checkpoint_seconds", "Time that writing the epoch's checkpoint took."),
+    "checkpoint/bytes": _of_run("checkpoint_bytes", "Size of the epoch's checkpoint."),
 }
 """Keys of an epoch record that are one gauge each."""
 

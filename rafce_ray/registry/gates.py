@@ -14,13 +14,12 @@ from rafce_ray.base.errors import RafceError
 from rafce_ray.base.figures import FIGURES, SCORED
 from rafce_ray.base.hardware import choose_device
 from rafce_ray.base.storage import Location
-from rafce_ray.bundle.bundle import Bundle, BundleError
-from rafce_ray.bundle.canary import check_canary
+from rafce_ray.bundle.bundle import Bundle, BundleError, load_bundle
+from rafce_ray.bundle.canary import largest_difference
 from rafce_ray.bundle.engines import MAX_DIFFERENCE, EngineChoice, build_engine
 from rafce_ray.bundle.model import Predictor
 from rafce_ray.metrics.counts import combined_score
 from rafce_ray.registry.live import Gate, GateName, Verdict
-from rafce_ray.registry.versions import load_stored
 
 BATCHES = (1, 8)
 MIN_ROUNDS = 5
@@ -70,7 +69,7 @@ def canary_gate(candidate: Predictor) -> Gate:
     if bundle.canary is None:
         detail = "The bundle is of a format that stores no answers; only that its weights are whole is known."
         return _gate("canary", None, detail)
-    off = check_canary(candidate.outputs(bundle.canary.images), bundle.canary, bundle.calibration)
+    off = largest_difference(candidate.outputs(bundle.canary.images), bundle.canary.outputs, bundle.calibration)
     num_images = len(bundle.canary.images)
     return _gate(
         "canary",
@@ -229,7 +228,7 @@ def examine(
     if candidate is None:
         return gates, None
     try:
-        other = None if live is None else _build(load_stored(live), engine)
+        other = None if live is None else _build(load_bundle(live), engine)
     except RafceError as error:
         detail = f"The live version cannot be read, so nothing can be compared with it: {error}"
         names: tuple[GateName, ...] = ("taxonomy", "metrics", "latency")
@@ -243,7 +242,7 @@ def examine(
 def verify(folder: Location, engine: EngineChoice) -> tuple[tuple[Gate, ...], Predictor | None]:
     """Whether a version is whole and answers as stored; without a predictor where it cannot be read."""
     try:
-        bundle = load_stored(folder)
+        bundle = load_bundle(folder)
     except BundleError as error:
         return (damaged(error),), None
     sha256, num_values = bundle.weights_sha256, sum(one.numel() for one in bundle.model.state_dict().values())

@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from rafce_ray.base.errors import RafceError, UsageError, did_you_mean
 from rafce_ray.base.storage import Location, StorageError
-from rafce_ray.bundle.bundle import MANIFEST, Bundle, BundleError, find_bundle, load_bundle
+from rafce_ray.bundle.bundle import MANIFEST, BundleError, find_bundle, load_bundle
 from rafce_ray.registry.live import LiveRecord
 
 VERSIONS = "versions"
@@ -92,18 +90,6 @@ def read_version(registry: Location, name: str) -> Version:
     return Version(name, added, {}, f"{MANIFEST} holds a {type(manifest).__name__}, expected an object.")
 
 
-@contextmanager
-def local_copy(place: Location) -> Iterator[Path]:
-    """A folder as a local one: itself, or a copy that lasts as long as the block."""
-    if place.local is not None:
-        yield place.local
-        return
-    with tempfile.TemporaryDirectory() as scratch:
-        copy = Path(scratch) / place.name
-        place.download(copy)
-        yield copy
-
-
 def add_version(registry: Location, source: str, name: str | None = None) -> tuple[str, bool]:
     """Copy a bundle, or that of a run folder, into the registry; returns its name and whether it is new.
 
@@ -117,7 +103,10 @@ def add_version(registry: Location, source: str, name: str | None = None) -> tup
         # The checked bundle is the copied one, even if the source changes meanwhile.
         copy = Path(scratch) / "bundle"
         place.download(copy)
-        bundle = _load_copy(copy, place)
+        try:
+            bundle = load_bundle(copy)
+        except BundleError as error:
+            raise BundleError(str(error).replace(str(copy), place.shown)) from None
         version = name or bundle.weights_sha256[:SHORT_SHA]
         folder = registry / VERSIONS / version
         is_new = not (folder / MANIFEST).exists()
@@ -139,27 +128,13 @@ def add_version(registry: Location, source: str, name: str | None = None) -> tup
             )
     if is_new:
         try:
-            load_stored(folder)
+            load_bundle(folder)
         except BundleError as error:
             raise BundleError(
                 f"{error} What was stored is not what was copied: the storage failed, or another program stored under "
                 "this name at the same time. Remove the folder and add the bundle again."
             ) from error
     return version, is_new
-
-
-def load_stored(folder: Location) -> Bundle:
-    """The bundle of a version's folder. BundleError where it may not be used."""
-    with local_copy(folder) as place:
-        return _load_copy(place, folder)
-
-
-def _load_copy(copy: Path, source: Location) -> Bundle:
-    """A bundle from a temporary copy of ``source``; the bundle and its errors name the source."""
-    try:
-        return replace(load_bundle(copy), path=str(source))
-    except BundleError as error:
-        raise BundleError(str(error).replace(str(copy), source.shown)) from None
 
 
 def summary_of(version: Version, live: LiveRecord | None) -> dict[str, Any]:

@@ -184,18 +184,6 @@ def read_trainer_state(checkpoint: Checkpoint) -> dict[str, Any]:
     return state
 
 
-@contextmanager
-def local_bundle(checkpoint: Checkpoint) -> Iterator[Path]:
-    """The checkpoint's bundle as a local folder (a temporary copy where the checkpoint is remote)."""
-    source = checkpoint.location / BUNDLE
-    if source.local is not None:
-        yield source.local
-        return
-    with tempfile.TemporaryDirectory() as scratch:
-        source.download(Path(scratch) / BUNDLE)
-        yield Path(scratch) / BUNDLE
-
-
 def clear_scratch(folder: Location) -> None:
     """Remove what a killed writer left."""
     for info in folder.list():

@@ -15,7 +15,7 @@ from rafce_ray.metrics.calibration import Calibration, SplitOutputs, calibrated,
 from rafce_ray.metrics.consistency import estimate_association
 from rafce_ray.metrics.counts import with_score
 from rafce_ray.metrics.drift import DriftReference, build_reference, light_of
-from rafce_ray.run.checkpoint import Checkpoint, best_valid, local_bundle
+from rafce_ray.run.checkpoint import BUNDLE, Checkpoint, best_valid
 from rafce_ray.run.state import Training
 
 
@@ -51,7 +51,7 @@ def finish(training: Training, status: str, monitor: str, reason: str | None = N
 def _write_bundle(training: Training, best: Checkpoint) -> tuple[str, dict[str, Any]]:
     """Calibrate the best epoch on validation, measure it there and write the bundle; its sha256 and figures."""
     folder, dataset = training.folder, training.dataset
-    with local_bundle(best) as source, TemporaryDirectory() as scratch:
+    with (best.location / BUNDLE).local_copy() as source, TemporaryDirectory() as scratch:
         bundle = load_bundle(source)
         outputs = split_outputs(bundle, dataset, "validation", device=training.session.device)
         calibration, metrics = _calibrate(training, outputs)

@@ -30,7 +30,7 @@ from rafce_ray.model.network import (
     load_backbone_weights,
 )
 from rafce_ray.model.optim import build_ema, build_optimizer
-from rafce_ray.run.checkpoint import Checkpoint, InvalidCheckpoint, local_bundle, read_trainer_state, save_checkpoint
+from rafce_ray.run.checkpoint import BUNDLE, Checkpoint, InvalidCheckpoint, read_trainer_state, save_checkpoint
 from rafce_ray.run.folder import RunFolder
 
 
@@ -279,7 +279,7 @@ class Training:
     def restore(self, checkpoint: Checkpoint) -> None:
         """Load the state of a valid checkpoint."""
         state = read_trainer_state(checkpoint)
-        with local_bundle(checkpoint) as bundle:
+        with (checkpoint.location / BUNDLE).local_copy() as bundle:
             weights = read_weights(bundle)
         self.evaluated_model.load_state_dict(weights)
         if self.ema is not None:

@@ -80,7 +80,7 @@ class FaceService:
         try:
             version = read_live_version(user_config).version
             if version or self._configured:
-                await asyncio.to_thread(self._service.switch, version)
+                await asyncio.to_thread(self._service.live.switch, version)
         except RafceError as error:
             # An exception would make Serve replace replicas that answer by replicas that cannot start.
             if not self._configured:
@@ -90,8 +90,7 @@ class FaceService:
 
     def check_health(self) -> None:
         """Serve replaces a replica for which this fails three times in a row."""
-        if not self._service.is_healthy():
-            raise RafceError("the inference thread has ended or hangs.")
+        self._service.check_health()
 
     def __del__(self) -> None:
         """Serve calls this once, when the replica has answered what it had."""

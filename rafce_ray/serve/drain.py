@@ -11,10 +11,9 @@ import csv
 import io
 import socket
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
-from rafce_ray.base.console import run_main, say
+from rafce_ray.base.console import command, say
 from rafce_ray.base.errors import UsageError
 
 FRONTEND = "http_frontend"
@@ -83,7 +82,9 @@ def _ask(admin: Path, command: str) -> str | None:
         return None
 
 
-def _main(argv: Sequence[str]) -> int:
+@command
+def main(argv: list[str]) -> int:
+    """``python -m rafce_ray.serve.drain``; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m rafce_ray.serve.drain",
         description="Stop accepting requests on this machine and answer those in work. The port stays closed.",
@@ -98,11 +99,6 @@ def _main(argv: Sequence[str]) -> int:
     lost = drain(arguments.folder, timeout_s=arguments.timeout)
     say(outcome(lost, arguments.timeout))
     return 1 if lost else 0
-
-
-def main(argv: list[str] | None = None) -> int:
-    """``python -m rafce_ray.serve.drain``; returns the exit code."""
-    return run_main(_main, argv)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from rafce_ray.serve.drain import DRAIN_S, drain, outcome
 from rafce_ray.serve.fast_path import fast_path
 from rafce_ray.service.config import ServiceConfig
 from rafce_ray.service.keys import read_keys
-from rafce_ray.service.live import source_of
+from rafce_ray.service.live import Source
 from rafce_ray.train.environment import check_ray, dashboard_line, ray_address
 
 APPLICATION = "rafce"
@@ -50,7 +50,7 @@ def serve_until_stopped(config: ServiceConfig, host: str, port: int, replicas: i
     """
     if config.keys_file is not None:
         read_keys(Path(config.keys_file))
-    target = source_of(config).look()
+    target = Source(config.bundle, config.registry).look()
     what = locate(target.place).shown + ("" if target.version is None else f" (version {target.version})")
     check_port(host, port)
     check_ray()

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ray.serve import metrics
-
 from rafce_ray.train.environment import private_part
 
 with private_part("Ray Serve"):
@@ -21,17 +19,12 @@ with private_part("Ray Serve"):
     from ray.serve._private.constants import RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD as HAS_USER_THREAD
     from ray.serve._private.logging_utils import get_serve_logs_dir
 
-__all__ = ["HAS_USER_THREAD", "MIDDLEWARES", "USES_HAPROXY", "logs_folder", "remember_ingress", "start_at_zero"]
+__all__ = ["HAS_USER_THREAD", "MIDDLEWARES", "USES_HAPROXY", "logs_folder", "remember_ingress"]
 
 
 def logs_folder() -> Path:
     """Where the replicas of this node write their logs. No public function of Ray names the folder."""
     return Path(get_serve_logs_dir())
-
-
-def start_at_zero(counter: metrics.Counter, tags: dict[str, str]) -> None:
-    """Export a counter's series from 0 on. Its public ``inc`` refuses 0."""
-    counter._record(0.0, tags)
 
 
 def remember_ingress() -> None:

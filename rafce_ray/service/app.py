@@ -18,8 +18,8 @@ from rafce_ray.service.documents import document_routes
 from rafce_ray.service.edge import Edge, within
 from rafce_ray.service.model_info import model_info
 from rafce_ray.service.open_inference import open_inference_routes
-from rafce_ray.service.predicting import Context, predict
-from rafce_ray.service.problems import EXCEPTION_HANDLERS, REQUEST_ID, deadline_passed
+from rafce_ray.service.predicting import predict
+from rafce_ray.service.problems import EXCEPTION_HANDLERS, deadline_passed
 from rafce_ray.service.requests import BodyRules, declared_bytes, read_request
 from rafce_ray.service.state import Service
 
@@ -60,12 +60,8 @@ class _Predict:
             limits, num_emotions = service.config.limits, served.predictor.bundle.taxonomy.num_emotions
             rules = BodyRules(limits.max_images, limits.max_image_bytes, num_emotions)
             request = await read_request(scope, receive, place, rules, service.pool)
-            context = Context(
-                service.reader, service.batcher, service.meter, served, scope["path"], scope[REQUEST_ID], since
-            )
-            content = await within(
-                predict(request, context), receive, deadline, deadline_passed(limits.deadline_s, len(request.items))
-            )
+            late = deadline_passed(limits.deadline_s, len(request.items))
+            content = await within(predict(request, service, served, scope, since), receive, deadline, late)
         await Response(content, media_type=JSON)(scope, receive, send)
 
 

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError
 
-from rafce_ray.base.console import pretty_json, run_main, say
+from rafce_ray.base.console import command, pretty_json, say
 from rafce_ray.base.errors import UsageError
 from rafce_ray.config import parse_yaml
 from rafce_ray.service.problems import Problem
@@ -191,12 +191,9 @@ def new_key(file: Path, key_id: str, scopes: frozenset[Scope]) -> str:
     return secret
 
 
-def main(argv: list[str] | None = None) -> int:
+@command
+def main(argv: list[str]) -> int:
     """``python -m rafce_ray.service.keys``: the new key alone goes to standard output."""
-    return run_main(_main, argv)
-
-
-def _main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m rafce_ray.service.keys", description="Keys of the service.")
     new = parser.add_subparsers(dest="verb", required=True).add_parser("new", help="make a key and store its hash")
     new.add_argument("name", help="who gets it; stands in the log")

@@ -9,19 +9,19 @@ import hashlib
 import logging
 import math
 import threading
-from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from itertools import accumulate
+
+import numpy as np
 
 from rafce_ray.base.errors import GateError, RafceError, UsageError
 from rafce_ray.base.hardware import choose_device
 from rafce_ray.base.storage import locate
 from rafce_ray.base.taxonomy import Taxonomy
 from rafce_ray.bundle.bundle import MANIFEST, MODEL_CARD, WEIGHTS, BundleError, canary_of, find_bundle, load_bundle
-from rafce_ray.bundle.canary import Canary, check_canary, draw_images
+from rafce_ray.bundle.canary import Canary, draw_images, largest_difference
 from rafce_ray.bundle.engines import MAX_DIFFERENCE, build_engine
 from rafce_ray.bundle.model import Prediction, Predictor
 from rafce_ray.metrics.drift import LARGE, DriftReference, Light, faces_needed, psi
@@ -50,67 +50,44 @@ class Target:
 
 
 @dataclass(frozen=True)
-class BundleFolder:
-    """A source of models: one folder, whose bundle may be replaced."""
+class Source:
+    """Where models come from: a bundle's folder or a registry, a path or URI each; the other one is None."""
 
-    place: str
-
-    def look(self) -> Target:
-        """The bundle that is there now. Its stamp is of the manifest's content and the weights' size and time.
-
-        RafceError or OSError where it cannot be read.
-        """
-        folder = find_bundle(self.place)
-        manifest = (folder / MANIFEST).read_bytes()
-        weights = (folder / WEIGHTS).info()
-        stamp = hashlib.sha256(manifest + f"{folder.path} {weights.size} {weights.mtime_ns}".encode()).hexdigest()
-        return Target(None, self.place, stamp)
-
-    def find(self, version: str) -> Target:
-        """Raise UsageError: a folder has no versions."""
-        raise UsageError(
-            f"version {version!r}: a service of the bundle folder {self.place} has no versions. Serve a registry, or "
-            "put the new bundle in the folder's place."
-        )
-
-
-@dataclass(frozen=True)
-class Registry:
-    """A source of models: a registry, whose live version was the last to be promoted or rolled back to."""
-
-    place: str
+    bundle: str | None
+    registry: str | None
 
     def look(self) -> Target:
-        """The live version, from the live record alone: versions never change.
+        """The bundle that is in the folder now, or the live version by its record alone: versions never change.
 
-        RafceError where none was ever promoted.
+        RafceError or OSError where it cannot be read, or no version was ever promoted.
         """
-        registry = locate(self.place)
+        if self.registry is None:
+            assert self.bundle is not None, "ServiceConfig has one of the two"
+            folder = find_bundle(self.bundle)
+            weights = (folder / WEIGHTS).info()
+            told = f"{folder.path} {weights.size} {weights.mtime_ns}"
+            stamp = hashlib.sha256((folder / MANIFEST).read_bytes() + told.encode()).hexdigest()
+            return Target(None, self.bundle, stamp)
+        registry = locate(self.registry)
         live = read_live(registry)
         if live is None:
             raise RafceError(
-                f"{self.place}: no version is live yet. Add one with rafce bundle add and make it live with rafce "
+                f"{self.registry}: no version is live yet. Add one with rafce bundle add and make it live with rafce "
                 "bundle promote."
             )
         folder = place_of_version(registry, live.version)
         return Target(live.version, folder.uri, live.sha256, force=live.may_change_taxonomy)
 
     def find(self, version: str) -> Target:
-        """A version by its name. UsageError where there is none."""
-        registry = locate(self.place)
+        """A version by its name. UsageError where there is none, as of every folder."""
+        if self.registry is None:
+            raise UsageError(
+                f"version {version!r}: a service of the bundle folder {self.bundle} has no versions. Serve a registry, "
+                "or put the new bundle in the folder's place."
+            )
+        registry = locate(self.registry)
         folder = version_folder(registry, version)
         return Target(version, folder.uri, read_version(registry, version).sha256 or "")
-
-
-Source = BundleFolder | Registry
-
-
-def source_of(config: ServiceConfig) -> Source:
-    """Where the configuration says that the live model is."""
-    if config.registry is not None:
-        return Registry(config.registry)
-    assert config.bundle is not None, "ServiceConfig has one of the two"
-    return BundleFolder(config.bundle)
 
 
 @dataclass(frozen=True)
@@ -172,10 +149,12 @@ class LiveModel:
             self._pinned = False
             return self._swap(self._source.look())
 
-    def switch(self, version: str, *, force: bool = False) -> Served:
-        """Serve this version until :meth:`refresh`, whatever is live in the source. RafceError as there."""
+    def switch(self, version: str) -> Served:
+        """Serve this version until the next call, or with ``""`` what is live in the source; RafceError as there."""
+        if not version:
+            return self.refresh()
         with self._swapping:
-            served = self._swap(self._source.find(version), force=force)
+            served = self._swap(self._source.find(version))
             self._pinned = True
             return served
 
@@ -204,7 +183,7 @@ class LiveModel:
             with suppress(RafceError):  # _swap notes why it refused.
                 self._swap(target)
 
-    def _swap(self, target: Target, *, force: bool = False) -> Served:
+    def _swap(self, target: Target) -> Served:
         if target == self._serving:
             self.failed = None
             return self.served
@@ -212,7 +191,7 @@ class LiveModel:
         try:
             served = self._load(target)
             gate = taxonomy_gate(served.predictor.bundle, self.served.predictor.bundle)
-            if gate.verdict == "refused" and not (force or target.force):
+            if gate.verdict == "refused" and not target.force:
                 raise GateError(
                     f"{served.place}: {gate.detail} Clients rely on them: serve it by itself under another name, or "
                     "force it if they know."
@@ -223,13 +202,13 @@ class LiveModel:
                 raise
             raise RafceError(f"{target.place}: cannot be read ({error}).") from error
         before, self.served, self._serving, self.failed = self.served, served, target, None
-        self._meter.swaps.add()
+        self._meter.swaps.inc()
         log.info("model %s serves instead of %s", served.model.version, before.model.version)
         return served
 
     def _refuse(self, version: str | None, place: str, error: Exception) -> None:
         if self.failed is None or self.failed.reason != str(error):
-            self._meter.refused_versions.add()
+            self._meter.refused_versions.inc()
             log.error("a new model is refused and %s goes on: %s", self.served.model.version, error)
         self.failed = FailedSwap(version, place, str(error), datetime.now(UTC))
 
@@ -246,7 +225,7 @@ def load_served(target: Target, config: ServiceConfig) -> Served:
     canary = canary_of(bundle)
     if bundle.canary is None:
         remarks = (*remarks, "The bundle stores no canary: its answers are those that torch gave when it was loaded.")
-    off = check_canary(predictor.outputs(canary.images), canary, bundle.calibration)
+    off = largest_difference(predictor.outputs(canary.images), canary.outputs, bundle.calibration)
     if not off <= MAX_DIFFERENCE:
         raise BundleError(
             f"{target.place}: the canary's probabilities are off by {off:.2g}, more than {MAX_DIFFERENCE:g}: the model "
@@ -273,8 +252,9 @@ def load_served(target: Target, config: ServiceConfig) -> Served:
 
 
 BLOCK_FACES = 50
-WINDOW_BLOCKS = 40
-WINDOW_FACES = BLOCK_FACES * WINDOW_BLOCKS
+"""Faces after which the window is compared again."""
+
+WINDOW_FACES = 2000
 """Number of latest faces that are compared, however long ago they came."""
 
 RETURNED = 0.2
@@ -297,21 +277,16 @@ class DriftWatch:
         for name, counts in self._counts.items():
             needed = faces_needed(counts)
             self.min_faces[name] = None if needed is None or needed > WINDOW_FACES else needed
-        # A block counts the faces of all statistics in one list: bins of the first statistic, of the second, and so on.
-        *starts, size = accumulate(map(len, self._counts.values()), initial=0)
-        self._start = dict(zip(self._counts, starts, strict=True))
-        self._first_unit = size - 2 * taxonomy.num_action_units
-        self._total = [0] * size
-        self._block = [0] * size
-        self._num_in_block = 0
-        self._blocks: deque[list[int]] = deque()
+        # The bin of each statistic (columns) of the latest faces (rows).
+        self._bins = np.zeros((WINDOW_FACES, len(self._counts)), np.intp)
+        self._num_added = 0
         self._drifted: set[str] = set()
         self.psi = dict.fromkeys(self._counts, math.nan)
 
     @property
     def num_faces(self) -> int:
         """Faces that are compared now."""
-        return BLOCK_FACES * len(self._blocks)
+        return min(self._num_added // BLOCK_FACES * BLOCK_FACES, WINDOW_FACES)
 
     @property
     def remark(self) -> str | None:
@@ -331,36 +306,23 @@ class DriftWatch:
 
     def add(self, prediction: Prediction, light: Light) -> None:
         """Count an answered face."""
-        reference, block, start = self._reference, self._block, self._start
+        reference, emotion = self._reference, prediction.emotion
         if reference is None:
             return
-        emotion = prediction.emotion
+        bins = [reference.brightness.place(light.brightness), reference.contrast.place(light.contrast)]
         if emotion is not None and reference.confidence is not None:
-            block[start["emotion"] + emotion.index] += 1
-            block[start["confidence"] + reference.confidence.place(emotion.probability)] += 1
-        block[start["brightness"] + reference.brightness.place(light.brightness)] += 1
-        block[start["contrast"] + reference.contrast.place(light.contrast)] += 1
-        for place, unit in enumerate(prediction.action_units):
-            if unit.active:
-                block[self._first_unit + 2 * place + 1] += 1
-        self._num_in_block += 1
-        if self._num_in_block == BLOCK_FACES:
-            self._slide()
+            bins = [emotion.index, reference.confidence.place(emotion.probability), *bins]
+        self._bins[self._num_added % WINDOW_FACES] = [*bins, *(unit.active for unit in prediction.action_units)]
+        self._num_added += 1
+        if self._num_added % BLOCK_FACES == 0:
+            self._compare()
 
-    def _slide(self) -> None:
-        """Move the window on by one block, and compare."""
-        for place in range(self._first_unit, len(self._block), 2):
-            self._block[place] = BLOCK_FACES - self._block[place + 1]  # The inactive ones.
-        self._blocks.append(self._block)
-        self._total = [total + new for total, new in zip(self._total, self._block, strict=True)]
-        if len(self._blocks) > WINDOW_BLOCKS:
-            self._total = [total - old for total, old in zip(self._total, self._blocks.popleft(), strict=True)]
-        self._block, self._num_in_block = [0] * len(self._total), 0
+    def _compare(self) -> None:
         found = dict.fromkeys(self._counts, math.nan)
-        for name, reference in self._counts.items():
-            needed, start = self.min_faces[name], self._start[name]
+        for (name, reference), bins in zip(self._counts.items(), self._bins[: self.num_faces].T, strict=True):
+            needed = self.min_faces[name]
             if needed is not None and self.num_faces >= needed:
-                found[name] = psi(reference, self._total[start : start + len(reference)])
+                found[name] = psi(reference, np.bincount(bins, minlength=len(reference)).tolist())
         self.psi = found
         for name, value in found.items():
             if name in self._drifted and value < RETURNED:

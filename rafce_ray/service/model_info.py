@@ -1,32 +1,18 @@
-"""The answer of ``/v1/model``, the model card as data; and whether the model is ready."""
+"""The answer of ``/v1/model``, the model card as data."""
 
 from __future__ import annotations
 
-import asyncio
-import io
-import logging
-import time
 from datetime import datetime
 from typing import Any
 
-from PIL import Image
 from pydantic import Field
 
 from rafce_ray.base.console import finite
-from rafce_ray.base.errors import RafceError
 from rafce_ray.base.taxonomy import ACTION_UNIT_NAMES, Taxonomy, action_unit_code
-from rafce_ray.bundle.canary import probabilities_apart
-from rafce_ray.bundle.engines import MAX_DIFFERENCE
 from rafce_ray.bundle.model_card import INTENDED_USE, PERCEIVED, PROHIBITED_USE
-from rafce_ray.metrics.calibration import Probabilities, calibrated
 from rafce_ray.service.answers import ModelId, Record
-from rafce_ray.service.batching import Batcher
 from rafce_ray.service.config import RequestLimits, ServiceConfig
 from rafce_ray.service.live import WINDOW_FACES, FailedSwap, Served
-from rafce_ray.service.predicting import Reader
-from rafce_ray.service.problems import Problem
-
-log = logging.getLogger(__name__)
 
 
 class Engine(Record):
@@ -161,46 +147,3 @@ def _taxonomy(taxonomy: Taxonomy, thresholds: tuple[float, ...]) -> ModelTaxonom
             for number, threshold in units
         ),
     )
-
-
-FRESH_S = 1.0
-"""Seconds for which a canary's success counts; more frequent checks cost nothing."""
-
-
-class Readiness:
-    """Asks the canary, one at a time and at most once in ``FRESH_S`` seconds for one model."""
-
-    def __init__(self, reader: Reader, batcher: Batcher, deadline_s: float) -> None:
-        self._reader = reader
-        self._batcher = batcher
-        self._deadline_s = deadline_s
-        self._asking = asyncio.Lock()
-        self._ready: tuple[Served, float] | None = None
-
-    async def check(self, served: Served) -> None:
-        """Return when a canary of this model got the right answer; Problem ``not_ready`` if a wrong, late or no one."""
-        async with self._asking:
-            if self._ready is not None and self._ready[0] is served and time.monotonic() - self._ready[1] < FRESH_S:
-                return
-            self._ready = None
-            try:
-                async with asyncio.timeout(self._deadline_s):
-                    found = await self._ask(served)
-            except TimeoutError:
-                raise Problem("not_ready", f"The canary had no answer within {self._deadline_s:g} s.") from None
-            except RafceError as error:
-                raise Problem("not_ready", f"The canary failed: {error}") from error
-            expected = calibrated(served.canary.outputs, served.predictor.bundle.calibration)
-            first = Probabilities(expected.emotion[:1], expected.action_units[:1])
-            off = probabilities_apart(found, first)
-            if not off <= MAX_DIFFERENCE:
-                detail = f"The canary's probabilities are off by {off:.2g}; at most {MAX_DIFFERENCE:g} is expected."
-                raise Problem("not_ready", detail)
-            self._ready = served, time.monotonic()
-
-    async def _ask(self, served: Served) -> Probabilities:
-        stream = io.BytesIO()
-        Image.fromarray(served.canary.images[0]).save(stream, "PNG")
-        px = served.predictor.bundle.preprocessing.stored_px
-        image = await self._reader.read(stream.getvalue(), px, "aligned")
-        return (await self._batcher.probabilities(served.predictor, image.faces[0].pixels[None])).probabilities

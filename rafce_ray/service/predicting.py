@@ -9,22 +9,25 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import cv2
 import numpy as np
+from starlette.types import Scope
 
-from rafce_ray.bundle.model import EmotionScore, Prediction, plain
+from rafce_ray.bundle.model import EmotionScore, Prediction, Predictor, plain
 from rafce_ray.faces.decode import DEFAULT_LIMITS, DecodeError, Limits, decode_image, decode_sized_face
 from rafce_ray.faces.detect import Face, FaceFinder, build_face_finder, given_face, may_be_aligned
 from rafce_ray.metrics.calibration import Probabilities
 from rafce_ray.metrics.drift import Light, light_of
 from rafce_ray.service.answers import PredictAnswer, Result, Timings, distribution_of, face_answer, to_json
-from rafce_ray.service.batching import Batcher
 from rafce_ray.service.live import Served
 from rafce_ray.service.meter import Meter
-from rafce_ray.service.problems import Problem, problem_document, problem_of_image
+from rafce_ray.service.problems import REQUEST_ID, Problem, problem_document, problem_of_image
 from rafce_ray.service.requests import Item, Options, ParsedRequest
+
+if TYPE_CHECKING:
+    from rafce_ray.service.state import Service
 
 Faces = Literal["detect", "aligned"]
 
@@ -99,62 +102,50 @@ class Reader:
 _Answer = tuple[Prediction, tuple[EmotionScore, ...] | None]
 
 
-@dataclass(frozen=True)
-class Context:
-    """The surroundings of one request: the model at its admission, its path and id, and its start (monotonic s)."""
-
-    reader: Reader
-    batcher: Batcher
-    meter: Meter
-    served: Served
-    path: str
-    request_id: str
-    since: float
-
-
-async def predict(request: ParsedRequest, context: Context) -> bytes:
+async def predict(request: ParsedRequest, service: Service, served: Served, scope: Scope, since: float) -> bytes:
     """The answer as JSON. Where some images are unreadable, their results have the problems.
 
+    ``served``: the live model at the request's admission; ``since``: the request's start, monotonic s.
     Problem where no image is readable: the image's or, of several images, ``no_image_read`` with their results.
     """
     began = time.monotonic()
     if len(request.items) == 1:
-        images = [await _read_item(request.items[0], request.options, context)]
+        images = [await _read_item(request.items[0], request.options, service, served)]
     else:
-        images = await asyncio.gather(*(_read_item(item, request.options, context) for item in request.items))
+        images = await asyncio.gather(*(_read_item(item, request.options, service, served) for item in request.items))
     decoded = time.monotonic()
     problems = [image for image in images if isinstance(image, Problem)]
     if len(problems) == len(images) == 1:
         raise problems[0]
     if len(problems) == len(images):
         detail = f"None of the {len(problems)} images could be answered; the first: {problems[0].detail}"
-        members = {"results": plain(_results(request, problems, (), context))}
+        members = {"results": plain(_results(request, problems, (), scope))}
         raise Problem("no_image_read", detail, members=members)
     crops = [face.pixels for image in images if isinstance(image, ReadImage) for face in image.faces]
     faces = crops[0][None] if len(crops) == 1 else np.stack(crops)
-    batched = await context.batcher.probabilities(context.served.predictor, faces)
-    answers = _answers(batched.probabilities, request.options, context)
-    results = _results(request, images, answers, context)
+    batched = await service.batcher.probabilities(served.predictor, faces)
+    answers = _answers(batched.probabilities, request.options, served.predictor)
+    results = _results(request, images, answers, scope)
     timings = Timings(
         decode_ms=_ms(decoded - began),
         queue_ms=_ms(batched.queue_s),
         inference_ms=_ms(batched.inference_s),
-        total_ms=_ms(time.monotonic() - context.since),
+        total_ms=_ms(time.monotonic() - since),
     )
     lights = [light for image in images if isinstance(image, ReadImage) for light in image.lights]
-    count_faces([prediction for prediction, _ in answers], lights, context.served, context.meter)
-    context.meter.count_times(timings.decode_ms, timings.queue_ms, timings.inference_ms)
-    return to_json(PredictAnswer(context.served.model, context.request_id, results, timings))
+    count_faces([prediction for prediction, _ in answers], lights, served, service.meter)
+    service.meter.count_times(timings.decode_ms, timings.queue_ms, timings.inference_ms)
+    return to_json(PredictAnswer(served.model, scope[REQUEST_ID], results, timings))
 
 
 def _results(
-    request: ParsedRequest, images: Sequence[ReadImage | Problem], answers: Sequence[_Answer], context: Context
+    request: ParsedRequest, images: Sequence[ReadImage | Problem], answers: Sequence[_Answer], scope: Scope
 ) -> tuple[Result, ...]:
     faces = iter(answers)
     results: list[Result] = []
     for item, image in zip(request.items, images, strict=True):
         if isinstance(image, Problem):
-            document = problem_document(image, context.path, context.request_id)
+            document = problem_document(image, scope["path"], scope[REQUEST_ID])
             results.append(Result(item.id, "error", None, None, (), 0, document))
         else:
             found = tuple(face_answer(face, *next(faces)) for face in image.faces)
@@ -162,20 +153,19 @@ def _results(
     return tuple(results)
 
 
-async def _read_item(item: Item, options: Options, context: Context) -> ReadImage | Problem:
+async def _read_item(item: Item, options: Options, service: Service, served: Served) -> ReadImage | Problem:
     try:
         if isinstance(item.content, Problem):
             raise item.content
-        px = context.served.predictor.bundle.preprocessing.stored_px
-        return await context.reader.read(item.content, px, options.faces)
+        px = served.predictor.bundle.preprocessing.stored_px
+        return await service.reader.read(item.content, px, options.faces)
     except Problem as problem:
-        context.meter.count_rejected_image(problem.code)
+        service.meter.count_rejected_image(problem.code)
         return problem
 
 
-def _answers(found: Probabilities, options: Options, context: Context) -> list[_Answer]:
+def _answers(found: Probabilities, options: Options, predictor: Predictor) -> list[_Answer]:
     """The prediction of each face and, if requested, the distribution of its emotions."""
-    predictor = context.served.predictor
     predictions = predictor.named(found, options.top_k)
     if not options.return_distribution:
         return [(prediction, None) for prediction in predictions]

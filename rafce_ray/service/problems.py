@@ -7,8 +7,10 @@ import random
 import re
 from collections.abc import Callable, Coroutine, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
+import yaml
 from pydantic import ConfigDict, Field, with_config
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -32,18 +34,13 @@ _PLAIN_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 
 @dataclass(frozen=True)
 class ProblemType:
-    """One kind of refusal: its stable ``code``, HTTP status, what it means and the usual remedy."""
+    """One kind of refusal: its stable ``code``, HTTP status, what it means, the usual remedy and the kind in words."""
 
     code: str
     status: int
     meaning: str
     hint: str
-    name: str = ""
-
-    @property
-    def title(self) -> str:
-        """The kind in a few words: its name or, by default, the code's words."""
-        return self.name or self.code.replace("_", " ").capitalize()
+    title: str
 
     @property
     def uri(self) -> str:
@@ -51,126 +48,11 @@ class ProblemType:
         return f"/problems/{self.code}"
 
 
-_AGAIN = "Send the picture again as an ordinary JPEG, PNG or WebP file."
-
-_TABLE: dict[str, tuple[int, str, str] | tuple[int, str, str, str]] = {
-    "bad_request": (400, "The request is malformed.", "Correct what the detail names."),
-    "bad_headers": (
-        400,
-        "A header is repeated, or two headers contradict each other.",
-        "Send each header once, and either Content-Length or Transfer-Encoding.",
-    ),
-    "body_incomplete": (400, "The body and Content-Length differ in length.", "Send the body's true length."),
-    "malformed_json": (
-        400,
-        "The body is not one JSON value in UTF-8; NaN and Infinity are no JSON.",
-        "Send a body that a strict JSON parser accepts.",
-        "Malformed JSON",
-    ),
-    "json_too_complex": (
-        400,
-        "The JSON is nested too deeply or has more members than any valid request.",
-        'Send {"images": [{"id": ..., "data": ...}], "options": {...}} and nothing else.',
-        "JSON too complex",
-    ),
-    "duplicate_key": (400, "A JSON object has the same key twice.", "Leave one of them out."),
-    "duplicate_id": (400, "Two images of one request have the same id.", "Give each image its own id."),
-    "bad_id": (400, "An image's id is no short printable text.", "Use 1 to 128 printable characters."),
-    "missing_key": (400, "A required JSON key or form part is not there.", "Add it."),
-    "unknown_key": (400, "A JSON key or form part has no meaning here.", "Correct or remove it."),
-    "wrong_type": (400, "A JSON value has the wrong type.", "Correct it."),
-    "unknown_option": (400, "There is no such option.", "Correct or remove it."),
-    "bad_option": (400, "An option has a value that is not allowed.", "Use a value that is allowed."),
-    "bad_base64": (400, "An image's data is not base64 (RFC 4648).", "Encode the file's bytes: base64 photo.jpg"),
-    "malformed_multipart": (
-        400,
-        "The body is not multipart/form-data with the boundary that Content-Type names.",
-        "Let the HTTP client build the form: curl -F files=@photo.jpg",
-    ),
-    "key_needed": (401, "The request has no bearer key.", "Send the header Authorization: Bearer KEY."),
-    "wrong_key": (401, "The key is not one of this service's.", "Check the key with its operator."),
-    "scope_missing": (
-        403,
-        "The key is known but may not do this.",
-        "Use a key with the scope that the detail names.",
-        "Not allowed",
-    ),
-    "not_loopback": (
-        403,
-        "The service runs without keys and so answers its own machine only.",
-        "Start it with a keys file and loopback_only: false to serve others.",
-        "This machine only",
-    ),
-    "cross_site": (
-        403,
-        "A page of another site or a foreign host name asked a service that is for its own machine only.",
-        "Open the service by http://127.0.0.1:PORT or http://localhost:PORT; behind a proxy, start it with --keys "
-        "keys.json.",
-        "Another site's request",
-    ),
-    "not_found": (404, "There is nothing at this path.", "See /docs for what there is."),
-    "no_such_version": (
-        404,
-        "The registry has no version of this name.",
-        "Take a name that GET /v1/admin/versions lists.",
-    ),
-    "method_not_allowed": (405, "The path does not take this method.", "See /docs."),
-    "change_refused": (
-        409,
-        "The version may not become live: a gate says no, or there is nothing to go back to. What was live stays.",
-        "See gates for the figures; force with a why overrules them.",
-    ),
-    "body_too_slow": (408, "The whole body did not arrive in time.", "Use a faster connection or smaller pictures."),
-    "body_too_large": (413, "The body has too many bytes.", "Send smaller or fewer pictures in a request."),
-    "too_many_images": (413, "One request has too many images.", "Split it into several."),
-    "too_many_bytes": (
-        413,
-        "An image's file has too many bytes.",
-        "Make it smaller or compress it more.",
-        "Image file too large",
-    ),
-    "uri_too_long": (414, "Path and query are too long.", "Put nothing but options in the query.", "Address too long"),
-    "unsupported_media_type": (
-        415,
-        "This path does not take the body's Content-Type.",
-        "Use image/jpeg, image/png, image/webp, application/json or multipart/form-data.",
-    ),
-    "unsupported_encoding": (
-        415,
-        "The body is compressed.",
-        "Send it without Content-Encoding.",
-        "Unsupported content encoding",
-    ),
-    "unsupported_format": (415, "The file is no JPEG, PNG or WebP.", _AGAIN, "Unsupported image format"),
-    "empty": (422, "The picture has no bytes.", "Send a JPEG, PNG or WebP picture."),
-    "bad_header": (422, "The picture's header is damaged.", _AGAIN, "Unreadable header"),
-    "too_small": (422, "The picture has too few pixels.", "Send a larger picture.", "Picture too small"),
-    "too_large": (422, "The picture has too many pixels.", "Scale the picture down.", "Picture too large"),
-    "too_many_scans": (422, "The JPEG has more scans than a picture needs.", _AGAIN),
-    "undecodable": (422, "The picture is damaged or cut short.", "Get it again from its source."),
-    "no_face": (422, "No face was found in the picture.", "Send a frontal face, or faces=aligned for an aligned face."),
-    "no_image_read": (422, "None of the images could be answered; results says why.", "Correct what the results name."),
-    "busy": (429, "The service already has as many requests or bytes as it takes.", "Try again after Retry-After."),
-    "too_many_wrong_keys": (
-        429,
-        "This peer sent many wrong keys within a minute.",
-        "Wait for Retry-After seconds and use a valid key.",
-    ),
-    "headers_too_large": (431, "The headers are too many or too long.", "Send fewer headers."),
-    "client_gone": (499, "The client closed the connection before the answer.", "Send it again."),
-    "internal_error": (500, "The service failed.", "Report the request id to its operator."),
-    "unknown_method": (501, "HTTP has no such method.", "See /docs, and send the method in capitals."),
-    "not_ready": (503, "The model is not loaded or not verified yet.", "Try again; see /readyz."),
-    "deadline": (
-        504,
-        "The answer was not ready in time.",
-        "Try again, with smaller or fewer pictures. Its operator can raise limits.deadline_s or --replicas.",
-        "Deadline passed",
-    ),
+PROBLEM_TYPES: Mapping[str, ProblemType] = {
+    code: ProblemType(code, status, **{"title": code.replace("_", " ").capitalize(), **row})
+    for status, rows in yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text()).items()
+    for code, row in rows.items()
 }
-"""Of each code: HTTP status, meaning, usual remedy and, if it is not the code in words, the title."""
-
-PROBLEM_TYPES: Mapping[str, ProblemType] = {code: ProblemType(code, *row) for code, row in _TABLE.items()}
 """Every code that the service answers, by code. Those of an image are :class:`rafce_ray.faces.decode.DecodeError`'s."""
 
 

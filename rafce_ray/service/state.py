@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
+import io
+import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+from PIL import Image
+
+from rafce_ray.base.errors import RafceError
 from rafce_ray.base.hardware import num_cores
+from rafce_ray.bundle.canary import probabilities_apart
+from rafce_ray.bundle.engines import MAX_DIFFERENCE
+from rafce_ray.metrics.calibration import Probabilities, calibrated
 from rafce_ray.service.batching import Admission, Batcher
 from rafce_ray.service.config import ServiceConfig
 from rafce_ray.service.keys import Keys
-from rafce_ray.service.live import LiveModel, Served, load_served, source_of
+from rafce_ray.service.live import LiveModel, Served, Source, load_served
 from rafce_ray.service.meter import Meter
-from rafce_ray.service.model_info import Readiness
 from rafce_ray.service.predicting import Reader
 from rafce_ray.service.problems import Problem
+
+FRESH_S = 1.0
+"""Seconds for which a canary's success counts; more frequent checks cost nothing."""
 
 HUNG_S = 60.0
 """Seconds after which a running batch counts as hung; a batch takes less than a tenth of it."""
@@ -38,19 +49,12 @@ class Service:
             limits=limits.image_limits(),
         )
         self.meter = Meter()
-        self.live = LiveModel(source_of(config), partial(load_served, config=config), config.watch_s, self.meter)
+        self.live = LiveModel(
+            Source(config.bundle, config.registry), partial(load_served, config=config), config.watch_s, self.meter
+        )
         self.batcher = Batcher(config.max_batch_faces, self.meter)
-        self.readiness = Readiness(self.reader, self.batcher, limits.deadline_s)
-
-    def switch(self, version: str) -> None:
-        """Serve this version until the next call, or with ``""`` the live one again; returns when it answers.
-
-        RafceError where it may not be served: the model before stays.
-        """
-        if version:
-            self.live.switch(version)
-        else:
-            self.live.refresh()
+        self._asking = asyncio.Lock()
+        self._ready: tuple[Served, float] | None = None
 
     def is_healthy(self) -> bool:
         """Whether the inference thread lives and no batch hangs."""
@@ -62,9 +66,36 @@ class Service:
             raise Problem("not_ready", "The inference thread has ended or hangs.")
 
     async def check_ready(self, served: Served) -> None:
-        """Problem ``not_ready`` where this process is ill or the model's canary gets a wrong answer."""
+        """Problem ``not_ready`` where this process is ill, or the model's canary gets a wrong, late or no answer.
+
+        The canary is asked one at a time, and at most once in ``FRESH_S`` seconds for one model.
+        """
         self.check_health()
-        await self.readiness.check(served)
+        async with self._asking:
+            if self._ready is not None and self._ready[0] is served and time.monotonic() - self._ready[1] < FRESH_S:
+                return
+            self._ready = None
+            deadline_s = self.config.limits.deadline_s
+            try:
+                async with asyncio.timeout(deadline_s):
+                    found = await self._ask_canary(served)
+            except TimeoutError:
+                raise Problem("not_ready", f"The canary had no answer within {deadline_s:g} s.") from None
+            except RafceError as error:
+                raise Problem("not_ready", f"The canary failed: {error}") from error
+            expected = calibrated(served.canary.outputs, served.predictor.bundle.calibration)
+            off = probabilities_apart(found, Probabilities(expected.emotion[:1], expected.action_units[:1]))
+            if not off <= MAX_DIFFERENCE:
+                detail = f"The canary's probabilities are off by {off:.2g}; at most {MAX_DIFFERENCE:g} is expected."
+                raise Problem("not_ready", detail)
+            self._ready = served, time.monotonic()
+
+    async def _ask_canary(self, served: Served) -> Probabilities:
+        stream = io.BytesIO()
+        Image.fromarray(served.canary.images[0]).save(stream, "PNG")
+        px = served.predictor.bundle.preprocessing.stored_px
+        image = await self.reader.read(stream.getvalue(), px, "aligned")
+        return (await self.batcher.probabilities(served.predictor, image.faces[0].pixels[None])).probabilities
 
     def measured(self) -> Meter:
         """The counts so far, with present gauges; for one thread at a time."""

@@ -46,7 +46,7 @@ def exported(metric: Metric) -> set[str]:
 
 
 def ours() -> list[Metric]:
-    return [value for value in vars(metrics).values() if isinstance(value, Metric)]
+    return [value for value in (*vars(metrics).values(), *metrics.ONE_OF_A_RUN.values()) if isinstance(value, Metric)]
 
 
 def test_every_name_is_a_metric_of_ours_and_every_metric_of_ours_is_shown(expressions, metric_names):

@@ -92,7 +92,7 @@ def test_trials_are_shown_in_every_state_that_there_is():
 
 
 def test_names_are_prometheus_names_with_units_at_their_end():
-    found = [value for value in vars(metrics).values() if isinstance(value, Metric)]
+    found = [value for value in (*vars(metrics).values(), *metrics.ONE_OF_A_RUN.values()) if isinstance(value, Metric)]
     assert len({metric.name for metric in found}) == len(found) > 20
     for metric in found:
         assert metric.name.startswith(("rafce_train_", "rafce_tune_"))

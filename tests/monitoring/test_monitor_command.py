@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from rafce_ray.cli.monitor import main
-from rafce_ray.monitoring.compose import DISCOVERY_FILE, IMAGES
+from rafce_ray.monitoring.compose import DISCOVERY_FILE
 
 
 @pytest.fixture
@@ -46,8 +46,9 @@ def test_the_compose_file_starts_pinned_images_on_loopback_and_mounts_what_is_th
     folder = written(tmp_path / "out", "--ray-folder", str(ray), "--prometheus-port=9091", "--grafana-port=3001")
     compose = read(folder / "compose.yaml")
     assert compose.keys() == {"services"}
-    assert {name: service["image"] for name, service in compose["services"].items()} == IMAGES
-    assert all(image.rpartition(":")[2].lstrip("v").count(".") == 2 for image in IMAGES.values())
+    images = {name: service["image"] for name, service in compose["services"].items()}
+    assert images.keys() == {"prometheus", "grafana"}
+    assert all(image.rpartition(":")[2].lstrip("v").count(".") == 2 for image in images.values())
     for name, service in compose["services"].items():
         assert service["network_mode"] == "host"
         assert all(place.exists() for place in mounts(folder, name).values())

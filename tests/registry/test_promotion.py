@@ -9,10 +9,11 @@ from pyarrow.fs import FSSpecHandler, PyFileSystem
 
 from rafce_ray.base.errors import GateError, UsageError
 from rafce_ray.base.storage import Location, locate
+from rafce_ray.bundle.bundle import load_bundle
 from rafce_ray.registry import promotion
 from rafce_ray.registry.live import read_history, read_live, replace_live
 from rafce_ray.registry.promotion import Reason, Refused, promote, roll_back, take_candidate
-from rafce_ray.registry.versions import add_version, list_versions, load_stored, version_folder, version_names
+from rafce_ray.registry.versions import add_version, list_versions, version_folder, version_names
 
 
 def gate_of(found, name):
@@ -29,11 +30,11 @@ def test_a_version_is_the_bundle_copied_whole_and_never_altered(tmp_path, make_b
     assert {path.name: path.read_bytes() for path in stored.iterdir()} == {
         path.name: path.read_bytes() for path in bundle.iterdir()
     }
-    assert load_stored(version_folder(registry, name)).weights_sha256.startswith(name)
+    assert load_bundle(version_folder(registry, name).uri).weights_sha256.startswith(name)
     assert add_version(registry, str(bundle)) == (name, False)
     with pytest.raises(UsageError, match="is another bundle; versions are never altered"):
         add_version(registry, str(make_bundle(1)), name)
-    assert load_stored(version_folder(registry, name)).weights_sha256.startswith(name)
+    assert load_bundle(version_folder(registry, name).uri).weights_sha256.startswith(name)
 
 
 @pytest.mark.parametrize("name", ["", "..", "../x", "a/b", ".hidden", "a b", "x" * 65, "ä", "a\n"])
@@ -51,7 +52,7 @@ def test_what_a_program_that_died_left_of_a_version_is_none_and_is_replaced(tmp_
     registry = locate(tmp_path)
     assert version_names(registry) == []
     assert add_version(registry, str(make_bundle()), "new") == ("new", True)
-    load_stored(version_folder(registry, "new"))
+    load_bundle(version_folder(registry, "new").uri)
 
 
 def test_the_first_version_has_nothing_to_compare_with(two_versions):
@@ -266,5 +267,5 @@ def test_a_registry_on_s3(s3_place, make_bundle, rules):
     assert roll_back(registry, Reason(), rules).live.version == "one"
     assert [version.name for version in list_versions(registry)] == ["one", "two"]
     assert len(read_history(registry)) == 3
-    found = load_stored(version_folder(registry, "two"))
+    found = load_bundle(version_folder(registry, "two").uri)
     assert found.path == str(registry / "versions" / "two")

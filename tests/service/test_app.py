@@ -25,13 +25,13 @@ from rafce_ray.metrics.calibration import Outputs
 from rafce_ray.service import state as state_module
 from rafce_ray.service.answers import NoImageRead, PredictAnswer
 from rafce_ray.service.config import read_service_config
-from rafce_ray.service.documents import ANSWER_EXAMPLE, REQUEST_EXAMPLE, openapi_document
+from rafce_ray.service.documents import openapi_document
 from rafce_ray.service.keys import new_key
 from rafce_ray.service.live import FailedSwap
-from rafce_ray.service.model_info import FRESH_S, ModelInfo
+from rafce_ray.service.model_info import ModelInfo
 from rafce_ray.service.problems import PROBLEM_TYPES, ProblemDocument
 from rafce_ray.service.requests import PredictRequest
-from rafce_ray.service.state import Service
+from rafce_ray.service.state import FRESH_S, Service
 
 PNG = {"content-type": "image/png"}
 ANSWER = TypeAdapter(PredictAnswer)
@@ -327,7 +327,7 @@ def test_an_engine_that_breaks_is_a_500_without_a_word_of_why(service, client, s
 
 
 def test_it_is_ready_when_the_canary_gives_its_answer_and_not_otherwise(service, client, slow, monkeypatch):
-    monkeypatch.setattr("rafce_ray.service.model_info.FRESH_S", 0.0)
+    monkeypatch.setattr("rafce_ray.service.state.FRESH_S", 0.0)
     slow.go.set()
     assert client.get("/readyz").json()["model"]["sha256"] == service.live.served.model.sha256
     right = slow.outputs
@@ -415,9 +415,11 @@ def test_the_openapi_document_is_valid_and_names_every_problem(client, service):
     }
 
 
-def test_the_examples_fit_the_schema():
-    ANSWER.validate_json(json.dumps(ANSWER_EXAMPLE))
-    TypeAdapter(PredictRequest).validate_json(json.dumps(REQUEST_EXAMPLE))
+def test_the_examples_fit_the_schema(client):
+    predict = client.get("/openapi.json").json()["paths"]["/v1/predict"]["post"]
+    answer, request = predict["responses"]["200"], predict["requestBody"]
+    ANSWER.validate_json(json.dumps(answer["content"]["application/json"]["example"]))
+    TypeAdapter(PredictRequest).validate_json(json.dumps(request["content"]["application/json"]["example"]))
 
 
 def test_keys_are_asked_for_where_there_are_any():

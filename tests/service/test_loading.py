@@ -11,7 +11,7 @@ from rafce_ray.base.storage import Location, locate
 from rafce_ray.registry.live import LiveRecord, read_live, replace_live
 from rafce_ray.registry.versions import add_version, read_version
 from rafce_ray.service.config import read_service_config
-from rafce_ray.service.live import BundleFolder, load_served, source_of
+from rafce_ray.service.live import Source, load_served
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def make_live(
 
 def test_a_registry_serves_what_is_live(registry):
     config = read_service_config({"registry": registry.uri, "engine": "torch", "name": "faces", "max_batch_faces": 1})
-    source = source_of(config)
+    source = Source(config.bundle, config.registry)
     with pytest.raises(RafceError, match="no version is live yet"):
         source.look()
     make_live(registry, "first")
@@ -71,11 +71,10 @@ def test_a_registry_serves_what_is_live(registry):
 
 def test_a_bundle_without_a_canary_is_served_and_that_is_said(bundle_path, write_bundle, tmp_path):
     config = read_service_config({"bundle": str(bundle_path), "engine": "torch", "max_batch_faces": 1})
-    assert source_of(config) == BundleFolder(str(bundle_path))
-    with_canary = load_served(source_of(config).look(), config)
+    with_canary = load_served(Source(config.bundle, config.registry).look(), config)
     assert not any("canary" in remark for remark in with_canary.remarks)
     place = write_bundle(tmp_path / "old", with_canary=False)
-    without = load_served(BundleFolder(str(place)).look(), config)
+    without = load_served(Source(str(place), None).look(), config)
     assert any("stores no canary" in remark for remark in without.remarks)
     assert len(without.canary.images) > 0
 
@@ -83,7 +82,7 @@ def test_a_bundle_without_a_canary_is_served_and_that_is_said(bundle_path, write
 def test_a_run_folder_is_served_by_its_bundle(write_bundle, tmp_path: Path):
     write_bundle(tmp_path / "run" / "bundle")
     config = read_service_config({"bundle": str(tmp_path / "run"), "engine": "torch", "max_batch_faces": 1})
-    assert load_served(source_of(config).look(), config).card == "# Model card: a test"
+    assert load_served(Source(config.bundle, config.registry).look(), config).card == "# Model card: a test"
 
 
 def test_a_bundle_without_a_reference_is_served_and_the_log_says_that_drift_is_unknown(
@@ -91,8 +90,8 @@ def test_a_bundle_without_a_reference_is_served_and_the_log_says_that_drift_is_u
 ):
     config = read_service_config({"bundle": str(bundle_path), "engine": "torch", "max_batch_faces": 1})
     place = write_bundle(tmp_path / "new", drift_reference=even_reference(4, 3))
-    assert load_served(BundleFolder(str(place)).look(), config).drift.num_reference_images == 1200
+    assert load_served(Source(str(place), None).look(), config).drift.num_reference_images == 1200
     assert caplog.records == []
-    assert load_served(source_of(config).look(), config).drift.psi == {}
+    assert load_served(Source(config.bundle, config.registry).look(), config).drift.psi == {}
     (told,) = caplog.records
     assert (told.levelname, "Drift is unknown" in told.getMessage()) == ("WARNING", True)

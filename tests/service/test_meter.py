@@ -9,36 +9,38 @@ import pytest
 
 from rafce_ray.service.config import read_service_config
 from rafce_ray.service.live import BLOCK_FACES
-from rafce_ray.service.meter import Counter, Histogram, Meter
+from rafce_ray.service.meter import Meter
 from rafce_ray.service.state import Service
 
 
-def test_a_counter_is_there_from_0_on():
-    counter = Counter("c", "", ("reason",))
-    assert counter.values == {}
-    counter.expect([("busy",), ("empty",)])
-    counter.add("busy")
-    counter.add("busy")
-    counter.expect([("busy",)])
-    assert counter.values == {("busy",): 2, ("empty",): 0}
-    assert Counter("plain", "").values == {(): 0}
+def values(meter: Meter, name: str, label: str | None = None) -> dict[str | None, float]:
+    """Of the samples of this name: the value by one label, or by None."""
+    return {
+        None if label is None else sample.labels[label]: sample.value
+        for family in meter.registry.collect()
+        for sample in family.samples
+        if sample.name == f"rafce_serve_{name}"
+    }
 
 
-def test_a_bucket_holds_its_bound():
-    histogram = Histogram("h", "", (1.0, 2.0))
-    for value in (0.5, 1.0, 1.5, 2.0, 2.5):
-        histogram.observe(value)
-    assert histogram.values[()].counts == [2, 2, 1]
-    assert histogram.values[()].total == 7.5
+def test_what_has_not_happened_yet_is_there_as_0():
+    meter = Meter()
+    meter.count_request("/v1/predict", 429, 2.0, "busy")
+    requests = values(meter, "requests_total", "status")
+    assert requests == {"200": 0, "429": 1, "500": 0, "503": 0, "504": 0}
+    rejected = values(meter, "rejected_total", "reason")
+    assert {code for code, number in rejected.items() if number} == {"busy"}
+    assert rejected["deadline"] == 0
+    buckets = values(meter, "request_ms_bucket", "le")
+    assert (buckets["1.0"], buckets["2.0"], buckets["+Inf"]) == (0, 1, 1)
 
 
 def test_every_instrument_has_a_name_of_its_own_and_a_description():
-    instruments = Meter().instruments()
-    names = [instrument.name for instrument in instruments]
+    families = list(Meter().registry.collect())
+    names = [family.name for family in families]
     assert len(set(names)) == len(names) == 20
     assert all(name.startswith("rafce_serve_") for name in names)
-    assert all(instrument.description.endswith(".") for instrument in instruments)
-    assert all(instrument.name.endswith("_total") == isinstance(instrument, Counter) for instrument in instruments)
+    assert all(family.documentation.endswith(".") for family in families)
 
 
 def test_another_model_takes_over_the_gauges():
@@ -47,19 +49,19 @@ def test_another_model_takes_over_the_gauges():
     meter.tell_drift({"emotion": 0.3, "AU1": 0.1}, 200, 900)
     meter.tell_model("2", "bb", "torch")
     meter.tell_drift({"emotion": 0.01}, 0, 0)
-    assert meter.model_info.values == {("1", "aa", "torch"): 0, ("2", "bb", "torch"): 1}
-    assert meter.drift_psi.values[("emotion",)] == 0.01
-    assert math.isnan(meter.drift_psi.values[("AU1",)])
+    assert values(meter, "model_info", "version") == {"1": 0, "2": 1}
+    psi = values(meter, "drift_psi", "statistic")
+    assert psi["emotion"] == 0.01
+    assert math.isnan(psi["AU1"])
 
 
 def snapshot(service: Service) -> dict[tuple[str, ...], float]:
     """Name and labels of every series -> its value, or the number of values of a histogram."""
     return {
-        (instrument.name.removeprefix("rafce_serve_"), *labels): sum(value.counts)
-        if hasattr(value, "counts")
-        else value
-        for instrument in service.measured().instruments()
-        for labels, value in instrument.values.items()
+        (sample.name.removeprefix("rafce_serve_").removesuffix("_count"), *sample.labels.values()): sample.value
+        for family in service.measured().registry.collect()
+        for sample in family.samples
+        if not sample.name.endswith(("_created", "_bucket", "_sum"))
     }
 
 
@@ -163,17 +165,18 @@ def test_drift_is_measured_and_the_model_tells_that_it_can_be(
             assert (told["watched"], told["remark"], told["reference_images"]) == (True, None, 1200)
             assert {one["name"]: one["min_faces"] for one in told["statistics"]}["emotion"] == 200
             for number in range(20):
-                assert math.isnan(service.measured().drift_psi.values[("emotion",)]), number
+                assert math.isnan(values(service.measured(), "drift_psi", "statistic")["emotion"]), number
                 assert client.post("/v1/predict", files=files, data={"faces": "aligned"}).status_code == 200
             meter = service.measured()
     finally:
         service.close()
-    assert meter.drift_faces.values[()] == 200 == 4 * BLOCK_FACES
+    assert values(meter, "drift_faces") == {None: 200}
+    assert 4 * BLOCK_FACES == 200
     # Always the same face, where a quarter of each class is expected: 200.5 of 202 against 300.5 of 1202.
     p, q, rest = 300.5 / 1202, 200.5 / 202, 0.5 / 202
     by_hand = (q - p) * math.log(q / p) + 3 * (rest - p) * math.log(rest / p)
-    assert meter.drift_psi.values[("emotion",)] == pytest.approx(by_hand)
-    assert meter.drift_reference_images.values[()] == 1200
+    assert values(meter, "drift_psi", "statistic")["emotion"] == pytest.approx(by_hand)
+    assert values(meter, "drift_reference_images") == {None: 1200}
 
 
 def test_an_old_bundle_says_that_drift_is_unknown(service, client, caplog):
@@ -181,4 +184,4 @@ def test_an_old_bundle_says_that_drift_is_unknown(service, client, caplog):
     assert (told["watched"], told["reference_images"], told["statistics"]) == (False, 0, [])
     assert "keeps no reference" in told["remark"]
     assert json.dumps(told)
-    assert service.measured().drift_psi.values == {}
+    assert values(service.measured(), "drift_psi", "statistic") == {}
