@@ -1,7 +1,7 @@
 """A dataset of aligned faces made from labelled photographs: faces as ``rafce predict`` cuts them, labels as they were.
 
-A face is stored as JPEG of quality 95 without colour subsampling: a quarter of a PNG's size, and names stay as they
-are. ``align.jsonl`` has one line a photograph; it is written as the work goes on, and the next run continues from it.
+A face is stored as JPEG of quality 95 without colour subsampling. It differs from the pixels that prediction cuts by
+1.5 of 255 (root mean square, five photographs), takes 30 % of a PNG's bytes, and names stay. ``align.jsonl`` has one line a photograph; it is written as the work goes on, and the next run continues from it.
 """
 
 from __future__ import annotations
