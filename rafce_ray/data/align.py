@@ -1,7 +1,8 @@
 """A dataset of aligned faces made from labelled photographs: faces as ``rafce predict`` cuts them, labels as they were.
 
-A face is stored as JPEG of quality 95 without colour subsampling. It differs from the pixels that prediction cuts by
-1.5 of 255 (root mean square, five photographs), takes 30 % of a PNG's bytes, and names stay. ``align.jsonl`` has one line a photograph; it is written as the work goes on, and the next run continues from it.
+A face is stored as JPEG of quality 95 without colour subsampling: names stay, and it takes 30 % of a PNG's bytes. It
+differs from the pixels that prediction cuts by 1.5 of 255 (root mean square, five photographs). ``align.jsonl`` has one
+line a photograph; it is written as the work goes on, and the next run continues from it.
 """
 
 from __future__ import annotations
@@ -87,8 +88,14 @@ def align(data: DataConfig, out: Location, settings: AlignSettings, progress: Pr
         GateError: the labels cannot be read soundly.
     """
     labels = read_for_copy(data)
-    if labels.root.local is not None and Path(out.path).resolve().is_relative_to(labels.root.local.resolve()):
-        raise UsageError(f"--out {out.shown}: lies in the folder of the photographs. Give a folder outside of it.")
+    # Folders that are searched for the photographs: the next run would take faces for them.
+    searched = (labels.image_root, labels.root / "aligned", labels.root / "images")
+    inside = [one for one in searched if one.local and Path(out.path).resolve().is_relative_to(one.local.resolve())]
+    if inside:
+        raise UsageError(
+            f"--out {out.shown}: lies in {inside[0].shown}, where photographs are looked for. Give a folder outside of "
+            f"it, such as --out {(inside[0].parent.parent / 'aligned_faces').command}"
+        )
     with alignment_folder(out, settings, str(labels.root)):
         return cut_faces(data, labels, out, settings, progress)
 

@@ -132,7 +132,10 @@ def test_a_second_run_does_only_what_is_missing(photographs, tmp_path, portrait)
 
 def test_nothing_of_the_users_is_overwritten(photographs, tmp_path, capsys):
     out = tmp_path / "out"
-    assert main(["align", str(photographs), "--out", str(photographs / "aligned")]) == 2
+    for inside in ("aligned", "images/faces"):
+        assert main(["align", str(photographs), "--out", str(photographs / inside)]) == 2
+        assert "where photographs are looked for" in capsys.readouterr().err
+        assert sorted(os.listdir(photographs)) == ["images", "labels.csv"]
     out.mkdir()
     (out / "mine.txt").write_text("mine")
     assert main(["align", str(photographs), "--out", str(out)]) == 2
