@@ -59,9 +59,9 @@ class AlignSettings:
 class Aligned:
     """What was made in ``root``; ``records``: the lines of its ``align.jsonl``, in the order of the labels.
 
-    A record has ``name`` (as the labels have it), ``path`` of the photograph, ``face`` (name below ``aligned/``),
-    ``num_faces``, ``box`` (x, y, width, height in px), ``alignment``, ``problem`` (a code) and ``message``; what is
-    unknown is null.
+    A record has ``name`` (as the labels have it), ``path`` of the photograph, ``face`` (the file below ``aligned/``),
+    ``num_faces``, ``faces`` (largest first: ``box`` in px, ``alignment`` and what else is known of a
+    :class:`rafce_ray.faces.detect.Face`), ``problem`` (a code) and ``message``; what is unknown is null.
     """
 
     root: Location
@@ -212,8 +212,7 @@ def _loader(images: Location, settings: AlignSettings) -> Callable[[str], Loaded
 
 
 def _completed(record: dict[str, Any], **found: Any) -> dict[str, Any]:
-    empty = dict.fromkeys(("face", "num_faces", "box", "alignment", "problem", "message"))
-    return record | empty | {"num_faces": 0} | found
+    return record | {"face": None, "num_faces": 0, "faces": [], "problem": None, "message": None} | found
 
 
 def _store_face(record: dict[str, Any], file: LoadedFile, folder: Location, several: Several) -> dict[str, Any]:
@@ -221,12 +220,12 @@ def _store_face(record: dict[str, Any], file: LoadedFile, folder: Location, seve
     if file.problem is not None:
         message = f"{file.problem.message} {file.problem.remedy}".strip()
         return _completed(record, problem=file.problem.code, message=message)
-    first, num_faces = file.faces[0], len(file.faces)
-    found = {"num_faces": num_faces, "box": list(asdict(first.box).values()), "alignment": first.alignment}
-    if num_faces > 1 and several == "skip":
-        return _completed(record, **found, problem=SEVERAL_FACES, message=f"{num_faces} faces were found.")
+    faces = [{key: value for key, value in asdict(face).items() if key != "pixels"} for face in file.faces]
+    found = {"num_faces": len(faces), "faces": faces}
+    if len(faces) > 1 and several == "skip":
+        return _completed(record, **found, problem=SEVERAL_FACES, message=f"{len(faces)} faces were found.")
     encoded = io.BytesIO()
-    Image.fromarray(first.pixels).save(encoded, "JPEG", quality=95, subsampling=0)
+    Image.fromarray(file.faces[0].pixels).save(encoded, "JPEG", quality=95, subsampling=0)
     (folder / record["face"]).write_bytes(encoded.getvalue())
     return _completed(record, **found, face=record["face"])
 
