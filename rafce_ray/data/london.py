@@ -2,8 +2,8 @@
 
 Lisa DeBruine and Benedict Jones (2017), figshare 5047666, CC BY 4.0. The people gave signed consent. ``london.csv``
 has what is known of each person, the split, and the sha256 of both photographs: as they are in the repository
-debruine/webmorphR.stim, and of copies at 600 px, which a mirror may have of 86 people. The sums of the repository's
-files were compared with its Git objects and with a second, independent list.
+debruine/webmorphR.stim, and of copies at 600 px, which a mirror may have of 86 people. docs/explanation/decisions.md
+says where the sums are from.
 """
 
 from __future__ import annotations
