@@ -1,4 +1,4 @@
-"""One program at a time works in a folder, and a folder holds one kind of thing: a run, a study or predictions.
+"""One program at a time works in a folder, and a folder holds one kind of thing, such as a run or a study.
 
 A registry is claimed in the same way for each change of the live version.
 
@@ -32,16 +32,22 @@ from rafce_ray.base.console import handled_signals, to_json, warn
 from rafce_ray.base.errors import RafceError, UsageError
 from rafce_ray.base.storage import Location
 
-Kind = Literal["run", "study", "predictions"]
+Kind = Literal["run", "study", "predictions", "faces"]
 
 MARKS: dict[Kind, tuple[str, ...]] = {
     "study": ("study.json", "trials"),
     "run": ("provenance.json", "audit.json", "checkpoints"),
     "predictions": ("plan.json",),
+    "faces": ("align.json",),
 }
 """Files and folders that only this kind has. A run writes these before its config.yaml: one alone is a person's."""
 
-_PHRASES: dict[Kind, str] = {"run": "a run", "study": "a study", "predictions": "predictions"}
+_PHRASES: dict[Kind, str] = {
+    "run": "a run",
+    "study": "a study",
+    "predictions": "predictions",
+    "faces": "aligned faces",
+}
 
 BEAT_EVERY_S = 10.0
 SILENT_S = 60.0

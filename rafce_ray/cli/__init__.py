@@ -13,7 +13,7 @@ import sys
 from rafce_ray import __version__
 
 VERBS = {
-    "data": "audit labelled faces, split them, draw demo faces",
+    "data": "audit labelled faces, split them, align, download or draw them",
     "train": "train a model on Ray Train",
     "tune": "tune hyperparameters on Ray Tune",
     "evaluate": "measure a model on a labelled split",

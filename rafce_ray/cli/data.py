@@ -1,4 +1,4 @@
-"""``rafce data``: audit labelled faces, split them, or draw demo faces."""
+"""``rafce data``: audit labelled faces, split them, cut them out of photographs, download or draw some."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ import shlex
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rafce_ray.base.console import progress_bar, say, to_json, warn
+from rafce_ray.base.console import printable, progress_bar, say, to_json, warn
 from rafce_ray.base.errors import GateError, UsageError
 from rafce_ray.cli.arguments import command, local_path, parse_verb
 
 if TYPE_CHECKING:
+    from rafce_ray.data.align import Aligned
     from rafce_ray.data.audit import Audit
 
 _OVERRIDE = re.compile(r"^\w+\.\w+=")
@@ -27,7 +29,7 @@ def main(argv: list[str]) -> int:
     parse_verb(parser, argv, verbs)
     # argparse does not accept overrides after an option.
     arguments, rest = parser.parse_known_args(argv)
-    if rest and (arguments.action not in (_audit, _split) or not all(_OVERRIDE.match(text) for text in rest)):
+    if rest and (arguments.action not in (_audit, _split, _align) or not all(_OVERRIDE.match(text) for text in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     exit_code: int = arguments.action(arguments, rest)
     return exit_code
@@ -35,7 +37,8 @@ def main(argv: list[str]) -> int:
 
 def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     parser = argparse.ArgumentParser(
-        prog="rafce data", description="Audit labelled faces, split them, or draw demo faces."
+        prog="rafce data",
+        description="Audit labelled faces, split them, cut them out of photographs, download or draw some.",
     )
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     verb = verbs.add_parser(
@@ -71,6 +74,37 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     )
     verb.set_defaults(action=_split)
     verb = verbs.add_parser(
+        "align",
+        usage="%(prog)s ROOT --out DIR [--px PX] [--several largest|skip] [--face-model FILE] [data.key=value ...]",
+        help="make a dataset of aligned faces out of labelled photographs",
+        description="Find the face in every labelled photograph, cut it out as rafce predict does, and write the faces "
+        "to DIR/aligned/ with the same labels, splits and other columns. Photographs without a face are left out and "
+        "listed in DIR/align.jsonl. The same command resumes.",
+    )
+    verb.add_argument("root", help="labelled photographs in any layout that audit reads")
+    verb.add_argument("--out", required=True, type=local_path, metavar="DIR", help="new folder")
+    _add_alignment(verb)
+    verb.add_argument(
+        "--several",
+        choices=("largest", "skip"),
+        default="largest",
+        help="photographs with several faces: take the largest, or leave them out (default %(default)s)",
+    )
+    verb.set_defaults(action=_align)
+    verb = verbs.add_parser(
+        "fetch",
+        help="download photographs with labels, and align their faces",
+        description="Download the Face Research Lab London Set (102 people, neutral and smiling; CC BY 4.0), check the "
+        "sha256 of each file, and align the faces. The same command resumes.",
+    )
+    verb.add_argument("name", choices=("london",), help="which photographs")
+    verb.add_argument(
+        "--out", type=local_path, default="faces/london", metavar="DIR", help="new folder (default %(default)s)"
+    )
+    verb.add_argument("--url", metavar="BASE", help="mirror with the same paths (default: the repository on GitHub)")
+    _add_alignment(verb)
+    verb.set_defaults(action=_fetch)
+    verb = verbs.add_parser(
         "synthesize",
         help="draw labelled demo faces in RAF-CE's layout",
         description="Draw synthetic labelled faces with RAF-CE's layout, class proportions and label noise, to try the "
@@ -83,6 +117,17 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     )
     verb.set_defaults(action=_synthesize)
     return parser, list(verbs.choices)
+
+
+def _add_alignment(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--px", type=_face_px, default=224, help="side of an aligned face, px (default %(default)s)")
+    verb.add_argument("--face-model", type=Path, metavar="FILE.onnx", help="detection model, as for rafce predict")
+
+
+def _face_px(text: str) -> int:
+    if not text.isdecimal() or not 32 <= int(text) <= 1024:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 32 to 1024")
+    return int(text)
 
 
 def _audit(arguments: argparse.Namespace, given: list[str]) -> int:
@@ -176,6 +221,64 @@ def _split(arguments: argparse.Namespace, given: list[str]) -> int:
         warn(told)
     say(f"Next: {shlex.join(['rafce', 'data', 'audit', made.root.shown, *kept])}")
     return 0
+
+
+_MAX_LISTED = 10
+
+
+def _align(arguments: argparse.Namespace, given: list[str]) -> int:
+    from rafce_ray.base.storage import locate
+    from rafce_ray.config import load_config
+    from rafce_ray.data.align import AlignSettings, align
+
+    data = load_config(None, [*given, f"data.root={_yaml_text(arguments.root)}"]).data
+    settings = AlignSettings(arguments.px, arguments.several, arguments.face_model)
+    say(f"Aligning the faces of {arguments.root} into {arguments.out}, {settings.px} px a side.")
+    made = align(data, locate(arguments.out), settings, progress_bar)
+    if not _report_aligned(made, settings.px):
+        return 1
+    # The faces have a place and an encoding of their own.
+    elsewhere = ("data.encoding", "data.layout", "data.images")
+    kept = [one for one in given if one.partition("=")[0].strip() not in elsewhere]
+    say(f"Next: {shlex.join(['rafce', 'data', 'audit', made.root.shown, f'data.stored_px={settings.px}', *kept])}")
+    return 0
+
+
+def _fetch(arguments: argparse.Namespace, _: list[str]) -> int:
+    from rafce_ray.base.storage import locate
+    from rafce_ray.data.align import AlignSettings
+    from rafce_ray.data.london import REPOSITORY, fetch
+
+    settings = AlignSettings(arguments.px, face_model=arguments.face_model)
+    url = arguments.url or REPOSITORY
+    say(
+        f"Downloading the Face Research Lab London Set from {url} into {arguments.out}. Lisa DeBruine and Benedict "
+        "Jones, figshare 5047666, CC BY 4.0."
+    )
+    made = fetch(locate(arguments.out), settings, url, progress_bar)
+    if not _report_aligned(made, settings.px):
+        return 1
+    root = f"data.root={made.root.shown}"
+    say(f"Next: {shlex.join(['rafce', 'train', '--recipe', 'few', root, f'data.stored_px={settings.px}'])}")
+    return 0
+
+
+def _report_aligned(made: Aligned, px: int) -> bool:
+    """Say which photographs have an aligned face and which have none; whether any has."""
+    num_aligned = len(made.records) - len(made.left_out)
+    for title, found in (("without an aligned face", made.left_out), ("with several faces", made.with_several)):
+        if found:
+            warn(f"photographs {title}: {len(found)}. All are in {(made.root / 'align.jsonl').shown}.")
+        for one in found[:_MAX_LISTED]:
+            largest = f"{one['num_faces']} faces; the largest was taken."
+            say(f"  {printable(one['name'])}: {one['message'] or largest}")
+    say(
+        f"Aligned {num_aligned} of {len(made.records)} photographs: {made.root.shown} has their faces, {px} px a side, "
+        "and their labels."
+        if num_aligned
+        else f"No photograph of {len(made.records)} has an aligned face: no labels were written."
+    )
+    return num_aligned > 0
 
 
 def _synthesize(arguments: argparse.Namespace, _: list[str]) -> int:

@@ -59,10 +59,7 @@ def write_split(
         UsageError: the file to write exists, there is no such column, or it has fewer values than there are splits.
         GateError: the labels cannot be read soundly.
     """
-    labels = read_labels(data)
-    faults = [one for one in labels.findings if one.level == "refusal" and one.code not in WITHOUT_SPLITS]
-    if faults:
-        raise GateError("\n".join(f"{one.message}. {one.remedy}".strip() for one in faults))
+    labels = read_for_copy(data)
     source = table.find_table(locate(str(data.root))) if labels.layout == "table" else None
     stem, _, ending = ("labels.csv" if source is None else source.name).rpartition(".")
     written = labels.root / (label_file.PARTITION_FILE if labels.layout == "rafce" else f"{stem}.split.{ending}")
@@ -86,7 +83,7 @@ def write_split(
         written.write_bytes("".join(f"{name} {code_of[split]}\n" for name, split in split_of.items()).encode())
     elif labels.layout == "folders":
         rows = zip(names, split_of.values(), labels.table["emotion"].to_pylist(), strict=True)
-        written.write_bytes(_csv(["name", "split", "emotion"], rows, ","))
+        written.write_bytes(csv_bytes(["name", "split", "emotion"], rows))
     elif labels.layout != "table":
         # A new layout must say here how a copy keeps all of its labels.
         assert_never(labels.layout)
@@ -105,6 +102,15 @@ def write_split(
         columns=header,
         person=None if person is None else header[person],
     )
+
+
+def read_for_copy(data: DataConfig) -> Labels:
+    """Labels of which a copy can be written, with or without splits. GateError where they cannot be read soundly."""
+    labels = read_labels(data)
+    faults = [one for one in labels.findings if one.level == "refusal" and one.code not in WITHOUT_SPLITS]
+    if faults:
+        raise GateError("\n".join(f"{one.message}. {one.remedy}".strip() for one in faults))
+    return labels
 
 
 def assign(
@@ -214,13 +220,14 @@ def _copied(cells: table.Cells, split_of: Mapping[str, str]) -> bytes:
         return sink.getvalue()
     if split is None:
         rows = [[*row, one] for row, one in zip(cells.rows, splits, strict=True)]
-        return _csv([*cells.columns.header, "split"], rows, cells.delimiter)
+        return csv_bytes([*cells.columns.header, "split"], rows, cells.delimiter)
     for row, one in zip(cells.rows, splits, strict=True):
         row[split : split + 1] = [one] if split < len(row) else []
-    return _csv(cells.columns.header, cells.rows, cells.delimiter)
+    return csv_bytes(cells.columns.header, cells.rows, cells.delimiter)
 
 
-def _csv(header: Iterable[str], rows: Iterable[Iterable[str]], delimiter: str) -> bytes:
+def csv_bytes(header: Iterable[str], rows: Iterable[Iterable[str]], delimiter: str = ",") -> bytes:
+    """A CSV file in UTF-8."""
     text = io.StringIO(newline="")
     writer = csv.writer(text, delimiter=delimiter, lineterminator="\n")
     writer.writerow(header)

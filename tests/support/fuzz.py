@@ -70,6 +70,8 @@ COMMANDS: tuple[tuple[str, ...], ...] = (
     ("serve", "--registry", "registry", "--keys", "keys.json", "--host", "127.0.0.1", "--engine", "torch"),
     ("data", "audit", "faces"),
     ("data", "audit", "table", "--json", "audit.json"),
+    ("data", "align", "table", "--out", "aligned_faces", "--px", "64", "--several", "skip"),
+    ("data", "fetch", "london", "--url", "http://127.0.0.1:9", "--out", "london"),
     ("data", "synthesize", "--out", "drawn", "--num-images", "4"),
     ("evaluate", "--bundle", "bundle", "--split", "test", "data.root=faces", "--batch-size", "8"),
     ("evaluate", "--bundle", "runs/tiny", "--json", "data.root=faces"),

@@ -50,8 +50,8 @@ def has_gpu() -> bool:
 
 
 def has_photographs() -> bool:
-    """Whether both sets are there that tests read."""
-    return all((PHOTOGRAPHS / name).is_dir() for name in ("photos", "london_smiles"))
+    """Whether all sets are there that tests read."""
+    return all((PHOTOGRAPHS / name).is_dir() for name in ("photos", "london_smiles", "london_photos"))
 
 
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
