@@ -209,18 +209,6 @@ def test_a_finalist_is_told_by_whose_configuration_it_trains_and_apart_from_the_
     assert "trial_0000" not in rendered(watch)
 
 
-def test_values_that_a_scheduler_changes_are_told(study, capsys):
-    watch = SweepWatch(study, "score", planned=2, clock=Clock())
-    train(start(study, 0), 0.3)
-    train(start(study, 1, optim__lr=0.001), 0.3)
-    watch._update()
-    capsys.readouterr()
-    start(study, 1, optim__lr=0.0012)
-    watch._update()
-    assert lines(capsys) == ["trial_0001 goes on with optim.lr 0.0012 (base: 0.0005)"]
-    assert "lr 0.0012" in rendered(watch)
-
-
 def test_files_are_read_when_they_change_and_those_of_ended_trials_never_again(study, monkeypatch):
     ended, running = start(study, 0), start(study, 1)
     train(ended, 0.3)
@@ -249,7 +237,8 @@ def test_files_are_read_when_they_change_and_those_of_ended_trials_never_again(s
     train(running, 0.1, 0.2)
     touched.clear()
     watch._update()
-    assert touched == ["list trials", "list trial_0001", "read trial_0001/metrics.jsonl"]
+    read_again = ["read trial_0001/metrics.jsonl", "read trial_0001/result.json"]
+    assert touched == ["list trials", "list trial_0001", *read_again]
     end(running)
     watch._update()
     touched.clear()

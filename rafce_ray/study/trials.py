@@ -110,18 +110,15 @@ def check_sampled(plan: TrialPlan, job: Job) -> None:
 class Trial:
     """One trial as it stands.
 
-    ``score``: the study's metric at its best epoch so far, as it is (not negated); None before the first epoch.
-
-    ``curve``: (epoch, metric) of every epoch, None where undefined. ``figures``: OF_AN_EPOCH of validation at the best
+    ``config``: what it trains. ``score``: the study's metric at its best epoch so far, as it is (not negated); None
+    before the first epoch. ``curve``: (epoch, metric) of every epoch, None where undefined. ``figures``: OF_AN_EPOCH of validation at the best
     epoch. ``seconds``: of training. ``reason``: why it was stopped, or failed.
     """
 
     plan: TrialPlan
-    seed: int
+    config: Config
     status: str
     reason: str | None
-    epochs: int
-    max_epochs: int
     best_epoch: int | None
     score: float | None
     figures: dict[str, float | None]
@@ -132,6 +129,26 @@ class Trial:
     def name(self) -> str:
         """Folder name under ``trials/``."""
         return self.plan.name
+
+    @property
+    def seed(self) -> int:
+        """The seed that it trains with."""
+        return self.config.run.seed
+
+    @property
+    def epochs(self) -> int:
+        """Epochs that it has trained."""
+        return len(self.curve)
+
+    @property
+    def max_epochs(self) -> int:
+        """Epochs after which it ends by itself."""
+        return self.config.optim.epochs
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it will not go on by itself."""
+        return self.status in ENDED
 
     @cached_property
     def row(self) -> dict[str, Any]:
@@ -174,11 +191,9 @@ def trial_as_it_stands(folder: RunFolder, metric: str, plan: TrialPlan, config: 
     validation = {} if best is None else best["validation"]
     return Trial(
         plan=plan,
-        seed=config.run.seed,
+        config=config,
         status=str(result.get("status", "interrupted" if records else "waiting")),
         reason=result.get("reason"),
-        epochs=len(records),
-        max_epochs=config.optim.epochs,
         best_epoch=None if best is None else int(best["epoch"]),
         score=None if best is None else float(validation[metric]),
         figures={name: validation.get(name) for name in OF_AN_EPOCH},

@@ -14,7 +14,7 @@ import pytest
 from rafce_ray.base.console import to_json
 from rafce_ray.base.errors import RafceError
 from rafce_ray.base.taxonomy import RAFCE_EMOTIONS, make_taxonomy
-from rafce_ray.config import config_hash, load_config
+from rafce_ray.config import Config, config_hash, load_config
 from rafce_ray.metrics.calibration import Calibration, Outputs, SplitOutputs
 from rafce_ray.metrics.comparison import score
 from rafce_ray.run.state import Job
@@ -104,7 +104,7 @@ def folder(tmp_path):
 
 def make_trial(number: int, score: float | None, status: str = "finished", role: str = "sweep") -> Trial:
     plan = TrialPlan(f"trial_{number:04d}", number, role, {}, "", 1.0, 0.0)
-    return Trial(plan, 0, status, None, 3, 3, 1, score, {}, (), 1.0)
+    return Trial(plan, Config(), status, None, 1, score, {}, (), 1.0)
 
 
 def numbers(trials: list[Trial]) -> list[int]:

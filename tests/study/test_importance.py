@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from rafce_ray.config import Config
 from rafce_ray.study import importance
 from rafce_ray.study.importance import parameter_importance
 from rafce_ray.study.trials import Trial, TrialPlan
@@ -12,7 +13,7 @@ from rafce_ray.study.trials import Trial, TrialPlan
 
 def make_trial(number: int, values: dict, score: float | None, status: str = "finished", role: str = "sweep") -> Trial:
     plan = TrialPlan(f"trial_{number:04d}", number, role, values, "", 1.0, 0.0)
-    return Trial(plan, 0, status, None, 3, 3, 1, score, {}, (), 1.0)
+    return Trial(plan, Config(), status, None, 1, score, {}, (), 1.0)
 
 
 def sample(size: int) -> list[dict]:

@@ -8,7 +8,7 @@ import torch
 
 from rafce_ray.base.figures import FIGURES, OF_AN_EPOCH
 from rafce_ray.base.taxonomy import make_taxonomy
-from rafce_ray.config import config_hash, flatten, load_config
+from rafce_ray.config import Config, config_hash, flatten, load_config
 from rafce_ray.run.checkpoint import fault, list_checkpoints, save_checkpoint
 from rafce_ray.run.folder import RunFolder
 from rafce_ray.run.state import Job
@@ -107,7 +107,7 @@ def test_less_of_a_loss_is_better():
 
     def made(number: int, score: float | None) -> Trial:
         plan = TrialPlan(f"trial_{number:04d}", number, "sweep", {}, "", 1.0, 0.0)
-        return Trial(plan, 0, "finished", None, 3, 3, 1, score, {}, (), 1.0)
+        return Trial(plan, Config(), "finished", None, 1, score, {}, (), 1.0)
 
     trials = [made(3, 0.4), made(0, 0.2), made(1, None), made(2, 0.4), made(4, 0.9)]
     assert [one.plan.number for one in best_first(trials, "score")] == [4, 2, 3, 0]
