@@ -149,7 +149,7 @@ def stop_one(folder: Path, name: str, workers: int) -> int:
 
         from rafce_ray.study.plan import share_out
         from rafce_ray.tune.scheduler import Control, Course, Unscheduled
-        from rafce_ray.tune.trials import Listed, Settings, cluster_nodes, run_on_tune
+        from rafce_ray.tune.trials import Settings, cluster_nodes, run_on_tune
 
         class StopsAfterTwo(Unscheduled):
             stopped_at = 0.0
@@ -170,7 +170,7 @@ def stop_one(folder: Path, name: str, workers: int) -> int:
 
         watcher = threading.Thread(target=watch, daemon=True)
         watcher.start()
-        run_on_tune(Listed([plan]), scheduler, Settings(shares, max_failures=0, limit=1))
+        run_on_tune([plan], scheduler, Settings(shares, max_failures=0, limit=1))
         watcher.join(timeout=60)
     print(freed[0] if freed else "inf")
     return 0

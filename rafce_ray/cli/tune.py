@@ -18,7 +18,7 @@ def main(argv: list[str]) -> int:
     if arguments.print_config:
         print(study_yaml(study), end="")
         return 0
-    require_data_root(study.base_config(), "base.")
+    require_data_root(study.base_config, "base.")
     from rafce_ray.base.storage import locate
     from rafce_ray.study.folder import StudyFolder
     from rafce_ray.study.plan import first_line

@@ -242,7 +242,7 @@ def _metric_faults(study: StudyConfig) -> Iterator[str]:
     better, mode = ("higher", "max") if study.direction > 0 else ("lower", "min")
     if study.mode not in (None, mode):
         yield f"mode: found {study.mode!r}; {study.metric} is better when {better}: write mode: {mode}, or leave it out"
-    data = study.base_config().data
+    data = study.base_config.data
     for task, missing, metrics in (
         ("emotions", data.emotions == "none", monitors_of("emotion")),
         ("action_units", data.action_units == "none", monitors_of("action_units")),
@@ -268,7 +268,7 @@ def _search_faults(study: StudyConfig) -> Iterator[str]:
 
 
 def _scheduler_faults(study: StudyConfig) -> Iterator[str]:
-    scheduler, epochs = study.scheduler, study.base_config().optim.epochs
+    scheduler, epochs = study.scheduler, study.base_config.optim.epochs
     if scheduler.type in ("asha", "median") and scheduler.grace_period >= epochs:
         yield (
             f"scheduler.grace_period: {scheduler.grace_period} is not below base.optim.epochs={epochs}: no trial would "

@@ -168,6 +168,7 @@ class StudyConfig(_Study):
         """1 where more of the metric is better, -1 where less is."""
         return FIGURES[self.metric].direction
 
+    @cached_property
     def base_config(self) -> Config:
         """What trial 0 trains: recipe, sections, and what the study says of metric and workers. It has no ``run.name``.
 
@@ -190,16 +191,12 @@ class StudyConfig(_Study):
 
     def config_of(self, values: Mapping[str, Any]) -> Config:
         """The base with sampled values, by dotted key; ConfigError where they cannot be used."""
-        return with_values(self._base, values)
-
-    @cached_property
-    def _base(self) -> Config:
-        return self.base_config()
+        return with_values(self.base_config, values)
 
     @cached_property
     def base_values(self) -> dict[str, Any]:
         """The base's configuration as plain values by dotted key."""
-        return flatten(self.base_config())
+        return flatten(self.base_config)
 
     def unused_scheduler_keys(self) -> list[str]:
         """Scheduler keys that are set, but that the chosen type does not read."""

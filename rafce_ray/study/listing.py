@@ -75,7 +75,7 @@ def read_listing(study: StudyFolder) -> Listing:
     for one, row in zip(trials, rows, strict=True):
         if not one.plan.values:
             # The base samples nothing, yet it is compared by what it trains with.
-            own = flatten(study.trial(one.name).config())
+            own = flatten(one.config)
             row |= {key: own[key] for key in sampled}
     return Listing(metric, (*rows, *others), sampled)
 

@@ -17,13 +17,15 @@ from rafce_ray.base.errors import UsageError
 from rafce_ray.base.storage import Location
 from rafce_ray.base.taxonomy import Taxonomy
 from rafce_ray.config import Config, ConfigError, RunConfig
-from rafce_ray.data.loader import batch_remark, num_steps
+from rafce_ray.data.loader import Prepared, batch_remark, num_steps, open_dataset
 from rafce_ray.data.records import counted
 from rafce_ray.model.network import build_architecture, build_model
+from rafce_ray.run.state import choose_splits
 from rafce_ray.study.checks import foreseen
 from rafce_ray.study.config import StudyConfig
 from rafce_ray.study.folder import StudyFolder
 from rafce_ray.study.space import identity, planned_trials, propose
+from rafce_ray.study.trials import read_trials
 from rafce_ray.study.watch import plain
 
 NESTED_MEMORY_BYTES = 2**20
@@ -133,7 +135,7 @@ SHOWN_TRIALS = 8
 
 def first_line(study: StudyConfig, folder: StudyFolder) -> str:
     """What is about to happen and where results go."""
-    config, total = study.base_config(), planned_trials(study)
+    config, total = study.base_config, planned_trials(study)
     stopping = "no early stopping" if study.scheduler.type == "none" else study.scheduler.type.upper()
     return (
         f"study {study.name}: {study.search} search over {len(study.space)} keys, {total} trials (the base first) of "
@@ -142,11 +144,11 @@ def first_line(study: StudyConfig, folder: StudyFolder) -> str:
     )
 
 
-def tell_plan(study: StudyConfig, folder: StudyFolder, shares: Shares, taxonomy: Taxonomy, *, ended: int) -> None:
+def tell_plan(study: StudyConfig, folder: StudyFolder, shares: Shares, prepared: Prepared) -> None:
     """Say all that is known before anything trains; UsageError where the disk cannot hold it."""
-    total = planned_trials(study)
+    total, config = planned_trials(study), study.base_config
+    ended = sum(one.has_ended for one in read_trials(folder, study.metric, role="sweep"))
     say(f"trials: {total}, of which {ended} have ended; {shares.shown} (the cluster holds {shares.fitting} at a time)")
-    config = study.base_config()
     epochs = total * config.optim.epochs
     finals = study.finalists
     retrained = "" if finals.k == 0 else f", then up to {finals.k + 1} finalists x {finals.seeds} seeds to the end"
@@ -159,7 +161,9 @@ def tell_plan(study: StudyConfig, folder: StudyFolder, shares: Shares, taxonomy:
             f"best 1/{scheduler.reduction_factor:g} of each rung go on"
         )
     say(f"epochs: at most {epochs}{stopping}{retrained}")
-    tell_disk(study, folder.location, shares, taxonomy)
+    tell_disk(study, folder.location, shares, prepared.taxonomy)
+    dataset = open_dataset(prepared.store, prepared.taxonomy, config.data.null_policy)
+    tell_batches(study, len(choose_splits(dataset, config).train))
 
 
 def tell_batches(study: StudyConfig, num_images: int) -> None:
@@ -239,7 +243,7 @@ def tell_disk(study: StudyConfig, place: Location, shares: Shares, taxonomy: Tax
 def largest_model_bytes(study: StudyConfig, taxonomy: Taxonomy) -> tuple[int, int]:
     """Bytes of a bundle and of a checkpoint of the largest model that the study may train."""
     searched = {key: study.space[key].ends() for key in SIZING if key in study.space}
-    sizes = [model_bytes(study.base_config(), taxonomy)]
+    sizes = [model_bytes(study.base_config, taxonomy)]
     for combination in product(*searched.values()) if searched else ():
         # What does not go together is not trained.
         with suppress(ConfigError):

@@ -111,8 +111,8 @@ class Trial:
     """One trial as it stands.
 
     ``config``: what it trains. ``score``: the study's metric at its best epoch so far, as it is (not negated); None
-    before the first epoch. ``curve``: (epoch, metric) of every epoch, None where undefined. ``figures``: OF_AN_EPOCH of validation at the best
-    epoch. ``seconds``: of training. ``reason``: why it was stopped, or failed.
+    before the first epoch. ``curve``: (epoch, metric) of every epoch, None where undefined. ``figures``: OF_AN_EPOCH
+    of validation at the best epoch. ``seconds``: of training. ``reason``: why it was stopped, or failed.
     """
 
     plan: TrialPlan
@@ -202,8 +202,8 @@ def trial_as_it_stands(folder: RunFolder, metric: str, plan: TrialPlan, config: 
     )
 
 
-def read_trials(study: StudyFolder, metric: str, *, all_of_them: bool = False) -> list[Trial]:
-    """All trials of a sweep and its finalists, by number and name.
+def read_trials(study: StudyFolder, metric: str, *, role: Role | None = None, all_of_them: bool = False) -> list[Trial]:
+    """The trials of a role, by number and name; of both roles if it is None.
 
     A trial that neither ended nor runs is ``interrupted``.
     A trial whose files cannot be read is left out with a warning; ``all_of_them``: DamagedFile instead.
@@ -211,12 +211,14 @@ def read_trials(study: StudyFolder, metric: str, *, all_of_them: bool = False) -
     found = []
     for name in study.trial_names():
         try:
-            found.append(read_trial(study.trial(name), metric))
+            trial = read_trial(study.trial(name), metric)
+            if trial is not None and role in (None, trial.plan.role):
+                found.append(trial)
         except DamagedFile as error:
             if all_of_them:
                 raise
             warn(f"trial {name} is left out. {error}")
-    return sorted(filter(None, found), key=lambda one: (one.plan.role, one.plan.number, one.name))
+    return sorted(found, key=lambda one: (one.plan.role, one.plan.number, one.name))
 
 
 def best_record(records: Sequence[dict[str, Any]], metric: str) -> dict[str, Any] | None:

@@ -6,7 +6,7 @@ import importlib
 import shlex
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -18,19 +18,19 @@ from rafce_ray.base.console import pretty_json, progress_bar, say, to_json, warn
 from rafce_ray.base.errors import RafceError, UsageError
 from rafce_ray.base.storage import locate
 from rafce_ray.config import Config, DataConfig, build_config, identity_of, to_yaml, with_values
-from rafce_ray.data.loader import Prepared, Readings, open_dataset, prepare
+from rafce_ray.data.loader import Prepared, Readings, prepare
 from rafce_ray.data.records import counted
 from rafce_ray.model.pretrained import check_weights
 from rafce_ray.report.study_page import write_study_report
-from rafce_ray.run.state import choose_splits
 from rafce_ray.study.checks import foreseen
 from rafce_ray.study.config import StudyConfig, study_yaml
-from rafce_ray.study.finalists import Verdict, best_run, judge, judge_sweep, sentences
+from rafce_ray.study.finalists import Verdict, best_run, choose_finalists, final_name, judge, judge_sweep, sentences
 from rafce_ray.study.folder import StudyFolder
 from rafce_ray.study.on_test import measure_on_test
-from rafce_ray.study.plan import Shares, share_out, tell_batches, tell_plan, tell_trials
+from rafce_ray.study.plan import Shares, share_out, tell_plan, tell_trials
 from rafce_ray.study.space import planned_trials, propose
 from rafce_ray.study.trials import Training, Trial, read_trials
+from rafce_ray.study.watch import SweepWatch
 from rafce_ray.train.environment import check_ray
 from rafce_ray.train.launch import ray_cluster, tell_findings
 
@@ -43,7 +43,7 @@ def conclude_study(study: StudyConfig, folder: StudyFolder, finalists: Sequence[
     Raises:
         RafceError: no trial gave a score.
     """
-    trials = [one for one in read_trials(folder, study.metric) if one.plan.role == "sweep"]
+    trials = read_trials(folder, study.metric, role="sweep")
     failed = [one.name for one in trials if one.status in ("failed", "diverged")]
     if failed:
         warn(
@@ -66,7 +66,7 @@ def conclude_study(study: StudyConfig, folder: StudyFolder, finalists: Sequence[
     report = write_study_report(folder, study.metric)
     for line in [*sentences(verdict), *([] if on_test is None else on_test.sentences())]:
         say(line)
-    place, root = folder.location, shlex.quote(str(study.base_config().data.root))
+    place, root = folder.location, shlex.quote(str(study.base_config.data.root))
     best, ray = (place / "best").command, (place / "ray").command
     curves = f"copy {ray} to a disk for TensorBoard" if place.local is None else f"tensorboard --logdir {ray}"
     say(
@@ -121,7 +121,7 @@ def tune(study: StudyConfig, *, dry_run: bool = False, retry_failed: bool = Fals
         RafceError: no trial gave a score.
     """
     check_ray()
-    folder = StudyFolder(str(locate(study.storage) / study.name))
+    folder, base = StudyFolder(str(locate(study.storage) / study.name)), study.base_config
     if dry_run:
         folder.location.check_reachable()
         check_kind(folder.location, "study", key="name")
@@ -132,29 +132,24 @@ def tune(study: StudyConfig, *, dry_run: bool = False, retry_failed: bool = Fals
     check_mlflow(study)
     check_weights_of(study)
     readings = Readings(partial(prepare, progress=progress_bar))
-    prepared = readings.of(study.base_config().data)
+    prepared = readings.of(base.data)
     readings.prepare_all(ways_of_reading(study))
-    tell_findings(prepared, study.base_config())
+    tell_findings(prepared, base)
     plan, resources = claim_of(study, prepared), study.resources
-    cluster = shares_of(
-        study.base_config(),
-        f"rafce tune {study.name}",
-        concurrent=resources.concurrent,
-        gpus_per_worker=resources.gpus_per_worker,
-    )
-    if dry_run:
-        folder.check(plan)
-        with cluster as shares:
-            tell(study, folder, shares, prepared)
-        tell_trials(study)
-        return None
-    with claimed(folder.location, "study", key="name"):
-        folder.claim(plan)
-        (folder.location / "study.yaml").write_bytes(study_yaml(study).encode())
-        if retry_failed:
+    with nullcontext() if dry_run else claimed(folder.location, "study", key="name"):
+        if dry_run:
+            folder.check(plan)
+        else:
+            folder.claim(plan)
+            (folder.location / "study.yaml").write_bytes(study_yaml(study).encode())
+        if retry_failed and not dry_run:
             reopen_failed(folder, study.metric)
-        with cluster as shares:
-            tell(study, folder, shares, prepared)
+        command, per_worker = f"rafce tune {study.name}", resources.gpus_per_worker
+        with shares_of(base, command, concurrent=resources.concurrent, gpus_per_worker=per_worker) as shares:
+            tell_plan(study, folder, shares, prepared)
+            if dry_run:
+                tell_trials(study)
+                return None
             sweep(study, folder, shares, readings)
             finalists = train_finalists(study, folder, shares, readings)
         return conclude_study(study, folder, finalists)
@@ -175,16 +170,6 @@ def shares_of(
         yield share_out(base.run, cluster_nodes(), concurrent=concurrent, gpus_per_worker=gpus_per_worker)
 
 
-def tell(study: StudyConfig, folder: StudyFolder, shares: Shares, prepared: Prepared) -> None:
-    """Say what will be done with how much of the cluster; UsageError where the disk has no place for it."""
-    trials = [one for one in read_trials(folder, study.metric) if one.plan.role == "sweep"]
-    ended = sum(one.status not in ("waiting", "interrupted") for one in trials)
-    tell_plan(study, folder, shares, prepared.taxonomy, ended=ended)
-    base = study.base_config()
-    dataset = open_dataset(prepared.store, prepared.taxonomy, base.data.null_policy)
-    tell_batches(study, len(choose_splits(dataset, base).train))
-
-
 def ways_of_reading(study: StudyConfig) -> dict[str, DataConfig]:
     """Every way in which trials will read the data, named by the values that make the difference."""
     searched = [key for key in study.space if key.startswith("data.")]
@@ -196,7 +181,7 @@ def ways_of_reading(study: StudyConfig) -> dict[str, DataConfig]:
 
 def claim_of(study: StudyConfig, prepared: Prepared) -> dict[str, Any]:
     """What makes the study the one that it is: with anything of it changed, its trials would not belong together."""
-    plain, base = study.model_dump(mode="json"), identity_of(study.base_config())
+    plain, base = study.model_dump(mode="json"), identity_of(study.base_config)
     kept = {key: plain[key] for key in ("search", "seed", "metric", "scheduler")}
     kept["scheduler"] |= REMOVED_SCHEDULER_KEYS
     # With the order of its keys: trial n of a grid follows from it.
@@ -214,13 +199,12 @@ def reopen_failed(folder: StudyFolder, metric: str) -> None:
 
 def sweep(study: StudyConfig, folder: StudyFolder, shares: Shares, readings: Readings) -> None:
     """Run the trials that are still to run; KeyboardInterrupt after Ctrl-C."""
-    from rafce_ray.study.watch import SweepWatch
     from rafce_ray.tune.scheduler import Control, Course, build_scheduler
     from rafce_ray.tune.sweep import Sweep
     from rafce_ray.tune.trials import run_on_tune, stoppable
 
     control = Control()
-    scheduler = build_scheduler(study, Course(folder, study.metric, study.base_config().optim.epochs, control))
+    scheduler = build_scheduler(study, Course(folder, study.metric, study.base_config.optim.epochs, control))
     supply = Sweep(study, folder, shares, readings, scheduler)
     total, spent = planned_trials(study), read_elapsed(folder)
     ended, left = supply.num_ended, supply.num_left
@@ -240,7 +224,7 @@ def sweep(study: StudyConfig, folder: StudyFolder, shares: Shares, readings: Rea
     watch = SweepWatch(folder, study.metric, total, elapsed_before_s=spent, budget_s=study.time_budget_s)
     with elapsed(folder, spent, study.time_budget_s, control), watch, stoppable(control):
         try:
-            run_on_tune(supply, scheduler, settings)
+            run_on_tune(iter(supply.next, None), scheduler, settings, supply.ended)
         except OSError as error:
             raise RafceError(
                 f"{folder.location} could not be read or written: {error}. The same command goes on."
@@ -287,10 +271,9 @@ def elapsed(folder: StudyFolder, spent: float, budget_s: float | None, control: 
 
 def train_finalists(study: StudyConfig, folder: StudyFolder, shares: Shares, readings: Readings) -> list[Trial]:
     """Train the best trials and the base again with other seeds; return the chosen trials, the best first."""
-    from rafce_ray.study.finalists import choose_finalists, final_name
     from rafce_ray.tune.sweep import train_seeds
 
-    trials = [one for one in read_trials(folder, study.metric) if one.plan.role == "sweep"]
+    trials = read_trials(folder, study.metric, role="sweep")
     if study.finalists.k == 0 or not any(one.score is not None for one in trials):
         return []
     chosen = choose_finalists(trials, study.finalists.k, study.metric)
@@ -300,9 +283,8 @@ def train_finalists(study: StudyConfig, folder: StudyFolder, shares: Shares, rea
     )
     trainings = []
     for trial in chosen:
-        config = folder.trial(trial.name).config()
-        for seed in range(config.run.seed + 1, config.run.seed + 1 + study.finalists.seeds):
-            plan, seeded = trial.plan, with_values(config, {"run.seed": seed})
+        for seed in range(trial.seed + 1, trial.seed + 1 + study.finalists.seeds):
+            plan, seeded = trial.plan, with_values(trial.config, {"run.seed": seed})
             trainings.append(Training(final_name(trial, seed), plan.number, trial.name, seeded, plan.values))
     settings = settings_of(study, shares, study.resources.concurrent)
     train_seeds(folder, trainings, settings, readings, "finalist")
@@ -331,7 +313,7 @@ def check_mlflow(study: StudyConfig) -> None:
 
 def check_weights_of(study: StudyConfig) -> None:
     """Check before anything starts that every trial's ``model.weights`` exist for its backbone; else UsageError."""
-    models = [study.base_config().model]
+    models = [study.base_config.model]
     if study.space.keys() & {"model.weights", "model.backbone"}:
         models += [study.config_of(values).model for values in foreseen(study)]
     for weights, backbone in sorted({(model.weights, model.backbone) for model in models}):
@@ -347,4 +329,4 @@ def settings_of(study: StudyConfig, shares: Shares, limit: int | None) -> Any:
         from ray.air.integrations.mlflow import MLflowLoggerCallback
 
         callbacks = (MLflowLoggerCallback(tracking_uri=study.mlflow, experiment_name=study.name),)
-    return Settings(shares, study.base_config().run.max_failures, limit, study.start_timeout_s, callbacks)
+    return Settings(shares, study.base_config.run.max_failures, limit, study.start_timeout_s, callbacks)

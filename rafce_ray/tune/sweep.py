@@ -33,7 +33,7 @@ from rafce_ray.study.trials import (
 from rafce_ray.study.watch import SweepWatch
 from rafce_ray.train.launch import provenance_of
 from rafce_ray.tune.scheduler import STOPPED, Concluding, Control, Course, Unscheduled
-from rafce_ray.tune.trials import Listed, Settings, run_on_tune, stoppable
+from rafce_ray.tune.trials import Settings, run_on_tune, stoppable
 
 
 class Sweep:
@@ -44,8 +44,8 @@ class Sweep:
     ) -> None:
         self._study, self._folder, self._shares, self._readings = study, folder, shares, readings
         # A trial that is left out would be trained again, with other values if the search learns from it.
-        found = read_trials(folder, study.metric, all_of_them=True)
-        self._known = {trial.name: trial for trial in found if trial.plan.role == "sweep"}
+        found = read_trials(folder, study.metric, role="sweep", all_of_them=True)
+        self._known = {trial.name: trial for trial in found}
         self._pruned: set[str] = set()
         self._scheduler = scheduler
         left = [trial.name for trial in self._known.values() if not self._has_ended(trial)]
@@ -160,7 +160,7 @@ def renewed(folder: StudyFolder, name: str, study: StudyConfig, shares: Shares, 
     found = read_plan(folder.trial(name))
     assert found is not None
     plan, job = found
-    now = flatten(study.base_config())
+    now = flatten(study.base_config)
     config = with_values(job.config, {key: now[key] for key in CARRIED_OUT_BY - {"run.name", "run.storage"}})
     # None of these keys is in the hash.
     plan = replace(plan, cpus=shares.workers * shares.cpus, gpus=shares.workers * shares.gpus)
@@ -194,7 +194,7 @@ def train_seeds(
         last_epoch = max(one.config.optim.epochs for one in trainings)
         scheduler = Unscheduled(Course(folder, metric, last_epoch, control))
         with SweepWatch(folder, metric, len(trainings), role=role), stoppable(control):
-            run_on_tune(Listed(plans), scheduler, settings)
+            run_on_tune(plans, scheduler, settings)
         if control.stop is not None:
             say(f"stopped: {folder.location.shown} keeps what was trained; the same command goes on")
             raise KeyboardInterrupt

@@ -6,11 +6,11 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import ray
 from ray import cloudpickle, tune
@@ -258,30 +258,6 @@ def nested_trial(plain: dict[str, Any], study: str, metric: str) -> dict[str, An
 START_TIMEOUT_S = 120.0
 
 
-class Supply(Protocol):
-    """Trials that are to run, one after another. Each one's folder and plan are ready when it is handed out."""
-
-    def next(self) -> TrialPlan | None:
-        """The next trial; None: there are no more."""
-
-    def ended(self, name: str) -> None:
-        """A trial no longer runs."""
-
-
-@dataclass
-class Listed:
-    """A fixed list of trials."""
-
-    plans: list[TrialPlan]
-
-    def next(self) -> TrialPlan | None:
-        """The next of the list."""
-        return self.plans.pop(0) if self.plans else None
-
-    def ended(self, name: str) -> None:
-        """Nothing to do."""
-
-
 @dataclass(frozen=True)
 class Settings:
     """How trials are carried out on Ray Tune. ``limit``: trials at a time, where not the cluster bounds them."""
@@ -299,10 +275,15 @@ def cluster_nodes() -> list[Node]:
     return [Node(float(one.get("CPU", 0)), float(one.get("GPU", 0))) for one in resources]
 
 
-def run_on_tune(supply: Supply, scheduler: Concluding, settings: Settings) -> None:
-    """Run what the supply hands out, until it has no more or ``Control`` says stop.
+def run_on_tune(
+    plans: Iterable[TrialPlan],
+    scheduler: Concluding,
+    settings: Settings,
+    ended: Callable[[str], None] = lambda name: None,
+) -> None:
+    """Run trials, whose folders are ready, until there are no more or ``Control`` says stop.
 
-    What became of a trial stands in its folder.
+    ``ended``: called with the name of each trial that no longer runs. What became of it stands in its folder.
 
     The cluster is connected. Ray's own files go to a folder of their own, ``ray/<time>`` of the study: nothing of ours
     reads them.
@@ -319,7 +300,7 @@ def run_on_tune(supply: Supply, scheduler: Concluding, settings: Settings) -> No
         ),
         tune_config=tune.TuneConfig(
             num_samples=-1,
-            search_alg=HandedOut(supply, control, limit),
+            search_alg=HandedOut(iter(plans), ended, control, limit),
             scheduler=scheduler,
             # A fresh process costs seconds (imports, first model), a used one a fifth of a second.
             reuse_actors=shares.workers == 1,
@@ -349,15 +330,17 @@ def free_all(study: StudyFolder) -> None:
 
 
 class HandedOut(Searcher):  # type: ignore[misc]
-    """Ray Tune's searcher: hands out what the supply has.
+    """Ray Tune's searcher: hands out one plan after another.
 
     ``limit``: trials at a time, where not the cluster's resources bound them. Without it Tune keeps one trial ahead,
     whose process it then takes over from one that ended.
     """
 
-    def __init__(self, supply: Supply, control: Control, limit: int | None) -> None:
+    def __init__(
+        self, plans: Iterator[TrialPlan], ended: Callable[[str], None], control: Control, limit: int | None
+    ) -> None:
         super().__init__()
-        self._supply, self._control, self._limit = supply, control, limit
+        self._plans, self._ended, self._control, self._limit = plans, ended, control, limit
         self._live: dict[str, str] = {}
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
@@ -366,7 +349,7 @@ class HandedOut(Searcher):  # type: ignore[misc]
             return str(Searcher.FINISHED)
         if self._limit is not None and len(self._live) >= self._limit:
             return None
-        plan = self._supply.next()
+        plan = next(self._plans, None)
         if plan is None:
             return str(Searcher.FINISHED)
         self._live[trial_id] = plan.name
@@ -378,7 +361,7 @@ class HandedOut(Searcher):  # type: ignore[misc]
         if name is None:
             return
         try:
-            self._supply.ended(name)
+            self._ended(name)
         except OSError as error:
             # Ray would count the error as the trial's own failure.
             warn(f"after {name} the study's table could not be updated ({error}); the next trial's end updates it")

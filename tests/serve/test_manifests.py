@@ -52,7 +52,7 @@ def test_the_jobs_entrypoint_is_a_study():
     # The image has the folder tune_configs in /opt/rafce (Dockerfile).
     study = load_study(str(REPOSITORY / Path(file).relative_to("/opt/rafce")), overrides)
     assert study.storage == "/srv/rafce/runs"
-    assert study.base_config().data.root == "/srv/rafce/faces"
+    assert study.base_config.data.root == "/srv/rafce/faces"
 
 
 SERVICE, CLUSTER, JOB = "rayservice.yaml", "raycluster.yaml", "rayjob-tune.yaml"

@@ -20,7 +20,7 @@ def study_of(space, data=None, **others):
 
 
 def evaluation_policies(study):
-    configs = [study.base_config(), *(study.config_of({"data.null_policy": one}) for one in ("mask", "negative"))]
+    configs = [study.base_config, *(study.config_of({"data.null_policy": one}) for one in ("mask", "negative"))]
     return [config.data.evaluation_null_policy for config in configs]
 
 
@@ -45,7 +45,7 @@ def test_trials_that_read_null_differently_are_measured_as_the_base_reads_it(dat
 
 def test_a_study_that_does_not_search_it_leaves_the_base_as_it_is():
     study = study_of({"optim.lr": {"loguniform": [1e-4, 1e-2]}}, {"null_policy": "negative"})
-    assert study.base_config().data.evaluation_null_policy == "same"
+    assert study.base_config.data.evaluation_null_policy == "same"
 
 
 def test_a_shipped_study_measures_its_trials_alike():

@@ -66,7 +66,7 @@ def test_every_field_says_what_it_means():
 
 
 def test_the_base_is_recipe_then_sections_then_what_the_study_sets(file):
-    base = load_study(file, ["metric=au_f1_mean", "resources={workers: 2, cpus_per_worker: 3}"]).base_config()
+    base = load_study(file, ["metric=au_f1_mean", "resources={workers: 2, cpus_per_worker: 3}"]).base_config
     expected = load_config(
         recipe="demo",
         overrides=[
@@ -84,9 +84,9 @@ def test_the_base_is_recipe_then_sections_then_what_the_study_sets(file):
 def test_sampled_values_are_laid_over_the_base_and_nothing_else_changes(file):
     study = load_study(file)
     config = study.config_of({"optim.lr": 0.003, "model.au_attention": True})
-    changed = {key: value for key, value in flatten(config).items() if value != flatten(study.base_config())[key]}
+    changed = {key: value for key, value in flatten(config).items() if value != flatten(study.base_config)[key]}
     assert changed == {"optim.lr": 0.003, "model.au_attention": True}
-    assert study.config_of({}) == study.base_config()
+    assert study.config_of({}) == study.base_config
     with pytest.raises(ConfigError, match=r"optim\.lr"):
         study.config_of({"optim.lr": -1})
 
@@ -105,8 +105,8 @@ def test_overrides(file):
         ],
     )
     assert (study.name, study.num_trials, study.search, study.mode) == ("x", 8, "optuna", "max")
-    assert (study.base_config().data.root, study.base_config().model.backbone) == ("y", "resnet50")
-    assert study.base_config().optim.epochs == 20
+    assert (study.base_config.data.root, study.base_config.model.backbone) == ("y", "resnet50")
+    assert study.base_config.optim.epochs == 20
     assert study.scheduler.grace_period == 2
 
 
@@ -410,7 +410,7 @@ def test_population_based_training_is_refused_with_the_reason_and_the_remedy():
 
 def test_overrides_take_text_as_it_stands(file):
     study = load_study(file, ["base.data.root=faces #2", "name=010", "storage=a: b", "base.recipe=demo"])
-    assert study.base_config().data.root == "faces #2"
+    assert study.base_config.data.root == "faces #2"
     assert (study.name, study.storage, study.base.recipe) == ("010", "a: b", "demo")
     assert load_study(file, ["base.recipe=null", "mlflow=null"]).base.recipe is None
 
@@ -422,7 +422,7 @@ def test_dotted_keys_of_a_file_are_sections(tmp_path):
         "space: {model.dropout: {uniform: [0.1, 0.5]}}\nspace.optim.lr: {loguniform: [1e-4, 1e-2]}\n"
     )
     study = load_study(file)
-    base = study.base_config()
+    base = study.base_config
     assert (study.scheduler.type, base.data.root, base.optim.epochs) == ("none", "faces", 5)
     assert list(study.space) == ["model.dropout", "optim.lr"]
     assert str(study.space["optim.lr"]) == "{loguniform: [0.0001, 0.01]}"

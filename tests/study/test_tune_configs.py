@@ -28,9 +28,9 @@ def test_each_study_is_usable_as_it_is(file, tmp_path):
     study = load_study(file, ["base.data.root=PATH"])
     assert study.name == file.stem
     assert study.unused_scheduler_keys() == []
-    assert study.base_config().data.root == "PATH"
+    assert study.base_config.data.root == "PATH"
     assert (study.base.recipe == "seed_fixed") == (file.stem != "smoke")
-    assert study.config_of(propose(study, 1) or {}) != study.base_config()
+    assert study.config_of(propose(study, 1) or {}) != study.base_config
     written = tmp_path / "study.yaml"
     written.write_text(study_yaml(study))
     assert load_study(written) == study
@@ -62,7 +62,7 @@ def test_commands_in_the_opening_are_accepted(file):
 
 def test_smoke_is_small():
     study = study_named("smoke")
-    base = study.base_config()
+    base = study.base_config
     assert (base.model.backbone, base.model.image_px) == ("mobilenet_v3_small", 48)
     assert (
         planned_trials(study) * base.optim.epochs + study.finalists.k * study.finalists.seeds * base.optim.epochs <= 40
@@ -112,7 +112,7 @@ def test_backbone_is_every_combination_of_trunk_and_weights():
     assert planned_trials(study) == len(study.space["model.backbone"].values()) * len(
         study.space["model.weights"].values()
     )
-    assert study.base_config().model.backbone in study.space["model.backbone"].values()
+    assert study.base_config.model.backbone in study.space["model.backbone"].values()
     assert all(domain.kind == "grid" for domain in study.space.values())
 
 

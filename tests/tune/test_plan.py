@@ -191,18 +191,20 @@ def test_bytes_are_shown_in_powers_of_ten(count, text):
     assert shown_bytes(count) == text
 
 
-def test_what_a_study_will_do_is_said_before_it_does_it(tmp_path, monkeypatch, capsys):
+def test_what_a_study_will_do_is_said_before_it_does_it(drawn_faces, store_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(plan.shutil, "disk_usage", lambda place: Usage(0, 0, 10**12))
-    study = build(finalists={"k": 2, "seeds": 3})
+    data = {"root": str(drawn_faces), "store_dir": str(store_dir)}
+    base = {"data": data, "model": {"backbone": "resnet18"}, "optim": {"epochs": 20}}
+    study = build(base=base, finalists={"k": 2, "seeds": 3})
     folder = StudyFolder(str(tmp_path / "s"))
     line = first_line(study, folder)
     assert "random search over 1 keys, 12 trials (the base first) of up to 20 epochs of resnet18" in line
     assert line.endswith(f"ASHA; results go to {folder.location.shown}")
-    tell_plan(study, folder, SHARES, TAXONOMY, ended=4)
+    tell_plan(study, folder, SHARES, prepare(study.base_config.data))
     tell_trials(study)
     said = " ".join(capsys.readouterr().err.split())
     assert (
-        "trials: 12, of which 4 have ended; 2 at a time, each 1 worker with 1 CPU (the cluster holds 3 at a time)"
+        "trials: 12, of which 0 have ended; 2 at a time, each 1 worker with 1 CPU (the cluster holds 3 at a time)"
         in said
     )
     assert "epochs: at most 240; ASHA compares trials after epochs 3, 9 and lets about the best 1/3" in said
@@ -248,7 +250,7 @@ def test_a_dry_run_writes_nothing(dry, tmp_path, capsys):
 
 def test_a_study_of_an_earlier_release_goes_on(dry):
     study = load_study(dry)
-    claimed = launch.claim_of(study, prepare(study.base_config().data))
+    claimed = launch.claim_of(study, prepare(study.base_config.data))
     assert claimed["scheduler"] == {
         "type": "asha",
         "grace_period": 1,

@@ -31,7 +31,7 @@ SHARES = Shares(workers=1, cpus=2.0, gpus=0.5, at_once=2, fitting=2)
 
 @pytest.fixture(scope="module")
 def prepared(drawn_faces, store_dir):
-    return prepare(build(drawn_faces, store_dir).base_config().data)
+    return prepare(build(drawn_faces, store_dir).base_config.data)
 
 
 def build(drawn_faces: Path, store_dir: Path, **values) -> StudyConfig:
@@ -117,7 +117,7 @@ def test_a_fresh_study_hands_out_the_base_and_then_what_is_proposed(bench):
     assert (sweep.num_left, sweep.num_ended) == (0, 0)
     plans = list(iter(sweep.next, None))
     assert [plan.name for plan in plans] == [f"trial_{number:04d}" for number in range(5)]
-    base = bench.study.base_config()
+    base = bench.study.base_config
     assert (plans[0].values, plans[0].config_hash) == ({}, config_hash(base))
     assert [plan.values for plan in plans] == [propose(bench.study, number) for number in range(5)]
     assert len({plan.config_hash for plan in plans}) == 5
@@ -169,7 +169,7 @@ def test_a_second_start_hands_out_what_was_left_and_never_what_has_ended(bench):
         bench.folder,
         "final_0000_seed1",
         0,
-        bench.study.base_config(),
+        bench.study.base_config,
         {},
         shares=SHARES,
         prepared=bench.prepared,
@@ -366,7 +366,7 @@ def test_data_are_prepared_once_for_each_way_of_reading(drawn_faces, store_dir):
             "optim.lr": {"loguniform": [1e-4, 1e-2]},
         },
     )
-    base = study.base_config().data
+    base = study.base_config.data
     readings.prepare_all(ways_of_reading(study))
     ways = {(one.null_policy, one.min_train_positives) for one in asked}
     assert ways == {(policy, least) for policy in ("mask", "negative") for least in (5, 50)}
@@ -397,9 +397,9 @@ def test_a_study_out_of_time_ends_its_sweep_and_goes_on_with_more(bench, until, 
     now = [0.0]
     monkeypatch.setattr(launch, "time", SimpleNamespace(monotonic=lambda: now[0]))
 
-    def run_on_tune(supply, scheduler, settings):
+    def run_on_tune(plans, scheduler, settings, ended):
         control = scheduler.course.control
-        while control.stop is None and (plan := supply.next()) is not None:
+        while control.stop is None and (plan := next(plans, None)) is not None:
             before = len(bench.folder.trial(plan.name).metrics())
             out_of_time = plan.name == "trial_0001" and before == 0
             if out_of_time:
@@ -408,7 +408,7 @@ def test_a_study_out_of_time_ends_its_sweep_and_goes_on_with_more(bench, until, 
                 until(lambda: control.stop is not None, lambda: "the budget does not end the sweep")
             else:
                 bench.train(plan.name, *[0.5] * 4, status="finished")
-                supply.ended(plan.name)
+                ended(plan.name)
             trained.append((plan.name, before))
 
     monkeypatch.setattr(trials, "run_on_tune", run_on_tune)

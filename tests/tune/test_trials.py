@@ -18,7 +18,7 @@ def test_a_stopped_trial_gives_back_what_it_held(workers, tiny_overrides, tmp_pa
 
     from rafce_ray.study.plan import share_out
     from rafce_ray.tune.scheduler import Control, Course, Unscheduled
-    from rafce_ray.tune.trials import Listed, Settings, cluster_nodes, run_on_tune
+    from rafce_ray.tune.trials import Settings, cluster_nodes, run_on_tune
 
     class StopsAfterTwo(Unscheduled):
         def judge(self, name, epoch, score):
@@ -38,7 +38,7 @@ def test_a_stopped_trial_gives_back_what_it_held(workers, tiny_overrides, tmp_pa
 
     shares = share_out(config.run, cluster_nodes(), concurrent=1, gpus_per_worker=None)
     scheduler = StopsAfterTwo(Course(study, "macro_f1", 200, Control()))
-    run_on_tune(Listed([plan]), scheduler, Settings(shares, max_failures=0, limit=1))
+    run_on_tune([plan], scheduler, Settings(shares, max_failures=0, limit=1))
 
     pids = [event["pid"] for event in folder.events() if event["event"] == "started"]
     until(
