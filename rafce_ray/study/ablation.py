@@ -6,9 +6,10 @@ import io
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from rafce_ray.base.figures import MIN_SUPPORT
 from rafce_ray.bundle.bundle import read_taxonomy
@@ -145,23 +146,30 @@ def _slug(title: str) -> str:
     return title.lower().replace(" ", "-")
 
 
+class Figure(NamedTuple):
+    """A reported figure. It is shown times ``scale`` with ``digits`` after the point; ``sign`` -1: less is better."""
+
+    title: str
+    digits: int = 3
+    scale: int = 1
+    sign: int = 1
+
+
 FIGURES = {
-    "accuracy": "accuracy",
-    "macro_f1": "macro-F1",
-    "macro_f1_supported": f"macro-F1, support >= {MIN_SUPPORT}",
-    "au_f1": "AU-F1 at 0.5",
-    "au_f1_tuned": "AU-F1, own thresholds",
-    "au_ap": "AU average precision",
-    "gap": "gap in accuracy, points",
-    "component_accuracy": "component accuracy",
-    "nll": "emotion log loss, calibrated",
+    "accuracy": Figure("accuracy"),
+    "macro_f1": Figure("macro-F1"),
+    "macro_f1_supported": Figure(f"macro-F1, support >= {MIN_SUPPORT}"),
+    "au_f1": Figure("AU-F1 at 0.5", digits=4),
+    "au_f1_tuned": Figure("AU-F1, own thresholds"),
+    "au_ap": Figure("AU average precision"),
+    "gap": Figure("gap in accuracy, points", digits=1, scale=100, sign=-1),
+    "component_accuracy": Figure("component accuracy"),
+    "nll": Figure("emotion log loss, calibrated", sign=-1),
 }
 """What is reported of every arm, on validation at its best epoch.
 
 The gap is train minus validation on natural images.
 """
-
-LOWER_IS_BETTER = ("gap", "nll")
 
 SHOWN = ("accuracy", "macro_f1", "macro_f1_supported", "au_f1", "au_ap", "gap")
 PLOTTED = ("accuracy", "macro_f1_supported", "au_f1", "au_ap", "gap")
@@ -299,82 +307,45 @@ def _measure(one: OverSeeds, spread: Spread) -> Measured:
 
 def markdown(ablation: Ablation) -> str:
     """The table, group by group, then what it says of each of the seed's claims."""
-    lines = ["# Ablation: the seed's changes, one at a time and together", "", _caption(ablation), ""]
-    for group, title in GROUPS.items():
-        arms = [arm for arm in ablation.arms if arm.group == group and arm.name in ablation.measured]
-        if arms:
-            lines += [f"## {title}", "", *_table(ablation, arms), ""]
-    lines += ["## The seed's claims", "", *_claims(ablation)]
-    if ablation.missing:
-        lines += ["", f"Without a result, and left out: {', '.join(ablation.missing)}."]
-    return "\n".join(lines) + "\n"
-
-
-def _caption(ablation: Ablation) -> str:
-    minority = ", ".join(f"{name} ({count})" for name, count in ablation.support.items())
+    loader = PackageLoader("rafce_ray.study")
+    page = Environment(loader=loader, undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
     num_contrasts = sum(not math.isnan(found[name].value) for found in ablation.contrasts.values() for name in SHOWN)
-    return (
-        f"Validation split, {ablation.num_images} images, each trial at its best epoch; mean over "
-        f"{len(ablation.seeds)} seeds with the half-width of its 95 % interval over seeds. AU-F1 is measured at 0.5, "
-        "as the seed did; average precision needs no threshold. The gap is train minus validation accuracy, in points, "
-        "on natural images in evaluation mode. **▲ better, ▼ worse** than the arm named under *against*: the "
-        "difference exceeds what other seeds and other validation images would give (95 %; of "
-        f"{num_contrasts} differences about {round(num_contrasts * 0.05)} would be marked by luck alone). Unmarked: "
-        f"within noise. F1 of minority classes (validation images): {minority}; with under ten images such a figure "
-        "says next to nothing."
+    claims = [(title, arm_of_change(title), name, expected) for title, _, name, expected in CLAIMED_CHANGES]
+    return page.get_template("ablation.md.j2").render(
+        ablation=ablation,
+        groups=GROUPS,
+        figures=FIGURES,
+        shown=SHOWN,
+        num_contrasts=num_contrasts,
+        by_luck=round(num_contrasts * 0.05),
+        claims=[*claims, ("reading the labels", "labels-read", "au_f1", "not considered")],
+        verdicts={"▲": "better", "▼": "worse", "": "within noise"},
+        cell=_cell,
+        mark=_mark,
+        number=_number,
     )
 
 
-def _table(ablation: Ablation, arms: list[Arm]) -> list[str]:
-    titles = ["arm", "against", *(FIGURES[name] for name in SHOWN), *(f"F1 {name}" for name in ablation.minority)]
-    lines = [f"| {' | '.join(titles)} |", f"|{'---|' * len(titles)}"]
-    for arm in arms:
-        measured, contrasts = ablation.measured[arm.name], ablation.contrasts.get(arm.name, {})
-        cells = [_cell(measured[name], contrasts.get(name), name) for name in SHOWN]
-        minority = [measured[f"f1/{name}"].mean for name in ablation.minority]
-        cells += ["–" if math.isnan(mean) else f"{mean:.2f}" for mean in minority]
-        lines.append(f"| {' | '.join([arm.title, arm.reference or '', *cells])} |")
-    return lines
+def _number(name: str, value: float, sign: str = "") -> str:
+    figure = FIGURES[name]
+    return f"{value * figure.scale:{sign}.{figure.digits}f}"
 
 
-def _cell(measured: Measured, contrast: Contrast | None, name: str) -> str:
+def _cell(ablation: Ablation, arm: str, name: str) -> str:
+    measured, figure = ablation.measured[arm][name], FIGURES[name]
     if math.isnan(measured.mean):
         return "–"
-    scale, digits = _units(name)
-    text = f"{measured.mean * scale:.{digits}f}"
+    text = _number(name, measured.mean)
     if measured.half_width > 0:
-        text += f" ±{measured.half_width * scale:.{min(digits, 3)}f}"
-    return f"{text} {_mark(contrast, name)}".rstrip()
+        text += f" ±{measured.half_width * figure.scale:.{min(figure.digits, 3)}f}"
+    return f"{text} {_mark(ablation, arm, name)}".rstrip()
 
 
-def _units(name: str) -> tuple[int, int]:
-    """What a figure is multiplied by, and its digits after the point."""
-    return {"gap": (100, 1), "au_f1": (1, 4)}.get(name, (1, 3))
-
-
-def _mark(contrast: Contrast | None, name: str) -> str:
+def _mark(ablation: Ablation, arm: str, name: str) -> str:
+    contrast = ablation.contrasts.get(arm, {}).get(name)
     if contrast is None or not contrast.is_real:
         return ""
-    better = contrast.value < 0 if name in LOWER_IS_BETTER else contrast.value > 0
-    return "▲" if better else "▼"
-
-
-def _claims(ablation: Ablation) -> Iterator[str]:
-    """One line per claim: the expectation, and what was found for the change alone and for reading the labels."""
-    yield "| change | the seed expected | found alone, action units unread | verdict |"
-    yield "|---|---|---|---|"
-    of_changes = [(title, arm_of_change(title), name, expected) for title, _, name, expected in CLAIMED_CHANGES]
-    for title, arm, name, expected in (*of_changes, ("reading the labels", "labels-read", "au_f1", "not considered")):
-        if arm not in ablation.contrasts:
-            continue
-        contrast, (scale, digits) = ablation.contrasts[arm][name], _units(name)
-        before, after = (ablation.measured[one][name].mean * scale for one in ("seed_before", arm))
-        verdict = {"▲": "better", "▼": "worse", "": "within noise"}[_mark(contrast, name)]
-        yield (
-            f"| {title} | {expected} | {FIGURES[name]}: {before:.{digits}f} -> {after:.{digits}f} (difference "
-            f"{contrast.value * scale:+.{digits}f}, ±{contrast.half_width * scale:.{digits}f}) | "
-            f"{verdict if contrast.value else 'no effect at all'} |"
-        )
+    return "▲" if contrast.value * FIGURES[name].sign > 0 else "▼"
 
 
 def plot(ablation: Ablation) -> bytes:
@@ -389,20 +360,20 @@ def plot(ablation: Ablation) -> bytes:
     with plt.rc_context({"svg.fonttype": "none", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         figure, axes = plt.subplots(1, len(PLOTTED), figsize=(15, 1.2 + 0.27 * (len(arms) + 4)), sharey=True)
         for axis, name in zip(axes, PLOTTED, strict=True):
-            scale, _ = _units(name)
+            scale = FIGURES[name].scale
             for reference, style in (("seed_before", ":"), ("seed_fixed", "--")):
                 if reference in ablation.measured and not math.isnan(ablation.measured[reference][name].mean):
                     mean = ablation.measured[reference][name].mean * scale
                     axis.axvline(mean, color="0.6", linestyle=style, linewidth=1)
             for arm in arms:
                 one = ablation.measured[arm.name][name]
-                mark = _mark(ablation.contrasts.get(arm.name, {}).get(name), name)
+                mark = _mark(ablation, arm.name, name)
                 shape, colour = {"▲": ("^", "#0072B2"), "▼": ("v", "#D55E00"), "": ("o", "0.25")}[mark]
                 look: dict[str, Any] = {"fmt": shape, "color": colour, "markerfacecolor": colour if mark else "white"}
                 axis.errorbar(
                     one.mean * scale, rows[arm.name], xerr=one.half_width * scale, capsize=2, linewidth=1, **look
                 )
-            axis.set_title(FIGURES[name], fontsize=9)
+            axis.set_title(FIGURES[name].title, fontsize=9)
             axis.grid(axis="y", color="0.93")
             axis.set_axisbelow(True)
         axes[0].set_yticks(list(rows.values()), [arm.title for arm in arms])
