@@ -19,7 +19,7 @@ from rafce_ray.model.losses import AU_LOSSES
 from rafce_ray.service.config import ServiceConfig
 from rafce_ray.service.documents import _NOT_OF_PREDICT
 from rafce_ray.service.problems import PROBLEM_TYPES
-from rafce_ray.study.checks import NOT_SEARCHED
+from rafce_ray.study.config import NOT_SEARCHED
 
 REPOSITORY = Path(__file__).parents[1]
 PAGE = (REPOSITORY / "CONTRIBUTING.md").read_text()

@@ -21,8 +21,7 @@ from rafce_ray.data.loader import Prepared, batch_remark, num_steps, open_datase
 from rafce_ray.data.records import counted
 from rafce_ray.model.network import build_architecture, build_model
 from rafce_ray.run.state import choose_splits
-from rafce_ray.study.checks import foreseen
-from rafce_ray.study.config import StudyConfig
+from rafce_ray.study.config import StudyConfig, foreseen
 from rafce_ray.study.folder import StudyFolder
 from rafce_ray.study.space import identity, planned_trials, propose
 from rafce_ray.study.trials import read_trials

@@ -22,8 +22,7 @@ from rafce_ray.data.loader import Prepared, Readings, prepare
 from rafce_ray.data.records import counted
 from rafce_ray.model.pretrained import check_weights
 from rafce_ray.report.study_page import write_study_report
-from rafce_ray.study.checks import foreseen
-from rafce_ray.study.config import StudyConfig, study_yaml
+from rafce_ray.study.config import StudyConfig, foreseen, study_yaml
 from rafce_ray.study.finalists import Verdict, best_run, choose_finalists, final_name, judge, judge_sweep, sentences
 from rafce_ray.study.folder import StudyFolder
 from rafce_ray.study.on_test import measure_on_test
