@@ -32,7 +32,7 @@ from rafce_ray.metrics.comparison import (
 from rafce_ray.metrics.counts import losses_per_image, resample_weights
 from rafce_ray.run.folder import RunFolder
 from rafce_ray.study.folder import StudyFolder
-from rafce_ray.study.trials import ENDED, Trial, best_first, read_plan, read_trial
+from rafce_ray.study.trials import Trial, best_first, read_plan, read_trials
 
 Basis = Literal["seeds and images", "images only"]
 
@@ -140,17 +140,12 @@ def final_name(trial: Trial, seed: int) -> str:
 
 
 @dataclass(frozen=True)
-class _Run:
-    """A training that gave a score; ``outputs`` on validation, None where they were not kept."""
+class _Candidate:
+    """A trial of the sweep, the runs with a score that it is judged by, by seed, and how the other seeds stand."""
 
-    name: str
-    score: float
-    outputs: SplitOutputs | None
-    taxonomy: Taxonomy
-
-
-_Candidate = tuple[Trial, dict[int, _Run], dict[int, str]]
-"""A trial of the sweep, the runs that it is judged by, by seed, and the state of the seeds without one."""
+    trial: Trial
+    runs: dict[int, Trial]
+    missing: dict[int, str]
 
 
 def judge(study: StudyFolder, metric: str, k_names: Sequence[str], *, base: str) -> Verdict:
@@ -162,23 +157,28 @@ def judge(study: StudyFolder, metric: str, k_names: Sequence[str], *, base: str)
     Raises:
         RafceError: no finalist has a result yet.
     """
-    runs: dict[str, dict[int, _Run | str]] = {name: {} for name in k_names}
-    for name in study.trial_names():
-        folder = study.trial(name)
-        found = read_plan(folder)
-        if found is not None and found[0].role == "finalist" and found[0].of in runs:
-            plan, job = found
-            runs[str(plan.of)][job.config.run.seed] = _read_run(folder, metric)
-    seeds = sorted({seed for found_runs in runs.values() for seed in found_runs})
-    candidates: list[_Candidate] = []
+    trials = {one.name: one for one in read_trials(study, metric, role="sweep")}
+    runs: dict[str, dict[int, Trial]] = {name: {} for name in k_names}
+    for run in read_trials(study, metric, role="finalist"):
+        if run.plan.of in runs:
+            runs[str(run.plan.of)][run.seed] = run
+    seeds = sorted({seed for of_trial in runs.values() for seed in of_trial})
+    candidates = []
     for name, of_trial in runs.items():
-        trial = read_trial(study.trial(name), metric)
-        if trial is None:
+        if name not in trials:
             raise RafceError(f"{study.trials / name}: this finalist's trial has no plan. Give the same command again.")
-        by_seed = {seed: of_trial.get(seed, "not started") for seed in seeds}
-        scored = {seed: run for seed, run in by_seed.items() if isinstance(run, _Run)}
-        candidates.append((trial, scored, {seed: run for seed, run in by_seed.items() if isinstance(run, str)}))
-    if not any(scored for _, scored, _ in candidates):
+        # A training that has not ended, or has lost its outputs, does not count.
+        whole = {
+            seed: run
+            for seed, run in of_trial.items()
+            if run.score is not None and run.has_ended and study.trial(run.name).outputs("validation") is not None
+        }
+        stands = {
+            seed: of_trial[seed].status.replace("_", " ") if seed in of_trial else "not started" for seed in seeds
+        }
+        missing = {seed: how for seed, how in stands.items() if seed not in whole}
+        candidates.append(_Candidate(trials[name], dict(sorted(whole.items())), missing))
+    if not any(one.runs for one in candidates):
         raise RafceError(
             f"{study.location}: none of the finalists {', '.join(k_names)} has a result. Give the same command again, "
             "or set finalists.k=0."
@@ -194,10 +194,7 @@ def judge_sweep(study: StudyFolder, metric: str, trials: Sequence[Trial]) -> Ver
     Raises:
         RafceError: no trial has a score.
     """
-    candidates: list[_Candidate] = []
-    for trial in best_first(_eligible(trials), metric):
-        run = _read_run(study.trial(trial.name), metric)
-        candidates.append((trial, {} if isinstance(run, str) else {trial.seed: run}, {}))
+    candidates = [_Candidate(one, {one.seed: one}, {}) for one in best_first(_eligible(trials), metric)]
     if not candidates:
         raise RafceError(
             f"{study.location}: no trial has a score ({metric}) yet. Give the same command again; it goes on."
@@ -235,28 +232,15 @@ def _eligible(trials: Sequence[Trial]) -> list[Trial]:
     return [one for one in trials if one.plan.role == "sweep" and one.status not in ("failed", "diverged")]
 
 
-def _read_run(folder: RunFolder, metric: str) -> _Run | str:
-    """A run's score and outputs; how it stands, where it has no score."""
-    trial = read_trial(folder, metric)
-    found = read_plan(folder)
-    if trial is None or found is None:
-        return "not started"
-    outputs = folder.outputs("validation")
-    is_whole = outputs is not None and trial.status in ENDED
-    if trial.score is None or (trial.plan.role == "finalist" and not is_whole):
-        return trial.status.replace("_", " ")
-    return _Run(trial.name, trial.score, outputs, found[1].taxonomy)
-
-
 def _verdict(
     study: StudyFolder, metric: str, candidates: Sequence[_Candidate], base: str, *, retrained: bool
 ) -> Verdict:
-    figures, comparable, relabelled = _measure(metric, candidates, base)
+    figures, comparable, relabelled = _measure(study, metric, candidates, base)
     remarks = comparable.remarks
     spread = pooled_spread(figures.values()) if retrained else NO_SPREAD
     basis: Basis = "seeds and images" if retrained and spread.freedom else "images only"
     spread = spread if spread.freedom else NO_SPREAD
-    finalists = [_finalist(one, figures[one[0].name], spread) for one in candidates]
+    finalists = [_finalist(one, figures[one.trial.name], spread) for one in candidates]
     ranked = _rank(finalists, metric, by_bound=retrained)
     names = [one.trial for one in ranked]
     winner = names[0]
@@ -275,7 +259,7 @@ def _verdict(
         better = FIGURES[metric].direction * value
         return Difference(better, better - half_width, better + half_width)
 
-    in_sweep = best_first([trial for trial, _, _ in candidates], metric)
+    in_sweep = best_first([one.trial for one in candidates], metric)
     best = in_sweep[0].name if in_sweep else winner
     scores = {one.name: one.score for one in in_sweep if one.score is not None}
     sweep_gain = FIGURES[metric].direction * (scores.get(best, math.nan) - scores.get(base, math.nan))
@@ -301,48 +285,48 @@ def _verdict(
 
 
 def _measure(
-    metric: str, candidates: Sequence[_Candidate], base: str
+    study: StudyFolder, metric: str, candidates: Sequence[_Candidate], base: str
 ) -> tuple[dict[str, OverSeeds], Comparable, set[str]]:
     """Every candidate's metric over its seeds, the outputs measured, and the trials whose AU labels were replaced."""
+    values = {run.name: run.score for one in candidates for run in one.runs.values() if run.score is not None}
+    kept: dict[str, TaggedOutputs] = {}
     # The base first: its labels are the ones that all are measured by.
-    in_order = sorted(candidates, key=lambda one: one[0].name != base)
-    values = {run.name: run.score for _, runs, _ in candidates for run in runs.values()}
-    kept = {
-        run.name: TaggedOutputs(trial.name, run.outputs, run.taxonomy)
-        for trial, runs, _ in in_order
-        for run in runs.values()
-        if run.outputs is not None
-    }
+    for one in sorted(candidates, key=lambda one: one.trial.name != base):
+        for run in one.runs.values():
+            folder = study.trial(run.name)
+            outputs, found = folder.outputs("validation"), read_plan(folder)
+            if outputs is not None and found is not None:
+                kept[run.name] = TaggedOutputs(one.trial.name, outputs, found[1].taxonomy)
     comparable = on_labels_of_first(list(kept.values()))
     draws, relabelled = {}, set()
     for name, split, is_relabelled in zip(kept, comparable.splits, comparable.is_relabelled, strict=True):
         taxonomy = kept[name].taxonomy
-        found = score_with_losses(split, taxonomy, Calibration.uncalibrated(taxonomy.num_action_units))
-        draws[name] = found.draws[metric]
+        scored = score_with_losses(split, taxonomy, Calibration.uncalibrated(taxonomy.num_action_units))
+        draws[name] = scored.draws[metric]
         if is_relabelled:
-            values[name] = found.figures[metric]
+            values[name] = scored.figures[metric]
             relabelled.add(kept[name].trial)
     figures = {}
-    for trial, runs, _ in candidates:
-        names = [run.name for run in runs.values()]
+    for one in candidates:
+        names = [run.name for run in one.runs.values()]
         of_runs = mean_draws([draws.get(name) for name in names])
-        figures[trial.name] = OverSeeds(tuple(values[name] for name in names), of_runs)
+        figures[one.trial.name] = OverSeeds(tuple(values[name] for name in names), of_runs)
     return figures, comparable, relabelled
 
 
 def _finalist(candidate: _Candidate, figure: OverSeeds, spread: Spread) -> Finalist:
-    trial, runs, missing = candidate
+    trial = candidate.trial
     half_width = mean_half_width(figure, spread) if figure.draws is not None else math.nan
     return Finalist(
         trial=trial.name,
         values=trial.plan.values,
         sweep_score=math.nan if trial.score is None else trial.score,
-        scores=dict(zip(runs, figure.values, strict=True)),
-        runs={seed: run.name for seed, run in runs.items()},
+        scores=dict(zip(candidate.runs, figure.values, strict=True)),
+        runs={seed: run.name for seed, run in candidate.runs.items()},
         mean=figure.mean,
         low=figure.mean - half_width,
         high=figure.mean + half_width,
-        missing=missing,
+        missing=candidate.missing,
     )
 
 

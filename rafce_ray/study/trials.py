@@ -63,15 +63,15 @@ class TrialPlan:
 
 @dataclass(frozen=True)
 class Training:
-    """A trial of a list that is known beforehand: one seed of an arm or of a finalist.
+    """What a trial is to train.
 
-    ``of``: the arm, or the sweep's trial, whose configuration it trains. ``values``: what makes that configuration of
-    the base.
+    ``of``: of one seed of an arm or of a finalist, the arm or the sweep's trial whose configuration it trains.
+    ``values``: what makes that configuration of the base.
     """
 
     name: str
     number: int
-    of: str
+    of: str | None
     config: Config
     values: Mapping[str, Any]
 

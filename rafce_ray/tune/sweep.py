@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import count
 from typing import Any
@@ -125,9 +125,8 @@ class Sweep:
     def _start(self, number: int, config: Config, values: dict[str, Any]) -> TrialPlan:
         name = f"trial_{number:04d}"
         self._scheduler.forget(name)
-        plan = start_trial(
-            self._folder, name, number, config, values, shares=self._shares, prepared=self._readings.of(config.data)
-        )
+        training = Training(name, number, None, config, values)
+        plan = start_trial(self._folder, training, self._shares, self._readings.of(config.data))
         trial = read_trial(self._folder.trial(name), self._study.metric)
         assert trial is not None
         self._known[name] = trial
@@ -181,10 +180,7 @@ def train_seeds(
     """
     plans = []
     for one in trainings:
-        prepared, shares = readings.of(one.config.data), settings.shares
-        plan = start_trial(
-            folder, one.name, one.number, one.config, one.values, shares=shares, prepared=prepared, role=role, of=one.of
-        )
+        plan = start_trial(folder, one, settings.shares, readings.of(one.config.data), role)
         if folder.trial(one.name).result() is None:
             plans.append(plan)
     if plans:
@@ -205,31 +201,15 @@ def train_seeds(
 
 
 def start_trial(
-    folder: StudyFolder,
-    name: str,
-    number: int,
-    config: Config,
-    values: Mapping[str, Any],
-    *,
-    shares: Shares,
-    prepared: Prepared,
-    role: Role = "sweep",
-    of: str | None = None,
+    folder: StudyFolder, training: Training, shares: Shares, prepared: Prepared, role: Role = "sweep"
 ) -> TrialPlan:
     """Write the plan of a trial and the job that trains it; an existing trial of this name stays as it is."""
-    config = with_values(config, {"run.name": name, "run.storage": str(folder.trials)})
-    trained = flatten(config)
-    run_folder = folder.trial(name)
-    plan = TrialPlan(
-        name=name,
-        number=number,
-        role=role,
-        values={key: json.loads(to_json(trained[key])) for key in values},
-        config_hash=config_hash(config),
-        cpus=shares.workers * shares.cpus,
-        gpus=shares.workers * shares.gpus,
-        of=of,
-    )
+    name = training.name
+    config = with_values(training.config, {"run.name": name, "run.storage": str(folder.trials)})
+    trained, run_folder = flatten(config), folder.trial(name)
+    values = {key: json.loads(to_json(trained[key])) for key in training.values}
+    cpus, gpus = shares.workers * shares.cpus, shares.workers * shares.gpus
+    plan = TrialPlan(name, training.number, role, values, config_hash(config), cpus, gpus, training.of)
     job = Job(config, prepared.store_uri, prepared.taxonomy, run_folder.place, provenance_of(config, prepared))
     if run_folder.result() is None:
         plan.write(folder, job)

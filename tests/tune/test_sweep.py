@@ -19,7 +19,7 @@ from rafce_ray.study.config import StudyConfig, build_study
 from rafce_ray.study.folder import StudyFolder
 from rafce_ray.study.plan import Shares
 from rafce_ray.study.space import Domain, Observed, planned_trials, propose
-from rafce_ray.study.trials import read_plan, read_trials
+from rafce_ray.study.trials import Training, read_plan, read_trials
 from rafce_ray.train.worker import read_trial_job
 from rafce_ray.tune import launch, trials
 from rafce_ray.tune.launch import read_elapsed, sweep, ways_of_reading
@@ -165,17 +165,8 @@ def test_a_second_start_hands_out_what_was_left_and_never_what_has_ended(bench):
     for name in [sweep.next().name for _ in range(4)][:3]:
         bench.train(name, 0.5, status="finished" if name == "trial_0000" else None)
     bench.folder.trial("trial_0002").write_result({"status": "failed", "reason": "no disk"})
-    start_trial(
-        bench.folder,
-        "final_0000_seed1",
-        0,
-        bench.study.base_config,
-        {},
-        shares=SHARES,
-        prepared=bench.prepared,
-        role="finalist",
-        of="trial_0000",
-    )
+    final = Training("final_0000_seed1", 0, "trial_0000", bench.study.base_config, {})
+    start_trial(bench.folder, final, SHARES, bench.prepared, "finalist")
     again = bench.start()
     assert (again.num_ended, again.num_left) == (2, 2)
     assert hand_out(again) == ["trial_0001", "trial_0003", "trial_0004"]
