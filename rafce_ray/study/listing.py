@@ -14,13 +14,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rafce_ray.base.console import say, warn
-from rafce_ray.base.errors import DamagedFile, UsageError
+from rafce_ray.base.console import say
+from rafce_ray.base.errors import UsageError
 from rafce_ray.base.figures import FIGURES
-from rafce_ray.config import config_hash, flatten
+from rafce_ray.config import flatten
 from rafce_ray.run.folder import TRIALS, RunFolder
 from rafce_ray.study.folder import StudyFolder
-from rafce_ray.study.trials import ENDED, TRIAL_FILE, TrialPlan, metric_of, read_trials, trial_as_it_stands
+from rafce_ray.study.trials import ENDED, metric_of, read_trials
 from rafce_ray.study.watch import plain
 
 COLUMNS = ("trial", "status", "epochs", "score", "macro_f1_supported", "au_f1_mean", "seconds")
@@ -30,7 +30,8 @@ STATUSES = (*ENDED, "interrupted", "waiting")
 """Statuses that a trial in a listing may have."""
 
 _STYLES = {"failed": "red", "diverged": "red", "stopped_by_scheduler": "dim", "waiting": "dim"}
-_GAP = 2
+MOST_WIDE = 10_000
+"""Characters, more than any table has."""
 
 Row = Mapping[str, Any]
 
@@ -58,7 +59,7 @@ class Listing:
 
 
 def read_listing(study: StudyFolder) -> Listing:
-    """All trials of a study, of the sweep and its finalists, by number; of an ablation, what its run folders say.
+    """All trials of a study, of the sweep and its finalists, or of an ablation, by number.
 
     Raises:
         UsageError: there is no study at that place.
@@ -68,16 +69,13 @@ def read_listing(study: StudyFolder) -> Listing:
         raise UsageError(f"{study.location} is no study: {_what_is_there(study)}")
     metric = metric_of(study)
     trials = read_trials(study, metric)
-    planned = {one.name for one in trials}
-    others = _run_rows(study, metric, [name for name in study.trial_names() if name not in planned])
     sampled = tuple(dict.fromkeys(key for one in trials for key in one.plan.values))
-    rows = [dict(one.row) for one in trials]
-    for one, row in zip(trials, rows, strict=True):
-        if not one.plan.values:
-            # The base samples nothing, yet it is compared by what it trains with.
-            own = flatten(one.config)
-            row |= {key: own[key] for key in sampled}
-    return Listing(metric, (*rows, *others), sampled)
+    rows = []
+    for one in trials:
+        # The base samples nothing, yet it is compared by what it trains with.
+        own = {} if one.plan.values else flatten(one.config)
+        rows.append(one.row | {key: own[key] for key in sampled if own})
+    return Listing(metric, tuple(rows), sampled)
 
 
 def _what_is_there(study: StudyFolder) -> str:
@@ -99,24 +97,6 @@ def _what_is_there(study: StudyFolder) -> str:
             f"{(location / inside[0]).shown}."
         )
     return "it has no study.json. Name a folder that rafce tune or rafce ablate made."
-
-
-def _run_rows(study: StudyFolder, metric: str, names: Sequence[str]) -> list[dict[str, Any]]:
-    """Rows of run folders without a plan. Those with a plan were reported as damaged before."""
-    rows = []
-    for name in names:
-        folder = study.trial(name)
-        if (folder.location / TRIAL_FILE).exists():
-            continue
-        try:
-            config = folder.config()
-            plan = TrialPlan(name, 0, "sweep", {}, config_hash(config), cpus=0, gpus=0)
-            row = trial_as_it_stands(folder, metric, plan, config).row
-        except DamagedFile as error:
-            warn(f"{name} is left out. {error}")
-            continue
-        rows.append({key: value for key, value in row.items() if key not in ("role", "of", "cpus", "gpus")})
-    return rows
 
 
 def ordered(listing: Listing, rows: Sequence[Row], column: str, *, ascending: bool) -> list[Row]:
@@ -183,50 +163,25 @@ def print_table(
 ) -> None:
     """Print the columns that fit the terminal and name the others; chosen columns are all shown and may wrap."""
     console = Console(highlight=False)
-    shown = list(columns) if is_chosen else fitting(listing, rows, columns, first, console.width)
-    table = Table(box=None, padding=(0, _GAP, 0, 0), header_style="bold")
-    for name in shown:
-        cells = [cell(listing, row, name) for row in rows]
-        numeric = any(is_number(row.get(name)) for row in rows)
-        table.add_column(
-            Text(_broken(name, _width(name, cells))),
-            justify="right" if numeric else "left",
-            overflow="fold",
-            vertical="top",
-        )
-    for row in rows:
-        table.add_row(*(Text(cell(listing, row, name)) for name in shown), style=_STYLES.get(row["status"], ""))
+    shown = list(columns)
+    # Room goes to the trial's name and status, then to ``first``, to the sampled values, to the rest.
+    order = list(dict.fromkeys([*COLUMNS[:2], *first, *listing.sampled, *columns]))
+    while (table := _table(listing, rows, shown)) and not is_chosen and len(shown) > 1:
+        if console.measure(table, options=console.options.update(width=MOST_WIDE)).maximum <= console.width:
+            break
+        shown.remove(next(name for name in reversed(order) if name in shown))
     console.print(table)
     if left := [name for name in columns if name not in shown]:
         say(f"Too narrow for {', '.join(left)}: choose with --columns, or see all with --json or --csv.")
 
 
-def fitting(
-    listing: Listing, rows: Sequence[Row], columns: Sequence[str], first: Sequence[str], width: int
-) -> list[str]:
-    """The columns that fit a terminal's width, in their order.
-
-    Room goes to the trial's name and status, then to ``first``, to the sampled values, to the rest.
-    """
-    room, kept = width, []
-    for name in dict.fromkeys([*COLUMNS[:2], *first, *listing.sampled, *columns]):
-        if name in columns or name in first:
-            needed = _width(name, [cell(listing, row, name) for row in rows]) + _GAP
-            if needed <= room:
-                room -= needed
-                kept.append(name)
-    return [name for name in dict.fromkeys([*columns, *first]) if name in kept]
-
-
-def _width(name: str, cells: Sequence[str]) -> int:
-    return max(len(text) for text in [*re.split(r"(?<=[._])", name), *cells])
-
-
-def _broken(name: str, width: int) -> str:
-    """A column's name on as many lines as its width asks for, broken after dots and underscores."""
-    lines = [""]
-    for part in re.split(r"(?<=[._])", name):
-        if lines[-1] and len(lines[-1] + part) > width:
-            lines.append("")
-        lines[-1] += part
-    return "\n".join(lines)
+def _table(listing: Listing, rows: Sequence[Row], columns: Sequence[str]) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for name in columns:
+        numeric = any(is_number(row.get(name)) for row in rows)
+        # Names are long: they break after dots and underscores.
+        title = Text(re.sub(r"(?<=[._])(?=.)", "\n", name))
+        table.add_column(title, justify="right" if numeric else "left", overflow="fold", vertical="top")
+    for row in rows:
+        table.add_row(*(Text(cell(listing, row, name)) for name in columns), style=_STYLES.get(row["status"], ""))
+    return table

@@ -15,7 +15,6 @@ from pydantic import TypeAdapter
 from rafce_ray.base.console import pretty_json, say, warn
 from rafce_ray.base.figures import FIGURES, WITH_INTERVAL
 from rafce_ray.base.hardware import choose_device
-from rafce_ray.base.storage import Location
 from rafce_ray.base.taxonomy import Taxonomy
 from rafce_ray.bundle.bundle import Bundle, load_bundle
 from rafce_ray.bundle.evaluate import data_config_for, open_for_bundle, split_outputs
@@ -153,16 +152,35 @@ def measure_on_test(
     Raises:
         RafceError: a bundle or its data cannot be used.
     """
-    current = _read(study.location / TEST_FILE)
-    if current is not None and current.winner == verdict.winner:
-        _tell_later_runs(study, current, verdict)
-        return current
-    kept_file = study.location / _file_of(verdict.winner)
-    kept = _read(kept_file)
-    if kept is not None:
-        found = _replace_current(study, current, kept)
-        kept_file.delete()
-        return found
+    records = read_records(study)
+    if verdict.winner in records:
+        found = records.pop(verdict.winner)
+        _tell_later_runs(study, found, verdict)
+    else:
+        measured = _measure(study, verdict, choose_device(device), progress)
+        if measured is None:
+            return None
+        found = measured
+    found = replace(found, looks=max(found.looks, 1 + len(records)))
+    for winner, record in records.items():
+        (study.location / f"test-{winner}.json").write_bytes(pretty_json(record.to_json()))
+    (study.location / TEST_FILE).write_bytes(pretty_json(found.to_json()))
+    (study.location / f"test-{found.winner}.json").delete()
+    return found
+
+
+def read_records(study: StudyFolder) -> dict[str, OnTest]:
+    """What was measured on the test split, by winner, from ``test.json`` and each earlier winner's ``test-TRIAL.json``.
+
+    DamagedFile where one cannot be read.
+    """
+    names = [info.base_name for info in study.location.list() if re.fullmatch(r"test(-.+)?\.json", info.base_name)]
+    remedy = "The study's command then measures on test again."
+    found = [OnTest.from_json((study.location / name).read_record(remedy)) for name in names]
+    return {one.winner: one for one in found}
+
+
+def _measure(study: StudyFolder, verdict: Verdict, device: torch.device, progress: Progress | None) -> OnTest | None:
     trials = list(dict.fromkeys([verdict.winner, verdict.base]))
     folders = {trial: runs_of(study, verdict, trial) for trial in trials}
     if not folders[verdict.winner]:
@@ -176,14 +194,14 @@ def measure_on_test(
     for trial in reversed(trials):
         for folder in folders[trial]:
             bundle = load_bundle(folder.bundle.uri)
-            outputs = _outputs(folder, bundle, datasets, choose_device(device), progress)
+            outputs = _outputs(folder, bundle, datasets, device, progress)
             if outputs is None:
                 warn(
                     f"no image of the test split of {folder.config().data.root} is labelled: nothing is measured on it."
                 )
                 return None
             runs.append((folder.location.name, bundle, TaggedOutputs(trial, outputs, bundle.taxonomy)))
-    return _replace_current(study, current, _compare(verdict, runs))
+    return _compare(verdict, runs)
 
 
 def _tell_later_runs(study: StudyFolder, current: OnTest, verdict: Verdict) -> None:
@@ -199,32 +217,6 @@ def _tell_later_runs(study: StudyFolder, current: OnTest, verdict: Verdict) -> N
             f"{', '.join(later)} {'was' if len(later) == 1 else 'were'} trained since: not measured on the test split, "
             f"whose figures stay those of the first look ({TEST_FILE})."
         )
-
-
-def _replace_current(study: StudyFolder, current: OnTest | None, new: OnTest) -> OnTest:
-    """Write the new record with the number of looks. The current one stays under its winner's name."""
-    if current is not None:
-        _write(study.location / _file_of(current.winner), current)
-    own = _file_of(new.winner)
-    others = [info.base_name for info in study.location.list() if re.fullmatch(r"test-.+\.json", info.base_name)]
-    new = replace(new, looks=1 + len([name for name in others if name != own]))
-    _write(study.location / TEST_FILE, new)
-    return new
-
-
-def _file_of(winner: str) -> str:
-    return f"test-{winner}.json"
-
-
-def _read(file: Location) -> OnTest | None:
-    try:
-        return OnTest.from_json(file.read_record("The study's command then measures on test again."))
-    except FileNotFoundError:
-        return None
-
-
-def _write(file: Location, record: OnTest) -> None:
-    file.write_bytes(pretty_json(record.to_json()))
 
 
 def _outputs(

@@ -14,7 +14,7 @@ from rafce_ray.config import config_hash, flatten, load_config
 from rafce_ray.run.folder import RunFolder
 from rafce_ray.run.state import Job
 from rafce_ray.study.folder import StudyFolder
-from rafce_ray.study.listing import Listing, cell, fitting, ordered
+from rafce_ray.study.listing import Listing, cell, ordered, print_table
 from rafce_ray.study.trials import TrialPlan, conclude
 
 TAXONOMY = make_taxonomy(("happy", "sad"), (1, 12))
@@ -167,12 +167,15 @@ def test_a_folder_that_is_no_study_is_named_for_what_it_is(place, tmp_path, caps
     assert "has no trials yet" in capsys.readouterr().err
 
 
-def test_an_ablations_trials_are_listed_by_what_their_run_folders_say(tmp_path, capsys):
+def test_an_ablations_trials_are_listed(tmp_path, capsys):
     study = StudyFolder(str(tmp_path / "ablation"))
     study.claim({"kind": "ablation", "may_grow": {}})
-    for name, score in (("seed_before-seed0", 0.1), ("seed_fixed-seed0", 0.2)):
-        folder = study.trial(name)
-        folder.start(load_config(overrides=["optim.epochs=2"]), {}, {})
+    for number, (arm, score) in enumerate((("seed_before", 0.1), ("seed_fixed", 0.2))):
+        config = load_config(overrides=["optim.epochs=2"])
+        folder = study.trial(f"{arm}-seed0")
+        folder.start(config, {}, {})
+        plan = TrialPlan(folder.location.name, number, "sweep", {}, config_hash(config), 1, 0, arm)
+        plan.write(study, Job(config, "store", TAXONOMY, folder.place, {}))
         folder.write_metrics([record(1, score)])
         folder.write_result({"status": "finished"})
     assert main([study.place, "--columns", "trial,status,epochs,max_epochs,score"]) == 0
@@ -182,16 +185,28 @@ def test_an_ablations_trials_are_listed_by_what_their_run_folders_say(tmp_path, 
     ]
 
 
-def test_a_narrow_terminal_keeps_what_was_asked_about():
+@pytest.mark.parametrize(
+    ("width", "first", "left"),
+    [
+        # Widths: trial 10, status 8, epochs 6, score 6, seconds 7, optim.lr 6 (its name on two lines); a gap of 2 after
+        # each.
+        (55, ["score"], None),
+        (46, ["score"], "seconds"),
+        (38, ["score"], "epochs, seconds"),
+        (39, ["seconds", "score"], "epochs, optim.lr"),
+    ],
+)
+def test_a_narrow_terminal_keeps_what_was_asked_about(width, first, left, monkeypatch, capsys):
     row = {"trial": "trial_0001", "status": "finished", "epochs": 3, "score": 0.5, "optim.lr": 0.0012, "seconds": 36.9}
-    listing = Listing("score", (row,), ("optim.lr",))
     columns = ["trial", "status", "epochs", "score", "seconds", "optim.lr"]
-    # Widths: trial 10, status 8, epochs 6, score 6, seconds 7, optim.lr 6 (its name on two lines); a gap of 2 after
-    # each.
-    assert fitting(listing, [row], columns, ["score"], 55) == columns
-    assert fitting(listing, [row], columns, ["score"], 46) == ["trial", "status", "epochs", "score", "optim.lr"]
-    assert fitting(listing, [row], columns, ["score"], 38) == ["trial", "status", "score", "optim.lr"]
-    assert fitting(listing, [row], columns, ["seconds", "score"], 39) == ["trial", "status", "score", "seconds"]
+    monkeypatch.setenv("COLUMNS", str(width))
+    print_table(Listing("score", (row,), ("optim.lr",)), [row], columns, first=first, is_chosen=False)
+    said = capsys.readouterr()
+    assert "…" not in said.out
+    assert all(cell in said.out for cell in ("trial_0001", "finished", "0.5000"))
+    assert said.err == (
+        f"Too narrow for {left}: choose with --columns, or see all with --json or --csv.\n" if left else ""
+    )
 
 
 def test_every_metric_of_a_study_is_a_column():
