@@ -10,9 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BeforeValidator
 from scipy.stats import t as student_t
 
 from rafce_ray.base.errors import UsageError
@@ -42,13 +44,21 @@ class Scored:
         return percentile_interval(self.draws[figure])
 
 
+def _nan_if_null(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+Figure = Annotated[float, BeforeValidator(_nan_if_null)]
+"""A float that is read back from JSON, where null is NaN."""
+
+
 @dataclass(frozen=True)
 class Difference:
     """A figure of one model minus that of another, and its paired bootstrap 95 % interval; NaN where undefined."""
 
-    value: float
-    low: float
-    high: float
+    value: Figure
+    low: Figure
+    high: Figure
 
     @property
     def is_real(self) -> bool:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BeforeValidator, TypeAdapter
+from pydantic import TypeAdapter
 
 from rafce_ray.base.errors import RafceError
 from rafce_ray.base.figures import FIGURES
@@ -19,6 +19,7 @@ from rafce_ray.metrics.comparison import (
     NO_SPREAD,
     RESAMPLES,
     Difference,
+    Figure,
     OverSeeds,
     Scored,
     Spread,
@@ -35,25 +36,6 @@ from rafce_ray.study.folder import StudyFolder
 from rafce_ray.study.trials import Trial, best_first, read_plan, read_trials
 
 Basis = Literal["seeds and images", "images only"]
-
-
-def nan_if_null(value: float | None) -> float:
-    """A figure as JSON keeps it: null is NaN."""
-    return math.nan if value is None else float(value)
-
-
-def read_difference(record: dict[str, Any] | Difference) -> Difference:
-    """A difference as JSON keeps it."""
-    if isinstance(record, Difference):
-        return record
-    return Difference(*(nan_if_null(record[key]) for key in ("value", "low", "high")))
-
-
-Figure = Annotated[float, BeforeValidator(nan_if_null)]
-"""A float that is read back from JSON, where null is NaN."""
-
-Gain = Annotated[Difference, BeforeValidator(read_difference)]
-"""A difference that is read back from JSON."""
 
 
 @dataclass(frozen=True)
@@ -93,11 +75,11 @@ class Verdict:
     ranked: tuple[Finalist, ...]
     winner: str
     base: str
-    gain: Gain
-    over_runner_up: Gain | None
+    gain: Difference
+    over_runner_up: Difference | None
     sweep_best: str
     sweep_gain: Figure
-    retrained_gain: Gain
+    retrained_gain: Difference
     luck_share: float | None
     basis: Basis
     num_images: int
@@ -216,16 +198,14 @@ def best_run(study: StudyFolder, verdict: Verdict) -> RunFolder:
     Raises:
         RafceError: none of them has a bundle.
     """
-    folders = {folder.location.name: folder for folder in runs_of(study, verdict, verdict.winner)}
-    winner = verdict.finalist(verdict.winner)
-    found = [] if winner is None else [seed for seed, name in winner.runs.items() if name in folders]
-    if winner is None or not found:
+    folders, winner = runs_of(study, verdict, verdict.winner), verdict.finalist(verdict.winner)
+    if winner is None or not folders:
         raise RafceError(
             f"{verdict.winner} won, but no run of it has a bundle. Set finalists.k=1 or more, and the same command "
             "trains it again; or, where time_budget_s ended it, raise that."
         )
-    best = max(found, key=lambda seed: (FIGURES[verdict.metric].direction * winner.scores[seed], -seed))
-    return folders[winner.runs[best]]
+    scores = {winner.runs[seed]: score for seed, score in winner.scores.items()}
+    return max(folders, key=lambda folder: FIGURES[verdict.metric].direction * scores[folder.location.name])
 
 
 def _eligible(trials: Sequence[Trial]) -> list[Trial]:

@@ -24,6 +24,7 @@ from rafce_ray.metrics.calibration import SplitOutputs
 from rafce_ray.metrics.comparison import (
     NO_SPREAD,
     Difference,
+    Figure,
     OverSeeds,
     Scored,
     Spread,
@@ -34,8 +35,6 @@ from rafce_ray.metrics.comparison import (
 from rafce_ray.run.folder import RunFolder
 from rafce_ray.study.finalists import (
     Basis,
-    Figure,
-    Gain,
     TaggedOutputs,
     Verdict,
     on_labels_of_first,
@@ -79,7 +78,7 @@ class OnTest:
     num_images: int
     runs: dict[str, tuple[str, ...]]
     figures: dict[str, dict[str, MeanFigure]]
-    differences: dict[str, Gain]
+    differences: dict[str, Difference]
     basis: Basis
     looks: int
     remarks: tuple[str, ...]
