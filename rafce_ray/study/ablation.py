@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from rafce_ray.base.figures import MIN_SUPPORT
 from rafce_ray.bundle.bundle import read_taxonomy
@@ -27,7 +26,7 @@ from rafce_ray.metrics.comparison import (
     score,
 )
 from rafce_ray.run.folder import RunFolder
-from rafce_ray.study.finalists import over_seeds
+from rafce_ray.study.finalists import over_seeds, words
 from rafce_ray.study.folder import StudyFolder
 
 SEED_EPOCHS = 50
@@ -307,11 +306,10 @@ def _measure(one: OverSeeds, spread: Spread) -> Measured:
 
 def markdown(ablation: Ablation) -> str:
     """The table, group by group, then what it says of each of the seed's claims."""
-    loader = PackageLoader("rafce_ray.study")
-    page = Environment(loader=loader, undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
     num_contrasts = sum(not math.isnan(found[name].value) for found in ablation.contrasts.values() for name in SHOWN)
     claims = [(title, arm_of_change(title), name, expected) for title, _, name, expected in CLAIMED_CHANGES]
-    return page.get_template("ablation.md.j2").render(
+    return words(
+        "ablation.md.j2",
         ablation=ablation,
         groups=GROUPS,
         figures=FIGURES,

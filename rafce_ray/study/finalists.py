@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from typing import Any, Literal
 
 import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
@@ -408,81 +410,18 @@ def _losses(sums: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
 
 def sentences(verdict: Verdict) -> list[str]:
     """The verdict in plain lines: the winner, its gain, whether the gain is more than luck, and what is unknown."""
-    lines = [_who_won(verdict)]
-    if verdict.winner != verdict.base:
-        lines.append(_against(verdict, verdict.base, "the base", verdict.gain))
-    if verdict.over_runner_up is not None and verdict.runner_up not in (None, verdict.base):
-        lines.append(_against(verdict, str(verdict.runner_up), "the runner-up", verdict.over_runner_up))
-    lines += [_luck(verdict), _basis(verdict)]
-    for one in verdict.ranked:
-        if one.missing:
-            told = ", ".join(f"seed {seed} ({how})" for seed, how in one.missing.items())
-            lines.append(f"{one.trial} lacks a score of {told}: its mean is of {len(one.scores)}.")
-    return [*lines, *verdict.remarks]
+    return words("verdict.txt.j2", verdict=verdict).splitlines()
 
 
-def _who_won(verdict: Verdict) -> str:
-    won = verdict.finalist(verdict.winner)
-    assert won is not None
-    what = f"{verdict.metric} {won.mean:.3f}"
-    if math.isfinite(won.low):
-        what += f" (95 % interval {won.low:.3f} to {won.high:.3f})"
-    if verdict.retrained:
-        count = len(won.scores)
-        trainings = "one training with another seed" if count == 1 else f"{count} trainings with other seeds"
-        what += f", mean of {trainings} than the sweep's" if count > 1 else f", of {trainings} than the sweep's"
-    return f"{verdict.winner}{', the base itself,' if verdict.winner == verdict.base else ''} won: {what}."
-
-
-def _against(verdict: Verdict, trial: str, role: str, gain: Difference) -> str:
-    other = verdict.finalist(trial)
-    if other is None or not math.isfinite(gain.value):
-        return f"{trial}, {role}, has no {verdict.metric} to compare with."
-    lead = f"Against {role} ({trial}, {other.mean:.3f}) it is {_better(gain.value)}"
-    if not math.isfinite(gain.low):
-        return f"{lead}; the interval of that is unknown."
-    verdict_on_luck = "more than luck" if gain.is_real else "no more than luck would explain"
-    return f"{lead} ({gain.low:+.3f} to {gain.high:+.3f}): {verdict_on_luck}."
-
-
-def _better(value: float) -> str:
-    return f"better by {value:.3f}" if value >= 0 else f"worse by {-value:.3f}"
-
-
-def _luck(verdict: Verdict) -> str:
-    best = verdict.sweep_best
-    if not verdict.retrained:
-        return (
-            "No trial was trained again with other seeds: the best of many trials is partly the luckiest, and by how "
-            "much is unknown. Set finalists.k=3 to know."
-        )
-    if best == verdict.base:
-        return f"In the sweep the base itself ({best}) was best: there was no gain that could have been luck."
-    if verdict.luck_share is None:
-        return f"The share of luck is unknown: {best} and the base were not both trained in the sweep and again."
-    again = verdict.retrained_gain
-    told = (
-        f"In the sweep {best} was {_better(verdict.sweep_gain)} than the base; trained again with other seeds it is "
-        f"{_better(again.value)}{f' ({again.low:+.3f} to {again.high:+.3f})' if math.isfinite(again.low) else ''}"
+@cache
+def _texts() -> Environment:
+    # Text, not HTML: nothing is escaped.
+    loader = PackageLoader("rafce_ray.study")
+    return Environment(
+        loader=loader, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
-    share = verdict.luck_share
-    # As shown, in whole percents.
-    if round(share, 2) <= 0:
-        return f"{told}: none of the sweep's gain was luck."
-    if round(share, 2) >= 1:
-        return f"{told}: all of the sweep's gain was luck."
-    return f"{told}: {share:.0%} of the sweep's gain was luck."
 
 
-def _basis(verdict: Verdict) -> str:
-    images = f"{verdict.num_images:,} validation images"
-    if verdict.basis == "seeds and images":
-        return f"Intervals allow for other seeds (pooled over the finalists) and for other images than these {images}."
-    if verdict.retrained:
-        most = max(len(one.scores) for one in verdict.ranked)
-        why = "one seed each does not tell how seeds differ" if most < 2 else "the seeds of each gave the same score"
-        return (
-            f"Intervals allow for other images than these {images} only: {why}. Set "
-            f"finalists.seeds=3{'' if most < 2 else ' or more'}."
-        )
-    return f"Intervals allow for other images than these {images} only, not for other seeds; they need raw outputs."
+def words(template: str, **values: Any) -> str:
+    """A text about a study, made from its template."""
+    return _texts().get_template(template).render(finite=math.isfinite, **values)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -41,6 +40,7 @@ from rafce_ray.study.finalists import (
     over_seeds,
     runs_of,
     score_with_losses,
+    words,
 )
 from rafce_ray.study.folder import StudyFolder
 
@@ -95,45 +95,7 @@ class OnTest:
 
     def sentences(self) -> list[str]:
         """What the test split says, in plain lines."""
-        count = len(self.runs[self.winner])
-        of = "one training" if count == 1 else f"mean of {count} trainings"
-        told = ", ".join(
-            f"{name} {_with_interval(self.figures[self.winner][name])}"
-            for name in ("score", "accuracy", "macro_f1_supported", "au_f1_mean")
-            if math.isfinite(self.figures[self.winner][name].mean)
-        )
-        lines = [f"On the {self.num_images:,} test images {self.winner} reaches {told} ({of})."]
-        if self.winner == self.base:
-            lines.append("It is the base itself: there is nothing to compare it with.")
-        elif not self.differences:
-            lines.append(f"The base, {self.base}, has no model to compare it with.")
-        else:
-            lines += [
-                _compared(name, self.differences[name])
-                for name in ("score", "emotion_loss")
-                if name in self.differences and math.isfinite(self.differences[name].value)
-            ]
-            one_each = " only: one seed each does not tell how seeds differ"
-            others = "other seeds and other images" if self.basis == "seeds and images" else f"other images{one_each}"
-            lines.append(f"The intervals allow for {others}.")
-        if self.looks > 1:
-            lines.append(
-                f"{self.looks} winners of this study were measured on the test split so far: the more are, the less "
-                "the best of them means."
-            )
-        return [*lines, *self.remarks]
-
-
-def _with_interval(one: MeanFigure) -> str:
-    return f"{one.mean:.3f} ({one.low:.3f} to {one.high:.3f})" if math.isfinite(one.low) else f"{one.mean:.3f}"
-
-
-def _compared(name: str, one: Difference) -> str:
-    better = one.value * FIGURES[name].direction > 0
-    change = "as good as" if one.value == 0 else ("better than" if better else "worse than")
-    interval = f" ({one.low:+.3f} to {one.high:+.3f})" if math.isfinite(one.low) else ""
-    real = "more than luck" if one.is_real else "no more than luck would explain"
-    return f"Its {name} is {change} the base's, by {abs(one.value):.3f}{interval}: {real}."
+        return words("on_test.txt.j2", found=self, directions=FIGURES).splitlines()
 
 
 _Run = tuple[str, Bundle, TaggedOutputs]
