@@ -182,12 +182,13 @@ class SweepWatch(Watch):
         if not trial.has_ended:
             trial = replace(trial, status="running" if works else "waiting")
         self._trials[name] = trial
-        is_old = trial.has_ended and stamps.get(RESULT_FILE) == before.get(RESULT_FILE)
+        # A trial may have ended since its files were listed.
+        is_old = trial.has_ended and RESULT_FILE in before and stamps.get(RESULT_FILE) == before[RESULT_FILE]
         if not is_old:
             if trial.status != "waiting" and (known is None or known.status == "waiting"):
                 resumed = f" goes on after epoch {trial.epochs}" if trial.epochs and METRICS_FILE in before else ""
                 self._news.append((say, f"{name}{resumed}: {self._described(trial)}"))
-            if EVENTS_FILE in changed:
+            if EVENTS_FILE in changed or trial.has_ended:
                 self._relay(name, folder)
             if trial.has_ended:
                 self._news.append((warn if trial.status in ("failed", "diverged") else say, self._end_line(trial)))
