@@ -53,9 +53,14 @@ BACKBONES = (
     "resnet101",
     "convnext_tiny",
     "efficientnet_b0",
+    "efficientnet_lite0",
+    "mobilenet_v2",
     "mobilenet_v3_small",
     "vit_b_16",
 )
+
+TIMM = "timm/"
+"""What the names of timm's networks begin with."""
 
 MOST_WORKERS = 1024
 
@@ -93,6 +98,15 @@ def _number_or_range_of_workers(value: Any) -> Any:
         raise ValueError(
             f"found {value!r}; write how many workers train, from 1 to {MOST_WORKERS}, or the least and the most of "
             "them where machines come and go, for example [1, 4]"
+        )
+    return value
+
+
+def _timm_backbone(value: str) -> str:
+    if not re.fullmatch(rf"{TIMM}\w+(\.\w+)?", value):
+        raise ValueError(
+            f"found {shown(value)}; expected one of {', '.join(BACKBONES)}, or {TIMM}NAME with a name of timm's"
+            f"{did_you_mean(value, BACKBONES)}"
         )
     return value
 
@@ -249,9 +263,11 @@ class DataConfig(Section):
 
 
 class ModelConfig(Section):
-    """The network: a torchvision trunk, an emotion head and an action-unit head."""
+    """The network: a trunk, an emotion head and an action-unit head."""
 
-    backbone: Literal[BACKBONES] = Field("resnet50", description="Trunk, by torchvision's name.")  # type: ignore[valid-type]
+    backbone: Literal[BACKBONES] | Annotated[str, AfterValidator(_timm_backbone)] = Field(  # type: ignore[valid-type]
+        "resnet50", description="Trunk: torchvision's name, or timm/NAME with one of timm's (needs rafce_ray[timm])."
+    )
     weights: str = Field(
         "none",
         description="none, a torchvision weights name (DEFAULT, IMAGENET1K_V2), or a .pt/.pth/.safetensors file.",

@@ -372,6 +372,8 @@ SMALLER_BACKBONE = {
     "vit_b_16": "resnet18",
     "resnet18": "mobilenet_v3_small",
     "efficientnet_b0": "mobilenet_v3_small",
+    "efficientnet_lite0": "mobilenet_v3_small",
+    "mobilenet_v2": "mobilenet_v3_small",
 }
 
 STILL_FALLING = 0.03

@@ -21,6 +21,7 @@ from rafce_ray.data.audit import audit_command
 from rafce_ray.data.loader import Batch, Dataset, ImageSource, TrainLoader, check_shares, open_dataset
 from rafce_ray.faces.preprocess import Preprocessing, build_augmentation, resize_and_normalise, to_unit
 from rafce_ray.metrics.calibration import Calibration
+from rafce_ray.model.backbones import normalisation_of
 from rafce_ray.model.losses import Objective, build_loss, class_weights
 from rafce_ray.model.network import (
     build_architecture,
@@ -157,7 +158,9 @@ class Training:
         self.folder = RunFolder(job.run_dir)
         self.dataset = open_for_training(job)
         self.splits = choose_splits(self.dataset, config)
-        self.preprocessing = Preprocessing(stored_px=self.dataset.images.stored_px, image_px=config.model.image_px)
+        self.preprocessing = Preprocessing(
+            self.dataset.images.stored_px, config.model.image_px, *normalisation_of(config.model.backbone)
+        )
         self.precision = resolve_precision(config.run.precision, session.device)
         self.augment = build_augmentation(config.data.augmentation)
 
