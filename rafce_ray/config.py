@@ -269,8 +269,11 @@ class ModelConfig(Section):
         "resnet50", description="Trunk: torchvision's name, or timm/NAME with one of timm's (needs rafce_ray[timm])."
     )
     weights: str = Field(
-        "none",
-        description="none, a torchvision weights name (DEFAULT, IMAGENET1K_V2), or a .pt/.pth/.safetensors file.",
+        "auto",
+        description="What the network starts from. auto: its library's ImageNet weights, from the cache or downloaded, "
+        "else those of an installed package (rafce_ray[weights]), else an error. none: from scratch. Or a torchvision "
+        "weights name (DEFAULT, IMAGENET1K_V2), package (an installed one's alone), a .pt/.pth/.safetensors file, or "
+        "a bundle or run folder.",
     )
     image_px: int = Field(224, ge=32, le=1024, description="Side of the square network input, px.")
     dropout: float = Field(0.5, ge=0, lt=1, description="Dropout rate before both heads.")
@@ -447,7 +450,7 @@ class Config(Section):
         if self.model.freeze_backbone and self.model.weights == "none":
             raise ValueError(
                 "model.freeze_backbone=true with model.weights=none would freeze a trunk that has learnt nothing. "
-                "Set model.weights to DEFAULT or to a file, or train the trunk."
+                "Set model.weights to auto or to a file, or train the trunk."
             )
         if self.loss.au_start_epoch >= self.optim.epochs and self.loss.au_start_epoch > 0:
             raise ValueError(

@@ -406,7 +406,7 @@ def next_regularisation(config: Config) -> Step | None:
     if smaller is None:
         return None
     # Weights belong to their backbone.
-    weights = {} if config.model.weights == "none" else {"model.weights": "DEFAULT"}
+    weights = {} if config.model.weights in ("none", "auto") else {"model.weights": "auto"}
     text = f"Take a smaller backbone: {smaller} instead of {config.model.backbone}."
     return Step({"model.backbone": smaller} | weights, text)
 
@@ -428,7 +428,7 @@ def next_capacity(evidence: Evidence) -> Step:
     if config.optim.optimizer != "sgd" and config.optim.lr < USUAL_LR:
         return Step({"optim.lr": USUAL_LR}, f"Learn faster: optim.lr={USUAL_LR:g}.")
     if config.model.weights == "none":
-        return Step({"model.weights": "DEFAULT"}, "Start from torchvision's ImageNet weights: model.weights=DEFAULT.")
+        return Step({"model.weights": "auto"}, "Start from ImageNet weights: model.weights=auto.")
     epochs = more_epochs(config)
     return Step({"optim.epochs": epochs}, f"Train longer: {epochs} epochs.")
 

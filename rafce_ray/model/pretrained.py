@@ -20,7 +20,7 @@ import urllib.error
 import urllib.request
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http.client import HTTPException
 from pathlib import Path
 
@@ -138,7 +138,7 @@ class WeightsReport:
     ``loaded`` counts tensors, ``missing`` names trunk tensors that keep their fresh values, ``unexpected`` names file
     tensors that belong nowhere (heads are not counted as such, but as ``num_head_tensors``). ``coverage`` is the
     smaller of the shares of tensors and of numbers filled; 0 for ``source`` none. ``warnings`` are to be shown to the
-    user.
+    user. ``heads``: what became of each tensor of the heads, by name; empty unless the weights are a bundle's.
     """
 
     source: str
@@ -148,6 +148,7 @@ class WeightsReport:
     coverage: float
     num_head_tensors: int = 0
     warnings: tuple[str, ...] = ()
+    heads: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def summary(self) -> str:
@@ -161,6 +162,7 @@ class WeightsReport:
             parts.append(f"{len(self.unexpected)} unused ({_examples(self.unexpected)})")
         if self.num_head_tensors:
             parts.append(f"{self.num_head_tensors} of its classifier left out")
+        parts += [f"{name} {became}" for name, became in self.heads.items()]
         return "; ".join([*parts, *self.warnings])
 
 

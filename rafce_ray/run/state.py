@@ -28,22 +28,26 @@ from rafce_ray.model.network import (
     build_model,
     freeze_backbone,
     initialise_au_bias,
-    load_backbone_weights,
 )
 from rafce_ray.model.optim import build_ema, build_optimizer
 from rafce_ray.run.checkpoint import Checkpoint, InvalidCheckpoint, local_bundle, read_trainer_state, save_checkpoint
 from rafce_ray.run.folder import RunFolder
+from rafce_ray.run.weights import load_starting_weights
 
 
 @dataclass(frozen=True)
 class Job:
-    """All that a worker needs: configuration, decoded store, resolved taxonomy, run folder and provenance."""
+    """All that a worker needs: configuration, decoded store, resolved taxonomy, run folder and provenance.
+
+    ``weights``: what ``model.weights`` were found to mean before the workers started; None: each finds them itself.
+    """
 
     config: Config
     store: str
     taxonomy: Taxonomy
     run_dir: str
     provenance: dict[str, Any]
+    weights: str | None = None
 
     def to_plain(self) -> dict[str, Any]:
         """As plain JSON values, which Ray Train carries to the workers and shows on its dashboard."""
@@ -169,14 +173,18 @@ class Training:
             config.model, job.taxonomy, au_stop_gradient=config.loss.au_stop_gradient
         )
         self.model = build_model(self.architecture)
-        self.weights_report = load_backbone_weights(self.model, config.model.weights)
-        if config.model.freeze_backbone:
-            freeze_backbone(self.model)
         targets, train = self.dataset.targets, self.splits.train
         emotion, action_units = targets.emotion[train], targets.action_units[train]
         positives, negatives = (action_units == 1).sum(axis=0), (action_units == 0).sum(axis=0)
         with np.errstate(invalid="ignore"):
             initialise_au_bias(self.model, positives / (~np.isnan(action_units)).sum(axis=0))
+        start = job.weights or config.model.weights
+        self.weights_report = load_starting_weights(self.model, start, job.taxonomy)
+        self.provenance = job.provenance | {
+            "weights": {"asked": config.model.weights, "source": start, "report": asdict(self.weights_report)}
+        }
+        if config.model.freeze_backbone:
+            freeze_backbone(self.model)
         counts, weights = np.bincount(emotion[emotion >= 0], minlength=job.taxonomy.num_emotions), None
         if config.loss.imbalance == "class_weights" and job.taxonomy.num_emotions:
             weights = class_weights(counts, config.loss.class_weight_beta)
@@ -267,7 +275,7 @@ class Training:
             preprocessing=self.preprocessing,
             calibration=Calibration.uncalibrated(self.job.taxonomy.num_action_units),
             metrics=metrics,
-            provenance=self.job.provenance,
+            provenance=self.provenance,
             with_canary=False,
         )
         place, epoch, step = self.folder.checkpoints, self.progress.epoch, self.progress.step

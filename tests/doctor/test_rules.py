@@ -410,7 +410,7 @@ LADDER = [
     (["model.dropout=0.7", "optim.weight_decay=5e-3", "optim.grad_clip=0.5"], {"model.backbone": "resnet18"}),
     (
         ["model.dropout=0.7", "optim.weight_decay=5e-3", "optim.grad_clip=0.5", "model.weights=IMAGENET1K_V2"],
-        {"model.backbone": "resnet18", "model.weights": "DEFAULT"},
+        {"model.backbone": "resnet18", "model.weights": "auto"},
     ),
     (
         ["model.dropout=0.7", "optim.weight_decay=5e-3", "optim.grad_clip=0.5", "model.backbone=mobilenet_v3_small"],
