@@ -51,7 +51,7 @@ def test_precedence_is_recipe_then_file_then_overrides(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text("optim: {lr: 3e-4, epochs: 7}\n")
     config = load_config(file, ["optim.epochs=9"], recipe="demo")
-    assert (config.model.backbone, config.optim.lr, config.optim.epochs) == ("resnet18", 3e-4, 9)
+    assert (config.model.backbone, config.optim.lr, config.optim.epochs) == ("efficientnet_lite0", 3e-4, 9)
 
 
 def test_what_is_printed_reads_back_the_same(tmp_path):
@@ -81,7 +81,7 @@ def test_all_faults_are_reported_at_once_with_the_nearest_key():
         ("optim.lr=nan", "optim.lr"),
         ("run.name=a/b", "no folder name"),
         ("loss.au_start_epoch=50", "never come in"),
-        ("model.freeze_backbone=true", "learnt nothing"),
+        ("model={freeze_backbone: true, weights: none}", "learnt nothing"),
         ("run.num_workers=0", r"run\.num_workers: found 0; write how many workers train"),
         ("run.num_workers=1-4", r"found '1-4'; write .* for example \[1, 4\]"),
         ("run.num_workers=true", "found True; write"),

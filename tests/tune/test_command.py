@@ -60,7 +60,7 @@ def test_a_study_keeps_what_its_first_start_found(tmp_path: Path, monkeypatch: p
     assert weights_of(study, folder) == {"mobilenet_v2": "package"}
     folder.write_weights({"mobilenet_v2": "package"})
     cached = tmp_path / "hub" / "checkpoints" / MobileNet_V2_Weights.DEFAULT.url.rpartition("/")[2]
-    cached.parent.mkdir(parents=True)
+    cached.parent.mkdir(parents=True, exist_ok=True)
     cached.write_bytes(b"")
     assert weights_of(study, StudyFolder(str(tmp_path / "other"))) == {"mobilenet_v2": "IMAGENET1K_V2"}
     assert weights_of(study, folder) == {"mobilenet_v2": "package"}
