@@ -21,7 +21,7 @@ from rafce_ray.model.network import (
     MultiTaskModel,
     build_architecture,
     build_model,
-    freeze_backbone,
+    freeze_stages,
     initialise_au_bias,
     load_backbone_weights,
     sinusoids,
@@ -241,7 +241,7 @@ def test_the_seed_decides_the_weights():
 def test_a_frozen_trunk_stays_as_it_is():
     objective = Objective(small_model(), MultiTaskLoss(LossSettings()))
     model = objective.model
-    freeze_backbone(model)
+    freeze_stages(model, None)
     before = {key: value.clone() for key, value in model.trunk.state_dict().items()}
     optimizer = build_optimizer(objective, "adamw", lr=1e-2, weight_decay=1e-2)
     objective.train()

@@ -118,6 +118,27 @@ class ConvTrunk(Trunk):
             parts[-1] = nn.ModuleList([parts[-1], self.body["classifier"]])
         return parts
 
+    def cut(self, num_stages: int) -> ConvTrunk:
+        """A trunk of the first ``num_stages`` stages, of which the last one's map is pooled as it is.
+
+        Raises:
+            UsageError: there are not so many stages.
+        """
+        num_all = len(self.stages)
+        if num_stages > num_all:
+            raise UsageError(f"model.num_stages={num_stages}: the backbone has {num_all} stages. Give 1 to {num_all}.")
+        body = OrderedDict((name, layer) for name, layer in self.body.items() if name != "classifier")
+        if "features" in body:
+            body["features"] = cast(nn.Sequential, body["features"])[:num_stages]
+        else:
+            for number in range(num_stages, num_all):
+                del body[f"layer{number}"]
+        layers = nn.Sequential(body).eval()
+        with torch.no_grad():
+            num_features = layers(torch.zeros(1, 3, 64, 64)).shape[1]
+        layers.train()
+        return ConvTrunk(body, None, num_features)
+
     def forward(self, images: Tensor) -> Features:
         """Features of normalised images (B, 3, P, P)."""
         features = images
@@ -222,12 +243,18 @@ class TimmTrunk(Trunk):
         return Features(features.permute(0, 3, 1, 2) if self._is_nhwc else features, pooled)
 
 
-def build_trunk(backbone: str, image_px: int) -> Trunk:
-    """A freshly initialised trunk by its name in ``model.backbone``.
+def build_trunk(backbone: str, image_px: int, num_stages: int | None = None) -> Trunk:
+    """A freshly initialised trunk by its name in ``model.backbone``; of its stages the first ``num_stages``.
 
     Raises:
-        UsageError: a network of timm's that is not known, that timm cannot build at this size, or timm is missing.
+        UsageError: the network does not have as many stages or cannot be cut, timm does not know it or cannot build it
+            at this size, or timm is missing.
     """
+    if num_stages is not None and backbone.startswith((TIMM, "vit")):
+        raise UsageError(
+            f"model.num_stages={num_stages}: {backbone} can only be used as a whole. Set model.num_stages=null, or "
+            "choose a convolutional network of torchvision, such as model.backbone=mobilenet_v2."
+        )
     if backbone.startswith(TIMM):
         described = timm_description(backbone)
         try:
@@ -243,7 +270,8 @@ def build_trunk(backbone: str, image_px: int) -> Trunk:
         # Residual branches that begin at zero let a deep ResNet learn from scratch (Goyal et al. 2017, arXiv
         # 1706.02677).
         network = get_model(backbone, weights=None, zero_init_residual=True)
-        return ConvTrunk(_children(network, without=("avgpool", "fc")), None, network.fc.in_features)
+        trunk = ConvTrunk(_children(network, without=("avgpool", "fc")), None, network.fc.in_features)
+        return trunk if num_stages is None else trunk.cut(num_stages)
     network = efficientnet_lite0() if backbone == "efficientnet_lite0" else get_model(backbone, weights=None)
     for layer in network.modules():
         # MobileNetV3's 0.01 suits ImageNet's hundreds of thousands of steps. On a few thousand faces the statistics
@@ -253,7 +281,8 @@ def build_trunk(backbone: str, image_px: int) -> Trunk:
     body = _children(network, without=("avgpool", "classifier"))
     norm = network.classifier[0] if backbone.startswith("convnext") else None
     first_linear = next(layer for layer in network.classifier if isinstance(layer, nn.Linear))
-    return ConvTrunk(body, norm, first_linear.in_features)
+    trunk = ConvTrunk(body, norm, first_linear.in_features)
+    return trunk if num_stages is None else trunk.cut(num_stages)
 
 
 def _children(network: nn.Module, without: tuple[str, ...]) -> OrderedDict[str, nn.Module]:

@@ -62,6 +62,9 @@ class Architecture:
     au_stop_gradient: bool = False
     components: tuple[tuple[int, int] | None, ...] = ()
     num_basic: int = 0
+    num_stages: int | None = None
+    pool_grid: int = 1
+    mirror_average: bool = False
 
     def __post_init__(self) -> None:
         if self.backbone not in BACKBONES and not self.backbone.startswith(TIMM):
@@ -126,6 +129,9 @@ def build_architecture(model: ModelConfig, taxonomy: Taxonomy, *, au_stop_gradie
             None if pair is None else (basic.index(pair[0]), basic.index(pair[1])) for pair in taxonomy.components
         ),
         num_basic=len(basic),
+        num_stages=model.num_stages,
+        pool_grid=model.pool_grid,
+        mirror_average=model.mirror_average,
     )
 
 
@@ -213,6 +219,10 @@ class EmotionHead(nn.Module):
         return logits
 
 
+def _mean(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    return None if one is None or other is None else (one + other) / 2
+
+
 def _linear(num_features: int, num_outputs: int, bias: bool = True) -> nn.Linear:
     layer = nn.Linear(num_features, num_outputs, bias=bias)
     nn.init.normal_(layer.weight, std=HEAD_INIT_STD)
@@ -240,9 +250,12 @@ class MultiTaskModel(nn.Module):
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
         self.architecture = architecture
-        self.trunk = build_trunk(architecture.backbone, architecture.image_px)
+        self.trunk = build_trunk(architecture.backbone, architecture.image_px, architecture.num_stages)
         self.dropout = nn.Dropout(architecture.dropout)
-        num_features, num_aus = self.trunk.num_features, architecture.num_action_units
+        grid, num_aus = architecture.pool_grid, architecture.num_action_units
+        num_features = self.trunk.num_features if grid == 1 else self.trunk.num_map_features * grid**2
+        # Cells of a grid differ in scale by orders of magnitude, and a linear head learns the small ones too slowly.
+        self.standardise = nn.BatchNorm1d(num_features, affine=False) if grid > 1 else None
         self.au_attention = AuAttention(self.trunk.num_map_features, num_aus) if architecture.au_attention else None
         self.au_head = AuHead(ATTENTION_DIM if self.au_attention else num_features, num_aus) if num_aus else None
         reads_tokens = self.au_attention is not None and architecture.num_emotions > 0
@@ -252,7 +265,16 @@ class MultiTaskModel(nn.Module):
 
     def forward(self, images: Tensor) -> Logits:
         """Logits of normalised images (B, 3, P, P)."""
+        logits = self._logits(images)
+        if self.training or not self.architecture.mirror_average:
+            return logits
+        mirrored = self._logits(images.flip(3))
+        return Logits(_mean(logits.emotion, mirrored.emotion), _mean(logits.action_units, mirrored.action_units))
+
+    def _logits(self, images: Tensor) -> Logits:
         feature_map, pooled = self.trunk(images)
+        if self.standardise is not None:
+            pooled = self.standardise(F.adaptive_avg_pool2d(feature_map, self.architecture.pool_grid).flatten(1))
         tokens = None
         if self.au_attention is not None:
             tokens = self.au_attention(feature_map.detach() if self.architecture.au_stop_gradient else feature_map)
@@ -298,9 +320,16 @@ def load_backbone_weights(model: MultiTaskModel, weights: str) -> WeightsReport:
     return load_weights(model.trunk.body, weights, backbone=architecture.backbone, image_px=architecture.image_px)
 
 
-def freeze_backbone(model: MultiTaskModel) -> None:
-    """Train the heads only: the trunk gets no gradients, and its batch statistics and stochastic depth stay still."""
-    model.trunk.freeze(len(model.trunk.stages))
+def freeze_stages(model: MultiTaskModel, num_stages: int | None) -> None:
+    """Keep the first stages of the trunk as they are, None: all; their statistics and stochastic depth stay still too.
+
+    Raises:
+        UsageError: the trunk does not have as many stages.
+    """
+    num_all = len(model.trunk.stages)
+    if num_stages is not None and num_stages > num_all:
+        raise UsageError(f"model.frozen_stages={num_stages}: the trunk has {num_all} stages. Give 0 to {num_all}.")
+    model.trunk.freeze(num_all if num_stages is None else num_stages)
 
 
 def initialise_au_bias(model: MultiTaskModel, prevalence: np.ndarray) -> None:

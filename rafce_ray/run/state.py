@@ -26,7 +26,7 @@ from rafce_ray.model.losses import Objective, build_loss, class_weights
 from rafce_ray.model.network import (
     build_architecture,
     build_model,
-    freeze_backbone,
+    freeze_stages,
     initialise_au_bias,
 )
 from rafce_ray.model.optim import build_ema, build_optimizer
@@ -183,8 +183,7 @@ class Training:
         self.provenance = job.provenance | {
             "weights": {"asked": config.model.weights, "source": start, "report": asdict(self.weights_report)}
         }
-        if config.model.freeze_backbone:
-            freeze_backbone(self.model)
+        freeze_stages(self.model, None if config.model.freeze_backbone else config.model.frozen_stages)
         counts, weights = np.bincount(emotion[emotion >= 0], minlength=job.taxonomy.num_emotions), None
         if config.loss.imbalance == "class_weights" and job.taxonomy.num_emotions:
             weights = class_weights(counts, config.loss.class_weight_beta)
