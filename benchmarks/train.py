@@ -309,6 +309,7 @@ def make_plan(arguments: argparse.Namespace, folder: str) -> Plan:
             f"data.root={faces}",
             f"data.store_dir={folder}/stores",
             f"model.backbone={arguments.backbone}",
+            "model.weights=none",
             f"model.image_px={arguments.image_px}",
             f"optim.batch_size={arguments.batch_size}",
             "optim.epochs=10000",

@@ -74,7 +74,7 @@ def measure(folder: Path, name: str, resources: dict[str, int], num_trials: int)
         "storage": str(folder / "runs"),
         "base": {
             "data": {"root": str(folder / "faces"), "store_dir": str(folder / "stores")},
-            "model": {"backbone": "mobilenet_v3_small", "image_px": 32},
+            "model": {"backbone": "mobilenet_v3_small", "weights": "none", "image_px": 32},
             "optim": {"epochs": 2, "warmup_epochs": 0, "batch_size": 16, "gap_images": 16},
         },
         "space": {"optim.lr": {"loguniform": [1e-4, 1e-2]}},
@@ -131,6 +131,7 @@ def stop_one(folder: Path, name: str, workers: int) -> int:
             f"data.root={folder / 'faces'}",
             f"data.store_dir={folder / 'stores'}",
             "model.backbone=mobilenet_v3_small",
+            "model.weights=none",
             "model.image_px=32",
             "optim.epochs=200",
             f"run.num_workers={workers}",

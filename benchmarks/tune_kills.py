@@ -57,7 +57,7 @@ def command(folder: Path, name: str) -> list[str]:
         "storage": str(folder / "runs"),
         "base": {
             "data": {"root": str(folder / "faces"), "store_dir": str(folder / "stores")},
-            "model": {"backbone": "mobilenet_v3_small", "image_px": 32},
+            "model": {"backbone": "mobilenet_v3_small", "weights": "none", "image_px": 32},
             "optim": {"epochs": 6, "warmup_epochs": 0, "batch_size": 16, "gap_images": 32},
         },
         "space": {"optim.lr": {"loguniform": [1e-5, 1e-2]}, "model.dropout": {"uniform": [0.1, 0.6]}},

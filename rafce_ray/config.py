@@ -53,9 +53,14 @@ BACKBONES = (
     "resnet101",
     "convnext_tiny",
     "efficientnet_b0",
+    "efficientnet_lite0",
+    "mobilenet_v2",
     "mobilenet_v3_small",
     "vit_b_16",
 )
+
+TIMM = "timm/"
+"""What the names of timm's networks begin with."""
 
 MOST_WORKERS = 1024
 
@@ -93,6 +98,15 @@ def _number_or_range_of_workers(value: Any) -> Any:
         raise ValueError(
             f"found {value!r}; write how many workers train, from 1 to {MOST_WORKERS}, or the least and the most of "
             "them where machines come and go, for example [1, 4]"
+        )
+    return value
+
+
+def _timm_backbone(value: str) -> str:
+    if not re.fullmatch(rf"{TIMM}\w+(\.\w+)?", value):
+        raise ValueError(
+            f"found {shown(value)}; expected one of {', '.join(BACKBONES)}, or {TIMM}NAME with a name of timm's"
+            f"{did_you_mean(value, BACKBONES)}"
         )
     return value
 
@@ -249,12 +263,17 @@ class DataConfig(Section):
 
 
 class ModelConfig(Section):
-    """The network: a torchvision trunk, an emotion head and an action-unit head."""
+    """The network: a trunk, an emotion head and an action-unit head."""
 
-    backbone: Literal[BACKBONES] = Field("resnet50", description="Trunk, by torchvision's name.")  # type: ignore[valid-type]
+    backbone: Literal[BACKBONES] | Annotated[str, AfterValidator(_timm_backbone)] = Field(  # type: ignore[valid-type]
+        "resnet50", description="Trunk: torchvision's name, or timm/NAME with one of timm's (needs rafce_ray[timm])."
+    )
     weights: str = Field(
-        "none",
-        description="none, a torchvision weights name (DEFAULT, IMAGENET1K_V2), or a .pt/.pth/.safetensors file.",
+        "auto",
+        description="What the network starts from. auto: its library's ImageNet weights, from the cache or downloaded, "
+        "else those of an installed package (rafce_ray[weights]), else an error. none: from scratch. Or a torchvision "
+        "weights name (DEFAULT, IMAGENET1K_V2), package (an installed one's alone), a .pt/.pth/.safetensors file, or "
+        "a bundle or run folder.",
     )
     image_px: int = Field(224, ge=32, le=1024, description="Side of the square network input, px.")
     dropout: float = Field(0.5, ge=0, lt=1, description="Dropout rate before both heads.")
@@ -264,6 +283,26 @@ class ModelConfig(Section):
         description="Add basic-emotion scores s_i + s_j + b_ij to the flat emotion logits (compound classes only).",
     )
     freeze_backbone: bool = Field(False, description="Train the heads only; the trunk stays as loaded.")
+    frozen_stages: int = Field(
+        0, ge=0, description="First stages of the trunk that stay as loaded (the stem is one); fewer than there are."
+    )
+    num_stages: int | None = Field(
+        None,
+        ge=1,
+        description="First stages of the trunk that are used, with weights for them alone; null: all. Early stages see "
+        "finer detail and need less data. Convolutional networks of torchvision only.",
+    )
+    pool_grid: int = Field(
+        1,
+        ge=1,
+        le=8,
+        description="The heads read the mean of each cell of a grid of n x n over the feature map, standardised: where "
+        "on the face something is counts. 1: the trunk's own pooling.",
+    )
+    mirror_average: bool = Field(
+        False,
+        description="Outside of training, average the logits of a face and of its mirror image, at twice the time.",
+    )
 
 
 class LossConfig(Section):
@@ -428,10 +467,11 @@ class Config(Section):
             raise ValueError(
                 "data.emotions and data.action_units are both none: nothing is left to train. Set one of them."
             )
-        if self.model.freeze_backbone and self.model.weights == "none":
+        frozen = "freeze_backbone=true" if self.model.freeze_backbone else f"frozen_stages={self.model.frozen_stages}"
+        if (self.model.freeze_backbone or self.model.frozen_stages) and self.model.weights == "none":
             raise ValueError(
-                "model.freeze_backbone=true with model.weights=none would freeze a trunk that has learnt nothing. "
-                "Set model.weights to DEFAULT or to a file, or train the trunk."
+                f"model.{frozen} with model.weights=none would freeze layers that have learnt nothing. Set "
+                "model.weights to auto or to a file, or train the trunk."
             )
         if self.loss.au_start_epoch >= self.optim.epochs and self.loss.au_start_epoch > 0:
             raise ValueError(
@@ -593,7 +633,14 @@ CARRIED_OUT_BY = frozenset({"data.store_dir", *(f"run.{key}" for key in RunConfi
 """Keys that say how a run is carried out, not what it computes: they may change when an interrupted run goes on."""
 
 
-LATER_KEYS = {"data.au_threshold": None, "data.encoding": "auto"}
+LATER_KEYS = {
+    "data.au_threshold": None,
+    "data.encoding": "auto",
+    "model.frozen_stages": 0,
+    "model.num_stages": None,
+    "model.pool_grid": 1,
+    "model.mirror_average": False,
+}
 """Keys that were added after runs and studies had been made: at their default, these keep their names and can go on."""
 
 

@@ -159,6 +159,7 @@ def tiny_overrides(drawn_faces: Path, store_dir: Path) -> list[str]:
         f"data.root={drawn_faces}",
         f"data.store_dir={store_dir}",
         "model.backbone=mobilenet_v3_small",
+        "model.weights=none",
         "model.image_px=32",
         "optim.epochs=3",
         "optim.batch_size=16",

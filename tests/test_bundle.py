@@ -18,7 +18,7 @@ from rafce_ray.bundle.canary import largest_difference
 from rafce_ray.faces.preprocess import Preprocessing, preprocess
 from rafce_ray.metrics.calibration import Calibration
 from rafce_ray.metrics.drift import Bins, DriftReference
-from rafce_ray.model.network import Architecture, build_model, freeze_backbone
+from rafce_ray.model.network import Architecture, build_model, freeze_stages
 
 TAXONOMY = make_taxonomy(("happily surprised", "calm", "sadly angry"), (1, 12))
 ARCHITECTURE = Architecture(
@@ -122,7 +122,7 @@ def test_the_canary_is_what_torch_answers(bundle, model):
 
 def test_saving_leaves_the_model_and_the_random_numbers_as_they_were(tmp_path):
     model = build_model(ARCHITECTURE).train()
-    freeze_backbone(model)
+    freeze_stages(model, None)
     model.au_head.weight.grad = torch.ones_like(model.au_head.weight)
     modes = {name: layer.training for name, layer in model.named_modules()}
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}

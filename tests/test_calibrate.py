@@ -525,6 +525,7 @@ def test_calibration_lowers_the_log_loss_of_held_out_drawn_faces(drawn_faces, st
             f"data.root={drawn_faces}",
             f"data.store_dir={store_dir}",
             "model.backbone=mobilenet_v3_small",
+            "model.weights=none",
             "model.image_px=32",
             "optim.epochs=25",
             "optim.batch_size=16",

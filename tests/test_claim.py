@@ -270,7 +270,7 @@ def commands(drawn_faces, store_dir, tmp_path) -> dict[str, Callable[[], int]]:
     """Each command that trains into ``runs/x``, refused before it starts Ray or not at all."""
     from rafce_ray.cli import ablate, train, tune
 
-    data = [f"data.root={drawn_faces}", f"data.store_dir={store_dir}", "model.image_px=32"]
+    data = [f"data.root={drawn_faces}", f"data.store_dir={store_dir}", "model.image_px=32", "model.weights=none"]
     overrides = [*data, f"run.storage={tmp_path / 'runs'}", "run.name=x"]
     study = tmp_path / "study.yaml"
     study.write_text(

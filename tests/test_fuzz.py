@@ -23,7 +23,9 @@ def world(tmp_path_factory, drawn_faces, trained_run, write_bundle) -> Path:
     """What the commands name, as far as no Ray is needed to make it."""
     world = tmp_path_factory.mktemp("fuzz") / "world"
     shutil.copytree(drawn_faces, world / "faces")
-    fuzz.write_files(world, ["model.backbone=mobilenet_v3_small", "model.image_px=32", "optim.epochs=2"])
+    fuzz.write_files(
+        world, ["model.backbone=mobilenet_v3_small", "model.weights=none", "model.image_px=32", "optim.epochs=2"]
+    )
     run = world / "runs" / "tiny"
     shutil.copytree(trained_run[0], run)
     # The copy alone is the run that the commands work on.

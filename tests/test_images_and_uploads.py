@@ -11,7 +11,7 @@ from packaging.utils import canonicalize_name
 from ray._private.runtime_env.packaging import _dir_travel
 
 REPOSITORY = Path(__file__).parents[1]
-OF_THE_IMAGE = ".[serve,export,mlflow]"
+OF_THE_IMAGE = ".[serve,export,mlflow,weights]"
 NEVER = (
     "faces/aligned/train_00001.png",
     "faces/RAFCE_emolabel.txt",

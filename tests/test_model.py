@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+import timm
 import torch
 from torch import nn
 from torchvision.models import get_model
@@ -13,14 +14,14 @@ from rafce_ray.base.errors import UsageError
 from rafce_ray.base.taxonomy import RAFCE_EMOTIONS, SEED18, Taxonomy, make_taxonomy
 from rafce_ray.config import BACKBONES, ModelConfig
 from rafce_ray.data.loader import Batch
+from rafce_ray.model.backbones import build_trunk, efficientnet_lite0
 from rafce_ray.model.losses import LossSettings, MultiTaskLoss, Objective
 from rafce_ray.model.network import (
     Architecture,
     MultiTaskModel,
     build_architecture,
     build_model,
-    build_trunk,
-    freeze_backbone,
+    freeze_stages,
     initialise_au_bias,
     load_backbone_weights,
     sinusoids,
@@ -91,7 +92,9 @@ def test_trunk_is_torchvisions(backbone: str, tmp_path):
     """torchvision's classifier on our pooled features gives torchvision's outputs, after a trip through a file."""
     torch.manual_seed(0)
     size = {"image_size": 64} if backbone == "vit_b_16" else {}
-    network = get_model(backbone, weights=None, **size).eval()
+    lite0 = backbone == "efficientnet_lite0"
+    network = efficientnet_lite0() if lite0 else get_model(backbone, weights=None, **size)
+    network.eval()
     if backbone == "vit_b_16":
         nn.init.normal_(network.heads.head.weight)
     torch.save(network.state_dict(), tmp_path / "weights.pth")
@@ -238,7 +241,7 @@ def test_the_seed_decides_the_weights():
 def test_a_frozen_trunk_stays_as_it_is():
     objective = Objective(small_model(), MultiTaskLoss(LossSettings()))
     model = objective.model
-    freeze_backbone(model)
+    freeze_stages(model, None)
     before = {key: value.clone() for key, value in model.trunk.state_dict().items()}
     optimizer = build_optimizer(objective, "adamw", lr=1e-2, weight_decay=1e-2)
     objective.train()
@@ -325,6 +328,74 @@ def test_a_fixed_batch_overfits(backbone: str, settings: dict[str, object]):
     assert (logits.emotion.argmax(1) == batch.emotion).all()
     assert losses.emotion < first.emotion / 10
     assert losses.action_units < first.action_units / 3
+
+
+TIMM_NETWORKS = ("timm/mobilenetv3_small_050", "timm/test_vit", "timm/swin_tiny_patch4_window7_224", "timm/test_resnet")
+
+
+@pytest.mark.parametrize("backbone", [*BACKBONES, *TIMM_NETWORKS])
+def test_each_parameter_and_layer_is_in_one_stage(backbone: str):
+    with torch.device("meta"):
+        trunk = build_trunk(backbone, 64)
+    parameters = [id(one) for stage in trunk.stages for one in stage.parameters()]
+    assert len(parameters) == len(set(parameters))
+    assert set(parameters) == {id(one) for one in trunk.parameters()}
+    layers = {id(layer) for stage in trunk.stages for layer in stage.modules()}
+    assert all(id(layer) in layers for layer in trunk.modules() if not any(layer.children()))
+    assert id(next(trunk.parameters())) in parameters[: len(list(trunk.stages[0].parameters()))]
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "efficientnet_lite0", "mobilenet_v2", TIMM_NETWORKS[0]])
+def test_frozen_stages_stay_as_they_are_and_the_others_learn(backbone: str):
+    torch.manual_seed(0)
+    trunk = build_trunk(backbone, 64)
+    trunk.freeze(2)
+    before = {key: value.clone() for key, value in trunk.state_dict().items()}
+    objective = nn.Sequential(trunk)
+    optimizer = build_optimizer(objective, "adamw", lr=1e-2, weight_decay=1e-2)
+    objective.train()
+    features = trunk(faces())
+    (features.map.square().mean() + features.pooled.square().mean()).backward()
+    optimizer.step()
+    frozen = {id(value) for stage in trunk.stages[:2] for value in stage.state_dict(keep_vars=True).values()}
+    changed = {key: not torch.equal(value, before[key]) for key, value in trunk.state_dict().items()}
+    kept = {key for key, value in trunk.state_dict(keep_vars=True).items() if id(value) in frozen}
+    assert any("running_mean" in key for key in kept)
+    assert not any(changed[key] for key in kept)
+    assert all(changed[key] for key in changed if key not in kept and key.endswith("running_mean"))
+    assert changed[list(changed)[-1]] or changed[list(changed)[-2]]
+    with pytest.raises(ValueError, match="found 99 stages to freeze"):
+        trunk.freeze(99)
+
+
+@pytest.mark.parametrize("backbone", TIMM_NETWORKS)
+def test_trunk_is_timms(backbone: str):
+    """timm's classifier on our pooled features gives timm's outputs; the map has the image's directions."""
+    torch.manual_seed(0)
+    model = build_model(architecture(backbone, au_attention=True)).eval()
+    network = timm.create_model(
+        backbone.removeprefix("timm/"), **({"img_size": 64} if "vit" in backbone or "swin" in backbone else {})
+    ).eval()
+    assert not network.load_state_dict(model.trunk.body.state_dict(), strict=False).unexpected_keys
+    with torch.inference_mode():
+        features = model.trunk(faces())
+        head = network.get_classifier()
+        classifier = getattr(head, "fc", head)
+        torch.testing.assert_close(classifier(features.pooled), network(faces()), rtol=1e-4, atol=1e-5)
+        assert features.map.shape[1:] == (model.trunk.num_map_features, *features.map.shape[2:])
+        changed = faces()
+        changed[:, :, :16, 48:] += 10
+        difference = (model.trunk(changed).map - features.map).abs().sum(dim=(0, 1))
+    if difference.numel() > 4:
+        assert divmod(int(difference.argmax()), difference.shape[1]) == (0, difference.shape[1] - 1)
+    assert model(faces()).action_units.shape == (4, 18)
+
+
+def test_unknown_networks_of_timms_are_refused_with_the_nearest():
+    with pytest.raises(UsageError, match=r"timm/resnot18: timm .* has no such network; did you mean 'timm/resnet18'"):
+        build_trunk("timm/resnot18", 64)
+    with pytest.raises(UsageError, match=r"image_px=40: timm cannot build .*Set model\.image_px=224"):
+        build_trunk("timm/levit_128s", 40)
 
 
 @pytest.mark.parametrize("backbone", ["resnet18", "efficientnet_b0", "mobilenet_v3_small"])

@@ -6,8 +6,7 @@ import torch
 from torchvision.transforms import v2
 
 from rafce_ray.faces.preprocess import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
+    IMAGENET,
     Preprocessing,
     preprocess,
     resize_and_normalise,
@@ -28,7 +27,7 @@ def test_equals_torchvision(image_px):
         [
             v2.ToDtype(torch.float32, scale=True),
             v2.Resize((image_px, image_px), v2.InterpolationMode.BILINEAR, antialias=True),
-            v2.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+            v2.Normalize(*IMAGENET),
         ]
     )
     found = preprocess(batch, Preprocessing(20, image_px))

@@ -1,21 +1,25 @@
 """Weights files that fit, and every way in which one may not."""
 
-import urllib.error
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from matplotlib import cbook
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 from torchvision.models import ResNet18_Weights, get_model
 
-from rafce_ray.base.errors import RafceError, UsageError
+from rafce_ray.base.errors import UsageError
 from rafce_ray.base.taxonomy import make_taxonomy
 from rafce_ray.config import ModelConfig
+from rafce_ray.faces.preprocess import Preprocessing, preprocess
+from rafce_ray.model.backbones import efficientnet_lite0, normalisation_of
 from rafce_ray.model.network import MultiTaskModel, build_architecture, build_model, load_backbone_weights
-from rafce_ray.model.pretrained import WeightsError
+from rafce_ray.model.pretrained import PACKAGES, WeightsError, read_tensors
 
 TAXONOMY = make_taxonomy(("happily surprised", "sadly angry"), (1, 12))
 
@@ -225,14 +229,47 @@ def test_torchvision_names_are_read_from_its_cache(
     assert_loaded(model, weights)
 
 
-def test_a_failed_download_names_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def offline(*_: object, **__: object) -> None:
-        raise urllib.error.URLError("no network")
+@pytest.fixture
+def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of torch.hub, and no network: a proxy that nobody listens on. The folder of cached files."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    for name in ("https_proxy", "http_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    return tmp_path / "torch" / "hub" / "checkpoints"
 
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr("torch.hub.download_url_to_file", offline)
-    with pytest.raises(RafceError, match=r"could not be downloaded .*no network.*model\.weights=none"):
+
+@pytest.mark.usefixtures("offline")
+def test_a_failed_download_names_the_remedies():
+    with pytest.raises(WeightsError, match=r"(?s)resnet18-f37072fd\.pth could not be downloaded .*model\.weights=none"):
         load_backbone_weights(fresh_model(), "DEFAULT")
+
+
+def test_lite0_classifies_a_photograph_as_it_was_trained():
+    """Keys, activations and normalisation of the package's weights, by the class that its own classifier finds.
+
+    With ImageNet's normalisation instead of its own the first class is the bow tie.
+    """
+    network = efficientnet_lite0().eval()
+    found = read_tensors(PACKAGES["efficientnet_lite0"].find())
+    network.load_state_dict(dict(zip(network.state_dict(), found.values(), strict=True)))
+    photo = Image.open(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)).convert("RGB")
+    photo = photo.crop((0, 0, photo.width, photo.width)).resize((224, 224))
+    pixels = torch.from_numpy(np.array(photo))[None]
+    how = Preprocessing(224, 224, *normalisation_of("efficientnet_lite0"))
+    with torch.inference_mode():
+        best = int(network(preprocess(pixels, how)).argmax())
+    assert ResNet18_Weights.DEFAULT.meta["categories"][best] == "military uniform"
+
+
+@pytest.mark.parametrize("backbone", PACKAGES)
+def test_a_package_fills_the_whole_trunk(backbone: str):
+    model = fresh_model(backbone)
+    report = load_backbone_weights(model, "package")
+    assert (report.coverage, report.missing, report.unexpected) == (1.0, (), ())
+    assert report.source == f"package {PACKAGES[backbone].distribution} {PACKAGES[backbone].version}"
+    found = read_tensors(PACKAGES[backbone].find())
+    first = model.trunk.body["features"][0][0].weight
+    assert torch.equal(first, next(iter(found.values())))
 
 
 @pytest.mark.slow

@@ -58,8 +58,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="rafce ablate",
         description="Run an ablation: eight training changes, alone and combined, over several seeds. If it was "
         "interrupted, the same command continues it.",
-        epilog="Example: rafce ablate data.root=faces model.backbone=mobilenet_v3_small model.image_px=64 "
-        "optim.epochs=24",
+        epilog="Example: rafce ablate data.root=faces model.backbone=mobilenet_v3_small model.weights=none "
+        "model.image_px=64 optim.epochs=24",
     )
     add_configuration(parser, "configuration keys: data and size of the runs")
     parser.add_argument("--seeds", type=int, default=3, help="seeds per arm (default 3)")

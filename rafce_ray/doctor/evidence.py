@@ -385,6 +385,8 @@ SMALLER_BACKBONE = {
     "vit_b_16": "resnet18",
     "resnet18": "mobilenet_v3_small",
     "efficientnet_b0": "mobilenet_v3_small",
+    "efficientnet_lite0": "mobilenet_v3_small",
+    "mobilenet_v2": "mobilenet_v3_small",
 }
 
 STILL_FALLING = 0.03  # Share by which the train loss falls over the last three epochs of a run that is still learning
@@ -414,7 +416,7 @@ def next_regularisation(config: Config) -> Step | None:
     if smaller is None:
         return None
     # Weights belong to their backbone.
-    weights = {} if config.model.weights == "none" else {"model.weights": "DEFAULT"}
+    weights = {} if config.model.weights in ("none", "auto") else {"model.weights": "auto"}
     text = f"Take a smaller backbone: {smaller} instead of {config.model.backbone}."
     return Step({"model.backbone": smaller} | weights, text)
 
@@ -436,7 +438,7 @@ def next_capacity(evidence: Evidence) -> Step:
     if config.optim.optimizer != "sgd" and config.optim.lr < USUAL_LR:
         return Step({"optim.lr": USUAL_LR}, f"Learn faster: optim.lr={USUAL_LR:g}.")
     if config.model.weights == "none":
-        return Step({"model.weights": "DEFAULT"}, "Start from torchvision's ImageNet weights: model.weights=DEFAULT.")
+        return Step({"model.weights": "auto"}, "Start from ImageNet weights: model.weights=auto.")
     epochs = more_epochs(config)
     return Step({"optim.epochs": epochs}, f"Train longer: {epochs} epochs.")
 

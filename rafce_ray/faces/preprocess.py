@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import kornia.augmentation as K
 import torch
@@ -12,21 +13,29 @@ from torch.nn import functional
 
 from rafce_ray.base.errors import UsageError
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-"""Channel means (R, G, B) of images in [0, 1], as torchvision's weights expect."""
 
-IMAGENET_STD = (0.229, 0.224, 0.225)
-"""Channel standard deviations (R, G, B) of images in [0, 1], as torchvision's weights expect."""
+class Normalisation(NamedTuple):
+    """Channel means and standard deviations (R, G, B) of images in [0, 1], which are taken out of them."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+IMAGENET = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+"""As torchvision's weights expect."""
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How a stored square face of ``stored_px`` a side becomes a network input of ``image_px`` a side."""
+    """How a stored square face of ``stored_px`` a side becomes a network input of ``image_px`` a side.
+
+    ``mean`` and ``std`` are those of its backbone.
+    """
 
     stored_px: int
     image_px: int
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
+    mean: tuple[float, float, float] = IMAGENET.mean
+    std: tuple[float, float, float] = IMAGENET.std
 
 
 def to_unit(images: Tensor) -> Tensor:
@@ -41,7 +50,7 @@ def to_unit(images: Tensor) -> Tensor:
 
 
 def resize_and_normalise(unit: Tensor, preprocessing: Preprocessing) -> Tensor:
-    """(B, 3, S, S) float in [0, 1] -> (B, 3, P, P) with ImageNet's mean and deviation taken out.
+    """(B, 3, S, S) float in [0, 1] -> (B, 3, P, P) with the mean and deviation of ``preprocessing`` taken out.
 
     Bilinear and antialiased; where S = P the pixels are not resampled at all.
 

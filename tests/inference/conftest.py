@@ -10,6 +10,7 @@ from rafce_ray.bundle.bundle import Bundle, load_bundle, save_bundle
 from rafce_ray.bundle.canary import draw_images
 from rafce_ray.faces.preprocess import Preprocessing, preprocess
 from rafce_ray.metrics.calibration import Calibration
+from rafce_ray.model.backbones import normalisation_of
 from rafce_ray.model.network import Architecture, MultiTaskModel, build_model
 
 MakeBundle = Callable[..., Bundle]
@@ -61,7 +62,7 @@ def make_bundle(tmp_path_factory: pytest.TempPathFactory) -> MakeBundle:
             num_basic=6,
             **options,
         )
-        preprocessing = Preprocessing(*px)
+        preprocessing = Preprocessing(*px, *normalisation_of(backbone))
         torch.manual_seed(seed)
         model = build_model(architecture)
         awake(model, preprocessing)

@@ -20,7 +20,12 @@ FAMILIES = [
     ("resnet50", (40, 32), FULL),
     ("convnext_tiny", (40, 32), {"au_attention": True}),
     ("efficientnet_b0", (32, 32), {"compositional_head": True}),
+    ("efficientnet_lite0", (40, 32), {"au_attention": True}),
+    ("mobilenet_v2", (32, 32), {}),
     ("mobilenet_v3_small", (32, 64), FULL),
+    ("timm/mobilenetv3_small_050", (40, 32), FULL),
+    ("timm/test_vit", (40, 64), {"au_attention": True}),
+    ("timm/swin_tiny_patch4_window7_224", (40, 64), {"au_attention": True}),
     ("vit_b_16", (40, 32), FULL),
 ]
 

@@ -240,10 +240,13 @@ def test_a_value_that_does_not_go_with_the_base_is_found():
 
 def test_a_conditional_key_is_tried_with_its_condition():
     freeze = {"choice": [True, False], "when": {"model.weights": ["DEFAULT"]}}
+    base = {"recipe": "demo", "model": {"weights": "none"}}
     space = {"model.weights": {"choice": ["none", "DEFAULT"]}, "model.freeze_backbone": freeze}
-    assert build_study(plain(space=space)).space["model.freeze_backbone"].when == {"model.weights": ("DEFAULT",)}
+    assert build_study(plain(space=space, base=base)).space["model.freeze_backbone"].when == {
+        "model.weights": ("DEFAULT",)
+    }
     del freeze["when"]
-    (line,) = faults(plain(space=space))
+    (line,) = faults(plain(space=space, base=base))
     assert line.startswith(
         "space.model.freeze_backbone: True cannot be trained: model.freeze_backbone=true with model.weights=none"
     )

@@ -120,7 +120,12 @@ def test_demo_size_keeps_a_rung_below_its_epochs():
     for name in ("regularization", "au_weight"):
         study = load_study(
             FOLDER / f"{name}.yaml",
-            ["base.model.backbone=mobilenet_v3_small", "base.model.image_px=64", "base.optim.epochs=14"],
+            [
+                "base.model.backbone=mobilenet_v3_small",
+                "base.model.weights=none",
+                "base.model.image_px=64",
+                "base.optim.epochs=14",
+            ],
         )
         assert study.scheduler.grace_period < 14
 

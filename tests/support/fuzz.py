@@ -45,6 +45,7 @@ COMMANDS: tuple[tuple[str, ...], ...] = (
         "data.root=faces",
         "run.name=new",
         "model.backbone=mobilenet_v3_small",
+        "model.weights=none",
         "optim.epochs=1",
     ),
     ("train", "--config", "run.yaml", "run.name=new", "optim.batch_size=16"),
@@ -557,7 +558,13 @@ def run_all(world: Path, seed: int, numbers: Sequence[int], verbs: Sequence[str]
 def make_world(world: Path) -> None:
     """What the commands name, made by the commands themselves: some minutes, the first time."""
     environment = os.environ | {"RAY_USAGE_STATS_ENABLED": "0"}
-    small = ["model.backbone=mobilenet_v3_small", "model.image_px=32", "optim.epochs=2", "optim.batch_size=16"]
+    small = [
+        "model.backbone=mobilenet_v3_small",
+        "model.weights=none",
+        "model.image_px=32",
+        "optim.epochs=2",
+        "optim.batch_size=16",
+    ]
     small += ["run.use_gpu=false", "run.precision=fp32", "optim.gap_images=32"]
     make = world.with_suffix(".making")
     make.mkdir(parents=True)

@@ -48,7 +48,7 @@ Usage = namedtuple("Usage", ("total", "used", "free"))
 def build(**values) -> StudyConfig:
     plain = {
         "name": "s",
-        "base": {"model": {"backbone": "resnet18"}, "optim": {"epochs": 20}},
+        "base": {"model": {"backbone": "resnet18", "weights": "none"}, "optim": {"epochs": 20}},
         "space": {"optim.lr": {"loguniform": [1e-4, 1e-2]}},
         "num_trials": 12,
     }
@@ -221,7 +221,7 @@ def dry(drawn_faces, store_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(trials, "cluster_nodes", lambda: [Node(3.0, 0.0)])
     base = {
         "data": {"root": str(drawn_faces), "store_dir": str(store_dir)},
-        "model": {"backbone": "mobilenet_v3_small", "image_px": 32},
+        "model": {"backbone": "mobilenet_v3_small", "weights": "none", "image_px": 32},
         "optim": {"epochs": 4, "warmup_epochs": 0},
     }
     study = build(base=base, storage=str(tmp_path / "runs"), scheduler={"grace_period": 1})

@@ -39,7 +39,7 @@ def build(drawn_faces: Path, store_dir: Path, **values) -> StudyConfig:
         "name": "study",
         "base": {
             "data": {"root": str(drawn_faces), "store_dir": str(store_dir)},
-            "model": {"backbone": "mobilenet_v3_small", "image_px": 32},
+            "model": {"backbone": "mobilenet_v3_small", "weights": "none", "image_px": 32},
             "optim": {"epochs": 4, "warmup_epochs": 0},
         },
         "space": {"optim.lr": {"loguniform": [1e-4, 1e-2]}, "data.augmentation": {"choice": ["light", "strong"]}},
