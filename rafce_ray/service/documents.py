@@ -29,7 +29,7 @@ from rafce_ray.bundle.model import (
     plain,
 )
 from rafce_ray.bundle.model_card import PERCEIVED
-from rafce_ray.faces.detect import Box
+from rafce_ray.faces.face import Box, Detection
 from rafce_ray.service.admin import Promote, Reload, Rollback
 from rafce_ray.service.answers import (
     ModelId,
@@ -295,6 +295,7 @@ _BASIC = (BasicEmotionScore("surprised", 0.75), BasicEmotionScore("happy", 0.9))
 _FACE = FacePrediction(
     Box(142, 200, 318, 318),
     "eyes",
+    Detection("yunet", 0.94),
     EmotionPrediction(
         **vars(_SURPRISED), unsure=False, top=(_SURPRISED, EmotionScore("happily sad", 13, 0.12)), basic=_BASIC
     ),
