@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from matplotlib.cbook import get_sample_data
 from needs import PHOTOGRAPHS
 from PIL import Image, PngImagePlugin
 
@@ -563,3 +564,22 @@ def test_what_is_closed_is_a_row_or_one_line(closed_folder):
         if out.parent == folder or os.geteuid() == 65534:
             with pytest.raises(UsageError, match=r"cannot be written \(Permission denied\)"):
                 writing.check_out(out)
+
+
+def test_what_found_a_face_and_how_sure_it_was(capsys, bundle_path, tmp_path):
+    photograph = get_sample_data("grace_hopper.jpg", asfileobj=False)
+    code, (result,), said = run(capsys, "--bundle", bundle_path, photograph)
+    (face,) = result["faces"]
+    assert (code, face["detection"]["detector"]) == (0, "yunet")
+    assert 0.9 < face["detection"]["score"] <= 1
+    assert "found with YuNet" in said
+    table = tmp_path / "out.parquet"
+    assert run(capsys, "--bundle", bundle_path, photograph, "--out", table)[0] == 0
+    (row,) = pq.read_table(table).to_pylist()
+    assert row["detector"] == "yunet"
+    assert row["detection_score"] == pytest.approx(face["detection"]["score"])
+    code, (result,), _ = run(capsys, "--bundle", bundle_path, photograph, "--min-face-score", "0.99")
+    assert (code, result["error"]["code"]) == (1, "no_face")
+    assert "--min-face-score" in result["error"]["remedy"]
+    code, _, said = run(capsys, "--bundle", bundle_path, photograph, "--min-face-score", "1.5")
+    assert (code, "from 0 to 1" in said) == (2, True)
