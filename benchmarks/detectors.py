@@ -16,10 +16,8 @@ two sample photographs, and those of `--faceless`.
              trained on the train split, tested on validation and test (70 faces); in brackets five folds by person over
              all 172
 
-What was chosen by it, and is the default of `rafce_ray.faces.yunet`: a first look at 640 px, a score of 0.8, and the
-eyes by the cascades in the level face. A first look at 320 or 480 px is cheaper, and needs its later looks for faces of
-20 px. A score of 0.7 lets false faces through; 0.9 loses rolled ones. YuNet's own eyes cost nothing more than the box,
-and are off by three times as much.
+`rafce_ray.faces.yunet` has the defaults that were chosen: a first look at 640 px, a score of 0.8, and the eyes by the
+cascades in the level face. `benchmarks/results/README.md` says which sides have been measured.
 
   python benchmarks/detectors.py [--photographs ../shared/data/london_photos] [--faceless FOLDER ...]
       [--out benchmarks/results/detectors.json]
