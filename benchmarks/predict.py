@@ -42,6 +42,7 @@ from serving import write_faces, write_model
 from rafce_ray.bundle.bundle import load_bundle
 from rafce_ray.bundle.model import Predictor, predict_files
 from rafce_ray.config import load_config
+from rafce_ray.faces import MIN_FACE_SCORE
 from rafce_ray.faces.files import find_images, load_ahead, load_file
 from rafce_ray.train.launch import ray_cluster
 from rafce_ray.train.predict import predict_on_ray
@@ -154,6 +155,7 @@ def measure_on_ray(bundle: Path, images: Path, out: Path, workers: int) -> tuple
         out=str(out),
         faces="aligned",
         face_model=None,
+        min_face_score=MIN_FACE_SCORE,
         top_k=3,
         batch_size=BATCH,
         shard_files=SHARD_FILES,

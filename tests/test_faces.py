@@ -6,8 +6,10 @@ import pytest
 from needs import PHOTOGRAPHS
 
 from rafce_ray.base.errors import UsageError
+from rafce_ray.faces.cascades import CascadeFinder
 from rafce_ray.faces.decode import decode_face, decode_image
-from rafce_ray.faces.detect import EYES_IN_CROP, Box, CascadeFinder, align_face, build_face_finder, given_face
+from rafce_ray.faces.detect import build_face_finder
+from rafce_ray.faces.face import EYES_IN_CROP, Box, align_face, given_face
 
 PHOTOS = {
     "cc0_lisa1.jpg": (300, 423),

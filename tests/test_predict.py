@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from matplotlib.cbook import get_sample_data
 from needs import PHOTOGRAPHS
 from PIL import Image, PngImagePlugin
 
@@ -28,7 +29,7 @@ from rafce_ray.bundle.bundle import Bundle, load_bundle, save_bundle
 from rafce_ray.bundle.model import Predictor, predict_files
 from rafce_ray.cli.predict import main
 from rafce_ray.faces.decode import decode_face
-from rafce_ray.faces.detect import Box, Face
+from rafce_ray.faces.face import Box, Detection, Face
 from rafce_ray.faces.files import LoadedFile, Skipped, file_name, find_images, load_file, local_path
 from rafce_ray.faces.preprocess import Preprocessing, preprocess
 from rafce_ray.metrics.calibration import Calibration
@@ -37,6 +38,8 @@ from rafce_ray.model.network import Architecture, build_model
 pytestmark = pytest.mark.numeric
 
 PX = 40
+
+CASCADES = Detection("cascades", None)
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +171,7 @@ def test_faces_of_several_files_share_batches_and_keep_their_order(predictor):
     counts = [2, 0, 5, 1, 0, 1]
     positions = np.split(np.arange(9), np.cumsum(counts)[:-1])
     files = [
-        LoadedFile(str(i), 50, 50, tuple(Face(Box(int(k), 0, 1, 1), "box", images[k]) for k in of_file), None)
+        LoadedFile(str(i), 50, 50, tuple(Face(Box(int(k), 0, 1, 1), "box", images[k], CASCADES) for k in of_file), None)
         for i, of_file in enumerate(positions)
     ]
     expected = predictor.probabilities(images).emotion.max(axis=1)
@@ -187,7 +190,7 @@ def test_files_are_taken_as_they_are_needed(predictor):
         nonlocal taken
         for i in range(1000):
             taken += 1
-            yield LoadedFile(str(i), 50, 50, (Face(Box(0, 0, 1, 1), "box", faces(1)[0]),), None)
+            yield LoadedFile(str(i), 50, 50, (Face(Box(0, 0, 1, 1), "box", faces(1)[0], CASCADES),), None)
 
     next(predict_files(predictor, files(), batch_size=8, top_k=1))
     assert taken == 8
@@ -241,7 +244,9 @@ def test_table_files_hold_the_same(capsys, bundle_path, folder, tmp_path):
 
 def test_several_faces_are_several_rows_and_many_rows_several_groups(predictor, tmp_path, monkeypatch):
     monkeypatch.setattr(writing, "ROWS_PER_GROUP", 4)
-    file = LoadedFile("x", 9, 9, tuple(Face(Box(i, 0, 1, 1), "box", one) for i, one in enumerate(faces(3))), None)
+    file = LoadedFile(
+        "x", 9, 9, tuple(Face(Box(i, 0, 1, 1), "box", one, CASCADES) for i, one in enumerate(faces(3))), None
+    )
     with writing.open_output(tmp_path / "out.parquet", predictor.bundle, 1) as write:
         for result in predict_files(predictor, [file] * 4, batch_size=5, top_k=1):
             write(result)
@@ -559,3 +564,22 @@ def test_what_is_closed_is_a_row_or_one_line(closed_folder):
         if out.parent == folder or os.geteuid() == 65534:
             with pytest.raises(UsageError, match=r"cannot be written \(Permission denied\)"):
                 writing.check_out(out)
+
+
+def test_what_found_a_face_and_how_sure_it_was(capsys, bundle_path, tmp_path):
+    photograph = get_sample_data("grace_hopper.jpg", asfileobj=False)
+    code, (result,), said = run(capsys, "--bundle", bundle_path, photograph)
+    (face,) = result["faces"]
+    assert (code, face["detection"]["detector"]) == (0, "yunet")
+    assert 0.9 < face["detection"]["score"] <= 1
+    assert "found with YuNet" in said
+    table = tmp_path / "out.parquet"
+    assert run(capsys, "--bundle", bundle_path, photograph, "--out", table)[0] == 0
+    (row,) = pq.read_table(table).to_pylist()
+    assert row["detector"] == "yunet"
+    assert row["detection_score"] == pytest.approx(face["detection"]["score"])
+    code, (result,), _ = run(capsys, "--bundle", bundle_path, photograph, "--min-face-score", "0.99")
+    assert (code, result["error"]["code"]) == (1, "no_face")
+    assert "--min-face-score" in result["error"]["remedy"]
+    code, _, said = run(capsys, "--bundle", bundle_path, photograph, "--min-face-score", "1.5")
+    assert (code, "from 0 to 1" in said) == (2, True)

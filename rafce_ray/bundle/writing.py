@@ -146,7 +146,7 @@ def flat_schema(taxonomy: Taxonomy, top_k: int, *, distribution: bool = False) -
     text, whole, real = pa.string(), pa.int32(), pa.float32()
     fields = [("path", text), ("width", whole), ("height", whole), ("num_faces", whole), ("face", whole)]
     fields += [(f"box_{name}", whole) for name in ("x", "y", "width", "height")]
-    fields += [("alignment", text)]
+    fields += [("alignment", text), ("detector", text), ("detection_score", real)]
     for rank in range(1, min(top_k, taxonomy.num_emotions) + 1):
         name = _emotion_column(rank)
         fields += [(name, text), (f"{name}_index", whole), (f"{name}_probability", real)]
@@ -176,6 +176,7 @@ def flat_rows(result: FilePrediction, model: str) -> Iterator[dict[str, Any]]:
 def _face_columns(face: FacePrediction) -> dict[str, Any]:
     columns: dict[str, Any] = {f"box_{name}": value for name, value in vars(face.box).items()}
     columns["alignment"] = face.alignment
+    columns |= {"detector": face.detection.detector, "detection_score": face.detection.score}
     if face.emotion is not None:
         for rank, score in enumerate(face.emotion.top, start=1):
             name = _emotion_column(rank)
@@ -200,13 +201,14 @@ class Options:
     """What every row depends on besides the image.
 
     ``bundle_sha256`` is that of the bundle's manifest, which has the sha256 of the weights and the calibration;
-    ``face_model_sha256`` is None for the bundled cascades and for aligned faces.
+    ``face_model_sha256`` and ``min_face_score`` are None for the bundled cascades and for aligned faces.
     """
 
     bundle_sha256: str
     faces: str
     face_model_sha256: str | None
     top_k: int
+    min_face_score: float | None = None
 
 
 @dataclass(frozen=True)
@@ -229,7 +231,11 @@ class Plan:
 
     def to_bytes(self) -> bytes:
         """The content of ``plan.json``."""
-        return pretty_json({"format_version": FORMAT_VERSION, **asdict(self)})
+        plain = {"format_version": FORMAT_VERSION, **asdict(self)}
+        if self.options.min_face_score is None:
+            # Plans from before there was a limit, whose sha256 is in their shards, have no such line.
+            del plain["options"]["min_face_score"]
+        return pretty_json(plain)
 
     @property
     def sha256(self) -> str:

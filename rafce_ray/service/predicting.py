@@ -16,8 +16,10 @@ import numpy as np
 from starlette.types import Scope
 
 from rafce_ray.bundle.model import EmotionScore, Prediction, Predictor, plain
-from rafce_ray.faces.decode import DEFAULT_LIMITS, DecodeError, Limits, decode_image, decode_sized_face
-from rafce_ray.faces.detect import Face, FaceFinder, build_face_finder, given_face, may_be_aligned
+from rafce_ray.faces import MIN_FACE_SCORE
+from rafce_ray.faces.decode import DEFAULT_LIMITS, DecodeError, Limits, Photograph, decode_sized_face, open_photograph
+from rafce_ray.faces.detect import FaceFinder, build_face_finder
+from rafce_ray.faces.face import Face, given_face, may_be_aligned
 from rafce_ray.metrics.calibration import Probabilities
 from rafce_ray.metrics.drift import Light, light_of
 from rafce_ray.service.answers import PredictAnswer, Result, Timings, distribution_of, face_answer, to_json
@@ -56,6 +58,7 @@ class Reader:
         *,
         max_faces: int,
         face_model: Path | None = None,
+        min_face_score: float = MIN_FACE_SCORE,
         limits: Limits = DEFAULT_LIMITS,
     ) -> None:
         """UsageError where ``face_model`` is no YuNet model."""
@@ -65,7 +68,7 @@ class Reader:
         self._limits = limits
         self._finders: SimpleQueue[FaceFinder] = SimpleQueue()  # A finder serves one thread at a time.
         for _ in range(num_threads):
-            self._finders.put(build_face_finder(face_model))
+            self._finders.put(build_face_finder(face_model, min_face_score))
 
     async def read(self, content: bytes, px: int, faces: Faces) -> ReadImage:
         """The faces of an encoded image as RGB crops (px, px, 3) uint8; ``aligned``: the whole image is one face.
@@ -80,15 +83,11 @@ class Reader:
                 face = decode_sized_face(content, px, limits=self._limits)
                 given = given_face(face.pixels, face.width, face.height)
                 return ReadImage(face.width, face.height, (given,), (light_of(face.pixels),), 0)
-            photograph = decode_image(content, limits=self._limits)
+            photograph = open_photograph(content, limits=self._limits)
+            found = self._find(photograph, px)
         except DecodeError as error:
             raise problem_of_image(error) from None
-        height, width = photograph.shape[:2]
-        finder = self._finders.get()
-        try:
-            found = finder.find(photograph, px)
-        finally:
-            self._finders.put(finder)
+        width, height = photograph.width, photograph.height
         if not found:
             hint = "Send a picture in which the face is larger and seen from the front."
             if may_be_aligned(width, height):
@@ -97,6 +96,13 @@ class Reader:
         kept = tuple(found[: self._max_faces])
         lights = tuple(light_of(face.pixels) for face in kept)
         return ReadImage(width, height, kept, lights, len(found) - len(kept))
+
+    def _find(self, photograph: Photograph, px: int) -> list[Face]:
+        finder = self._finders.get()
+        try:
+            return finder.find(photograph, px)
+        finally:
+            self._finders.put(finder)
 
 
 _Answer = tuple[Prediction, tuple[EmotionScore, ...] | None]

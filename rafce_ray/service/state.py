@@ -46,6 +46,7 @@ class Service:
             cores,
             max_faces=limits.max_faces,
             face_model=None if config.face_model is None else Path(config.face_model),
+            min_face_score=config.min_face_score,
             limits=limits.image_limits(),
         )
         self.meter = Meter()

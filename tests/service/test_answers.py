@@ -184,13 +184,14 @@ def test_the_distribution_is_all_classes_by_index_and_sums_to_one(client, predic
 
 def test_records_are_written_as_the_standard_library_would(predictor, faces):
     from rafce_ray.bundle.model import plain
-    from rafce_ray.faces.detect import given_face
+    from rafce_ray.faces.face import given_face
 
     images = faces(1)
     (prediction,) = predictor.predict(images)
     given = given_face(images[0], 40, 40)
     written = to_json(face_answer(given, prediction, None))
-    expected = {"box": plain(given.box), "alignment": given.alignment, **prediction.to_json()}
+    detection = {"detector": "given", "score": None}
+    expected = {"box": plain(given.box), "alignment": given.alignment, "detection": detection, **prediction.to_json()}
     assert json.loads(written) == json.loads(standard_json(expected))
     with_distribution = face_answer(
         given, prediction, distribution_of(np.array([0.1, 0.2, 0.3, 0.4]), predictor.bundle.taxonomy)

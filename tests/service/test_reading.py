@@ -10,7 +10,9 @@ import pytest
 from needs import PHOTOGRAPHS
 
 from rafce_ray.base.errors import UsageError
-from rafce_ray.faces.detect import Box, Face, build_face_finder
+from rafce_ray.faces.decode import Photograph
+from rafce_ray.faces.detect import build_face_finder
+from rafce_ray.faces.face import Box, Detection, Face
 from rafce_ray.faces.files import load_file
 from rafce_ray.service import predicting
 from rafce_ray.service.predicting import Reader
@@ -31,16 +33,16 @@ class Finder:
     def __init__(self) -> None:
         self.threads: list[str] = []
 
-    def find(self, photograph: np.ndarray, px: int) -> list[Face]:
+    def find(self, photograph: Photograph, px: int) -> list[Face]:
         self.threads.append(threading.current_thread().name)
-        num, crop = int(photograph[0, 0, 0]), np.zeros((px, px, 3), np.uint8)
-        return [Face(Box(0, 0, 90 - i, 90 - i), "box", crop) for i in range(num)]
+        num, crop = int(photograph.part(1).pixels[0, 0, 0]), np.zeros((px, px, 3), np.uint8)
+        return [Face(Box(0, 0, 90 - i, 90 - i), "box", crop, Detection("cascades", None)) for i in range(num)]
 
 
 @pytest.fixture
 def reader_of_counted_faces(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Reader, Finder]]:
     finder = Finder()
-    monkeypatch.setattr(predicting, "build_face_finder", lambda model: finder)
+    monkeypatch.setattr(predicting, "build_face_finder", lambda model, min_score: finder)
     with ThreadPoolExecutor(1, "images") as pool:
         yield Reader(pool, 1, max_faces=2), finder
 

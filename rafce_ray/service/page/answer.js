@@ -9,6 +9,8 @@ const ALIGNMENTS = {
   given: "as given: the picture is the face",
 };
 
+const DETECTORS = { yunet: "by YuNet", cascades: "by OpenCV's cascades", given: "not looked for" };
+
 const BASIC = "Basic emotions behind it";
 
 /** What is said of `result.faces[index]`; `info` is the answer of /v1/model, or null. */
@@ -135,7 +137,7 @@ function consistency({ consistency: remark, emotion, action_units: units }) {
   return [element("p", { class: "consistency" }, ...verdict, scale)];
 }
 
-function provenance({ model, request_id: request, timings }, { width, height }, { box, alignment }) {
+function provenance({ model, request_id: request, timings }, { width, height }, { box, alignment, detection }) {
   const ms = (value) => `${value.toFixed(1)}\u202fms`;
   const parts = [
     `${ms(timings.decode_ms)} reading the picture`,
@@ -151,11 +153,16 @@ function provenance({ model, request_id: request, timings }, { width, height }, 
       ["Weights, sha256", element("code", {}, model.sha256)],
       ["Picture", `${width} × ${height} px`],
       ["Face", `${box.width} × ${box.height} px at ${box.x}, ${box.y}`],
+      ["Found", found(detection)],
       ["Aligned", ALIGNMENTS[alignment] ?? alignment],
       ["Time", element("span", { class: "wide" }, `${ms(timings.total_ms)}: ${parts.join(", ")}`)],
       ["Request", element("code", {}, request)],
     ]),
   );
+}
+
+function found({ detector, score }) {
+  return (DETECTORS[detector] ?? detector) + (score === null ? "" : `, confidence ${score.toFixed(2)} of 1`);
 }
 
 /** A table whose column without a heading holds bars, of which assistive technology is told nothing. */
