@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 from rafce_ray.base.console import printable, progress_bar, say, to_json, warn
 from rafce_ray.base.errors import GateError, UsageError
-from rafce_ray.cli.arguments import command, local_path, parse_verb
+from rafce_ray.cli.arguments import command, local_path, parse_verb, share
+from rafce_ray.faces import MIN_FACE_SCORE
 
 if TYPE_CHECKING:
     from rafce_ray.data.align import Aligned
@@ -75,7 +76,8 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     verb.set_defaults(action=_split)
     verb = verbs.add_parser(
         "align",
-        usage="%(prog)s ROOT --out DIR [--px PX] [--several largest|skip] [--face-model FILE] [data.key=value ...]",
+        usage="%(prog)s ROOT --out DIR [--px PX] [--several largest|skip] [--face-model FILE] [--min-face-score S] "
+        "[data.key=value ...]",
         help="make a dataset of aligned faces out of labelled photographs",
         description="Find the face in every labelled photograph, cut it out as rafce predict does, and write the faces "
         "to DIR/aligned/ with the same labels, splits and other columns. Photographs without a face are left out and "
@@ -122,6 +124,13 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
 def _add_alignment(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--px", type=_face_px, default=224, help="side of an aligned face, px (default %(default)s)")
     verb.add_argument("--face-model", type=Path, metavar="FILE.onnx", help="detection model, as for rafce predict")
+    verb.add_argument(
+        "--min-face-score",
+        type=share,
+        default=MIN_FACE_SCORE,
+        metavar="S",
+        help=f"confidence of a face, as for rafce predict (default {MIN_FACE_SCORE})",
+    )
 
 
 def _face_px(text: str) -> int:
@@ -232,7 +241,7 @@ def _align(arguments: argparse.Namespace, given: list[str]) -> int:
     from rafce_ray.data.align import AlignSettings, align
 
     data = load_config(None, [*given, f"data.root={_yaml_text(arguments.root)}"]).data
-    settings = AlignSettings(arguments.px, arguments.several, arguments.face_model)
+    settings = AlignSettings(arguments.px, arguments.several, arguments.face_model, arguments.min_face_score)
     say(f"Aligning the faces of {arguments.root} into {arguments.out}, {settings.px} px a side.")
     made = align(data, locate(arguments.out), settings, progress_bar)
     if not _report_aligned(made, settings.px):
@@ -249,7 +258,7 @@ def _fetch(arguments: argparse.Namespace, _: list[str]) -> int:
     from rafce_ray.data.align import AlignSettings
     from rafce_ray.data.london import REPOSITORY, fetch
 
-    settings = AlignSettings(arguments.px, face_model=arguments.face_model)
+    settings = AlignSettings(arguments.px, face_model=arguments.face_model, min_face_score=arguments.min_face_score)
     url = arguments.url or REPOSITORY
     say(
         f"Downloading the Face Research Lab London Set from {url} into {arguments.out}. Lisa DeBruine and Benedict "

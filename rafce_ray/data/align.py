@@ -30,6 +30,7 @@ from rafce_ray.config import DataConfig
 from rafce_ray.data import label_file, table
 from rafce_ray.data.records import Labels, Progress, advancing
 from rafce_ray.data.split import csv_bytes, read_for_copy
+from rafce_ray.faces import MIN_FACE_SCORE
 from rafce_ray.faces.decode import FORMATS, format_of_ending
 from rafce_ray.faces.detect import build_face_finder
 from rafce_ray.faces.files import MAX_BYTES, UNREADABLE, LoadedFile, load_ahead, load_image, read_file
@@ -48,11 +49,15 @@ MISSING, SEVERAL_FACES = "missing_image", "several_faces"
 
 @dataclass(frozen=True)
 class AlignSettings:
-    """How faces are cut. ``px``: side. ``several``: what becomes of a photograph with several faces."""
+    """How faces are cut. ``px``: side. ``several``: what becomes of a photograph with several faces.
+
+    ``face_model``, ``min_face_score``: as :func:`rafce_ray.faces.detect.build_face_finder` takes them.
+    """
 
     px: int = FACE_PX
     several: Several = "largest"
     face_model: Path | None = None
+    min_face_score: float = MIN_FACE_SCORE
 
 
 @dataclass(frozen=True)
@@ -108,7 +113,7 @@ def alignment_folder(out: Location, settings: AlignSettings, source: str) -> Ite
         UsageError: it holds something else, faces made with other settings, or labels that were changed.
     """
     # An error of the model file comes before the folder is made.
-    build_face_finder(settings.face_model)
+    build_face_finder(settings.face_model, settings.min_face_score)
     model = None if settings.face_model is None else hashlib.sha256(settings.face_model.read_bytes()).hexdigest()
     wanted = asdict(settings) | {"source": source, "face_model": model}
     with claimed(out, "faces", key="--out"):
@@ -203,7 +208,7 @@ def _loader(images: Location, settings: AlignSettings) -> Callable[[str], Loaded
 
     def load(path: str) -> LoadedFile:
         if not hasattr(own, "finder"):
-            own.finder = build_face_finder(settings.face_model)
+            own.finder = build_face_finder(settings.face_model, settings.min_face_score)
         place = images / path
         read = (lambda _: read_file(place.path, MAX_BYTES)) if place.local is not None else lambda _: place.read_bytes()
         return load_image(place.shown, read, finder=own.finder, px=settings.px)
