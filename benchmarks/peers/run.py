@@ -101,7 +101,8 @@ class Tool:
     def _read(self) -> dict[str, Any]:
         line = self._process.stdout.readline()
         if not line:
-            raise CannotRunError(f"{' '.join(self._process.args)} ended: see {self._log}.")
+            errors = self._log.read_text().strip().splitlines() or ["it printed nothing"]
+            raise CannotRunError(f"{' '.join(self._process.args)} ended: {errors[-1]} All of it: {self._log}")
         return json.loads(line)
 
 
@@ -247,7 +248,7 @@ def in_markdown(results: dict[str, Any]) -> Iterator[str]:
     yield f"Measured on {results['date']}, {results['machine']}, in {results['seconds']:.0f} s."
     count = len(results["sets"][0]["tools"][OURS]["by_bundle"])
     models = "1 model" if count == 1 else f"means over {count} models"
-    yield f"`{OURS}` is {models}: {results['tools'][f'{OURS} 1']['backbone']}."
+    yield f"`{OURS}` is {models}: {results['tools'][f'{OURS} 1']['model']}."
     for one in results["sets"]:
         yield ""
         yield f"### {one['title'].capitalize()}"

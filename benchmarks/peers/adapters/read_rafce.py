@@ -7,7 +7,7 @@ import cv2
 import torch
 from loop import Face, answer
 
-from rafce_ray.bundle.bundle import load_bundle
+from rafce_ray.bundle.bundle import Bundle, load_bundle
 from rafce_ray.bundle.model import Predictor, predict_files
 from rafce_ray.faces.detect import build_face_finder
 from rafce_ray.faces.files import load_file
@@ -17,10 +17,21 @@ cv2.setNumThreads(1)
 HAPPY = ("smiling", "happy", "happiness")
 
 
+def in_words(bundle: Bundle) -> str:
+    config = bundle.provenance.get("config", {})
+    weights, epochs = config.get("model", {}).get("weights"), config.get("optim", {}).get("epochs")
+    architecture = bundle.architecture
+    return f"{architecture.backbone} at {architecture.image_px} px, starting weights {weights}, {epochs} epochs"
+
+
 def main() -> None:
     bundle = load_bundle(sys.argv[1])
     predictor, finder = Predictor(bundle), build_face_finder()
-    px = bundle.preprocessing.stored_px
+    px, emotions = bundle.preprocessing.stored_px, [name.lower() for name in bundle.taxonomy.emotions]
+    if "neutral" not in emotions or not set(HAPPY) & set(emotions):
+        sys.exit(
+            f"{sys.argv[1]}: found the emotions {emotions}, expected neutral and one of {HAPPY}. Give another bundle."
+        )
 
     def read(file: str, given: bool) -> list[Face]:
         loaded = load_file(Path(file), finder=None if given else finder, px=px)
@@ -37,7 +48,7 @@ def main() -> None:
         "Apache-2.0",
         [Path(bundle.path) / "model.safetensors"],
         read,
-        backbone=bundle.architecture.backbone,
+        model=in_words(bundle),
     )
 
 
