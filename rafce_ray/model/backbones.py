@@ -239,7 +239,7 @@ class TimmTrunk(Trunk):
         if features.ndim == 3:
             tokens = features[:, self._num_prefix_tokens :]
             side = math.isqrt(tokens.shape[1])
-            return Features(tokens.transpose(1, 2).unflatten(2, (side, side)), pooled)
+            return Features(tokens.transpose(1, 2).reshape(-1, tokens.shape[2], side, side), pooled)
         return Features(features.permute(0, 3, 1, 2) if self._is_nhwc else features, pooled)
 
 
