@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
+from contextlib import nullcontext
 from functools import partial
 from importlib.util import find_spec
+from itertools import tee
 from pathlib import Path
 
 from rafce_ray.base.console import progress_bar, say
@@ -35,6 +37,7 @@ def _main_here(arguments: argparse.Namespace) -> int:
     from rafce_ray.base.hardware import choose_device, num_cores
     from rafce_ray.bundle.bundle import load_bundle
     from rafce_ray.bundle.model import Predictor, detector_of, in_words, outcomes, predict_files
+    from rafce_ray.bundle.terminal import show
     from rafce_ray.bundle.writing import check_out, open_output
     from rafce_ray.faces.detect import build_face_finder
     from rafce_ray.faces.files import Skipped, find_images, load_ahead, load_file
@@ -52,14 +55,19 @@ def _main_here(arguments: argparse.Namespace) -> int:
         f"Predicting {num_files:,} image files on {predictor.device}: faces "
         f"{detector_of(arguments.faces, arguments.face_model)}; {bundle.architecture.backbone} of {bundle.path} "
         f"({bundle.taxonomy.num_emotions} emotions, {bundle.taxonomy.num_action_units} action units); results to "
-        f"{arguments.out or 'standard output as JSON lines'}."
+        f"{arguments.out or ('the terminal' if arguments.show else 'standard output as JSON lines')}."
     )
     load = partial(load_file, finder=finder, px=bundle.preprocessing.stored_px)
     counts: Counter[str] = Counter()
-    with progress_bar("predicting", num_files) as advance, open_output(out, bundle, arguments.top_k) as write:
-        loaded = load_ahead(load, find_images(arguments.paths), min(8, num_cores()))
-        for result in predict_files(predictor, loaded, batch_size=arguments.batch_size, top_k=arguments.top_k):
+    draws = arguments.show and out is None
+    output = nullcontext(lambda _: None) if draws else open_output(out, bundle, arguments.top_k)
+    with progress_bar("predicting", num_files) as advance, output as write:
+        loaded, kept = tee(load_ahead(load, find_images(arguments.paths), min(8, num_cores())))
+        results = predict_files(predictor, loaded, batch_size=arguments.batch_size, top_k=arguments.top_k)
+        for result, file in zip(results, kept, strict=True):
             write(result)
+            if arguments.show:
+                show(result, file)
             counts.update(outcomes(result))
             advance(1)
     if skipped.counts:
@@ -67,7 +75,7 @@ def _main_here(arguments: argparse.Namespace) -> int:
     hint = f"rafce evaluate --bundle {arguments.bundle} measures this bundle on labelled faces."
     if not counts["predicted"]:
         hint = "see what is wrong, and the remedy, under error in each row."
-    elif arguments.out is None:
+    elif out is None:
         hint = "--out FILE.csv, .parquet or .jsonl keeps them in a file."
     say(f"{in_words(counts)}; written to {arguments.out or 'standard output'}. Next: {hint}")
     return 0 if counts["predicted"] else 1
@@ -90,13 +98,15 @@ def _main_on_ray(arguments: argparse.Namespace) -> int:
     if arguments.out is None or Path(arguments.out).suffix.lower() in FORMATS:
         found = "none was given" if arguments.out is None else f"found {arguments.out}"
         raise UsageError(f"--ray: --out must name a folder or a URI for the Parquet files; {found}. Add --out FOLDER.")
+    if arguments.show:
+        raise UsageError("--show: draws in this terminal, and workers have none. Leave out --show or --ray.")
     if arguments.device not in ("auto", "cpu"):
         raise UsageError(f"--device {arguments.device}: with --ray each worker gets its own GPU. Use auto or cpu.")
     if find_spec("ray") is None:
         raise UsageError("--ray: ray is not installed. Install it with pip install 'rafce_ray[ray]'.")
     from rafce_ray.train.predict import predict_on_ray
 
-    options = {name: value for name, value in vars(arguments).items() if name not in ("paths", "ray", "device")}
+    options = {name: value for name, value in vars(arguments).items() if name not in ("paths", "ray", "device", "show")}
     return predict_on_ray(arguments.paths, **options, use_gpu=None if arguments.device == "auto" else False)
 
 
@@ -130,6 +140,9 @@ def _parser() -> argparse.ArgumentParser:
         default=MIN_FACE_SCORE,
         metavar="SCORE",
         help=f"YuNet's confidence, 0 to 1, from which a face is predicted (default {MIN_FACE_SCORE})",
+    )
+    parser.add_argument(
+        "--show", action="store_true", help="draw each face and its prediction in the terminal, instead of JSON lines"
     )
     parser.add_argument("--top-k", type=positive, default=3, help="emotions listed per face (default 3)")
     parser.add_argument("--batch-size", type=positive, default=64, help="faces per forward pass (default 64)")
