@@ -1,13 +1,14 @@
-# Two commands on a fresh machine: `make demo` and `make test`. Both build the environment first if need be.
+# On a fresh machine: `make demo`, `make demo-real` and `make test`. Each builds the environment first if need be.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin
 DEMO := demo
+PHOTOGRAPHS := ../shared/data/london_photos
 TIERS := $(RUN)/python tests/support/tiers.py
 # Set by CI: a test that is skipped for want of a program then counts as a failure.
 NOTHING_SKIPPED ?=
 
-.PHONY: install demo test test-fast test-all check format
+.PHONY: install demo demo-real test test-fast test-all check format
 
 install: $(VENV)/installed
 
@@ -22,6 +23,9 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 demo: install
 	RUN=$(RUN) DEMO=$(DEMO) sh demo.sh
+
+demo-real: install
+	FACES=real PHOTOGRAPHS=$(PHOTOGRAPHS) RUN=$(RUN) DEMO=$(DEMO) sh demo.sh
 
 test: install
 	$(TIERS) $(if $(NOTHING_SKIPPED),--nothing-skipped)

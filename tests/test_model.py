@@ -255,6 +255,61 @@ def test_a_frozen_trunk_stays_as_it_is():
     assert model.emotion_head.flat.weight.grad is not None
 
 
+@pytest.mark.parametrize(("backbone", "num_stages"), [("mobilenet_v2", 7), ("resnet18", 3), ("convnext_tiny", 4)])
+def test_a_cut_trunk_gives_what_the_whole_one_has_after_that_stage(backbone, num_stages):
+    whole = build_trunk(backbone, 64).eval()
+    cut = build_trunk(backbone, 64, num_stages).eval()
+    assert len(cut.stages) == num_stages
+    missing = cut.body.load_state_dict(whole.body.state_dict(), strict=False).missing_keys
+    seen = []
+    last = whole.stages[num_stages - 1]
+    last.register_forward_hook(lambda module, given, output: seen.append(output))
+    with torch.inference_mode():
+        whole(faces())
+        feature_map, pooled = cut(faces())
+    assert not missing
+    torch.testing.assert_close(feature_map, seen[0])
+    torch.testing.assert_close(pooled, seen[0].mean((2, 3)))
+    assert feature_map.shape[1] == cut.num_features
+
+
+@pytest.mark.parametrize("settings", [{"num_stages": 6}, {"num_stages": 3, "frozen_stages": 4}])
+def test_stages_that_do_not_exist(settings):
+    with pytest.raises(UsageError, match=r"the (backbone|trunk) has [35] stages. Give [01] to [35]"):
+        freeze_stages(small_model(backbone="resnet18", **settings), settings.get("frozen_stages"))
+
+
+def test_a_transformer_is_not_cut():
+    with pytest.raises(UsageError, match="vit_b_16 can only be used as a whole"):
+        build_trunk("vit_b_16", 64, 3)
+
+
+def test_the_heads_read_the_standardised_means_of_a_grid():
+    model = small_model(backbone="resnet18", pool_grid=2)
+    read = []
+    model.dropout.register_forward_hook(lambda module, given, output: read.append(output))
+    with torch.no_grad():
+        feature_map, _ = model.trunk(faces(8))
+        model(faces(8))
+    assert feature_map.shape[2:] == (2, 2), "64 px over a stride of 32: each cell is one pixel of the map"
+    cells = feature_map.flatten(1)
+    expected = (cells - cells.mean(0)) / (cells.var(0, unbiased=False) + 1e-5).sqrt()
+    torch.testing.assert_close(read[0], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_logits_are_those_of_a_face_and_its_mirror_image_outside_of_training():
+    model = small_model(mirror_average=True).eval()
+    plain = small_model().eval()
+    with torch.inference_mode():
+        found, mirrored = model(faces()), model(faces().flip(3))
+        one, other = plain(faces()), plain(faces().flip(3))
+    for task in ("emotion", "action_units"):
+        torch.testing.assert_close(getattr(found, task), (getattr(one, task) + getattr(other, task)) / 2)
+        torch.testing.assert_close(getattr(found, task), getattr(mirrored, task))
+    model.train()
+    assert not torch.allclose(model(faces()).emotion, model(faces().flip(3)).emotion)
+
+
 def test_au_bias_is_the_log_odds_of_the_prevalence():
     model = small_model()
     prevalence = np.full(18, 0.25)
