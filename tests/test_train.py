@@ -214,10 +214,11 @@ def test_a_finished_run_goes_on_with_more_epochs_when_asked(overrides, ray_clust
 
 def test_the_name_of_a_run_that_failed_before_its_first_step_is_free(overrides, tmp_path, ray_cluster_of_tests):
     once = [*overrides, "run.name=corrected", "optim.epochs=1", "optim.warmup_epochs=0", "run.max_failures=0"]
-    with pytest.raises(RafceError, match=r"missing\.pt"):
-        launch(load_config(overrides=[*once, f"model.weights={tmp_path / 'missing.pt'}"]))
+    (tmp_path / "broken.pt").write_bytes(b"no weights")
+    with pytest.raises(RafceError, match=r"broken\.pt"):
+        launch(load_config(overrides=[*once, f"model.weights={tmp_path / 'broken.pt'}"]))
     folder = RunFolder(str(Path(load_config(overrides=once).run.storage) / "corrected"))
-    assert folder.config().model.weights.endswith("missing.pt")
+    assert folder.config().model.weights.endswith("broken.pt")
     assert launch(load_config(overrides=once))["status"] == "finished"
     assert folder.config().model.weights == "none"
 
@@ -242,7 +243,16 @@ def test_unreadable_action_units_refuse_training_and_name_file_and_line(drawn_fa
     (root / "RAFCE_AUlabel.txt").write_text("\n".join(broken))
     first = next(number for number, line in enumerate(broken, start=1) if not line.endswith("null"))
     with pytest.raises(GateError, match=rf"RAFCE_AUlabel\.txt:{first}") as caught:
-        launch(load_config(overrides=[f"data.root={root}", f"data.store_dir={store_dir}", f"run.storage={tmp_path}"]))
+        launch(
+            load_config(
+                overrides=[
+                    f"data.root={root}",
+                    f"data.store_dir={store_dir}",
+                    f"run.storage={tmp_path}",
+                    "model.weights=none",
+                ]
+            )
+        )
     assert "brow-raised" in str(caught.value)
     assert not (tmp_path / "runs").exists()
 
