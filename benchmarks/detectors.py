@@ -331,7 +331,7 @@ def measure(
 
 
 def cpu_ms(finder: FaceFinder, pictures: list[Pixels], size: tuple[int, int]) -> float:
-    """Median of the fastest of three; the photograph fills the height, and its edges are mirrored beside it."""
+    """Median of the fastest of three; the photograph fills the height, and its edges are mirrored next to it."""
     times = []
     for pixels in pictures:
         side = max(0, round((len(pixels) * size[0] / size[1] - pixels.shape[1]) / 2))

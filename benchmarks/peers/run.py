@@ -66,7 +66,7 @@ class CannotRunError(Exception):
 
 @dataclass(frozen=True)
 class Photographs:
-    """A set of photographs; ``given``: each is one aligned face, and the tools are told so."""
+    """A set of photographs; ``given``: each is one aligned face, and the tools know it."""
 
     title: str
     paths: list[Path]

@@ -198,11 +198,13 @@ class YuNetFinder:
     def _found(self, photograph: Photograph) -> list[_Candidate]:
         """What is found by the first look that finds something, in px of the photograph."""
         longer_px = max(photograph.width, photograph.height)
-        picture, back = _seen(photograph, QUICK_LOOK_PX)
-        quick = [one.moved(back) for one in self._candidates(picture)]
-        enough = max(SURE_SCORE, self._min_score)
-        if quick and all(one.score >= enough and one.side >= LARGE_FACE * longer_px for one in quick):
-            return _without_overlaps(quick)
+        # A smaller photograph would be looked at twice in the same size.
+        if longer_px > QUICK_LOOK_PX:
+            picture, back = _seen(photograph, QUICK_LOOK_PX)
+            quick = [one.moved(back) for one in self._candidates(picture)]
+            enough = max(SURE_SCORE, self._min_score)
+            if quick and all(one.score >= enough and one.side >= LARGE_FACE * longer_px for one in quick):
+                return _without_overlaps(quick)
         picture, back = _seen(photograph, LOOK_PX)
         found = self._look(picture, back) or self._look(*_with_margin(picture, back))
         smallest = min((one.side for one in found), default=0.0)
